@@ -1,0 +1,151 @@
+"""Reading YAML as people mean it, with the file and line of every key, and changing it from the command line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmkit.errors import UserError
+
+MAX_NODES = 20_000  # more YAML nodes than any honest config has: an alias bomb expands to billions
+LENGTHS = ("max_steps", "max_tokens", "epochs")  # of a training run: one of them replaces the others
+
+
+class Loader(yaml.SafeLoader):
+    """YAML as people mean it: 1e-5 is a number, and only true and false are booleans (`no` is Norwegian)."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, regex) for tag, regex in rules if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:e[-+]?\d+)?|\.\d+(?:e[-+]?\d+)?|\d+e[-+]?\d+|\.inf|\.nan)$", re.IGNORECASE
+    ),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(path: Path) -> tuple[dict, dict[tuple, str]]:
+    """A YAML mapping as plain Python, and the "file:line" of every key in it, by key path."""
+    if not path.exists():
+        raise UserError(f"no such config file: {path}", fix="`llmkit init pretrain` writes a commented example")
+    if not path.is_file():
+        raise UserError(f"the config is not a file: {path}", fix="name a YAML file")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        return parse_yaml(text, str(path))
+    except UnicodeDecodeError as error:
+        raise UserError("the config is not UTF-8 text", at=f"{path}, byte {error.start}") from None
+    except OSError as error:
+        raise UserError(f"the config can't be read: {error.strerror}", at=path) from None
+
+
+def parse_yaml(text: str, name: str) -> tuple[dict, dict[tuple, str]]:
+    """Parse one mapping; duplicate keys, tags and alias bombs are refused. See `read_yaml`."""
+    try:
+        loader = Loader(text)
+        root = loader.get_single_node()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        fix = "indent with spaces, never tabs" if "\\t" in problem else None
+        raise UserError(
+            f"the YAML can't be parsed: {problem}", at=f"{name}:{mark.line + 1}" if mark else name, fix=fix
+        ) from None
+    if root is None:
+        raise UserError("the config is empty", at=name, fix="`llmkit init pretrain` prints a commented example")
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError("the config is not a mapping", at=name, expected="sections such as `model:` and `data:`")
+
+    origins: dict[tuple, str] = {(): name}
+    budget = MAX_NODES
+
+    def build(node: yaml.Node, path: tuple) -> Any:
+        nonlocal budget
+        budget -= 1
+        if budget < 0:
+            raise UserError("the YAML expands to too many values (aliases within aliases?)", at=name)
+        where = f"{name}:{node.start_mark.line + 1}"
+        if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
+            raise UserError(f"the YAML tag {node.tag} is not allowed", at=where, fix="write a plain value")
+        if isinstance(node, yaml.SequenceNode):
+            for i, item in enumerate(node.value):
+                origins[(*path, i)] = f"{name}:{item.start_mark.line + 1}"
+            return [build(item, (*path, i)) for i, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            result: dict = {}
+            for key_node, value_node in node.value:
+                key, line = key_node.value, key_node.start_mark.line + 1
+                if not isinstance(key, str):
+                    raise UserError("a YAML key must be a word", at=f"{name}:{line}")
+                if key in result:
+                    first = origins[(*path, key)]
+                    raise UserError(f"the key `{key}` stands twice", at=f"{first} and {name}:{line}", fix="delete one")
+                origins[(*path, key)] = f"{name}:{line}"
+                result[key] = build(value_node, (*path, key))
+            return result
+        try:
+            return loader.construct_object(node)
+        except (yaml.YAMLError, ValueError):
+            raise UserError(f"not a value: {node.value}", at=where) from None
+
+    return build(root, ()), origins
+
+
+def set_override(values: dict, origins: dict[tuple, str], override: str) -> dict:
+    """A parsed config with one `section.key=value` applied; the value is read as YAML.
+
+    >>> set_override({"train": {"epochs": 1}}, {}, "train.max_steps=5")
+    {'train': {'max_steps': 5}}
+    """
+    key, equals, text = override.partition("=")
+    at = f"-o {override}"
+    if not equals or not key or "\n" in text:
+        raise UserError("an override is written section.key=value", at=at)
+    parts = tuple(int(part) if part.isdigit() else part for part in key.strip().split("."))
+    value: Any = parse_yaml(f"value: {text}", at)[0]["value"]
+    inside: Any = values
+    for depth, part in enumerate(parts[:-1]):
+        if isinstance(part, int) != isinstance(inside, list) or (isinstance(part, int) and part >= len(inside)):
+            raise UserError(f"{'.'.join(map(str, parts[:depth])) or 'the config'} has no {part}", at=at)
+        inside = inside[part] if isinstance(part, int) else (inside.get(part) or {})
+        if not isinstance(inside, dict | list):
+            raise UserError(f"{'.'.join(map(str, parts[: depth + 1]))} is not a section", at=at)
+    if isinstance(inside, list) and not (isinstance(parts[-1], int) and parts[-1] < len(inside)):
+        raise UserError(f"{'.'.join(map(str, parts[:-1]))} has no {parts[-1]}", at=at)
+    for depth in range(1, len(parts)):
+        origins.setdefault(parts[:depth], at)
+    origins[parts] = at
+    return replace_at(values, parts, value)
+
+
+def replace_at(values: Any, parts: tuple, value: Any) -> Any:
+    """`values` with the value at one key path replaced; missing sections are made on the way."""
+    if not parts:
+        return value
+    first, *rest = parts
+    if isinstance(values, list):
+        return [replace_at(v, tuple(rest), value) if i == first else v for i, v in enumerate(values)]
+    return merge(values or {}, {first: replace_at((values or {}).get(first), tuple(rest), value)}, deep=False)
+
+
+def merge(base: dict, over: dict, *, deep: bool = True) -> dict:
+    """`over` on top of `base`, section by section.
+
+    Another `name` or `kind` drops the options of the one it replaces, another length of training the old length.
+    """
+    dropped = set(LENGTHS) - over.keys() if any(key in over for key in LENGTHS) else set()
+    result = {key: value for key, value in base.items() if key not in dropped}
+    for key, value in over.items():
+        old = result.get(key)
+        sections = deep and isinstance(old, dict) and isinstance(value, dict)
+        chooses = sections and any(tag in value and value[tag] != old.get(tag) for tag in ("name", "kind"))
+        result[key] = merge(old, value) if sections and not chooses else value
+    return result
