@@ -1,0 +1,196 @@
+"""LoRA: y = W x + scale * B A x with W frozen (Hu et al. 2021, arXiv:2106.09685). Adapters have PEFT's layout.
+
+`apply` swaps the class of each chosen linear for one derived from its present class, so that weight names never
+change and whatever the linear was before (quantized, say) goes on working underneath.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llmkit.errors import MODEL, UserError, raise_all
+from llmkit.models import folder as model_folder
+from llmkit.models import gpt2
+
+
+class LoRA:
+    """What a linear becomes; mixed in front of its class by `adapted`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        x = F.dropout(x, self.lora_dropout, self.training)
+        return y + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.lora_scale
+
+
+@functools.cache
+def adapted(base: type[nn.Module]) -> type[nn.Module]:
+    """The LoRA class of a linear's class."""
+    return type(f"LoRA{base.__name__}", (LoRA, base), {})
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear inside the blocks, by its full name. The head stays out: its product is a part of the loss."""
+    return {
+        f"{prefix}.{name}": module
+        for prefix, block in model.named_modules()
+        if any(block is one for one in model.blocks)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def apply(
+    model: nn.Module,
+    *,
+    r: Annotated[int, Field(ge=1)] = 16,
+    alpha: Annotated[float, Field(gt=0)] = 32.0,
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+    target_modules: list[str] | None = None,
+    rslora: bool = False,
+    seed: int = 0,
+) -> None:
+    """Freeze the model and give the chosen linears a trainable A (r, in), random, and B (out, r), zero.
+
+    alpha           the update is scaled by alpha / r; by alpha / sqrt(r) with rslora (Kalajdzievski 2023, 2312.03732)
+    target_modules  names or ends of names ("q_proj", "mlp.up_proj"); None: every linear of the blocks
+    A is uniform in +-1/sqrt(in), PEFT's initialisation; both stay in fp32.
+    """
+    linears = block_linears(model)
+    chosen = {
+        name: module
+        for name, module in linears.items()
+        if target_modules is None or any(f".{name}".endswith(f".{target}") for target in target_modules)
+    }
+    candidates = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    raise_all([
+        UserError("peft.target_modules matches no linear of the blocks", got=target, expected=", ".join(candidates))
+        for target in target_modules or []
+        if not any(f".{name}".endswith(f".{target}") for name in linears)
+    ])  # fmt: skip
+    model.requires_grad_(False)
+    for index, module in enumerate(chosen.values()):
+        device = module.weight.device
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + index)
+        bound = 1 / math.sqrt(module.in_features)
+        a = torch.empty(r, module.in_features, device=device).uniform_(-bound, bound, generator=generator)
+        module.lora_A = nn.Parameter(a)
+        module.lora_B = nn.Parameter(torch.zeros(module.out_features, r, device=device))
+        module.lora_scale = alpha / (math.sqrt(r) if rslora else r)
+        module.lora_dropout = dropout
+        module.__class__ = adapted(module.__class__)
+    model.lora = {"r": r, "alpha": alpha, "dropout": dropout, "rslora": rslora}
+    model.lora["target_modules"] = target_modules or candidates
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Fold every update into its weight, in fp32, and give the linears their class back."""
+    for module in list(model.modules()):
+        if isinstance(module, LoRA):
+            update = module.lora_B.float() @ module.lora_A.float() * module.lora_scale
+            module.weight.copy_(module.weight.float() + update)
+            del module.lora_A, module.lora_B, module.lora_scale, module.lora_dropout
+            module.__class__ = module.__class__.__mro__[2]
+    del model.lora
+    model.requires_grad_(True)
+
+
+# ---- PEFT's adapter folder ------------------------------------------------------------------------------------------
+
+PREFIX = "base_model.model."
+# Fields of an adapter_config.json that would change what the adapter does, and the only values that are built here.
+PLAIN = {
+    "bias": ("none",), "use_dora": (False,), "lora_bias": (False,), "modules_to_save": (None, []),
+    "layers_to_transform": (None, []), "layers_pattern": (None, []), "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None), "exclude_modules": (None, []), "target_parameters": (None, []),
+    "trainable_token_indices": (None,), "layer_replication": (None,), "alora_invocation_tokens": (None,),
+    "use_qalora": (False,), "use_bdlora": (None, False), "megatron_config": (None,), "arrow_config": (None,),
+}  # fmt: skip
+
+
+def save_adapter(model: nn.Module, folder: Path, *, base: str, base_sha256: str) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, for PEFT and for `load_adapter`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    options = model.lora
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": options["r"],
+        "lora_alpha": options["alpha"],
+        "lora_dropout": options["dropout"],
+        "use_rslora": options["rslora"],
+        "target_modules": options["target_modules"],
+        "fan_in_fan_out": isinstance(model, gpt2.Model),  # its linears are stored transposed
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tensors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRA):
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A.detach().cpu().contiguous()
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B.detach().cpu().contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", "base_sha256": base_sha256})
+
+
+def read_adapter_config(folder: Path) -> dict:
+    """An adapter_config.json; a kind of adapter that is not built here is refused, never half used."""
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"adapter_config.json can't be read: {error}", at=path, code=MODEL) from None
+    errors = [
+        UserError(f"the adapter's {key} is not supported", at=path, got=config[key], code=MODEL)
+        for key, plain in PLAIN.items()
+        if key in config and config[key] not in plain
+    ]
+    if kind != "LORA":
+        errors.insert(0, UserError("only LoRA adapters are supported", at=path, got=kind, code=MODEL))
+    if not isinstance(config.get("target_modules"), list | type(None)):
+        errors.append(UserError("target_modules must be a list", at=path, got=config["target_modules"], code=MODEL))
+    raise_all(errors)
+    return config
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """`apply` an adapter's configuration to its base model and fill in its weights."""
+    config = read_adapter_config(folder)
+    path = folder / "adapter_model.safetensors"
+    tensors: dict[str, Tensor] = {}
+    with model_folder.open_weights(path) as file:
+        for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
+            tensors[name] = file.get_tensor(name)
+    apply(
+        model, r=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0),
+        target_modules=config.get("target_modules"), rslora=config.get("use_rslora", False),
+    )  # fmt: skip
+    for name, module in model.named_modules():
+        if isinstance(module, LoRA):
+            for part in ("lora_A", "lora_B"):
+                key = f"{PREFIX}{name}.{part}.weight"
+                target = getattr(module, part)
+                if key not in tensors or tensors[key].shape != target.shape:
+                    got = tuple(tensors[key].shape) if key in tensors else "nothing"
+                    raise UserError(
+                        f"the adapter does not fit this model at {name}.{part}", at=path, got=got,
+                        expected=tuple(target.shape), fix="name the base it was trained on", code=MODEL,
+                    )  # fmt: skip
+                target.copy_(tensors.pop(key))
+    if tensors:
+        raise UserError(
+            "the adapter has tensors for which the model has no place", at=path, got=next(iter(tensors)), code=MODEL
+        )
