@@ -22,7 +22,7 @@ NEWTON_SCHULZ = (
     3.4445,
     -4.7750,
     2.0315,
-)  # quintic coefficients, Jordan et al. 2024 (kellerjordan.github.io/posts/muon)
+)  # quintic coefficients, from Jordan's post on Muon, 2024
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:

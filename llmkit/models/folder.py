@@ -50,7 +50,7 @@ def read_config(folder: Path):
     options = family.from_hf(hf)
     known = {field.name for field in fields(family.Config)}
     errors = [
-        UserError(f"config.json: {key} is not supported by {name} here", at=path, got=value, expected=expected, code=MODEL)
+        UserError(f"{name} with this {key} is not supported", at=path, got=value, expected=expected, code=MODEL)
         for key, value in options.items()
         if key not in known and not HARMLESS.fullmatch(key)
         and (expected := family.FIXED.get(key, "no such field")) != value

@@ -1,0 +1,190 @@
+"""Conversations to tokens: the record formats people have, chat templates, and which tokens are targets."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+from llmkit.data.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer
+from llmkit.errors import DATA, UserError, did_you_mean
+
+# ChatML, for tokenizers that bring no template of their own.
+CHATML = (
+    "{% for message in messages %}"
+    f"{CHAT_START}{{{{ message.role }}}}\n{{{{ message.content }}}}{CHAT_END}\n"
+    "{% endfor %}"
+    f"{{% if add_generation_prompt %}}{CHAT_START}assistant\n{{% endif %}}"
+)
+# For tokenizers that reserve no chat markers (GPT-2's): plain text, ended by the end token.
+PLAIN = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{{ message.content }}" + EOS + "{% else %}"
+    "{{ message.content }}\n{% endif %}{% endfor %}"
+)
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool"}
+KNOWN_ROLES = ("system", "user", "assistant", "tool")
+FORMATS = {  # format -> the fields that tell it
+    "prompt/completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "instruction": ("instruction", "output"),
+}
+MAX_LOOPS, MAX_RENDERED = 3, 10_000_000  # nested loops and characters that an honest template never reaches
+GUARD = "\ue000"  # a private-use letter that breaks up control tokens spelt out in somebody's message
+
+
+def detect_format(record: dict, at: str) -> str:
+    """Which of FORMATS a first record is."""
+    for name, fields in FORMATS.items():
+        if all(field in record for field in fields):
+            return name
+    known = [field for fields in FORMATS.values() for field in fields]
+    hints = [hint for key in record if (hint := did_you_mean(key, known))]
+    raise UserError(
+        "this is no fine-tuning record", at=at, got=f"the fields {', '.join(map(str, record))}",
+        expected=" or ".join("{" + ", ".join(fields) + "}" for fields in FORMATS.values()),
+        fix=hints[0] if hints else None, code=DATA,
+    )  # fmt: skip
+
+
+def to_turns(record: dict, form: str) -> tuple[str, str] | list[dict[str, str]]:
+    """A record as (prompt, completion), or as messages with roles. Raises ValueError with the reason it is bad."""
+    if form == "prompt/completion":
+        pair = record.get("prompt"), record.get("completion")
+        if not all(isinstance(text, str) and text for text in pair):
+            raise ValueError("prompt or completion is missing, empty or no text")
+        return pair
+    if form == "instruction":
+        parts = [record.get("instruction"), record.get("input") or None, record.get("output")]
+        if not (isinstance(parts[0], str) and isinstance(parts[2], str) and parts[2]):
+            raise ValueError("instruction or output is missing, empty or no text")
+        question = f"{parts[0]}\n\n{parts[1]}" if parts[1] else parts[0]
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": parts[2]}]
+    turns = record.get(form)
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"{form} is no list of turns")
+    messages = []
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise ValueError("a turn is no object")
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        role = ROLES.get(role, role)
+        if role not in KNOWN_ROLES:
+            raise ValueError(f"unknown role {role!r}")
+        if not isinstance(content, str):
+            raise ValueError("a turn's content is no text")
+        if messages and role == messages[-1]["role"] and role != "tool":
+            raise ValueError(f"two {role} turns in a row")
+        messages.append({"role": role, "content": content})
+    if all(message["role"] != "assistant" for message in messages):
+        raise ValueError("no assistant turn")
+    return messages
+
+
+# ---- templates ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def compile_template(source: str):
+    """A chat template in jinja2's immutable sandbox; what could run for hours or fill memory is refused.
+
+    The sandbox alone forbids attributes and mutation, not work: `**`, nested ranges and repeated strings.
+    """
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+
+    def raise_exception(message: str):
+        raise ValueError(message)  # templates call it for conversations they can't express
+
+    env.globals = {"raise_exception": raise_exception, "namespace": env.globals["namespace"]}
+    try:
+        tree = env.parse(source)
+        heavy = [node for kind in (nodes.Pow, nodes.Mul) for node in tree.find_all(kind)]
+        deep = max((depth(loop) for loop in tree.find_all(nodes.For)), default=0)
+        if heavy or deep > MAX_LOOPS:
+            what = f"{type(heavy[0]).__name__} at line {heavy[0].lineno}" if heavy else f"{deep} nested loops"
+            raise UserError("the chat template does more than a template needs", got=what, code=DATA)
+        return env.from_string(source)
+    except TemplateError as error:
+        raise UserError(f"the chat template can't be parsed: {error}", code=DATA) from None
+
+
+def depth(loop: nodes.Node) -> int:
+    """How deep loops lie inside a loop, itself counted."""
+    return 1 + max((depth(inner) for inner in loop.find_all(nodes.For)), default=0)
+
+
+def render(template: str, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
+    """Messages as text; `prompt` ends it where an answer begins. ValueError for conversations it can't express."""
+    try:
+        text = compile_template(template).render(
+            messages=messages, add_generation_prompt=prompt, bos_token="", eos_token=EOS, tools=None
+        )
+    except (TemplateError, SecurityError, TypeError, OverflowError) as error:
+        raise ValueError(f"the chat template fails: {error}") from None
+    if len(text) > MAX_RENDERED:
+        raise ValueError("the chat template wrote over 10 million characters")
+    return text
+
+
+def default_template(tokenizer: Tokenizer) -> str:
+    """The tokenizer's own template, else ChatML where its markers are reserved, else plain text."""
+    return tokenizer.chat_template or (CHATML if CHAT_START in tokenizer.specials else PLAIN)
+
+
+# ---- tokens and targets ---------------------------------------------------------------------------------------------
+
+
+def encode_marked(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a rendered template: its control tokens become ids, guarded ones inside messages stay text."""
+    if not tokenizer.specials:
+        return tokenizer.encode(text.replace(GUARD, ""))
+    ids: list[int] = []
+    for piece in re.split("(" + "|".join(map(re.escape, tokenizer.specials)) + ")", text):
+        if piece in tokenizer.specials:
+            ids.append(tokenizer.specials[piece])
+        elif piece:
+            ids += tokenizer.encode(piece.replace(GUARD, ""))
+    return ids
+
+
+def guard(tokenizer: Tokenizer, text: str) -> str:
+    """Break up control tokens that a message spells out, so that `encode_marked` sees none."""
+    text = text.replace(GUARD, "")
+    for special in tokenizer.specials:
+        text = text.replace(special, special[0] + GUARD + special[1:])
+    return text
+
+
+def encode_example(tokenizer: Tokenizer, template: str, turns: Any) -> tuple[list[int], list[bool]]:
+    """Ids of one example, and which of them are targets: what the assistant says, its end mark included.
+
+    turns  (prompt, completion), or messages; ValueError when the template can't express them
+    """
+    if isinstance(turns, tuple):
+        prompt, completion = (tokenizer.encode(text) for text in turns)
+        return [*prompt, *completion, tokenizer.eos_id], [False] * len(prompt) + [True] * (len(completion) + 1)
+    messages = [{**turn, "content": guard(tokenizer, turn["content"])} for turn in turns]
+    ids: list[int] = []
+    targets: list[bool] = []
+    done = ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant" and i + 1 < len(messages):
+            continue
+        answers = message["role"] == "assistant"
+        before = render(template, messages[:i], prompt=True) if answers and i else done
+        upto = render(template, messages[: i + 1])
+        if not (before.startswith(done) and upto.startswith(before)):
+            raise ValueError("the chat template rewrites earlier turns, so targets can't be told from prompts")
+        # What follows the answer's end mark (a line break in ChatML) belongs to the template, not to the answer.
+        said = upto[len(before) :]
+        tail = said[len(said.rstrip()) :] if said.rstrip().endswith(tuple(tokenizer.specials)) else ""
+        pieces = ((before[len(done) :], False), (said.removesuffix(tail) if tail else said, answers), (tail, False))
+        for piece, target in pieces:
+            new = encode_marked(tokenizer, piece)
+            ids += new
+            targets += [target] * len(new)
+        done = upto
+    return ids, targets

@@ -1,0 +1,140 @@
+"""Fine-tuning data: records encoded once into a folder, packed into rows of one length, read back by memory map."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmkit.config import SftData
+from llmkit.data.chat import default_template, detect_format, encode_example, to_turns
+from llmkit.data.documents import read_records
+from llmkit.data.tokenizer import Tokenizer
+from llmkit.errors import DATA, UserError
+
+
+def examples(
+    path: Path, tokenizer: Tokenizer, template: str, bad: Counter
+) -> Iterator[tuple[str, list[int], list[bool]]]:
+    """(id, ids, targets) of every good record of a JSON, JSONL (.gz, .zst), CSV or Parquet file; reasons go to `bad`."""
+    form = None
+    for line, record in read_records(path):
+        if not isinstance(record, dict):
+            bad[str(record)] += 1
+            continue
+        form = form or detect_format(record, f"{path}:{line}")
+        try:
+            ids, targets = encode_example(tokenizer, template, to_turns(record, form))
+        except ValueError as error:
+            bad[str(error)] += 1
+            continue
+        yield f"{path.name}:{line}", ids, targets
+
+
+def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
+    """Best-fit decreasing: which examples share a row of `size` tokens (Ding et al. 2024, arXiv:2404.10830).
+
+    >>> pack(np.array([3, 5, 2, 6]), 8)
+    [[3, 2], [1, 0]]
+    """
+    rows: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # free tokens -> rows with exactly that many
+    for i in np.argsort(-lengths, kind="stable"):
+        need = int(lengths[i])
+        room = next((r for r in range(need, size + 1) if by_room.get(r)), None)
+        if room is None:
+            rows.append([])
+            row, room = len(rows) - 1, size
+        else:
+            row = by_room[room].pop()
+        rows[row].append(int(i))
+        by_room.setdefault(room - need, []).append(row)
+    return rows
+
+
+def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int) -> dict[str, Any]:
+    """Encode `data` into OUT/{train,val}.npy files, unless the same was done before; returns the report.
+
+    A row holds seq_len + 1 tokens: whole examples side by side (packing), or one example and padding.
+    Files of a split: ids (rows, seq_len + 1) int32, targets bool, segments int32 (the example's number in its row,
+    -1 for padding), positions int32.
+    """
+    sources = [Path(data.path), *([Path(data.val_path)] if data.val_path else [])]
+    template = Path(data.chat_template).read_text() if data.chat_template else default_template(tokenizer)
+    made_of = json.dumps(
+        [data.model_dump(), seed, template, tokenizer.rust.to_str(), *(file_sha256(path) for path in sources)]
+    )
+    key = hashlib.sha256(made_of.encode()).hexdigest()
+    report_path = out / "report.json"
+    if report_path.exists():
+        report = json.loads(report_path.read_text())
+        if report["key"] == key:
+            return report
+    out.mkdir(parents=True, exist_ok=True)
+    bad: Counter[str] = Counter()
+    train = list(examples(sources[0], tokenizer, template, bad))
+    if data.val_path:
+        val = list(examples(sources[1], tokenizer, template, bad))
+    else:
+        order = np.random.default_rng(seed).permutation(len(train))
+        held = set(order[: max(1, round(len(train) * data.val_fraction))].tolist()) if len(train) > 1 else set()
+        val = [one for i, one in enumerate(train) if i in held]
+        train = [one for i, one in enumerate(train) if i not in held]
+    report = {"key": key, "files": [str(path) for path in sources], "bad": dict(bad), "splits": {}}
+    for split, encoded in (("train", train), ("val", val)):
+        report["splits"][split] = write_rows(out / split, encoded, data, tokenizer.eos_id)
+    if not report["splits"]["train"]["rows"]:
+        raise UserError(
+            "no example is left to train on",
+            at=data.path,
+            got=f"{sum(bad.values())} bad records: {dict(bad)}",
+            code=DATA,
+        )
+    report_path.write_text(json.dumps(report, indent=2))
+    return report
+
+
+def write_rows(out: Path, encoded: list, data: SftData, pad: int) -> dict[str, Any]:
+    """Pack one split and write its arrays; returns its counts."""
+    size = data.seq_len + 1
+    fitting, counts = [], Counter(examples=len(encoded))
+    for name, ids, targets in encoded:
+        if len(ids) > size:
+            counts["too long"] += 1
+            if data.too_long == "drop":
+                continue
+            ids, targets = ids[:size], targets[:size]
+        if not any(targets[1:]):  # its answer was cut away, or was empty
+            counts["without a target"] += 1
+            continue
+        fitting.append((name, ids, targets))
+    lengths = np.array([len(ids) for _, ids, _ in fitting], dtype=np.int64)
+    rows = pack(lengths, size) if data.packing else [[i] for i in range(len(fitting))]
+    ids, targets = np.full((len(rows), size), pad, np.int32), np.zeros((len(rows), size), bool)
+    segments, positions = np.full((len(rows), size), -1, np.int32), np.zeros((len(rows), size), np.int32)
+    for r, members in enumerate(rows):
+        start = 0
+        for number, i in enumerate(members):
+            _, example, example_targets = fitting[i]
+            cut = slice(start, start + len(example))
+            ids[r, cut], segments[r, cut], positions[r, cut] = example, number, np.arange(len(example))
+            targets[r, cut] = example_targets
+            targets[r, start] = False  # nothing precedes an example's first token
+            start += len(example)
+    for name, array in zip(ROW_ARRAYS, (ids, targets, segments, positions), strict=True):
+        np.save(out.with_name(f"{out.name}-{name}.npy"), array, allow_pickle=False)
+    counts |= {"rows": len(rows), "tokens": int(lengths.sum()), "targets": int(targets.sum())}
+    return dict(counts)
+
+
+def file_sha256(path: Path) -> str:
+    """The checksum of a file, or a UserError that it is not there."""
+    if not path.is_file():
+        raise UserError("there is no such data file", at=path, code=DATA)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
