@@ -17,11 +17,12 @@ from llmkit.data.documents import read_records
 from llmkit.data.tokenizer import Tokenizer
 from llmkit.errors import DATA, UserError
 
+ROW_ARRAYS = ("ids", "targets", "segments", "positions")  # the files of a split, in the order that batches reads them
+Example = tuple[str, list[int], list[bool]]  # id, token ids, which of them are targets
 
-def examples(
-    path: Path, tokenizer: Tokenizer, template: str, bad: Counter
-) -> Iterator[tuple[str, list[int], list[bool]]]:
-    """(id, ids, targets) of every good record of a JSON, JSONL (.gz, .zst), CSV or Parquet file; reasons go to `bad`."""
+
+def examples(path: Path, tokenizer: Tokenizer, template: str, bad: Counter) -> Iterator[Example]:
+    """Every good record of a JSON, JSONL (.gz, .zst), CSV or Parquet file, encoded; reasons of bad ones go to `bad`."""
     form = None
     for line, record in read_records(path):
         if not isinstance(record, dict):

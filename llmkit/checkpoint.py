@@ -1,0 +1,276 @@
+"""Checkpoints: written whole or not at all, verified before they are believed, read without a pickle.
+
+checkpoints/step-000500/
+    model/         a Hugging Face folder, or a PEFT adapter
+    trainer/       tensors.safetensors (optimizer state by parameter name, RNG) and state.json (counters)
+    MANIFEST.json  size and sha256 of every file, written last
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llmkit.data.tokenizer import Tokenizer, load_tokenizer
+from llmkit.errors import ENVIRONMENT, MODEL, UserError
+from llmkit.models.folder import load_model, read_config, weight_files
+from llmkit.peft import lora
+
+MANIFEST = "MANIFEST.json"
+
+
+def sync(path: Path) -> None:
+    """Make a file or a folder's entries survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    write_model: Callable[[Path], None],
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    *,
+    about: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write checkpoints/step-N; older ones go only once it is safely there.
+
+    write_model  fills the folder that it is given
+    about        goes into the manifest beside the files: val_loss (which makes the best one), hashes, world size
+    keep         how many of the newest stay; the best by val loss stays beside them
+    """
+    folder = run_dir / "checkpoints" / f"step-{step:06d}"
+    half = folder.with_name(folder.name + ".tmp")
+    try:
+        if half.exists():
+            shutil.rmtree(half)
+        (half / "trainer").mkdir(parents=True)
+        write_model(half / "model")
+        save_file(tensors, half / "trainer" / "tensors.safetensors")
+        (half / "trainer" / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        files = sorted(path for path in half.rglob("*") if path.is_file())
+        entries = []
+        for path in files:
+            sync(path)
+            entries.append({"file": str(path.relative_to(half)), "size": path.stat().st_size, "sha256": sha256(path)})
+        manifest = {"step": step, **about, "files": entries}
+        (half / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for path in (half / MANIFEST, half / "model", half / "trainer", half):
+            sync(path)
+        if folder.exists():  # an unreadable one that was passed over when the run resumed
+            shutil.rmtree(folder)
+        half.rename(folder)
+        sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(half, ignore_errors=True)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
+        free = shutil.disk_usage(run_dir).free
+        raise UserError(
+            f"the checkpoint can't be written: {error}", at=folder,
+            got=f"{free / 2**20:.0f} MiB free" if full else None,
+            fix="free some space and type the same command: older checkpoints are intact" if full else None,
+            code=ENVIRONMENT,
+        ) from None  # fmt: skip
+    best_one = best(run_dir)
+    for old in listed(run_dir)[:-keep]:
+        if old != best_one:
+            shutil.rmtree(old)
+    return folder
+
+
+def listed(run_dir: Path) -> list[Path]:
+    """Checkpoints that were completed, oldest first; whether they are still intact is `verify`'s question."""
+    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if path.suffix != ".tmp")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, or a UserError with what is wrong with it."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return manifest | {"files": list(manifest["files"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the checkpoint's manifest can't be read: {error}", at=folder / MANIFEST, code=MODEL) from None
+
+
+def verify(folder: Path) -> None:
+    """Raise a UserError that names the first file which is not what was written."""
+    for entry in read_manifest(folder)["files"]:
+        path = folder / entry["file"]
+        if not path.is_file():
+            raise UserError("a file of the checkpoint is missing", at=path, code=MODEL)
+        if path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
+            raise UserError("a file of the checkpoint has changed since it was written", at=path, code=MODEL)
+
+
+def newest_good(run_dir: Path) -> Path | None:
+    """The newest checkpoint that verifies; every newer one that does not is named in a warning."""
+    for folder in reversed(listed(run_dir)):
+        try:
+            verify(folder)
+            return folder
+        except UserError as error:
+            print(f"warning: {error.what}: {error.at}; going back to the checkpoint before it", file=sys.stderr)
+    return None
+
+
+def best(run_dir: Path) -> Path | None:
+    """The checkpoint with the lowest val loss, else the newest."""
+    scored = []
+    for folder in listed(run_dir):
+        with contextlib.suppress(UserError):
+            loss = read_manifest(folder).get("val_loss")
+            scored.append((float("inf") if loss is None else loss, -int(folder.name.removeprefix("step-")), folder))
+    return min(scored)[2] if scored else None
+
+
+def load_trainer(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save` was given, of a checkpoint that verifies."""
+    tensors = load_file(folder / "trainer" / "tensors.safetensors")
+    return tensors, json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
+
+
+# ---- optimizer and RNG state as named tensors -----------------------------------------------------------------------
+
+
+def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Every optimizer's state under optimizer/<parameter name>/<state name>."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"optimizer/{names[parameter]}/{key}": value.detach().cpu().contiguous()
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    """Give every parameter its state back. A parameter without one is an error: nothing is silently reset."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, name, part = key.split("/")
+            by_name.setdefault(name, {})[part] = value
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name = names[parameter]
+                if name not in by_name:
+                    raise UserError("the checkpoint has no optimizer state for a parameter", got=name, code=MODEL)
+                optimizer.state[parameter] = {part: value.to(parameter.device) for part, value in by_name[name].items()}
+
+
+def rng_tensors(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's global generators: what dropout draws from."""
+    states = {"rng/cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng/cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_rng(tensors: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(tensors["rng/cpu"])
+    if device.type == "cuda" and "rng/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng/cuda"], device)
+
+
+# ---- MODEL: what the commands take ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Located:
+    """What a MODEL argument turned out to be."""
+
+    folder: Path  # a Hugging Face folder, or an adapter
+    run_dir: Path | None = None  # the run it belongs to
+
+    @property
+    def is_adapter(self) -> bool:
+        return (self.folder / "adapter_config.json").is_file()
+
+    @property
+    def base(self) -> Path:
+        """The folder of the full model: of the adapter's base, or itself."""
+        if not self.is_adapter:
+            return self.folder
+        base = Path(lora.read_adapter_config(self.folder).get("base_model_name_or_path") or "")
+        if not (base / "config.json").is_file():
+            raise UserError(
+                "the adapter's base model is not there", at=self.folder / "adapter_config.json", got=base,
+                fix="put the base back, or correct base_model_name_or_path", code=MODEL,
+            )  # fmt: skip
+        return base
+
+
+def locate(model: str | Path) -> Located:
+    """A run (its best checkpoint), a checkpoint, an adapter or a Hugging Face folder."""
+    path = Path(model)
+    if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():
+        chosen = best(path)
+        if chosen is None:
+            raise UserError("this run has no checkpoint yet", at=path, code=MODEL)
+        verify(chosen)
+        return Located(chosen / "model", path)
+    if (path / MANIFEST).is_file():
+        verify(path)
+        return Located(path / "model", path.parent.parent)
+    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+        in_checkpoint = path.name == "model" and (path.parent / MANIFEST).is_file()
+        return Located(path.resolve(), path.resolve().parent.parent.parent if in_checkpoint else None)
+    raise UserError(
+        f"there is no model at {path}", expected="a run, a checkpoint, an adapter or a Hugging Face folder", code=MODEL
+    )
+
+
+def weights_sha256(folder: Path) -> str:
+    """One checksum over a folder's weight files: what an adapter remembers of its base."""
+    return hashlib.sha256("".join(sha256(path) for path in weight_files(folder)).encode()).hexdigest()
+
+
+def load(
+    located: Located, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, merge: bool = False
+) -> tuple[nn.Module, Tokenizer]:
+    """The model and its tokenizer, an adapter's base included; `merge` folds the adapter in, in fp32."""
+    tokenizer = load_tokenizer(located.folder)
+    if not located.is_adapter:
+        return load_model(located.folder, device=device, dtype=dtype), tokenizer
+    base = located.base
+    with lora.model_folder.open_weights(located.folder / "adapter_model.safetensors") as file:
+        expected = (file.metadata() or {}).get("base_sha256")
+    if expected and weights_sha256(base) != expected:
+        raise UserError("the adapter was trained on other weights than its base has now", at=base, code=MODEL)
+    model = load_model(base, device=device, dtype=torch.float32 if merge else dtype)
+    lora.load_adapter(model, located.folder)
+    if merge:
+        lora.merge(model)
+        model = model.to(dtype)
+    return model, tokenizer
+
+
+def model_config(located: Located):
+    """The architecture's Config, without reading weights."""
+    return read_config(located.base)

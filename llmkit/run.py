@@ -1,0 +1,269 @@
+"""The run directory: one writer at a time, metrics with each step exactly once, a plot, a report, and lists of runs."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from llmkit import __version__
+from llmkit.errors import ENVIRONMENT, LOCKED, UserError
+
+METRICS = "metrics.jsonl"
+FREE_TO_CHANGE = {  # keys that a run may take up again with another value
+    "run_dir", "train.max_steps", "train.max_tokens", "train.epochs", "train.early_stopping_patience",
+    "train.max_bad_steps", "eval", "checkpoint", "log",
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """An open run directory. Events of one step are gathered by `log` and written as one line by `flush`."""
+
+    folder: Path
+    lock: TextIO
+    pending: dict[str, Any] = field(default_factory=dict)
+
+    def log(self, **values: Any) -> None:
+        self.pending |= values
+
+    def flush(self) -> dict[str, Any]:
+        """Append what was logged since the last call as one JSON line, and return it."""
+        record, self.pending = self.pending, {}
+        if record:
+            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        return record
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_metrics(self.folder)
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics of steps that a resumed run takes again, and a line that was cut off."""
+        kept = [record for record in self.metrics() if record["step"] <= step]
+        write_atomically(self.folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def close(self) -> None:
+        self.lock.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All whole lines of a run's metrics; the last one may have been cut off by a kill."""
+    path = folder / METRICS
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+    return records
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file has its old or its new content at every moment."""
+    half = path.with_name(path.name + ".tmp")
+    with half.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    half.replace(path)
+
+
+def open_run(folder: Path, config: dict[str, Any], *, fresh: bool = False, info: dict[str, Any] | None = None) -> Run:
+    """Make or take up a run directory and lock it.
+
+    config  the resolved config; a run that was started with another one is refused, but for FREE_TO_CHANGE
+    fresh   delete what an earlier run left there
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the run directory can't be made: {error.strerror}", at=folder, code=ENVIRONMENT) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops a dead holder's lock
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise UserError(
+            "another process is training in this run directory", at=folder, got=holder,
+            fix="wait for it, or choose another run_dir", code=LOCKED,
+        ) from None  # fmt: skip
+    lock.truncate(0)
+    lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    saved = folder / "config.yaml"
+    if fresh:
+        for path in folder.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif saved.exists():
+        before = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
+        after = flatten(config)
+        changed = [
+            key for key in sorted(before.keys() | after.keys())
+            if before.get(key) != after.get(key) and not any(key == f or key.startswith(f + ".") for f in FREE_TO_CHANGE)
+        ]  # fmt: skip
+        if changed:
+            lock.close()
+            raise UserError(
+                "this run directory holds a run with another config", at=saved,
+                got="; ".join(f"{key}: {after.get(key)} (was {before.get(key)})" for key in changed[:5]),
+                fix="choose another run_dir, or delete the old run with --fresh",
+            )  # fmt: skip
+    write_atomically(saved, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    about = {
+        "command": " ".join(sys.argv), "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "llmkit": __version__, "python": platform.python_version(), "host": socket.gethostname(), "git": git_commit(),
+        **(info or {}),
+    }  # fmt: skip
+    write_atomically(folder / "run.json", json.dumps(about, indent=2) + "\n")
+    return Run(folder, lock)
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, name + ".") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def git_commit() -> str | None:
+    """The commit of the folder one stands in, with + when it has changes; None outside a checkout."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+# ---- on screen ------------------------------------------------------------------------------------------------------
+
+
+def progress_line(record: dict[str, Any], total: int, val: dict[str, Any] | None) -> str:
+    """One step as a line: step 1200/5000 | loss 2.913 | val 2.88 ppl 17.8 | lr 2.7e-4 | ..."""
+    parts = [f"step {record['step']}/{total}"]
+    if "loss" in record:
+        parts.append(f"loss {record['loss']:.3f}")
+    if val:
+        parts.append(f"val {val['val_loss']:.3f} ppl {val['val_perplexity']:.2f}")
+    if "lr" in record:
+        parts.append(f"lr {record['lr']:.1e}")
+        parts.append(f"gnorm {record['grad_norm']:.2f}")
+        parts.append(f"{count(record['tokens_per_second'])} tok/s")
+        parts.append(f"mfu {record['mfu']:.0%}")
+        parts.append(f"mem {record['memory_gb']:.1f}G")
+        parts.append(f"ETA {clock(record['eta_seconds'])}")
+    return " | ".join(parts)
+
+
+def count(number: float) -> str:
+    """A number as people say it.
+
+    >>> count(412_345), count(7.25e9), count(930)
+    ('412k', '7.25B', '930')
+    """
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            short = f"{number / size:.3g}"
+            return f"{float(short):g}{unit}"
+    return f"{number:.0f}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+# ---- lists, plots, reports ------------------------------------------------------------------------------------------
+
+
+def list_runs(root: Path) -> list[Path]:
+    """Run directories under `root`, oldest first: those with a config.yaml, by when they last wrote."""
+    found = [path.parent for path in root.glob("*/config.yaml")] if root.is_dir() else []
+
+    def written(folder: Path) -> float:
+        path = folder / METRICS
+        return (path if path.exists() else folder / "config.yaml").stat().st_mtime
+
+    return sorted(found, key=written)
+
+
+def summarize(folder: Path) -> dict[str, Any]:
+    """One run in a row: where it stands and its best val loss."""
+    records = read_metrics(folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    losses = [record for record in records if "loss" in record]
+    evaluated = [record for record in records if "val_loss" in record]
+    best = min(evaluated, key=lambda record: record["val_loss"], default={})
+    model = (config.get("model") or {}).get("name")
+    return {
+        "run": str(folder),
+        "model": f"{model} + {config['peft']['name']}" if config.get("peft") else model,
+        "step": records[-1]["step"] if records else 0,
+        "tokens": records[-1].get("tokens") if records else 0,
+        "loss": losses[-1]["loss"] if losses else None,
+        "val_loss": best.get("val_loss"),
+        "val_perplexity": best.get("val_perplexity"),
+        "bits_per_byte": best.get("bits_per_byte"),
+        "best_step": best.get("step"),
+    }
+
+
+def plot_runs(folders: list[Path], out: Path) -> None:
+    """Loss over tokens seen, train and val, of one run or several in one picture (PNG)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), dpi=130)
+    for i, folder in enumerate(folders):
+        records = read_metrics(folder)
+        name = f"{folder.name} " if len(folders) > 1 else ""
+        train = [(r["tokens"], r["loss"]) for r in records if r.get("loss") is not None]
+        val = [(r["tokens"], r["val_loss"]) for r in records if "val_loss" in r and "tokens" in r]
+        if train:
+            axes.plot(*zip(*train, strict=True), color=f"C{i}", alpha=0.45, linewidth=1.2, label=f"{name}train")
+        if val:
+            axes.plot(*zip(*val, strict=True), "o-", color=f"C{i}", markersize=4, linewidth=1.6, label=f"{name}val")
+            tokens, loss = val[-1]
+            axes.annotate(f"{loss:.3f}", (tokens, loss), textcoords="offset points", xytext=(4, 6), fontsize=9)
+    axes.set_xlabel("tokens seen")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(folders[0].name if len(folders) == 1 else "runs")
+    axes.xaxis.set_major_formatter(lambda value, _: count(value))
+    axes.grid(alpha=0.25)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    figure.tight_layout()
+    half = out.with_name(out.name + ".tmp")
+    figure.savefig(half, format="png")
+    pyplot.close(figure)
+    half.replace(out)
+
+
+def write_report(run: Run, header: dict[str, Any], summary: dict[str, Any]) -> None:
+    """report.md: what the header and the summary said, and the picture."""
+    lines = [f"# {run.folder.name}", "", f"Written {time.strftime('%Y-%m-%d %H:%M')}.", "", "![loss](loss.png)", ""]
+    for title, rows in (("Setup", header), ("Result", summary)):
+        lines += [f"## {title}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items()), ""]
+    write_atomically(run.folder / "report.md", "\n".join(lines))
