@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,22 +31,15 @@ FREE_TO_CHANGE = {  # keys that a run may take up again with another value
 
 @dataclass
 class Run:
-    """An open run directory. Events of one step are gathered by `log` and written as one line by `flush`."""
+    """An open run directory, locked for this process."""
 
     folder: Path
     lock: TextIO
-    pending: dict[str, Any] = field(default_factory=dict)
 
-    def log(self, **values: Any) -> None:
-        self.pending |= values
-
-    def flush(self) -> dict[str, Any]:
-        """Append what was logged since the last call as one JSON line, and return it."""
-        record, self.pending = self.pending, {}
-        if record:
-            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        return record
+    def append(self, record: dict[str, Any]) -> None:
+        """Add one step's events to the metrics."""
+        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         return read_metrics(self.folder)
@@ -113,10 +106,8 @@ def open_run(folder: Path, config: dict[str, Any], *, fresh: bool = False, info:
     elif saved.exists():
         before = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
         after = flatten(config)
-        changed = [
-            key for key in sorted(before.keys() | after.keys())
-            if before.get(key) != after.get(key) and not any(key == f or key.startswith(f + ".") for f in FREE_TO_CHANGE)
-        ]  # fmt: skip
+        differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+        changed = [key for key in differing if key not in FREE_TO_CHANGE and key.split(".")[0] not in FREE_TO_CHANGE]
         if changed:
             lock.close()
             raise UserError(

@@ -1,0 +1,285 @@
+"""A config made ready to train: every option checked, the data opened, and all that is derived settled, once."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmkit import checkpoint
+from llmkit.config import Choice, Config, CorpusData, check_options
+from llmkit.data import build
+from llmkit.data.batches import Batches, corpus_batches, packed_batches
+from llmkit.data.sft import encode_sft
+from llmkit.data.tokenizer import Tokenizer, load_tokenizer
+from llmkit.data.tokens import open_split
+from llmkit.errors import DATA, ENVIRONMENT, UserError, raise_all
+from llmkit.models import CONFIGS, shape_problems
+from llmkit.models.folder import read_config
+from llmkit.objectives import OBJECTIVES
+from llmkit.optim import OPTIMIZERS, SCHEDULES
+from llmkit.parallel import World, choose_precision, device_name, total_memory
+from llmkit.peft import METHODS
+from llmkit.plan import Plan, make_plan
+from llmkit.run import count
+
+CPU_MICRO_TOKENS, GPU_MICRO_TOKENS = 8192, 65_536  # more tokens in a forward bring no more speed
+MEMORY_SHARE = 0.85  # of the device that a derived micro-batch may plan to fill
+
+
+@dataclass
+class Data:
+    """The two splits, ready for batches, and what the header says of them."""
+
+    tokenizer: Tokenizer
+    open: Callable[..., Batches]  # (split, global_batch_size, **order) -> Batches
+    samples: dict[str, int]  # by split
+    fingerprint: str
+    about: str
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        return self.tokenizer.token_bytes
+
+
+@dataclass
+class Job:
+    """What `train` needs: nothing in it is still "auto"."""
+
+    config: Config  # resolved: training it again repeats the run
+    world: World
+    model_config: Any
+    base: Path | None  # folder of the weights to begin with
+    data: Data
+    options: dict[str, dict[str, Any]]  # of the "choose one" sections
+    plan: Plan
+    max_steps: int
+    precision: str
+    micro_batch_size: int
+
+    @property
+    def seq_len(self) -> int:
+        return self.config.data.seq_len
+
+    @cached_property
+    def base_sha256(self) -> str:
+        """What an adapter remembers of the weights that it was trained on."""
+        return checkpoint.weights_sha256(self.base)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.train.global_batch_size * self.seq_len
+
+    def batches(self, split: str, global_batch_size: int) -> Batches:
+        world = self.world
+        return self.data.open(split, global_batch_size, seed=self.config.seed, rank=world.rank, world=world.size)
+
+    def factor(self, step: int) -> float:
+        """The schedule: step -> share of the learning rate."""
+        return SCHEDULES[self.config.schedule.name](step, self.max_steps, **self.options["schedule"])
+
+    def header(self) -> dict[str, str]:
+        """What a run is, for the screen and the report."""
+        config, plan = self.config, self.plan
+        per_rank = config.train.global_batch_size // self.world.size
+        accumulation = math.ceil(per_rank / self.micro_batch_size)
+        trained = "" if plan.trainable == plan.total else f", {count(plan.trainable)} trained"
+        return {
+            "run": config.run_dir,
+            "model": f"{config.model.name if config.model else self.base}: {count(plan.total)} parameters{trained}",
+            "data": self.data.about,
+            "device": f"{device_name(self.world.device)}, {self.precision}, {self.world.size} rank(s)",
+            "batch": f"{config.train.global_batch_size} = {self.micro_batch_size} micro x {accumulation} accumulated "
+            f"x {self.world.size} rank(s), {self.seq_len} tokens each",
+            "length": f"{self.max_steps} steps, {count(self.max_steps * self.tokens_per_step)} tokens, "
+            f"{self.max_steps * config.train.global_batch_size / self.data.samples['train']:.2f} epochs",
+            "optimizer": f"{config.optimizer.name} {self.options['optimizer']}",
+            "schedule": f"{config.schedule.name} {self.options['schedule']}",
+            "compute": f"{count(plan.flops_per_token)} FLOPs a token, "
+            f"{plan.flops_per_token * self.max_steps * self.tokens_per_step:.1e} in all",
+            "memory": f"{plan.peak_memory / 2**30:.2f} GiB estimated at the peak",
+        }
+
+
+def check_choices(config: Config) -> dict[str, dict[str, Any]]:
+    """Every "choose one" section's options with defaults filled in; all errors at once."""
+    tables = {
+        "model": CONFIGS, "objective": OBJECTIVES, "peft": METHODS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES,
+    }  # fmt: skip
+    options, errors = {}, []
+    for section, table in tables.items():
+        choice = getattr(config, section)
+        if choice is not None:
+            options[section], wrong = check_options(table, section, choice, config)
+            errors += wrong
+    raise_all(errors)
+    return options
+
+
+def model_problems(config: Config, model_config: Any) -> list[UserError]:
+    """Shapes that do not fit each other or the data."""
+    section = "model" if config.model else "init_from"
+    errors = [
+        UserError(f"model.{key} {reason}", at=config.where(f"{section}.{key}"))
+        for key, reason in shape_problems(model_config)
+    ]
+    longest = model_config.max_position_embeddings
+    if config.data.seq_len > longest:
+        errors.append(
+            UserError("data.seq_len is over the model's longest position", at=config.where("data.seq_len"),
+                      got=config.data.seq_len, expected=f"at most {longest} (max_position_embeddings)")
+        )  # fmt: skip
+    return errors
+
+
+def prepare(config: Config, world: World, *, say: Callable[[str], None] = print) -> Job:
+    """Check and derive everything. The only thing it writes is data: a corpus that is not built yet, encoded examples.
+
+    Raises UserError with all that is wrong with the options and shapes, before anything is written.
+    """
+    options = check_choices(config)
+    base = None
+    if config.init_from is not None:
+        located = checkpoint.locate(config.init_from)
+        if located.is_adapter:
+            raise UserError(
+                "init_from is an adapter, but training starts from a whole model", at=config.where("init_from"),
+                got=config.init_from, fix=f"llmkit export {config.init_from} merged --format hf, then start from merged",
+            )  # fmt: skip
+        base = located.folder
+        model_config = read_config(base)
+    else:
+        model_config = CONFIGS[config.model.name](**options["model"])
+    errors = model_problems(config, model_config)
+    warmup, fixed = options["schedule"].get("warmup_steps", 0), config.train.max_steps
+    if fixed and warmup >= fixed:
+        errors.append(
+            UserError("schedule.warmup_steps is not shorter than the training", at=config.where("schedule.warmup_steps"),
+                      got=warmup, expected=f"less than {fixed} (train.max_steps)")
+        )  # fmt: skip
+    if config.train.global_batch_size % world.size:
+        errors.append(
+            UserError("train.global_batch_size is not a multiple of the number of ranks",
+                      at=config.where("train.global_batch_size"), got=f"{config.train.global_batch_size}, {world.size}")
+        )  # fmt: skip
+    if config.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        errors.append(
+            UserError("log.tensorboard needs the tensorboard package", at=config.where("log.tensorboard"),
+                      fix="pip install 'llmkit[tensorboard]'", code=ENVIRONMENT)
+        )  # fmt: skip
+    raise_all(errors)
+
+    data = open_corpus(config, world, say) if isinstance(config.data, CorpusData) else open_sft(config, world, base)
+    if model_config.vocab_size is None:
+        model_config.vocab_size = len(data.tokenizer)
+    if model_config.vocab_size < len(data.tokenizer):
+        raise UserError(
+            "the tokenizer has more tokens than the model", at=config.where("model.vocab_size"),
+            got=f"{len(data.tokenizer)} tokens, {model_config.vocab_size} embeddings",
+        )  # fmt: skip
+    for split, samples in data.samples.items():
+        if samples < 1:
+            raise UserError(
+                f"the {split} split is shorter than one sample", at=config.where("data"),
+                fix="lower data.seq_len, add text, or raise the val fraction", code=DATA,
+            )  # fmt: skip
+
+    train = config.train
+    if train.max_steps:
+        max_steps = train.max_steps
+    elif train.max_tokens:
+        max_steps = math.ceil(train.max_tokens / (train.global_batch_size * config.data.seq_len))
+    else:
+        max_steps = math.ceil(train.epochs * data.samples["train"] / train.global_batch_size)
+    precision = choose_precision(train.precision, world.device)
+    peft = {"name": config.peft.name, **options["peft"]} if config.peft else None
+    planned = {
+        "peft": peft, "seq_len": config.data.seq_len, "precision": precision, "optimizer": config.optimizer.name,
+        "checkpointed": checkpointed_blocks(train.gradient_checkpointing, model_config.num_hidden_layers),
+        "compiled": train.compile is not False,
+    }  # fmt: skip
+    micro = train.micro_batch_size
+    if micro == "auto":
+        micro = largest_micro_batch(model_config, train.global_batch_size // world.size, world, planned)
+    plan = make_plan(model_config, micro_batch_size=micro, **planned)
+    resolved = config.model_copy(
+        update={
+            name: Choice(name=getattr(config, name).name, **chosen)
+            for name, chosen in options.items()
+            if name != "model"
+        }
+        | {"train": train.model_copy(update={"precision": precision, "micro_batch_size": micro})}
+        | ({"model": Choice(name=config.model.name, **vars(model_config))} if config.model else {})
+    )
+    return Job(resolved, world, model_config, base, data, options, plan, max_steps, precision, micro)
+
+
+def checkpointed_blocks(mode: str | int, layers: int) -> int:
+    """How many blocks `gradient_checkpointing` recomputes."""
+    every = {"none": 0, "full": 1}.get(mode, mode)
+    return math.ceil(layers / every) if every else 0
+
+
+def largest_micro_batch(model_config: Any, rows: int, world: World, planned: dict[str, Any]) -> int:
+    """The largest divisor of a rank's rows whose planned peak fits the device and which still pays."""
+    most_tokens = GPU_MICRO_TOKENS if world.device.type == "cuda" else CPU_MICRO_TOKENS
+    room = MEMORY_SHARE * total_memory(world.device)
+    for micro in range(max(1, min(rows, most_tokens // planned["seq_len"])), 1, -1):
+        if rows % micro == 0 and make_plan(model_config, micro_batch_size=micro, **planned).peak_memory <= room:
+            return micro
+    return 1
+
+
+def open_corpus(config: Config, world: World, say: Callable[[str], None]) -> Data:
+    """The token shards of data.dir, built first when they are not there and the config names sources."""
+    folder = Path(config.data.dir)
+    if world.main and config.data.sources:
+        build.build_corpus(config.data, say=say)
+    world.barrier()
+    manifest = build.read_manifest(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    dtype = np.dtype(manifest["dtype"])
+    streams = {split: open_split(folder, part["files"], dtype) for split, part in manifest["splits"].items()}
+    seq_len = config.data.seq_len
+    splits = manifest["splits"]
+    return Data(
+        tokenizer,
+        lambda split, size, **order: corpus_batches(streams[split], seq_len, size, **order),
+        {split: max(0, (len(stream) - 1) // seq_len) for split, stream in streams.items()},
+        manifest["fingerprint"],
+        f"{folder}: {count(splits['train']['tokens'])} train and {count(splits['val']['tokens'])} val tokens, "
+        f"{manifest['counts']['kept']} of {manifest['counts']['read']} documents kept, vocabulary {len(tokenizer)}",
+    )
+
+
+def open_sft(config: Config, world: World, base: Path | None) -> Data:
+    """Prompts and answers, encoded once into the run directory with the base model's tokenizer."""
+    if base is None:
+        raise UserError(
+            "data.kind: sft needs a trained model to start from", at=config.where("data.kind"),
+            fix="name one as init_from",
+        )  # fmt: skip
+    tokenizer = load_tokenizer(base)
+    folder = Path(config.run_dir) / "data"
+    if world.main:
+        encode_sft(config.data, tokenizer, folder, seed=config.seed)
+    world.barrier()
+    report = encode_sft(config.data, tokenizer, folder, seed=config.seed)  # reads what is there
+    splits = report["splits"]
+    lost = [f"{splits['train'][why]} {why}" for why in ("too long", "without a target") if why in splits["train"]]
+    lost += [f"{number} bad: {reason}" for reason, number in report["bad"].items()]
+    return Data(
+        tokenizer,
+        lambda split, size, **order: packed_batches(folder, split, size, **order),
+        {split: part["rows"] for split, part in splits.items()},
+        report["key"],
+        f"{config.data.path}: {splits['train']['examples']} train and {splits['val']['examples']} val examples in "
+        f"{splits['train']['rows']} rows, {count(splits['train']['targets'])} targets"
+        + (f" ({'; '.join(lost)})" if lost else ""),
+    )

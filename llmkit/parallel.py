@@ -1,0 +1,223 @@
+"""Devices, precision, ranks, recomputation and compilation: the only room that touches them.
+
+What is done to a built model comes in this order: build, load, quantize, peft, checkpointing, compile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llmkit.errors import ENVIRONMENT, UserError
+from llmkit.types import Batch
+
+CPUINFO = Path("/proc/cpuinfo")
+# Dense bf16 peak of one GPU in FLOP/s, by a part of its name: the vendors' data sheets, without sparsity.
+PEAKS = {"H200": 989.4e12, "H100": 989.4e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12,
+         "RTX 4090": 165.2e12, "RTX 3090": 71e12, "T4": 65e12}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run, one a process, each with a device of its own."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: float) -> float:
+        """A number added up over all ranks; a plain number without any."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.item()
+
+    def sum_tensor(self, tensor: Tensor) -> Tensor:
+        """A tensor added up over all ranks, in place, without waiting for the device."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Add every gradient up over all ranks, in one message a dtype."""
+        if self.size == 1:
+            return
+        for dtype in {p.grad.dtype for p in parameters if p.grad is not None}:
+            grads = [p.grad for p in parameters if p.grad is not None and p.grad.dtype == dtype]
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat)
+            for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def start_world() -> World:
+    """This process's rank and device; ranks come from torchrun's environment, `--nproc` included."""
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(device, rank, size)
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """A batch as the keyword arguments of a model's forward; the copy to a GPU does not wait."""
+    tensors = {name: torch.from_numpy(array) for name, array in batch.arrays().items()}
+    if device.type == "cuda":
+        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return tensors
+
+
+# ---- precision ------------------------------------------------------------------------------------------------------
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = ""
+    with contextlib.suppress(OSError), CPUINFO.open(encoding="utf-8") as file:
+        flags = next((line for line in file if line.startswith("flags")), "")
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def choose_precision(asked: str, device: torch.device) -> str:
+    """bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU; what was asked for is never changed."""
+    if asked != "auto":
+        return asked
+    if has_fast_bf16(device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" else "fp32"
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def autocast(device: torch.device, precision: str):
+    """Matrix products in the precision's dtype; norms, softmax and losses stay in fp32."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Ask CUDA for the same sums in the same order; CPU runs are so already."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+# ---- what is done to a built model ----------------------------------------------------------------------------------
+
+
+def apply_checkpointing(model: nn.Module, mode: str | int) -> int:
+    """Recompute blocks in the backward instead of keeping their activations; returns how many.
+
+    mode  none, full (every block), or k (every k-th block)
+    """
+    every = {"none": 0, "full": 1}.get(mode, mode)
+    chosen = [block for i, block in enumerate(model.blocks) if every and i % every == 0]
+    for block in chosen:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    return len(chosen)
+
+
+def can_compile(device: torch.device) -> str | None:
+    """None, or the reason why torch.compile has nothing to work with here."""
+    if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        return "no C++ compiler"
+    return None
+
+
+def compile_blocks(model: nn.Module, asked: str | bool, device: torch.device) -> str:
+    """Compile every block on its own: they share one program. Returns what the header says."""
+    reason = can_compile(device)
+    if asked is False:
+        return "off"
+    if reason and asked is True:
+        raise UserError(
+            f"train.compile: true can't be done: {reason}", fix="install g++, or compile: auto", code=ENVIRONMENT
+        )
+    if reason:
+        return f"off ({reason})"
+    for block in model.blocks:
+        block.compile(fullgraph=True, dynamic=False)
+    return "every block"
+
+
+# ---- what the machine can do ----------------------------------------------------------------------------------------
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of one large matrix product, measured: the ceiling that a training step is compared with."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    best = 0.0
+    for _ in range(2):
+        a @ b
+    wait()
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        start = time.perf_counter()
+        for _ in range(4):
+            a @ b
+        wait()
+        best = max(best, 4 * 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """The FLOP/s that MFU is a share of, and where the figure comes from."""
+    if device.type == "cuda" and precision != "fp32":
+        name = torch.cuda.get_device_name(device)
+        known = next((peak for part, peak in PEAKS.items() if part in name), None)
+        if known:
+            return known, f"{name}'s data sheet"
+    return matmul_rate(device, DTYPES[precision]), "measured matrix product"
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError), CPUINFO.open(encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that the device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the highest point so far: allocated on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,441 @@
+"""THE loop. Pretraining, fine-tuning, with LoRA or without, differ in data, objective and peft: never in here."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from llmkit import checkpoint
+from llmkit.config import Config
+from llmkit.errors import DIVERGED, INTERRUPTED, MODEL, UserError
+from llmkit.evals.perplexity import perplexity
+from llmkit.generate import generate
+from llmkit.job import Job, prepare
+from llmkit.models import build_model
+from llmkit.models.folder import load_model, save_model
+from llmkit.objectives import OBJECTIVES
+from llmkit.optim import OPTIMIZERS, clip, set_lr
+from llmkit.parallel import (
+    DTYPES,
+    apply_checkpointing,
+    autocast,
+    compile_blocks,
+    make_deterministic,
+    matmul_rate,
+    peak_flops,
+    peak_memory,
+    start_world,
+    to_device,
+)
+from llmkit.peft import METHODS, lora
+from llmkit.run import Run, clock, open_run, plot_runs, progress_line, write_report
+
+FIRST_SCALE, SCALE_GROWTH = (
+    2.0**16,
+    2000,
+)  # fp16 loss scale: where it begins, good steps before it doubles (apex, torch)
+
+
+@dataclass
+class Progress:
+    """What a run has done so far: with weights, optimizer and RNG, all that a resumed one needs."""
+
+    step: int = 0
+    best_val: float = math.inf
+    evals_without_gain: int = 0
+    interval_targets: float = 0  # targets since the last log
+    # On the device, so that a step never waits for the host:
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def numbers(self) -> dict[str, float]:
+        return {key: value for key, value in vars(self).items() if key != "tensors"}
+
+
+def fresh_tensors(device: torch.device, precision: str) -> dict[str, Tensor]:
+    """Counters that live on the device."""
+    names = ("interval_loss", "skipped", "bad_in_a_row", "good_in_a_row")
+    tensors = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
+    return tensors | {"scale": torch.tensor(FIRST_SCALE if precision == "fp16" else 1.0, device=device)}
+
+
+def train(
+    config: Config, *, fresh: bool = False, dry_run: bool = False, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Train what the config says, from its newest good checkpoint if the run directory has one.
+
+    fresh    delete what an earlier run left in the run directory
+    dry_run  check everything, print the header, and stop
+    Returns the summary. Raises UserError for bad input, divergence, and for an interruption after a checkpoint.
+    """
+    world = start_world()
+    say = say if world.main else (lambda line: None)
+    if config.train.deterministic:
+        make_deterministic(world.device)
+    job = prepare(config, world, say=say)
+    config, device = job.config, world.device
+
+    header = job.header()
+    for key, value in header.items():
+        say(f"{key:>10}  {value}")
+    if dry_run:
+        return header
+
+    # The run directory and the model; the order of what is done to it matters.
+    info = {"device": header["device"], "torch": torch.__version__, "data_fingerprint": job.data.fingerprint}
+    run = open_run(Path(config.run_dir), config.model_dump(), fresh=fresh, info=info) if world.main else None
+    torch.manual_seed(config.seed + world.rank)
+    resumed = None if fresh else checkpoint.newest_good(Path(config.run_dir))
+    model = make_model(job, resumed)
+    recomputed = apply_checkpointing(model, config.train.gradient_checkpointing)
+    compiled = compile_blocks(model, config.train.compile, device)
+    say(f"{'blocks':>10}  {len(model.blocks)}, {recomputed} recomputed in the backward, compiled: {compiled}")
+
+    optimizers = OPTIMIZERS[config.optimizer.name](model, **job.options["optimizer"])
+    objective = OBJECTIVES[config.objective.name]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    progress = Progress(tensors=fresh_tensors(device, job.precision))
+    if resumed:
+        restore(resumed, job, model, optimizers, progress)
+        say(f"{'resumed':>10}  {resumed}")
+    if run:
+        run.forget_after(progress.step)
+    peak, source = peak_flops(device, job.precision)
+    rate = matmul_rate(device, DTYPES[job.precision])
+    say(f"{'peak':>10}  {peak / 1e12:.3g} TFLOP/s ({source}); matrix products reach {rate / 1e12:.3g}")
+    say("")
+
+    batches = job.batches("train", config.train.global_batch_size)
+    watch = Watch(job, run, peak, first_step=progress.step)
+    signals = Signals()
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # a collection in mid-step stalls every rank
+    try:
+        if progress.step == 0 and config.eval.every:
+            evaluate(job, model, progress, watch)
+            watch.flush()
+        stop = None
+        while progress.step < job.max_steps and not stop:
+            # One step: the gradient of (sum of losses / targets of the whole step), however it is cut up.
+            step = progress.step
+            lr = set_lr(optimizers, job.factor(step))
+            batch = batches.batch_at(step)
+            targets = world.sum(batch.count)
+            scale = progress.tensors["scale"]
+            for micro in batch.split(job.micro_batch_size):
+                with autocast(device, job.precision):
+                    loss, metrics = objective(model, to_device(micro, device))
+                (loss * (scale / targets)).backward()
+                progress.tensors["interval_loss"] += loss.detach()
+            world.sum_gradients(trained)
+            norm, found_inf = clip(trained, config.train.max_grad_norm, scale)
+            for optimizer in optimizers:
+                optimizer.found_inf = found_inf  # not finite: change nothing, decided on the device
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            note_finite(progress.tensors, found_inf, job.precision)
+            progress.step += 1
+            progress.interval_targets += targets
+
+            # What happens around steps.
+            done = progress.step
+            if world.sum(signals.signal or 0):
+                stop = "interrupted"
+            last = done == job.max_steps or stop is not None
+            if done % config.log.every == 0 or last:
+                log_step(job, progress, watch, lr, norm, metrics)
+            if config.eval.every and done % config.eval.every == 0:
+                stop = evaluate(job, model, progress, watch) or stop
+            if done % config.checkpoint.every == 0 or last or stop:
+                save(job, model, optimizers, progress, watch)
+            watch.flush()
+    finally:
+        gc.enable()
+        gc.unfreeze()
+        watch.close()
+        signals.release()
+    if stop == "interrupted" and progress.step < job.max_steps:
+        if run:
+            run.close()
+        raise UserError(
+            f"interrupted at step {progress.step}; a checkpoint is saved", fix="type the same command again to go on",
+            code=INTERRUPTED[signals.signal or signal.SIGTERM],
+        )  # fmt: skip
+    return finish(job, run, header, progress, watch, stop) if run else {}
+
+
+def make_model(job: Job, resumed: Path | None) -> nn.Module:
+    """The model as the last checkpoint left it, else as `init_from` gives it, else freshly initialised."""
+    config, device = job.config, job.world.device
+    if config.peft is None:
+        folder = resumed / "model" if resumed else job.base
+        if folder is None:
+            return build_model(job.model_config, device=device, seed=config.seed)
+        return load_model(folder, device=device)
+    frozen = DTYPES[job.precision]
+    model = load_model(job.base, device=device, dtype=frozen)
+    if resumed:
+        lora.load_adapter(model, resumed / "model")
+    else:
+        METHODS[config.peft.name](model, **job.options["peft"], seed=config.seed)
+    return model
+
+
+def restore(
+    folder: Path, job: Job, model: nn.Module, optimizers: list[torch.optim.Optimizer], progress: Progress
+) -> None:
+    """Take up counters, optimizer state and RNG from a checkpoint; the weights are in the model already."""
+    tensors, numbers = checkpoint.load_trainer(folder)
+    about = checkpoint.read_manifest(folder)
+    if about["data_fingerprint"] != job.data.fingerprint:
+        raise UserError(
+            "the data has changed since this run's checkpoint was written", at=folder,
+            fix="choose another run_dir, or start over with --fresh", code=MODEL,
+        )  # fmt: skip
+    if numbers["step"] > job.max_steps:
+        raise UserError(
+            "the run is past the length that is asked for", at=folder, got=f"step {numbers['step']}",
+            expected=f"at most {job.max_steps}", code=MODEL,
+        )  # fmt: skip
+    checkpoint.restore_optimizers(model, optimizers, tensors)
+    checkpoint.restore_rng(tensors, job.world.device)
+    for key, value in numbers.items():
+        setattr(progress, key, value)
+    for key in progress.tensors:
+        progress.tensors[key] = tensors[f"progress/{key}"].to(job.world.device)
+
+
+def note_finite(tensors: dict[str, Tensor], found_inf: Tensor, precision: str) -> None:
+    """Count skipped steps, and move fp16's loss scale: half after a bad step, double after enough good ones."""
+    tensors["skipped"] += found_inf
+    tensors["bad_in_a_row"] = (tensors["bad_in_a_row"] + found_inf) * found_inf
+    tensors["good_in_a_row"] = (tensors["good_in_a_row"] + 1) * (1 - found_inf)
+    if precision == "fp16":
+        grow = (tensors["good_in_a_row"] > 0) & (tensors["good_in_a_row"] % SCALE_GROWTH == 0)
+        factor = torch.where(found_inf > 0, 0.5, torch.where(grow, 2.0, 1.0))
+        tensors["scale"] = (tensors["scale"] * factor).float()
+
+
+def stop_if_diverged(job: Job, progress: Progress) -> None:
+    """End a run whose steps are not finite again and again; its weights are those of the last good step."""
+    bad = int(progress.tensors["bad_in_a_row"].item())
+    # fp16 may need 16 steps in which its scale is halved from 2^16 to 1: no sign of divergence.
+    allowed = job.config.train.max_bad_steps + (int(math.log2(FIRST_SCALE)) if job.precision == "fp16" else 0)
+    if bad >= allowed:
+        first = progress.step - bad
+        raise UserError(
+            f"the gradients were not finite in {bad} steps in a row", at=f"steps {first} to {progress.step - 1}",
+            got=f"lr {job.options['optimizer']['lr']}; the weights were left as before step {first}",
+            fix="lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data of "
+            f"batch_at({first}); checkpoints hold the last finite weights",
+            code=DIVERGED,
+        )  # fmt: skip
+
+
+# ---- around the steps -----------------------------------------------------------------------------------------------
+
+
+def log_step(job: Job, progress: Progress, watch: Watch, lr: float, norm: Tensor, metrics: dict[str, Tensor]) -> None:
+    """Read the interval's loss from the device, the only wait for it, and log it."""
+    tensors, world = progress.tensors, job.world
+    loss = world.sum(tensors["interval_loss"].item()) / progress.interval_targets
+    tensors["interval_loss"].zero_()
+    progress.interval_targets = 0
+    watch.log(
+        step=progress.step, tokens=progress.step * job.tokens_per_step, loss=loss, lr=lr, grad_norm=norm.item(),
+        skipped=int(tensors["skipped"].item()), **{key: value.item() for key, value in metrics.items()},
+        **watch.speed(progress.step),
+    )  # fmt: skip
+    stop_if_diverged(job, progress)
+
+
+def evaluate(job: Job, model: nn.Module, progress: Progress, watch: Watch) -> str | None:
+    """Measure the val split, write a sample, and say whether to stop early (the reason) or not (None)."""
+    config, device, world = job.config, job.world.device, job.world
+    with watch.pause():
+        size = job.micro_batch_size
+        batches = job.data.open("val", size, seed=config.seed).in_order(config.eval.max_batches)
+        mine = itertools.islice(batches, world.rank, None, world.size)
+        with autocast(device, job.precision):
+            result = perplexity(
+                model, mine, device=device, token_bytes=job.data.token_bytes, micro_batch_size=size, total=world.sum
+            )
+            if config.eval.sample_prompt is not None:
+                result["sample"] = sample(job, model)
+    watch.log(step=progress.step, tokens=progress.step * job.tokens_per_step, **result)
+    if result["val_loss"] < progress.best_val:
+        progress.best_val, progress.evals_without_gain = result["val_loss"], 0
+        return None
+    progress.evals_without_gain += 1
+    patience = config.train.early_stopping_patience
+    if patience and progress.evals_without_gain >= patience:
+        return f"stopped early: {patience} evaluations without a lower val loss"
+    return None
+
+
+def sample(job: Job, model: nn.Module) -> str:
+    """The continuation of eval.sample_prompt, with a generator of its own: the run's RNG does not move."""
+    tokenizer = job.data.tokenizer
+    prompt = tokenizer.encode(job.config.eval.sample_prompt) or [tokenizer.eos_id]
+    with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+        new = generate(
+            model, prompt, max_new_tokens=job.config.eval.sample_tokens, stop=frozenset([tokenizer.eos_id]),
+            seed=job.config.seed,
+        )  # fmt: skip
+        return tokenizer.decode([*prompt, *new])
+
+
+def save(job: Job, model: nn.Module, optimizers: list[torch.optim.Optimizer], progress: Progress, watch: Watch) -> None:
+    """Write a checkpoint. Each one has a val loss, so that the best is known; a diverged state is never written."""
+    stop_if_diverged(job, progress)
+    if job.config.eval.every and "val_loss" not in watch.pending:
+        evaluate(job, model, progress, watch)
+    if watch.run is None:
+        return
+    tokenizer, config = job.data.tokenizer, job.config
+
+    def write_model(folder: Path) -> None:
+        if config.peft:
+            lora.save_adapter(model, folder, base=str(job.base.resolve()), base_sha256=job.base_sha256)
+        else:
+            save_model(model, folder, eos_token_id=tokenizer.eos_id)
+        tokenizer.save(folder)
+
+    with watch.pause():
+        tensors = {f"progress/{key}": value.detach().cpu() for key, value in progress.tensors.items()}
+        tensors |= checkpoint.optimizer_tensors(model, optimizers) | checkpoint.rng_tensors(job.world.device)
+        about = {
+            "val_loss": watch.pending.get("val_loss"), "data_fingerprint": job.data.fingerprint,
+            "world_size": job.world.size,
+        }  # fmt: skip
+        checkpoint.save(
+            watch.run.folder, progress.step, write_model, tensors, progress.numbers(),
+            about=about, keep=config.checkpoint.keep,
+        )  # fmt: skip
+
+
+def finish(job: Job, run: Run, header: dict, progress: Progress, watch: Watch, stop: str | None) -> dict[str, Any]:
+    """The picture, the report and the summary of a run that is done."""
+    plot_runs([run.folder], run.folder / "loss.png")
+    records = run.metrics()
+    best = min((r for r in records if "val_loss" in r), key=lambda r: r["val_loss"], default={})
+    speeds = sorted(r["tokens_per_second"] for r in records if "tokens_per_second" in r)
+    summary = {"steps": progress.step, "tokens": progress.step * job.tokens_per_step}
+    if best:
+        summary |= {"best val loss": round(best["val_loss"], 4), "perplexity": round(best["val_perplexity"], 3)}
+        summary |= {"bits per byte": round(best["bits_per_byte"], 4)} if "bits_per_byte" in best else {}
+        summary |= {"at step": best["step"]}
+    if speeds:
+        summary["median tokens/s"] = round(speeds[len(speeds) // 2])
+    summary |= {
+        "time": clock(time.perf_counter() - watch.begin),
+        "peak memory": f"{peak_memory(job.world.device) / 2**30:.2f} GiB (estimated {job.plan.peak_memory / 2**30:.2f})",
+        "skipped steps": int(progress.tensors["skipped"].item()),
+        "ended": stop or "at its full length",
+        "files": f"{run.folder}/: checkpoints/, metrics.jsonl, loss.png, report.md",
+    }
+    write_report(run, header, summary)
+    run.close()
+    return summary
+
+
+@dataclass
+class Watch:
+    """The clock of the steps, without evaluations and checkpoints, and the way from events to file and screen."""
+
+    job: Job
+    run: Run | None
+    peak: float
+    first_step: int
+    bar: tqdm | None = None
+    writer: Any = None
+    pending: dict[str, Any] = field(default_factory=dict)
+    last_val: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.begin = self.mark = time.perf_counter()
+        self.marked_step = self.first_step
+        if self.run and sys.stderr.isatty():
+            self.bar = tqdm(total=self.job.max_steps, bar_format="{desc}")
+        if self.run and self.job.config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(self.run.folder / "tensorboard")
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Time that is not training's: it is taken out of tokens per second."""
+        start = time.perf_counter()
+        yield
+        self.mark += time.perf_counter() - start
+
+    def speed(self, step: int) -> dict[str, float]:
+        """Tokens a second, MFU and ETA since the last call."""
+        now = time.perf_counter()
+        seconds_a_step = (now - self.mark) / max(1, step - self.marked_step)
+        self.mark, self.marked_step = now, step
+        rate = self.job.tokens_per_step / seconds_a_step
+        return {
+            "tokens_per_second": rate,
+            "mfu": rate * self.job.plan.flops_per_token / self.peak / self.job.world.size,
+            "memory_gb": peak_memory(self.job.world.device) / 2**30,
+            "eta_seconds": (self.job.max_steps - step) * seconds_a_step,
+        }
+
+    def log(self, **values: Any) -> None:
+        self.pending |= values
+
+    def flush(self) -> None:
+        """Write the step's events as one line, and show them."""
+        record, self.pending = self.pending, {}
+        if self.run is None or not record:
+            return
+        self.run.append(record)
+        self.last_val = record if "val_loss" in record else self.last_val
+        line = progress_line(record, self.job.max_steps, self.last_val or None)
+        if self.bar is not None:
+            self.bar.set_description_str(line)
+        else:
+            print(line, flush=True)
+        if "sample" in record:
+            tqdm.write(f"--- sample\n{record['sample']}\n---")
+        if self.writer is not None:
+            for key, value in record.items():
+                if isinstance(value, int | float) and key not in ("step", "tokens"):
+                    self.writer.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        for thing in (self.bar, self.writer):
+            if thing is not None:
+                thing.close()
+
+
+class Signals:
+    """SIGINT and SIGTERM, noted for the next step boundary; a second one ends the process at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(self, number: int, frame: Any) -> None:
+        if self.signal is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal = number
+
+    def release(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
