@@ -107,6 +107,7 @@ class CorpusData(Section):
 
     kind: Literal["corpus"]
     dir: str
+    seed: Annotated[int, Field(ge=0)] = 1234  # of the split, and of the sample that the tokenizer sees
     sources: list[Source] = []  # empty: `dir` was built before
     workers: Count | Literal["auto"] = "auto"
     on_error: OnError = OnError()

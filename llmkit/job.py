@@ -150,7 +150,7 @@ def prepare(config: Config, world: World, *, say: Callable[[str], None] = print)
         if located.is_adapter:
             raise UserError(
                 "init_from is an adapter, but training starts from a whole model", at=config.where("init_from"),
-                got=config.init_from, fix=f"llmkit export {config.init_from} merged --format hf, then start from merged",
+                got=config.init_from, fix=f"llmkit export {config.init_from} merged --format hf, and start from that",
             )  # fmt: skip
         base = located.folder
         model_config = read_config(base)
@@ -160,7 +160,7 @@ def prepare(config: Config, world: World, *, say: Callable[[str], None] = print)
     warmup, fixed = options["schedule"].get("warmup_steps", 0), config.train.max_steps
     if fixed and warmup >= fixed:
         errors.append(
-            UserError("schedule.warmup_steps is not shorter than the training", at=config.where("schedule.warmup_steps"),
+            UserError("schedule.warmup_steps leaves no step to train", at=config.where("schedule.warmup_steps"),
                       got=warmup, expected=f"less than {fixed} (train.max_steps)")
         )  # fmt: skip
     if config.train.global_batch_size % world.size:

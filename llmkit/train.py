@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from llmkit import checkpoint
 from llmkit.config import Config
@@ -41,7 +38,7 @@ from llmkit.parallel import (
     to_device,
 )
 from llmkit.peft import METHODS, lora
-from llmkit.run import Run, clock, open_run, plot_runs, progress_line, write_report
+from llmkit.run import Run, clock, open_run, plot_runs, write_report
 
 FIRST_SCALE, SCALE_GROWTH = (
     2.0**16,
@@ -342,7 +339,7 @@ def finish(job: Job, run: Run, header: dict, progress: Progress, watch: Watch, s
         summary["median tokens/s"] = round(speeds[len(speeds) // 2])
     summary |= {
         "time": clock(time.perf_counter() - watch.begin),
-        "peak memory": f"{peak_memory(job.world.device) / 2**30:.2f} GiB (estimated {job.plan.peak_memory / 2**30:.2f})",
+        "peak memory": f"{gib(peak_memory(job.world.device))} (estimated {gib(job.plan.peak_memory)})",
         "skipped steps": int(progress.tensors["skipped"].item()),
         "ended": stop or "at its full length",
         "files": f"{run.folder}/: checkpoints/, metrics.jsonl, loss.png, report.md",
@@ -350,92 +347,3 @@ def finish(job: Job, run: Run, header: dict, progress: Progress, watch: Watch, s
     write_report(run, header, summary)
     run.close()
     return summary
-
-
-@dataclass
-class Watch:
-    """The clock of the steps, without evaluations and checkpoints, and the way from events to file and screen."""
-
-    job: Job
-    run: Run | None
-    peak: float
-    first_step: int
-    bar: tqdm | None = None
-    writer: Any = None
-    pending: dict[str, Any] = field(default_factory=dict)
-    last_val: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.begin = self.mark = time.perf_counter()
-        self.marked_step = self.first_step
-        if self.run and sys.stderr.isatty():
-            self.bar = tqdm(total=self.job.max_steps, bar_format="{desc}")
-        if self.run and self.job.config.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(self.run.folder / "tensorboard")
-
-    @contextlib.contextmanager
-    def pause(self):
-        """Time that is not training's: it is taken out of tokens per second."""
-        start = time.perf_counter()
-        yield
-        self.mark += time.perf_counter() - start
-
-    def speed(self, step: int) -> dict[str, float]:
-        """Tokens a second, MFU and ETA since the last call."""
-        now = time.perf_counter()
-        seconds_a_step = (now - self.mark) / max(1, step - self.marked_step)
-        self.mark, self.marked_step = now, step
-        rate = self.job.tokens_per_step / seconds_a_step
-        return {
-            "tokens_per_second": rate,
-            "mfu": rate * self.job.plan.flops_per_token / self.peak / self.job.world.size,
-            "memory_gb": peak_memory(self.job.world.device) / 2**30,
-            "eta_seconds": (self.job.max_steps - step) * seconds_a_step,
-        }
-
-    def log(self, **values: Any) -> None:
-        self.pending |= values
-
-    def flush(self) -> None:
-        """Write the step's events as one line, and show them."""
-        record, self.pending = self.pending, {}
-        if self.run is None or not record:
-            return
-        self.run.append(record)
-        self.last_val = record if "val_loss" in record else self.last_val
-        line = progress_line(record, self.job.max_steps, self.last_val or None)
-        if self.bar is not None:
-            self.bar.set_description_str(line)
-        else:
-            print(line, flush=True)
-        if "sample" in record:
-            tqdm.write(f"--- sample\n{record['sample']}\n---")
-        if self.writer is not None:
-            for key, value in record.items():
-                if isinstance(value, int | float) and key not in ("step", "tokens"):
-                    self.writer.add_scalar(key, value, record["step"])
-
-    def close(self) -> None:
-        for thing in (self.bar, self.writer):
-            if thing is not None:
-                thing.close()
-
-
-class Signals:
-    """SIGINT and SIGTERM, noted for the next step boundary; a second one ends the process at once."""
-
-    def __init__(self):
-        self.signal: int | None = None
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(self, number: int, frame: Any) -> None:
-        if self.signal is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.signal = number
-
-    def release(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

@@ -24,7 +24,10 @@ from llmkit.errors import DATA, UserError, did_you_mean
 from llmkit.types import Document
 
 MAX_DOCUMENT_BYTES = 50_000_000
-CODE_SUFFIXES = frozenset([".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".rs", ".go", ".java", ".js", ".jsx", ".ts", ".tsx", ".sh", ".bash", ".rb", ".php", ".sql", ".jl", ".scala", ".kt", ".swift", ".lua", ".r", ".m", ".cs", ".hs", ".ml", ".ex", ".erl", ".clj", ".pl", ".zig", ".dart", ".css", ".scss", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".rst", ".tex", ".org"])  # fmt: skip
+CODE_SUFFIXES = frozenset("""
+    .py .pyi .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .js .jsx .ts .tsx .sh .bash .rb .php .sql .jl .scala .kt .swift
+    .lua .r .m .cs .hs .ml .ex .erl .clj .pl .zig .dart .css .scss .yaml .yml .toml .ini .cfg .rst .tex .org
+""".split())  # fmt: skip
 TEXT_SUFFIXES = CODE_SUFFIXES | {".txt", ".text", ".md", ".markdown", ".html", ".htm", ".xhtml"}
 SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})  # and every hidden one
 
