@@ -39,6 +39,7 @@ from llmkit.parallel import (
 )
 from llmkit.peft import METHODS, lora
 from llmkit.run import Run, clock, open_run, plot_runs, write_report
+from llmkit.watch import Signals, Watch
 
 FIRST_SCALE, SCALE_GROWTH = (
     2.0**16,
@@ -337,9 +338,10 @@ def finish(job: Job, run: Run, header: dict, progress: Progress, watch: Watch, s
         summary |= {"at step": best["step"]}
     if speeds:
         summary["median tokens/s"] = round(speeds[len(speeds) // 2])
+    gib = 2**30
     summary |= {
         "time": clock(time.perf_counter() - watch.begin),
-        "peak memory": f"{gib(peak_memory(job.world.device))} (estimated {gib(job.plan.peak_memory)})",
+        "peak memory": f"{peak_memory(job.world.device) / gib:.2f} GiB (estimated {job.plan.peak_memory / gib:.2f})",
         "skipped steps": int(progress.tensors["skipped"].item()),
         "ended": stop or "at its full length",
         "files": f"{run.folder}/: checkpoints/, metrics.jsonl, loss.png, report.md",

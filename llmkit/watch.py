@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llmkit.job import Job
 from llmkit.parallel import peak_memory
 from llmkit.run import Run, progress_line
 

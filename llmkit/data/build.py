@@ -15,210 +15,35 @@ import hashlib
 import json
 import multiprocessing
 import os
-import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
-import zstandard
 from tqdm import tqdm
 
-from llmkit.config import CorpusData, Source
-from llmkit.data.batches import GOLDEN, MASK, mix
-from llmkit.data.clean import STEPS, clean
-from llmkit.data.dedup import exact_key, keep_longest, minhash_bands, near_clusters
-from llmkit.data.documents import BadRecord, list_files, read_dataset, read_file
-from llmkit.data.filters import RULES, first_reason
-from llmkit.data.tokenizer import CHECKED, Tokenizer, load_tokenizer, train_bpe
-from llmkit.data.tokens import token_dtype, write_shard
+from llmkit.config import CorpusData
+from llmkit.data.dedup import keep_longest, near_clusters
+from llmkit.data.filters import RULES
+from llmkit.data.report import make_funnel, report
+from llmkit.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from llmkit.data.tokens import token_dtype
+from llmkit.data.units import (
+    VERSION,
+    Unit,
+    encode_unit,
+    filter_unit,
+    hash_of,
+    make_units,
+    read_part,
+    seeded,
+    split_text,
+)
 from llmkit.errors import DATA, UserError, did_you_mean, raise_all
-from llmkit.run import count, write_atomically
-from llmkit.types import Document
-
-UNIT_BYTES = 32 * 2**20  # of source files in one work unit
-EXAMPLES = 3  # of every reason to drop, in the report
-WARN_DROP = 0.25  # a rule that drops more of a source than this is worth a look
-VERSION = 1  # of the pipeline: another one redoes everything
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A piece of one source that a worker takes through passes A and D by itself."""
-
-    name: str  # <source>-<number>
-    source: dict[str, Any]  # the Source section
-    files: tuple[str, ...]  # empty: the source is a Hugging Face dataset
-    key: str  # a hash of everything that pass A depends on
-
-    @property
-    def part(self) -> str:
-        return f"{self.name}-{self.key}"
-
-
-def hash_of(*values: Any) -> str:
-    """16 letters that change with any of the values."""
-    return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
-
-
-def seeded(text: str, seed: int) -> float:
-    """A number in [0, 1) that depends on text and seed alone."""
-    digest = int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little")
-    return mix((digest + seed * GOLDEN) & MASK) / 2**64
-
-
-def make_units(data: CorpusData) -> list[Unit]:
-    """Cut every source into units of about UNIT_BYTES."""
-    units = []
-    for source in data.sources:
-        made_of = (
-            VERSION,
-            source.model_dump(),
-            data.clean.model_dump(),
-            data.filter.model_dump(),
-            data.dedup.model_dump(),
-        )
-        if source.hf:
-            units.append(Unit(f"{source.name}-000", source.model_dump(), (), hash_of(*made_of)))
-            continue
-        batches, size = [[]], 0
-        for path in list_files(source.path, source.include, source.exclude):
-            if size > UNIT_BYTES and source.limit is None:  # a limit counts over the whole source
-                batches.append([])
-                size = 0
-            batches[-1].append(path)
-            size += path.stat().st_size
-        for number, files in enumerate(batches):
-            stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-            name = f"{source.name}-{number:03d}"
-            units.append(Unit(name, source.model_dump(), tuple(map(str, files)), hash_of(*made_of, stamps)))
-    return units
-
-
-def read_unit(unit: Unit) -> Iterator[Document | BadRecord]:
-    """A unit's documents, at most the source's limit."""
-    source = Source(**unit.source)
-    if source.hf:
-        found = read_dataset(
-            source.hf, source=source.name, config=source.config, split=source.split, streaming=source.streaming,
-            text_key=source.text_key,
-        )  # fmt: skip
-    else:
-        root = Path(source.path).expanduser()
-        root = root if root.is_dir() else Path(source.path.partition("*")[0]).parent
-        found = (
-            one
-            for path in unit.files
-            for one in read_file(Path(path), source=source.name, root=root, text_key=source.text_key)
-        )
-    for taken, one in enumerate(found):
-        if source.limit is not None and taken >= source.limit:
-            return
-        yield one
-
-
-# ---- pass A ---------------------------------------------------------------------------------------------------------
-
-
-def filter_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
-    """Read, clean, filter and sign one unit; returns its counts. What another run has done is only read."""
-    counts_path = parts / f"{unit.part}.json"
-    if counts_path.exists():
-        return json.loads(counts_path.read_text(encoding="utf-8"))
-    steps = [step for step in STEPS if step != "html" or data.clean.html is not False]
-    off = {"encoding": data.clean.fix_encoding, "unicode": data.clean.unicode, "control": data.clean.control,
-           "whitespace": data.clean.whitespace}  # fmt: skip
-    steps = [step for step in steps if off.get(step, True)]
-    read, kept, text_bytes = 0, 0, 0
-    reasons: Counter[str] = Counter()
-    warnings: Counter[str] = Counter()
-    examples: dict[str, list] = {}
-    bad: list[dict] = []
-    exact, bands, lengths = [], [], []
-    started = time.process_time()
-    with (
-        atomic_zst(parts / f"{unit.part}.jsonl.zst") as write,
-        atomic_zst(parts / f"{unit.part}.dropped.jsonl.zst") as write_dropped,
-    ):
-        for document in read_unit(unit):
-            read += 1
-            if isinstance(document, BadRecord):
-                bad.append(vars(document) | {"source": unit.source["name"]})
-                continue
-            if document.meta.get("encoding") == "cp1252":
-                warnings["decoded as cp1252"] += 1
-            if data.clean.html is True:
-                document.meta["format"] = "html"
-            document = clean(document, steps)
-            reason = "empty" if not document.text else first_reason(document, unit.source["profile"], data.filter.rules)
-            if reason:
-                rule = reason.split(" ", 1)[0]
-                reasons[rule] += 1
-                if len(examples.setdefault(rule, [])) < EXAMPLES:
-                    examples[rule].append({"id": document.id, "why": reason, "text": document.text[:200]})
-                write_dropped({"id": document.id, "why": reason, "text": document.text})
-                continue
-            write({"id": document.id, "text": document.text})
-            kept += 1
-            size = len(document.text.encode("utf-8", "replace"))
-            text_bytes += size
-            lengths.append(size)
-            exact.append(np.frombuffer(exact_key(document.text), dtype="<u8"))
-            if data.dedup.near:
-                near = data.dedup.near
-                bands.append(minhash_bands(document.text, ngram=near.ngram, bands=near.bands, rows=near.rows))
-    width = data.dedup.near.bands if data.dedup.near else 0
-    table = np.zeros((len(lengths), 3 + width), dtype="<u8")  # two words of the exact key, the size, the bands
-    if lengths:
-        table[:, :2], table[:, 2] = exact, lengths
-        if width:
-            table[:, 3:] = bands
-    half = parts / f"{unit.part}.npy.tmp"
-    with half.open("wb") as file:
-        np.save(file, table, allow_pickle=False)
-    half.replace(parts / f"{unit.part}.npy")
-    counts = {
-        "unit": unit.name, "source": unit.source["name"], "read": read, "passed": kept, "quarantined": len(bad),
-        "dropped": dict(reasons), "warnings": dict(warnings), "examples": examples, "bad": bad, "bytes": text_bytes,
-        "cpu_seconds": time.process_time() - started,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }  # fmt: skip
-    write_atomically(counts_path, json.dumps(counts))
-    return counts
-
-
-class atomic_zst:
-    """A writer of JSON lines into a .zst file that appears when the block ends well."""
-
-    def __init__(self, path: Path):
-        self.path, self.half = path, path.with_name(path.name + ".tmp")
-
-    def __enter__(self) -> Callable[[dict], None]:
-        self.raw = self.half.open("wb")
-        self.stream = zstandard.ZstdCompressor(level=3).stream_writer(self.raw, closefd=False)
-        return lambda record: self.stream.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
-
-    def __exit__(self, kind, *_) -> None:
-        self.stream.close()
-        os.fsync(self.raw.fileno())
-        self.raw.close()
-        if kind is None:
-            self.half.replace(self.path)
-
-
-def read_part(path: Path) -> Iterator[dict[str, Any]]:
-    """The records that `atomic_zst` wrote."""
-    with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-        rest = b""
-        while block := stream.read(2**20):
-            *lines, rest = (rest + block).split(b"\n")
-            yield from map(orjson.loads, lines)
-
+from llmkit.run import write_atomically
 
 # ---- pass B ---------------------------------------------------------------------------------------------------------
 
@@ -239,63 +64,10 @@ def find_duplicates(tables: list[np.ndarray], *, exact: bool, near: bool) -> tup
     return is_exact, is_near
 
 
-# ---- pass D ---------------------------------------------------------------------------------------------------------
-
-
-def split_text(id: str, text: str, val_fraction: float, seed: int, by_tail: bool) -> tuple[str, str]:
-    """(train, val) text of a document: whole on one side, or, where documents are too few, its tail to val."""
-    if not by_tail:
-        return ("", text) if seeded(id, seed) < val_fraction else (text, "")
-    cut = round(len(text) * (1 - val_fraction))
-    cut = text.rfind("\n", 0, cut) + 1 or cut
-    return text[:cut], text[cut:]
-
-
-def encode_unit(
-    unit: Unit, keep: np.ndarray, folder: Path, val_fraction: float, seed: int, by_tail: bool, key: str
-) -> dict[str, Any]:
-    """Encode one unit's kept documents into a shard of each split; returns files and counts."""
-    done = folder / "parts" / f"{unit.part}.tokens-{key}.json"
-    if done.exists():
-        return json.loads(done.read_text(encoding="utf-8"))
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    dtype = token_dtype(len(tokenizer))
-    texts: dict[str, list[str]] = {"train": [], "val": []}
-    for record, wanted in zip(read_part(folder / "parts" / f"{unit.part}.jsonl.zst"), keep, strict=True):
-        if wanted:
-            for split, text in zip(
-                texts, split_text(record["id"], record["text"], val_fraction, seed, by_tail), strict=True
-            ):
-                if text:
-                    texts[split].append(text)
-    tokenizer.agrees([text[:10_000] for text in texts["train"][:CHECKED]])
-    end = np.array([tokenizer.eos_id], dtype=np.uint32)
-    result: dict[str, Any] = {}
-    for split, chosen in texts.items():
-        path = folder / "tokens" / split / unit.source["name"] / unit.name
-        documents = (np.concatenate((ids, end)) for ids in encode_in_blocks(tokenizer, chosen))
-        documents_written, tokens = write_shard(path, documents, dtype)
-        files = []
-        if tokens:
-            binary = path.with_suffix(".bin")
-            with binary.open("rb") as file:
-                checksum = hashlib.file_digest(file, "sha256").hexdigest()
-            files = [{"path": str(binary.relative_to(folder)), "bytes": binary.stat().st_size, "sha256": checksum}]
-        size = sum(len(text.encode("utf-8", "replace")) for text in chosen)
-        result[split] = {"documents": documents_written, "tokens": tokens, "bytes": size, "files": files}
-    write_atomically(done, json.dumps(result))
-    return result
-
-
-def encode_in_blocks(tokenizer: Tokenizer, texts: list[str], size: int = 256) -> Iterator[np.ndarray]:
-    for start in range(0, len(texts), size):
-        yield from tokenizer.encode_batch(texts[start : start + size])
-
-
 # ---- the whole ------------------------------------------------------------------------------------------------------
 
 
-def over_units(function: Callable, jobs: list[tuple], workers: int, what: str, say: Callable[[str], None]) -> list[Any]:
+def over_units(function: Callable, jobs: list[tuple], workers: int, what: str) -> list[Any]:
     """function(*job) for every job, in spawned processes where there is more than one of each; results in order."""
     if workers == 1 or len(jobs) <= 1:
         return [function(*job) for job in tqdm(jobs, desc=what, disable=None, leave=False)]
@@ -324,9 +96,8 @@ def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dic
     check_filters(data)
     folder = Path(data.dir)
     units = make_units(data)
-    recipe = hash_of(
-        VERSION, [unit.part for unit in units], data.split.model_dump(), data.tokenizer.model_dump(), data.seed
-    )
+    later = (data.split.model_dump(), data.tokenizer.model_dump(), data.seed)
+    recipe = hash_of(VERSION, [unit.part for unit in units], later)
     manifest_path = folder / "manifest.json"
     if manifest_path.exists() and read_manifest(folder)["recipe"] == recipe:
         say(f"data is built: {folder}/manifest.json")
@@ -338,7 +109,7 @@ def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dic
     parts.mkdir(parents=True, exist_ok=True)
 
     # A: read, clean, filter, sign.
-    counts = over_units(filter_unit, [(unit, data, parts) for unit in units], workers, "clean and filter", say)
+    counts = over_units(filter_unit, [(unit, data, parts) for unit in units], workers, "clean and filter")
     stop_on_bad_records(data, counts, folder)
     # B: duplicates.
     tables = [np.load(parts / f"{unit.part}.npy", allow_pickle=False) for unit in units]
@@ -361,7 +132,7 @@ def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dic
     # D: token shards.
     key = hash_of(recipe, hashlib.sha256(tokenizer.rust.to_str().encode()).hexdigest(), is_exact.tobytes().hex()[:64])
     jobs = [(unit, flags, folder, *splitting, key) for unit, flags in zip(units, keep, strict=True)]
-    shards = over_units(encode_unit, jobs, workers, "encode", say)
+    shards = over_units(encode_unit, jobs, workers, "encode")
 
     splits: dict[str, Any] = {}
     for split in ("train", "val"):
@@ -379,9 +150,8 @@ def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dic
     }  # fmt: skip
     write_atomically(folder / "report.md", report(manifest, counts))
     write_atomically(folder / "report.json", json.dumps({"funnel": funnel, "units": counts}, indent=1))
-    write_atomically(
-        folder / "quarantine.jsonl", "".join(json.dumps(bad) + "\n" for one in counts for bad in one["bad"])
-    )
+    bad = [record for one in counts for record in one["bad"]]
+    write_atomically(folder / "quarantine.jsonl", "".join(json.dumps(record) + "\n" for record in bad))
     write_atomically(manifest_path, json.dumps(manifest, indent=2) + "\n")
     return manifest
 
@@ -399,22 +169,6 @@ def stop_on_bad_records(data: CorpusData, counts: list[dict], folder: Path) -> N
             got=", ".join(f"{number} {reason}" for reason, number in reasons.most_common()),
             fix="mend the files, or raise data.on_error.max_bad_fraction", code=DATA,
         )  # fmt: skip
-
-
-def make_funnel(counts: list[dict], exact: list, near: list, keep: list) -> dict[str, dict[str, Any]]:
-    """By source: read = quarantined + dropped by every rule + kept, which is asserted."""
-    funnel: dict[str, dict[str, Any]] = {}
-    for one, e, n, k in zip(counts, exact, near, keep, strict=True):
-        row = funnel.setdefault(one["source"], {"read": 0, "quarantined": 0, "dropped": {}, "kept": 0, "warnings": {}})
-        row["read"] += one["read"]
-        row["quarantined"] += one["quarantined"]
-        row["kept"] += int(k.sum())
-        dropped = one["dropped"] | {"exact duplicate": int(e.sum()), "near duplicate": int(n.sum())}
-        row["dropped"] = dict(Counter(row["dropped"]) + Counter(dropped))
-        row["warnings"] = dict(Counter(row["warnings"]) + Counter(one["warnings"]))
-    for source, row in funnel.items():
-        assert row["read"] == row["quarantined"] + sum(row["dropped"].values()) + row["kept"], source
-    return funnel
 
 
 def make_tokenizer(data: CorpusData, folder: Path, units: list[Unit], keep: list, splitting: tuple) -> Tokenizer:
@@ -453,34 +207,3 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise UserError(f"the manifest can't be read: {error}", at=path, code=DATA) from None
-
-
-def report(manifest: dict[str, Any], counts: list[dict]) -> str:
-    """What went in, what was dropped and why, what came out: Markdown."""
-    lines = ["# Data report", "", "| source | read | quarantined | dropped | kept |", "|---|---|---|---|---|"]
-    for source, row in manifest["funnel"].items():
-        dropped = sum(row["dropped"].values())
-        lines.append(f"| {source} | {row['read']} | {row['quarantined']} | {dropped} | {row['kept']} |")
-    lines += ["", "| split | documents | tokens | MB | characters a token |", "|---|---|---|---|---|"]
-    for split, part in manifest["splits"].items():
-        per_token = part["bytes"] / max(1, part["tokens"])
-        lines.append(
-            f"| {split} | {part['documents']} | {count(part['tokens'])} | {part['bytes'] / 1e6:.2f} | {per_token:.2f} bytes |"
-        )
-    seconds = sum(one["cpu_seconds"] for one in counts)
-    size = sum(one["bytes"] for one in counts) / 1e6
-    lines += ["", f"Split by {manifest['split_by']}; vocabulary {manifest['vocab_size']}; {manifest['seconds']} s with "
-              f"{manifest['workers']} workers, cleaning and signing {size / max(seconds, 1e-9):.1f} MB per CPU-second, "
-              f"{manifest['peak_mb']:.0f} MB peak memory a worker."]  # fmt: skip
-    for source, row in manifest["funnel"].items():
-        lines += ["", f"## {source}", ""]
-        lines += [f"- warning: {number} documents {what}" for what, number in row["warnings"].items()]
-        for rule, number in sorted(row["dropped"].items(), key=lambda item: -item[1]):
-            share = number / row["read"]
-            lines.append(
-                f"- dropped {number} ({share:.1%}) by `{rule}`" + (" - **look at these**" if share > WARN_DROP else "")
-            )
-            shown = [e for one in counts if one["source"] == source for e in one["examples"].get(rule, [])][:EXAMPLES]
-            lines += [f"  - `{e['id']}`: {e['why']}: {e['text'][:100]!r}" for e in shown]
-    lines += ["", "Names and addresses of people are not looked for."]
-    return "\n".join(lines) + "\n"

@@ -39,7 +39,7 @@ class Text:
 
     @property
     def spaced(self) -> bool:
-        """Whether white space parts words; where it does not (Chinese, Japanese, Thai), rules over words mean nothing."""
+        """Whether white space parts words; in Chinese, Japanese or Thai it does not, and rules over words mean nothing."""
         return len(self.text) < 12 * max(1, len(self.words))
 
 
