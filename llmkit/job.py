@@ -24,7 +24,7 @@ from llmkit.models import CONFIGS, shape_problems
 from llmkit.models.folder import read_config
 from llmkit.objectives import OBJECTIVES
 from llmkit.optim import OPTIMIZERS, SCHEDULES
-from llmkit.parallel import World, choose_precision, device_name, total_memory
+from llmkit.parallel import World, choose_precision, device_name, start_world, total_memory
 from llmkit.peft import METHODS
 from llmkit.plan import Plan, make_plan
 from llmkit.run import count
@@ -153,9 +153,7 @@ def prepare(config: Config, world: World, *, say: Callable[[str], None] = print)
                 got=config.init_from, fix=f"llmkit export {config.init_from} merged --format hf, and start from that",
             )  # fmt: skip
         base = located.folder
-        model_config = read_config(base)
-    else:
-        model_config = CONFIGS[config.model.name](**options["model"])
+    model_config = read_model_config(config, options)
     errors = model_problems(config, model_config)
     warmup, fixed = options["schedule"].get("warmup_steps", 0), config.train.max_steps
     if fixed and warmup >= fixed:
@@ -198,12 +196,7 @@ def prepare(config: Config, world: World, *, say: Callable[[str], None] = print)
     else:
         max_steps = math.ceil(train.epochs * data.samples["train"] / train.global_batch_size)
     precision = choose_precision(train.precision, world.device)
-    peft = {"name": config.peft.name, **options["peft"]} if config.peft else None
-    planned = {
-        "peft": peft, "seq_len": config.data.seq_len, "precision": precision, "optimizer": config.optimizer.name,
-        "checkpointed": checkpointed_blocks(train.gradient_checkpointing, model_config.num_hidden_layers),
-        "compiled": train.compile is not False,
-    }  # fmt: skip
+    planned = plan_options(config, options, model_config, precision)
     micro = train.micro_batch_size
     if micro == "auto":
         micro = largest_micro_batch(model_config, train.global_batch_size // world.size, world, planned)
@@ -218,6 +211,56 @@ def prepare(config: Config, world: World, *, say: Callable[[str], None] = print)
         | ({"model": Choice(name=config.model.name, **vars(model_config))} if config.model else {})
     )
     return Job(resolved, world, model_config, base, data, options, plan, max_steps, precision, micro)
+
+
+def plan_config(config: Config) -> tuple[dict[str, Any], bool]:
+    """The figures of `llmkit plan`, and whether the peak fits this machine. Nothing is read but configs."""
+    world = World(start_world().device)
+    options = check_choices(config)
+    model_config = read_model_config(config, options)
+    if model_config.vocab_size is None:
+        section = config.data.tokenizer
+        built = Path(config.data.dir) / "tokenizer"
+        named = Path(section.path) if section.path else built if built.is_dir() else None
+        model_config.vocab_size = len(load_tokenizer(named)) if named else section.vocab_size
+    raise_all(model_problems(config, model_config))
+    precision = choose_precision(config.train.precision, world.device)
+    planned = plan_options(config, options, model_config, precision)
+    rows, micro = config.train.global_batch_size, config.train.micro_batch_size
+    if micro == "auto":
+        micro = largest_micro_batch(model_config, rows, world, planned)
+    plan = make_plan(model_config, micro_batch_size=micro, **planned)
+    total = total_memory(world.device)
+    figures = {
+        "parameters": plan.total, "trained": plan.trainable,
+        **{f"  {part}": number for part, number in plan.parameters.items()},
+        "FLOPs per token": f"{plan.flops_per_token:.4g}",
+        "micro-batch": f"{micro} x {config.data.seq_len} tokens, {precision}",
+        "peak memory": f"{plan.peak_memory / 2**30:.2f} GiB of {total / 2**30:.1f}",
+        **{f"  {part}": f"{size / 2**30:.3f} GiB" for part, size in plan.memory.items()},
+        "device": device_name(world.device),
+    }  # fmt: skip
+    if config.train.max_tokens or config.train.max_steps:
+        tokens = config.train.max_tokens or config.train.max_steps * rows * config.data.seq_len
+        figures["FLOPs in all"] = f"{tokens * plan.flops_per_token:.3g} for {count(tokens)} tokens"
+    return figures, plan.peak_memory <= total
+
+
+def read_model_config(config: Config, options: dict[str, dict[str, Any]]) -> Any:
+    """The architecture: from the model section, or from the folder that init_from names."""
+    if config.init_from is None:
+        return CONFIGS[config.model.name](**options["model"])
+    return read_config(checkpoint.locate(config.init_from).base)
+
+
+def plan_options(config: Config, options: dict, model_config: Any, precision: str) -> dict[str, Any]:
+    """What `plan.make_plan` needs besides the micro-batch."""
+    return {
+        "peft": {"name": config.peft.name, **options["peft"]} if config.peft else None,
+        "seq_len": config.data.seq_len, "precision": precision, "optimizer": config.optimizer.name,
+        "checkpointed": checkpointed_blocks(config.train.gradient_checkpointing, model_config.num_hidden_layers),
+        "compiled": config.train.compile is not False,
+    }  # fmt: skip
 
 
 def checkpointed_blocks(mode: str | int, layers: int) -> int:

@@ -219,6 +219,19 @@ def summarize(folder: Path) -> dict[str, Any]:
     }
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows with the same keys as aligned columns."""
+    cells = [list(rows[0]), *[[cell(value) for value in row.values()] for row in rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
 def plot_runs(folders: list[Path], out: Path) -> None:
     """Loss over tokens seen, train and val, of one run or several in one picture (PNG)."""
     import matplotlib

@@ -91,6 +91,11 @@ def check_filters(data: CorpusData) -> None:
 
 def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Build data.dir from data.sources, or return the manifest of the same build that is already there."""
+    if not isinstance(data, CorpusData):
+        raise UserError(
+            "only a corpus is built beforehand", got=f"data.kind: {data.kind}",
+            fix="`llmkit finetune` encodes fine-tuning data by itself",
+        )  # fmt: skip
     if not data.sources:
         raise UserError("there is nothing to build", expected="data.sources", fix="name at least one source")
     check_filters(data)

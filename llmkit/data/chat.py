@@ -134,6 +134,12 @@ def default_template(tokenizer: Tokenizer) -> str:
     return tokenizer.chat_template or (CHATML if CHAT_START in tokenizer.specials else PLAIN)
 
 
+def chat_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a user's message through the chat template, ready for the assistant's answer."""
+    message = {"role": "user", "content": guard(tokenizer, text)}
+    return encode_marked(tokenizer, render(default_template(tokenizer), [message], prompt=True))
+
+
 # ---- tokens and targets ---------------------------------------------------------------------------------------------
 
 

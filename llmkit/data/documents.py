@@ -273,6 +273,15 @@ def read_file(path: Path, *, source: str, root: Path, text_key: str = "text") ->
         yield document if isinstance(document, Document) else BadRecord(str(path), line, 0, document)
 
 
+def read_texts(sources: list[str], text_key: str = "text") -> Iterator[str]:
+    """All texts of files, folders and globs; bad records are passed over."""
+    for source in sources:
+        for path in list_files(source):
+            for one in read_file(path, source="text", root=path.parent, text_key=text_key):
+                if isinstance(one, Document):
+                    yield one.text
+
+
 def read_dataset(
     name: str, *, source: str, config: str | None = None, split: str = "train", streaming: bool = False,
     text_key: str = "text",

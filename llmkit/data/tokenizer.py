@@ -39,6 +39,11 @@ class Tokenizer:
         """Control tokens and their ids."""
         return {token.content: i for i, token in self.rust.get_added_tokens_decoder().items() if token.special}
 
+    @property
+    def chat_end(self) -> int:
+        """The token that ends a turn in ChatML, else the end of text."""
+        return self.specials.get(CHAT_END, self.eos_id)
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: a control token spelt out in it stays text."""
         self.rust.encode_special_tokens = True

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 
-from llmkit.parallel import to_device
-from llmkit.types import IGNORE_INDEX, Batch
+from llmkit import checkpoint
+from llmkit.checkpoint import Located
+from llmkit.data.batches import packed_batches
+from llmkit.data.build import read_manifest
+from llmkit.data.chat import FORMATS, default_template
+from llmkit.data.documents import read_file, read_records
+from llmkit.data.sft import examples
+from llmkit.data.tokenizer import Tokenizer
+from llmkit.data.tokens import open_split
+from llmkit.errors import DATA, UserError
+from llmkit.parallel import autocast, choose_precision, start_world, to_device
+from llmkit.types import IGNORE_INDEX, Batch, Document
 
 
 @torch.no_grad()
@@ -90,3 +103,98 @@ def windows(tokens: np.ndarray, window: int, stride: int, batch_size: int) -> It
 
 def stack(rows: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
     return Batch(np.stack([inputs for inputs, _ in rows]), np.stack([labels for _, labels in rows]))
+
+
+# ---- a model on a file, or on its run's val split -------------------------------------------------------------------
+
+
+def measure(
+    located: Located,
+    *,
+    data: Path | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    precision: str = "auto",
+) -> dict[str, Any]:
+    """Loss, perplexity and bits per byte of a MODEL.
+
+    data    a file of texts, read as one stream of documents and end tokens; or of fine-tuning records, of which only
+            the answers count, each record in a row of its own. None: the val split that its run trained with
+    window  tokens of context at the most, default the length that the run trained with, else the model's longest
+    stride  see `windows`; default: the window
+    """
+    device = start_world().device
+    precision = choose_precision(precision, device)
+    model, tokenizer = checkpoint.load(located, device=device)
+    longest = model.config.max_position_embeddings
+    config = yaml.safe_load((located.run_dir / "config.yaml").read_text()) if located.run_dir else None
+    window = window or min(longest, config["data"]["seq_len"] if config else longest)
+    stride = stride or window
+    if not 0 < stride <= window <= longest:
+        raise UserError(
+            "stride and window do not fit the model", got=f"stride {stride}, window {window}",
+            expected=f"0 < stride <= window <= {longest}",
+        )  # fmt: skip
+    if data is None:
+        if config is None:
+            raise UserError("there is no text to measure on", fix="name a file with --data", code=DATA)
+        batches, what = run_val_split(located.run_dir, config["data"], window, stride, batch_size)
+    else:
+        batches, what = file_batches(data, tokenizer, window, stride, batch_size)
+    with autocast(device, precision):
+        result = perplexity(
+            model, batches, device=device, token_bytes=tokenizer.token_bytes, micro_batch_size=batch_size
+        )
+    names = {"val_loss": "loss", "val_perplexity": "perplexity", "val_tokens": "tokens"}
+    figures = {names.get(key, key): value for key, value in result.items()}
+    return {"model": str(located.folder), "data": what, **figures, "window": window, "stride": stride,
+            "precision": precision}  # fmt: skip
+
+
+def run_val_split(run_dir: Path, data: dict, window: int, stride: int, batch_size: int) -> tuple[Iterable[Batch], str]:
+    """The val split of a run's own data section."""
+    if data["kind"] == "sft":
+        batches = packed_batches(run_dir / "data", "val", batch_size, seed=0)
+        return batches.in_order(), f"the val split of {data['path']}"
+    folder = Path(data["dir"])
+    manifest = read_manifest(folder)
+    stream = open_split(folder, manifest["splits"]["val"]["files"], np.dtype(manifest["dtype"]))
+    return windows(stream.read(0, len(stream)), window, stride, batch_size), f"the val split of {folder}"
+
+
+def file_batches(
+    path: Path, tokenizer: Tokenizer, window: int, stride: int, batch_size: int
+) -> tuple[Iterable[Batch], str]:
+    """A file of fine-tuning records or of texts; see `measure`."""
+    if not path.is_file():
+        raise UserError("there is no such data file", at=path, code=DATA)
+    first = next((record for _, record in read_records(path) if isinstance(record, dict)), {})
+    if any(all(field in first for field in fields) for fields in FORMATS.values()):
+        bad: Counter[str] = Counter()
+        rows = [
+            (ids[: window + 1], targets[: window + 1])
+            for _, ids, targets in examples(path, tokenizer, default_template(tokenizer), bad)
+        ]
+        skipped = f", {sum(bad.values())} bad records left out" if bad else ""
+        return answer_rows(rows, tokenizer.eos_id, batch_size), f"the answers in {path} ({len(rows)} records{skipped})"
+    documents = [one for one in read_file(path, source="eval", root=path.parent) if isinstance(one, Document)]
+    if not documents:
+        raise UserError("no text can be read from the file", at=path, code=DATA)
+    end = np.array([tokenizer.eos_id], dtype=np.uint32)
+    encoded = [part for ids in tokenizer.encode_batch([one.text for one in documents]) for part in (ids, end)]
+    tokens = np.concatenate(encoded)
+    return windows(tokens, window, stride, batch_size), f"{path} ({len(documents)} documents)"
+
+
+def answer_rows(rows: list[tuple[list[int], list[bool]]], pad: int, batch_size: int) -> Iterator[Batch]:
+    """Records in rows of their own, padded on the right to their batch's longest; only answers are labels."""
+    rows = sorted((row for row in rows if len(row[0]) > 1), key=lambda row: len(row[0]))
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        shape = (len(batch), len(batch[-1][0]) - 1)
+        inputs, labels = np.full(shape, pad, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
+        for i, (ids, targets) in enumerate(batch):
+            inputs[i, : len(ids) - 1] = ids[:-1]
+            labels[i, : len(ids) - 1] = np.where(targets[1:], ids[1:], IGNORE_INDEX)
+        yield Batch(inputs, labels)

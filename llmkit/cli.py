@@ -1,0 +1,394 @@
+"""The commands: one thin function each, which prints results and decides nothing. Imports wait until a command runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+)  # fmt: skip
+data_app = typer.Typer(help="Build and look at training data.", no_args_is_help=True, rich_markup_mode=None)
+tokenizer_app = typer.Typer(help="Train and look at tokenizers.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def common(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """From raw text to a trained, fine-tuned, evaluated and exported language model."""
+
+
+app.add_typer(data_app, name="data")
+app.add_typer(tokenizer_app, name="tokenizer")
+
+ConfigArg = Annotated[Path, typer.Argument(help="A YAML file.")]
+Override = Annotated[list[str], typer.Option("-o", help="Override a key: section.key=value. May be repeated.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the header, and stop.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in the run directory.")]
+Nproc = Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine, one a device.")]
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def pretrain(
+    config: ConfigArg, o: Override = [], dry_run: DryRun = False, fresh: Fresh = False, nproc: Nproc = 1,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Train a model as CONFIG says. The same line again resumes; data that is not built yet is built first."""
+    from llmkit.config import load_config
+
+    run_training(load_config(config, o), dry_run=dry_run, fresh=fresh, nproc=nproc, as_json=as_json)
+
+
+@app.command()
+def finetune(
+    config: Annotated[Path | None, typer.Argument(help="A YAML file; default: ./llmkit.yaml.")] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Train a LoRA adapter.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Train all weights.")] = False,
+    method: Annotated[str | None, typer.Option(help="Another PEFT method, by name.")] = None,
+    from_: Annotated[str | None, typer.Option("--from", help="The model to start from.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Prompts and answers: JSONL, JSON, CSV or Parquet.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter.")] = None,
+    o: Override = [],
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    nproc: Nproc = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a model on prompts and answers, with --lora or --full."""
+    from llmkit.presets import finetune_config
+
+    chosen = [name for name, given in (("lora", lora), ("full", full), (method, method is not None)) if given]
+    made = finetune_config(config, chosen, model=from_, data=data, rank=rank, overrides=o, say=progress_to(as_json))
+    run_training(made, dry_run=dry_run, fresh=fresh, nproc=nproc, as_json=as_json)
+
+
+def run_training(config: Any, *, dry_run: bool, fresh: bool, nproc: int, as_json: bool) -> None:
+    """Train here, or in `nproc` processes, and print the summary."""
+    if nproc > 1:
+        from llmkit.parallel import launch
+
+        summary = launch(train_quietly, nproc, config, fresh=fresh, dry_run=dry_run)
+    else:
+        from llmkit.train import train
+
+        summary = train(config, fresh=fresh, dry_run=dry_run, say=progress_to(as_json))
+    show(summary, as_json)
+    if not dry_run and not as_json:
+        print(f"\nnext: llmkit eval {config.run_dir} --perplexity")
+        print(f"      llmkit generate {config.run_dir} 'Once upon a time'")
+
+
+def train_quietly(config: Any, **options: Any) -> dict[str, Any]:
+    """What every process of `--nproc` runs."""
+    from llmkit.train import train
+
+    return train(config, **options)
+
+
+# ---- evaluating and using -------------------------------------------------------------------------------------------
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str | None, typer.Argument(help="A run, checkpoint, adapter or folder.")] = None,
+    perplexity: Annotated[bool, typer.Option("--perplexity", help="Loss, perplexity and bits per byte.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Texts or records; default: the val split.")] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Tokens of context at the most.")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; default: the window.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    precision: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model."""
+    from llmkit.errors import UserError
+
+    if not perplexity:
+        raise UserError("nothing to measure is named", fix="llmkit eval MODEL --perplexity")
+    from llmkit.checkpoint import locate
+    from llmkit.evals.perplexity import measure
+
+    located = locate(model or newest_run(progress_to(as_json)))
+    show(measure(located, data=data, window=window, stride=stride, batch_size=batch_size, precision=precision), as_json)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A run, checkpoint, adapter or Hugging Face folder.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="0: all tokens.")] = 50,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    seed: int = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    precision: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Continue PROMPT."""
+    from llmkit import checkpoint, parallel
+    from llmkit.data.chat import chat_prompt
+    from llmkit.generate import generate as draw
+
+    device = parallel.start_world().device
+    loaded, tokenizer = checkpoint.load(checkpoint.locate(model), device=device)
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    ids = chat_prompt(tokenizer, prompt) if chat else tokenizer.encode(prompt) or [tokenizer.eos_id]
+    stop = frozenset([tokenizer.eos_id, *([tokenizer.chat_end] if chat else [])])
+    with parallel.autocast(device, parallel.choose_precision(precision, device)):
+        new = draw(
+            loaded, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None, top_p=top_p,
+            stop=stop, seed=seed,
+        )  # fmt: skip
+        if as_json:
+            new = list(new)
+            show({"prompt": prompt, "text": tokenizer.decode(new), "tokens": len(new)}, as_json)
+            return
+        print("" if chat else prompt, end="", flush=True)
+        drawn: list[int] = []
+        shown = ""
+        for token in new:
+            drawn.append(token)
+            text = tokenizer.decode(drawn)
+            if not text.endswith("\ufffd"):  # half of a character: wait for the rest
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+        print()
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A run, checkpoint, adapter or Hugging Face folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    format: Annotated[str, typer.Option(help="hf: a merged Hugging Face folder; peft: an adapter.")] = "hf",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    as_json: AsJson = False,
+) -> None:
+    """Write a model for transformers, vLLM or peft."""
+    from llmkit.checkpoint import locate
+    from llmkit.errors import UserError
+    from llmkit.export import FORMATS
+    from llmkit.parallel import DTYPES
+
+    for name, value, known in (("--format", format, FORMATS), ("--dtype", dtype, DTYPES)):
+        if value not in known:
+            raise UserError(f"{name} is unknown", got=value, expected=" or ".join(known))
+    if out.exists() and any(out.iterdir()):
+        raise UserError("the folder to write is not empty", at=out, fix="name a new one")
+    FORMATS[format](locate(model), out, DTYPES[dtype])
+    show({"written": str(out), "files": ", ".join(sorted(path.name for path in out.iterdir()))}, as_json)
+
+
+# ---- data and tokenizers --------------------------------------------------------------------------------------------
+
+
+@data_app.command("build")
+def data_build(config: ConfigArg, o: Override = [], as_json: AsJson = False) -> None:
+    """Clean, deduplicate and tokenize the sources of CONFIG."""
+    from llmkit.config import load_config
+    from llmkit.data.build import build_corpus
+
+    section = load_config(config, o).data
+    manifest = build_corpus(section, say=progress_to(as_json))
+    if as_json:
+        show(manifest, as_json)
+    else:
+        print((Path(section.dir) / "report.md").read_text(encoding="utf-8"))
+        print(f"next: llmkit data inspect {config}\n      llmkit pretrain {config}")
+
+
+@data_app.command("inspect")
+def data_inspect(
+    config: ConfigArg,
+    o: Override = [],
+    rows: Annotated[int, typer.Option(min=1, help="How many rows of the first batch.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Show the first rows that training will see: every token, targets in colour."""
+    from llmkit.config import load_config
+    from llmkit.data.inspect import inspect_rows, paint
+    from llmkit.job import prepare
+    from llmkit.parallel import start_world
+
+    job = prepare(load_config(config, o), start_world(), say=progress_to(as_json))
+    shown = inspect_rows(job.batches("train", rows).batch_at(0), job.data.tokenizer)
+    if as_json:
+        show({"rows": shown}, as_json)
+    else:
+        print(paint(shown, colour=sys.stdout.isatty()))
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    sources: Annotated[list[str], typer.Argument(help="Files, folders or globs.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("tokenizer"),
+    vocab_size: Annotated[int, typer.Option(min=259)] = 32_000,
+    text_key: Annotated[str, typer.Option(help="The text's field in JSONL, CSV and Parquet.")] = "text",
+    as_json: AsJson = False,
+) -> None:
+    """Train a byte-level BPE tokenizer."""
+    from llmkit.data.documents import read_texts
+    from llmkit.data.tokenizer import train_bpe
+
+    made = train_bpe(read_texts(sources, text_key), vocab_size)
+    made.save(out)
+    show({"written": f"{out}/tokenizer.json", "vocabulary": len(made)}, as_json)
+
+
+@tokenizer_app.command("show")
+def tokenizer_show(
+    tokenizer: Annotated[Path, typer.Argument(help="A tokenizer.json, or a folder with one.")],
+    text: Annotated[str, typer.Argument(help="Text, or the name of a file.")] = "def main(argv=None):\n    return 0\n",
+    as_json: AsJson = False,
+) -> None:
+    """Show how a tokenizer cuts a text, and how well it compresses it."""
+    from llmkit.data.inspect import paint_tokens
+    from llmkit.data.tokenizer import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
+    path = Path(text)
+    body = path.read_text(encoding="utf-8") if len(text) < 4096 and path.is_file() else text
+    ids = loaded.encode(body)
+    if not as_json and len(ids) <= 2000:
+        print(paint_tokens([loaded.decode([i]) for i in ids], colour=sys.stdout.isatty()))
+    size = len(body.encode())
+    figures = {"vocabulary": len(loaded), "tokens": len(ids), "bytes": size}
+    figures["bytes per token"] = round(size / max(1, len(ids)), 3)
+    show(figures | ({"ids": ids} if as_json else {}), as_json)
+
+
+# ---- looking around -------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def plan(config: ConfigArg, o: Override = [], as_json: AsJson = False) -> None:
+    """Parameters, FLOPs and memory of CONFIG, without making weights. Exit code 5: it will not fit here."""
+    from llmkit.config import load_config
+    from llmkit.job import plan_config
+
+    figures, fits = plan_config(load_config(config, o))
+    show(figures, as_json)
+    if not fits:
+        raise typer.Exit(5)
+
+
+@app.command()
+def runs(
+    names: Annotated[list[Path], typer.Argument(help="Run directories; default: all under ./runs.")] = [],
+    plot: Annotated[Path | None, typer.Option(help="Write their losses in one picture (PNG).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List and compare runs."""
+    from llmkit.errors import UserError
+    from llmkit.run import list_runs, plot_runs, summarize, table
+
+    folders = names or list_runs(Path("runs"))
+    missing = [str(folder) for folder in folders if not (folder / "config.yaml").is_file()]
+    if missing or not folders:
+        raise UserError("there is no run", at=", ".join(missing) or "./runs", fix="llmkit pretrain CONFIG makes one")
+    rows = [summarize(folder) for folder in folders]
+    show({"runs": rows}, as_json) if as_json else print(table(rows))
+    if plot:
+        plot_runs(folders, plot)
+
+
+@app.command()
+def init(
+    kind: Annotated[str, typer.Argument(help="pretrain, finetune, or the name of a shipped config.")],
+    out: Annotated[Path | None, typer.Option(help="Write it here instead of printing it.")] = None,
+) -> None:
+    """Print a commented example config."""
+    from llmkit.presets import example
+
+    text = example(kind)
+    if out is None:
+        print(text, end="")
+    else:
+        from llmkit.errors import UserError
+
+        if out.exists():
+            raise UserError("the file is there already", at=out, fix="name another one")
+        out.write_text(text, encoding="utf-8")
+        print(f"written: {out}")
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What this machine can do, and what is missing."""
+    from llmkit.parallel import examine
+
+    show(examine(), as_json)
+
+
+# ---- printing -------------------------------------------------------------------------------------------------------
+
+
+def progress_to(as_json: bool):
+    """Where lines about progress go: standard output belongs to the JSON object when one is asked for."""
+    return lambda line: print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+
+def show(figures: dict[str, Any], as_json: bool) -> None:
+    """A result, as rows or as JSON."""
+    if as_json:
+        import json
+
+        print(json.dumps(figures))
+        return
+    width = max(map(len, figures), default=0)
+    for key, value in figures.items():
+        value = f"{value:.4f}" if isinstance(value, float) and abs(value) < 1e4 else value
+        print(f"{key:>{width}}  {value}")
+
+
+def newest_run(say) -> Path:
+    """The run that last wrote, when no model is named."""
+    from llmkit.errors import UserError
+    from llmkit.run import list_runs
+
+    found = list_runs(Path("runs"))
+    if not found:
+        raise UserError(
+            "no model is named, and there is no run under ./runs", fix="llmkit eval MODEL --perplexity --data FILE"
+        )
+    say(f"newest run: {found[-1]}")
+    return found[-1]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point: a user's mistake is one block and an exit code, never a traceback."""
+    from llmkit.errors import BUG, INTERRUPTED, UserError
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        code = app(arguments, standalone_mode=False)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        code = error.code
+    except KeyboardInterrupt:
+        code = INTERRUPTED[2]
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 0
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "show"):  # the command line itself
+            error.show()
+            code = error.exit_code
+        elif debug:
+            raise
+        else:
+            print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+            print("  this is a bug of llmkit; --debug shows where", file=sys.stderr)
+            code = BUG
+    sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()

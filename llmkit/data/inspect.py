@@ -1,0 +1,49 @@
+"""Looking at tokens: what the model reads, and which tokens it learns to say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmkit.data.tokenizer import Tokenizer
+from llmkit.types import IGNORE_INDEX, Batch
+
+TARGET, CONTEXT, SHADES, RESET = "\x1b[1;32m", "\x1b[2m", ("\x1b[44m", "\x1b[45m"), "\x1b[0m"
+
+
+def inspect_rows(batch: Batch, tokenizer: Tokenizer) -> list[list[dict[str, Any]]]:
+    """Every row of a batch as tokens {id, text, target}: `target` says that the model is asked for this very token."""
+    rows = []
+    for inputs, labels in zip(batch.input_ids, batch.labels, strict=True):
+        asked = [False, *(labels != IGNORE_INDEX).tolist()]  # label t is the token at t + 1
+        ids = [*inputs.tolist(), int(labels[-1]) if labels[-1] != IGNORE_INDEX else tokenizer.eos_id]
+        row = [{"id": i, "text": tokenizer.decode([i]), "target": a} for i, a in zip(ids, asked, strict=True)]
+        while row and not row[-1]["target"] and row[-1]["id"] == tokenizer.eos_id:  # padding
+            row.pop()
+        rows.append(row)
+    return rows
+
+
+def paint(rows: list[list[dict[str, Any]]], *, colour: bool) -> str:
+    """Rows for a terminal: targets bright green, context dim; without colour, targets in [[double brackets]]."""
+    painted = []
+    for number, row in enumerate(rows):
+        targets = sum(token["target"] for token in row)
+        text, before = "", None
+        for token in row:
+            if token["target"] != before:
+                if colour:
+                    text += RESET + (TARGET if token["target"] else CONTEXT)
+                elif before is not None or token["target"]:
+                    text += "[[" if token["target"] else "]]"
+                before = token["target"]
+            text += token["text"]
+        text += RESET if colour else ("]]" if before else "")
+        painted.append(f"--- row {number}: {len(row)} tokens, {targets} targets\n{text}")
+    return "\n".join(painted)
+
+
+def paint_tokens(texts: list[str], *, colour: bool) -> str:
+    """Tokens side by side, in alternating shades, or parted by | without colour."""
+    if not colour:
+        return "|".join(texts)
+    return "".join(f"{SHADES[i % 2]}{text}" for i, text in enumerate(texts)) + RESET

@@ -1,0 +1,105 @@
+"""What commands bring along when the user names little: the defaults of `finetune`, and the example configs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmkit import checkpoint
+from llmkit.config import Config, load_config
+from llmkit.errors import UserError, did_you_mean
+from llmkit.run import list_runs
+
+LOCAL = Path("llmkit.yaml")
+LONGEST = 1024  # tokens of an example, unless the config says otherwise
+HERE = Path(__file__).parent
+EXAMPLES = next(path for path in (HERE / "configs", HERE.parent / "configs") if path.is_dir())  # installed, checkout
+KINDS = {"pretrain": "llama-150m", "finetune": "lora"}  # what `init` calls them -> a file in configs/
+
+
+def example(kind: str) -> str:
+    """The text of an example config, by kind or by name."""
+    names = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
+    name = KINDS.get(kind, kind)
+    if name not in names:
+        known = [*KINDS, *names]
+        fix = did_you_mean(kind, known) or f"one of: {', '.join(known)}"
+        raise UserError("there is no such example", got=kind, fix=fix)
+    return (EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def finetune_config(
+    path: Path | None,
+    methods: list[str],
+    *,
+    model: str | None,
+    data: Path | None,
+    rank: int | None,
+    overrides: list[str],
+    say: Callable[[str], None],
+) -> Config:
+    """The config of `llmkit finetune`: these defaults, under a file's values, under the flags.
+
+    Without a file: ./llmkit.yaml, else the newest run that holds a whole model, with its own data.
+    """
+    if path is None and LOCAL.is_file():
+        path = LOCAL
+        say(f"config: {LOCAL}")
+    own: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path and path.is_file() else {}
+    own = own if isinstance(own, dict) else {}
+    if len(methods) > 1:
+        raise UserError("finetune takes one method", got=" and ".join(methods), fix="name --lora, --full or --method")
+    if not methods and not own.get("peft"):
+        raise UserError("finetune needs a method", fix="add --lora, or --full to train all weights")
+    method = methods[0] if methods else own["peft"]["name"]
+
+    newest = None
+    if path is None and model is None:
+        whole = [run for run in list_runs(Path("runs")) if checkpoint.listed(run) and not is_adapter_run(run)]
+        newest = whole[-1] if whole else None
+        if newest:
+            say(f"model: {newest}, the newest run")
+            model = str(newest)
+    section = yaml.safe_load((newest / "config.yaml").read_text())["data"] if newest and data is None else None
+    if section:
+        say(f"data: {section.get('dir') or section.get('path')}, what that run trained on")
+    if path is None and (model is None or (data is None and section is None)):
+        missing = [name for name, there in (("a model", model), ("data", data or section)) if there is None]
+        raise UserError(
+            f"finetune needs {' and '.join(missing)}: there is no {LOCAL} and no run under ./runs",
+            fix=f"llmkit finetune --{method} --from MODEL --data pairs.jsonl",
+        )
+
+    start = model or own.get("init_from")
+    defaults: dict[str, Any] = {
+        "run_dir": f"runs/{Path(start or 'model').name}-{method}",
+        "optimizer": {"name": "adamw", "lr": 2e-5 if method == "full" else 2e-4, "weight_decay": 0.0},
+        "schedule": {"name": "cosine"},
+        "train": {"epochs": 3, "global_batch_size": 16},
+        "eval": {"every": 50},
+        "checkpoint": {"every": 100},
+    }
+    if method != "full":
+        defaults["peft"] = {"name": method}
+    if section:
+        defaults["data"] = section
+    elif data is not None or "data" in own:
+        defaults["data"] = {"kind": "sft"}
+        if start is not None:
+            longest = checkpoint.model_config(checkpoint.locate(start)).max_position_embeddings
+            defaults["data"]["seq_len"] = min(LONGEST, longest)
+    flags = [f"init_from={model}"] if model else []
+    flags += [f"data.path={data}"] if data else []
+    if methods:
+        same = (own.get("peft") or {}).get("name") == method
+        flags += ["peft=null"] if method == "full" else ([] if same else [f"peft.name={method}"])
+    flags += [f"peft.r={rank}"] if rank else []
+    return load_config(path, [*flags, *overrides], defaults)
+
+
+def is_adapter_run(run: Path) -> bool:
+    """Whether a run trained an adapter, not a whole model."""
+    return bool((yaml.safe_load((run / "config.yaml").read_text()) or {}).get("peft"))
