@@ -78,7 +78,8 @@ def run_training(config: Any, *, dry_run: bool, fresh: bool, nproc: int, as_json
         from llmkit.train import train
 
         summary = train(config, fresh=fresh, dry_run=dry_run, say=progress_to(as_json))
-    show(summary, as_json)
+    if as_json or not dry_run:
+        show(summary, as_json)
     if not dry_run and not as_json:
         print(f"\nnext: llmkit eval {config.run_dir} --perplexity")
         print(f"      llmkit generate {config.run_dir} 'Once upon a time'")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from llmkit import checkpoint
 from llmkit.config import Choice, Config, CorpusData, check_options
@@ -99,12 +100,18 @@ class Job:
             f"x {self.world.size} rank(s), {self.seq_len} tokens each",
             "length": f"{self.max_steps} steps, {count(self.max_steps * self.tokens_per_step)} tokens, "
             f"{self.max_steps * config.train.global_batch_size / self.data.samples['train']:.2f} epochs",
-            "optimizer": f"{config.optimizer.name} {self.options['optimizer']}",
-            "schedule": f"{config.schedule.name} {self.options['schedule']}",
+            "optimizer": in_words(config.optimizer.name, self.options["optimizer"]),
+            **({"peft": in_words(config.peft.name, self.options["peft"])} if config.peft else {}),
+            "schedule": in_words(config.schedule.name, self.options["schedule"]),
             "compute": f"{count(plan.flops_per_token)} FLOPs a token, "
             f"{plan.flops_per_token * self.max_steps * self.tokens_per_step:.1e} in all",
             "memory": f"{plan.peak_memory / 2**30:.2f} GiB estimated at the peak",
         }
+
+
+def in_words(name: str, options: dict[str, Any]) -> str:
+    """A choice and its options on one line."""
+    return ", ".join([name, *(f"{key} {value}" for key, value in options.items() if value is not None)])
 
 
 def check_choices(config: Config) -> dict[str, dict[str, Any]]:
@@ -196,7 +203,7 @@ def prepare(config: Config, world: World, *, say: Callable[[str], None] = print)
     else:
         max_steps = math.ceil(train.epochs * data.samples["train"] / train.global_batch_size)
     precision = choose_precision(train.precision, world.device)
-    planned = plan_options(config, options, model_config, precision)
+    planned = plan_options(config, options, model_config, precision, world.device)
     micro = train.micro_batch_size
     if micro == "auto":
         micro = largest_micro_batch(model_config, train.global_batch_size // world.size, world, planned)
@@ -225,7 +232,7 @@ def plan_config(config: Config) -> tuple[dict[str, Any], bool]:
         model_config.vocab_size = len(load_tokenizer(named)) if named else section.vocab_size
     raise_all(model_problems(config, model_config))
     precision = choose_precision(config.train.precision, world.device)
-    planned = plan_options(config, options, model_config, precision)
+    planned = plan_options(config, options, model_config, precision, world.device)
     rows, micro = config.train.global_batch_size, config.train.micro_batch_size
     if micro == "auto":
         micro = largest_micro_batch(model_config, rows, world, planned)
@@ -253,13 +260,15 @@ def read_model_config(config: Config, options: dict[str, dict[str, Any]]) -> Any
     return read_config(checkpoint.locate(config.init_from).base)
 
 
-def plan_options(config: Config, options: dict, model_config: Any, precision: str) -> dict[str, Any]:
+def plan_options(
+    config: Config, options: dict, model_config: Any, precision: str, device: torch.device
+) -> dict[str, Any]:
     """What `plan.make_plan` needs besides the micro-batch."""
     return {
         "peft": {"name": config.peft.name, **options["peft"]} if config.peft else None,
         "seq_len": config.data.seq_len, "precision": precision, "optimizer": config.optimizer.name,
         "checkpointed": checkpointed_blocks(config.train.gradient_checkpointing, model_config.num_hidden_layers),
-        "compiled": config.train.compile is not False,
+        "compiled": config.train.compile is not False, "device": device.type,
     }  # fmt: skip
 
 

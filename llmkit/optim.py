@@ -103,7 +103,7 @@ def adamw(
     model: nn.Module,
     *,
     lr: Positive = 3e-4,
-    betas: Annotated[list[Ratio], Field(min_length=2, max_length=2)] = (0.9, 0.95),
+    betas: Annotated[list[Ratio], Field(min_length=2, max_length=2)] = [0.9, 0.95],
     eps: Positive = 1e-8,
     weight_decay: NotNegative = 0.1,
 ) -> list[torch.optim.Optimizer]:
@@ -119,7 +119,7 @@ def muon(
     momentum: Ratio = 0.95,
     adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw",
     adamw_lr: Positive | None = None,
-    betas: Annotated[list[Ratio], Field(min_length=2, max_length=2)] = (0.9, 0.95),
+    betas: Annotated[list[Ratio], Field(min_length=2, max_length=2)] = [0.9, 0.95],
     eps: Positive = 1e-8,
     weight_decay: NotNegative = 0.1,
 ) -> list[torch.optim.Optimizer]:

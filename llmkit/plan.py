@@ -11,6 +11,8 @@ from llmkit.models import build_model, gpt2
 from llmkit.models.layers import CHUNK_BYTES
 from llmkit.peft import METHODS
 
+RUNTIME_BYTES = 350 * 2**20  # resident in a process that has imported torch and its compiler, measured on Linux
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -75,6 +77,7 @@ def memory(
     checkpointed: int = 0,
     compiled: bool = True,
     optimizer: str = "adamw",
+    device: str = "cpu",
 ) -> dict[str, int]:
     """Bytes at the peak of a training step, by part.
 
@@ -97,6 +100,7 @@ def memory(
     activations = tokens * wide * (kept * per_layer + checkpointed * 2 * h + (per_layer if checkpointed else 0) + 6 * h)
     copies = sum(p.numel() for p in model.parameters() if p.dim() == 2) * 2 if precision != "fp32" else 0
     result = {
+        "python and torch": RUNTIME_BYTES if device == "cpu" else 0,
         "trained weights, gradients, optimizer": state,
         "frozen weights": frozen * 2 * wide,
         "low-precision copies of weights": copies if not frozen else 0,

@@ -153,6 +153,7 @@ def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dic
         "seconds": round(time.perf_counter() - started, 2), "workers": workers,
         "peak_mb": round(max(one["peak_mb"] for one in counts), 1),
     }  # fmt: skip
+    write_atomically(folder / "val_documents.txt", "".join(f"{id}\n" for shard in shards for id in shard["held_out"]))
     write_atomically(folder / "report.md", report(manifest, counts))
     write_atomically(folder / "report.json", json.dumps({"funnel": funnel, "units": counts}, indent=1))
     bad = [record for one in counts for record in one["bad"]]

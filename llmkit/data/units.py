@@ -232,14 +232,16 @@ def encode_unit(
     tokenizer = load_tokenizer(folder / "tokenizer")
     dtype = token_dtype(len(tokenizer))
     texts: dict[str, list[str]] = {"train": [], "val": []}
+    held_out: list[str] = []
     for record, wanted in zip(read_part(folder / "parts" / f"{unit.part}.jsonl.zst"), keep, strict=True):
         if wanted:
             train, val = split_text(record["id"], record["text"], val_fraction, seed, by_tail)
             texts["train"] += [train] if train else []
             texts["val"] += [val] if val else []
+            held_out += [record["id"]] if val else []
     tokenizer.agrees([text[:10_000] for text in texts["train"][:CHECKED]])
     end = np.array([tokenizer.eos_id], dtype=np.uint32)
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"held_out": held_out}
     for split, chosen in texts.items():
         path = folder / "tokens" / split / unit.source["name"] / unit.name
         documents = (np.concatenate((ids, end)) for ids in encode_in_blocks(tokenizer, chosen))

@@ -106,7 +106,7 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
 
     q (B, H, T, D) over k, v (B, kv heads, T, D); the query heads that share a key head are rows of one product.
     """
-    batch, heads, length, channels = q.shape
+    heads, length, channels = q.shape[1:]
     q = q.unflatten(1, (k.shape[1], heads // k.shape[1])) * channels**-0.5  # (B, kv heads, group, T, D)
     if mask is None and length >= RECOMPUTE_FROM and length % QUERY_BLOCK == 0:
         return RecomputedAttention.apply(q, k, v).flatten(1, 2)

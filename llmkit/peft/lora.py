@@ -80,9 +80,11 @@ def apply(
     model.requires_grad_(False)
     for index, module in enumerate(chosen.values()):
         device = module.weight.device
-        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + index)
-        bound = 1 / math.sqrt(module.in_features)
-        a = torch.empty(r, module.in_features, device=device).uniform_(-bound, bound, generator=generator)
+        a = torch.empty(r, module.in_features, device=device)
+        if device.type != "meta":
+            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + index)
+            bound = 1 / math.sqrt(module.in_features)
+            a.uniform_(-bound, bound, generator=generator)
         module.lora_A = nn.Parameter(a)
         module.lora_B = nn.Parameter(torch.zeros(module.out_features, r, device=device))
         module.lora_scale = alpha / (math.sqrt(r) if rslora else r)
