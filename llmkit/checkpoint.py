@@ -229,7 +229,7 @@ class Located:
 def locate(model: str | Path) -> Located:
     """A run (its best checkpoint), a checkpoint, an adapter or a Hugging Face folder."""
     path = Path(model)
-    if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():
+    if (path / "config.yaml").is_file() and not (path / "config.json").is_file():
         chosen = best(path)
         if chosen is None:
             raise UserError("this run has no checkpoint yet", at=path, code=MODEL)

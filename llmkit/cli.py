@@ -352,7 +352,7 @@ def newest_run(say) -> Path:
     from llmkit.errors import UserError
     from llmkit.run import list_runs
 
-    found = list_runs(Path("runs"))
+    found = [run for run in list_runs(Path("runs")) if (run / "checkpoints").is_dir()]
     if not found:
         raise UserError(
             "no model is named, and there is no run under ./runs", fix="llmkit eval MODEL --perplexity --data FILE"

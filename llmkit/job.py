@@ -318,11 +318,12 @@ def open_sft(config: Config, world: World, base: Path | None) -> Data:
             fix="name one as init_from",
         )  # fmt: skip
     tokenizer = load_tokenizer(base)
-    folder = Path(config.run_dir) / "data"
+    out = Path(config.run_dir) / "data"
     if world.main:
-        encode_sft(config.data, tokenizer, folder, seed=config.seed)
+        encode_sft(config.data, tokenizer, out, seed=config.seed)
     world.barrier()
-    report = encode_sft(config.data, tokenizer, folder, seed=config.seed)  # reads what is there
+    report = encode_sft(config.data, tokenizer, out, seed=config.seed)  # reads what is there
+    folder = Path(report["folder"])
     splits = report["splits"]
     lost = [f"{splits['train'][why]} {why}" for why in ("too long", "without a target") if why in splits["train"]]
     lost += [f"{number} bad: {reason}" for reason, number in report["bad"].items()]

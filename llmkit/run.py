@@ -101,9 +101,9 @@ def open_run(folder: Path, config: dict[str, Any], *, fresh: bool = False, info:
     saved = folder / "config.yaml"
     if fresh:
         for path in folder.iterdir():
-            if path.name != "lock":
+            if path.name not in ("lock", "data"):  # encoded examples are named after what made them
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif saved.exists():
+    elif saved.exists() and (folder / "checkpoints").exists():  # a run that saved nothing binds nobody
         before = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
         after = flatten(config)
         differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
@@ -205,7 +205,7 @@ def summarize(folder: Path) -> dict[str, Any]:
     losses = [record for record in records if "loss" in record]
     evaluated = [record for record in records if "val_loss" in record]
     best = min(evaluated, key=lambda record: record["val_loss"], default={})
-    model = (config.get("model") or {}).get("name")
+    model = (config.get("model") or {}).get("name") or config.get("init_from")
     return {
         "run": str(folder),
         "model": f"{model} + {config['peft']['name']}" if config.get("peft") else model,

@@ -188,7 +188,7 @@ def make_model(job: Job, resumed: Path | None) -> nn.Module:
     if resumed:
         lora.load_adapter(model, resumed / "model")
     else:
-        METHODS[config.peft.name](model, **job.options["peft"], seed=config.seed)
+        METHODS[config.peft.name](model, config.seed, **job.options["peft"])
     return model
 
 

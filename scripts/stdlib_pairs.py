@@ -20,7 +20,7 @@ import yaml
 from llmkit.data.documents import list_files
 
 EXCLUDED = next(iter(yaml.safe_load(Path("configs/quickstart.yaml").read_text())["data"]["sources"]))["exclude"]
-LONGEST = 1200  # characters of prompt and body together: about 400 tokens
+LONGEST = 700  # characters of prompt and body together: they fit the 256 tokens that the model reads
 
 
 def pairs(source: str) -> Iterator[dict[str, str]]:

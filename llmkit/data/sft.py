@@ -59,7 +59,9 @@ def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
 
 
 def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int) -> dict[str, Any]:
-    """Encode `data` into OUT/{train,val}.npy files, unless the same was done before; returns the report.
+    """Encode `data` into arrays in OUT/<key>/, unless the same was done before; returns the report with its folder.
+
+    The key is a hash of all that matters, so that no run's data is ever written over.
 
     A row holds seq_len + 1 tokens: whole examples side by side (packing), or one example and padding.
     Files of a split: ids (rows, seq_len + 1) int32, targets bool, segments int32 (the example's number in its row,
@@ -70,12 +72,11 @@ def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int) -> 
     made_of = json.dumps(
         [data.model_dump(), seed, template, tokenizer.rust.to_str(), *(file_sha256(path) for path in sources)]
     )
-    key = hashlib.sha256(made_of.encode()).hexdigest()
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    out = out / key
     report_path = out / "report.json"
     if report_path.exists():
-        report = json.loads(report_path.read_text())
-        if report["key"] == key:
-            return report
+        return json.loads(report_path.read_text())
     out.mkdir(parents=True, exist_ok=True)
     bad: Counter[str] = Counter()
     train = list(examples(sources[0], tokenizer, template, bad))
@@ -86,7 +87,7 @@ def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int) -> 
         held = set(order[: max(1, round(len(train) * data.val_fraction))].tolist()) if len(train) > 1 else set()
         val = [one for i, one in enumerate(train) if i in held]
         train = [one for i, one in enumerate(train) if i not in held]
-    report = {"key": key, "files": [str(path) for path in sources], "bad": dict(bad), "splits": {}}
+    report = {"key": key, "folder": str(out), "files": [str(path) for path in sources], "bad": dict(bad), "splits": {}}
     for split, encoded in (("train", train), ("val", val)):
         report["splits"][split] = write_rows(out / split, encoded, data, tokenizer.eos_id)
     if not report["splits"]["train"]["rows"]:

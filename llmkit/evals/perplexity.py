@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -155,7 +156,8 @@ def measure(
 def run_val_split(run_dir: Path, data: dict, window: int, stride: int, batch_size: int) -> tuple[Iterable[Batch], str]:
     """The val split of a run's own data section."""
     if data["kind"] == "sft":
-        batches = packed_batches(run_dir / "data", "val", batch_size, seed=0)
+        key = json.loads((run_dir / "run.json").read_text())["data_fingerprint"]
+        batches = packed_batches(run_dir / "data" / key, "val", batch_size, seed=0)
         return batches.in_order(), f"the val split of {data['path']}"
     folder = Path(data["dir"])
     manifest = read_manifest(folder)

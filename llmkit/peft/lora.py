@@ -51,13 +51,13 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 def apply(
     model: nn.Module,
+    seed: int = 0,
     *,
     r: Annotated[int, Field(ge=1)] = 16,
     alpha: Annotated[float, Field(gt=0)] = 32.0,
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     target_modules: list[str] | None = None,
     rslora: bool = False,
-    seed: int = 0,
 ) -> None:
     """Freeze the model and give the chosen linears a trainable A (r, in), random, and B (out, r), zero.
 
