@@ -13,7 +13,7 @@ import numpy as np
 
 from llmkit.config import SftData
 from llmkit.data.chat import default_template, detect_format, encode_example, to_turns
-from llmkit.data.documents import read_records
+from llmkit.data.documents import BadRecord, read_records
 from llmkit.data.tokenizer import Tokenizer
 from llmkit.errors import DATA, UserError
 
@@ -25,8 +25,8 @@ def examples(path: Path, tokenizer: Tokenizer, template: str, bad: Counter) -> I
     """Every good record of a JSON, JSONL (.gz, .zst), CSV or Parquet file, encoded; reasons of bad ones go to `bad`."""
     form = None
     for line, record in read_records(path):
-        if not isinstance(record, dict):
-            bad[str(record)] += 1
+        if isinstance(record, BadRecord):
+            bad[record.reason] += 1
             continue
         form = form or detect_format(record, f"{path}:{line}")
         try:

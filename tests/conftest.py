@@ -1,0 +1,78 @@
+"""A small corpus, a tiny config, and a way to run the real command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"  # real public text, where a machine has it
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
+
+WORDS = "the a one model token reads writes learns small large river of in under over code and but it is loss".split()
+
+
+def sentences(seed: int, number: int) -> str:
+    """Text with some structure to learn, the same for every run."""
+    draw = random.Random(seed)
+    lines = [" ".join(draw.choices(WORDS, k=draw.randint(5, 12))).capitalize() + "." for _ in range(number)]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder with text/*.txt and a corpus built from it in data/."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "text").mkdir()
+    for i in range(40):
+        (folder / "text" / f"{i:02d}.txt").write_text(sentences(i, 60))
+    (folder / "build.yaml").write_text(yaml.safe_dump(tiny_config(folder)))
+    llmkit("data", "build", "build.yaml", cwd=folder)
+    return folder
+
+
+def tiny_config(folder: Path, **sections) -> dict:
+    """A model that trains in a second; sections replace or extend these."""
+    config = {
+        "model": {
+            "name": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "max_position_embeddings": 64,
+        },
+        "data": {
+            "kind": "corpus", "dir": str(folder / "data"), "seq_len": 32, "split": {"val_fraction": 0.2},
+            "sources": [{"name": "text", "path": str(folder / "text")}],
+            "tokenizer": {"train": "bpe", "vocab_size": 300}, "workers": 1,
+            "dedup": {"near": False},
+        },
+        "optimizer": {"name": "adamw", "lr": 1e-2},
+        "train": {"max_steps": 20, "global_batch_size": 8, "compile": False, "precision": "fp32"},
+        "eval": {"every": 10, "max_batches": 4},
+        "checkpoint": {"every": 10},
+        "log": {"every": 5},
+    }  # fmt: skip
+    return {key: {**config.get(key, {}), **value} if isinstance(value, dict) else value
+            for key, value in (config | sections).items()}  # fmt: skip
+
+
+def llmkit(*arguments: object, cwd: Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess:
+    """Run the real command line; its exit code is asserted, and tracebacks are never allowed."""
+    command = [sys.executable, "-m", "llmkit.cli", *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+    )
+    assert done.returncode == code, f"{arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def metrics(run: Path) -> list[dict]:
+    """A run's metrics without what clocks and memory say."""
+    clocks = {"tokens_per_second", "mfu", "memory_gb", "eta_seconds"}
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]

@@ -1,0 +1,122 @@
+"""The real command line, end to end, and what it says when something is wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import llmkit, sentences, tiny_config
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder in which the quickstart's commands ran on a tiny config, as a user would type them."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "text").mkdir()
+    for i in range(30):
+        (folder / "text" / f"{i}.md").write_text(sentences(i, 40))
+    config = tiny_config(folder)
+    config["data"] |= {"dir": "data/tiny", "sources": [{"name": "text", "path": "text"}]}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    pairs = [{"prompt": f"the river {i} ", "completion": "is small and it reads the code"} for i in range(60)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return folder
+
+
+def test_the_quickstart_arc(place):
+    built = llmkit("data", "build", "tiny.yaml", cwd=place).stdout
+    assert "| text | 30 | 0 | 0 | 30 |" in built
+    dry = llmkit("pretrain", "tiny.yaml", "--dry-run", cwd=place).stdout
+    assert "parameters" in dry and not (place / "runs").exists()
+    first = llmkit("pretrain", "tiny.yaml", cwd=place).stdout
+    assert "best val loss" in first and "next: llmkit eval runs/tiny --perplexity" in first
+    assert "\x1b" not in first
+    assert "resumed" in llmkit("pretrain", "tiny.yaml", cwd=place).stdout
+
+    before = json.loads(llmkit("eval", "--perplexity", "--data", "pairs.jsonl", "--json", cwd=place).stdout)
+    tuned = llmkit("finetune", "--lora", "--data", "pairs.jsonl", "-o", "train.max_steps=30", "-o", "optimizer.lr=1e-2",
+                   "-o", "train.compile=false", cwd=place).stdout  # fmt: skip
+    assert "the newest run" in tuned and "runs/tiny-lora" in tuned
+    after = json.loads(
+        llmkit("eval", "runs/tiny-lora", "--perplexity", "--data", "pairs.jsonl", "--json", cwd=place).stdout
+    )
+    assert after["perplexity"] < 0.5 * before["perplexity"] and after["window"] == before["window"]
+
+    text = [
+        llmkit("generate", "runs/tiny-lora", "the river", "--max-new-tokens", 8, cwd=place).stdout for _ in range(2)
+    ]
+    assert text[0] == text[1] and text[0].startswith("the river")
+    llmkit("export", "runs/tiny-lora", "merged", "--format", "hf", cwd=place)
+    llmkit("export", "runs/tiny-lora", "adapter", "--format", "peft", cwd=place)
+    merged = json.loads(llmkit("eval", "merged", "--perplexity", "--data", "pairs.jsonl", "--window", after["window"],
+                               "--json", cwd=place).stdout)  # fmt: skip
+    assert merged["loss"] == pytest.approx(after["loss"], rel=1e-2)
+    assert (place / "adapter" / "adapter_config.json").is_file()
+
+    listed = json.loads(llmkit("runs", "--json", cwd=place).stdout)["runs"]
+    assert [Path(row["run"]).name for row in listed] == ["tiny", "tiny-lora"]
+    llmkit("runs", "runs/tiny", "runs/tiny-lora", "--plot", "both.png", cwd=place)
+    assert (place / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bare_finetune_takes_the_newest_whole_run_and_its_data(place):
+    said = llmkit("finetune", "--lora", "--dry-run", cwd=place).stdout
+    assert "model: runs/tiny, the newest run" in said and "data: data/tiny" in said and "lora, r 16" in said
+
+
+def test_pretrain_builds_the_data_that_is_missing(place):
+    shutil.copytree(place / "text", place / "other")
+    done = llmkit("pretrain", "tiny.yaml", "-o", "data.dir=data/new", "-o", "run_dir=runs/new", "-o", "train.max_steps=2",
+                  cwd=place)  # fmt: skip
+    assert (place / "data/new/manifest.json").is_file() and "best val loss" in done.stdout
+    shutil.rmtree(place / "runs" / "new")
+
+
+def test_plan_json_and_exit_code(place):
+    figures = json.loads(llmkit("plan", "tiny.yaml", "--json", cwd=place).stdout)
+    assert figures["parameters"] == sum(v for k, v in figures.items() if k.startswith("  ") and isinstance(v, int))
+    huge = ["-o", "model={name: llama, hidden_size: 16384, num_hidden_layers: 200, num_attention_heads: 128}"]
+    llmkit("plan", "tiny.yaml", *huge, cwd=place, code=5)
+
+
+def test_tokenizer_commands(place):
+    llmkit("tokenizer", "train", "text", "--vocab-size", 300, "--out", "tok", cwd=place)
+    shown = json.loads(llmkit("tokenizer", "show", "tok", "the river", "--json", cwd=place).stdout)
+    assert shown["vocabulary"] == 300 and shown["bytes"] == 9 and len(shown["ids"]) == shown["tokens"]
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "finetune", "quickstart", "gpt2-124m", "llama-1b"])
+def test_init_prints_configs_that_load(tmp_path, kind):
+    llmkit("init", kind, "--out", "c.yaml", cwd=tmp_path)
+    from llmkit.config import load_config
+
+    assert load_config(tmp_path / "c.yaml")
+
+
+def test_doctor_answers(tmp_path):
+    assert json.loads(llmkit("doctor", "--json", cwd=tmp_path).stdout)["precision"].startswith("auto means")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["finetune", "--lora"], 2, "finetune needs a model and data"),
+        (["eval", "--perplexity"], 2, "no model is named"),
+        (["eval", "nowhere", "--perplexity"], 4, "there is no model at nowhere"),
+        (["eval"], 2, "nothing to measure"),
+        (["finetune", "--lora", "--full"], 2, "one method"),
+        (["finetune"], 2, "needs a method"),
+        (["pretrain", "none.yaml"], 2, "no such config file"),
+        (["generate", "nowhere", "x"], 4, "there is no model"),
+        (["export", "nowhere", "out", "--format", "gguff"], 2, "--format is unknown"),
+        (["init", "pretrian"], 2, "did you mean pretrain?"),
+        (["runs"], 2, "there is no run"),
+        (["pretrain"], 2, "Missing argument"),
+        (["nonsense"], 2, "No such command"),
+        (["tokenizer", "show", "none"], 4, "there is no tokenizer"),
+    ],
+)
+def test_mistakes_get_one_block_and_a_code(tmp_path, arguments, code, words):
+    assert words in llmkit(*arguments, cwd=tmp_path, code=code).stderr
+    assert not list(tmp_path.iterdir())

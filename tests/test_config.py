@@ -1,0 +1,124 @@
+"""Config errors name the key, the file and the line, all at once; YAML means what people mean."""
+
+import pytest
+
+from llmkit.config import Config, load_config
+from llmkit.errors import UserError
+from llmkit.yamlfile import merge, parse_yaml, set_override
+
+GOOD = "model: {name: llama}\ndata: {kind: corpus, dir: x}\ntrain: {max_steps: 10}\n"
+
+
+def load(tmp_path, text: str, *overrides: str) -> Config:
+    path = tmp_path / "c.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return load_config(path, list(overrides))
+
+
+def problems(tmp_path, text: str, *overrides: str) -> list[UserError]:
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, text, *overrides)
+    assert caught.value.code == 2
+    return [caught.value, *caught.value.others]
+
+
+def test_numbers_as_people_write_them():
+    values, _ = parse_yaml("a: 1e-5\nb: 3.0e-4\nc: no\nd: true\ne: 1_000\nf: .5\ng: 1e6", "x")
+    assert values == {"a": 1e-5, "b": 3e-4, "c": "no", "d": True, "e": 1000, "f": 0.5, "g": 1e6}
+
+
+def test_defaults_live_in_the_schema_and_round_trip(tmp_path):
+    config = load(tmp_path, GOOD)
+    assert config.train.max_grad_norm == 1.0
+    assert config.run_dir == "runs/c"
+    (tmp_path / "again.yaml").write_text(config.dump())
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_unknown_key_has_line_and_suggestion(tmp_path):
+    (error,) = problems(tmp_path, GOOD.replace("max_steps: 10", "\n  max_steps: 10,\n  max_stepz: 3"))
+    assert error.what == "train.max_stepz is not a key"
+    assert str(error.at).endswith("c.yaml:5")
+    assert "max_steps" in error.fix
+
+
+def test_all_errors_at_once(tmp_path):
+    text = "modle: 1\ndata: {kind: corpus, dir: 3}\ntrain: {max_steps: three, global_batch_size: true, max_grad_norm: -1}\n"
+    found = {error.what for error in problems(tmp_path, text)}
+    assert found == {
+        "modle is not a key", "data.dir is not valid", "train.max_steps is not valid",
+        "train.global_batch_size is not valid", "train.max_grad_norm is not valid",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "value", ["three", "10.5", "true", "-1", "0", ".nan", ".inf", "[1]", "'10'"],
+)  # fmt: skip
+def test_what_is_no_count(tmp_path, value):
+    assert problems(tmp_path, GOOD.replace("10", value))[0].what == "train.max_steps is not valid"
+
+
+def test_habits_from_elsewhere_are_led_home(tmp_path):
+    (error,) = problems(tmp_path, GOOD, "train.learning_rate=1e-4")
+    assert "optimizer.lr" in error.fix
+    assert error.at == "-o train.learning_rate=1e-4"
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("", "empty"), ("- a\n- b", "mapping"), ("a:\n\t- b", "parsed"), ("a: 'b", "parsed"), ("a: 1\na: 2", "twice"),
+        ("a: !!python/object:os.system {}", "tag"), ("a: &x [1]\nb: *x\n? [c]\n: 1", "word"),
+        (b"\xff\xfe\x00a", "UTF-8"),
+    ],
+)  # fmt: skip
+def test_broken_yaml(tmp_path, text, word):
+    assert word in problems(tmp_path, text)[0].what
+
+
+def test_alias_bomb_is_refused(tmp_path):
+    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    bomb += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9))
+    assert "too many" in problems(tmp_path, bomb)[0].what
+
+
+def test_duplicate_key_names_both_lines(tmp_path):
+    (error,) = problems(tmp_path, GOOD + "train: {max_steps: 3}\n")
+    assert "c.yaml:3 and" in error.at and "c.yaml:4" in error.at
+
+
+def test_missing_file_and_folder(tmp_path):
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(UserError):
+            load_config(path)
+
+
+def test_conflicts(tmp_path):
+    (two,) = problems(tmp_path, GOOD.replace("max_steps: 10", "max_steps: 10, epochs: 1"))
+    assert "exactly one length" in two.what
+    (none,) = problems(tmp_path, GOOD.replace("max_steps: 10", ""))
+    assert "exactly one length" in none.what
+    (micro,) = problems(tmp_path, GOOD, "train.micro_batch_size=3")
+    assert "multiple" in micro.what
+    (model,) = problems(tmp_path, GOOD.replace("model: {name: llama}", ""))
+    assert model.what == "there is no model"
+    (kind,) = problems(tmp_path, GOOD.replace("corpus", "korpus"))
+    assert kind.what == "data.kind is unknown"
+
+
+def test_overrides_reach_lists_and_new_sections(tmp_path):
+    text = GOOD.replace("dir: x", "dir: x, sources: [{name: a, path: p}]")
+    config = load(tmp_path, text, "data.sources.0.limit=5", "peft={name: lora}", "train.epochs=2")
+    assert config.data.sources[0].limit == 5
+    assert config.peft.name == "lora"
+    assert (config.train.max_steps, config.train.epochs) == (None, 2)
+    for wrong in ("nonsense", "data.sources.7.limit=5", "run_dir.a=1"):
+        assert problems(tmp_path, text, wrong)
+
+
+def test_merge_replaces_choices_and_lengths():
+    base = {"optimizer": {"name": "adamw", "lr": 1, "eps": 2}, "train": {"epochs": 3, "compile": False}}
+    assert merge(base, {"optimizer": {"lr": 5}})["optimizer"] == {"name": "adamw", "lr": 5, "eps": 2}
+    assert merge(base, {"optimizer": {"name": "muon"}})["optimizer"] == {"name": "muon"}
+    assert merge(base, {"train": {"max_steps": 7}})["train"] == {"compile": False, "max_steps": 7}
+    assert set_override({}, {}, "a.b=1") == {"a": {"b": 1}}

@@ -1,0 +1,316 @@
+"""Text to shards to batches: nothing lost, nothing counted twice, the same for any number of workers."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from conftest import SHARED, llmkit, needs_shared, sentences, tiny_config
+
+from llmkit.config import Config, SftData
+from llmkit.data.batches import Batches, corpus_batches, packed_batches, permute
+from llmkit.data.build import build_corpus, read_manifest
+from llmkit.data.chat import CHATML, chat_prompt, compile_template, encode_example, to_turns
+from llmkit.data.sft import encode_sft, pack
+from llmkit.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from llmkit.data.tokens import TokenStream, open_split, token_dtype, write_shard
+from llmkit.errors import UserError
+from llmkit.types import IGNORE_INDEX, Batch
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_bpe(iter([sentences(i, 50) for i in range(5)]), 320)
+
+
+# ---- tokenizer ------------------------------------------------------------------------------------------------------
+
+HARD = [
+    "",
+    " ",
+    "\n\n\t  x",
+    "caf\u00e9 \u65e5\u672c\u8a9e \U0001f600",
+    "<|endoftext|> <|im_start|>",
+    "a" * 300,
+    "don't  stop\r\n",
+]
+
+
+def test_round_trip_and_fast_encoder_agrees(tokenizer):
+    for text, ids in zip(HARD, tokenizer.encode_batch(HARD), strict=True):
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.encode(text) == ids.tolist()
+    assert tokenizer.fast is not None
+
+
+def test_text_never_becomes_a_control_token(tokenizer):
+    assert not set(tokenizer.encode("<|endoftext|><|im_end|>")) & set(tokenizer.specials.values())
+
+
+def test_token_bytes_add_up(tokenizer):
+    for text in HARD:
+        assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+def test_other_peoples_truncation_is_dropped(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    loaded = load_tokenizer(tmp_path)
+    assert (
+        loaded.decode(loaded.encode("one model reads the code of the river")) == "one model reads the code of the river"
+    )
+
+
+@needs_shared
+def test_gpt2_ids_equal_transformers():
+    from transformers import PreTrainedTokenizerFast
+
+    path = SHARED / "tokenizers" / "gpt2" / "tokenizer.json"
+    ours, theirs = load_tokenizer(path), PreTrainedTokenizerFast(tokenizer_file=str(path))
+    theirs.backend_tokenizer.no_truncation()
+    text = (SHARED / "pretrain" / "tinyshakespeare" / "input.txt").read_text()[:50_000] if (
+        SHARED / "pretrain" / "tinyshakespeare" / "input.txt").exists() else sentences(1, 500)  # fmt: skip
+    assert ours.encode_batch([text])[0].tolist() == theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.fast is not None and ours.eos_id == 50256
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"model": 3}'])
+def test_broken_tokenizer_is_a_user_error(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(tmp_path)
+    assert caught.value.code == 4
+
+
+# ---- shards and batches ---------------------------------------------------------------------------------------------
+
+
+def test_streams_read_across_shards(tmp_path):
+    write_shard(tmp_path / "a", [np.arange(5), np.arange(5, 7)], token_dtype(300))
+    write_shard(tmp_path / "b", [np.arange(7, 12)], token_dtype(300))
+    stream = TokenStream([tmp_path / "a.bin", tmp_path / "b.bin"], token_dtype(300))
+    assert len(stream) == 12
+    assert stream.read(4, 6).tolist() == [4, 5, 6, 7, 8, 9]
+    assert np.fromfile(tmp_path / "a.idx", dtype="<i8").tolist() == [5, 7]
+    assert write_shard(tmp_path / "none", [], token_dtype(300)) == (0, 0) and not (tmp_path / "none.bin").exists()
+    assert token_dtype(65_536).itemsize == 2 and token_dtype(65_537).itemsize == 4
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 1000])
+def test_permute_is_a_bijection_that_depends_on_the_key(size):
+    one, other = ([permute(i, size, key) for i in range(size)] for key in (1, 2))
+    assert sorted(one) == sorted(other) == list(range(size))
+    assert size < 64 or one != other
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_ranks_together_see_the_global_batch(world):
+    def rows(indices):
+        return Batch(np.array(indices)[:, None], np.array(indices)[:, None])
+
+    whole = Batches(samples=20, rows=rows, global_batch_size=8, seed=3)
+    for step in (0, 2, 3):  # steps 2 and 3 cross an epoch
+        parts = [Batches(20, rows, 8, 3, rank, world).batch_at(step).input_ids[:, 0] for rank in range(world)]
+        assert sorted(np.concatenate(parts)) == sorted(whole.batch_at(step).input_ids[:, 0])
+    epoch = np.concatenate([whole.batch_at(step).input_ids[:, 0] for step in range(5)])[:20]
+    assert sorted(epoch) == list(range(20))
+
+
+def test_every_token_is_a_target_once(tmp_path):
+    write_shard(tmp_path / "a", [np.arange(33)], token_dtype(300))
+    batches = corpus_batches(TokenStream([tmp_path / "a.bin"], token_dtype(300)), 8, 4, seed=0)
+    assert batches.samples == 4
+    batch = batches.batch_at(0)
+    assert sorted(batch.labels.flatten()) == list(range(1, 33))
+    assert (batch.labels == batch.input_ids + 1).all()
+    assert [len(micro.input_ids) for micro in batch.split(3)] == [3, 1] and batch.count == 32
+
+
+# ---- build ----------------------------------------------------------------------------------------------------------
+
+
+def section(folder, **changes):
+    return Config.model_validate(tiny_config(folder) | {"data": tiny_config(folder)["data"] | changes}).data
+
+
+def files_of(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in (folder / "tokens").rglob("*") if p.is_file()}
+
+
+def test_counts_add_up_and_drops_have_reasons(tmp_path):
+    (tmp_path / "text").mkdir()
+    good = [sentences(i, 30) for i in range(12)]
+    lines = [json.dumps({"text": text}) for text in good]
+    lines += [
+        json.dumps({"text": good[0].upper()}),
+        json.dumps({"text": good[1] + "The end.\n"}),
+        "{bad json",
+        "[1, 2]",
+    ]
+    lines += [json.dumps({"text": None}), json.dumps({"text": 3}), json.dumps({"text": "too short"}), '{"text": ""}']
+    (tmp_path / "text" / "a.jsonl").write_text("\n".join(lines) + '\n{"text": "cut of')
+    source = {"name": "s", "path": str(tmp_path / "text"), "profile": "docs"}
+    data = section(tmp_path, sources=[source], dedup={"near": {}}, on_error={"max_bad_fraction": 0.5})
+    manifest = build_corpus(data, say=print)
+    row = manifest["funnel"]["s"]
+    assert row["read"] == 21 and row["kept"] == 12 and row["quarantined"] == 5
+    assert row["dropped"] == {"words": 1, "empty": 1, "exact duplicate": 1, "near duplicate": 1}
+    bad = [json.loads(line) for line in (tmp_path / "data" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(b["line"], b["reason"]) for b in bad] == [
+        (15, "not JSON"), (16, "not a JSON object"), (17, "no text"), (18, "text is no text"), (21, "not JSON"),
+    ]  # fmt: skip
+    assert bad[0]["offset"] == sum(len(line) + 1 for line in lines[:14])
+    with pytest.raises(UserError) as caught:
+        build_corpus(section(tmp_path, sources=[source], on_error={"mode": "fail"}), say=print)
+    assert caught.value.code == 3
+
+
+def test_build_is_the_same_for_any_workers_and_survives_a_repeat(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmkit.data.units.UNIT_BYTES", 20_000)
+    one = section(corpus, dir=str(tmp_path / "one"))
+    build_corpus(one, say=print)
+    assert len(list((tmp_path / "one" / "tokens" / "train" / "text").glob("*.bin"))) > 2
+    build_corpus(section(corpus, dir=str(tmp_path / "two"), workers=2), say=print)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    before = (tmp_path / "one" / "manifest.json").stat().st_mtime_ns
+    build_corpus(one, say=print)
+    assert (tmp_path / "one" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_shards_hold_the_kept_text(corpus):
+    folder = corpus / "data"
+    manifest = read_manifest(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    texts = {path.read_text().rstrip("\n") for path in (corpus / "text").glob("*.txt")}
+    found = set()
+    for split in ("train", "val"):
+        stream = open_split(folder, manifest["splits"][split]["files"], np.dtype(manifest["dtype"]))
+        assert len(stream) == manifest["splits"][split]["tokens"]
+        found |= set(tokenizer.decode(stream.read(0, len(stream))).removesuffix("<|endoftext|>").split("<|endoftext|>"))
+    assert found == texts
+
+
+def test_one_long_document_is_split_by_its_tail(tmp_path):
+    (tmp_path / "book.txt").write_text(sentences(1, 500))
+    data = section(
+        tmp_path, sources=[{"name": "book", "path": str(tmp_path / "book.txt")}], split={"val_fraction": 0.1}
+    )
+    manifest = build_corpus(data, say=print)
+    train, val = (manifest["splits"][split]["bytes"] for split in ("train", "val"))
+    assert 0.05 < val / (train + val) < 0.15
+
+
+def test_a_changed_shard_is_noticed(corpus, tmp_path):
+    data = section(corpus, dir=str(tmp_path / "data"))
+    manifest = build_corpus(data, say=print)
+    entry = manifest["splits"]["train"]["files"][0]
+    (tmp_path / "data" / entry["path"]).write_bytes(b"short")
+    with pytest.raises(UserError, match="not what was built"):
+        open_split(tmp_path / "data", [entry], np.dtype(manifest["dtype"]))
+
+
+def test_everything_filtered_out_says_why(corpus, tmp_path):
+    source = {"name": "text", "path": str(corpus / "text")}
+    data = section(corpus, dir=str(tmp_path / "d"), sources=[source], filter={"rules": {"words": {"low": 10_000_000}}})
+    with pytest.raises(UserError, match="no document is left") as caught:
+        build_corpus(data, say=print)
+    assert "40 words" in caught.value.got
+
+
+def test_unknown_rule_is_refused(corpus, tmp_path):
+    data = section(corpus, dir=str(tmp_path / "d"), filter={"rules": {"wrods": {"low": 1}, "words": {"least": 1}}})
+    with pytest.raises(UserError) as caught:
+        build_corpus(data, say=print)
+    assert len([caught.value, *caught.value.others]) == 2 and not (tmp_path / "d").exists()
+
+
+# ---- fine-tuning data -----------------------------------------------------------------------------------------------
+
+
+def test_only_answers_are_targets(tokenizer):
+    ids, targets = encode_example(tokenizer, CHATML, ("the river ", "is small"))
+    assert tokenizer.decode([i for i, t in zip(ids, targets, strict=True) if t]) == "is small<|endoftext|>"
+    messages = [
+        {"role": "system", "content": "one"}, {"role": "user", "content": "two"}, {"role": "assistant", "content": "three"},
+        {"role": "user", "content": "four"}, {"role": "assistant", "content": "five"},
+    ]  # fmt: skip
+    ids, targets = encode_example(tokenizer, CHATML, messages)
+    assert tokenizer.decode([i for i, t in zip(ids, targets, strict=True) if t]) == "three<|im_end|>five<|im_end|>"
+    assert tokenizer.decode(ids) == compile_template(CHATML).render(messages=messages, add_generation_prompt=False)
+    prompt = chat_prompt(tokenizer, "two")
+    assert tokenizer.decode(prompt) == "<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_control_tokens_in_messages_stay_text(tokenizer):
+    messages = [{"role": "user", "content": "say <|im_end|>"}, {"role": "assistant", "content": "<|endoftext|>"}]
+    ids, _ = encode_example(tokenizer, CHATML, messages)
+    assert ids.count(tokenizer.specials["<|im_end|>"]) == 2 and tokenizer.eos_id not in ids
+    assert "say <|im_end|>" in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("record", "form", "reason"),
+    [
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages", "unknown role"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "messages", "no assistant"),
+        ({"messages": [{"role": "user", "content": "x"}] * 2}, "messages", "two user turns"),
+        ({"messages": "x"}, "messages", "no list"),
+        ({"prompt": "x", "completion": 3}, "prompt/completion", "no text"),
+        ({"conversations": [{"from": "gpt", "value": None}]}, "conversations", "no text"),
+    ],
+)
+def test_bad_conversations_have_reasons(record, form, reason):
+    with pytest.raises(ValueError, match=reason):
+        to_turns(record, form)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 9 ** 999999999 }}", "{{ 'x' * 1000000000 }}", "{% for a in m %}{% for b in m %}{% for c in m %}"
+     "{% for d in m %}x{% endfor %}{% endfor %}{% endfor %}{% endfor %}", "{% for", "{{ ''.__class__.__mro__ }}",
+     "{% for i in range(1000000000) %}x{% endfor %}"],
+)  # fmt: skip
+def test_heavy_and_hostile_templates_are_refused(tokenizer, template):
+    with pytest.raises((UserError, ValueError)):
+        encode_example(tokenizer, template, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}])
+
+
+def test_packing_is_best_fit_and_keeps_all():
+    lengths = np.random.default_rng(0).integers(1, 100, 300)
+    rows = pack(lengths, 100)
+    assert sorted(i for row in rows for i in row) == list(range(300))
+    assert all(lengths[row].sum() <= 100 for row in rows)
+    assert len(rows) <= 1.05 * lengths.sum() / 100 + 1
+
+
+def test_sft_rows_hold_whole_examples(tokenizer, tmp_path):
+    records = [{"prompt": f"{w} ", "completion": " ".join(WORDS_FOR[w])} for w in WORDS_FOR]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + "{bad\n")
+    data = SftData(kind="sft", path=str(tmp_path / "a.jsonl"), seq_len=40, val_fraction=0.2)
+    report = encode_sft(data, tokenizer, tmp_path / "out", seed=0)
+    assert report["bad"] == {"not JSON": 1}
+    assert sum(part["examples"] for part in report["splits"].values()) == len(records)
+    found = set()
+    for split in ("train", "val"):
+        for batch in packed_batches(tmp_path / "out" / report["key"], split, 2, seed=0).in_order():
+            assert (batch.labels[batch.segments == -1] == IGNORE_INDEX).all()
+            for row in range(len(batch.input_ids)):
+                for number in range(batch.segments[row].max() + 1):
+                    cut = batch.segments[row] == number
+                    assert batch.positions[row][cut].tolist() == list(range(cut.sum()))
+                    labels = batch.labels[row][cut]
+                    found.add(tokenizer.decode(labels[labels != IGNORE_INDEX]).removesuffix("<|endoftext|>"))
+    assert found == {r["completion"] for r in records}
+    assert encode_sft(data, tokenizer, tmp_path / "out", seed=0) == report
+
+
+WORDS_FOR = {"one": ["model", "token"], "river": ["small", "large", "of"], "code": ["reads"], "loss": ["and", "it", "is"],
+             "under": ["over"], "the": ["a", "one", "in"]}  # fmt: skip
+
+
+def test_inspect_shows_targets(corpus):
+    (corpus / "inspect.yaml").write_text(yaml.safe_dump(tiny_config(corpus)))
+    shown = llmkit("data", "inspect", "inspect.yaml", "--rows", 1, cwd=corpus).stdout
+    assert "row 0: 33 tokens, 32 targets" in shown

@@ -1,0 +1,70 @@
+"""Imports only go down, and what must be instant stays free of torch."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import llmkit
+
+ROOT = Path(llmkit.__file__).parent
+FLOORS = [
+    {"errors", "types"},
+    {"yamlfile", "run"},
+    {"config"},
+    {"data", "models"},
+    {"peft", "optim", "parallel", "objectives"},
+    {"checkpoint", "generate", "plan"},
+    {"evals", "job", "presets", "export"},
+    {"watch"},
+    {"train"},
+    {"cli"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The rooms of llmkit that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llmkit"):
+            inside = node.module.split(".")[1:]
+            found |= {inside[0]} if inside else {alias.name for alias in node.names if not alias.name.startswith("__")}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("llmkit.")}
+    return found
+
+
+def test_arrows_go_down():
+    upward = []
+    for path in ROOT.rglob("*.py"):
+        room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if room != "__init__":
+            upward += [f"{room} -> {other}" for other in imported_rooms(path) - {room} if FLOOR[other] >= FLOOR[room]]
+    assert not upward
+
+
+def test_every_room_has_a_floor():
+    rooms = {
+        path.name.removesuffix(".py")
+        for path in ROOT.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert rooms - {"__init__"} == set(FLOOR)
+
+
+def test_schema_and_help_do_not_import_torch():
+    code = "import sys, llmkit.cli, llmkit.config, llmkit.run; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_imports_neither_torch_nor_pydantic_and_is_quick():
+    code = "import sys, llmkit.cli\ntry: llmkit.cli.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'pydantic', 'numpy'} & set(sys.modules)"
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.3

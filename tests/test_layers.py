@@ -1,0 +1,159 @@
+"""The chunked loss and the blocked attention against torch's plain ones, forward and backward."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llmkit.models.layers import attend, blocked_attention, linear_cross_entropy
+from llmkit.types import IGNORE_INDEX
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def equal(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+# ---- linear_cross_entropy -------------------------------------------------------------------------------------------
+
+
+def case(ignored: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden (2, 5, 8), weight (13, 8), labels (2, 5); 10 tokens, so that chunks of 3 and 4 leave a rest."""
+    labels = torch.randint(13, (2, 5), generator=torch.Generator().manual_seed(1))
+    if ignored:
+        labels[0, 1] = labels[1, 3:] = IGNORE_INDEX
+    return random(2, 5, 8).requires_grad_(), random(13, 8, seed=2).requires_grad_(), labels
+
+
+def plain(hidden, weight, labels, reduction: str) -> torch.Tensor:
+    losses = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction=reduction)
+    return losses if reduction == "sum" else losses.view(labels.shape)
+
+
+def unequal(losses: torch.Tensor) -> torch.Tensor:
+    """A scalar in which every loss has its own weight, one of them 0 and one negative."""
+    return (losses * torch.linspace(-0.5, 2.0, losses.numel()).view(losses.shape)).sum() * 3.0
+
+
+@pytest.mark.parametrize("chunk", [3, 4, 5, 10, 64, None])
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_losses_and_gradients_equal_cross_entropy(reduction, ignored, chunk):
+    hidden, weight, labels = case(ignored)
+    ours = linear_cross_entropy(hidden, weight, labels, reduction, chunk)
+    theirs = plain(hidden, weight, labels, reduction)
+    equal(ours, theirs)
+    ours_grads = torch.autograd.grad(unequal(ours), [hidden, weight])
+    for a, b in zip(ours_grads, torch.autograd.grad(unequal(theirs), [hidden, weight]), strict=True):
+        equal(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("frozen", ["weight", "hidden"])
+def test_what_is_frozen_gets_no_gradient_and_the_other_the_same_one(frozen, reduction):
+    hidden, weight, labels = case()
+    {"weight": weight, "hidden": hidden}[frozen].requires_grad_(False)
+    free = hidden if frozen == "weight" else weight
+    (wanted,) = torch.autograd.grad(unequal(plain(hidden, weight, labels, reduction)), [free])
+    unequal(linear_cross_entropy(hidden, weight, labels, reduction, 3)).backward()
+    equal(free.grad, wanted)
+    assert (weight if frozen == "weight" else hidden).grad is None
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_without_gradients_the_losses_are_the_same(reduction):
+    hidden, weight, labels = case()
+    with torch.no_grad():
+        ours = linear_cross_entropy(hidden, weight, labels, reduction, 3)
+    assert not ours.requires_grad
+    equal(ours, plain(hidden, weight, labels, reduction))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_only_ignored_labels_mean_no_loss_and_no_gradient(reduction):
+    hidden, weight, labels = case()
+    losses = linear_cross_entropy(hidden, weight, torch.full_like(labels, IGNORE_INDEX), reduction, 3)
+    losses.sum().backward()
+    assert losses.abs().sum() == hidden.grad.abs().sum() == weight.grad.abs().sum() == 0
+
+
+def test_gradients_add_up_over_two_losses():
+    hidden, weight, labels = case()
+    (wanted,) = torch.autograd.grad(2 * plain(hidden, weight, labels, "sum"), [weight])
+    for _ in range(2):
+        linear_cross_entropy(hidden, weight, labels, "sum", 3).backward()
+    equal(weight.grad, wanted)
+
+
+def test_huge_logits_stay_finite():
+    hidden, weight, labels = case()
+    losses = linear_cross_entropy(hidden * 1e3, weight, labels, "sum", 3)
+    losses.backward()
+    equal(losses, plain(hidden * 1e3, weight, labels, "sum"))
+    assert torch.isfinite(weight.grad).all()
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+def qkv(length: int, kv_heads: int, heads: int = 4, channels: int = 8) -> list[torch.Tensor]:
+    sizes = [heads, kv_heads, kv_heads]
+    return [random(2, n, length, channels, seed=seed).requires_grad_() for seed, n in enumerate(sizes)]
+
+
+def segments_mask(length: int) -> torch.Tensor:
+    """Three documents in one row, two in the other: (B, 1, T, T), True where a query may see a key."""
+    at = torch.arange(length)
+    segments = torch.stack([at * 3 // length, (at > 5).long()])
+    return torch.ones(length, length).tril().bool() & (segments[:, None, :, None] == segments[:, None, None, :])
+
+
+def assert_attention_equals_sdpa(length: int, kv_heads: int, mask: torch.Tensor | None) -> None:
+    q, k, v = qkv(length, kv_heads)
+    ours = blocked_attention(q, k, v, mask)
+    theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    equal(ours, theirs)
+    upstream = random(*theirs.shape, seed=9)
+    ours_grads = torch.autograd.grad(ours, [q, k, v], upstream)
+    for a, b in zip(ours_grads, torch.autograd.grad(theirs, [q, k, v], upstream), strict=True):
+        equal(a, b)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 7, 128, 129, 300])
+def test_blocked_attention_equals_sdpa(length, kv_heads):
+    assert_attention_equals_sdpa(length, kv_heads, None)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("length", [512, 640])
+def test_recomputed_attention_equals_sdpa(length, kv_heads):
+    q, k, v = qkv(length, kv_heads)
+    assert "RecomputedAttention" in str(blocked_attention(q, k, v, None).grad_fn.next_functions)
+    assert_attention_equals_sdpa(length, kv_heads, None)
+
+
+@pytest.mark.parametrize("length", [12, 130, 512])
+def test_attention_within_segments_equals_sdpa(length):
+    assert_attention_equals_sdpa(length, 2, segments_mask(length))
+
+
+def test_long_ragged_rows_equal_sdpa():
+    assert_attention_equals_sdpa(513, 2, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "segments"])
+@pytest.mark.parametrize("length", [40, 512])
+def test_compiled_attention_equals_eager(length, masked):
+    mask = segments_mask(length) if masked else None
+    q, k, v = qkv(length, 2)
+    upstream = random(2, length, 32, seed=9)
+    results = []
+    for function in (attend, torch.compile(attend, dynamic=False)):
+        out = function(q, k, v, mask)
+        results.append([out, *torch.autograd.grad(out, [q, k, v], upstream)])
+    for eager, compiled in zip(*results, strict=True):
+        equal(eager, compiled)

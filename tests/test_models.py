@@ -1,0 +1,343 @@
+"""The model families against transformers, published sizes, and what a causal, cached, packed model must obey."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from llmkit.errors import MODEL, UserError
+from llmkit.models import build_model, folder, gpt2, llama
+from llmkit.models.layers import KVCache
+
+SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 32}
+GPT2 = gpt2.Config(**SIZES, num_attention_heads=4)
+GQA = llama.Config(**SIZES, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
+TIED = llama.Config(**SIZES, num_attention_heads=4, intermediate_size=48, tie_word_embeddings=True, rope_theta=5e5)
+UNTIED_GPT2 = gpt2.Config(**SIZES, num_attention_heads=2, intermediate_size=40, tie_word_embeddings=False)
+WIDE_HEADS = llama.Config(**SIZES, num_attention_heads=4, num_key_value_heads=1, head_dim=16, rms_norm_eps=1e-3)
+CONFIGS = {"gpt2": GPT2, "gpt2_untied": UNTIED_GPT2, "gqa": GQA, "tied": TIED, "wide_heads": WIDE_HEADS}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+each_family = pytest.mark.parametrize("config", [GPT2, GQA], ids=["gpt2", "llama"])
+
+
+def randomized(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights large enough that every part of the model, biases and norms too, moves the logits."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.1, 0.3, generator=generator)
+    return model.eval()
+
+
+def tokens(rows: int = 2, length: int = 12) -> torch.Tensor:
+    return torch.randint(61, (rows, length), generator=torch.Generator().manual_seed(2))
+
+
+def equal(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+# ---- transformers, both ways ----------------------------------------------------------------------------------------
+
+
+@every_config
+@torch.no_grad()
+def test_transformers_opens_what_we_save_with_equal_logits(config, tmp_path):
+    ours = randomized(build_model(config))
+    folder.save_model(ours, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    equal(ours(tokens()), theirs(tokens()).logits)
+
+
+def hf_configs() -> dict:
+    shape = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    wide = {"intermediate_size": 48, "max_position_embeddings": 32}
+    small = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+    rope = {"rope_type": "default", "rope_theta": 123.0}
+    return {
+        "gpt2": transformers.GPT2Config(**small),
+        "gpt2_untied": transformers.GPT2Config(**small, n_inner=40, tie_word_embeddings=False),
+        "llama_defaults": transformers.LlamaConfig(**shape, **wide),
+        "llama_gqa": transformers.LlamaConfig(**shape, **wide, num_key_value_heads=2, rms_norm_eps=1e-3),
+        "llama_tied": transformers.LlamaConfig(**shape, **wide, tie_word_embeddings=True, rope_parameters=rope),
+    }
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2_untied", "llama_defaults", "llama_gqa", "llama_tied"])
+@torch.no_grad()
+def test_we_open_what_transformers_saves_with_equal_logits(name, tmp_path):
+    theirs = randomized(transformers.AutoModelForCausalLM.from_config(hf_configs()[name]))
+    theirs.save_pretrained(tmp_path)
+    equal(folder.load_model(tmp_path).eval()(tokens()), theirs(tokens()).logits)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama_gqa"])
+@torch.no_grad()
+def test_sharded_folders_open_with_equal_logits(name, tmp_path):
+    theirs = randomized(transformers.AutoModelForCausalLM.from_config(hf_configs()[name]))
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    equal(folder.load_model(tmp_path).eval()(tokens()), theirs(tokens()).logits)
+
+
+@torch.no_grad()
+def test_gpt2_files_without_the_prefix_and_with_mask_buffers_open(tmp_path):
+    ours = randomized(build_model(GPT2))
+    folder.save_model(ours, tmp_path)
+    path = tmp_path / "model.safetensors"
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    save_file(bare | {"h.0.attn.bias": torch.ones(1, 1, 32, 32).tril()}, path)
+    equal(folder.load_model(tmp_path)(tokens()), ours(tokens()))
+
+
+@torch.no_grad()
+def test_an_absent_rms_norm_eps_means_what_transformers_means(tmp_path):
+    folder.save_model(randomized(build_model(GQA)), tmp_path)
+    rewrite(tmp_path / "config.json", lambda config: config.pop("rms_norm_eps"))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert folder.read_config(tmp_path).rms_norm_eps == theirs.rms_norm_eps
+
+
+def test_weights_keep_their_dtype_or_take_the_one_named(tmp_path):
+    folder.save_model(build_model(GQA), tmp_path, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    assert {p.dtype for p in folder.load_model(tmp_path).parameters()} == {torch.float32}
+
+
+# ---- published sizes ------------------------------------------------------------------------------------------------
+
+
+def gpt2_size(width: int, layers: int, heads: int) -> gpt2.Config:
+    return gpt2.Config(vocab_size=50257, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads)
+
+
+def llama_size(vocab: int, width: int, layers: int, heads: int, kv_heads: int, inner: int, **more) -> llama.Config:
+    return llama.Config(
+        vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, intermediate_size=inner, **more,
+    )  # fmt: skip
+
+
+PUBLISHED = {
+    "gpt2": (gpt2_size(768, 12, 12), 124_439_808),
+    "gpt2-medium": (gpt2_size(1024, 24, 16), 354_823_168),
+    "gpt2-large": (gpt2_size(1280, 36, 20), 774_030_080),
+    "gpt2-xl": (gpt2_size(1600, 48, 25), 1_557_611_200),
+    "llama-2-7b": (llama_size(32000, 4096, 32, 32, 32, 11008), 6_738_415_616),
+    "llama-2-13b": (llama_size(32000, 5120, 40, 40, 40, 13824), 13_015_864_320),
+    "llama-2-70b": (llama_size(32000, 8192, 80, 64, 8, 28672), 68_976_648_192),
+    "llama-3.2-1b": (llama_size(128256, 2048, 16, 32, 8, 8192, tie_word_embeddings=True), 1_235_814_400),
+    "mistral-7b": (llama_size(32000, 4096, 32, 32, 8, 14336), 7_241_732_096),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_are_the_published_ones(name):
+    config, published = PUBLISHED[name]
+    model = build_model(config, device="meta", seed=None)
+    assert sum(parameter.numel() for parameter in model.parameters()) == published
+
+
+# ---- causality, cache, packing --------------------------------------------------------------------------------------
+
+
+@each_family
+@pytest.mark.parametrize("t", [0, 5, 11])
+@torch.no_grad()
+def test_a_token_changes_the_logits_from_itself_on_and_none_before(config, t):
+    model, ids = randomized(build_model(config)), tokens()
+    other = ids.clone()
+    other[:, t] = (other[:, t] + 1) % 61
+    changed = (model(ids) - model(other)).abs().amax(-1)  # (B, T)
+    assert changed[:, :t].sum() == 0
+    assert (changed[:, t:] > 1e-4).all()
+
+
+@every_config
+@torch.no_grad()
+def test_cached_logits_equal_uncached(config):
+    model, ids = randomized(build_model(config)), tokens()
+    cache = KVCache(
+        config.num_hidden_layers, 2, config.num_key_value_heads, 16, config.head_dim, device="cpu", dtype=torch.float32
+    )
+    pieces = [ids[:, :4], ids[:, 4:7], *ids[:, 7:].split(1, dim=1)]  # a prompt in two pieces, then token by token
+    equal(torch.cat([model(piece, cache=cache) for piece in pieces], dim=1), model(ids))
+    assert cache.length == ids.shape[1]
+
+
+@each_family
+@torch.no_grad()
+def test_packed_documents_equal_each_document_alone(config):
+    model = randomized(build_model(config))
+    lengths = [[5, 3, 4], [1, 9, 2]]
+    ids = tokens()
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    segments = torch.stack([torch.arange(3).repeat_interleave(torch.tensor(row)) for row in lengths])
+    packed = model(ids, positions=positions, segments=segments)
+    for b, row in enumerate(lengths):
+        for document, logits in zip(ids[b].split(row), packed[b].split(row), strict=True):
+            equal(logits, model(document[None])[0])
+
+
+@each_family
+@torch.no_grad()
+def test_losses_are_the_cross_entropy_of_the_logits(config):
+    model, ids = randomized(build_model(config)), tokens()
+    labels = ids.roll(-1, 1)
+    expected = torch.nn.functional.cross_entropy(model(ids).transpose(1, 2), labels, reduction="none")
+    torch.testing.assert_close(model(ids, labels, reduction="none"), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(ids, labels), expected.sum(), rtol=1e-5, atol=1e-4)
+
+
+# ---- initialisation -------------------------------------------------------------------------------------------------
+
+WIDE = {"vocab_size": 300, "hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4}
+
+
+def close(tensor: torch.Tensor, std: float) -> None:
+    assert tensor.std().item() == pytest.approx(std, rel=0.04)  # over 16k draws: the std of the std is 0.6 %
+    assert abs(tensor.mean().item()) < 0.04 * std
+
+
+@pytest.mark.parametrize(("family", "residual"), [(gpt2, "attn.c_proj"), (llama, "self_attn.o_proj")])
+def test_residual_projections_begin_smaller_by_the_root_of_twice_the_depth(family, residual):
+    block = build_model(family.Config(**WIDE)).blocks[3]
+    close(block.get_submodule(residual).weight, 0.02 / 4)  # sqrt(2 * 8) = 4
+    inner = block.mlp.c_fc if family is gpt2 else block.mlp.up_proj
+    close(inner.weight, 0.02)
+
+
+def test_xavier_and_he_begin_at_their_spread():
+    for scheme, variance in [("xavier", 2 / (128 + 512)), ("he", 2 / 128)]:
+        model = build_model(llama.Config(**WIDE, intermediate_size=512, init=scheme))
+        close(model.blocks[0].mlp.up_proj.weight, variance**0.5)
+        down = 2 / (128 + 512) if scheme == "xavier" else 2 / 512
+        close(model.blocks[0].mlp.down_proj.weight, down**0.5 / 4)
+        close(model.model.embed_tokens.weight, 0.02)
+
+
+def test_norms_begin_at_one_and_biases_at_zero():
+    for name, parameter in build_model(GPT2).named_parameters():
+        if parameter.dim() == 1:
+            assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
+
+
+def test_a_seed_fixes_the_weights():
+    first, again, other = (build_model(GQA, seed=seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def rewrite(path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    folder.save_model(build_model(GQA), tmp_path)
+    return tmp_path
+
+
+def refused(path, *words: str) -> None:
+    """Loading raises a UserError of the right code, which says all of `words`."""
+    with pytest.raises(UserError) as caught:
+        folder.load_model(path)
+    assert caught.value.code == MODEL
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_an_unknown_family_is_refused(saved):
+    rewrite(saved / "config.json", lambda config: config.update(model_type="lama"))
+    refused(saved, "lama", "did you mean llama?")
+
+
+ROPES = [
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
+    {"rope_parameters": {"type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=["scaling", "parameters", "legacy_type"])
+def test_scaled_rotary_positions_are_refused(saved, rope):
+    rewrite(saved / "config.json", lambda config: config.update(rope))
+    refused(saved, "rope_scaling")
+
+
+def test_a_field_that_changes_the_mathematics_is_refused(saved):
+    rewrite(saved / "config.json", lambda config: config.update(hidden_act="gelu", attention_bias=True))
+    refused(saved, "hidden_act", "attention_bias")
+
+
+WRONG = {
+    "no_vocabulary": {"vocab_size": None}, "broken_width": {"hidden_size": 32.0}, "text_for_a_number": {"hidden_size": "32"},
+    "no_heads": {"num_attention_heads": 0}, "a_list_of_families": {"model_type": ["llama"]}, "odd_kv": {"num_key_value_heads": 3},
+    "rope_list": {"rope_parameters": [1]}, "rope_text": {"rope_parameters": {"rope_theta": "big"}},
+    "no_theta": {"rope_theta": None, "rope_parameters": None}, "text_eps": {"rms_norm_eps": "small"},
+    "list_width": {"intermediate_size": [48]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_senseless_values_are_refused(saved, wrong):
+    rewrite(saved / "config.json", lambda config: config.update(wrong))
+    refused(saved)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null"])
+def test_a_config_that_is_no_object_is_refused(saved, text):
+    (saved / "config.json").write_text(text)
+    refused(saved, "config.json")
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path):
+    refused(tmp_path, "not a model")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b.safetensors", "..", "", 7, None])
+def test_a_shard_outside_the_folder_is_refused(saved, name):
+    (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    refused(saved)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": ["b"]}}'])
+def test_an_index_that_is_none_is_refused(saved, text):
+    (saved / "model.safetensors.index.json").write_text(text)
+    refused(saved, "index")
+
+
+def test_a_missing_shard_is_refused(saved):
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(saved, "missing")
+
+
+def test_a_missing_tensor_is_refused_by_name(saved):
+    weights = load_file(saved / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, saved / "model.safetensors")
+    refused(saved, "model.layers.1.mlp.up_proj.weight")
+
+
+def test_a_tensor_without_a_place_is_refused_by_name(saved):
+    save_file(load_file(saved / "model.safetensors") | {"extra": torch.ones(1)}, saved / "model.safetensors")
+    refused(saved, "extra")
+
+
+def test_a_wrong_shape_is_refused_with_both_shapes(saved):
+    rewrite(saved / "config.json", lambda config: config.update(intermediate_size=50))
+    refused(saved, "wrong shape", "(48, 32)", "(50, 32)")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 200, -100])
+def test_truncated_weights_are_refused(saved, keep):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(saved, "can't be read")

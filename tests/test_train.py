@@ -1,0 +1,368 @@
+"""The loop: what it adds up, what it survives, and that each option does what it says."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import llmkit, metrics, tiny_config
+from safetensors.torch import load_file
+
+from llmkit import checkpoint
+from llmkit.config import load_config
+from llmkit.errors import UserError
+from llmkit.models.folder import read_config
+from llmkit.train import train
+
+
+def run(corpus: Path, folder: Path, **sections) -> tuple[Path, dict]:
+    """Train in this process; returns the run directory and the summary."""
+    path = folder / "c.yaml"
+    path.write_text(yaml.safe_dump(tiny_config(corpus, **sections)))
+    config = load_config(path, [f"run_dir={folder / 'run'}"])
+    return folder / "run", train(config, say=lambda line: None)
+
+
+def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "checkpoints" / f"step-{step:06d}" / "model" / "model.safetensors")
+
+
+def worst(one: dict, other: dict) -> float:
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def steps(number: int, **train_options) -> dict:
+    return {"max_steps": number, **train_options}
+
+
+# ---- arithmetic -----------------------------------------------------------------------------------------------------
+
+
+def test_accumulation_changes_nothing(corpus, tmp_path):
+    made = {}
+    for micro in (8, 4, 1):
+        (tmp_path / str(micro)).mkdir()
+        where, _ = run(corpus, tmp_path / str(micro), train=steps(3, micro_batch_size=micro), optimizer={"lr": 1e-3})
+        made[micro] = (weights(where, 3), [r.get("loss") for r in metrics(where)])
+    assert worst(made[8][0], made[1][0]) < 1e-5 and worst(made[8][0], made[4][0]) < 1e-5
+    assert made[8][1] == pytest.approx(made[1][1], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(corpus, tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_config(corpus, train=steps(3), optimizer={"lr": 1e-3})))
+    llmkit("pretrain", "c.yaml", "-o", "run_dir=one", cwd=tmp_path)
+    llmkit("pretrain", "c.yaml", "-o", "run_dir=two", "--nproc", 2, cwd=tmp_path)
+    assert worst(weights(tmp_path / "one", 3), weights(tmp_path / "two", 3)) < 1e-5
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(two, abs=1e-4)
+
+
+def test_checkpointing_is_the_same_gradient(corpus, tmp_path):
+    made = []
+    for mode in ("none", "full", 2):
+        (tmp_path / str(mode)).mkdir()
+        where, _ = run(corpus, tmp_path / str(mode), train=steps(3, gradient_checkpointing=mode))
+        made.append(weights(where, 3))
+    assert worst(made[0], made[1]) < 1e-6 and worst(made[0], made[2]) < 1e-6
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_the_same_model(corpus, tmp_path):
+    made = []
+    for mode in (False, True):
+        (tmp_path / str(mode)).mkdir()
+        where, _ = run(corpus, tmp_path / str(mode), train=steps(3, compile=mode), optimizer={"lr": 1e-3})
+        made.append(weights(where, 3))
+    assert worst(*made) < 1e-5
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_loss_falls(corpus, tmp_path, model, optimizer):
+    section = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    config = tiny_config(corpus, train=steps(40), optimizer={"name": optimizer, "lr": 1e-2})
+    config["model"] = {"name": model, **section}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    train(load_config(tmp_path / "c.yaml", [f"run_dir={tmp_path / 'run'}"]), say=print)
+    losses = [r["val_loss"] for r in metrics(tmp_path / "run") if "val_loss" in r]
+    assert losses[0] - losses[-1] > 1.0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains_close_to_fp32(corpus, tmp_path, precision):
+    losses = {}
+    for name in ("fp32", precision):
+        (tmp_path / name).mkdir()
+        where, summary = run(corpus, tmp_path / name, train=steps(20, precision=name))
+        losses[name] = [r["val_loss"] for r in metrics(where) if "val_loss" in r][-1]
+        assert all(tensor.dtype == torch.float32 for tensor in weights(where, 20).values())
+    assert losses[precision] == pytest.approx(losses["fp32"], rel=0.05)
+
+
+def test_dropout_draws_differ_by_step_and_turn_off_in_evaluation(corpus, tmp_path):
+    model = {"name": "gpt2", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "resid_pdrop": 0.5,
+             "max_position_embeddings": 64}  # fmt: skip
+    config = tiny_config(corpus, train=steps(2), eval={"every": 1}) | {"model": model}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    values = {}
+    for dropout in (0.0, 0.5):
+        loaded = load_config(
+            tmp_path / "c.yaml", [f"model.resid_pdrop={dropout}", f"run_dir={tmp_path / str(dropout)}"]
+        )
+        train(loaded, say=print)
+        values[dropout] = (
+            [record.get("loss") for record in metrics(tmp_path / str(dropout))],
+            metrics(tmp_path / str(dropout))[0]["val_loss"],
+        )
+    assert values[0.0][1] == values[0.5][1]  # before any step: the same weights, and no dropout in evaluation
+    assert values[0.0][0] != values[0.5][0]
+
+
+# ---- resuming -------------------------------------------------------------------------------------------------------
+
+LONG = {
+    "train": {"max_steps": 240, "global_batch_size": 8, "micro_batch_size": 4},  # epochs are about 30 steps
+    "checkpoint": {"every": 20}, "eval": {"every": 40}, "log": {"every": 7},
+    "model": {"name": "gpt2", "resid_pdrop": 0.1, "attn_pdrop": 0.1, "embd_pdrop": 0.1},
+}  # fmt: skip
+
+
+def long_config(corpus: Path, optimizer: str) -> str:
+    config = tiny_config(corpus, **LONG, optimizer={"name": optimizer, "lr": 1e-2})
+    config["model"].pop("num_key_value_heads")
+    return yaml.safe_dump(config)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_kill_9_and_the_same_command_give_the_same_bits(corpus, tmp_path, optimizer):
+    (tmp_path / "c.yaml").write_text(long_config(corpus, optimizer))
+    llmkit("pretrain", "c.yaml", "-o", "run_dir=calm", cwd=tmp_path)
+    command = [sys.executable, "-m", "llmkit.cli", "pretrain", "c.yaml", "-o", "run_dir=killed"]
+    for step in (60, 140):
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (tmp_path / f"killed/checkpoints/step-{step:06d}").exists():
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = llmkit("pretrain", "c.yaml", "-o", "run_dir=killed", cwd=tmp_path)
+    assert "resumed" in done.stdout
+    assert worst(weights(tmp_path / "calm", 240), weights(tmp_path / "killed", 240)) == 0
+    calm, killed = (
+        load_file(tmp_path / name / "checkpoints/step-000240/trainer/tensors.safetensors")
+        for name in ("calm", "killed")
+    )
+    assert calm.keys() == killed.keys() and all(torch.equal(calm[key], killed[key]) for key in calm)
+    assert metrics(tmp_path / "calm") == metrics(tmp_path / "killed")
+    logged = [record["step"] for record in metrics(tmp_path / "killed")]
+    assert logged == sorted(set(logged))
+
+
+def test_a_finished_run_stays_finished_and_can_be_lengthened(corpus, tmp_path):
+    where, _ = run(corpus, tmp_path, train=steps(10))
+    before = metrics(where)
+    run(corpus, tmp_path, train=steps(10))
+    assert metrics(where) == before
+    run(corpus, tmp_path, train=steps(20))
+    assert metrics(where)[: len(before)] == before and metrics(where)[-1]["step"] == 20
+
+
+def test_another_config_is_refused_and_fresh_starts_over(corpus, tmp_path):
+    where, _ = run(corpus, tmp_path, train=steps(10))
+    with pytest.raises(UserError, match="another config"):
+        run(corpus, tmp_path, train=steps(10), optimizer={"lr": 5e-3})
+    assert yaml.safe_load((where / "config.yaml").read_text())["optimizer"]["lr"] == 1e-2
+    train(load_config(tmp_path / "c.yaml", [f"run_dir={where}"]), fresh=True, say=print)
+    assert yaml.safe_load((where / "config.yaml").read_text())["optimizer"]["lr"] == 5e-3
+
+
+def test_sigterm_saves_and_says_so(corpus, tmp_path):
+    (tmp_path / "c.yaml").write_text(long_config(corpus, "adamw").replace("max_steps: 240", "max_steps: 100000"))
+    command = [sys.executable, "-m", "llmkit.cli", "pretrain", "c.yaml", "-o", "run_dir=r"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "r/checkpoints/step-000020").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143 and "a checkpoint is saved" in errors and "Traceback" not in errors
+    last = checkpoint.listed(tmp_path / "r")[-1]
+    checkpoint.verify(last)
+    assert metrics(tmp_path / "r")[-1]["step"] == int(last.name.removeprefix("step-"))
+
+
+@pytest.mark.parametrize("file", ["model/model.safetensors", "trainer/tensors.safetensors", "trainer/state.json"])
+@pytest.mark.parametrize("damage", ["bit", "cut", "gone"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(corpus, tmp_path, capsys, file, damage):
+    source, _ = cached_run(corpus)
+    shutil.copytree(source, tmp_path / "run")
+    (tmp_path / "c.yaml").write_text((source.parent / "c.yaml").read_text())
+    victim = tmp_path / "run/checkpoints/step-000020" / file
+    content = bytearray(victim.read_bytes())
+    if damage == "gone":
+        victim.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content if damage == "bit" else content[:-1])
+    assert checkpoint.newest_good(tmp_path / "run").name == "step-000010"
+    warning = capsys.readouterr().err
+    assert "warning" in warning and str(victim) in warning
+    with pytest.raises(UserError) as caught:
+        checkpoint.locate(tmp_path / "run/checkpoints/step-000020")
+    assert caught.value.code == 4
+
+
+CACHED: dict = {}
+
+
+def cached_run(corpus: Path) -> tuple[Path, dict]:
+    """One run of 20 steps with checkpoints at 10 and 20, shared by the tests that only look at it."""
+    if not CACHED:
+        folder = corpus / "cached"
+        folder.mkdir()
+        CACHED["made"] = run(corpus, folder)
+    return CACHED["made"]
+
+
+def test_a_run_directory_has_one_writer(corpus, tmp_path):
+    from llmkit.run import open_run
+
+    first = open_run(tmp_path / "r", {"a": 1})
+    code = f"from llmkit.run import open_run; from pathlib import Path; open_run(Path({str(tmp_path / 'r')!r}), {{'a': 1}})"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "another process is training" in other.stderr and str(os.getpid()) in other.stderr
+    first.close()
+    open_run(tmp_path / "r", {"a": 1}).close()
+
+
+# ---- faults ---------------------------------------------------------------------------------------------------------
+
+
+def test_divergence_stops_and_the_weights_stay_finite(corpus, tmp_path):
+    with pytest.raises(UserError) as caught:
+        run(corpus, tmp_path, optimizer={"lr": 1e30}, train=steps(40), checkpoint={"every": 5}, log={"every": 1})
+    assert caught.value.code == 6 and "not finite" in caught.value.what
+    for folder in checkpoint.listed(tmp_path / "run"):
+        assert all(torch.isfinite(t).all() for t in load_file(folder / "model" / "model.safetensors").values())
+
+
+def test_a_full_disk_leaves_older_checkpoints_and_goes_on(corpus, tmp_path, monkeypatch):
+    where, _ = run(corpus, tmp_path, train=steps(10))
+    real = checkpoint.save_file
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError) as caught:
+        run(corpus, tmp_path, train=steps(20))
+    assert caught.value.code == 5 and "MiB free" in caught.value.got
+    assert [folder.name for folder in checkpoint.listed(where)] == ["step-000010"]
+    monkeypatch.setattr(checkpoint, "save_file", real)
+    run(corpus, tmp_path, train=steps(20))
+    assert checkpoint.newest_good(where).name == "step-000020"
+
+
+# ---- options that something must observe ----------------------------------------------------------------------------
+
+
+def test_early_stopping_and_the_best_checkpoint_is_kept(corpus, tmp_path):
+    # A rate far too high after a good start: the val loss rises, and the run ends long before its length.
+    where, summary = run(
+        corpus, tmp_path, train=steps(400, early_stopping_patience=3), eval={"every": 5}, optimizer={"lr": 0.1},
+        checkpoint={"every": 5, "keep": 1}, schedule={"name": "constant"},
+    )  # fmt: skip
+    assert "stopped early" in summary["ended"] and summary["steps"] < 400
+    evaluated = {r["step"]: r["val_loss"] for r in metrics(where) if "val_loss" in r and r["step"]}
+    best = min(evaluated, key=evaluated.get)
+    assert {f.name for f in checkpoint.listed(where)} == {f"step-{best:06d}", f"step-{summary['steps']:06d}"}
+    assert checkpoint.locate(where).folder.parent.name == f"step-{best:06d}"
+
+
+def test_samples_tensorboard_plot_and_report(corpus, tmp_path):
+    where, _ = run(corpus, tmp_path, eval={"sample_prompt": "the", "sample_tokens": 5}, log={"tensorboard": True})
+    assert all(record["sample"].startswith("the") for record in metrics(where) if "val_loss" in record)
+    assert list((where / "tensorboard").glob("events*"))
+    assert (where / "loss.png").read_bytes().startswith(b"\x89PNG") and "![loss]" in (where / "report.md").read_text()
+
+
+def test_lengths_in_tokens_and_epochs(corpus, tmp_path):
+    for name, length, expected in (("a", {"max_tokens": 1000}, 4), ("b", {"epochs": 0.1}, None)):
+        (tmp_path / name).mkdir()
+        config = tiny_config(corpus)
+        config["train"] = {k: v for k, v in config["train"].items() if k != "max_steps"} | length
+        (tmp_path / name / "c.yaml").write_text(yaml.safe_dump(config))
+        header = train(load_config(tmp_path / name / "c.yaml"), dry_run=True, say=print)
+        steps_planned = int(header["length"].split()[0])
+        if expected:
+            assert steps_planned == expected
+        else:
+            assert float(header["length"].split()[-2]) == pytest.approx(0.1, abs=0.02)
+
+
+def test_option_errors_come_at_once_and_write_nothing(corpus, tmp_path):
+    with pytest.raises(UserError) as caught:
+        run(corpus, tmp_path, optimizer={"learning_rate": 1}, schedule={"name": "cosin"}, model={"hidden_size": "x"})
+    found = {caught.value.what} | {error.what for error in caught.value.others}
+    assert found == {
+        "optimizer.learning_rate is not a key",
+        "schedule.name is unknown",
+        "model.hidden_size is not valid",
+    }
+    with pytest.raises(UserError) as caught:
+        run(
+            corpus,
+            tmp_path,
+            model={"hidden_size": 33},
+            data={"seq_len": 100},
+            schedule={"name": "cosine", "warmup_steps": 50},
+        )
+    assert len([caught.value, *caught.value.others]) == 3
+    assert not (tmp_path / "run").exists()
+
+
+def test_lora_trains_only_the_adapter_and_resumes(corpus, tmp_path):
+    base, _ = cached_run(corpus)
+    pairs = [{"prompt": "the model reads ", "completion": f"the code of river {i}"} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    config = tiny_config(corpus, train=steps(20)) | {
+        "init_from": str(base), "data": {"kind": "sft", "path": str(tmp_path / "pairs.jsonl"), "seq_len": 48},
+        "peft": {"name": "lora", "r": 4, "dropout": 0.1},
+    }  # fmt: skip
+    config.pop("model")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    for name, lengths in (("once", (20,)), ("twice", (10, 20))):
+        for length in lengths:
+            train(load_config(tmp_path / "c.yaml", [f"run_dir={tmp_path / name}", f"train.max_steps={length}",
+                                                    "schedule={name: constant}"]), say=print)  # fmt: skip
+    one, two = (
+        load_file(tmp_path / name / "checkpoints/step-000020/model/adapter_model.safetensors")
+        for name in ("once", "twice")
+    )
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    losses = [record["val_loss"] for record in metrics(tmp_path / "once") if "val_loss" in record]
+    assert losses[-1] < losses[0] - 0.5
+    located = checkpoint.locate(tmp_path / "once")
+    assert located.is_adapter and read_config(located.base).hidden_size == 32
+    with pytest.raises(UserError, match="init_from is an adapter"):
+        train(load_config(tmp_path / "c.yaml", [f"init_from={tmp_path / 'once'}", "run_dir=x"]), say=print)
+
+
+def test_full_finetuning_moves_every_weight(corpus, tmp_path):
+    base, _ = cached_run(corpus)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "the ", "completion": "river is small"}\n' * 20)
+    config = tiny_config(corpus, train=steps(4)) | {
+        "init_from": str(base), "data": {"kind": "sft", "path": str(tmp_path / "pairs.jsonl"), "seq_len": 32},
+    }  # fmt: skip
+    config.pop("model")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    train(load_config(tmp_path / "c.yaml", [f"run_dir={tmp_path / 'run'}"]), say=print)
+    before, after = weights(base, 20), weights(tmp_path / "run", 4)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
