@@ -222,7 +222,9 @@ def compile_blocks(model: nn.Module, asked: str | bool, device: torch.device) ->
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of one large matrix product, measured: the ceiling that a training step is compared with."""
     size = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    # A generator of its own: a resumed run must not find the global one moved.
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = torch.randn(2, size, size, device=device, generator=generator).to(dtype)
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     best = 0.0
     for _ in range(2):

@@ -51,6 +51,7 @@ def tiny_config(folder: Path, **sections) -> dict:
             "dedup": {"near": False},
         },
         "optimizer": {"name": "adamw", "lr": 1e-2},
+        "schedule": {"name": "cosine"},
         "train": {"max_steps": 20, "global_batch_size": 8, "compile": False, "precision": "fp32"},
         "eval": {"every": 10, "max_batches": 4},
         "checkpoint": {"every": 10},

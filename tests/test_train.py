@@ -101,7 +101,7 @@ def test_low_precision_trains_close_to_fp32(corpus, tmp_path, precision):
     losses = {}
     for name in ("fp32", precision):
         (tmp_path / name).mkdir()
-        where, summary = run(corpus, tmp_path / name, train=steps(20, precision=name))
+        where, _ = run(corpus, tmp_path / name, train=steps(20, precision=name))
         losses[name] = [r["val_loss"] for r in metrics(where) if "val_loss" in r][-1]
         assert all(tensor.dtype == torch.float32 for tensor in weights(where, 20).values())
     assert losses[precision] == pytest.approx(losses["fp32"], rel=0.05)
@@ -235,7 +235,8 @@ def test_a_run_directory_has_one_writer(corpus, tmp_path):
     from llmkit.run import open_run
 
     first = open_run(tmp_path / "r", {"a": 1})
-    code = f"from llmkit.run import open_run; from pathlib import Path; open_run(Path({str(tmp_path / 'r')!r}), {{'a': 1}})"
+    code = "from llmkit.run import open_run; from pathlib import Path; "
+    code += f"open_run(Path({str(tmp_path / 'r')!r}), {{'a': 1}})"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "another process is training" in other.stderr and str(os.getpid()) in other.stderr
     first.close()
@@ -342,10 +343,8 @@ def test_lora_trains_only_the_adapter_and_resumes(corpus, tmp_path):
         for length in lengths:
             train(load_config(tmp_path / "c.yaml", [f"run_dir={tmp_path / name}", f"train.max_steps={length}",
                                                     "schedule={name: constant}"]), say=print)  # fmt: skip
-    one, two = (
-        load_file(tmp_path / name / "checkpoints/step-000020/model/adapter_model.safetensors")
-        for name in ("once", "twice")
-    )
+    adapter = "checkpoints/step-000020/model/adapter_model.safetensors"
+    one, two = (load_file(tmp_path / name / adapter) for name in ("once", "twice"))
     assert all(torch.equal(one[key], two[key]) for key in one)
     losses = [record["val_loss"] for record in metrics(tmp_path / "once") if "val_loss" in record]
     assert losses[-1] < losses[0] - 0.5

@@ -1,276 +1,108 @@
-"""Files and datasets to documents, as a stream: text, Markdown, HTML, JSONL, Parquet, CSV, source code, Hugging Face.
-
-Whatever can't be read becomes a `BadRecord` with its place and reason; nothing is lost in silence.
-"""
+"""Files, folders, globs and Hugging Face datasets to documents, as a stream."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import fnmatch
-import glob
-import gzip
-import io
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import orjson
-import zstandard
-
+from llmkit.data.records import (
+    FORMATS,
+    MAX_DOCUMENT_BYTES,
+    READERS,
+    BadRecord,
+    Record,
+    read_records,
+    read_text,
+    suffix_of,
+)
 from llmkit.errors import DATA, UserError, did_you_mean
 from llmkit.types import Document
 
-MAX_DOCUMENT_BYTES = 50_000_000
-CODE_SUFFIXES = frozenset("""
-    .py .pyi .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .js .jsx .ts .tsx .sh .bash .rb .php .sql .jl .scala .kt .swift
-    .lua .r .m .cs .hs .ml .ex .erl .clj .pl .zig .dart .css .scss .yaml .yml .toml .ini .cfg .rst .tex .org
-""".split())  # fmt: skip
-TEXT_SUFFIXES = CODE_SUFFIXES | {".txt", ".text", ".md", ".markdown", ".html", ".htm", ".xhtml"}
-SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})  # and every hidden one
-
-
-@dataclass(frozen=True)
-class BadRecord:
-    """Something that can't become a document: where it lies, and why. Offsets are bytes in the decompressed file."""
-
-    path: str
-    line: int
-    offset: int
-    reason: str
+MAX_META_CHARS = 1000  # a record's other strings are carried along up to this length
 
 
 # ---- which files ----------------------------------------------------------------------------------------------------
 
 
-def suffix_of(path: Path) -> str:
-    """The suffix that tells the format, without a compression's: a.jsonl.gz is .jsonl."""
-    name = path.name.lower()
-    for packed in (".gz", ".zst"):
-        name = name.removesuffix(packed)
-    return Path(name).suffix
+def list_files(path: str, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Path]:
+    """The readable files behind a file, a folder or a glob, sorted; never hidden, empty or irregular ones.
 
-
-def list_files(path: str, include: list[str] = (), exclude: list[str] = ()) -> list[Path]:
-    """The readable files of a file, folder or glob, sorted.
-
-    include, exclude  globs over the path inside the folder, or over the bare name
-    Folders are walked for known suffixes; hidden ones, __pycache__ and node_modules are passed over.
+    include, exclude  globs over the path below the folder, or over the bare name; `*` crosses folders
     """
-    root = Path(path).expanduser()
-    if root.is_file():
-        return [root]
-    if root.is_dir():
-        found = sorted(p for p in root.rglob("*") if is_wanted(p, root, include, exclude))
-        if not found:
-            kinds = ", ".join(sorted({p.suffix for p in root.rglob("*") if p.is_file()}))
-            raise UserError(
-                "the folder has no file that can be read", at=path, got=f"files ending in {kinds or 'nothing'}",
-                fix="check include and exclude", code=DATA,
-            )  # fmt: skip
-        return found
-    matches = [Path(match) for match in sorted(glob.glob(str(root), recursive=True))]  # noqa: PTH207 (** and absolute)
-    found = [p for p in matches if p.is_file() and is_wanted(p, p.parent, include, exclude)]
-    if not found:
-        what = "is not a regular file" if root.exists() else "does not exist, and matches nothing as a glob"
-        raise UserError(f"the source {what}", at=path, code=DATA)
-    return found
+    start, root = Path(path).expanduser(), root_of(path)
+    if not start.is_dir() and (start.exists() or start.is_symlink()):
+        check_file(start)
+    elif not root.is_dir():
+        raise UserError("no such file or folder", at=path, code=DATA)
+    pattern = start.relative_to(root).as_posix() if start != root else "**"
+    named = [start] if start.is_file() else root.glob(f"{pattern}/*" if pattern.endswith("**") else pattern)
+    found, files = [file for file in named if file.is_file()], []
+    for file in found:
+        inside = file.relative_to(root)
+        hidden = any(part.startswith(".") or part in ("__pycache__", "node_modules") for part in inside.parts)
+        wanted = (not include or matches(inside, include)) and not matches(inside, exclude)
+        if wanted and (not hidden or file == start) and suffix_of(file) in READERS and file.stat().st_size:
+            files.append(file)
+    if not files:
+        seen = Counter(suffix_of(file) or "no suffix" for file in found).most_common(8)
+        globs = "".join(f", {word} {list(given)}" for word, given in [("in", include), ("not in", exclude)] if given)
+        raise UserError(
+            "no file to read", at=path, got=", ".join(f"{n} {suffix}" for suffix, n in seen) or "no files at all",
+            expected=f"files of a known suffix, neither empty nor hidden{globs}", code=DATA,
+        )  # fmt: skip
+    return sorted(files, key=Path.as_posix)
 
 
-def is_wanted(path: Path, root: Path, include: list[str], exclude: list[str]) -> bool:
-    """Whether a walk takes this file."""
-    inside = path.relative_to(root)
-    if any(part in SKIPPED_FOLDERS or part.startswith(".") for part in inside.parts):
-        return False
+def root_of(path: str) -> Path:
+    """What documents' ids are relative to: the folder itself, a file's folder, a glob's fixed part.
 
-    def matches(patterns: list[str]) -> bool:
-        return any(fnmatch.fnmatch(str(inside), glob) or fnmatch.fnmatch(path.name, glob) for glob in patterns)
-
-    known = bool(include) or suffix_of(path) in READERS
-    return known and path.is_file() and (not include or matches(include)) and not matches(exclude)
-
-
-# ---- bytes and text -------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def open_bytes(path: Path) -> Iterator[io.BufferedIOBase]:
-    """A file's bytes, decompressed as they are read."""
-    with path.open("rb") as raw:
-        if path.suffix == ".gz":
-            with gzip.open(raw) as file:
-                yield file
-        elif path.suffix == ".zst":
-            with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as file:
-                yield io.BufferedReader(file)
-        else:
-            yield raw
-
-
-BROKEN = (OSError, EOFError, zstandard.ZstdError, gzip.zlib.error)  # what reading a damaged archive raises
-BOMS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
-CHARSET = re.compile(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w-]+)""", re.IGNORECASE)
-
-
-def decode(data: bytes) -> tuple[str, str]:
-    """Text and the encoding it was in: a byte-order mark, strict UTF-8, a declared charset, cp1252, in this order.
-
-    >>> decode("caf\\u00e9".encode("cp1252"))
-    ('caf\\xe9', 'cp1252')
+    >>> root_of("corpora/docs/**/*.html").as_posix()
+    'corpora/docs'
     """
-    for mark, encoding in BOMS.items():
-        if data.startswith(mark):
-            return data[len(mark) :].decode(encoding, errors="replace"), encoding
-    try:
-        return data.decode("utf-8"), "utf-8"
-    except UnicodeDecodeError:
-        pass
-    declared = CHARSET.search(data[:2048])
-    with contextlib.suppress(LookupError, UnicodeDecodeError):
-        if declared:
-            return data.decode(declared[1].decode()), declared[1].decode().lower()
-    return data.decode("cp1252", errors="replace"), "cp1252"
+    start = Path(path).expanduser()
+    if start.exists() or start.is_symlink():
+        return start if start.is_dir() else start.parent
+    magic = [i for i, part in enumerate(start.parts) if re.search(r"[*?[]", part)]
+    return Path(*start.parts[: magic[0]]) if magic else start
 
 
-# ---- records: (line, record) of a file ------------------------------------------------------------------------------
-
-Record = tuple[int, dict[str, Any] | BadRecord]
-
-
-def read_jsonl(path: Path) -> Iterator[Record]:
-    """One JSON object a line."""
-    offset = 0
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, 1):
-            start, offset = offset, offset + len(line)
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            if len(line) > MAX_DOCUMENT_BYTES:
-                yield number, BadRecord(str(path), number, start, "over 50 MB")
-                continue
-            try:
-                record = orjson.loads(line)
-            except ValueError as error:
-                kind = "not UTF-8" if "UTF-8" in str(error) or "utf-8" in str(error) else "not JSON"
-                yield number, BadRecord(str(path), number, start, kind)
-                continue
-            if not isinstance(record, dict):
-                record = BadRecord(str(path), number, start, "not a JSON object")
-            yield number, record
+def check_file(path: Path) -> None:
+    """Refuse a file, named by the user, that can't give a document."""
+    problem, got, fix = None, None, None
+    if not path.exists():
+        problem = "the link leads nowhere" if path.is_symlink() else "no such file"
+    elif not path.is_file():
+        problem = "this is not a regular file"
+    elif not path.stat().st_size:
+        problem = "the file is empty"
+    elif (got := suffix_of(path)) not in READERS:
+        problem, fix = "no reader for files of this kind", did_you_mean(got, READERS)
+    if problem:
+        raise UserError(problem, at=path, got=got, fix=fix, code=DATA)
 
 
-def read_json(path: Path) -> Iterator[Record]:
-    """An array of objects, or one object."""
-    with open_bytes(path) as file:
-        try:
-            content = orjson.loads(file.read())
-        except ValueError:
-            yield 1, BadRecord(str(path), 1, 0, "not JSON")
-            return
-    for number, record in enumerate(content if isinstance(content, list) else [content], 1):
-        yield number, record if isinstance(record, dict) else BadRecord(str(path), number, 0, "not a JSON object")
-
-
-def read_csv(path: Path) -> Iterator[Record]:
-    """Rows under a header line; tabs in .tsv files."""
-    csv.field_size_limit(MAX_DOCUMENT_BYTES)
-    with open_bytes(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        rows = csv.DictReader(text, delimiter="\t" if suffix_of(path) == ".tsv" else ",")
-        try:
-            for row in rows:
-                extra = row.pop(None, None)
-                bad = BadRecord(str(path), rows.line_num, 0, "more fields than the header")
-                yield rows.line_num, bad if extra else row
-        except csv.Error as error:
-            yield rows.line_num, BadRecord(str(path), rows.line_num, 0, f"not CSV: {error}")
-
-
-def read_parquet(path: Path) -> Iterator[Record]:
-    """Rows, a batch of each row group at a time."""
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
-                number += 1
-                yield number, record
-    except pyarrow.ArrowException as error:
-        yield number + 1, BadRecord(str(path), number + 1, 0, f"not Parquet: {str(error).splitlines()[0]}")
-
-
-def read_text(path: Path) -> Iterator[Record]:
-    """A whole file as one record {text, format, encoding}."""
-    with open_bytes(path) as file:
-        data = file.read(MAX_DOCUMENT_BYTES + 1)
-    if len(data) > MAX_DOCUMENT_BYTES:
-        yield 1, BadRecord(str(path), 1, 0, "over 50 MB")
-    elif b"\0" in data[:8192] and not data.startswith(tuple(BOMS)):
-        yield 1, BadRecord(str(path), 1, 0, "binary")
-    else:
-        text, encoding = decode(data)
-        form = "html" if suffix_of(path) in (".html", ".htm", ".xhtml") else "text"
-        yield 1, {"text": text, "format": form, "encoding": encoding}
-
-
-READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".jsonl": read_jsonl, ".ndjson": read_jsonl, ".json": read_json, ".parquet": read_parquet,
-    ".csv": read_csv, ".tsv": read_csv, **dict.fromkeys(sorted(TEXT_SUFFIXES), read_text),
-}  # fmt: skip
-
-
-def read_records(path: Path) -> Iterator[Record]:
-    """(line, record) of any file; a broken archive ends in a BadRecord, after all that came before the break."""
-    line = 0
-    try:
-        for line, record in READERS.get(suffix_of(path), read_text)(path):
-            yield line, record
-    except BROKEN as error:
-        yield line + 1, BadRecord(str(path), line + 1, 0, f"the file breaks off: {type(error).__name__}")
+def matches(inside: Path, patterns: Sequence[str]) -> bool:
+    """Whether a glob fits; with the slash in front `**/x` also finds an x at the top."""
+    names = (inside.as_posix(), f"/{inside.as_posix()}", inside.name)
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 # ---- documents ------------------------------------------------------------------------------------------------------
 
 
-def to_document(record: dict[str, Any], id: str, source: str, text_key: str) -> Document | str:
-    """A record as a document, or why it can't be one."""
-    text = record.get(text_key)
-    if text is None:
-        return f"no {text_key}"
-    if not isinstance(text, str):
-        return f"{text_key} is no text"
-    if len(text) > MAX_DOCUMENT_BYTES:
-        return "over 50 MB"
-    small = (str, int, float, bool)
-    meta = {k: v for k, v in record.items() if k != text_key and isinstance(v, small) and len(str(v)) <= 500}
-    return Document(id, text, source, meta)
-
-
 def read_file(path: Path, *, source: str, root: Path, text_key: str = "text") -> Iterator[Document | BadRecord]:
-    """The documents of one file; raises UserError when its very first record lacks the text column."""
-    inside = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
+    """The documents of one file, with ids "SOURCE/PATH BELOW ROOT[:line or row]"; memory does not grow with the file.
+
+    meta carries a record's other small fields; "format" (text, html, code) and "encoding" of a file that is one
+    document. Raises UserError when the first record lacks the text column.
+    """
     whole = READERS.get(suffix_of(path), read_text) is read_text
-    key = "text" if whole else text_key
-    first = True
-    for line, record in read_records(path):
-        if isinstance(record, BadRecord):
-            yield record
-            continue
-        if first and key not in record:
-            hint = did_you_mean(key, record)
-            raise UserError(
-                f"the records have no field {key}", at=f"{path}:{line}", got=", ".join(map(str, record)),
-                fix=hint or "name the field that holds the text as text_key", code=DATA,
-            )  # fmt: skip
-        first = False
-        document = to_document(record, f"{source}/{inside}" + ("" if whole else f":{line}"), source, key)
-        yield document if isinstance(document, Document) else BadRecord(str(path), line, 0, document)
+    prefix = f"{source}/{path.relative_to(root).as_posix()}"
+    yield from to_documents(read_records(path), source, prefix, str(path), "text" if whole else text_key, whole)
 
 
 def read_texts(sources: list[str], text_key: str = "text") -> Iterator[str]:
@@ -282,32 +114,119 @@ def read_texts(sources: list[str], text_key: str = "text") -> Iterator[str]:
                     yield one.text
 
 
+def to_documents(
+    records: Iterator[Record], source: str, prefix: str, path: str, text_key: str, whole: bool = False
+) -> Iterator[Document | BadRecord]:
+    """Take the text out of each record; a first record without one is an error of the user's."""
+    first = True
+    for number, record in records:
+        if isinstance(record, BadRecord):
+            yield record
+            continue
+        if first and text_key not in record:
+            raise UserError(
+                f"the records have no field {text_key}", at=f"{path}:{number}",
+                got=", ".join(str(key)[:50] for key in list(record)[:30]), code=DATA,
+                fix=did_you_mean(text_key, map(str, record)) or "set text_key to one of these, or exclude the file",
+            )  # fmt: skip
+        first = False
+        try:
+            text = text_of(record, text_key)
+        except ValueError as error:
+            yield BadRecord(path, number, None, str(error))
+            continue
+        owned = {text_key, "scores"} if whole else {text_key, "scores", "format", "encoding"}  # set by other stages
+        meta = {str(key): small for key, value in record.items() if (small := carry(value)) is not None}
+        meta = {key: value for key, value in meta.items() if key not in owned}
+        yield Document(prefix if whole else f"{prefix}:{number}", text, source, meta)
+
+
+def text_of(record: dict[str, Any], text_key: str) -> str:
+    """The text, which UTF-8 can hold; raises ValueError where there is none."""
+    text = record.get(text_key)
+    if not isinstance(text, str):
+        why = "null" if text_key in record else "missing"
+        raise ValueError(f"{text_key} is " + (why if text is None else f"no text but {type(text).__name__}"))
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:  # pair surrogates up; a lone one becomes U+FFFD
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        size = len(text.encode())
+    if size > MAX_DOCUMENT_BYTES:
+        raise ValueError(f"{text_key} has over {MAX_DOCUMENT_BYTES:,} bytes")
+    return text
+
+
+def carry(value: Any) -> str | int | float | bool | None:
+    """The value if it is small and JSON can hold it (dates as text), else None."""
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode() if len(value) <= MAX_META_CHARS else None
+    return value if isinstance(value, (int, float)) and abs(value) < 2**63 else None
+
+
+# ---- Hugging Face datasets ------------------------------------------------------------------------------------------
+
+
 def read_dataset(
     name: str, *, source: str, config: str | None = None, split: str = "train", streaming: bool = False,
     text_key: str = "text",
 ) -> Iterator[Document | BadRecord]:  # fmt: skip
-    """The documents of a Hugging Face dataset: a hub id, a save_to_disk folder, or a folder of data files.
+    """The documents of a hub id, a save_to_disk folder, or a local folder of data files.
 
-    Only data is read: loading scripts are not run. The network is used for hub ids alone.
+    Loading scripts never run; the network is used for hub ids alone. Local data is memory-mapped or streamed anyway.
     """
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (folder.exists() or name.startswith(("/", ".", "~"))):
+        raise UserError("a local dataset is a folder", at=name, fix="for files and globs use `path`", code=DATA)
+    saved = any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    if saved or not folder.is_dir():
+        rows = dataset_rows(name, config, split, streaming, saved, text_key)
+        yield from to_documents(rows, source, f"{source}/{split}", name, text_key)
+        return
+    folder = folder / config if config else folder
+    for file in split_files(folder, split):
+        yield from read_file(file, source=source, root=folder, text_key=text_key)
+
+
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The data files whose path names the split (train-00000.parquet, test/a.jsonl), or all as train."""
+    kinds = [f"*{suffix}" for suffix in READERS if suffix not in FORMATS]
+    files = list_files(str(folder), kinds, ["dataset_info.json", "dataset_infos.json"])
+    words = {file: set(re.split(r"[^a-z0-9]+", file.relative_to(folder).as_posix().lower())) for file in files}
+    known = {"train", "test", "validation", "valid", "val", "dev", "eval"}
+    named = [file for file in files if split.lower() in words[file]]
+    if named or (split == "train" and not any(known & names for names in words.values())):
+        return named or files
+    names = ", ".join(file.name for file in files[:8])
+    raise UserError(f"no data file is of the split {split}", at=folder, got=names, code=DATA)
+
+
+def dataset_rows(
+    name: str, config: str | None, split: str, streaming: bool, saved: bool, text_key: str
+) -> Iterator[Record]:
+    """Rows that the `datasets` library loads, numbered from 1; its many errors become one of ours."""
     import datasets
 
-    datasets.disable_progress_bars()
-    folder = Path(name)
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # before version 4 it would ask on the terminal
     try:
-        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(name)
-            rows = loaded[split] if isinstance(loaded, dict) else loaded
+        if saved:
+            data = datasets.load_from_disk(str(Path(name).expanduser()))
+            if isinstance(data, dict):
+                if split not in data:
+                    raise ValueError(f"no split {split}; there is {', '.join(data)}")
+                data = data[split]
         else:
-            rows = datasets.load_dataset(name, config, split=split, streaming=streaming)
-    except Exception as error:  # datasets raises some twenty kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        at = f"{name}, config {config}, split {split}"
-        raise UserError(f"the dataset can't be opened: {reason}", at=at, code=DATA) from None
-    columns = rows.column_names
-    if columns and text_key not in columns:
-        hint = did_you_mean(text_key, columns) or "name the column that holds the text as text_key"
-        raise UserError(f"the dataset has no column {text_key}", at=name, got=", ".join(columns), fix=hint, code=DATA)
-    for number, record in enumerate(rows):
-        document = to_document(record, f"{source}/{number}", source, text_key)
-        yield document if isinstance(document, Document) else BadRecord(name, number, 0, document)
+            data = datasets.load_dataset(name, config, split=split, streaming=streaming)
+        simple = [key for key, kind in (data.features or {}).items() if isinstance(kind, datasets.Value)]
+        if text_key in simple:
+            data = data.select_columns(simple)  # images and audio would be decoded for nothing
+        yield from enumerate(data, 1)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().partition("\n")[0][:300]
+        raise UserError(
+            "the dataset can't be read", at=f"{name}, config {config or 'default'}, split {split}",
+            got=f"{type(error).__name__}: {reason}", code=DATA,
+            fix="check the id, config and split; a gated dataset needs HF_TOKEN; offline, name a local folder",
+        ) from error  # fmt: skip

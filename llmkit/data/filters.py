@@ -7,155 +7,237 @@ arXiv:2406.17557), C4 (Raffel et al. 2019, arXiv:1910.10683), and The Stack's ru
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable
+from functools import cached_property
+from itertools import filterfalse
 from typing import Any
 
 import numpy as np
 
+from llmkit.data.dedup import GOLDEN, UNSPACED, hash_words, mix, split_words
 from llmkit.types import Document
 
-STOP_WORDS = {  # a text that has fewer than two of one language's is hardly prose in it
-    "en": {"the", "be", "to", "of", "and", "that", "have", "with", "is", "in"},
-    "de": {"der", "die", "das", "und", "zu", "den", "ist", "nicht", "von", "mit"},
-    "fr": {"le", "la", "les", "de", "et", "un", "une", "est", "que", "dans"},
-    "es": {"el", "la", "los", "de", "y", "que", "en", "un", "es", "por"},
-    "it": {"il", "la", "di", "e", "che", "un", "per", "non", "con", "sono"},
-    "pt": {"o", "a", "de", "e", "que", "um", "para", "com", "em", "os"},
-    "nl": {"de", "het", "een", "en", "van", "is", "dat", "niet", "met", "op"},
+STOP_WORDS = {  # a text with fewer than two of every language's is hardly prose; English: Gopher's own list
+    "en": "the be to of and that have with",
+    "de": "der die das und zu den ist nicht von mit ein sich auf",
+    "fr": "le la les de et un une est que dans des pour pas",
+    "es": "el la los de y que en un es por con para una",
+    "it": "il la di e che un per non con sono una del",
+    "pt": "o a de e que um para com em os uma não",
+    "nl": "de het een en van is dat niet met op te zijn",
 }
-SENTENCE_END = re.compile(r"[.!?。！？][\"'”’)\]]*(?:\s|$)|[。！？]")
+LANGUAGES_OF: dict[str, list[str]] = {}  # stop word -> languages
+for _language, _words in STOP_WORDS.items():
+    for _word in _words.split():
+        LANGUAGES_OF.setdefault(_word, []).append(_language)
+
+SENTENCE_END = re.compile(r"[.!?。！？](?:(?<=[。！？])|[\"'”’)\]]*(?:\s|$))")
+LINE_ENDS = (".", "!", "?", '"', "'", "”", "’", ":", ";", ")", "…", "。", "！", "？", "」", "』")
+BULLETS = ("-", "*", "•", "‣", "◦", "▪", "●", "·")
+ELLIPSES = ("...", "…")
+LETTER = re.compile(r"[^\W\d_]")
+FOREIGN_LETTER = re.compile(r"[^\W\d_a-zA-Z]")
 GENERATED = re.compile(r"auto-?generated|automatically generated|@generated|do not (edit|modify)", re.IGNORECASE)
 
 
 class Text:
-    """A text and its cuts, each made once for all rules."""
+    """A text and its cuts, each made when a rule first asks, once for all rules."""
 
     def __init__(self, text: str):
         self.text = text
-        self.words = text.split()
-        self.lines = [line.strip() for line in text.split("\n") if line.strip()]
-        self.paragraphs = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
 
-    @property
+    @cached_property
     def spaced(self) -> bool:
-        """Whether white space parts words; in Chinese or Thai it does not, and rules over words mean nothing."""
-        return len(self.text) < 12 * max(1, len(self.words))
+        """Whether white space parts words; in Chinese, Japanese or Thai, characters stand in for them."""
+        start = self.text[:2000]
+        return start.isascii() or len(UNSPACED.findall(start)) < 0.3 * len(start)
+
+    @cached_property
+    def words(self) -> list[str]:
+        return self.text.split() if self.spaced else list("".join(self.text.split()))
+
+    @cached_property
+    def lines(self) -> list[str]:
+        return [line for line in map(str.strip, self.text.split("\n")) if line]
+
+    @cached_property
+    def paragraphs(self) -> list[str]:
+        return [part for part in map(str.strip, self.text.split("\n\n")) if part]
+
+    @cached_property
+    def repeats(self) -> dict[int, float]:
+        return measure_repeats(split_words(self.text))
 
 
 def ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def repeated(items: list[str]) -> tuple[float, float]:
-    """Share of items that stood before, and the share of characters in them."""
-    again = [item for item, number in Counter(items).items() for _ in range(number - 1)]
-    return ratio(len(again), len(items)), ratio(sum(map(len, again)), sum(map(len, items)))
+def measure_repeats(words: list[bytes]) -> dict[int, float]:
+    """{n: share of the bytes of words that n-grams of words repeat}, Gopher's two measures; 0 is left out.
+
+    n = 2..4   in all occurrences of the most frequent n-gram, if it stands twice or more (of equals, the longest)
+    n = 5..10  in occurrences after the first, of any n-gram; overlaps count once
+
+    An n-gram can be repeated only where its first n-1 words are, so few places are left after n = 2 or 3.
+
+    >>> measure_repeats(b"a b c a b d".split())
+    {2: 0.6666666666666666}
+    """
+    hashes = hash_words(words)
+    ends = np.cumsum([0, *map(len, words)])  # in bytes; word i is ends[i]..ends[i + 1]
+    starts, grams, found = np.arange(len(words)), hashes, {}
+    for n in range(2, 11):
+        inside = starts <= len(words) - n
+        starts = starts[inside]
+        grams = mix(grams[inside] * GOLDEN + hashes[starts + n - 1])
+        # A gram's hash with its place in the low bits: sorting that is far quicker than argsort, and as stable.
+        low = np.uint64((1 << len(starts).bit_length()) - 1)
+        keys = np.sort((grams & ~low) | np.arange(len(starts), dtype=np.uint64))
+        same = (keys[1:] ^ keys[:-1]) <= low  # equal to the one before
+        if not same.any():
+            break
+        order = (keys & low).astype(np.int64)
+        later = np.concatenate([[False], same])  # occurrences after the first
+        repeated = later.copy()
+        repeated[:-1] |= same
+        if n <= 4:
+            firsts = np.flatnonzero(~later[repeated])
+            counts = np.diff(firsts, append=np.count_nonzero(repeated))
+            where = starts[order[repeated][firsts]]
+            share = ((ends[where + n] - ends[where]) * counts)[counts == counts.max()].max()
+        else:
+            covered = np.zeros(len(words), dtype=bool)
+            for i in range(n):
+                covered[starts[order[later]] + i] = True
+            share = np.diff(ends)[covered].sum()
+        found[n] = min(1.0, float(share / ends[-1]))  # the most frequent one can overlap itself
+        keep = np.sort(order[repeated])
+        starts, grams = starts[keep], grams[keep]
+    return found
 
 
-def gram_hashes(words: list[str], n: int) -> np.ndarray:
-    """A 64-bit hash of each of the n-grams of words."""
-    hashes = np.fromiter((hash(word) for word in words), dtype=np.int64, count=len(words)).view(np.uint64)
-    grams = np.zeros(max(0, len(words) - n + 1), dtype=np.uint64)
-    for i in range(n):
-        grams = grams * np.uint64(0x9E3779B97F4A7C15) + hashes[i : i + len(grams)]
-    return grams
+def copied(items: list[str]) -> float:
+    """Share of items that stood before."""
+    return ratio(len(items) - len(set(items)), len(items))
 
 
-def top_gram(text: Text, n: int) -> float:
-    """Share of the text's characters in its most frequent n-gram of words, where that stands twice or more."""
-    grams = gram_hashes(text.words, n)
-    if not len(grams):
-        return 0.0
-    _, first, counts = np.unique(grams, return_index=True, return_counts=True)
-    top = counts.argmax()
-    if counts[top] < 2:
-        return 0.0
-    length = sum(map(len, text.words[first[top] : first[top] + n]))
-    return ratio(int(counts[top]) * length, sum(map(len, text.words)))
+def copied_characters(items: list[str]) -> float:
+    """Share of the items' characters in those that stood before."""
+    total = sum(map(len, items))
+    return ratio(total - sum(map(len, set(items))), total)
 
 
-def duplicate_grams(text: Text, n: int) -> float:
-    """Share of the text's characters that lie in n-grams which stood before; overlaps count once."""
-    grams = gram_hashes(text.words, n)
-    _, first = np.unique(grams, return_index=True)
-    again = np.ones(len(grams), dtype=bool)
-    again[first] = False
-    covered = np.zeros(len(text.words) + 1, dtype=np.int64)
-    np.add.at(covered, np.flatnonzero(again), 1)
-    np.add.at(covered, np.flatnonzero(again) + n, -1)
-    lengths = np.fromiter(map(len, text.words), dtype=np.int64, count=len(text.words))
-    return ratio(int(lengths[np.cumsum(covered)[:-1] > 0].sum()), int(lengths.sum()))
+def stop_words(text: Text) -> float | None:
+    """The most distinct stop words of any one language, counted up to 2.
+
+    None for scripts without spaces, and where over 3 % of the letters are not ASCII: a language without a list here.
+    """
+    found: dict[str, set[str]] = {language: set() for language in STOP_WORDS}
+    for word in text.words:  # prose is done after a line or two
+        word = word.strip(".,;:!?\"'()").lower()
+        for language in LANGUAGES_OF.get(word, ()):
+            found[language].add(word)
+            if len(found[language]) == 2:
+                return 2
+    letters = sum(map(len, text.words))
+    foreign = not text.spaced or len(FOREIGN_LETTER.findall(text.text)) > 0.03 * letters
+    return None if foreign else max(map(len, found.values()))
 
 
-def stop_words(text: Text) -> float:
-    """The most distinct stop words of any one language."""
-    words = {word.strip(".,;:!?\"'()").lower() for word in text.words}
-    return max(len(words & stops) for stops in STOP_WORDS.values())
+def mean_word_length(text: Text) -> float | None:
+    return ratio(sum(map(len, text.words)), len(text.words)) if text.spaced else None
 
 
-# Each rule measures a Text; all but WORDLESS are skipped for scripts without spaces.
-RULES: dict[str, Callable[[Text], float]] = {
+def alphabetic_words(text: Text) -> float:
+    """Share of words with a letter."""
+    plain = sum(map(str.isalpha, text.words))
+    mixed = sum(map(bool, map(LETTER.search, filterfalse(str.isalpha, text.words))))  # loops in C: this is a hot spot
+    return ratio(plain + mixed, len(text.words))
+
+
+def repeated_ngrams(text: Text, n: int) -> float | None:
+    return text.repeats.get(n, 0.0) if text.spaced else None  # five characters recur in any text
+
+
+def short_lines(text: Text) -> float | None:
+    return ratio(sum(len(line) <= 30 for line in text.lines), len(text.lines)) if text.spaced else None
+
+
+def count_share(lines: list[str], test: Callable[[str], bool]) -> float:
+    return ratio(sum(map(test, lines)), len(lines))
+
+
+# A rule measures a text; None: it says nothing of such a text.
+RULES: dict[str, Callable[[Text], float | None]] = {
     "words": lambda t: len(t.words),
-    "mean_word_length": lambda t: ratio(sum(map(len, t.words)), len(t.words)),
-    "symbols_per_word": lambda t: ratio(t.text.count("#") + t.text.count("...") + t.text.count("\u2026"), len(t.words)),
-    "bullet_lines": lambda t: ratio(sum(line[0] in "-*\u2022" for line in t.lines), len(t.lines)),
-    "ellipsis_lines": lambda t: ratio(sum(line.endswith(("...", "\u2026")) for line in t.lines), len(t.lines)),
-    "alphabetic_words": lambda t: ratio(sum(any(map(str.isalpha, word)) for word in t.words), len(t.words)),
+    "mean_word_length": mean_word_length,
+    "hashes_per_word": lambda t: ratio(t.text.count("#"), len(t.words)),
+    "ellipses_per_word": lambda t: ratio(sum(map(t.text.count, ELLIPSES)), len(t.words)),
+    "bullet_lines": lambda t: count_share(t.lines, lambda line: line.startswith(BULLETS)),
+    "ellipsis_lines": lambda t: count_share(t.lines, lambda line: line.endswith(ELLIPSES)),
+    "alphabetic_words": alphabetic_words,
     "stop_words": stop_words,
-    "duplicate_lines": lambda t: repeated(t.lines)[0],
-    "duplicate_line_characters": lambda t: repeated(t.lines)[1],
-    "duplicate_paragraphs": lambda t: repeated(t.paragraphs)[0],
-    "duplicate_paragraph_characters": lambda t: repeated(t.paragraphs)[1],
-    **{f"top_{n}_gram": lambda t, n=n: top_gram(t, n) for n in (2, 3, 4)},
-    **{f"duplicate_{n}_grams": lambda t, n=n: duplicate_grams(t, n) for n in range(5, 11)},
-    "punctuated_lines": lambda t: ratio(sum(line[-1] in ".!?\"'”’:;。！？" for line in t.lines), len(t.lines)),
-    "short_lines": lambda t: ratio(sum(len(line) <= 30 for line in t.lines), len(t.lines)),
+    "duplicate_lines": lambda t: copied(t.lines),
+    "duplicate_line_characters": lambda t: copied_characters(t.lines),
+    "duplicate_paragraphs": lambda t: copied(t.paragraphs),
+    "duplicate_paragraph_characters": lambda t: copied_characters(t.paragraphs),
+    **{f"top_{n}_gram": lambda t, n=n: repeated_ngrams(t, n) for n in (2, 3, 4)},
+    **{f"duplicate_{n}_grams": lambda t, n=n: repeated_ngrams(t, n) for n in range(5, 11)},
+    "punctuated_lines": lambda t: count_share(t.lines, lambda line: line.endswith(LINE_ENDS)),
+    "short_lines": short_lines,
     "newlines_per_word": lambda t: ratio(t.text.count("\n"), len(t.words)),
+    "words_per_line": lambda t: ratio(len(t.words), len(t.lines)),
     "sentences": lambda t: len(SENTENCE_END.findall(t.text)),
-    "lorem_ipsum": lambda t: t.text.lower().count("lorem ipsum"),
     "characters": lambda t: len(t.text),
-    "mean_line_length": lambda t: ratio(sum(map(len, t.lines)), len(t.lines)),
-    "longest_line": lambda t: max(map(len, t.lines), default=0),
+    "lorem_ipsum": lambda t: t.text.lower().count("lorem ipsum"),
+    "mean_line_length": lambda t: ratio(len(t.text), t.text.count("\n") + 1),
+    "longest_line": lambda t: max(map(len, t.text.split("\n"))),
     "alphanumeric": lambda t: ratio(sum(map(str.isalnum, t.text)), len(t.text)),
     "generated": lambda t: len(GENERATED.findall(t.text[:500])),
 }
-WORDLESS = {
-    "duplicate_lines", "duplicate_line_characters", "duplicate_paragraphs", "duplicate_paragraph_characters",
-    "lorem_ipsum", "characters", "longest_line", "generated", "sentences",
-}  # fmt: skip
 
-Bounds = dict[str, dict[str, float]]  # rule -> {low, high}, both inclusive
+Bounds = dict[str, dict[str, float]]  # rule -> {low, high}, both inclusive; cheap rules first
 GOPHER: Bounds = {
     "words": {"low": 50, "high": 100_000}, "mean_word_length": {"low": 3, "high": 10},
-    "symbols_per_word": {"high": 0.1}, "bullet_lines": {"high": 0.9}, "ellipsis_lines": {"high": 0.3},
+    "hashes_per_word": {"high": 0.1}, "ellipses_per_word": {"high": 0.1},
+    "bullet_lines": {"high": 0.9}, "ellipsis_lines": {"high": 0.3},
     "alphabetic_words": {"low": 0.8}, "stop_words": {"low": 2},
-}  # fmt: skip
-REPETITION: Bounds = {
-    "duplicate_lines": {"high": 0.30}, "duplicate_line_characters": {"high": 0.10},
+    "duplicate_lines": {"high": 0.30}, "duplicate_line_characters": {"high": 0.10},  # the latter is FineWeb's
     "duplicate_paragraphs": {"high": 0.30}, "duplicate_paragraph_characters": {"high": 0.20},
+}  # fmt: skip
+REPETITION: Bounds = {  # Gopher's too
     "top_2_gram": {"high": 0.20}, "top_3_gram": {"high": 0.18}, "top_4_gram": {"high": 0.16},
     **{f"duplicate_{n}_grams": {"high": round(0.20 - 0.01 * n, 2)} for n in range(5, 11)},
 }  # fmt: skip
 PROFILES: dict[str, Bounds] = {
     "none": {},
-    "web": GOPHER | REPETITION | {
-        "punctuated_lines": {"low": 0.12}, "short_lines": {"high": 0.67}, "newlines_per_word": {"high": 0.3},
-        "sentences": {"low": 5}, "lorem_ipsum": {"high": 0},
+    "web": GOPHER | {
+        "punctuated_lines": {"low": 0.12}, "short_lines": {"high": 0.67}, "newlines_per_word": {"high": 0.3},  # FineWeb
+        "words_per_line": {"low": 3}, "sentences": {"low": 5}, "lorem_ipsum": {"high": 0},  # C4
+    } | REPETITION,
+    "docs": {  # manuals: lists, tables and the same warnings again are their nature
+        "words": {"low": 20}, "alphabetic_words": {"low": 0.5}, "lorem_ipsum": {"high": 0},
+        "duplicate_paragraph_characters": {"high": 0.5}, "top_2_gram": {"high": 0.35},
+        "duplicate_10_grams": {"high": 0.5},
     },
-    "docs": {"words": {"low": 20}, "lorem_ipsum": {"high": 0}, "top_2_gram": {"high": 0.35},
-             "duplicate_10_grams": {"high": 0.5}},
-    "code": {"mean_line_length": {"high": 100}, "longest_line": {"high": 1000}, "alphanumeric": {"low": 0.25},
-             "generated": {"high": 0}},
-    "books": {"words": {"low": 200}, "mean_word_length": {"low": 3, "high": 12}, "alphabetic_words": {"low": 0.8},
-              "duplicate_line_characters": {"high": 0.3}},
+    "code": {
+        "mean_line_length": {"high": 100}, "longest_line": {"high": 1000}, "alphanumeric": {"low": 0.25},
+        "generated": {"high": 0},
+    },
+    "books": {  # plays repeat names, poems have short lines: only what is no running text at all
+        "words": {"low": 200}, "mean_word_length": {"low": 3, "high": 12}, "alphabetic_words": {"low": 0.8},
+        "stop_words": {"low": 2}, "duplicate_line_characters": {"high": 0.3}, "duplicate_10_grams": {"high": 0.3},
+    },
 }  # fmt: skip
 
 
 def first_reason(document: Document, profile: str, overrides: dict[str, Any] | None = None) -> str | None:
     """The first rule that drops a document, as "rule value < low" or "rule value > high"; None: it is kept.
 
-    overrides  {rule: {low, high}} over the profile's thresholds, {rule: False} turns one off
+    overrides  {rule: {low, high}} over the profile's thresholds; {rule: False} turns one off
+
+    What was measured on the way stays in document.meta["scores"].
 
     >>> first_reason(Document("d", "only four words here", "s"), "docs")
     'words 4 < 20'
@@ -163,11 +245,11 @@ def first_reason(document: Document, profile: str, overrides: dict[str, Any] | N
     bounds: dict[str, Any] = dict(PROFILES[profile])
     for rule, change in (overrides or {}).items():
         bounds[rule] = {} if change is False else bounds.get(rule, {}) | change
-    text = Text(document.text)
+    text, scores = Text(document.text), document.meta.setdefault("scores", {})
     for rule, limits in bounds.items():
-        if not limits or (rule not in WORDLESS and not text.spaced):
+        if not limits or (value := RULES[rule](text)) is None:
             continue
-        value = RULES[rule](text)
+        scores[rule] = value = round(value, 4)
         if value < limits.get("low", value):
             return f"{rule} {value:.4g} < {limits['low']:g}"
         if value > limits.get("high", value):

@@ -13,7 +13,7 @@ import numpy as np
 
 from llmkit.config import SftData
 from llmkit.data.chat import default_template, detect_format, encode_example, to_turns
-from llmkit.data.documents import BadRecord, read_records
+from llmkit.data.records import BadRecord, read_records
 from llmkit.data.tokenizer import Tokenizer
 from llmkit.errors import DATA, UserError
 

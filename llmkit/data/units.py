@@ -24,8 +24,9 @@ from llmkit.config import CorpusData, Source
 from llmkit.data.batches import GOLDEN, MASK, mix
 from llmkit.data.clean import STEPS, clean
 from llmkit.data.dedup import exact_key, minhash_bands
-from llmkit.data.documents import BadRecord, list_files, read_dataset, read_file
+from llmkit.data.documents import list_files, read_dataset, read_file, root_of
 from llmkit.data.filters import first_reason
+from llmkit.data.records import GUESSED_ENCODINGS, BadRecord
 from llmkit.data.tokenizer import CHECKED, Tokenizer, load_tokenizer
 from llmkit.data.tokens import token_dtype, write_shard
 from llmkit.run import write_atomically
@@ -33,7 +34,7 @@ from llmkit.types import Document
 
 UNIT_BYTES = 32 * 2**20  # of source files in one work unit
 EXAMPLES = 3  # of every reason to drop, in the report
-VERSION = 1  # of the pipeline: another one redoes everything
+VERSION = 2  # of the pipeline: another one redoes everything
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,7 @@ def read_unit(unit: Unit) -> Iterator[Document | BadRecord]:
             text_key=source.text_key,
         )  # fmt: skip
     else:
-        root = Path(source.path).expanduser()
-        root = root if root.is_dir() else Path(source.path.partition("*")[0]).parent
+        root = root_of(source.path)
         found = (
             one
             for path in unit.files
@@ -140,8 +140,8 @@ def filter_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
             if isinstance(document, BadRecord):
                 bad.append(vars(document) | {"source": unit.source["name"]})
                 continue
-            if document.meta.get("encoding") == "cp1252":
-                warnings["decoded as cp1252"] += 1
+            if document.meta.get("encoding") in GUESSED_ENCODINGS:
+                warnings[f"decoded as {document.meta['encoding']}"] += 1
             if data.clean.html is True:
                 document.meta["format"] = "html"
             document = clean(document, steps)

@@ -19,7 +19,8 @@ from llmkit.checkpoint import Located
 from llmkit.data.batches import packed_batches
 from llmkit.data.build import read_manifest
 from llmkit.data.chat import FORMATS, default_template
-from llmkit.data.documents import read_file, read_records
+from llmkit.data.documents import read_file
+from llmkit.data.records import read_records
 from llmkit.data.sft import examples
 from llmkit.data.tokenizer import Tokenizer
 from llmkit.data.tokens import open_split

@@ -1,0 +1,116 @@
+"""What each step repairs, and above all what it leaves alone."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from llmkit.data.clean import STEPS, clean
+from llmkit.errors import UserError
+from llmkit.types import Document
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+CODE = "def f():\n    if x:\n\treturn 1  \n\n    # two\n"
+PAGE = (
+    "<!doctype html><html><head><title>t</title><style>p{}</style></head><body><nav>Menu</nav><p>Cats &amp; dogs.</p>"
+    "<pre><code>def f():\n    return 1\n\n    x\n</code></pre><script>evil()</script></body></html>"
+)
+
+
+def run(text: str, *steps: str, **meta) -> str:
+    return clean(Document("d", text, "s", meta), steps or STEPS).text
+
+
+def test_html_loses_tags_and_menus_and_keeps_code_verbatim():
+    text = run(PAGE, "html", format="html")
+    assert "Cats & dogs." in text and "def f():\n    return 1\n\n    x" in text
+    assert not any(word in text for word in ("Menu", "evil", "<", "p{}"))
+
+
+def test_records_that_start_like_a_page_are_html_and_other_files_are_not():
+    assert "Menu" not in run(PAGE, "html")
+    assert run(PAGE, "html", format="code") == PAGE
+    assert run("1 < 2 and <b>bold</b>", "html") == "1 < 2 and <b>bold</b>"
+
+
+def test_html_is_extracted_once():
+    once = clean(Document("d", "<html><p>1 &lt;b&gt; 2", "s", {"format": "html"}))
+    assert once.text == clean(once).text == "1 <b> 2"
+
+
+@pytest.mark.parametrize("text", ["<div>" * 200_000 + "hi", "<html><p", "<!doctype html>", "<html>\x00<p>a"])
+def test_html_that_is_broken_or_deep_does_not_raise(text):
+    assert isinstance(run(text, format="html"), str)
+
+
+@pytest.mark.parametrize("wrong, right", [
+    ("caf\u00c3\u00a9", "caf\u00e9"), ("it\u00e2\u20ac\u2122s", "it\u2019s"),
+    ("\u00c3\u00a9t\u00c3\u00a9\nd\u00e9j\u00e0 vu", "\u00e9t\u00e9\nd\u00e9j\u00e0 vu"),  # a good line beside
+])  # fmt: skip
+def test_mojibake_is_repaired(wrong, right):
+    assert run(wrong, "encoding") == right
+
+
+def test_mojibake_cases_of_ftfy():
+    path = DATA / "messy" / "mojibake_cases.json"
+    if not path.is_file():
+        pytest.skip("no shared data")
+    import ftfy
+
+    for case in json.loads(path.read_text(encoding="utf-8")):  # the gate in front of ftfy loses none of its repairs
+        assert run(case["original"], "encoding") == ftfy.fix_encoding(case["original"]), case["label"]
+
+
+@pytest.mark.parametrize("text", [
+    "cr\u00e9\u00e9e \u00ab \u00e0 No\u00ebl \u00bb", "Stra\u00dfe \u20ac 5", "\u0433\u0434\u0435 \u0420\u0438\u043c?",
+    "\u543e\u8f29\u306f\u732b", "\u221a2 \u2248 1.41", "\u201cHe said \u2018no\u2019\u201d\u2014\u00c9mile",
+])  # fmt: skip
+def test_good_text_is_untouched(text):
+    assert run(text) == text
+
+
+def test_control():
+    assert run("a\r\nb\rc\u2028d\u2029e\x85f\x0cg", "control") == "a\nb\nc\nd\ne\nf\ng"
+    assert run("a\x00b\x07c\x1bd\x7fe\u200bf\u00adg\ufeffh\x9fi", "control") == "abcdefghi"
+    assert run("a\tb\n", "control") == "a\tb\n"
+    assert run("x\ud800y", "control") == "x\ufffdy"
+    joined = "\U0001f468\u200d\U0001f469 \u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"  # a family; Persian
+    assert run(joined, "control") == joined
+
+
+def test_unicode_is_nfc_and_nothing_more():
+    assert run("e\u0301", "unicode") == "\u00e9"
+    assert run("\ufb01 x\u00b2 \u2460", "unicode") == "\ufb01 x\u00b2 \u2460"  # NFKC would make them fi, x2, 1
+
+
+def test_whitespace():
+    assert run("\n\n    a  \t\nb\u00a0\n\n\n\n\nc\n\n", "whitespace") == "    a\nb\n\n\nc"
+    assert run(CODE, "whitespace") == "def f():\n    if x:\n\treturn 1\n\n    # two"
+
+
+def test_long_runs_of_spaces_take_linear_time():
+    start = time.perf_counter()
+    assert run("a" + " " * 1_000_000 + "b").endswith("b")
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("text", [CODE, "e\u00ad\u0301 \u200b \r\n\r\n\r\n\r\n x", "caf\u00c3\u00a9\ufeff", "\n\x00\n"])
+def test_cleaning_twice_changes_nothing_more(text):
+    assert run(run(text)) == run(text)
+
+
+def test_steps_are_chosen_by_name():
+    assert run("e\u0301  ", "unicode") == "\u00e9  "
+    with pytest.raises(UserError, match="unicod is no cleaning step") as error:
+        run("x", "unicod")
+    assert error.value.fix == "did you mean unicode?"
+
+
+def test_readability_pages():
+    pages = sorted((DATA / "web" / "readability").glob("*/source.html"))
+    if not pages:
+        pytest.skip("no shared data")
+    for page in pages:
+        text = run(page.read_text(encoding="utf-8", errors="replace"), format="html")
+        assert "<script" not in text and "</div>" not in text

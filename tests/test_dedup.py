@@ -1,0 +1,98 @@
+"""Exact keys, MinHash bands and clusters, against hand-computed cases and the theory's curve."""
+
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from llmkit.data.dedup import exact_key, keep_longest, minhash_bands, near_clusters, split_words
+
+
+def shares_a_key(one: str, other: str) -> bool:
+    return bool((minhash_bands(one) == minhash_bands(other)).any())
+
+
+def test_exact_key_ignores_white_space_and_case_only():
+    assert exact_key("A  cat\nsat.") == exact_key(" a cat sat.")
+    assert exact_key("A cat sat.") != exact_key("A cat sat!")
+    assert len(exact_key("")) == 16
+
+
+def test_words():
+    assert split_words("Don't: \u00c9T\u00c9 2x") == [b"don", b"t", "\u00e9t\u00e9".encode(), b"2x"]
+    assert split_words("\u201cquoted\u201d") == split_words('"quoted"') == [b"quoted"]
+    assert split_words("\u732b\u3067\u3059\u3002") == [c.encode() for c in "\u732b\u3067\u3059"]
+
+
+def test_signatures_are_the_same_in_every_process():
+    code = "from llmkit.data.dedup import minhash_bands as m; print(m('the cat sat on the mat again').tolist())"
+    runs = [
+        subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True)
+        for seed in ("1", "2")
+    ]
+    assert runs[0].stdout == runs[1].stdout == f"{minhash_bands('the cat sat on the mat again').tolist()}\n"
+
+
+def test_case_and_punctuation_make_no_difference_and_order_does():
+    assert (minhash_bands("The cat, sat on; the mat!") == minhash_bands("the CAT sat on the mat")).all()
+    words = "a b c d e f g h".split()
+    assert not shares_a_key(" ".join(words), " ".join(reversed(words)))
+
+
+def test_seed_and_shape():
+    one = minhash_bands("a b c d e f", bands=3, rows=2)
+    assert one.shape == (3,) and one.dtype == np.uint64
+    assert (one != minhash_bands("a b c d e f", bands=3, rows=2, seed=1)).all()
+
+
+@pytest.mark.parametrize("one, other, same", [
+    ("hello", "Hello.", True), ("hello", "world", False), ("!!!", "???", False), ("!!!", "!!!", True), ("", " ", True),
+    ("two words", "words two", False),
+])  # fmt: skip
+def test_texts_shorter_than_an_ngram(one, other, same):
+    assert shares_a_key(one, other) is same
+
+
+@pytest.mark.parametrize("edits, low, high", [(4, 0.97, 1.0), (10, 0.75, 0.97), (20, 0.15, 0.5), (400, 0.0, 0.0)])
+def test_planted_copies_are_found_as_often_as_the_theory_says(edits, low, high):
+    # 400 random words, k of them replaced: about 396 - 5k of 396 + 5k 5-grams are shared, J = .90, .78, .61, 0
+    draw = random.Random(edits)
+    hits = 0
+    for _ in range(100):
+        words = [f"w{draw.randrange(5000)}" for _ in range(400)]
+        copy = list(words)
+        for place in draw.sample(range(400), edits):
+            copy[place] = f"x{draw.randrange(10**9)}"
+        hits += shares_a_key(" ".join(words), " ".join(copy))
+    assert low <= hits / 100 <= high
+
+
+def test_long_texts_are_hashed_in_blocks_with_the_same_result():
+    words = [f"w{i}" for i in range(5000)]
+    parts = [minhash_bands(" ".join(words), rows=1), minhash_bands(" ".join([*words, *words[:4]]), rows=1)]
+    assert (parts[0] == parts[1]).mean() > 0.8  # four n-grams more can take only few of the minima
+
+
+def test_clusters_join_through_any_band_and_through_others():
+    #           band 0: 1=3      band 1: 0=1, 4=5     so 0=1=3, 4=5, 2 alone
+    bands = np.array([[10, 7], [11, 7], [12, 8], [11, 9], [13, 6], [14, 6]], dtype=np.uint64)
+    assert near_clusters(bands).tolist() == [0, 0, 2, 0, 4, 4]
+    assert near_clusters(np.empty((0, 14), np.uint64)).tolist() == []
+
+
+def test_clusters_equal_a_plain_graph_search():
+    bands = np.random.default_rng(0).integers(0, 300, (400, 2)).astype(np.uint64)
+    expected = np.arange(400)
+    for _ in range(400):  # spread the smallest index until nothing changes
+        for column in bands.T:
+            for key in np.unique(column):
+                expected[column == key] = expected[column == key].min()
+    assert (near_clusters(bands) == expected).all()
+
+
+def test_keep_longest():
+    keep = keep_longest(np.array([0, 1, 0, 1, 4]), np.array([3, 5, 8, 5, 1]))
+    assert keep.tolist() == [False, True, True, False, True]
+    assert keep_longest(np.array([], int), np.array([], int)).tolist() == []
