@@ -156,7 +156,7 @@ class Train(Section):
 
 class Eval(Section):
     every: Count | None = 250
-    max_batches: Count | None = 50  # of the val split; null: all of it
+    max_batches: Count | None = 50  # of global_batch_size sequences of the val split; null: all of it
     sample_prompt: str | None = None  # text to continue at every evaluation
     sample_tokens: Count = 64
 

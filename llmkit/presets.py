@@ -89,8 +89,7 @@ def finetune_config(
     elif data is not None or "data" in own:
         defaults["data"] = {"kind": "sft"}
         if start is not None:
-            longest = checkpoint.model_config(checkpoint.locate(start)).max_position_embeddings
-            defaults["data"]["seq_len"] = min(LONGEST, longest)
+            defaults["data"]["seq_len"] = min(LONGEST, trained_length(start))
     flags = [f"init_from={model}"] if model else []
     flags += [f"data.path={data}"] if data else []
     if methods:
@@ -98,6 +97,14 @@ def finetune_config(
         flags += ["peft=null"] if method == "full" else ([] if same else [f"peft.name={method}"])
     flags += [f"peft.r={rank}"] if rank else []
     return load_config(path, [*flags, *overrides], defaults)
+
+
+def trained_length(model: str) -> int:
+    """Tokens that a model read at a time when it was trained, else its longest position."""
+    located = checkpoint.locate(model)
+    if located.run_dir:
+        return yaml.safe_load((located.run_dir / "config.yaml").read_text())["data"]["seq_len"]
+    return checkpoint.model_config(located).max_position_embeddings
 
 
 def is_adapter_run(run: Path) -> bool:

@@ -83,19 +83,28 @@ def train(
     if config.train.deterministic:
         make_deterministic(world.device)
     job = prepare(config, world, say=say)
-    config, device = job.config, world.device
-
+    config = job.config
     header = job.header()
     for key, value in header.items():
         say(f"{key:>10}  {value}")
     if dry_run:
         return header
 
-    # The run directory and the model; the order of what is done to it matters.
     info = {"device": header["device"], "torch": torch.__version__, "data_fingerprint": job.data.fingerprint}
     run = open_run(Path(config.run_dir), config.model_dump(), fresh=fresh, info=info) if world.main else None
+    world.barrier()
+    try:
+        return take_steps(job, run, header, say)
+    finally:
+        if run:
+            run.close()
+
+
+def take_steps(job: Job, run: Run | None, header: dict[str, str], say: Callable[[str], None]) -> dict[str, Any]:
+    """Make the model, take up the newest good checkpoint, and go on to the last step; the order is important."""
+    config, world, device = job.config, job.world, job.world.device
     torch.manual_seed(config.seed + world.rank)
-    resumed = None if fresh else checkpoint.newest_good(Path(config.run_dir))
+    resumed = checkpoint.newest_good(Path(config.run_dir))
     model = make_model(job, resumed)
     recomputed = apply_checkpointing(model, config.train.gradient_checkpointing)
     compiled = compile_blocks(model, config.train.compile, device)
@@ -125,7 +134,7 @@ def train(
         if progress.step == 0 and config.eval.every:
             evaluate(job, model, progress, watch)
             watch.flush()
-        stop = None
+        stop = early_stop(job, progress)
         while progress.step < job.max_steps and not stop:
             # One step: the gradient of (sum of losses / targets of the whole step), however it is cut up.
             step = progress.step
@@ -166,8 +175,6 @@ def train(
         watch.close()
         signals.release()
     if stop == "interrupted" and progress.step < job.max_steps:
-        if run:
-            run.close()
         raise UserError(
             f"interrupted at step {progress.step}; a checkpoint is saved", fix="type the same command again to go on",
             code=INTERRUPTED[signals.signal or signal.SIGTERM],
@@ -265,7 +272,8 @@ def evaluate(job: Job, model: nn.Module, progress: Progress, watch: Watch) -> st
     config, device, world = job.config, job.world.device, job.world
     with watch.pause():
         size = job.micro_batch_size
-        batches = job.data.open("val", size, seed=config.seed).in_order(config.eval.max_batches)
+        limit = config.eval.max_batches and config.eval.max_batches * config.train.global_batch_size
+        batches = job.data.open("val", size, seed=config.seed).in_order(limit)
         mine = itertools.islice(batches, world.rank, None, world.size)
         with autocast(device, job.precision):
             result = perplexity(
@@ -276,9 +284,14 @@ def evaluate(job: Job, model: nn.Module, progress: Progress, watch: Watch) -> st
     watch.log(step=progress.step, tokens=progress.step * job.tokens_per_step, **result)
     if result["val_loss"] < progress.best_val:
         progress.best_val, progress.evals_without_gain = result["val_loss"], 0
-        return None
-    progress.evals_without_gain += 1
-    patience = config.train.early_stopping_patience
+    else:
+        progress.evals_without_gain += 1
+    return early_stop(job, progress)
+
+
+def early_stop(job: Job, progress: Progress) -> str | None:
+    """Why to stop before the full length, if patience has run out."""
+    patience = job.config.train.early_stopping_patience
     if patience and progress.evals_without_gain >= patience:
         return f"stopped early: {patience} evaluations without a lower val loss"
     return None
@@ -301,6 +314,8 @@ def save(job: Job, model: nn.Module, optimizers: list[torch.optim.Optimizer], pr
     stop_if_diverged(job, progress)
     if job.config.eval.every and "val_loss" not in watch.pending:
         evaluate(job, model, progress, watch)
+    val_loss = watch.pending.get("val_loss")
+    watch.flush()  # before the checkpoint: a kill in between must not lose what the resumed run will not log again
     if watch.run is None:
         return
     tokenizer, config = job.data.tokenizer, job.config
@@ -316,7 +331,7 @@ def save(job: Job, model: nn.Module, optimizers: list[torch.optim.Optimizer], pr
         tensors = {f"progress/{key}": value.detach().cpu() for key, value in progress.tensors.items()}
         tensors |= checkpoint.optimizer_tensors(model, optimizers) | checkpoint.rng_tensors(job.world.device)
         about = {
-            "val_loss": watch.pending.get("val_loss"), "data_fingerprint": job.data.fingerprint,
+            "val_loss": val_loss, "data_fingerprint": job.data.fingerprint,
             "world_size": job.world.size,
         }  # fmt: skip
         checkpoint.save(
@@ -347,5 +362,4 @@ def finish(job: Job, run: Run, header: dict, progress: Progress, watch: Watch, s
         "files": f"{run.folder}/: checkpoints/, metrics.jsonl, loss.png, report.md",
     }
     write_report(run, header, summary)
-    run.close()
     return summary

@@ -75,8 +75,8 @@ class Batches:
         return permute(place, self.samples, key=mix((self.seed * GOLDEN + epoch) & MASK))
 
     def in_order(self, limit: int | None = None) -> Iterator[Batch]:
-        """All samples once, unpermuted, `global_batch_size` at a time: what an evaluation reads."""
-        stop = self.samples if limit is None else min(self.samples, limit * self.global_batch_size)
+        """The first `limit` samples, or all, once each, `global_batch_size` at a time: what an evaluation reads."""
+        stop = self.samples if limit is None else min(self.samples, limit)
         for start in range(0, stop, self.global_batch_size):
             yield self.rows(list(range(start, min(start + self.global_batch_size, stop))))
 

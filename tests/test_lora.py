@@ -1,0 +1,345 @@
+"""Adapters: the same in peft and here, merged or not, and refused when they ask for what is not built."""
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from llmkit.checkpoint import Located, weights_sha256
+from llmkit.data.tokenizer import train_bpe
+from llmkit.errors import MODEL, UserError
+from llmkit.export import export_hf, export_peft
+from llmkit.models import build_model, folder, gpt2, llama
+from llmkit.peft import lora
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 32, "num_attention_heads": 4}
+CONFIGS = {
+    "gpt2": gpt2.Config(**SIZES, vocab_size=61),
+    "llama": llama.Config(**SIZES, vocab_size=61, num_key_value_heads=2, intermediate_size=48),
+}
+TARGETS = {"gpt2": [None, ["c_attn"], ["mlp.c_proj", "c_fc"]], "llama": [None, ["q_proj", "v_proj"], ["mlp.up_proj"]]}
+CASES = [(name, rslora, targets) for name in CONFIGS for rslora in (False, True) for targets in TARGETS[name]]
+every_case = pytest.mark.parametrize(
+    ("name", "rslora", "targets"), CASES, ids=lambda v: "+".join(v) if isinstance(v, list) else str(v)
+)
+each_family = pytest.mark.parametrize("name", CONFIGS)
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(61, (2, 10), generator=torch.Generator().manual_seed(2))
+
+
+def equal(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def randomize(parameters, std: float = 0.2, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.normal_(0.0, std, generator=generator)
+
+
+def base_of(name: str) -> torch.nn.Module:
+    model = build_model(CONFIGS[name]).eval()
+    randomize(model.parameters())
+    return model
+
+
+def adapted_of(name: str, **options) -> torch.nn.Module:
+    """A base with an adapter that has learnt something: B is no longer zero."""
+    model = base_of(name)
+    lora.apply(model, **{"r": 4, "alpha": 12.0} | options)
+    randomize((p for p in model.parameters() if p.requires_grad), seed=5)
+    return model
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    """Save the base of a name; its folder."""
+
+    def save(name: str):
+        folder.save_model(base_of(name), tmp_path / "base")
+        return tmp_path / "base"
+
+    return save
+
+
+# ---- peft, both ways ------------------------------------------------------------------------------------------------
+
+
+@every_case
+@torch.no_grad()
+def test_peft_opens_our_adapter_with_equal_logits(name, rslora, targets, base_folder, tmp_path):
+    base = base_folder(name)
+    ours = adapted_of(name, rslora=rslora, target_modules=targets)
+    lora.save_adapter(ours, tmp_path / "adapter", base=str(base), base_sha256="")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    plain = theirs.eval()(tokens()).logits
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    equal(ours(tokens()), theirs(tokens()).logits)
+    assert (ours(tokens()) - plain).abs().max() > 1e-2
+
+
+def peft_adapter(base, out, name: str, rslora: bool = False, targets: list[str] | None = None, **more):
+    """An adapter as peft makes it, with a random B; the model that it sits on."""
+    everything = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": ["q_proj", "o_proj", "gate_proj", "down_proj"]}[name]
+    config = peft.LoraConfig(
+        r=4, lora_alpha=12, target_modules=targets or everything, use_rslora=rslora, fan_in_fan_out=name == "gpt2",
+        task_type="CAUSAL_LM", **more,
+    )  # fmt: skip
+    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config).eval()
+    randomize(p for key, p in model.named_parameters() if "lora_B" in key)
+    model.save_pretrained(out)
+    return model
+
+
+@every_case
+@torch.no_grad()
+def test_we_open_pefts_adapter_with_equal_logits(name, rslora, targets, base_folder, tmp_path):
+    base = base_folder(name)
+    theirs = peft_adapter(base, tmp_path / "adapter", name, rslora, targets)
+    ours = folder.load_model(base).eval()
+    lora.load_adapter(ours, tmp_path / "adapter")
+    equal(ours(tokens()), theirs(tokens()).logits)
+
+
+@each_family
+@torch.no_grad()
+def test_an_adapter_survives_saving_and_loading(name, tmp_path):
+    ours, again = adapted_of(name, rslora=True), base_of(name)
+    lora.save_adapter(ours, tmp_path, base="base", base_sha256="")
+    lora.load_adapter(again, tmp_path)
+    assert torch.equal(ours(tokens()), again(tokens()))
+    assert again.lora == ours.lora
+
+
+# ---- apply and merge ------------------------------------------------------------------------------------------------
+
+
+@each_family
+@torch.no_grad()
+def test_a_fresh_adapter_changes_no_logits(name):
+    model = base_of(name)
+    before = model(tokens())
+    lora.apply(model, r=4)
+    assert torch.equal(model(tokens()), before)
+
+
+@every_case
+@torch.no_grad()
+def test_merged_logits_equal_the_adapters(name, rslora, targets):
+    model = adapted_of(name, rslora=rslora, target_modules=targets)
+    before = model(tokens())
+    lora.merge(model)
+    equal(model(tokens()), before)
+
+
+@each_family
+def test_merging_restores_classes_names_and_gradients(name):
+    plain, model = base_of(name), adapted_of(name)
+    lora.merge(model)
+    assert [(key, type(module)) for key, module in model.named_modules()] == [
+        (key, type(module)) for key, module in plain.named_modules()
+    ]
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert all(p.requires_grad for p in model.parameters())
+    assert not hasattr(model, "lora")
+
+
+@each_family
+def test_weight_names_never_change_and_only_the_factors_are_trained(name):
+    plain, model = base_of(name), adapted_of(name)
+    added = {key for key, _ in model.named_parameters()} - {key for key, _ in plain.named_parameters()}
+    assert {key for key, _ in plain.named_parameters()} <= {key for key, _ in model.named_parameters()}
+    assert added == {key for key, p in model.named_parameters() if p.requires_grad}
+    assert {key.rsplit(".", 1)[-1] for key in added} == {"lora_A", "lora_B"}
+
+
+@each_family
+def test_gradients_reach_every_factor_and_no_base_weight(name):
+    model = adapted_of(name)
+    model(tokens(), tokens().roll(-1, 1)).backward()
+    for key, parameter in model.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == ("lora_" in key), key
+
+
+@each_family
+def test_the_head_and_the_embeddings_get_no_adapter(name):
+    changed = {key for key, module in adapted_of(name).named_modules() if isinstance(module, lora.LoRA)}
+    assert changed == set(lora.block_linears(base_of(name)))
+
+
+def test_a_target_is_a_whole_name_or_the_whole_end_of_one():
+    model = adapted_of("llama", target_modules=["mlp.up_proj", "model.layers.1.self_attn.q_proj"])
+    changed = {key for key, module in model.named_modules() if isinstance(module, lora.LoRA)}
+    assert changed == {f"model.layers.{i}.mlp.up_proj" for i in (0, 1)} | {"model.layers.1.self_attn.q_proj"}
+
+
+def test_a_target_that_matches_nothing_is_refused_with_the_candidates():
+    with pytest.raises(UserError) as caught:
+        lora.apply(base_of("llama"), target_modules=["q_proj", "c_attn", "proj"])
+    assert "c_attn" in str(caught.value)
+    assert caught.value.expected == "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert [error.got for error in caught.value.others] == ["proj"]
+
+
+def test_a_seed_fixes_the_factors_and_no_two_layers_share_them():
+    def factors(seed: int) -> list[torch.Tensor]:
+        model = base_of("llama")
+        lora.apply(model, seed, r=4)
+        return [module.lora_A for module in model.modules() if isinstance(module, lora.LoRA)]
+
+    first, again, other = factors(0), factors(0), factors(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert not torch.equal(first[0], first[1])
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    lora.save_adapter(adapted_of("llama"), tmp_path, base="base", base_sha256="")
+    return tmp_path
+
+
+def rewrite(path, **changes) -> None:
+    path = path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refused(path, *words: str, name: str = "llama") -> None:
+    with pytest.raises(UserError) as caught:
+        lora.load_adapter(base_of(name), path)
+    assert caught.value.code == MODEL
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+FLAGS = {
+    "use_dora": True, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 1}, "bias": "all", "lora_bias": True,
+    "modules_to_save": ["lm_head"], "layers_to_transform": [0], "exclude_modules": ["v_proj"], "peft_type": "LOHA",
+    "init_lora_weights": "pissa", "kasa_config": {"beta": 1e-4}, "target_modules": ".*proj",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_an_adapter_of_another_kind_is_refused(saved, flag):
+    rewrite(saved, **{flag: FLAGS[flag]})
+    refused(saved)
+
+
+def test_all_that_is_unsupported_is_told_at_once(saved):
+    rewrite(saved, use_dora=True, rank_pattern={"q_proj": 8})
+    refused(saved, "use_dora", "rank_pattern")
+
+
+@torch.no_grad()
+def test_pissa_adapters_are_refused_because_peft_changes_the_base_for_them(base_folder, tmp_path):
+    peft_adapter(base_folder("llama"), tmp_path / "adapter", "llama", init_lora_weights="pissa")
+    refused(tmp_path / "adapter", "init_lora_weights")
+
+
+WRONG = {"r": ["4", 0, None], "lora_alpha": [None, "big"], "lora_dropout": ["x"], "target_modules": [[1], 3]}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values])
+def test_senseless_values_are_refused(saved, key, value):
+    rewrite(saved, **{key: value})
+    refused(saved)
+
+
+@pytest.mark.parametrize("key", ["peft_type", "r", "lora_alpha"])
+def test_a_config_that_lacks_a_necessary_key_is_refused(saved, key):
+    path = saved / "adapter_config.json"
+    config = json.loads(path.read_text())
+    del config[key]
+    path.write_text(json.dumps(config))
+    refused(saved)
+
+
+def test_an_adapter_for_another_model_is_refused(saved):
+    refused(saved, name="gpt2")
+
+
+def test_a_missing_factor_and_one_without_a_place_are_refused_by_name(saved):
+    path = saved / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"base_model.model.lm_head.lora_A.weight": torch.ones(1)}, path)
+    refused(saved, "lm_head")
+    del tensors["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"]
+    save_file(tensors, path)
+    refused(saved, "model.layers.1.self_attn.v_proj.lora_B")
+
+
+def test_truncated_factors_are_refused(saved):
+    path = saved / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(saved, "can't be read")
+
+
+# ---- export ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(iter(["a few words to learn from"]), 262)
+
+
+@pytest.fixture(params=CONFIGS)
+def trained(request, tokenizer, tmp_path):
+    """A base and an adapter on it, as training leaves them: (adapter's folder, the adapted model)."""
+    config = type(CONFIGS[request.param])(**vars(CONFIGS[request.param]) | {"vocab_size": len(tokenizer)})
+    model = build_model(config).eval()
+    randomize(model.parameters())
+    folder.save_model(model, tmp_path / "base", eos_token_id=tokenizer.eos_id)
+    tokenizer.save(tmp_path / "base")
+    lora.apply(model, r=4, rslora=True)
+    randomize((p for p in model.parameters() if p.requires_grad), seed=5)
+    digest = weights_sha256(tmp_path / "base")
+    lora.save_adapter(model, tmp_path / "adapter", base=str(tmp_path / "base"), base_sha256=digest)
+    tokenizer.save(tmp_path / "adapter")
+    return tmp_path / "adapter", model
+
+
+@torch.no_grad()
+def test_an_exported_adapter_opens_in_transformers_with_equal_logits(trained, tokenizer, tmp_path):
+    adapter, model = trained
+    export_hf(Located(adapter), tmp_path / "out", torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "words to learn, a few"
+    ids = their_tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    assert ids[0].tolist() == tokenizer.encode(text)
+    equal(model(ids), theirs(ids).logits)
+    assert theirs.config.eos_token_id == their_tokenizer.eos_token_id == tokenizer.eos_id
+
+
+@torch.no_grad()
+def test_an_adapter_exported_for_peft_opens_there_with_equal_logits(trained, tmp_path):
+    adapter, model = trained
+    export_peft(Located(adapter), tmp_path / "out", torch.float32)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    equal(model(tokens()), peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()(tokens()).logits)
+
+
+def test_a_full_model_can_not_be_exported_for_peft(tmp_path):
+    folder.save_model(base_of("llama"), tmp_path / "base")
+    with pytest.raises(UserError) as caught:
+        export_peft(Located(tmp_path / "base"), tmp_path / "out", torch.float32)
+    assert caught.value.code == MODEL
+
+
+def test_an_adapter_on_a_base_that_changed_is_refused(trained, tmp_path):
+    adapter, _ = trained
+    path = tmp_path / "base" / "model.safetensors"
+    weights = load_file(path)
+    next(iter(weights.values())).add_(1.0)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="other weights") as caught:
+        export_hf(Located(adapter), tmp_path / "out", torch.float32)
+    assert caught.value.code == MODEL
