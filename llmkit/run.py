@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -117,7 +118,7 @@ def open_run(folder: Path, config: dict[str, Any], *, fresh: bool = False, info:
             )  # fmt: skip
     write_atomically(saved, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     about = {
-        "command": " ".join(sys.argv), "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": without_secrets(" ".join(sys.argv)), "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "llmkit": __version__, "python": platform.python_version(), "host": socket.gethostname(), "git": git_commit(),
         **(info or {}),
     }  # fmt: skip
@@ -132,6 +133,16 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= flatten(value, name + ".") if isinstance(value, dict) else {name: value}
     return flat
+
+
+def without_secrets(text: str) -> str:
+    """User and password of an address, and anything that is called a token, struck out.
+
+    >>> without_secrets("-o data.path=https://me:hunter2@host/x hf_token=abc")
+    '-o data.path=https://***@host/x hf_token=***'
+    """
+    text = re.sub(r"//[^/@\s]+@", "//***@", text)
+    return re.sub(r"(?i)((?:token|password|secret|api_?key)\s*[=:]\s*)\S+", r"\1***", text)
 
 
 def git_commit() -> str | None:

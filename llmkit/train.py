@@ -125,7 +125,7 @@ def take_steps(job: Job, run: Run | None, header: dict[str, str], say: Callable[
     say("")
 
     batches = job.batches("train", config.train.global_batch_size)
-    watch = Watch(job, run, peak, first_step=progress.step)
+    watch = Watch(job, run, peak, progress.step, say)
     signals = Signals()
     gc.collect()
     gc.freeze()

@@ -7,6 +7,7 @@ import contextlib
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ class Watch:
     run: Run | None
     peak: float
     first_step: int
+    say: Callable[[str], None]
     bar: tqdm | None = None
     writer: Any = None
     pending: dict[str, Any] = field(default_factory=dict)
@@ -74,9 +76,9 @@ class Watch:
         if self.bar is not None:
             self.bar.set_description_str(line)
         else:
-            print(line, flush=True)
+            self.say(line)
         if "sample" in record:
-            tqdm.write(f"--- sample\n{record['sample']}\n---")
+            self.say(f"--- sample\n{record['sample']}\n---")
         if self.writer is not None:
             for key, value in record.items():
                 if isinstance(value, int | float) and key not in ("step", "tokens"):

@@ -223,7 +223,7 @@ def refused(path, *words: str, name: str = "llama") -> None:
 FLAGS = {
     "use_dora": True, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 1}, "bias": "all", "lora_bias": True,
     "modules_to_save": ["lm_head"], "layers_to_transform": [0], "exclude_modules": ["v_proj"], "peft_type": "LOHA",
-    "init_lora_weights": "pissa", "kasa_config": {"beta": 1e-4}, "target_modules": ".*proj",
+    "init_lora_weights": "pissa", "target_modules": ".*proj",
 }  # fmt: skip
 
 

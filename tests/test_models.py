@@ -277,12 +277,18 @@ def test_a_field_that_changes_the_mathematics_is_refused(saved):
 
 
 WRONG = {
-    "no_vocabulary": {"vocab_size": None}, "broken_width": {"hidden_size": 32.0}, "text_for_a_number": {"hidden_size": "32"},
-    "no_heads": {"num_attention_heads": 0}, "a_list_of_families": {"model_type": ["llama"]}, "odd_kv": {"num_key_value_heads": 3},
-    "rope_list": {"rope_parameters": [1]}, "rope_text": {"rope_parameters": {"rope_theta": "big"}},
-    "no_theta": {"rope_theta": None, "rope_parameters": None}, "text_eps": {"rms_norm_eps": "small"},
+    "no_vocabulary": {"vocab_size": None},
+    "broken_width": {"hidden_size": 32.5},
+    "text_for_a_number": {"hidden_size": "32"},
     "list_width": {"intermediate_size": [48]},
-}  # fmt: skip
+    "no_heads": {"num_attention_heads": 0},
+    "odd_kv_heads": {"num_key_value_heads": 3},
+    "text_eps": {"rms_norm_eps": "small"},
+    "list_of_families": {"model_type": ["llama"]},
+    "rope_list": {"rope_parameters": [1]},
+    "rope_text": {"rope_parameters": {"rope_theta": "big"}},
+    "no_theta": {"rope_theta": None, "rope_parameters": None},
+}
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)

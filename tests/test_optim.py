@@ -30,10 +30,9 @@ LR, STEPS = 0.02, 5
 
 @pytest.mark.parametrize("adjust_lr", ["match_rms_adamw", "original"])
 def test_muon_equals_torchs(adjust_lr):
-    """Only as far as bf16 goes: batched and single products round differently, by an ulp (2^-8) of an update's entry.
-
-    Entries are at most about 1.2, Newton-Schulz multiplies an error by a few over its steps, and STEPS updates add up:
-    8 ulps for each of them. A wrong formula, in momentum or in scale, would be off by a whole update.
+    """Only as far as bf16 goes: where batched and single products round differently, an update's entry, at most about
+    1.2 of the scaled rate, is off by an ulp or two (2^-8 each), and STEPS of them add up. On most machines both agree
+    to fp32. A slip in momentum, decay or scale would show as a good part of a whole update.
     """
     ours = [nn.Parameter(random(*shape, seed=i)) for i, shape in enumerate(SHAPES)]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
@@ -46,7 +45,7 @@ def test_muon_equals_torchs(adjust_lr):
     for mine, yours in zip(ours, theirs, strict=True):
         rows, columns = mine.shape
         scale = 0.2 * math.sqrt(max(rows, columns)) if adjust_lr != "original" else math.sqrt(max(1, rows / columns))
-        torch.testing.assert_close(mine, yours, rtol=1e-5, atol=STEPS * LR * scale * 8 * 2**-8)
+        torch.testing.assert_close(mine, yours, rtol=1e-5, atol=STEPS * LR * scale * 2 * 2**-8)
         torch.testing.assert_close(a.state[mine]["momentum_buffer"], b.state[yours]["momentum_buffer"])
 
 
