@@ -16,7 +16,6 @@ import datetime
 import gc
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,46 +23,67 @@ import time
 import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 
-# Neither torch nor llmkit is imported up here: on Linux a child's peak memory begins at its parent's, so the parent of
-# the contestants must stay small.
+import numpy as np
+import torch
 
-GPT2_SMALL = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "vocab_size": 8192}
-GPT2_124M = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 50257}
-LLAMA_WIDE = {
-    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 32000,
-}  # fmt: skip
-LLAMA_LORA = {
-    "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "num_key_value_heads": 4, "vocab_size": 32000,
-}  # fmt: skip
-# device -> --shape -> name -> (family, config, tokens a row, rows a step)
+from llmkit.models import CONFIGS, build_model
+from llmkit.models.folder import load_model, save_model
+from llmkit.objectives import OBJECTIVES
+from llmkit.optim import OPTIMIZERS, clip
+from llmkit.parallel import (
+    DTYPES,
+    apply_checkpointing,
+    autocast,
+    compile_blocks,
+    device_name,
+    keep_freed_memory,
+    matmul_rate,
+    peak_flops,
+    peak_memory,
+    start_world,
+    to_device,
+)
+from llmkit.peft import lora
+from llmkit.plan import flops_per_token
+from llmkit.types import Batch
+
+
+def shape(hidden: int, layers: int, heads: int, vocab: int, **more: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocab, **more
+    }  # fmt: skip
+
+
+# (device, --shape) -> rows of (name, family, config, tokens a row, rows a step)
 SHAPES = {
-    "cpu": {
-        "small": {
-            "GPT-2 6 x 384": ("gpt2", GPT2_SMALL, 256, 16),
-            "Llama 6 x 384": ("llama", GPT2_SMALL | {"intermediate_size": 1024}, 256, 16),
-        },
-        "lora": {"LoRA on Llama 12 x 768": ("llama", LLAMA_LORA, 512, 4)},
-    },
-    "cuda": {
-        "small": {
-            "GPT-2 124M": ("gpt2", GPT2_124M, 1024, 16),
-            "Llama 12 x 768": ("llama", GPT2_124M | {"intermediate_size": 2048, "vocab_size": 32000}, 1024, 16),
-        },
-        "lora": {"LoRA on Llama 16 x 2048": ("llama", LLAMA_WIDE, 2048, 4)},
-    },
-}
+    ("cpu", "small"): [
+        ("GPT-2 6 x 384", "gpt2", shape(384, 6, 6, 8192), 256, 16),
+        ("Llama 6 x 384", "llama", shape(384, 6, 6, 8192, intermediate_size=1024), 256, 16),
+    ],
+    ("cpu", "lora"): [
+        ("LoRA on Llama 12 x 768", "llama",
+         shape(768, 12, 12, 32000, num_key_value_heads=4, intermediate_size=2048), 512, 4),
+    ],
+    ("cuda", "small"): [
+        ("GPT-2 124M", "gpt2", shape(768, 12, 12, 50257), 1024, 16),
+        ("Llama 12 x 768", "llama", shape(768, 12, 12, 32000, intermediate_size=2048), 1024, 16),
+    ],
+    ("cuda", "lora"): [
+        ("LoRA on Llama 16 x 2048", "llama",
+         shape(2048, 16, 32, 32000, num_key_value_heads=8, intermediate_size=8192), 2048, 4),
+    ],
+}  # fmt: skip
 OURS = {"name": "llmkit, bf16 autocast, compiled", "who": "llmkit", "precision": "bf16", "compile": True}
 PEERS = [
-    {"name": "transformers, bf16 autocast", "who": "transformers", "precision": "bf16", "compile": False},
-    {"name": "transformers, bf16 autocast, compiled", "who": "transformers", "precision": "bf16", "compile": True},
-    {"name": "transformers, fp32", "who": "transformers", "precision": "fp32", "compile": False},
+    {"name": "transformers, bf16 autocast", "who": "peer", "precision": "bf16", "compile": False},
+    {"name": "transformers, bf16 autocast, compiled", "who": "peer", "precision": "bf16", "compile": True},
+    {"name": "transformers, fp32", "who": "peer", "precision": "fp32", "compile": False},
 ]
-LORA_PEERS = [  # `autocast` is what Trainer(bf16=True) adds; peft makes adapters fp32 unless told otherwise
-    {"name": "peft, bf16, fp32 adapters", "who": "peft", "precision": "bf16", "compile": False, "fp32_adapters": True},
-    {"name": "peft, bf16, bf16 adapters", "who": "peft", "precision": "bf16", "compile": False, "fp32_adapters": False},
+LORA_PEERS = [  # peft makes adapters fp32 unless told otherwise
+    {"name": "peft, bf16, fp32 adapters", "who": "peer", "precision": "bf16", "compile": False, "fp32_adapters": True},
+    {"name": "peft, bf16, bf16 adapters", "who": "peer", "precision": "bf16", "compile": False, "fp32_adapters": False},
 ]
 WARM_UP = 3  # steps before the clock: compilation, the optimizer's state, then one like all others
 BATCHES = 4  # different ones, made before the clock and taken in turn
@@ -82,54 +102,24 @@ def worker(spec: dict) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
     try:
-        {"prepare": prepare, "rates": rates}.get(spec["who"], contestant)(spec, answer)
+        (write_weights if spec["who"] == "weights" else contestant)(spec, answer)
     except Exception as error:
         traceback.print_exc()
-        answer(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
+        answer(error=f"{type(error).__name__}: {error}")
 
 
-def prepare(spec: dict, answer) -> None:
-    """Write the initial weights that every contestant loads, and count a step's FLOPs."""
-    import torch
-
-    from llmkit.models import CONFIGS, build_model
-    from llmkit.models.folder import save_model
-    from llmkit.peft import lora
-    from llmkit.plan import flops_per_token
-
-    options = spec["config"] | {"max_position_embeddings": spec["seq_len"]}
-    model = build_model(CONFIGS[spec["family"]](**options), seed=0)
+def write_weights(spec: dict, answer) -> None:
+    """Write the initial weights that every contestant loads. Not in the parent: its peak would become theirs."""
+    model = build_model(CONFIGS[spec["family"]](**spec["config"]), seed=0)
     folder = Path(spec["folder"])
     save_model(model, folder / "base", dtype=torch.bfloat16 if spec["lora"] else torch.float32)
-    total = sum(p.numel() for p in model.parameters())
     if spec["lora"]:
         lora.apply(model, r=16, alpha=32.0)
         lora.save_adapter(model, folder / "adapter", base=str(folder / "base"), base_sha256="")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    answer(parameters=total, trained=trained, flops_per_token=flops_per_token(model, spec["seq_len"]))
-
-
-def rates(spec: dict, answer) -> None:
-    """What the machine can do now: the rate of plain matrix products, and the peak that MFU is a share of."""
-    import torch
-
-    from llmkit.parallel import DTYPES, device_name, matmul_rate, peak_flops
-
-    device = torch.device(spec["device"])
-    measured = {precision: matmul_rate(device, DTYPES[precision], seconds=1.0) for precision in ("bf16", "fp32")}
-    _, source = peak_flops(device, "bf16")
-    known = None if device.type == "cpu" or "data sheet" not in source else peak_flops(device, "bf16")[0]
-    machine = device_name(device)
-    if device.type == "cuda":
-        machine += f", {torch.get_num_threads()} CPU threads"
-    answer(measured=measured, peak=known, machine=machine)
+    answer(written=True)
 
 
 def contestant(spec: dict, answer) -> None:
-    import torch
-
-    from llmkit.parallel import keep_freed_memory, peak_memory, start_world, to_device
-
     device = torch.device(spec["device"])
     if spec["who"] == "llmkit":
         device = start_world().device
@@ -148,28 +138,23 @@ def contestant(spec: dict, answer) -> None:
         wait()
         return (time.perf_counter() - start) / steps
 
-    first = run(1)
-    warm = [run(1) for _ in range(WARM_UP - 1)]
+    warm_up = [run(1) for _ in range(WARM_UP)]
     gc.collect()
     gc.freeze()
     gc.disable()  # as llmkit's loop does, for everybody
     answer(ready=True)
     for line in sys.stdin:
-        asked = json.loads(line)["steps"]
-        # On a CPU every step is a measurement; on a GPU a visit is one, because waiting after each step would cost.
-        answer(seconds=[run(1) for _ in range(asked)] if device.type == "cpu" else [run(asked)])
+        steps = json.loads(line)["steps"]
+        # On a CPU every step is a measurement; on a GPU a whole turn is one, because waiting after each step costs.
+        answer(seconds=[run(1) for _ in range(steps)] if device.type == "cpu" else [run(steps)])
     answer(
-        losses=[losses[0].item(), losses[-1].item()], steps=len(losses), memory=peak_memory(device),
-        compile_seconds=first - min(warm) if spec["compile"] else None,
+        losses=[losses[0].item(), losses[-1].item()], memory=peak_memory(device),
+        compile_seconds=warm_up[0] - warm_up[-1] if spec["compile"] else None,
     )  # fmt: skip
 
 
-def make_batches(spec: dict) -> list:
+def make_batches(spec: dict) -> list[Batch]:
     """The same tokens for everybody: half noise, half a rule that a few steps can begin to learn."""
-    import numpy as np
-
-    from llmkit.types import Batch
-
     rng = np.random.default_rng(0)
     made = []
     for _ in range(BATCHES):
@@ -180,27 +165,17 @@ def make_batches(spec: dict) -> list:
     return made
 
 
-def our_step(spec: dict, device):
-    """One step, call by call what `llmkit.train.train` does between two batches."""
-    import torch
-
-    from llmkit.models.folder import load_model
-    from llmkit.objectives import OBJECTIVES
-    from llmkit.optim import OPTIMIZERS, clip
-    from llmkit.parallel import DTYPES, apply_checkpointing, autocast, compile_blocks
-    from llmkit.peft import lora
-
+def our_step(spec: dict, device: torch.device):
+    """One step, call by call what `llmkit.train.train` does with a batch."""
     precision, folder = spec["precision"], Path(spec["folder"])
     model = load_model(folder / "base", device=device, dtype=DTYPES[precision] if spec["lora"] else torch.float32)
     if spec["lora"]:
         lora.load_adapter(model, folder / "adapter")
     apply_checkpointing(model, "none")
     compile_blocks(model, "auto" if spec["compile"] else False, device)
-    optimizers = OPTIMIZERS["adamw"](model)
-    objective = OBJECTIVES["lm"]
+    optimizers, objective = OPTIMIZERS["adamw"](model), OBJECTIVES["lm"]
     trained = [p for p in model.parameters() if p.requires_grad]
-    scale = torch.ones((), device=device)
-    targets = spec["rows"] * spec["seq_len"]
+    scale, targets = torch.ones((), device=device), spec["rows"] * spec["seq_len"]
 
     def step(batch: dict):
         with autocast(device, precision):
@@ -216,19 +191,15 @@ def our_step(spec: dict, device):
     return step
 
 
-def their_step(spec: dict, device):
+def their_step(spec: dict, device: torch.device):
     """A step of transformers' model, with the usual loop around it and the same AdamW."""
-    import torch
     import transformers
 
-    from llmkit.optim import OPTIMIZERS
-
-    folder = Path(spec["folder"])
-    dtype = torch.bfloat16 if spec["lora"] else torch.float32
+    folder, dtype = Path(spec["folder"]), torch.bfloat16 if spec["lora"] else torch.float32
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder / "base", dtype=dtype, attn_implementation="sdpa", use_cache=False
     ).to(device)
-    if spec["who"] == "peft":
+    if spec["lora"]:
         import peft
 
         model = peft.PeftModel.from_pretrained(
@@ -257,18 +228,19 @@ def their_step(spec: dict, device):
     return step
 
 
-# ---- the parent: sessions, ratios, the table ------------------------------------------------------------------------
+# ---- the parent: sessions and the table -----------------------------------------------------------------------------
 
 
 class Process:
-    """A contestant's process; the first error ends what can be asked of it."""
+    """A contestant's process; its first error ends what can be asked of it."""
 
-    def __init__(self, spec: dict, folder: Path):
-        hidden = {"CUDA_VISIBLE_DEVICES": ""} if spec["device"] == "cpu" else {}
-        # A compiler cache of this run alone, so that the first session's compile time is a cold one.
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "HF_HUB_OFFLINE": "1", **hidden}
-        self.log = tempfile.TemporaryFile("w+", dir=folder)
+    def __init__(self, spec: dict):
+        # A compiler cache of this run alone, so that the first session's compilation is a cold one.
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{spec['folder']}/inductor", "HF_HUB_OFFLINE": "1"}
+        if spec["device"] == "cpu":
+            env["CUDA_VISIBLE_DEVICES"] = ""
         self.error: str | None = None
+        self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", json.dumps(spec)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=env,
@@ -284,114 +256,119 @@ class Process:
         return {} if self.error else answer
 
     def ask(self, **values) -> dict:
-        with contextlib.suppress(BrokenPipeError):  # a dead process: `read` says so
+        with contextlib.suppress(BrokenPipeError):  # a dead process: `read` finds out why
             if not self.error:
                 print(json.dumps(values), file=self.process.stdin, flush=True)
         return self.read()
 
     def finish(self) -> dict:
-        """The process's last answer; its output is shown when it failed."""
+        """The last answer; what the process printed is shown if it failed."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         answer = self.read()
         self.process.wait()
         if self.error:
             self.log.seek(0)
-            print(self.log.read()[-2000:], file=sys.stderr)
-        self.log.close()
+            print(self.log.read()[-3000:], file=sys.stderr)
         return answer
 
 
-def ask_once(spec: dict, folder: Path) -> dict:
-    process = Process(spec, folder)
-    answer = process.finish()
-    if process.error:
-        sys.exit(f"{spec['who']}: {process.error}")
-    return answer
-
-
-def session(specs: list[dict], folder: Path, rounds: int, steps: int) -> list[dict]:
+def session(specs: list[dict], rounds: int, steps: int) -> list[dict]:
     """The contestants' results; they begin one after the other and then take turns: A B, B A, A B, ..."""
-    processes, seconds = [], [[] for _ in specs]
+    processes = []
     for spec in specs:
-        processes.append(Process(spec, folder))
+        processes.append(Process(spec))
         processes[-1].read()
+    turns = [[] for _ in specs]
     for turn in range(rounds):
-        for i in range(len(specs)) if turn % 2 == 0 else reversed(range(len(specs))):
-            seconds[i] += processes[i].ask(steps=steps).get("seconds", [])
-    ends = [process.finish() for process in processes]
-    return [
-        {"name": spec["name"], "error": process.error} if process.error else
-        {"name": spec["name"], "precision": spec["precision"], "seconds": times, **end}
-        for spec, process, times, end in zip(specs, processes, seconds, ends, strict=True)
-    ]  # fmt: skip
+        order = range(len(specs))
+        for i in order if turn % 2 == 0 else reversed(order):
+            turns[i].append(processes[i].ask(steps=steps).get("seconds"))
+    results = []
+    for spec, process, seconds in zip(specs, processes, turns, strict=True):
+        end = process.finish()
+        results.append({"name": spec["name"], "precision": spec["precision"], "turns": seconds, **end})
+        if process.error:
+            results[-1] = {"name": spec["name"], "error": process.error}
+    return results
 
 
-def compare(shape: tuple[str, str, dict, int, int], peers: list[dict], args, folder: Path, measured: list) -> dict:
-    """Every peer's session with llmkit on one shape. Rates of the machine, taken before each, go to `measured`."""
-    name, family, config, seq_len, rows = shape
-    folder = folder / name.replace(" ", "-")
-    folder.mkdir()
+def steps_of(result: dict) -> list[float]:
+    """Seconds of every measured step."""
+    return [second for turn in result["turns"] for second in turn]
+
+
+def compare(row: tuple, args: argparse.Namespace, folder: Path, measure_rates) -> dict:
+    """A session of every peer with llmkit on one shape. The machine's rates are measured before each."""
+    name, family, config, seq_len, rows = row
+    is_lora = name.startswith("LoRA")
     common = {
-        "device": args.device, "family": family, "config": config, "seq_len": seq_len, "rows": rows,
-        "lora": peers is LORA_PEERS, "folder": str(folder), "same_malloc": args.same_malloc,
+        "device": args.device, "same_malloc": args.same_malloc, "family": family, "seq_len": seq_len, "rows": rows,
+        "config": config | {"max_position_embeddings": seq_len}, "lora": is_lora, "folder": str(folder),
     }  # fmt: skip
-    about = ask_once(common | {"who": "prepare"}, folder)
-    ours, theirs, waiting = [], [], list(peers)
-    while waiting:
-        peer = waiting.pop(0)
+    preparation = Process(common | {"who": "weights"})
+    preparation.finish()
+    if preparation.error:
+        sys.exit(f"the initial weights can't be written: {preparation.error}")
+    model = build_model(CONFIGS[family](**common["config"]), device="meta", seed=None)
+    parameters = sum(p.numel() for p in model.parameters())
+    if is_lora:
+        lora.apply(model, r=16)
+    ours, theirs, peers = [], [], list(LORA_PEERS if is_lora else PEERS)
+    for peer in peers:  # grows below
         print(f"{name}: {peer['name']} ...", file=sys.stderr, flush=True)
-        measured.append(ask_once(common | {"who": "rates"}, folder))
-        first, second = session([common | OURS, common | peer], folder, args.rounds, args.steps)
+        measure_rates()
+        first, second = session([common | OURS, common | peer], args.rounds, args.steps)
         ours.append(first)
         theirs.append(second)
-        if "seconds" in first and "seconds" in second:
-            second["ratio"] = statistics.median(second["seconds"]) / statistics.median(first["seconds"])
-        alive = [result for result in theirs if "seconds" in result]
-        if peers is LORA_PEERS and not waiting and not peer["compile"] and alive:  # the fastest once more, compiled
-            fastest = min(alive, key=lambda result: statistics.median(result["seconds"]))["name"]
-            best = next(peer for peer in peers if peer["name"] == fastest)
-            waiting.append(best | {"name": f"{fastest}, compiled", "compile": True})
-    good = [result for result in ours if "seconds" in result]
-    pooled = ours[0]
+        if "turns" in first and "turns" in second:
+            pairs = zip(first["turns"], second["turns"], strict=True)
+            second["ratio"] = median(median(b) / median(a) for a, b in pairs)
+        good = [(median(steps_of(one)), spec) for one, spec in zip(theirs, peers, strict=False) if "turns" in one]
+        if is_lora and len(theirs) == len(LORA_PEERS) and good:  # the fastest once more, compiled
+            fastest = min(good, key=lambda pair: pair[0])[1]
+            peers.append(fastest | {"name": f"{fastest['name']}, compiled", "compile": True})
+    good = [result for result in ours if "turns" in result]
     if good:
-        pooled = good[0] | {
-            "seconds": [second for result in good for second in result["seconds"]],
-            "memory": max(result["memory"] for result in good),
-            "compile_seconds": max(result["compile_seconds"] for result in good),  # the first is the cold one
-        }
-    about |= {"lora": common["lora"], "tokens_per_step": seq_len * rows, "seq_len": seq_len, "rows": rows}
-    return {"shape": name, **about, "contestants": [pooled, *theirs], "sessions_of_ours": ours}
+        merged = good[0] | {"turns": [turn for result in good for turn in result["turns"]]}
+        for key in ("memory", "compile_seconds"):  # the first compilation is the cold one, and the longest
+            merged[key] = max(result[key] for result in good)
+        ours = [merged]
+    return {
+        "name": name, "lora": is_lora, "parameters": parameters, "flops_per_token": flops_per_token(model, seq_len),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad), "seq_len": seq_len, "rows": rows,
+        "contestants": [ours[0], *theirs],
+    }  # fmt: skip
 
 
-def table(result: dict, rate: dict[str, float], peak: float) -> str:
+def table(result: dict, rates: dict[str, float], peak: float) -> str:
     """A shape's results in Markdown."""
+    tokens = result["rows"] * result["seq_len"]
     formula = "4 N + 6 N_lora + 12 L h T" if result["lora"] else "6 N + 12 L h T"
     lines = [
-        f"### {result['shape']}: {result['parameters'] / 1e6:.1f}M parameters, {result['trained'] / 1e6:.1f}M trained, "
-        f"{result['rows']} x {result['seq_len']} tokens a step, "
-        f"{result['flops_per_token'] / 1e9:.3f} GFLOP a token ({formula})",
-        "",
-        "| contestant | tokens/s, median (min-max) | llmkit / it | MFU | share of its matrix rate | peak memory "
-        "| loss, first, last step | compilation |",
+        f"\n### {result['name']}\n\n{result['parameters'] / 1e6:.1f}M parameters, {result['trained'] / 1e6:.1f}M "
+        f"trained; a step has {result['rows']} rows of {result['seq_len']} tokens; a token takes "
+        f"{result['flops_per_token'] / 1e9:.3f} GFLOP ({formula}, `llmkit.plan.flops_per_token`).\n",
+        "| contestant | tokens/s, median (min-max) | llmkit / it | MFU | of its matrix rate | peak MiB "
+        "| loss: first, last step | compiled in |",
         "|---|---|---|---|---|---|---|---|",
     ]
     expected = result["contestants"][0].get("losses", [None])[0]
     for one in result["contestants"]:
         if "error" in one:
-            lines.append(f"| {one['name']} | failed: {one['error'][:200].replace('|', '/')} | | | | | | |")
+            error = " ".join(one["error"].split())[:200].replace("|", "/")
+            lines.append(f"| {one['name']} | failed: {error} | | | | | | |")
             continue
-        tokens = result["tokens_per_step"]
-        speed = tokens / statistics.median(one["seconds"])
+        speed, slowest, fastest = (tokens / how(steps_of(one)) for how in (median, max, min))
         flops = speed * result["flops_per_token"]
         first, last = one["losses"]
-        parity = "" if expected is None or abs(first - expected) <= PARITY else f" (NOT within {PARITY} of llmkit)"
-        ratio = f"{one['ratio']:.2f}x" if "ratio" in one else ""
-        compilation = "" if one["compile_seconds"] is None else f"{one['compile_seconds']:.0f} s"
+        parity = "" if expected is None or abs(first - expected) <= PARITY else " (NOT llmkit's)"
+        ratio = f"{one['ratio']:.2f}" if "ratio" in one else ""
+        compiled = "" if one["compile_seconds"] is None else f"{one['compile_seconds']:.0f} s"
         lines.append(
-            f"| {one['name']} | {speed:.0f} ({tokens / max(one['seconds']):.0f}-{tokens / min(one['seconds']):.0f}) "
-            f"| {ratio} | {flops / peak:.0%} | {flops / rate[one['precision']]:.0%} | {one['memory'] / 2**20:.0f} MiB "
-            f"| {first:.4f}{parity}, {last:.4f} | {compilation} |"
+            f"| {one['name']} | {speed:.0f} ({slowest:.0f}-{fastest:.0f}) | {ratio} | {flops / peak:.0%} "
+            f"| {flops / rates[one['precision']]:.0%} | {one['memory'] / 2**20:.0f} | {first:.4f}{parity}, {last:.4f} "
+            f"| {compiled} |"
         )
     return "\n".join(lines)
 
@@ -400,60 +377,55 @@ def installed(package: str) -> str:
     try:
         return f"{package} {version(package)}"
     except PackageNotFoundError:
-        return f"{package} not installed"
-
-
-def has_cuda() -> bool:
-    """Asked in a process of its own: see the imports."""
-    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", code]).returncode == 0
+        return f"no {package}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=["small", "lora", "all"], default="all")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant in a session (3)")
-    parser.add_argument("--steps", type=int, default=4, help="steps a turn (4)")
+    parser.add_argument("--steps", type=int, default=4, help="steps in a turn (4)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
     parser.add_argument(
         "--same-malloc", action="store_true",
-        help="on a CPU llmkit tells glibc to keep freed memory (parallel.keep_freed_memory); let the peers do so too",
+        help="on a CPU llmkit lets glibc keep freed memory (parallel.keep_freed_memory); let the peers do so, too",
     )  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     args = parser.parse_args()
-    args.device = args.device or ("cuda" if has_cuda() else "cpu")
+    device = torch.device(args.device)
+    measured: dict[str, list[float]] = {"bf16": [], "fp32": []}
 
-    measured: list[dict] = []
+    def measure_rates() -> None:
+        for precision, found in measured.items():
+            found.append(matmul_rate(device, DTYPES[precision]))
+
     results = []
-    with tempfile.TemporaryDirectory(prefix="llmkit-bench-") as folder:
-        for kind, shapes in SHAPES[args.device].items():
-            if args.shape in (kind, "all"):
-                for name, shape in shapes.items():
-                    peers = LORA_PEERS if kind == "lora" else PEERS
-                    results.append(compare((name, *shape), peers, args, Path(folder), measured))
+    for (kind, name), rows in SHAPES.items():
+        if kind == args.device and args.shape in (name, "all"):
+            for row in rows:
+                with tempfile.TemporaryDirectory(prefix="llmkit-bench-") as folder:
+                    results.append(compare(row, args, Path(folder), measure_rates))
 
-    rate = {key: statistics.median(one["measured"][key] for one in measured) for key in ("bf16", "fp32")}
-    peak = measured[0]["peak"] or rate["bf16"]
-    spread = {key: [one["measured"][key] / 1e12 for one in measured] for key in rate}
+    rates = {precision: max(found) for precision, found in measured.items()}  # what else ran can only lower them
+    peak, source = peak_flops(device, "bf16") if args.device == "cuda" else (rates["bf16"], "the best of these")
     packages = ", ".join(installed(name) for name in ("torch", "transformers", "peft"))
-    rates_line = ", ".join(
-        f"{key} {rate[key] / 1e12:.3g} ({min(spread[key]):.3g}-{max(spread[key]):.3g})" for key in rate
-    )
-    malloc = "kept by llmkit and by the peers" if args.same_malloc else "kept by llmkit, glibc's default for the peers"
+    threads = f", {torch.get_num_threads()} threads" if args.device == "cuda" else ""  # a CPU's name has them
+    spread = "; ".join(f"{key} {min(all_) / 1e12:.3g}-{max(all_) / 1e12:.3g}" for key, all_ in measured.items())
+    malloc = "llmkit's and the peers' processes" if args.same_malloc else "llmkit's processes alone"
     header = [
-        f"{measured[0]['machine']}; {packages}; {datetime.date.today()}; {args.rounds} turns of {args.steps} steps",
-        f"Matrix products, TFLOP/s: {rates_line}. MFU is against "
-        + (f"the data sheet's {peak / 1e12:.4g} in bf16." if measured[0]["peak"] else "the measured bf16 rate.")
-        + (f" Freed memory: {malloc}." if args.device == "cpu" else ""),
+        f"{device_name(device)}{threads}; {packages}; {datetime.date.today()}; "
+        f"{args.rounds} turns of {args.steps} steps a session\n",
+        f"Matrix products in TFLOP/s, before each session: {spread}. MFU is against {peak / 1e12:.4g} ({source}). "
+        + (f"Freed memory is kept in {malloc}." if args.device == "cpu" else ""),
     ]
-    print("\n".join([*header, *(f"\n{table(result, rate, peak)}" for result in results)]))
+    print("\n".join(header + [table(result, rates, peak) for result in results]))
     if args.json:
-        record = {"header": header, "rate": rate, "peak": peak, "options": vars(args), "results": results}
+        record = {"header": header, "options": vars(args), "rates": measured, "peak": peak, "results": results}
         args.json.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3 and sys.argv[1] == "--worker":
+    if sys.argv[1:2] == ["--worker"]:
         worker(json.loads(sys.argv[2]))
     else:
         main()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: two threads only wait for each other, most of all on a busy machine
 import random
 import subprocess
 import sys

@@ -20,7 +20,7 @@ CONFIGS = {
     "gpt2": gpt2.Config(**SIZES, vocab_size=61),
     "llama": llama.Config(**SIZES, vocab_size=61, num_key_value_heads=2, intermediate_size=48),
 }
-TARGETS = {"gpt2": [None, ["c_attn"], ["mlp.c_proj", "c_fc"]], "llama": [None, ["q_proj", "v_proj"], ["mlp.up_proj"]]}
+TARGETS = {"gpt2": [None, ["mlp.c_proj", "c_attn"]], "llama": [None, ["q_proj", "mlp.up_proj"]]}
 CASES = [(name, rslora, targets) for name in CONFIGS for rslora in (False, True) for targets in TARGETS[name]]
 every_case = pytest.mark.parametrize(
     ("name", "rslora", "targets"), CASES, ids=lambda v: "+".join(v) if isinstance(v, list) else str(v)

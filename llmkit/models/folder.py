@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ def read_config(folder: Path):
     except (ValueError, OSError) as error:
         raise UserError(f"config.json can't be read: {error}", at=path, code=MODEL) from None
     name = hf.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(
             "this model family is not supported", at=path, got=name, expected=" or ".join(FAMILIES),
             fix=did_you_mean(str(name), FAMILIES), code=MODEL,
@@ -57,10 +58,13 @@ def read_config(folder: Path):
     ]  # fmt: skip
     raise_all(errors)
     try:
-        config = family.Config(**{key: value for key, value in options.items() if key in known})
+        wanted = json.dumps({key: value for key, value in options.items() if key in known})
+        config = TypeAdapter(family.Config).validate_json(wanted, strict=True)
         problems = shape_problems(config)
-    except (TypeError, ZeroDivisionError):
+    except (ValidationError, TypeError, ZeroDivisionError):
         raise UserError("config.json has a value of the wrong type", at=path, code=MODEL) from None
+    if config.vocab_size is None:
+        problems.append(("vocab_size", "is missing"))
     raise_all([UserError(f"config.json: {key} {reason}", at=path, code=MODEL) for key, reason in problems])
     return config
 

@@ -243,6 +243,8 @@ def linear_cross_entropy(
     reduction  "sum": a scalar; "none": fp32 losses of labels' shape
     Equals F.cross_entropy(hidden @ weight.T, labels) with its gradients (a test), at the memory of one chunk.
     """
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()  # nobody will ask for gradients: make none
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)

@@ -155,11 +155,12 @@ FIXED = {  # fields that change the mathematics, and the only value that is buil
 
 def from_hf(hf: dict) -> dict:
     """Our options from a config.json: only the rotary base moved, in transformers 5, into `rope_parameters`."""
-    hf = dict(hf)
+    hf = {"rms_norm_eps": 1e-6, "num_attention_heads": 32} | hf  # transformers' defaults, where ours differ unseen
     rope = hf.pop("rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
+    plain = isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default"
+    if not plain or rope.keys() - {"rope_type", "type", "rope_theta"}:
         hf["rope_scaling"] = rope
-    if "rope_theta" in rope:
+    elif "rope_theta" in rope:
         hf["rope_theta"] = rope["rope_theta"]
     return hf
 

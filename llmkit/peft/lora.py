@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -117,6 +118,7 @@ PLAIN = {
     "alpha_pattern": ({}, None), "exclude_modules": (None, []), "target_parameters": (None, []),
     "trainable_token_indices": (None,), "layer_replication": (None,), "alora_invocation_tokens": (None,),
     "use_qalora": (False,), "use_bdlora": (None, False), "megatron_config": (None,), "arrow_config": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # others change the base itself
 }  # fmt: skip
 
 
@@ -146,6 +148,20 @@ def save_adapter(model: nn.Module, folder: Path, *, base: str, base_sha256: str)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", "base_sha256": base_sha256})
 
 
+@dataclass
+class Options:
+    """What of an adapter_config.json is read, and must make sense."""
+
+    r: Annotated[int, Field(ge=1)]
+    lora_alpha: Annotated[float, Field(gt=0)]
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False
+    target_modules: list[str] | None = None
+
+
+OPTIONS = TypeAdapter(Options)
+
+
 def read_adapter_config(folder: Path) -> dict:
     """An adapter_config.json; a kind of adapter that is not built here is refused, never half used."""
     path = folder / "adapter_config.json"
@@ -161,8 +177,13 @@ def read_adapter_config(folder: Path) -> dict:
     ]
     if kind != "LORA":
         errors.insert(0, UserError("only LoRA adapters are supported", at=path, got=kind, code=MODEL))
-    if not isinstance(config.get("target_modules"), list | type(None)):
-        errors.append(UserError("target_modules must be a list", at=path, got=config["target_modules"], code=MODEL))
+    try:
+        OPTIONS.validate_json(json.dumps(config), strict=True)
+    except ValidationError as error:
+        errors += [
+            UserError(f"adapter_config.json: {one['loc'][0]}: {one['msg']}", at=path, got=one["input"], code=MODEL)
+            for one in error.errors()
+        ]
     raise_all(errors)
     return config
 
@@ -176,10 +197,16 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     with model_folder.open_weights(path) as file:
         for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
             tensors[name] = file.get_tensor(name)
-    apply(
-        model, r=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0),
-        target_modules=config.get("target_modules"), rslora=config.get("use_rslora", False),
-    )  # fmt: skip
+    try:
+        apply(
+            model, r=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0),
+            target_modules=config.get("target_modules"), rslora=config.get("use_rslora", False),
+        )  # fmt: skip
+    except UserError as error:
+        raise UserError(
+            "the adapter does not fit this model", at=folder / "adapter_config.json", got=error.got,
+            expected=error.expected, fix="name the base it was trained on", code=MODEL,
+        ) from None  # fmt: skip
     for name, module in model.named_modules():
         if isinstance(module, LoRA):
             for part in ("lora_A", "lora_B"):
