@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: two threads only wait for each other, most of all on a busy machine
 import random
 import subprocess
 import sys
@@ -13,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+# Tiny tensors: two threads only wait for each other, most of all on a busy machine. Read when torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"  # real public text, where a machine has it
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
