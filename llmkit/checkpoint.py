@@ -2,7 +2,7 @@
 
 checkpoints/step-000500/
     model/         a Hugging Face folder, or a PEFT adapter
-    trainer/       tensors.safetensors (optimizer state by parameter name, RNG) and state.json (counters)
+    trainer/       tensors.safetensors (optimizer state by parameter name) and state.json (counters)
     MANIFEST.json  size and sha256 of every file, written last
 """
 
@@ -95,6 +95,9 @@ def save(
             fix="free some space and type the same command: older checkpoints are intact" if full else None,
             code=ENVIRONMENT,
         ) from None  # fmt: skip
+    for abandoned in listed(run_dir):
+        if step_of(abandoned) > step:  # damaged, and passed over when the run resumed before it
+            shutil.rmtree(abandoned)
     best_one = best(run_dir)
     for old in listed(run_dir)[:-keep]:
         if old != best_one:
@@ -104,7 +107,12 @@ def save(
 
 def listed(run_dir: Path) -> list[Path]:
     """Checkpoints that were completed, oldest first; whether they are still intact is `verify`'s question."""
-    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if path.suffix != ".tmp")
+    found = (run_dir / "checkpoints").glob("step-*")
+    return sorted((path for path in found if path.name.removeprefix("step-").isdigit()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -143,7 +151,7 @@ def best(run_dir: Path) -> Path | None:
     for folder in listed(run_dir):
         with contextlib.suppress(UserError):
             loss = read_manifest(folder).get("val_loss")
-            scored.append((float("inf") if loss is None else loss, -int(folder.name.removeprefix("step-")), folder))
+            scored.append((float("inf") if loss is None else loss, -step_of(folder), folder))
     return min(scored)[2] if scored else None
 
 
@@ -153,7 +161,7 @@ def load_trainer(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
 
 
-# ---- optimizer and RNG state as named tensors -----------------------------------------------------------------------
+# ---- optimizer state as named tensors -------------------------------------------------------------------------------
 
 
 def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -182,20 +190,6 @@ def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]
                 if name not in by_name:
                     raise UserError("the checkpoint has no optimizer state for a parameter", got=name, code=MODEL)
                 optimizer.state[parameter] = {part: value.to(parameter.device) for part, value in by_name[name].items()}
-
-
-def rng_tensors(device: torch.device) -> dict[str, Tensor]:
-    """The state of torch's global generators: what dropout draws from."""
-    states = {"rng/cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["rng/cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def restore_rng(tensors: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(tensors["rng/cpu"])
-    if device.type == "cuda" and "rng/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng/cuda"], device)
 
 
 # ---- MODEL: what the commands take ----------------------------------------------------------------------------------
@@ -259,8 +253,7 @@ def load(
     if not located.is_adapter:
         return load_model(located.folder, device=device, dtype=dtype), tokenizer
     base = located.base
-    with lora.model_folder.open_weights(located.folder / "adapter_model.safetensors") as file:
-        expected = (file.metadata() or {}).get("base_sha256")
+    expected = lora.base_sha256(located.folder)
     if expected and weights_sha256(base) != expected:
         raise UserError("the adapter was trained on other weights than its base has now", at=base, code=MODEL)
     model = load_model(base, device=device, dtype=torch.float32 if merge else dtype)

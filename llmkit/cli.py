@@ -73,7 +73,7 @@ def run_training(config: Any, *, dry_run: bool, fresh: bool, nproc: int, as_json
     if nproc > 1:
         from llmkit.parallel import launch
 
-        summary = launch(train_quietly, nproc, config, fresh=fresh, dry_run=dry_run)
+        summary = launch(train_rank, nproc, config, as_json=as_json, fresh=fresh, dry_run=dry_run)
     else:
         from llmkit.train import train
 
@@ -85,11 +85,11 @@ def run_training(config: Any, *, dry_run: bool, fresh: bool, nproc: int, as_json
         print(f"      llmkit generate {config.run_dir} 'Once upon a time'")
 
 
-def train_quietly(config: Any, **options: Any) -> dict[str, Any]:
+def train_rank(config: Any, *, as_json: bool, **options: Any) -> dict[str, Any]:
     """What every process of `--nproc` runs."""
     from llmkit.train import train
 
-    return train(config, **options)
+    return train(config, say=progress_to(as_json), **options)
 
 
 # ---- evaluating and using -------------------------------------------------------------------------------------------
@@ -363,7 +363,7 @@ def newest_run(say) -> Path:
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: a user's mistake is one block and an exit code, never a traceback."""
-    from llmkit.errors import BUG, INTERRUPTED, UserError
+    from llmkit.errors import BUG, ENVIRONMENT, INTERRUPTED, UserError
 
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
@@ -378,8 +378,15 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         code = 0
+    except OSError as error:
+        print(UserError(error.strerror or str(error), at=error.filename), file=sys.stderr)
+        code = ENVIRONMENT
     except Exception as error:
-        if hasattr(error, "exit_code") and hasattr(error, "show"):  # the command line itself
+        if type(error).__name__ == "OutOfMemoryError":
+            fix = "lower train.micro_batch_size, or set train.gradient_checkpointing: full"
+            print(UserError("the device is out of memory", fix=fix), file=sys.stderr)
+            code = ENVIRONMENT
+        elif hasattr(error, "exit_code") and hasattr(error, "show"):  # the command line itself
             error.show()
             code = error.exit_code
         elif debug:

@@ -97,7 +97,7 @@ class TokenizerSection(Section):
     """Train one (`train: bpe`), or take an existing tokenizer.json (`path`)."""
 
     train: Literal["bpe"] | None = None
-    vocab_size: Annotated[int, Field(ge=257)] = 32_000
+    vocab_size: Annotated[int, Field(ge=259)] = 32_000
     path: str | None = None
     sample_mb: Annotated[float, Field(gt=0)] = 64  # megabytes of text that the training reads
 
@@ -243,6 +243,12 @@ def conflicts(config: Config) -> Iterator[UserError]:
             "there is no model",
             at=config.where(""),
             expected="a `model:` section, or `init_from:` with a model's folder",
+        )
+    if config.model is not None and config.init_from is not None:
+        yield UserError(
+            "model and init_from are both given",
+            at=config.where("model"),
+            fix="delete the model section: init_from has one",
         )
     if isinstance(config.data, CorpusData):
         names = [source.name for source in config.data.sources]

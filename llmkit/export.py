@@ -16,7 +16,7 @@ from llmkit.models.folder import save_model
 def export_hf(located: Located, out: Path, dtype: torch.dtype) -> None:
     """config.json, model.safetensors and tokenizer.json for transformers; an adapter is merged in fp32 first."""
     model, tokenizer = load(located, merge=True)
-    save_model(model, out, eos_token_id=tokenizer.eos_id, dtype=dtype)
+    save_model(model, out, eos_token_id=tokenizer.eos_id, bos_token_id=tokenizer.bos_id, dtype=dtype)
     tokenizer.save(out)
 
 
@@ -24,6 +24,8 @@ def export_peft(located: Located, out: Path, dtype: torch.dtype) -> None:
     """adapter_config.json and adapter_model.safetensors for peft, as the training wrote them."""
     if not located.is_adapter:
         raise UserError("this model has no adapter to export", at=located.folder, fix="use --format hf", code=MODEL)
+    if dtype != torch.float32:
+        raise UserError("an adapter is exported as it is, in fp32", got=str(dtype), fix="leave --dtype out")
     shutil.copytree(located.folder, out, dirs_exist_ok=True)
 
 

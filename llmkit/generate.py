@@ -24,6 +24,7 @@ def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_k: int | None 
     if top_p < 1.0:
         ordered, order = probs.sort(descending=True)
         outside = ordered.cumsum(0) - ordered >= top_p  # the token that crosses the line stays in
+        outside[0] = False
         probs[order[outside]] = 0.0
         probs = probs / probs.sum()
     return probs

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from llmkit import checkpoint
-from llmkit.config import Choice, Config, CorpusData, check_options
+from llmkit.config import Choice, Config, CorpusData, Train, check_options
 from llmkit.data import build
-from llmkit.data.batches import Batches, corpus_batches, packed_batches
+from llmkit.data.batches import GOLDEN, MASK, Batches, corpus_batches, mix, packed_batches
 from llmkit.data.sft import encode_sft
 from llmkit.data.tokenizer import Tokenizer, load_tokenizer
 from llmkit.data.tokens import open_split
@@ -80,6 +81,10 @@ class Job:
     def batches(self, split: str, global_batch_size: int) -> Batches:
         world = self.world
         return self.data.open(split, global_batch_size, seed=self.config.seed, rank=world.rank, world=world.size)
+
+    def seed_at(self, step: int) -> int:
+        """Of the RNG that dropout draws from, in this step and on this rank."""
+        return mix((self.config.seed * GOLDEN + step * self.world.size + self.world.rank) & MASK) >> 1
 
     def factor(self, step: int) -> float:
         """The schedule: step -> share of the learning rate."""
@@ -181,6 +186,11 @@ def prepare(config: Config, world: World, *, say: Callable[[str], None] = print)
     raise_all(errors)
 
     data = open_corpus(config, world, say) if isinstance(config.data, CorpusData) else open_sft(config, world, base)
+    if base and load_tokenizer(base).rust.get_vocab() != data.tokenizer.rust.get_vocab():
+        raise UserError(
+            "the data was encoded with another tokenizer than the model's", at=config.where("data.tokenizer"),
+            fix=f"data.tokenizer: {{path: {base / 'tokenizer.json'}}}, and another data.dir",
+        )  # fmt: skip
     if model_config.vocab_size is None:
         model_config.vocab_size = len(data.tokenizer)
     if model_config.vocab_size < len(data.tokenizer):
@@ -195,17 +205,22 @@ def prepare(config: Config, world: World, *, say: Callable[[str], None] = print)
                 fix="lower data.seq_len, add text, or raise the val fraction", code=DATA,
             )  # fmt: skip
 
-    train = config.train
+    train = as_before(config)
     if train.max_steps:
         max_steps = train.max_steps
     elif train.max_tokens:
         max_steps = math.ceil(train.max_tokens / (train.global_batch_size * config.data.seq_len))
     else:
         max_steps = math.ceil(train.epochs * data.samples["train"] / train.global_batch_size)
+    if warmup >= max_steps:
+        raise UserError(
+            "schedule.warmup_steps leaves no step to train", at=config.where("schedule.warmup_steps"), got=warmup,
+            expected=f"less than {max_steps} steps, the length of this run",
+        )  # fmt: skip
     precision = choose_precision(train.precision, world.device)
     planned = plan_options(config, options, model_config, precision, world.device)
-    micro = train.micro_batch_size
-    if micro == "auto":
+    micro, rows = train.micro_batch_size, train.global_batch_size // world.size
+    if micro == "auto" or rows % micro:
         micro = largest_micro_batch(model_config, train.global_batch_size // world.size, world, planned)
     plan = make_plan(model_config, micro_batch_size=micro, **planned)
     resolved = config.model_copy(
@@ -272,6 +287,17 @@ def plan_options(
     }  # fmt: skip
 
 
+def as_before(config: Config) -> Train:
+    """The train section, with what is "auto" in it as an earlier start of this run resolved it."""
+    saved = Path(config.run_dir) / "config.yaml"
+    if not saved.is_file():
+        return config.train
+    before = (yaml.safe_load(saved.read_text(encoding="utf-8")) or {}).get("train", {})
+    same = {key: before[key] for key in ("precision", "micro_batch_size")
+            if getattr(config.train, key) == "auto" and key in before}  # fmt: skip
+    return config.train.model_copy(update=same)
+
+
 def checkpointed_blocks(mode: str | int, layers: int) -> int:
     """How many blocks `gradient_checkpointing` recomputes."""
     every = {"none": 0, "full": 1}.get(mode, mode)
@@ -291,9 +317,8 @@ def largest_micro_batch(model_config: Any, rows: int, world: World, planned: dic
 def open_corpus(config: Config, world: World, say: Callable[[str], None]) -> Data:
     """The token shards of data.dir, built first when they are not there and the config names sources."""
     folder = Path(config.data.dir)
-    if world.main and config.data.sources:
-        build.build_corpus(config.data, say=say)
-    world.barrier()
+    if config.data.sources:
+        world.on_main(lambda: build.build_corpus(config.data, say=say))
     manifest = build.read_manifest(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
     dtype = np.dtype(manifest["dtype"])
@@ -318,10 +343,14 @@ def open_sft(config: Config, world: World, base: Path | None) -> Data:
             fix="name one as init_from",
         )  # fmt: skip
     tokenizer = load_tokenizer(base)
+    if config.data.chat_template:  # it goes into every checkpoint: what answers must be what was trained
+        try:
+            tokenizer.chat_template = Path(config.data.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            at = config.where("data.chat_template")
+            raise UserError(f"the chat template can't be read: {error}", at=at, code=DATA) from None
     out = Path(config.run_dir) / "data"
-    if world.main:
-        encode_sft(config.data, tokenizer, out, seed=config.seed)
-    world.barrier()
+    world.on_main(lambda: encode_sft(config.data, tokenizer, out, seed=config.seed))
     report = encode_sft(config.data, tokenizer, out, seed=config.seed)  # reads what is there
     folder = Path(report["folder"])
     splits = report["splits"]

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmkit.errors import ENVIRONMENT, UserError
+from llmkit.errors import ENVIRONMENT, INTERRUPTED, UserError
 from llmkit.types import Batch
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -55,12 +56,6 @@ class World:
         dist.all_reduce(total)
         return total.item()
 
-    def sum_tensor(self, tensor: Tensor) -> Tensor:
-        """A tensor added up over all ranks, in place, without waiting for the device."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
     def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Add every gradient up over all ranks, in one message a dtype."""
         if self.size == 1:
@@ -72,9 +67,19 @@ class World:
             for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(part.view_as(grad))
 
-    def barrier(self) -> None:
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """Let rank 0 do what only one may do, while the others wait; its user error is raised in all of them."""
+        result, box = None, [None]
+        if self.main:
+            try:
+                result = function()
+            except UserError as error:
+                box = [error]
         if self.size > 1:
-            dist.barrier()
+            dist.broadcast_object_list(box, src=0)
+        if box[0] is not None:
+            raise box[0]
+        return result
 
 
 def start_world() -> World:
@@ -87,7 +92,8 @@ def start_world() -> World:
     else:
         keep_freed_memory()
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Hours: the other ranks wait while rank 0 builds the data.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24))
     return World(device, rank, size)
 
 
@@ -112,6 +118,7 @@ def keep_freed_memory() -> None:
 
 def launch(function: Callable[..., Any], processes: int, *args: Any, **options: Any) -> Any:
     """Run a function in so many ranks on this machine, through torchrun's own API; returns what rank 0 returned."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -122,6 +129,9 @@ def launch(function: Callable[..., Any], processes: int, *args: Any, **options: 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     try:
         results = elastic_launch(config, returning_errors)(function, args, options)
+    except SignalException as error:
+        fix = "type the same command again to go on from the newest checkpoint"
+        raise UserError("interrupted", fix=fix, code=INTERRUPTED.get(error.sigval, 143)) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise UserError(f"rank {rank} died: {failure.message}", code=ENVIRONMENT) from None
@@ -156,6 +166,8 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 def choose_precision(asked: str, device: torch.device) -> str:
     """bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU; what was asked for is never changed."""
+    if asked not in ("auto", *DTYPES):
+        raise UserError("the precision is unknown", got=asked, expected="auto, bf16, fp16 or fp32")
     if asked != "auto":
         return asked
     if has_fast_bf16(device):

@@ -12,6 +12,7 @@ from llmkit import checkpoint
 from llmkit.config import Config, load_config
 from llmkit.errors import UserError, did_you_mean
 from llmkit.run import list_runs
+from llmkit.yamlfile import read_yaml
 
 LOCAL = Path("llmkit.yaml")
 LONGEST = 1024  # tokens of an example, unless the config says otherwise
@@ -48,13 +49,13 @@ def finetune_config(
     if path is None and LOCAL.is_file():
         path = LOCAL
         say(f"config: {LOCAL}")
-    own: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path and path.is_file() else {}
-    own = own if isinstance(own, dict) else {}
+    own = read_yaml(path)[0] if path else {}
+    own_peft = own["peft"] if isinstance(own.get("peft"), dict) else {}
     if len(methods) > 1:
         raise UserError("finetune takes one method", got=" and ".join(methods), fix="name --lora, --full or --method")
-    if not methods and not own.get("peft"):
+    if not methods and not own_peft.get("name"):
         raise UserError("finetune needs a method", fix="add --lora, or --full to train all weights")
-    method = methods[0] if methods else own["peft"]["name"]
+    method = methods[0] if methods else own_peft["name"]
 
     newest = None
     if path is None and model is None:
@@ -93,7 +94,7 @@ def finetune_config(
     flags = [f"init_from={model}"] if model else []
     flags += [f"data.path={data}"] if data else []
     if methods:
-        same = (own.get("peft") or {}).get("name") == method
+        same = own_peft.get("name") == method
         flags += ["peft=null"] if method == "full" else ([] if same else [f"peft.name={method}"])
     flags += [f"peft.r={rank}"] if rank else []
     return load_config(path, [*flags, *overrides], defaults)

@@ -24,9 +24,18 @@ from llmkit import __version__
 from llmkit.errors import ENVIRONMENT, LOCKED, UserError
 
 METRICS = "metrics.jsonl"
+WRITTEN = (
+    "checkpoints",
+    "tensorboard",
+    METRICS,
+    "config.yaml",
+    "run.json",
+    "loss.png",
+    "report.md",
+)  # what --fresh deletes
 FREE_TO_CHANGE = {  # keys that a run may take up again with another value
     "run_dir", "train.max_steps", "train.max_tokens", "train.epochs", "train.early_stopping_patience",
-    "train.max_bad_steps", "eval", "checkpoint", "log",
+    "train.max_bad_steps", "train.micro_batch_size", "data.workers", "eval", "checkpoint", "log",
 }  # fmt: skip
 
 
@@ -36,6 +45,14 @@ class Run:
 
     folder: Path
     lock: TextIO
+    config: dict[str, Any]
+    about: dict[str, Any]
+
+    def begin(self, step: int | None) -> None:
+        """Write down what now trains, once nothing can refuse it any more; forget the metrics after `step`."""
+        write_atomically(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+        write_atomically(self.folder / "run.json", json.dumps(self.about, indent=2) + "\n")
+        self.forget_after(-1 if step is None else step)
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one step's events to the metrics."""
@@ -101,9 +118,11 @@ def open_run(folder: Path, config: dict[str, Any], *, fresh: bool = False, info:
     lock.flush()
     saved = folder / "config.yaml"
     if fresh:
-        for path in folder.iterdir():
-            if path.name not in ("lock", "data"):  # encoded examples are named after what made them
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in (folder / name for name in WRITTEN):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     elif saved.exists() and (folder / "checkpoints").exists():  # a run that saved nothing binds nobody
         before = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
         after = flatten(config)
@@ -116,14 +135,12 @@ def open_run(folder: Path, config: dict[str, Any], *, fresh: bool = False, info:
                 got="; ".join(f"{key}: {after.get(key)} (was {before.get(key)})" for key in changed[:5]),
                 fix="choose another run_dir, or delete the old run with --fresh",
             )  # fmt: skip
-    write_atomically(saved, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     about = {
         "command": without_secrets(" ".join(sys.argv)), "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "llmkit": __version__, "python": platform.python_version(), "host": socket.gethostname(), "git": git_commit(),
         **(info or {}),
     }  # fmt: skip
-    write_atomically(folder / "run.json", json.dumps(about, indent=2) + "\n")
-    return Run(folder, lock)
+    return Run(folder, lock, config, about)
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -91,8 +91,7 @@ def train(
         return header
 
     info = {"device": header["device"], "torch": torch.__version__, "data_fingerprint": job.data.fingerprint}
-    run = open_run(Path(config.run_dir), config.model_dump(), fresh=fresh, info=info) if world.main else None
-    world.barrier()
+    run = world.on_main(lambda: open_run(Path(config.run_dir), config.model_dump(), fresh=fresh, info=info))
     try:
         return take_steps(job, run, header, say)
     finally:
@@ -103,7 +102,6 @@ def train(
 def take_steps(job: Job, run: Run | None, header: dict[str, str], say: Callable[[str], None]) -> dict[str, Any]:
     """Make the model, take up the newest good checkpoint, and go on to the last step; the order is important."""
     config, world, device = job.config, job.world, job.world.device
-    torch.manual_seed(config.seed + world.rank)
     resumed = checkpoint.newest_good(Path(config.run_dir))
     model = make_model(job, resumed)
     recomputed = apply_checkpointing(model, config.train.gradient_checkpointing)
@@ -118,7 +116,7 @@ def take_steps(job: Job, run: Run | None, header: dict[str, str], say: Callable[
         restore(resumed, job, model, optimizers, progress)
         say(f"{'resumed':>10}  {resumed}")
     if run:
-        run.forget_after(progress.step)
+        run.begin(progress.step if resumed else None)
     peak, source = peak_flops(device, job.precision)
     rate = matmul_rate(device, DTYPES[job.precision])
     say(f"{'peak':>10}  {peak / 1e12:.3g} TFLOP/s ({source}); matrix products reach {rate / 1e12:.3g}")
@@ -138,6 +136,7 @@ def take_steps(job: Job, run: Run | None, header: dict[str, str], say: Callable[
         while progress.step < job.max_steps and not stop:
             # One step: the gradient of (sum of losses / targets of the whole step), however it is cut up.
             step = progress.step
+            torch.manual_seed(job.seed_at(step))  # dropout is a function of the step too: no state to save
             lr = set_lr(optimizers, job.factor(step))
             batch = batches.batch_at(step)
             targets = world.sum(batch.count)
@@ -167,7 +166,7 @@ def take_steps(job: Job, run: Run | None, header: dict[str, str], say: Callable[
             if config.eval.every and done % config.eval.every == 0:
                 stop = evaluate(job, model, progress, watch) or stop
             if done % config.checkpoint.every == 0 or last or stop:
-                save(job, model, optimizers, progress, watch)
+                save(job, model, optimizers, progress, watch, in_haste=stop == "interrupted")
             watch.flush()
     finally:
         gc.enable()
@@ -193,6 +192,11 @@ def make_model(job: Job, resumed: Path | None) -> nn.Module:
     frozen = DTYPES[job.precision]
     model = load_model(job.base, device=device, dtype=frozen)
     if resumed:
+        if lora.base_sha256(resumed / "model") != job.base_sha256:
+            raise UserError(
+                "init_from has other weights now than when this run began", at=config.init_from,
+                fix="name the checkpoint that it began with, or start over with --fresh", code=MODEL,
+            )  # fmt: skip
         lora.load_adapter(model, resumed / "model")
     else:
         METHODS[config.peft.name](model, config.seed, **job.options["peft"])
@@ -216,11 +220,12 @@ def restore(
             expected=f"at most {job.max_steps}", code=MODEL,
         )  # fmt: skip
     checkpoint.restore_optimizers(model, optimizers, tensors)
-    checkpoint.restore_rng(tensors, job.world.device)
     for key, value in numbers.items():
         setattr(progress, key, value)
     for key in progress.tensors:
         progress.tensors[key] = tensors[f"progress/{key}"].to(job.world.device)
+    if not job.world.main:
+        progress.tensors["interval_loss"].zero_()  # rank 0 took up the sum over all ranks
 
 
 def note_finite(tensors: dict[str, Tensor], found_inf: Tensor, precision: str) -> None:
@@ -309,13 +314,25 @@ def sample(job: Job, model: nn.Module) -> str:
         return tokenizer.decode([*prompt, *new])
 
 
-def save(job: Job, model: nn.Module, optimizers: list[torch.optim.Optimizer], progress: Progress, watch: Watch) -> None:
-    """Write a checkpoint. Each one has a val loss, so that the best is known; a diverged state is never written."""
+def save(
+    job: Job,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    progress: Progress,
+    watch: Watch,
+    *,
+    in_haste: bool,
+) -> None:
+    """Write a checkpoint. Each has a val loss, so that the best is known, but for one made in haste after a signal.
+
+    A diverged state is never written.
+    """
     stop_if_diverged(job, progress)
-    if job.config.eval.every and "val_loss" not in watch.pending:
+    if job.config.eval.every and "val_loss" not in watch.pending and not in_haste:
         evaluate(job, model, progress, watch)
     val_loss = watch.pending.get("val_loss")
     watch.flush()  # before the checkpoint: a kill in between must not lose what the resumed run will not log again
+    interval_loss = job.world.sum(progress.tensors["interval_loss"].item())
     if watch.run is None:
         return
     tokenizer, config = job.data.tokenizer, job.config
@@ -324,12 +341,13 @@ def save(job: Job, model: nn.Module, optimizers: list[torch.optim.Optimizer], pr
         if config.peft:
             lora.save_adapter(model, folder, base=str(job.base.resolve()), base_sha256=job.base_sha256)
         else:
-            save_model(model, folder, eos_token_id=tokenizer.eos_id)
+            save_model(model, folder, eos_token_id=tokenizer.eos_id, bos_token_id=tokenizer.bos_id)
         tokenizer.save(folder)
 
     with watch.pause():
         tensors = {f"progress/{key}": value.detach().cpu() for key, value in progress.tensors.items()}
-        tensors |= checkpoint.optimizer_tensors(model, optimizers) | checkpoint.rng_tensors(job.world.device)
+        tensors["progress/interval_loss"] = torch.tensor(interval_loss, dtype=torch.float64)
+        tensors |= checkpoint.optimizer_tensors(model, optimizers)
         about = {
             "val_loss": val_loss, "data_fingerprint": job.data.fingerprint,
             "world_size": job.world.size,

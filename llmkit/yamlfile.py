@@ -52,6 +52,8 @@ def parse_yaml(text: str, name: str) -> tuple[dict, dict[tuple, str]]:
     try:
         loader = Loader(text)
         root = loader.get_single_node()
+    except RecursionError:
+        raise UserError("the YAML is nested too deep", at=name) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -96,7 +98,10 @@ def parse_yaml(text: str, name: str) -> tuple[dict, dict[tuple, str]]:
         except (yaml.YAMLError, ValueError):
             raise UserError(f"not a value: {node.value}", at=where) from None
 
-    return build(root, ()), origins
+    try:
+        return build(root, ()), origins
+    except RecursionError:
+        raise UserError("the YAML is nested too deep, or contains itself", at=name) from None
 
 
 def set_override(values: dict, origins: dict[tuple, str], override: str) -> dict:

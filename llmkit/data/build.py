@@ -101,7 +101,8 @@ def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dic
     check_filters(data)
     folder = Path(data.dir)
     units = make_units(data)
-    later = (data.split.model_dump(), data.tokenizer.model_dump(), data.seed)
+    named = Path(data.tokenizer.path).read_text() if data.tokenizer.path and Path(data.tokenizer.path).is_file() else ""
+    later = (data.split.model_dump(), data.tokenizer.model_dump(), named, data.seed)
     recipe = hash_of(VERSION, [unit.part for unit in units], later)
     manifest_path = folder / "manifest.json"
     if manifest_path.exists() and read_manifest(folder)["recipe"] == recipe:
@@ -135,7 +136,7 @@ def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dic
     splitting = (data.split.val_fraction, data.seed, by_tail)
     tokenizer = make_tokenizer(data, folder, units, keep, splitting)
     # D: token shards.
-    key = hash_of(recipe, hashlib.sha256(tokenizer.rust.to_str().encode()).hexdigest(), is_exact.tobytes().hex()[:64])
+    key = hash_of(recipe, hashlib.sha256(tokenizer.rust.to_str().encode()).hexdigest())
     jobs = [(unit, flags, folder, *splitting, key) for unit, flags in zip(units, keep, strict=True)]
     shards = over_units(encode_unit, jobs, workers, "encode")
 
@@ -159,6 +160,10 @@ def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dic
     bad = [record for one in counts for record in one["bad"]]
     write_atomically(folder / "quarantine.jsonl", "".join(json.dumps(record) + "\n" for record in bad))
     write_atomically(manifest_path, json.dumps(manifest, indent=2) + "\n")
+    current = {Path(file["path"]).stem for split in splits.values() for file in split["files"]}
+    for path in (folder / "tokens").rglob("*"):
+        if path.is_file() and path.stem not in current:
+            path.unlink()  # an earlier build's, which no manifest names any more
     return manifest
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-from llmkit.data.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer
+from llmkit.data.tokenizer import CHAT_END, CHAT_START, Tokenizer
 from llmkit.errors import DATA, UserError, did_you_mean
 
 # ChatML, for tokenizers that bring no template of their own.
@@ -21,7 +21,7 @@ CHATML = (
 )
 # For tokenizers that reserve no chat markers (GPT-2's): plain text, ended by the end token.
 PLAIN = (
-    "{% for message in messages %}{% if message.role == 'assistant' %}{{ message.content }}" + EOS + "{% else %}"
+    "{% for message in messages %}{% if message.role == 'assistant' %}{{ message.content }}{{ eos_token }}{% else %}"
     "{{ message.content }}\n{% endif %}{% endfor %}"
 )
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool"}
@@ -32,7 +32,7 @@ FORMATS = {  # format -> the fields that tell it
     "conversations": ("conversations",),
     "instruction": ("instruction", "output"),
 }
-MAX_LOOPS, MAX_RENDERED = 3, 10_000_000  # nested loops and characters that an honest template never reaches
+MAX_LOOPS, MAX_RENDERED = 2, 10_000_000  # nested loops and characters that an honest template never reaches
 GUARD = "\ue000"  # a private-use letter that breaks up control tokens spelt out in somebody's message
 
 
@@ -98,6 +98,8 @@ def compile_template(source: str):
     def raise_exception(message: str):
         raise ValueError(message)  # templates call it for conversations they can't express
 
+    for name in ("center", "format", "indent", "replace", "wordwrap"):
+        env.filters.pop(name)  # they make much out of little
     env.globals = {"raise_exception": raise_exception, "namespace": env.globals["namespace"]}
     try:
         tree = env.parse(source)
@@ -116,11 +118,15 @@ def depth(loop: nodes.Node) -> int:
     return 1 + max((depth(inner) for inner in loop.find_all(nodes.For)), default=0)
 
 
-def render(template: str, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
+def render(tokenizer: Tokenizer, template: str, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
     """Messages as text; `prompt` ends it where an answer begins. ValueError for conversations it can't express."""
     try:
         text = compile_template(template).render(
-            messages=messages, add_generation_prompt=prompt, bos_token="", eos_token=EOS, tools=None
+            messages=messages,
+            add_generation_prompt=prompt,
+            bos_token=tokenizer.bos or "",
+            eos_token=tokenizer.eos,
+            tools=None,
         )
     except (TemplateError, SecurityError, TypeError, OverflowError) as error:
         raise ValueError(f"the chat template fails: {error}") from None
@@ -137,7 +143,7 @@ def default_template(tokenizer: Tokenizer) -> str:
 def chat_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a user's message through the chat template, ready for the assistant's answer."""
     message = {"role": "user", "content": guard(tokenizer, text)}
-    return encode_marked(tokenizer, render(default_template(tokenizer), [message], prompt=True))
+    return encode_marked(tokenizer, render(tokenizer, default_template(tokenizer), [message], prompt=True))
 
 
 # ---- tokens and targets ---------------------------------------------------------------------------------------------
@@ -180,8 +186,8 @@ def encode_example(tokenizer: Tokenizer, template: str, turns: Any) -> tuple[lis
         if message["role"] != "assistant" and i + 1 < len(messages):
             continue
         answers = message["role"] == "assistant"
-        before = render(template, messages[:i], prompt=True) if answers and i else done
-        upto = render(template, messages[: i + 1])
+        before = render(tokenizer, template, messages[:i], prompt=True) if answers and i else done
+        upto = render(tokenizer, template, messages[: i + 1])
         if not (before.startswith(done) and upto.startswith(before)):
             raise ValueError("the chat template rewrites earlier turns, so targets can't be told from prompts")
         # What follows the answer's end mark (a line break in ChatML) belongs to the template, not to the answer.

@@ -16,6 +16,7 @@ from llmkit.data.chat import default_template, detect_format, encode_example, to
 from llmkit.data.records import BadRecord, read_records
 from llmkit.data.tokenizer import Tokenizer
 from llmkit.errors import DATA, UserError
+from llmkit.run import write_atomically
 
 ROW_ARRAYS = ("ids", "targets", "segments", "positions")  # the files of a split, in the order that batches reads them
 Example = tuple[str, list[int], list[bool]]  # id, token ids, which of them are targets
@@ -68,7 +69,7 @@ def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int) -> 
     -1 for padding), positions int32.
     """
     sources = [Path(data.path), *([Path(data.val_path)] if data.val_path else [])]
-    template = Path(data.chat_template).read_text() if data.chat_template else default_template(tokenizer)
+    template = default_template(tokenizer)
     made_of = json.dumps(
         [data.model_dump(), seed, template, tokenizer.rust.to_str(), *(file_sha256(path) for path in sources)]
     )
@@ -97,7 +98,7 @@ def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int) -> 
             got=f"{sum(bad.values())} bad records: {dict(bad)}",
             code=DATA,
         )
-    report_path.write_text(json.dumps(report, indent=2))
+    write_atomically(report_path, json.dumps(report, indent=2))
     return report
 
 

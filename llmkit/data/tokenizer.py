@@ -29,6 +29,7 @@ class Tokenizer:
 
     rust: Rust
     eos_id: int
+    bos: str | None = None  # the token that begins a text, where the tokenizer has one
     chat_template: str | None = None
 
     def __len__(self) -> int:
@@ -38,6 +39,14 @@ class Tokenizer:
     def specials(self) -> dict[str, int]:
         """Control tokens and their ids."""
         return {token.content: i for i, token in self.rust.get_added_tokens_decoder().items() if token.special}
+
+    @property
+    def eos(self) -> str:
+        return self.rust.id_to_token(self.eos_id)
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.rust.token_to_id(self.bos) if self.bos else None
 
     @property
     def chat_end(self) -> int:
@@ -99,7 +108,9 @@ class Tokenizer:
         """tokenizer.json and the tokenizer_config.json that transformers looks for beside it."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.rust.to_str(pretty=True), encoding="utf-8")
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.rust.id_to_token(self.eos_id)}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos}
+        if self.bos:
+            config["bos_token"] = self.bos
         if self.chat_template:
             config["chat_template"] = self.chat_template
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -153,8 +164,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
                 beside |= json.loads(file.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise UserError(f"{name} is not JSON: {error}", at=file, code=MODEL) from None
-    named = beside.get("eos_token")
-    named = named.get("content") if isinstance(named, dict) else named
+    named, begin = (
+        token.get("content") if isinstance(token, dict) else token
+        for token in (beside.get("eos_token"), beside.get("bos_token"))
+    )
     candidates = [rust.token_to_id(name) for name in (named, *EOS_NAMES) if isinstance(name, str)]
     eos_id = next((i for i in candidates if i is not None), None)
     if eos_id is None:
@@ -166,4 +179,5 @@ def load_tokenizer(path: Path) -> Tokenizer:
     beside_template = path.with_name("chat_template.jinja")
     if template is None and beside_template.is_file():
         template = beside_template.read_text(encoding="utf-8")
-    return Tokenizer(rust, eos_id, template if isinstance(template, str) else None)
+    bos = begin if isinstance(begin, str) and rust.token_to_id(begin) is not None else None
+    return Tokenizer(rust, eos_id, bos, template if isinstance(template, str) else None)

@@ -228,7 +228,9 @@ def encode_unit(
     """Encode one unit's kept documents into a shard of each split; returns files and counts."""
     done = folder / "parts" / f"{unit.part}.tokens-{key}.json"
     if done.exists():
-        return json.loads(done.read_text(encoding="utf-8"))
+        result = json.loads(done.read_text(encoding="utf-8"))
+        if all((folder / file["path"]).exists() for split in ("train", "val") for file in result[split]["files"]):
+            return result
     tokenizer = load_tokenizer(folder / "tokenizer")
     dtype = token_dtype(len(tokenizer))
     texts: dict[str, list[str]] = {"train": [], "val": []}
@@ -243,7 +245,7 @@ def encode_unit(
     end = np.array([tokenizer.eos_id], dtype=np.uint32)
     result: dict[str, Any] = {"held_out": held_out}
     for split, chosen in texts.items():
-        path = folder / "tokens" / split / unit.source["name"] / unit.name
+        path = folder / "tokens" / split / unit.source["name"] / f"{unit.name}-{key}"
         documents = (np.concatenate((ids, end)) for ids in encode_in_blocks(tokenizer, chosen))
         documents_written, tokens = write_shard(path, documents, dtype)
         files = []

@@ -22,7 +22,7 @@ from llmkit.data.chat import FORMATS, default_template
 from llmkit.data.documents import read_file
 from llmkit.data.records import read_records
 from llmkit.data.sft import examples
-from llmkit.data.tokenizer import Tokenizer
+from llmkit.data.tokenizer import CHECKED, Tokenizer
 from llmkit.data.tokens import open_split
 from llmkit.errors import DATA, UserError
 from llmkit.parallel import autocast, choose_precision, start_world, to_device
@@ -139,6 +139,8 @@ def measure(
             expected=f"0 < stride <= window <= {longest}",
         )  # fmt: skip
     if data is None:
+        if config and config["data"]["kind"] == "sft" and (stride < window or window != config["data"]["seq_len"]):
+            raise UserError("fine-tuning rows have a length of their own", got=f"window {window}, stride {stride}")
         if config is None:
             raise UserError("there is no text to measure on", fix="name a file with --data", code=DATA)
         batches, what = run_val_split(located.run_dir, config["data"], window, stride, batch_size)
@@ -173,7 +175,10 @@ def file_batches(
     if not path.is_file():
         raise UserError("there is no such data file", at=path, code=DATA)
     first = next((record for _, record in read_records(path) if isinstance(record, dict)), {})
-    if any(all(field in first for field in fields) for fields in FORMATS.values()):
+    records = any(all(field in first for field in fields) for fields in FORMATS.values())
+    if records and stride < window:
+        raise UserError("records are read whole, so a stride has no meaning", got=f"stride {stride}")
+    if records:
         bad: Counter[str] = Counter()
         rows = [
             (ids[: window + 1], targets[: window + 1])
@@ -184,6 +189,7 @@ def file_batches(
     documents = [one for one in read_file(path, source="eval", root=path.parent) if isinstance(one, Document)]
     if not documents:
         raise UserError("no text can be read from the file", at=path, code=DATA)
+    tokenizer.agrees([one.text[:10_000] for one in documents[:CHECKED]])
     end = np.array([tokenizer.eos_id], dtype=np.uint32)
     encoded = [part for ids in tokenizer.encode_batch([one.text for one in documents]) for part in (ids, end)]
     tokens = np.concatenate(encoded)

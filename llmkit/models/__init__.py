@@ -12,6 +12,7 @@ from llmkit.models import gpt2, llama
 from llmkit.models.layers import init_weights
 
 FAMILIES: dict[str, ModuleType] = {"gpt2": gpt2, "llama": llama}
+MAX_LAYERS = 10_000  # more is a mistake or a bomb: even empty ones take memory
 CONFIGS = {name: family.Config for name, family in FAMILIES.items()}
 
 
@@ -23,6 +24,8 @@ def family_of(config) -> ModuleType:
 def shape_problems(config) -> list[tuple[str, str]]:
     """What can't be built, as (key, reason), all at once; empty when the shapes fit."""
     found = []
+    if config.num_hidden_layers > MAX_LAYERS:
+        found.append(("num_hidden_layers", f"is {config.num_hidden_layers}, over {MAX_LAYERS}"))
     for key, value in asdict(config).items():
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             found.append((key, f"is {value}, but must be at least 1"))

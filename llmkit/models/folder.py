@@ -23,7 +23,7 @@ HARMLESS = re.compile(
     r"architectures|model_type|(torch_)?dtype|transformers_version|_name_or_path|_attn_implementation\w*|use_cache"
     r"|(bos|eos|pad|sep)_token_id|return_dict\w*|output_\w+|id2label|label2id|num_labels|problem_type|is_decoder"
     r"|is_encoder_decoder|chunk_size_feed_forward|summary_\w+|task_specific_params|n_ctx|gradient_checkpointing"
-    r"|tokenizer_class|prefix|torchscript|use_bfloat16|pruned_heads|finetuning_task|tie_encoder_decoder"
+    r"|is_llama_config|transformers\.js_config|tokenizer_class|prefix|torchscript|use_bfloat16|pruned_heads|finetuning_task|tie_encoder_decoder"
 )
 BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")  # old files store these constants
 
@@ -144,13 +144,20 @@ def disk_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, disk_layout(model.config, name, tensor.detach()).contiguous().cpu()
 
 
-def save_model(model: nn.Module, folder: Path, *, eos_token_id: int | None = None, dtype: torch.dtype | None = None):
+def save_model(
+    model: nn.Module,
+    folder: Path,
+    *,
+    eos_token_id: int | None = None,
+    bos_token_id: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write config.json and model.safetensors; `dtype` None keeps the parameters' own."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in disk_weights(model)}
     options = {key: value for key, value in asdict(model.config).items() if key != "init"}
     config = family_of(model.config).to_hf(options)
-    config |= {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
+    config |= {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -150,6 +150,7 @@ class Model(nn.Module):
 
 FIXED = {  # fields that change the mathematics, and the only value that is built here
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None, "pretraining_tp": 1,
+    "rope_interleaved": False,
 }  # fmt: skip
 
 

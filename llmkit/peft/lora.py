@@ -148,6 +148,12 @@ def save_adapter(model: nn.Module, folder: Path, *, base: str, base_sha256: str)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", "base_sha256": base_sha256})
 
 
+def base_sha256(folder: Path) -> str | None:
+    """The checksum of the base's weights that an adapter was trained on, if it tells."""
+    with model_folder.open_weights(folder / "adapter_model.safetensors") as file:
+        return (file.metadata() or {}).get("base_sha256")
+
+
 @dataclass
 class Options:
     """What of an adapter_config.json is read, and must make sense."""
