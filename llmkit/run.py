@@ -278,7 +278,9 @@ def plot_runs(folders: list[Path], out: Path) -> None:
         if val:
             axes.plot(*zip(*val, strict=True), "o-", color=f"C{i}", markersize=4, linewidth=1.6, label=f"{name}val")
             tokens, loss = val[-1]
-            axes.annotate(f"{loss:.3f}", (tokens, loss), textcoords="offset points", xytext=(0, 8), ha="right", fontsize=9)
+            axes.annotate(
+                f"{loss:.3f}", (tokens, loss), textcoords="offset points", xytext=(0, 8), ha="right", fontsize=9
+            )
     axes.set_xlabel("tokens seen")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(folders[0].name if len(folders) == 1 else "runs")
