@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llmkit.job import Job
-from llmkit.parallel import peak_memory
+from llmkit.parallel import peak_flops, peak_memory
 from llmkit.run import Run, progress_line
 
 
@@ -55,9 +55,13 @@ class Watch:
         seconds_a_step = (now - self.mark) / max(1, step - self.marked_step)
         self.mark, self.marked_step = now, step
         rate = self.job.tokens_per_step / seconds_a_step
+        achieved = rate * self.job.plan.flops_per_token / self.job.world.size
+        if achieved > self.peak:  # the machine was busy when its peak was measured
+            with self.pause():
+                self.peak = max(achieved, peak_flops(self.job.world.device, self.job.precision)[0])
         return {
             "tokens_per_second": rate,
-            "mfu": rate * self.job.plan.flops_per_token / self.peak / self.job.world.size,
+            "mfu": achieved / self.peak,
             "memory_gb": peak_memory(self.job.world.device) / 2**30,
             "eta_seconds": (self.job.max_steps - step) * seconds_a_step,
         }
