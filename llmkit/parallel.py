@@ -213,7 +213,7 @@ def can_compile(device: torch.device) -> str | None:
 
 
 def compile_blocks(model: nn.Module, asked: str | bool, device: torch.device) -> str:
-    """Compile every block on its own: they share one program. Returns what the header says."""
+    """Compile the loss, and every block on its own: they share one program. Returns what the header says."""
     reason = can_compile(device)
     if asked is False:
         return "off"
@@ -223,9 +223,13 @@ def compile_blocks(model: nn.Module, asked: str | bool, device: torch.device) ->
         )
     if reason:
         return f"off ({reason})"
-    for block in model.blocks:
-        block.compile(fullgraph=True, dynamic=False)
-    return "every block"
+    if device.type == "cpu":
+        # Make again what is cheap (norms, activations) instead of keeping it: an eighth less memory in pretraining
+        # and more with LoRA, at the same speed. What it does on a GPU has not been measured.
+        torch._functorch.config.activation_memory_budget = 0.9
+    for part in (*model.blocks, model.chunk_loss):
+        part.compile(fullgraph=True, dynamic=False)
+    return "every block, and the loss"
 
 
 # ---- what the machine can do ----------------------------------------------------------------------------------------

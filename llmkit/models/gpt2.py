@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkit.models.layers import KVCache, attend, attention_mask, head
+from llmkit.models.layers import ChunkLoss, KVCache, attend, attention_mask, head
 
 RESIDUAL = ("c_proj",)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -121,6 +121,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
+        self.chunk_loss = ChunkLoss()
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -145,7 +146,7 @@ class Model(nn.Module):
         """
         hidden = self.transformer(input_ids, positions, segments, cache)
         weight = self.transformer.wte.weight if self.lm_head is None else self.lm_head.weight
-        return head(hidden, weight, labels, reduction)
+        return head(hidden, weight, labels, reduction, self.chunk_loss)
 
 
 # ---- Hugging Face's config.json -------------------------------------------------------------------------------------

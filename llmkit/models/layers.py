@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llmkit.types import IGNORE_INDEX
 
@@ -89,7 +91,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     Compiled for a CPU it is products of query blocks, which beat SDPA there by a fifth at T 256; SDPA elsewhere.
     """
     if q.device.type == "cpu" and torch.compiler.is_compiling() and not dropout and q.shape[2] == k.shape[2]:
-        return blocked_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        return recomputed(blocked_attention, q.shape[2] >= RECOMPUTE_FROM)(q, k, v, mask).transpose(1, 2).flatten(2)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and q.shape[2] > 1,
         enable_gqa=q.shape[1] != k.shape[1],
@@ -101,6 +103,11 @@ QUERY_BLOCK = 128  # queries whose scores stand in memory at a time
 RECOMPUTE_FROM = 512  # tokens from which the backward makes the scores again: they weigh more than their product costs
 
 
+def recomputed(function, when: bool = True):
+    """The function; where `when`, its inside is made again in the backward instead of kept."""
+    return functools.partial(checkpoint, function, use_reentrant=False) if when else function
+
+
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Causal attention as plain products, a block of queries at a time, each over the keys that it may see.
 
@@ -108,8 +115,6 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
     """
     heads, length, channels = q.shape[1:]
     q = q.unflatten(1, (k.shape[1], heads // k.shape[1])) * channels**-0.5  # (B, kv heads, group, T, D)
-    if mask is None and length >= RECOMPUTE_FROM and length % QUERY_BLOCK == 0:
-        return RecomputedAttention.apply(q, k, v).flatten(1, 2)
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
@@ -130,45 +135,24 @@ def causal(start: int, stop: int, device: torch.device) -> Tensor:
     return torch.arange(stop, device=device) <= torch.arange(start, stop, device=device)[:, None]
 
 
-class RecomputedAttention(torch.autograd.Function):
-    """`blocked_attention` that keeps no scores: the backward makes them again from the row sums (Dao et al. 2022)."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        outs, sums = [], []
-        for start in range(0, q.shape[3], QUERY_BLOCK):
-            stop = start + QUERY_BLOCK
-            scores = grouped(q[:, :, :, start:stop], k[:, :, :stop].mT).float()
-            scores = scores.masked_fill(~causal(start, stop, q.device), -torch.inf)
-            log_sum = scores.logsumexp(-1, keepdim=True)
-            outs.append(grouped((scores - log_sum).exp().to(v.dtype), v[:, :, :stop]))
-            sums.append(log_sum)
-        out, log_sums = torch.cat(outs, dim=3), torch.cat(sums, dim=3)
-        ctx.save_for_backward(q, k, v, out, log_sums)
-        return out
-
-    @staticmethod
-    def backward(ctx, d_out: Tensor):
-        q, k, v, out, log_sums = ctx.saved_tensors
-        length = q.shape[3]
-        drift = (d_out.float() * out.float()).sum(-1, keepdim=True)  # sum over keys of weight * d_weight
-        d_q, d_k, d_v = [], torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-        for start in range(0, length, QUERY_BLOCK):
-            stop = start + QUERY_BLOCK
-            rows, keys, values = slice(start, stop), k[:, :, :stop], v[:, :, :stop]
-            queries, d_rows = q[:, :, :, rows], d_out[:, :, :, rows]
-            scores = grouped(queries, keys.mT).float().masked_fill(~causal(start, stop, q.device), -torch.inf)
-            weights = (scores - log_sums[:, :, :, rows]).exp()
-            d_weights = grouped(d_rows, values.mT).float()
-            d_scores = (weights * (d_weights - drift[:, :, :, rows])).to(q.dtype)
-            d_q.append(grouped(d_scores, keys))
-            rest = (0, 0, 0, length - stop)  # later keys get nothing from this block
-            d_k = d_k + F.pad(d_scores.flatten(2, 3).mT @ queries.flatten(2, 3), rest)
-            d_v = d_v + F.pad(weights.to(v.dtype).flatten(2, 3).mT @ d_rows.flatten(2, 3), rest)
-        return torch.cat(d_q, dim=3), d_k.to(k.dtype), d_v.to(v.dtype)
-
-
 # ---- the loss -------------------------------------------------------------------------------------------------------
+
+
+class ChunkLoss(nn.Module):
+    """Losses of a chunk's tokens and what they send back; a module, so that it is compiled as the blocks are."""
+
+    def forward(self, logits: Tensor, labels: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        """fp32 losses (n,) and d loss / d logits (n, V) = (softmax(logits) - onehot(label)) * upstream.
+
+        logits (n, V), labels (n,), upstream a scalar or (n, 1); IGNORE_INDEX has no loss and no gradient.
+        """
+        wide = logits.float()
+        valid, target = (labels != IGNORE_INDEX)[:, None], labels.clamp(min=0)[:, None]
+        log_sum = wide.logsumexp(-1, keepdim=True)
+        losses = torch.where(valid, log_sum - wide.gather(1, target), 0.0)[:, 0]
+        onehot = torch.arange(logits.shape[1], device=logits.device) == target
+        d_logits = torch.where(valid, ((wide - log_sum).exp() - onehot.float()) * upstream, 0.0)
+        return losses, d_logits.to(logits.dtype)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -179,68 +163,68 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str, chunk: int) -> Tensor:
-        ctx.reduction, ctx.chunk = reduction, chunk
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str, chunk: int, chunk_loss: ChunkLoss
+    ) -> Tensor:
+        ctx.reduction, ctx.chunk, ctx.chunk_loss, ctx.dtype = reduction, chunk, chunk_loss, weight.dtype
         wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        now = wants_grad and reduction == "sum"
+        if wants_grad and reduction == "sum":
+            one = hidden.new_ones((), dtype=torch.float32)
+            losses, *gradients = in_chunks(ctx, hidden, weight, labels, one)
+            ctx.save_for_backward(*gradients)
+            return losses.sum()
+        if wants_grad:
+            ctx.save_for_backward(hidden, weight, labels)
         losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if now and ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if now and ctx.needs_input_grad[1] else None
-        scale = hidden.new_ones((), dtype=torch.float32)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             logits = (hidden[rows] @ weight.T).float()  # (chunk, V)
             losses[rows] = F.cross_entropy(logits, labels[rows], reduction="none", ignore_index=IGNORE_INDEX)
-            if now:
-                chunk_backward(logits, hidden, weight, labels, rows, scale, d_hidden, d_weight)
-        if now:
-            ctx.save_for_backward(d_hidden, d_weight)
-            ctx.weight_dtype = weight.dtype
-        elif wants_grad:
-            ctx.save_for_backward(hidden, weight, labels)
         return losses.sum() if reduction == "sum" else losses
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         if ctx.reduction == "sum":
-            d_hidden, d_weight = ctx.saved_tensors
-            if d_hidden is not None:
-                d_hidden = d_hidden * upstream.to(d_hidden.dtype)
-            if d_weight is not None:
-                d_weight = d_weight.mul_(upstream).to(ctx.weight_dtype)
-            return d_hidden, d_weight, None, None, None
-        hidden, weight, labels = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(hidden), ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            logits = (hidden[rows] @ weight.T).float()
-            chunk_backward(logits, hidden, weight, labels, rows, upstream[rows, None], d_hidden, d_weight)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+            d_hidden, d_weight = (None if d is None else d * upstream for d in ctx.saved_tensors)
+        else:
+            _, d_hidden, d_weight = in_chunks(ctx, *ctx.saved_tensors, upstream[:, None])
+        return d_hidden, None if d_weight is None else d_weight.to(ctx.dtype), None, None, None, None
 
 
-def chunk_backward(logits, hidden, weight, labels, rows, scale, d_hidden, d_weight) -> None:
-    """Add one chunk's gradients: d loss / d logits = softmax(logits) - onehot(label), nothing for ignored labels."""
-    target = labels[rows]
-    valid = (target != IGNORE_INDEX)[:, None]
-    d_logits = torch.softmax(logits, dim=-1)
-    d_logits.scatter_add_(1, target.clamp(min=0)[:, None], -valid.float())
-    d_logits = torch.where(valid, d_logits * scale, 0.0).to(hidden.dtype)
-    if d_hidden is not None:
-        d_hidden[rows] = d_logits @ weight
-    if d_weight is not None:
-        d_weight += d_logits.T @ hidden[rows]
+def in_chunks(
+    ctx, hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Losses (N,), d_hidden (N, h) and d_weight (V, h), fp32; None where autograd does not ask."""
+    losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
+    d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+    d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+    for start in range(0, len(hidden), ctx.chunk):
+        rows = slice(start, start + ctx.chunk)
+        part = upstream[rows] if upstream.dim() else upstream
+        losses[rows], d_logits = ctx.chunk_loss(hidden[rows] @ weight.T, labels[rows], part)
+        if d_hidden is not None:
+            d_hidden[rows] = d_logits @ weight
+        if d_weight is not None:
+            d_weight += d_logits.T @ hidden[rows]
+    return losses, d_hidden, d_weight
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str = "sum", chunk: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    reduction: str = "sum",
+    chunk: int | None = None,
+    chunk_loss: ChunkLoss | None = None,
 ) -> Tensor:
     """Losses of the tokens that `labels` names, without ever holding all logits.
 
-    hidden     (..., h), the last block's normed output
-    weight     (V, h), the head
-    labels     (...), token ids already aligned with hidden, IGNORE_INDEX where there is no target (loss 0)
-    reduction  "sum": a scalar; "none": fp32 losses of labels' shape
+    hidden      (..., h), the last block's normed output
+    weight      (V, h), the head
+    labels      (...), token ids already aligned with hidden, IGNORE_INDEX where there is no target (loss 0)
+    reduction   "sum": a scalar; "none": fp32 losses of labels' shape
+    chunk       rows of logits at a time, at most; None: CHUNK_BYTES of them
+    chunk_loss  a compiled one, if there is any
     Equals F.cross_entropy(hidden @ weight.T, labels) with its gradients (a test), at the memory of one chunk.
     """
     if not torch.is_grad_enabled():
@@ -248,14 +232,20 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+    rows = max(1, labels.numel())
     chunk = chunk or max(128, CHUNK_BYTES // (4 * weight.shape[0]))
-    losses = LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), reduction, chunk)
+    chunk = math.ceil(rows / math.ceil(rows / chunk))  # of one size, so that they share a program
+    losses = LinearCrossEntropy.apply(
+        hidden.flatten(0, -2), weight, labels.flatten(), reduction, chunk, chunk_loss or ChunkLoss()
+    )
     return losses if reduction == "sum" else losses.view(labels.shape)
 
 
-def head(hidden: Tensor, weight: Tensor, labels: Tensor | None, reduction: str) -> Tensor:
+def head(hidden: Tensor, weight: Tensor, labels: Tensor | None, reduction: str, chunk_loss: ChunkLoss) -> Tensor:
     """What a language model returns: logits (B, T, V) without labels, losses with them."""
-    return F.linear(hidden, weight) if labels is None else linear_cross_entropy(hidden, weight, labels, reduction)
+    if labels is None:
+        return F.linear(hidden, weight)
+    return linear_cross_entropy(hidden, weight, labels, reduction, chunk_loss=chunk_loss)
 
 
 # ---- initialisation -------------------------------------------------------------------------------------------------

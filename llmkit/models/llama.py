@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkit.models.layers import KVCache, RMSNorm, attend, attention_mask, head, rope_table, rotate
+from llmkit.models.layers import ChunkLoss, KVCache, RMSNorm, attend, attention_mask, head, rope_table, rotate
 
 RESIDUAL = ("o_proj", "down_proj")
 
@@ -119,6 +119,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
+        self.chunk_loss = ChunkLoss()
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -143,7 +144,7 @@ class Model(nn.Module):
         """
         hidden = self.model(input_ids, positions, segments, cache)
         weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return head(hidden, weight, labels, reduction)
+        return head(hidden, weight, labels, reduction, self.chunk_loss)
 
 
 # ---- Hugging Face's config.json -------------------------------------------------------------------------------------
