@@ -29,6 +29,7 @@ from llmkit.data.tokenizer import Tokenizer, load_tokenizer
 from llmkit.errors import ENVIRONMENT, MODEL, UserError
 from llmkit.models.folder import load_model, read_config, weight_files
 from llmkit.peft import lora
+from llmkit.run import file_sha256
 
 MANIFEST = "MANIFEST.json"
 
@@ -40,11 +41,6 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save(
@@ -76,7 +72,9 @@ def save(
         entries = []
         for path in files:
             sync(path)
-            entries.append({"file": str(path.relative_to(half)), "size": path.stat().st_size, "sha256": sha256(path)})
+            entries.append(
+                {"file": str(path.relative_to(half)), "size": path.stat().st_size, "sha256": file_sha256(path)}
+            )
         manifest = {"step": step, **about, "files": entries}
         (half / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in (half / MANIFEST, half / "model", half / "trainer", half):
@@ -130,18 +128,24 @@ def verify(folder: Path) -> None:
         path = folder / entry["file"]
         if not path.is_file():
             raise UserError("a file of the checkpoint is missing", at=path, code=MODEL)
-        if path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
+        if path.stat().st_size != entry["size"] or file_sha256(path) != entry["sha256"]:
             raise UserError("a file of the checkpoint has changed since it was written", at=path, code=MODEL)
 
 
 def newest_good(run_dir: Path) -> Path | None:
-    """The newest checkpoint that verifies; every newer one that does not is named in a warning."""
-    for folder in reversed(listed(run_dir)):
+    """The newest checkpoint that verifies, or None where there is none; every damaged one is named in a warning."""
+    found = listed(run_dir)
+    for folder in reversed(found):
         try:
             verify(folder)
             return folder
         except UserError as error:
-            print(f"warning: {error.what}: {error.at}; going back to the checkpoint before it", file=sys.stderr)
+            print(f"warning: {error.what}: {error.at}", file=sys.stderr)
+    if found:
+        raise UserError(
+            "every checkpoint of this run is damaged", at=run_dir / "checkpoints", got=f"{len(found)} of them",
+            fix="put a good copy back, or start over with --fresh", code=MODEL,
+        )  # fmt: skip
     return None
 
 
@@ -231,18 +235,24 @@ def locate(model: str | Path) -> Located:
         return Located(chosen / "model", path)
     if (path / MANIFEST).is_file():
         verify(path)
-        return Located(path / "model", path.parent.parent)
+        return Located(path / "model", run_of(path))
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         in_checkpoint = path.name == "model" and (path.parent / MANIFEST).is_file()
-        return Located(path.resolve(), path.resolve().parent.parent.parent if in_checkpoint else None)
+        return Located(path.resolve(), run_of(path.resolve().parent) if in_checkpoint else None)
     raise UserError(
         f"there is no model at {path}", expected="a run, a checkpoint, an adapter or a Hugging Face folder", code=MODEL
     )
 
 
+def run_of(folder: Path) -> Path | None:
+    """The run that a checkpoint lies in; None for one that was copied elsewhere."""
+    run_dir = folder.resolve().parent.parent
+    return run_dir if (run_dir / "config.yaml").is_file() else None
+
+
 def weights_sha256(folder: Path) -> str:
     """One checksum over a folder's weight files: what an adapter remembers of its base."""
-    return hashlib.sha256("".join(sha256(path) for path in weight_files(folder)).encode()).hexdigest()
+    return hashlib.sha256("".join(file_sha256(path) for path in weight_files(folder)).encode()).hexdigest()
 
 
 def load(

@@ -114,7 +114,7 @@ def evaluate(
     from llmkit.checkpoint import locate
     from llmkit.evals.perplexity import measure
 
-    located = locate(model or newest_run(progress_to(as_json)))
+    located = locate(model or unnamed_run(progress_to(as_json)))
     show(measure(located, data=data, window=window, stride=stride, batch_size=batch_size, precision=precision), as_json)
 
 
@@ -139,7 +139,7 @@ def generate(
     device = parallel.start_world().device
     loaded, tokenizer = checkpoint.load(checkpoint.locate(model), device=device)
     prompt = sys.stdin.read() if prompt == "-" else prompt
-    ids = chat_prompt(tokenizer, prompt) if chat else tokenizer.encode(prompt) or [tokenizer.eos_id]
+    ids = chat_prompt(tokenizer, prompt) if chat else tokenizer.encode_prompt(prompt)
     stop = frozenset([tokenizer.eos_id, *([tokenizer.chat_end] if chat else [])])
     with parallel.autocast(device, parallel.choose_precision(precision, device)):
         new = draw(
@@ -347,11 +347,16 @@ def show(figures: dict[str, Any], as_json: bool) -> None:
         print(f"{key:>{width}}  {value}")
 
 
-def newest_run(say) -> Path:
-    """The run that last wrote, when no model is named."""
+def unnamed_run(say) -> Path:
+    """The run of ./llmkit.yaml, else the one that last wrote, when no model is named."""
+    from llmkit.config import load_config
     from llmkit.errors import UserError
+    from llmkit.presets import LOCAL
     from llmkit.run import list_runs
 
+    if LOCAL.is_file():
+        say(f"config: {LOCAL}")
+        return Path(load_config(LOCAL).run_dir)
     found = [run for run in list_runs(Path("runs")) if (run / "checkpoints").is_dir()]
     if not found:
         raise UserError(

@@ -250,6 +250,13 @@ def conflicts(config: Config) -> Iterator[UserError]:
             at=config.where("model"),
             fix="delete the model section: init_from has one",
         )
+    if isinstance(config.data, SftData):
+        if config.init_from is None:
+            yield UserError(
+                "data.kind: sft needs a trained model to start from", at=config.where("data.kind"),
+                fix="name one as init_from",
+            )  # fmt: skip
+        yield from useless(config, "data", config.data, "val_path", ["val_fraction"])
     if isinstance(config.data, CorpusData):
         names = [source.name for source in config.data.sources]
         for i, source in enumerate(config.data.sources):
@@ -258,6 +265,9 @@ def conflicts(config: Config) -> Iterator[UserError]:
                     f"source {source.name} needs either path or hf", at=config.where(f"data.sources.{i}"),
                     got="both" if source.path else "neither",
                 )  # fmt: skip
+            place = f"data.sources.{i}"
+            yield from useless(config, place, source, "path", ["config", "split", "streaming"])
+            yield from useless(config, place, source, "hf", ["include", "exclude"])
             if source.name in names[:i]:
                 yield UserError("two sources share a name", at=config.where(f"data.sources.{i}"), got=source.name)
         tokenizer = config.data.tokenizer
@@ -266,6 +276,17 @@ def conflicts(config: Config) -> Iterator[UserError]:
                 "data.tokenizer needs either train or path", at=config.where("data.tokenizer"),
                 expected="{train: bpe, vocab_size: 32000} or {path: tokenizer.json}",
             )  # fmt: skip
+        yield from useless(config, "data.tokenizer", tokenizer, "path", ["vocab_size", "sample_mb"])
+
+
+def useless(config: Config, place: str, section: Section, given: str, keys: list[str]) -> Iterator[UserError]:
+    """Keys that would be ignored because `given` is there; values at their defaults mean nothing and pass."""
+    for key in keys:
+        default = type(section).model_fields[key].default
+        if getattr(section, given) is not None and getattr(section, key) != default:
+            yield UserError(
+                f"{place}.{key} means nothing beside {given}", at=config.where(f"{place}.{key}"), fix="delete it"
+            )
 
 
 # ---- explaining -----------------------------------------------------------------------------------------------------

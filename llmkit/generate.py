@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from llmkit.errors import DATA, UserError
 from llmkit.models.layers import KVCache
 
 
@@ -62,14 +63,18 @@ def generate(
 ) -> Iterator[int]:
     """Token ids after the prompt, as they are drawn; ends at a stop token, or where the positions end.
 
-    The same seed gives the same text. The model's global RNG is not touched.
+    The same seed gives the same text. The model's global RNG is not touched. UserError for a prompt that leaves no
+    position to write at.
     """
     training, config = model.training, model.config
+    if len(prompt) >= config.max_position_embeddings:
+        raise UserError(
+            "the prompt fills all of the model's positions", got=f"{len(prompt)} tokens",
+            expected=f"at most {config.max_position_embeddings - 1}", fix="shorten it", code=DATA,
+        )  # fmt: skip
     model.eval()
     first = next(model.parameters())
     generator = torch.Generator(first.device).manual_seed(seed)
-    room = config.max_position_embeddings - max_new_tokens
-    prompt = prompt[-room:] if 0 < room < len(prompt) else prompt[-config.max_position_embeddings :]
     capacity = min(config.max_position_embeddings, len(prompt) + max_new_tokens)
     dtype = torch.get_autocast_dtype(first.device.type) if torch.is_autocast_enabled(first.device.type) else first.dtype
     cache = KVCache(

@@ -150,8 +150,10 @@ def model_problems(config: Config, model_config: Any) -> list[UserError]:
     return errors
 
 
-def prepare(config: Config, world: World, *, say: Callable[[str], None] = print) -> Job:
+def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[[str], None] = print) -> Job:
     """Check and derive everything. The only thing it writes is data: a corpus that is not built yet, encoded examples.
+
+    fresh  what an earlier start in the run directory settled does not count
 
     Raises UserError with all that is wrong with the options and shapes, before anything is written.
     """
@@ -205,7 +207,7 @@ def prepare(config: Config, world: World, *, say: Callable[[str], None] = print)
                 fix="lower data.seq_len, add text, or raise the val fraction", code=DATA,
             )  # fmt: skip
 
-    train = as_before(config)
+    train = config.train if fresh else as_before(config)
     if train.max_steps:
         max_steps = train.max_steps
     elif train.max_tokens:
@@ -219,9 +221,16 @@ def prepare(config: Config, world: World, *, say: Callable[[str], None] = print)
         )  # fmt: skip
     precision = choose_precision(train.precision, world.device)
     planned = plan_options(config, options, model_config, precision, world.device)
-    micro, rows = train.micro_batch_size, train.global_batch_size // world.size
-    if micro == "auto" or rows % micro:
-        micro = largest_micro_batch(model_config, train.global_batch_size // world.size, world, planned)
+    micro, rows = config.train.micro_batch_size, train.global_batch_size // world.size
+    if micro != "auto" and rows % micro:
+        raise UserError(
+            "train.micro_batch_size does not divide a rank's share of the batch",
+            at=config.where("train.micro_batch_size"), got=f"{micro}, and {rows} rows a rank",
+        )  # fmt: skip
+    if micro == "auto":
+        before = train.micro_batch_size  # another number of ranks may not be able to keep it
+        fits = before != "auto" and rows % before == 0
+        micro = before if fits else largest_micro_batch(model_config, rows, world, planned)
     plan = make_plan(model_config, micro_batch_size=micro, **planned)
     resolved = config.model_copy(
         update={
@@ -288,9 +297,9 @@ def plan_options(
 
 
 def as_before(config: Config) -> Train:
-    """The train section, with what is "auto" in it as an earlier start of this run resolved it."""
+    """The train section, with what is "auto" in it as this run resolved it before its checkpoints."""
     saved = Path(config.run_dir) / "config.yaml"
-    if not saved.is_file():
+    if not saved.is_file() or not checkpoint.listed(Path(config.run_dir)):
         return config.train
     before = (yaml.safe_load(saved.read_text(encoding="utf-8")) or {}).get("train", {})
     same = {key: before[key] for key in ("precision", "micro_batch_size")
@@ -321,6 +330,11 @@ def open_corpus(config: Config, world: World, say: Callable[[str], None]) -> Dat
         world.on_main(lambda: build.build_corpus(config.data, say=say))
     manifest = build.read_manifest(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
+    if tokenizer.sha256 != manifest["tokenizer_sha256"]:
+        raise UserError(
+            "the tokenizer is not the one that the data was encoded with", at=folder / "tokenizer",
+            fix=f"delete {folder} and build again", code=DATA,
+        )  # fmt: skip
     dtype = np.dtype(manifest["dtype"])
     streams = {split: open_split(folder, part["files"], dtype) for split, part in manifest["splits"].items()}
     seq_len = config.data.seq_len
@@ -335,13 +349,8 @@ def open_corpus(config: Config, world: World, say: Callable[[str], None]) -> Dat
     )
 
 
-def open_sft(config: Config, world: World, base: Path | None) -> Data:
+def open_sft(config: Config, world: World, base: Path) -> Data:
     """Prompts and answers, encoded once into the run directory with the base model's tokenizer."""
-    if base is None:
-        raise UserError(
-            "data.kind: sft needs a trained model to start from", at=config.where("data.kind"),
-            fix="name one as init_from",
-        )  # fmt: skip
     tokenizer = load_tokenizer(base)
     if config.data.chat_template:  # it goes into every checkpoint: what answers must be what was trained
         try:

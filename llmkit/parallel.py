@@ -207,9 +207,10 @@ def apply_checkpointing(model: nn.Module, mode: str | int) -> int:
 
 def can_compile(device: torch.device) -> str | None:
     """None, or the reason why torch.compile has nothing to work with here."""
-    if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
-        return "no C++ compiler"
-    return None
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "no triton"
+    language, names = ("C", ("gcc", "clang", "cc")) if device.type == "cuda" else ("C++", ("g++", "clang++", "c++"))
+    return None if any(shutil.which(name) for name in names) else f"no {language} compiler"
 
 
 def compile_blocks(model: nn.Module, asked: str | bool, device: torch.device) -> str:
@@ -219,7 +220,7 @@ def compile_blocks(model: nn.Module, asked: str | bool, device: torch.device) ->
         return "off"
     if reason and asked is True:
         raise UserError(
-            f"train.compile: true can't be done: {reason}", fix="install g++, or compile: auto", code=ENVIRONMENT
+            f"train.compile: true can't be done: {reason}", fix="install it, or compile: auto", code=ENVIRONMENT
         )
     if reason:
         return f"off ({reason})"

@@ -17,7 +17,7 @@ from llmkit.yamlfile import read_yaml
 LOCAL = Path("llmkit.yaml")
 LONGEST = 1024  # tokens of an example, unless the config says otherwise
 HERE = Path(__file__).parent
-EXAMPLES = next(path for path in (HERE / "configs", HERE.parent / "configs") if path.is_dir())  # installed, checkout
+EXAMPLES = HERE / "configs" if (HERE / "configs").is_dir() else HERE.parent / "configs"  # installed, or a checkout
 KINDS = {"pretrain": "llama-150m", "finetune": "lora"}  # what `init` calls them -> a file in configs/
 
 

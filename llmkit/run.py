@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -82,6 +83,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_atomically(path: Path, text: str) -> None:
     """The file has its old or its new content at every moment."""
     half = path.with_name(path.name + ".tmp")
@@ -92,30 +98,35 @@ def write_atomically(path: Path, text: str) -> None:
     half.replace(path)
 
 
+def lock(folder: Path, taken: str, *, fix: str) -> TextIO:
+    """Make a folder and hold it for this process until the returned file is closed; UserError `taken` if one has it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the folder can't be made: {error.strerror}", at=folder, code=ENVIRONMENT) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops a dead holder's lock
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise UserError(taken, at=folder, got=holder, fix=fix, code=LOCKED) from None
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
 def open_run(folder: Path, config: dict[str, Any], *, fresh: bool = False, info: dict[str, Any] | None = None) -> Run:
     """Make or take up a run directory and lock it.
 
     config  the resolved config; a run that was started with another one is refused, but for FREE_TO_CHANGE
     fresh   delete what an earlier run left there
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"the run directory can't be made: {error.strerror}", at=folder, code=ENVIRONMENT) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops a dead holder's lock
-    except OSError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        lock.close()
-        raise UserError(
-            "another process is training in this run directory", at=folder, got=holder,
-            fix="wait for it, or choose another run_dir", code=LOCKED,
-        ) from None  # fmt: skip
-    lock.truncate(0)
-    lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
+    held = lock(
+        folder, "another process is training in this run directory", fix="wait for it, or choose another run_dir"
+    )
     saved = folder / "config.yaml"
     if fresh:
         for path in (folder / name for name in WRITTEN):
@@ -129,7 +140,7 @@ def open_run(folder: Path, config: dict[str, Any], *, fresh: bool = False, info:
         differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
         changed = [key for key in differing if key not in FREE_TO_CHANGE and key.split(".")[0] not in FREE_TO_CHANGE]
         if changed:
-            lock.close()
+            held.close()
             raise UserError(
                 "this run directory holds a run with another config", at=saved,
                 got="; ".join(f"{key}: {after.get(key)} (was {before.get(key)})" for key in changed[:5]),
@@ -140,7 +151,7 @@ def open_run(folder: Path, config: dict[str, Any], *, fresh: bool = False, info:
         "llmkit": __version__, "python": platform.python_version(), "host": socket.gethostname(), "git": git_commit(),
         **(info or {}),
     }  # fmt: skip
-    return Run(folder, lock, config, about)
+    return Run(folder, held, config, about)
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import itertools
 import math
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkit import checkpoint
+from llmkit import __version__, checkpoint
 from llmkit.config import Config
 from llmkit.errors import DIVERGED, INTERRUPTED, MODEL, UserError
 from llmkit.evals.perplexity import perplexity
@@ -41,10 +41,7 @@ from llmkit.peft import METHODS, lora
 from llmkit.run import Run, clock, open_run, plot_runs, write_report
 from llmkit.watch import Signals, Watch
 
-FIRST_SCALE, SCALE_GROWTH = (
-    2.0**16,
-    2000,
-)  # fp16 loss scale: where it begins, good steps before it doubles (apex, torch)
+FIRST_SCALE, SCALE_GROWTH = 2.0**16, 2000  # fp16 loss scale: its start; good steps before it doubles (apex, torch)
 
 
 @dataclass
@@ -55,6 +52,7 @@ class Progress:
     best_val: float = math.inf
     evals_without_gain: int = 0
     interval_targets: float = 0  # targets since the last log
+    seconds: float = 0.0  # that earlier processes of this run took
     # On the device, so that a step never waits for the host:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
@@ -82,7 +80,7 @@ def train(
     say = say if world.main else (lambda line: None)
     if config.train.deterministic:
         make_deterministic(world.device)
-    job = prepare(config, world, say=say)
+    job = prepare(config, world, fresh=fresh, say=say)
     config = job.config
     header = job.header()
     for key, value in header.items():
@@ -161,12 +159,14 @@ def take_steps(job: Job, run: Run | None, header: dict[str, str], say: Callable[
             if world.sum(signals.signal or 0):
                 stop = "interrupted"
             last = done == job.max_steps or stop is not None
+            saving = done % config.checkpoint.every == 0 or last
             if done % config.log.every == 0 or last:
                 log_step(job, progress, watch, lr, norm, metrics)
-            if config.eval.every and done % config.eval.every == 0:
+            # Every checkpoint has a val loss, so that the best is known, but for one made in haste after a signal.
+            if config.eval.every and (done % config.eval.every == 0 or (saving and stop is None)):
                 stop = evaluate(job, model, progress, watch) or stop
-            if done % config.checkpoint.every == 0 or last or stop:
-                save(job, model, optimizers, progress, watch, in_haste=stop == "interrupted")
+            if saving or stop:
+                save(job, model, optimizers, progress, watch)
             watch.flush()
     finally:
         gc.enable()
@@ -305,7 +305,7 @@ def early_stop(job: Job, progress: Progress) -> str | None:
 def sample(job: Job, model: nn.Module) -> str:
     """The continuation of eval.sample_prompt, with a generator of its own: the run's RNG does not move."""
     tokenizer = job.data.tokenizer
-    prompt = tokenizer.encode(job.config.eval.sample_prompt) or [tokenizer.eos_id]
+    prompt = tokenizer.encode_prompt(job.config.eval.sample_prompt)
     with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
         new = generate(
             model, prompt, max_new_tokens=job.config.eval.sample_tokens, stop=frozenset([tokenizer.eos_id]),
@@ -320,16 +320,9 @@ def save(
     optimizers: list[torch.optim.Optimizer],
     progress: Progress,
     watch: Watch,
-    *,
-    in_haste: bool,
 ) -> None:
-    """Write a checkpoint. Each has a val loss, so that the best is known, but for one made in haste after a signal.
-
-    A diverged state is never written.
-    """
+    """Write a checkpoint, but never a diverged state."""
     stop_if_diverged(job, progress)
-    if job.config.eval.every and "val_loss" not in watch.pending and not in_haste:
-        evaluate(job, model, progress, watch)
     val_loss = watch.pending.get("val_loss")
     watch.flush()  # before the checkpoint: a kill in between must not lose what the resumed run will not log again
     interval_loss = job.world.sum(progress.tensors["interval_loss"].item())
@@ -349,11 +342,13 @@ def save(
         tensors["progress/interval_loss"] = torch.tensor(interval_loss, dtype=torch.float64)
         tensors |= checkpoint.optimizer_tensors(model, optimizers)
         about = {
-            "val_loss": val_loss, "data_fingerprint": job.data.fingerprint,
-            "world_size": job.world.size,
+            "val_loss": val_loss, "llmkit": __version__, "world_size": job.world.size,
+            "data_fingerprint": job.data.fingerprint, "tokenizer_sha256": tokenizer.sha256,
+            "config_sha256": hashlib.sha256(config.dump().encode()).hexdigest(),
         }  # fmt: skip
         checkpoint.save(
-            watch.run.folder, progress.step, write_model, tensors, progress.numbers(),
+            watch.run.folder, progress.step, write_model, tensors,
+            progress.numbers() | {"seconds": progress.seconds + watch.elapsed},
             about=about, keep=config.checkpoint.keep,
         )  # fmt: skip
 
@@ -362,18 +357,19 @@ def finish(job: Job, run: Run, header: dict, progress: Progress, watch: Watch, s
     """The picture, the report and the summary of a run that is done."""
     plot_runs([run.folder], run.folder / "loss.png")
     records = run.metrics()
-    best = min((r for r in records if "val_loss" in r), key=lambda r: r["val_loss"], default={})
+    kept = checkpoint.best(run.folder)  # of all evaluations the best one that has a checkpoint
+    best = next((r for r in records if kept and "val_loss" in r and r["step"] == checkpoint.step_of(kept)), {})
     speeds = sorted(r["tokens_per_second"] for r in records if "tokens_per_second" in r)
     summary = {"steps": progress.step, "tokens": progress.step * job.tokens_per_step}
     if best:
         summary |= {"best val loss": round(best["val_loss"], 4), "perplexity": round(best["val_perplexity"], 3)}
         summary |= {"bits per byte": round(best["bits_per_byte"], 4)} if "bits_per_byte" in best else {}
-        summary |= {"at step": best["step"]}
+        summary |= {"best checkpoint": str(kept)}
     if speeds:
         summary["median tokens/s"] = round(speeds[len(speeds) // 2])
     gib = 2**30
     summary |= {
-        "time": clock(time.perf_counter() - watch.begin),
+        "time": clock(progress.seconds + watch.elapsed),
         "peak memory": f"{peak_memory(job.world.device) / gib:.2f} GiB (estimated {job.plan.peak_memory / gib:.2f})",
         "skipped steps": int(progress.tensors["skipped"].item()),
         "ended": stop or "at its full length",

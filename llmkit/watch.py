@@ -42,6 +42,11 @@ class Watch:
 
             self.writer = SummaryWriter(self.run.folder / "tensorboard")
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the loop began, all that it did counted."""
+        return time.perf_counter() - self.begin
+
     @contextlib.contextmanager
     def pause(self):
         """Time that is not training's: it is taken out of tokens per second."""

@@ -3,7 +3,7 @@
 Work units go through the passes one after another, in as many processes as there are workers:
     A  read, clean, filter, sign          -> parts/<unit>.jsonl.zst, .npy signatures, .json counts
     B  find duplicates over all units     -> keep flags
-    C  train or take the tokenizer
+    C  train or take the tokenizer       -> parts/tokenizer-<key>/
     D  encode what is kept                -> tokens/{train,val}/<source>/<unit>.bin + .idx
 A unit's files appear whole or not at all and are named after everything that made them, so that a build which was
 killed, or whose later settings changed, redoes only what it must; the result does not depend on the workers.
@@ -11,10 +11,10 @@ killed, or whose later settings changed, redoes only what it must; the result do
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -43,7 +43,7 @@ from llmkit.data.units import (
     split_text,
 )
 from llmkit.errors import DATA, UserError, did_you_mean, raise_all
-from llmkit.run import write_atomically
+from llmkit.run import lock, write_atomically
 
 # ---- pass B ---------------------------------------------------------------------------------------------------------
 
@@ -101,13 +101,26 @@ def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dic
     check_filters(data)
     folder = Path(data.dir)
     units = make_units(data)
-    named = Path(data.tokenizer.path).read_text() if data.tokenizer.path and Path(data.tokenizer.path).is_file() else ""
-    later = (data.split.model_dump(), data.tokenizer.model_dump(), named, data.seed)
-    recipe = hash_of(VERSION, [unit.part for unit in units], later)
-    manifest_path = folder / "manifest.json"
-    if manifest_path.exists() and read_manifest(folder)["recipe"] == recipe:
+    named = load_tokenizer(Path(data.tokenizer.path)) if data.tokenizer.path else None
+    later = (data.split.model_dump(), data.tokenizer.model_dump(), named and named.sha256, data.seed)
+    recipe = hash_of(VERSION, [unit.part for unit in units], later, data.on_error.model_dump())
+    if is_built(folder, recipe):
         say(f"data is built: {folder}/manifest.json")
         return read_manifest(folder)
+    with lock(folder, "another process is building this data", fix="wait for it, or choose another data.dir"):
+        return build_units(data, units, named, recipe)
+
+
+def is_built(folder: Path, recipe: str) -> bool:
+    """Whether the folder holds a finished build of this recipe, the tokenizer included."""
+    if not (folder / "manifest.json").exists() or read_manifest(folder)["recipe"] != recipe:
+        return False
+    return load_tokenizer(folder / "tokenizer").sha256 == read_manifest(folder)["tokenizer_sha256"]
+
+
+def build_units(data: CorpusData, units: list[Unit], named: Tokenizer | None, recipe: str) -> dict[str, Any]:
+    """All passes over all units; returns the manifest. What an earlier build has done and still fits is only read."""
+    folder = Path(data.dir)
     workers = (os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()) or 1
     workers = workers if data.workers == "auto" else data.workers
     started = time.perf_counter()
@@ -134,10 +147,10 @@ def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dic
     # C: the tokenizer.
     by_tail = kept * data.split.val_fraction < 4  # a split of whole documents would leave val to chance
     splitting = (data.split.val_fraction, data.seed, by_tail)
-    tokenizer = make_tokenizer(data, folder, units, keep, splitting)
+    tokenizer, tokenizer_folder = make_tokenizer(data, parts, units, keep, splitting, named)
     # D: token shards.
-    key = hash_of(recipe, hashlib.sha256(tokenizer.rust.to_str().encode()).hexdigest())
-    jobs = [(unit, flags, folder, *splitting, key) for unit, flags in zip(units, keep, strict=True)]
+    key = hash_of(recipe, tokenizer.sha256)
+    jobs = [(unit, flags, folder, tokenizer_folder, *splitting, key) for unit, flags in zip(units, keep, strict=True)]
     shards = over_units(encode_unit, jobs, workers, "encode")
 
     splits: dict[str, Any] = {}
@@ -149,6 +162,7 @@ def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dic
     totals["dropped"] = totals["read"] - totals["quarantined"] - totals["kept"]
     manifest = {
         "version": VERSION, "recipe": recipe, "dtype": token_dtype(len(tokenizer)).str, "vocab_size": len(tokenizer),
+        "tokenizer_sha256": tokenizer.sha256,
         "split_by": "tail of every document" if by_tail else "document", "counts": totals, "funnel": funnel,
         "splits": splits, "fingerprint": hash_of([file["sha256"] for s in splits.values() for file in s["files"]]),
         "seconds": round(time.perf_counter() - started, 2), "workers": workers,
@@ -159,12 +173,23 @@ def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dic
     write_atomically(folder / "report.json", json.dumps({"funnel": funnel, "units": counts}, indent=1))
     bad = [record for one in counts for record in one["bad"]]
     write_atomically(folder / "quarantine.jsonl", "".join(json.dumps(record) + "\n" for record in bad))
-    write_atomically(manifest_path, json.dumps(manifest, indent=2) + "\n")
-    current = {Path(file["path"]).stem for split in splits.values() for file in split["files"]}
+    tokenizer.save(folder / "tokenizer")
+    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    delete_earlier(folder, units, tokenizer_folder, {file["path"] for s in splits.values() for file in s["files"]})
+    return manifest
+
+
+def delete_earlier(folder: Path, units: list[Unit], tokenizer_folder: Path, shards: set[str]) -> None:
+    """Delete what earlier builds left in parts/ and tokens/ and no manifest names any more."""
+    current = {Path(file).stem for file in shards}
     for path in (folder / "tokens").rglob("*"):
         if path.is_file() and path.stem not in current:
-            path.unlink()  # an earlier build's, which no manifest names any more
-    return manifest
+            path.unlink()
+    for path in (folder / "parts").iterdir():
+        if path.is_dir() and path != tokenizer_folder:
+            shutil.rmtree(path)
+        elif path.is_file() and not path.name.startswith(tuple(f"{unit.part}." for unit in units)):
+            path.unlink()
 
 
 def stop_on_bad_records(data: CorpusData, counts: list[dict], folder: Path) -> None:
@@ -182,29 +207,28 @@ def stop_on_bad_records(data: CorpusData, counts: list[dict], folder: Path) -> N
         )  # fmt: skip
 
 
-def make_tokenizer(data: CorpusData, folder: Path, units: list[Unit], keep: list, splitting: tuple) -> Tokenizer:
-    """The tokenizer of the build: trained on a seeded sample of the train split's text, or the one that is named."""
-    if data.tokenizer.path:
-        tokenizer = load_tokenizer(Path(data.tokenizer.path))
-        tokenizer.save(folder / "tokenizer")
-        return tokenizer
-    key = hash_of([unit.part for unit in units], data.tokenizer.model_dump(), splitting)
-    stamp = folder / "tokenizer" / "made_of"
-    if stamp.exists() and stamp.read_text() == key:
-        return load_tokenizer(folder / "tokenizer")
-    size = sum(int(np.load(folder / "parts" / f"{unit.part}.npy", mmap_mode="r")[:, 2].sum()) for unit in units)
+def make_tokenizer(
+    data: CorpusData, parts: Path, units: list[Unit], keep: list, splitting: tuple, named: Tokenizer | None
+) -> tuple[Tokenizer, Path]:
+    """The tokenizer of the build and where it lies: the named one, or one trained on a sample of the train split."""
+    made_of = named.sha256 if named else hash_of([unit.part for unit in units], data.tokenizer.model_dump(), splitting)
+    folder = parts / f"tokenizer-{made_of[:16]}"
+    if (folder / "tokenizer.json").is_file():
+        return load_tokenizer(folder), folder
+    size = sum(int(np.load(parts / f"{unit.part}.npy", mmap_mode="r")[:, 2].sum()) for unit in units)
     share = min(1.0, data.tokenizer.sample_mb * 1e6 / max(1, size))
 
     def sample() -> Iterable[str]:
         for unit, flags in zip(units, keep, strict=True):
-            for record, wanted in zip(read_part(folder / "parts" / f"{unit.part}.jsonl.zst"), flags, strict=True):
+            for record, wanted in zip(read_part(parts / f"{unit.part}.jsonl.zst"), flags, strict=True):
                 if wanted and seeded(record["id"], data.seed + 1) < share:
                     yield split_text(record["id"], record["text"], *splitting)[0]
 
-    tokenizer = train_bpe(iter(sample()), data.tokenizer.vocab_size)
-    tokenizer.save(folder / "tokenizer")
-    stamp.write_text(key)
-    return tokenizer
+    tokenizer = named or train_bpe(iter(sample()), data.tokenizer.vocab_size)
+    half = folder.with_name(folder.name + ".tmp")
+    tokenizer.save(half)
+    half.rename(folder)
+    return tokenizer, folder
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

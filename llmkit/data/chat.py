@@ -176,7 +176,7 @@ def encode_example(tokenizer: Tokenizer, template: str, turns: Any) -> tuple[lis
     turns  (prompt, completion), or messages; ValueError when the template can't express them
     """
     if isinstance(turns, tuple):
-        prompt, completion = (tokenizer.encode(text) for text in turns)
+        prompt, completion = tokenizer.encode_prompt(turns[0]), tokenizer.encode(turns[1])
         return [*prompt, *completion, tokenizer.eos_id], [False] * len(prompt) + [True] * (len(completion) + 1)
     messages = [{**turn, "content": guard(tokenizer, turn["content"])} for turn in turns]
     ids: list[int] = []

@@ -16,8 +16,9 @@ from llmkit.data.chat import default_template, detect_format, encode_example, to
 from llmkit.data.records import BadRecord, read_records
 from llmkit.data.tokenizer import Tokenizer
 from llmkit.errors import DATA, UserError
-from llmkit.run import write_atomically
+from llmkit.run import file_sha256, write_atomically
 
+VERSION = 2  # of the encoding: another one encodes again
 ROW_ARRAYS = ("ids", "targets", "segments", "positions")  # the files of a split, in the order that batches reads them
 Example = tuple[str, list[int], list[bool]]  # id, token ids, which of them are targets
 
@@ -71,7 +72,7 @@ def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int) -> 
     sources = [Path(data.path), *([Path(data.val_path)] if data.val_path else [])]
     template = default_template(tokenizer)
     made_of = json.dumps(
-        [data.model_dump(), seed, template, tokenizer.rust.to_str(), *(file_sha256(path) for path in sources)]
+        [VERSION, data.model_dump(), seed, template, tokenizer.sha256, *(checksum(path) for path in sources)]
     )
     key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     out = out / key
@@ -135,9 +136,8 @@ def write_rows(out: Path, encoded: list, data: SftData, pad: int) -> dict[str, A
     return dict(counts)
 
 
-def file_sha256(path: Path) -> str:
+def checksum(path: Path) -> str:
     """The checksum of a file, or a UserError that it is not there."""
     if not path.is_file():
         raise UserError("there is no such data file", at=path, code=DATA)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", CHAT_END)  #
 # How GPT-2 cuts text before merging; tokenizers knows it as ByteLevel(use_regex=True).
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CHECKED = 1000  # texts on which the fast encoder must agree before it is trusted
+BLOCK = 256  # documents that are encoded together
 LONGEST_RUN = 100_000  # characters without a break: tiktoken's regex overflows its stack on megabytes of spaces
 
 
@@ -40,6 +43,19 @@ class Tokenizer:
         """Control tokens and their ids."""
         return {token.content: i for i, token in self.rust.get_added_tokens_decoder().items() if token.special}
 
+    @cached_property
+    def sha256(self) -> str:
+        """A checksum of the tokenizer.json that `save` writes."""
+        return hashlib.sha256(self.rust.to_str().encode()).hexdigest()
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """What the tokenizer's own post-processor puts before a text: Llama's <s>, nothing for GPT-2."""
+        with_specials = self.rust.encode("a", add_special_tokens=True).ids
+        plain = self.rust.encode("a", add_special_tokens=False).ids
+        starts = [i for i in range(len(with_specials)) if with_specials[i : i + len(plain)] == plain]
+        return with_specials[: starts[0]] if starts else []
+
     @property
     def eos(self) -> str:
         return self.rust.id_to_token(self.eos_id)
@@ -57,6 +73,17 @@ class Tokenizer:
         """Ids of plain text: a control token spelt out in it stays text."""
         self.rust.encode_special_tokens = True
         return self.rust.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that a model is to go on with: `prefix` and the text, or the end token where both are empty."""
+        return self.prefix + self.encode(text) or [self.eos_id]
+
+    def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Ids of whole documents, each from `prefix` to the end token; memory holds a block of them."""
+        texts = iter(texts)
+        before, after = np.array(self.prefix, dtype=np.uint32), np.array([self.eos_id], dtype=np.uint32)
+        while block := list(itertools.islice(texts, BLOCK)):
+            yield from (np.concatenate((before, ids, after)) for ids in self.encode_batch(block))
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         return self.rust.decode(list(ids), skip_special_tokens=skip_special_tokens)

@@ -6,12 +6,13 @@ A unit's files appear whole or not at all, and are named after everything that m
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,14 @@ from llmkit.data.dedup import exact_key, minhash_bands
 from llmkit.data.documents import list_files, read_dataset, read_file, root_of
 from llmkit.data.filters import first_reason
 from llmkit.data.records import GUESSED_ENCODINGS, BadRecord
-from llmkit.data.tokenizer import CHECKED, Tokenizer, load_tokenizer
+from llmkit.data.tokenizer import CHECKED, load_tokenizer
 from llmkit.data.tokens import token_dtype, write_shard
-from llmkit.run import write_atomically
+from llmkit.run import file_sha256, write_atomically
 from llmkit.types import Document
 
 UNIT_BYTES = 32 * 2**20  # of source files in one work unit
 EXAMPLES = 3  # of every reason to drop, in the report
-VERSION = 2  # of the pipeline: another one redoes everything
+VERSION = 3  # of the pipeline: another one redoes everything
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,12 @@ def make_units(data: CorpusData) -> list[Unit]:
     """Cut every source into units of about UNIT_BYTES."""
     units = []
     for source in data.sources:
-        made_of = (
-            VERSION,
-            source.model_dump(),
-            data.clean.model_dump(),
-            data.filter.model_dump(),
-            data.dedup.model_dump(),
-        )
+        sections = (data.clean, data.filter, data.dedup)
+        made_of = (VERSION, source.model_dump(), [section.model_dump() for section in sections])
         if source.hf:
-            units.append(Unit(f"{source.name}-000", source.model_dump(), (), hash_of(*made_of)))
+            folder = Path(source.hf).expanduser()
+            stamps = stamps_of(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+            units.append(Unit(f"{source.name}-000", source.model_dump(), (), hash_of(*made_of, stamps)))
             continue
         batches, size = [[]], 0
         for path in list_files(source.path, source.include, source.exclude):
@@ -84,10 +82,14 @@ def make_units(data: CorpusData) -> list[Unit]:
             batches[-1].append(path)
             size += path.stat().st_size
         for number, files in enumerate(batches):
-            stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
             name = f"{source.name}-{number:03d}"
-            units.append(Unit(name, source.model_dump(), tuple(map(str, files)), hash_of(*made_of, stamps)))
+            units.append(Unit(name, source.model_dump(), tuple(map(str, files)), hash_of(*made_of, stamps_of(files))))
     return units
+
+
+def stamps_of(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """What tells whether files have changed: their names, sizes and times."""
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
 
 
 def read_unit(unit: Unit) -> Iterator[Document | BadRecord]:
@@ -223,43 +225,40 @@ def split_text(id: str, text: str, val_fraction: float, seed: int, by_tail: bool
 
 
 def encode_unit(
-    unit: Unit, keep: np.ndarray, folder: Path, val_fraction: float, seed: int, by_tail: bool, key: str
-) -> dict[str, Any]:
+    unit: Unit, keep: np.ndarray, folder: Path, tokenizer_folder: Path, val_fraction: float, seed: int, by_tail: bool,
+    key: str,
+) -> dict[str, Any]:  # fmt: skip
     """Encode one unit's kept documents into a shard of each split; returns files and counts."""
     done = folder / "parts" / f"{unit.part}.tokens-{key}.json"
     if done.exists():
         result = json.loads(done.read_text(encoding="utf-8"))
         if all((folder / file["path"]).exists() for split in ("train", "val") for file in result[split]["files"]):
             return result
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer = load_tokenizer(tokenizer_folder)
     dtype = token_dtype(len(tokenizer))
-    texts: dict[str, list[str]] = {"train": [], "val": []}
     held_out: list[str] = []
-    for record, wanted in zip(read_part(folder / "parts" / f"{unit.part}.jsonl.zst"), keep, strict=True):
-        if wanted:
-            train, val = split_text(record["id"], record["text"], val_fraction, seed, by_tail)
-            texts["train"] += [train] if train else []
-            texts["val"] += [val] if val else []
-            held_out += [record["id"]] if val else []
-    tokenizer.agrees([text[:10_000] for text in texts["train"][:CHECKED]])
-    end = np.array([tokenizer.eos_id], dtype=np.uint32)
+    sizes = Counter()
+
+    def texts(split: int) -> Iterator[str]:
+        """The texts of one split, read again for each, so that memory does not grow with the unit."""
+        for record, wanted in zip(read_part(folder / "parts" / f"{unit.part}.jsonl.zst"), keep, strict=True):
+            text = split_text(record["id"], record["text"], val_fraction, seed, by_tail)[split] if wanted else ""
+            if text:
+                sizes[split] += len(text.encode("utf-8", "replace"))
+                held_out.extend([record["id"]] * split)
+                yield text
+
+    tokenizer.agrees([text[:10_000] for text in itertools.islice(texts(0), CHECKED)])
+    sizes.clear()
     result: dict[str, Any] = {"held_out": held_out}
-    for split, chosen in texts.items():
-        path = folder / "tokens" / split / unit.source["name"] / f"{unit.name}-{key}"
-        documents = (np.concatenate((ids, end)) for ids in encode_in_blocks(tokenizer, chosen))
-        documents_written, tokens = write_shard(path, documents, dtype)
+    for split, name in enumerate(("train", "val")):
+        path = folder / "tokens" / name / unit.source["name"] / f"{unit.name}-{key}"
+        documents, tokens = write_shard(path, tokenizer.encode_documents(texts(split)), dtype)
         files = []
         if tokens:
             binary = path.with_suffix(".bin")
-            with binary.open("rb") as file:
-                checksum = hashlib.file_digest(file, "sha256").hexdigest()
-            files = [{"path": str(binary.relative_to(folder)), "bytes": binary.stat().st_size, "sha256": checksum}]
-        size = sum(len(text.encode("utf-8", "replace")) for text in chosen)
-        result[split] = {"documents": documents_written, "tokens": tokens, "bytes": size, "files": files}
+            entry = {"path": str(binary.relative_to(folder)), "bytes": binary.stat().st_size}
+            files = [entry | {"sha256": file_sha256(binary)}]
+        result[name] = {"documents": documents, "tokens": tokens, "bytes": sizes[split], "files": files}
     write_atomically(done, json.dumps(result))
     return result
-
-
-def encode_in_blocks(tokenizer: Tokenizer, texts: list[str], size: int = 256) -> Iterator[np.ndarray]:
-    for start in range(0, len(texts), size):
-        yield from tokenizer.encode_batch(texts[start : start + size])

@@ -143,7 +143,7 @@ def measure(
             raise UserError("fine-tuning rows have a length of their own", got=f"window {window}, stride {stride}")
         if config is None:
             raise UserError("there is no text to measure on", fix="name a file with --data", code=DATA)
-        batches, what = run_val_split(located.run_dir, config["data"], window, stride, batch_size)
+        batches, what = run_val_split(located.run_dir, config["data"], tokenizer, window, stride, batch_size)
     else:
         batches, what = file_batches(data, tokenizer, window, stride, batch_size)
     with autocast(device, precision):
@@ -156,14 +156,21 @@ def measure(
             "precision": precision}  # fmt: skip
 
 
-def run_val_split(run_dir: Path, data: dict, window: int, stride: int, batch_size: int) -> tuple[Iterable[Batch], str]:
-    """The val split of a run's own data section."""
+def run_val_split(
+    run_dir: Path, data: dict, tokenizer: Tokenizer, window: int, stride: int, batch_size: int
+) -> tuple[Iterable[Batch], str]:
+    """The val split that a run trained beside; UserError where data.dir holds another build by now."""
+    key = json.loads((run_dir / "run.json").read_text())["data_fingerprint"]
     if data["kind"] == "sft":
-        key = json.loads((run_dir / "run.json").read_text())["data_fingerprint"]
         batches = packed_batches(run_dir / "data" / key, "val", batch_size, seed=0)
         return batches.in_order(), f"the val split of {data['path']}"
     folder = Path(data["dir"])
     manifest = read_manifest(folder)
+    if manifest["fingerprint"] != key or manifest["tokenizer_sha256"] != tokenizer.sha256:
+        raise UserError(
+            "the data was built anew since this run", at=folder, fix="build it as it was, or name a file with --data",
+            code=DATA,
+        )  # fmt: skip
     stream = open_split(folder, manifest["splits"]["val"]["files"], np.dtype(manifest["dtype"]))
     return windows(stream.read(0, len(stream)), window, stride, batch_size), f"the val split of {folder}"
 
@@ -190,9 +197,7 @@ def file_batches(
     if not documents:
         raise UserError("no text can be read from the file", at=path, code=DATA)
     tokenizer.agrees([one.text[:10_000] for one in documents[:CHECKED]])
-    end = np.array([tokenizer.eos_id], dtype=np.uint32)
-    encoded = [part for ids in tokenizer.encode_batch([one.text for one in documents]) for part in (ids, end)]
-    tokens = np.concatenate(encoded)
+    tokens = np.concatenate(list(tokenizer.encode_documents(one.text for one in documents)))
     return windows(tokens, window, stride, batch_size), f"{path} ({len(documents)} documents)"
 
 
