@@ -1,16 +1,20 @@
 """Text to shards to batches: nothing lost, nothing counted twice, the same for any number of workers."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from conftest import SHARED, llmkit, needs_shared, sentences, tiny_config
+from conftest import SHARED, needs_shared, sentences, tiny_config
 
+from llmkit.cli import main
 from llmkit.config import Config, SftData
 from llmkit.data.batches import Batches, corpus_batches, packed_batches, permute
 from llmkit.data.build import build_corpus, read_manifest
 from llmkit.data.chat import CHATML, chat_prompt, compile_template, encode_example, to_turns
+from llmkit.data.inspect import CONTEXT, RESET, TARGET, inspect_rows, paint
 from llmkit.data.sft import encode_sft, pack
 from llmkit.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from llmkit.data.tokens import TokenStream, open_split, token_dtype, write_shard
@@ -312,7 +316,70 @@ WORDS_FOR = {"one": ["model", "token"], "river": ["small", "large", "of"], "code
              "loss": ["and", "it", "is"], "the": ["a", "one", "in"]}  # fmt: skip
 
 
-def test_inspect_shows_targets(corpus):
+def encoded(tokenizer, folder, texts: list[tuple[str, str]], **options) -> tuple[dict, list[Batch]]:
+    """The report of prompts and completions, encoded in rows of 17 tokens, and each row of the train split."""
+    lines = [json.dumps({"prompt": prompt, "completion": completion}) + "\n" for prompt, completion in texts]
+    (folder / "train.jsonl").write_text("".join(lines))
+    (folder / "val.jsonl").write_text(json.dumps({"prompt": "the ", "completion": "loss"}))
+    files = {"path": str(folder / "train.jsonl"), "val_path": str(folder / "val.jsonl")}
+    report = encode_sft(SftData(kind="sft", seq_len=16, **files, **options), tokenizer, folder / "out", seed=0)
+    return report, rows_of(report, "train")
+
+
+def rows_of(report: dict, split: str) -> list[Batch]:
+    return list(packed_batches(Path(report["folder"]), split, 1, seed=0).in_order())
+
+
+def answers(tokenizer, rows: list[Batch]) -> list[str]:
+    """What the targets of each row say."""
+    return [tokenizer.decode(row.labels[row.labels != IGNORE_INDEX]) for row in rows]
+
+
+def test_too_long_examples_are_cut_or_dropped(tokenizer, tmp_path):
+    texts = [("the ", "river " * 50), ("river " * 50, "is cut away"), ("one ", "model")]
+    report, rows = encoded(tokenizer, tmp_path, texts, too_long="truncate")
+    counts = report["splits"]["train"]
+    assert (counts["examples"], counts["too long"], counts["without a target"], len(rows)) == (3, 2, 1, 2)
+    cut, short = answers(tokenizer, rows)
+    prompt, answer = (len(tokenizer.encode(text)) for text in texts[0])
+    assert texts[0][1].startswith(cut) and len(tokenizer.encode(cut)) == 17 - prompt < answer
+    assert short == "model<|endoftext|>"
+    report, rows = encoded(tokenizer, tmp_path, texts, too_long="drop")
+    assert report["splits"]["train"]["too long"] == 2 and answers(tokenizer, rows) == ["model<|endoftext|>"]
+
+
+def test_without_packing_an_example_has_its_row_alone(tokenizer, tmp_path):
+    texts = [("the ", "river"), ("one ", "model"), ("code ", "loss")]
+    together = encoded(tokenizer, tmp_path, texts)[1]
+    assert len(together) == 1 and set(together[0].segments[0]) >= {0, 1, 2}
+    alone = encoded(tokenizer, tmp_path, texts, packing=False)[1]
+    assert answers(tokenizer, alone) == [f"{answer}<|endoftext|>" for _, answer in texts]
+    for row, (prompt, answer) in zip(alone, texts, strict=True):
+        assert set(row.segments[0]) == {0, -1}
+        assert tokenizer.decode(row.input_ids[row.segments == 0]) == f"{prompt}{answer}<|endoftext|>"
+
+
+def test_val_path_is_the_val_split_and_nothing_is_held_out(tokenizer, tmp_path):
+    texts = [("the ", word) for word in WORDS_FOR]
+    report, rows = encoded(tokenizer, tmp_path, texts, packing=False)
+    assert answers(tokenizer, rows) == [f"{word}<|endoftext|>" for word in WORDS_FOR]
+    assert answers(tokenizer, rows_of(report, "val")) == ["loss<|endoftext|>"]
+
+
+def test_inspect_paints_answers_and_dims_prompts(tokenizer, tmp_path):
+    _, rows = encoded(tokenizer, tmp_path, [("the river ", "is small")])
+    shown = inspect_rows(rows[0], tokenizer)
+    _, coloured = paint(shown, colour=True).split("\n")
+    assert coloured == f"{RESET}{CONTEXT}the river {RESET}{TARGET}is small<|endoftext|>{RESET}"
+    _, plain = paint(shown, colour=False).split("\n")
+    assert plain == "the river [[is small<|endoftext|>]]"
+
+
+def test_inspect_shows_targets_in_colour_on_a_terminal_only(corpus, monkeypatch, capsys):
     (corpus / "inspect.yaml").write_text(yaml.safe_dump(tiny_config(corpus)))
-    shown = llmkit("data", "inspect", "inspect.yaml", "--rows", 1, cwd=corpus).stdout
-    assert "row 0: 33 tokens, 32 targets" in shown
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        with pytest.raises(SystemExit, match="0"):
+            main(["data", "inspect", str(corpus / "inspect.yaml"), "--rows", "1"])
+        shown = capsys.readouterr().out
+        assert "row 0: 33 tokens, 32 targets" in shown and (TARGET in shown) == terminal == ("\x1b" in shown)

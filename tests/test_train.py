@@ -17,17 +17,25 @@ from safetensors.torch import load_file
 
 from llmkit import checkpoint
 from llmkit.config import load_config
+from llmkit.data.chat import chat_prompt
+from llmkit.data.tokenizer import load_tokenizer
 from llmkit.errors import UserError
+from llmkit.job import prepare
+from llmkit.models import llama
 from llmkit.models.folder import read_config
-from llmkit.train import train
+from llmkit.parallel import start_world
+from llmkit.run import open_run
+from llmkit.train import fresh_tensors, note_finite, train
+from llmkit.types import IGNORE_INDEX
 
 
-def run(corpus: Path, folder: Path, **sections) -> tuple[Path, dict]:
+def run(corpus: Path, folder: Path, say=lambda line: None, **sections) -> tuple[Path, dict]:
     """Train in this process; returns the run directory and the summary."""
+    folder.mkdir(exist_ok=True)
     path = folder / "c.yaml"
     path.write_text(yaml.safe_dump(tiny_config(corpus, **sections)))
     config = load_config(path, [f"run_dir={folder / 'run'}"])
-    return folder / "run", train(config, say=lambda line: None)
+    return folder / "run", train(config, say=say)
 
 
 def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
@@ -48,8 +56,9 @@ def steps(number: int, **train_options) -> dict:
 def test_accumulation_changes_nothing(corpus, tmp_path):
     made = {}
     for micro in (8, 4, 1):
-        (tmp_path / str(micro)).mkdir()
-        where, _ = run(corpus, tmp_path / str(micro), train=steps(3, micro_batch_size=micro), optimizer={"lr": 1e-3})
+        where, _ = run(corpus, tmp_path / str(micro), (said := []).append, optimizer={"lr": 1e-3},
+                       train=steps(3, micro_batch_size=micro))  # fmt: skip
+        assert f"8 = {micro} micro x {8 // micro} accumulated" in "\n".join(said)
         made[micro] = (weights(where, 3), [r.get("loss") for r in metrics(where)])
     assert worst(made[8][0], made[1][0]) < 1e-5 and worst(made[8][0], made[4][0]) < 1e-5
     assert made[8][1] == pytest.approx(made[1][1], abs=1e-5)
@@ -65,22 +74,44 @@ def test_two_ranks_train_as_one(corpus, tmp_path):
         assert one == pytest.approx(two, abs=1e-4)
 
 
-def test_checkpointing_is_the_same_gradient(corpus, tmp_path):
-    made = []
-    for mode in ("none", "full", 2):
-        (tmp_path / str(mode)).mkdir()
-        where, _ = run(corpus, tmp_path / str(mode), train=steps(3, gradient_checkpointing=mode))
-        made.append(weights(where, 3))
-    assert worst(made[0], made[1]) < 1e-6 and worst(made[0], made[2]) < 1e-6
+def test_checkpointing_is_the_same_gradient_from_blocks_made_twice(corpus, tmp_path, monkeypatch):
+    calls = []
+    attend = llama.attend
+    monkeypatch.setattr(llama, "attend", lambda *args: calls.append(torch.is_grad_enabled()) or attend(*args))
+    made = {}
+    for mode, recomputed in (("none", 0), ("full", 2), (2, 1)):
+        calls.clear()
+        where, _ = run(corpus, tmp_path / str(mode), (said := []).append, train=steps(3, gradient_checkpointing=mode))
+        assert f"2, {recomputed} recomputed in the backward" in "\n".join(said)
+        assert sum(calls) == 3 * (2 + recomputed)
+        made[mode] = weights(where, 3)
+    assert worst(made["none"], made["full"]) < 1e-6 and worst(made["none"], made[2]) < 1e-6
 
 
 @pytest.mark.slow
 def test_compiled_blocks_are_the_same_model(corpus, tmp_path):
     made = []
-    for mode in (False, True):
-        (tmp_path / str(mode)).mkdir()
-        where, _ = run(corpus, tmp_path / str(mode), train=steps(3, compile=mode), optimizer={"lr": 1e-3})
+    for mode, words in ((False, "compiled: off"), (True, "compiled: every block, and the loss")):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        where, _ = run(corpus, tmp_path / str(mode), (said := []).append, optimizer={"lr": 1e-3},
+                       train=steps(3, compile=mode))  # fmt: skip
+        assert words in "\n".join(said)
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) is mode
         made.append(weights(where, 3))
+    assert worst(*made) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", 2])
+def test_many_blocks_are_recomputed_and_compiled_as_one(corpus, tmp_path, mode):
+    made = []
+    for options in ({}, {"gradient_checkpointing": mode, "compile": True}):
+        torch._dynamo.reset()
+        where, _ = run(corpus, tmp_path / str(len(options)), (said := []).append, optimizer={"lr": 1e-3},
+                       model={"num_hidden_layers": 12}, train=steps(2, **options))  # fmt: skip
+        made.append(weights(where, 2))
+    assert f"12, {12 if mode == 'full' else 6} recomputed in the backward, compiled: every block" in "\n".join(said)
     assert worst(*made) < 1e-5
 
 
@@ -97,14 +128,31 @@ def test_the_loss_falls(corpus, tmp_path, model, optimizer):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_low_precision_trains_close_to_fp32(corpus, tmp_path, precision):
+def test_low_precision_trains_close_to_fp32(corpus, tmp_path, monkeypatch, precision):
+    for place in ("llmkit.parallel.matmul_rate", "llmkit.train.matmul_rate"):  # a minute in fp16 on a CPU
+        monkeypatch.setattr(place, lambda *_: 1e15)
     losses = {}
     for name in ("fp32", precision):
-        (tmp_path / name).mkdir()
         where, _ = run(corpus, tmp_path / name, train=steps(20, precision=name))
-        losses[name] = [r["val_loss"] for r in metrics(where) if "val_loss" in r][-1]
+        losses[name] = [r["val_loss"] for r in metrics(where) if "val_loss" in r]
         assert all(tensor.dtype == torch.float32 for tensor in weights(where, 20).values())
-    assert losses[precision] == pytest.approx(losses["fp32"], rel=0.05)
+    assert losses[precision][-1] == pytest.approx(losses["fp32"][-1], rel=0.05)
+    assert all(low != full for low, full in zip(*losses.values(), strict=True))
+
+
+def test_the_fp16_scale_halves_after_a_bad_step_and_doubles_after_enough_good_ones(monkeypatch):
+    monkeypatch.setattr("llmkit.train.SCALE_GROWTH", 3)
+    steps_found_inf = [1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+    scales = {}
+    for precision in ("fp16", "bf16"):
+        tensors = fresh_tensors(torch.device("cpu"), precision)
+        scales[precision] = []
+        for found_inf in steps_found_inf:
+            note_finite(tensors, torch.tensor(float(found_inf)), precision)
+            scales[precision].append(tensors["scale"].item())
+        assert tensors["skipped"] == 3 and tensors["bad_in_a_row"] == 0 and tensors["good_in_a_row"] == 7
+    assert scales["fp16"] == [2**15, 2**14, 2**14, 2**14, 2**13, 2**13, 2**13, 2**14, 2**14, 2**14, 2**15, 2**15]
+    assert set(scales["bf16"]) == {1}
 
 
 def test_dropout_draws_differ_by_step_and_turn_off_in_evaluation(corpus, tmp_path):
@@ -231,14 +279,12 @@ def cached_run(corpus: Path) -> tuple[Path, dict]:
     return CACHED["made"]
 
 
-def test_a_run_directory_has_one_writer(corpus, tmp_path):
-    from llmkit.run import open_run
-
+def test_a_second_writer_of_a_run_directory_exits_7(corpus, tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_config(corpus)))
     first = open_run(tmp_path / "r", {"a": 1})
-    code = "from llmkit.run import open_run; from pathlib import Path; "
-    code += f"open_run(Path({str(tmp_path / 'r')!r}), {{'a': 1}})"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "another process is training" in other.stderr and str(os.getpid()) in other.stderr
+    errors = llmkit("pretrain", "c.yaml", "-o", "run_dir=r", cwd=tmp_path, code=7).stderr
+    assert "another process is training" in errors and f"pid {os.getpid()} " in errors
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["lock"]
     first.close()
     open_run(tmp_path / "r", {"a": 1}).close()
 
@@ -246,11 +292,15 @@ def test_a_run_directory_has_one_writer(corpus, tmp_path):
 # ---- faults ---------------------------------------------------------------------------------------------------------
 
 
-def test_divergence_stops_and_the_weights_stay_finite(corpus, tmp_path):
-    with pytest.raises(UserError) as caught:
-        run(corpus, tmp_path, optimizer={"lr": 1e30}, train=steps(40), checkpoint={"every": 5}, log={"every": 1})
-    assert caught.value.code == 6 and "not finite" in caught.value.what
-    for folder in checkpoint.listed(tmp_path / "run"):
+def test_divergence_exits_6_after_max_bad_steps_and_the_weights_stay_finite(corpus, tmp_path):
+    config = tiny_config(corpus, optimizer={"lr": 1e30}, train=steps(40, max_bad_steps=3), checkpoint={"every": 1},
+                         log={"every": 1})  # fmt: skip
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    errors = llmkit("pretrain", "c.yaml", "-o", "run_dir=r", cwd=tmp_path, code=6).stderr
+    assert "not finite in 3 steps in a row" in errors and "lr 1e+30" in errors
+    saved = checkpoint.listed(tmp_path / "r")
+    assert saved
+    for folder in saved:
         assert all(torch.isfinite(t).all() for t in load_file(folder / "model" / "model.safetensors").values())
 
 
@@ -284,7 +334,16 @@ def test_early_stopping_and_the_best_checkpoint_is_kept(corpus, tmp_path):
     evaluated = {r["step"]: r["val_loss"] for r in metrics(where) if "val_loss" in r and r["step"]}
     best = min(evaluated, key=evaluated.get)
     assert {f.name for f in checkpoint.listed(where)} == {f"step-{best:06d}", f"step-{summary['steps']:06d}"}
+    assert len([step for step in evaluated if step > best]) == 3
     assert checkpoint.locate(where).folder.parent.name == f"step-{best:06d}"
+
+
+def test_deterministic_is_asked_for_when_the_config_says_so(corpus, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("llmkit.train.make_deterministic", asked.append)
+    for wanted in (False, True):
+        run(corpus, tmp_path / str(wanted), train=steps(1, deterministic=wanted))
+        assert len(asked) == wanted
 
 
 def test_samples_tensorboard_plot_and_report(corpus, tmp_path):
@@ -329,16 +388,18 @@ def test_option_errors_come_at_once_and_write_nothing(corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_lora_trains_only_the_adapter_and_resumes(corpus, tmp_path):
-    base, _ = cached_run(corpus)
-    pairs = [{"prompt": "the model reads ", "completion": f"the code of river {i}"} for i in range(40)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    config = tiny_config(corpus, train=steps(20)) | {
-        "init_from": str(base), "data": {"kind": "sft", "path": str(tmp_path / "pairs.jsonl"), "seq_len": 48},
-        "peft": {"name": "lora", "r": 4, "dropout": 0.1},
-    }  # fmt: skip
+def write_sft_config(corpus: Path, folder: Path, records: list[dict], train: dict, **sections) -> None:
+    """FOLDER/c.yaml, which fine-tunes the cached run on these records."""
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = {"kind": "sft", "path": str(folder / "records.jsonl"), "seq_len": 48} | sections.pop("data", {})
+    config = tiny_config(corpus, train=train) | {"init_from": str(cached_run(corpus)[0]), "data": data} | sections
     config.pop("model")
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    (folder / "c.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_lora_trains_only_the_adapter_and_resumes(corpus, tmp_path):
+    pairs = [{"prompt": "the model reads ", "completion": f"the code of river {i}"} for i in range(40)]
+    write_sft_config(corpus, tmp_path, pairs, steps(20), peft={"name": "lora", "r": 4, "dropout": 0.1})
     for name, lengths in (("once", (20,)), ("twice", (10, 20))):
         for length in lengths:
             train(load_config(tmp_path / "c.yaml", [f"run_dir={tmp_path / name}", f"train.max_steps={length}",
@@ -355,13 +416,24 @@ def test_lora_trains_only_the_adapter_and_resumes(corpus, tmp_path):
 
 
 def test_full_finetuning_moves_every_weight(corpus, tmp_path):
-    base, _ = cached_run(corpus)
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "the ", "completion": "river is small"}\n' * 20)
-    config = tiny_config(corpus, train=steps(4)) | {
-        "init_from": str(base), "data": {"kind": "sft", "path": str(tmp_path / "pairs.jsonl"), "seq_len": 32},
-    }  # fmt: skip
-    config.pop("model")
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    write_sft_config(corpus, tmp_path, [{"prompt": "the ", "completion": "river is small"}] * 20, steps(4))
     train(load_config(tmp_path / "c.yaml", [f"run_dir={tmp_path / 'run'}"]), say=print)
-    before, after = weights(base, 20), weights(tmp_path / "run", 4)
+    before, after = weights(cached_run(corpus)[0], 20), weights(tmp_path / "run", 4)
     assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_chat_template_file_shapes_the_rows_and_goes_into_checkpoints(corpus, tmp_path):
+    template = "{% for turn in messages %}{{ turn.role }}> {{ turn.content }}{{ eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant> {% endif %}"
+    (tmp_path / "chat.jinja").write_text(template)
+    records = [{"messages": [{"role": "user", "content": "the river"}, {"role": "assistant", "content": "is small"}]}]
+    write_sft_config(corpus, tmp_path, records * 8, steps(1), data={"chat_template": str(tmp_path / "chat.jinja")})
+    config = load_config(tmp_path / "c.yaml", [f"run_dir={tmp_path / 'run'}"])
+    batch = prepare(config, start_world()).batches("train", 1).batch_at(0)
+    train(config, say=print)
+    tokenizer = load_tokenizer(tmp_path / "run/checkpoints/step-000001/model")
+    assert tokenizer.chat_template == template
+    assert tokenizer.decode(batch.input_ids[0]).startswith("user> the river<|endoftext|>assistant> is small")
+    targets = tokenizer.decode(batch.labels[batch.labels != IGNORE_INDEX])
+    assert targets == "is small<|endoftext|>" * targets.count("is")
+    assert tokenizer.decode(chat_prompt(tokenizer, "one")) == "user> one<|endoftext|>assistant> "

@@ -1,0 +1,36 @@
+"""What the machine decides: the precision that "auto" means, and what `deterministic` asks of it."""
+
+import pytest
+import torch
+
+from llmkit.parallel import choose_precision, make_deterministic
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "auto"),
+    [("fpu avx512_bf16 amx_tile", "bf16"), ("fpu amx_bf16", "bf16"), ("fpu avx2 avx512f", "fp32"), (None, "fp32")],
+)
+def test_auto_is_bf16_where_the_cpu_multiplies_it(tmp_path, monkeypatch, flags, auto):
+    if flags:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nbugs\t\t: avx512_bf16\nflags\t\t: {flags}\n")
+    monkeypatch.setattr("llmkit.parallel.CPUINFO", tmp_path / "cpuinfo")
+    assert choose_precision("auto", CPU) == auto
+    assert [choose_precision(asked, CPU) for asked in ("bf16", "fp16", "fp32")] == ["bf16", "fp16", "fp32"]
+
+
+@pytest.mark.parametrize(("supported", "auto"), [(True, "bf16"), (False, "fp16")])
+def test_auto_on_a_gpu_is_fp16_without_bf16_in_hardware(monkeypatch, supported, auto):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or supported)
+    assert choose_precision("auto", torch.device("cuda")) == auto
+
+
+def test_deterministic_asks_cuda_and_leaves_a_cpu_alone(monkeypatch):
+    asked, environment = [], {}
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr("os.environ", environment)
+    make_deterministic(CPU)
+    assert not asked and not environment
+    make_deterministic(torch.device("cuda"))
+    assert asked == [True] and environment == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}

@@ -1,0 +1,77 @@
+"""The quickstart's own scripts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import tiny_config
+
+from llmkit.config import Config
+from llmkit.data.build import build_corpus
+
+ROOT = Path(__file__).parents[1]
+MODULE = '''
+def add_{i}(x):
+    """Add {i}."""
+    return x + {i}
+
+
+def silent(x):
+    x = x + 1
+    return x
+
+
+def empty(x):
+    """Nothing below."""
+
+
+def long(x):
+    """Too long."""
+    return "{a}"
+
+
+class Box:
+    def get_{i}(self):
+        """The number.
+
+        And more.
+        """
+        number = {i}
+        return number
+'''
+
+
+def pairs_of(i: int) -> list[tuple[str, str]]:
+    return [
+        (f'def add_{i}(x):\n    """Add {i}."""\n', f"    return x + {i}\n"),
+        (
+            f'def get_{i}(self):\n    """The number.\n\n    And more.\n    """\n',
+            f"    number = {i}\n    return number\n",
+        ),
+    ]
+
+
+def test_stdlib_pairs_are_bodies_of_documented_functions_and_val_is_what_the_corpus_held_out(tmp_path):
+    stdlib = tmp_path / "lib"
+    for i in range(12):
+        path = stdlib / ("sub" if i % 2 else ".") / f"m{i}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(MODULE.format(i=i, a="a" * 800))
+    (stdlib / "broken.py").write_text("def (:\n")
+    (stdlib / "test").mkdir()
+    (stdlib / "test" / "m99.py").write_text(MODULE.format(i=99, a=""))
+    config = tiny_config(tmp_path)
+    config["data"] |= {"sources": [{"name": "stdlib", "path": str(stdlib), "profile": "none"}],
+                       "split": {"val_fraction": 0.4}}  # fmt: skip
+    build_corpus(Config.model_validate(config).data, say=print)
+    script = [sys.executable, ROOT / "scripts" / "stdlib_pairs.py", stdlib, tmp_path / "data", tmp_path / "pairs"]
+    subprocess.run(script, cwd=ROOT, check=True)
+
+    held_out = (tmp_path / "data" / "val_documents.txt").read_text()
+    val = {i for i in range(12) if f"/m{i}.py\n" in held_out}
+    assert 0 < len(val) < 12
+    for split, modules in (("train", set(range(12)) - val), ("val", val)):
+        lines = (tmp_path / "pairs" / f"{split}.jsonl").read_text().splitlines()
+        made = [(pair["prompt"], pair["completion"]) for pair in map(json.loads, lines)]
+        assert sorted(made) == sorted(pair for i in modules for pair in pairs_of(i))
