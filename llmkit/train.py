@@ -33,7 +33,6 @@ from llmkit.parallel import (
     make_deterministic,
     matmul_rate,
     peak_flops,
-    peak_memory,
     start_world,
     to_device,
 )
@@ -367,10 +366,10 @@ def finish(job: Job, run: Run, header: dict, progress: Progress, watch: Watch, s
         summary |= {"best checkpoint": str(kept)}
     if speeds:
         summary["median tokens/s"] = round(speeds[len(speeds) // 2])
-    gib = 2**30
+    memory = max((r["memory_gb"] for r in records if "memory_gb" in r), default=0.0)
     summary |= {
         "time": clock(progress.seconds + watch.elapsed),
-        "peak memory": f"{peak_memory(job.world.device) / gib:.2f} GiB (estimated {job.plan.peak_memory / gib:.2f})",
+        "peak memory": f"{memory:.2f} GiB (estimated {job.plan.peak_memory / 2**30:.2f})",
         "skipped steps": int(progress.tensors["skipped"].item()),
         "ended": stop or "at its full length",
         "files": f"{run.folder}/: checkpoints/, metrics.jsonl, loss.png, report.md",

@@ -10,7 +10,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 mkdir -p data
 ln -sfn "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" data/stdlib
 started=$(date +%s)
-step() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
+step() { printf '\n$'; printf ' %q' "$@"; printf '\n'; "$@"; }  # each command as one would type it
 
 step llmkit data build configs/quickstart.yaml
 step llmkit pretrain configs/quickstart.yaml
@@ -18,6 +18,6 @@ step python scripts/stdlib_pairs.py data/stdlib data/quickstart data/pairs
 step llmkit eval runs/quickstart --perplexity --data data/pairs/val.jsonl
 step llmkit finetune --lora configs/quickstart-lora.yaml
 step llmkit eval runs/quickstart-lora --perplexity --data data/pairs/val.jsonl
-step llmkit generate runs/quickstart $'class Reader:\n    def ' --max-new-tokens 150
-step llmkit generate runs/quickstart-lora $'def is_empty(self):\n    """Return True if the queue is empty."""\n'
+step llmkit generate runs/quickstart $'class Reader:\n    def ' --max-new-tokens 150 --temperature 0.6
+step llmkit generate runs/quickstart-lora $'def close(self):\n    """Close the connection and the file."""\n' --temperature 0.6
 printf '\nall of it took %s s; the loss curve is runs/quickstart/loss.png\n' $(($(date +%s) - started))
