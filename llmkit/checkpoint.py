@@ -32,6 +32,7 @@ from llmkit.peft import lora
 from llmkit.run import file_sha256
 
 MANIFEST = "MANIFEST.json"
+HELD = "HELD_BY"  # a checkpoint's list of the runs whose adapters are nothing without it
 
 
 def sync(path: Path) -> None:
@@ -57,7 +58,7 @@ def save(
 
     write_model  fills the folder that it is given
     about        goes into the manifest beside the files: val_loss (which makes the best one), hashes, world size
-    keep         how many of the newest stay; the best by val loss stays beside them
+    keep         how many of the newest stay; beside them the best by val loss, and the bases of adapters
     """
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
     half = folder.with_name(folder.name + ".tmp")
@@ -66,8 +67,9 @@ def save(
             shutil.rmtree(half)
         (half / "trainer").mkdir(parents=True)
         write_model(half / "model")
-        save_file(tensors, half / "trainer" / "tensors.safetensors")
         (half / "trainer" / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        save_file(tensors, half / "trainer" / "tensors.safetensors")
+        shutil.copymode(half / "trainer" / "state.json", half / "trainer" / "tensors.safetensors")
         files = sorted(path for path in half.rglob("*") if path.is_file())
         entries = []
         for path in files:
@@ -98,9 +100,22 @@ def save(
             shutil.rmtree(abandoned)
     best_one = best(run_dir)
     for old in listed(run_dir)[:-keep]:
-        if old != best_one:
+        if old != best_one and not is_held(old):
             shutil.rmtree(old)
     return folder
+
+
+def hold(model: Path, by: Path) -> None:
+    """Keep a checkpoint, whose model an adapter is trained on, for as long as the adapter's run is there."""
+    if (model.parent / MANIFEST).is_file():
+        with contextlib.suppress(OSError), (model.parent / HELD).open("a", encoding="utf-8") as file:
+            file.write(f"{by.resolve()}\n")
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a run still needs this checkpoint as its base."""
+    names = folder / HELD
+    return names.is_file() and any(Path(name).is_dir() for name in names.read_text(encoding="utf-8").splitlines())
 
 
 def listed(run_dir: Path) -> list[Path]:

@@ -270,11 +270,11 @@ def tokenizer_show(
 def plan(config: ConfigArg, o: Override = [], as_json: AsJson = False) -> None:
     """Parameters, FLOPs and memory of CONFIG, without making weights. Exit code 5: it will not fit here."""
     from llmkit.config import load_config
-    from llmkit.job import plan_config
+    from llmkit.job import plan_config, plan_rows
 
-    figures, fits = plan_config(load_config(config, o))
-    show(figures, as_json)
-    if not fits:
+    figures = plan_config(load_config(config, o))
+    show(figures if as_json else plan_rows(figures), as_json)
+    if not figures["fits"]:
         raise typer.Exit(5)
 
 
@@ -335,7 +335,7 @@ def progress_to(as_json: bool):
 
 
 def show(figures: dict[str, Any], as_json: bool) -> None:
-    """A result, as rows or as JSON."""
+    """A result: JSON as it is, or rows in which underscores are spaces."""
     if as_json:
         import json
 
@@ -344,7 +344,7 @@ def show(figures: dict[str, Any], as_json: bool) -> None:
     width = max(map(len, figures), default=0)
     for key, value in figures.items():
         value = f"{value:.4f}" if isinstance(value, float) and abs(value) < 1e4 else value
-        print(f"{key:>{width}}  {value}")
+        print(f"{key.replace('_', ' '):>{width}}  {value}")
 
 
 def unnamed_run(say) -> Path:

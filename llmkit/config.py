@@ -99,7 +99,7 @@ class TokenizerSection(Section):
     train: Literal["bpe"] | None = None
     vocab_size: Annotated[int, Field(ge=259)] = 32_000
     path: str | None = None
-    sample_mb: Annotated[float, Field(gt=0)] = 64  # megabytes of text that the training reads
+    sample_mb: Annotated[float, Field(gt=0)] = 64.0  # megabytes of text that the training reads
 
 
 class CorpusData(Section):

@@ -26,12 +26,13 @@ from llmkit.models import CONFIGS, shape_problems
 from llmkit.models.folder import read_config
 from llmkit.objectives import OBJECTIVES
 from llmkit.optim import OPTIMIZERS, SCHEDULES
-from llmkit.parallel import World, choose_precision, device_name, start_world, total_memory
+from llmkit.parallel import DTYPES, World, choose_precision, device_name, matmul_rate, start_world, total_memory
 from llmkit.peft import METHODS
 from llmkit.plan import Plan, make_plan
-from llmkit.run import count
+from llmkit.run import clock, count
 
 CPU_MICRO_TOKENS, GPU_MICRO_TOKENS = 8192, 65_536  # more tokens in a forward bring no more speed
+EXPECTED_MFU = 0.5  # of the matrix rate, in `plan`: what steps on CPUs and GPUs reach, give or take a fifth
 MEMORY_SHARE = 0.85  # of the device that a derived micro-batch may plan to fill
 
 
@@ -244,8 +245,8 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
     return Job(resolved, world, model_config, base, data, options, plan, max_steps, precision, micro)
 
 
-def plan_config(config: Config) -> tuple[dict[str, Any], bool]:
-    """The figures of `llmkit plan`, and whether the peak fits this machine. Nothing is read but configs."""
+def plan_config(config: Config) -> dict[str, Any]:
+    """The figures of `llmkit plan`: plain numbers, bytes and FLOPs. Nothing is read but configs."""
     world = World(start_world().device)
     options = check_choices(config)
     model_config = read_model_config(config, options)
@@ -261,20 +262,36 @@ def plan_config(config: Config) -> tuple[dict[str, Any], bool]:
     if micro == "auto":
         micro = largest_micro_batch(model_config, rows, world, planned)
     plan = make_plan(model_config, micro_batch_size=micro, **planned)
-    total = total_memory(world.device)
     figures = {
-        "parameters": plan.total, "trained": plan.trainable,
-        **{f"  {part}": number for part, number in plan.parameters.items()},
-        "FLOPs per token": f"{plan.flops_per_token:.4g}",
-        "micro-batch": f"{micro} x {config.data.seq_len} tokens, {precision}",
-        "peak memory": f"{plan.peak_memory / 2**30:.2f} GiB of {total / 2**30:.1f}",
-        **{f"  {part}": f"{size / 2**30:.3f} GiB" for part, size in plan.memory.items()},
-        "device": device_name(world.device),
+        "parameters": plan.total, "trained": plan.trainable, "parameters_by_part": plan.parameters,
+        "flops_per_token": plan.flops_per_token, "micro_batch_size": micro, "seq_len": config.data.seq_len,
+        "precision": precision, "device": device_name(world.device), "device_memory": total_memory(world.device),
+        "peak_memory": plan.peak_memory, "memory_by_part": plan.memory,
+        "fits": plan.peak_memory <= total_memory(world.device),
     }  # fmt: skip
     if config.train.max_tokens or config.train.max_steps:
         tokens = config.train.max_tokens or config.train.max_steps * rows * config.data.seq_len
-        figures["FLOPs in all"] = f"{tokens * plan.flops_per_token:.3g} for {count(tokens)} tokens"
-    return figures, plan.peak_memory <= total
+        rate = matmul_rate(world.device, DTYPES[precision])
+        seconds = tokens * plan.flops_per_token / (EXPECTED_MFU * rate)
+        figures |= {"tokens": tokens, "flops": tokens * plan.flops_per_token, "seconds": seconds}
+    return figures
+
+
+def plan_rows(figures: dict[str, Any]) -> dict[str, str]:
+    """The figures of `plan_config` as people read them."""
+    memory = {f"  {part}": f"{size / 2**30:.3f} GiB" for part, size in figures["memory_by_part"].items()}
+    rows = {
+        "parameters": f"{figures['parameters']:,}", "trained": f"{figures['trained']:,}",
+        **{f"  {part}": f"{number:,}" for part, number in figures["parameters_by_part"].items()},
+        "FLOPs per token": count(figures["flops_per_token"]),
+        "micro-batch": f"{figures['micro_batch_size']} x {figures['seq_len']} tokens, {figures['precision']}",
+        "peak memory": f"{figures['peak_memory'] / 2**30:.2f} GiB of {figures['device_memory'] / 2**30:.1f}", **memory,
+        "device": figures["device"],
+    }  # fmt: skip
+    if "tokens" in figures:
+        rows["FLOPs in all"] = f"{figures['flops']:.3g} for {count(figures['tokens'])} tokens"
+        rows["time"] = f"{clock(figures['seconds'])} at {EXPECTED_MFU:.0%} of this device's measured matrix rate"
+    return rows
 
 
 def read_model_config(config: Config, options: dict[str, dict[str, Any]]) -> Any:

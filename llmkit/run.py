@@ -127,31 +127,42 @@ def open_run(folder: Path, config: dict[str, Any], *, fresh: bool = False, info:
     held = lock(
         folder, "another process is training in this run directory", fix="wait for it, or choose another run_dir"
     )
-    saved = folder / "config.yaml"
     if fresh:
         for path in (folder / name for name in WRITTEN):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    elif saved.exists() and (folder / "checkpoints").exists():  # a run that saved nothing binds nobody
-        before = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
-        after = flatten(config)
-        differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-        changed = [key for key in differing if key not in FREE_TO_CHANGE and key.split(".")[0] not in FREE_TO_CHANGE]
-        if changed:
+    else:
+        try:
+            refuse_another(folder, config)
+        except UserError:
             held.close()
-            raise UserError(
-                "this run directory holds a run with another config", at=saved,
-                got="; ".join(f"{key}: {after.get(key)} (was {before.get(key)})" for key in changed[:5]),
-                fix="choose another run_dir, or delete the old run with --fresh",
-            )  # fmt: skip
+            raise
     about = {
         "command": without_secrets(" ".join(sys.argv)), "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "llmkit": __version__, "python": platform.python_version(), "host": socket.gethostname(), "git": git_commit(),
         **(info or {}),
     }  # fmt: skip
     return Run(folder, held, config, about)
+
+
+def refuse_another(folder: Path, config: dict[str, Any]) -> None:
+    """Raise where this folder holds a run, with checkpoints, of another config in more than FREE_TO_CHANGE."""
+    saved = folder / "config.yaml"
+    if not saved.exists() or not (folder / "checkpoints").exists():  # a run that saved nothing binds nobody
+        return
+    before = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    after = flatten(config)
+    differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    changed = [key for key in differing if key not in FREE_TO_CHANGE and key.split(".")[0] not in FREE_TO_CHANGE]
+    changed.sort(key=lambda key: key not in before or key not in after)  # another value says more than another section
+    if changed:
+        raise UserError(
+            "this run directory holds a run with another config", at=saved,
+            got="; ".join(f"{key}: {after.get(key)} (was {before.get(key)})" for key in changed[:5]),
+            fix="choose another run_dir, or delete the old run with --fresh",
+        )  # fmt: skip
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from llmkit import __version__, checkpoint
-from llmkit.config import Config
+from llmkit.config import Config, CorpusData
+from llmkit.data.build import needs_build
 from llmkit.errors import DIVERGED, INTERRUPTED, MODEL, UserError
 from llmkit.evals.perplexity import perplexity
 from llmkit.generate import generate
-from llmkit.job import Job, prepare
+from llmkit.job import Job, plan_config, plan_rows, prepare
 from llmkit.models import build_model
 from llmkit.models.folder import load_model, save_model
 from llmkit.objectives import OBJECTIVES
@@ -37,7 +38,7 @@ from llmkit.parallel import (
     to_device,
 )
 from llmkit.peft import METHODS, lora
-from llmkit.run import Run, clock, open_run, plot_runs, write_report
+from llmkit.run import Run, clock, open_run, plot_runs, refuse_another, write_report
 from llmkit.watch import Signals, Watch
 
 FIRST_SCALE, SCALE_GROWTH = 2.0**16, 2000  # fp16 loss scale: its start; good steps before it doubles (apex, torch)
@@ -79,12 +80,20 @@ def train(
     say = say if world.main else (lambda line: None)
     if config.train.deterministic:
         make_deterministic(world.device)
+    if dry_run and isinstance(config.data, CorpusData) and needs_build(config.data):
+        say(f"{config.data.dir} is not built yet (llmkit data build), so this is all that is known:")
+        figures = plan_config(config)
+        for key, value in plan_rows(figures).items():
+            say(f"{key:>16}  {value}")
+        return figures
     job = prepare(config, world, fresh=fresh, say=say)
     config = job.config
     header = job.header()
     for key, value in header.items():
         say(f"{key:>10}  {value}")
     if dry_run:
+        if not fresh:
+            refuse_another(Path(config.run_dir), config.model_dump())
         return header
 
     info = {"device": header["device"], "torch": torch.__version__, "data_fingerprint": job.data.fingerprint}
@@ -114,6 +123,8 @@ def take_steps(job: Job, run: Run | None, header: dict[str, str], say: Callable[
         say(f"{'resumed':>10}  {resumed}")
     if run:
         run.begin(progress.step if resumed else None)
+        if config.peft:
+            checkpoint.hold(job.base, run.folder)
     peak, source = peak_flops(device, job.precision)
     rate = matmul_rate(device, DTYPES[job.precision])
     say(f"{'peak':>10}  {peak / 1e12:.3g} TFLOP/s ({source}); matrix products reach {rate / 1e12:.3g}")
@@ -216,7 +227,7 @@ def restore(
     if numbers["step"] > job.max_steps:
         raise UserError(
             "the run is past the length that is asked for", at=folder, got=f"step {numbers['step']}",
-            expected=f"at most {job.max_steps}", code=MODEL,
+            expected=f"at most {job.max_steps}", fix="raise its length, or start over with --fresh", code=MODEL,
         )  # fmt: skip
     checkpoint.restore_optimizers(model, optimizers, tensors)
     for key, value in numbers.items():
@@ -361,16 +372,17 @@ def finish(job: Job, run: Run, header: dict, progress: Progress, watch: Watch, s
     speeds = sorted(r["tokens_per_second"] for r in records if "tokens_per_second" in r)
     summary = {"steps": progress.step, "tokens": progress.step * job.tokens_per_step}
     if best:
-        summary |= {"best val loss": round(best["val_loss"], 4), "perplexity": round(best["val_perplexity"], 3)}
-        summary |= {"bits per byte": round(best["bits_per_byte"], 4)} if "bits_per_byte" in best else {}
-        summary |= {"best checkpoint": str(kept)}
+        summary |= {"best_val_loss": round(best["val_loss"], 4), "perplexity": round(best["val_perplexity"], 3)}
+        summary |= {"bits_per_byte": round(best["bits_per_byte"], 4)} if "bits_per_byte" in best else {}
+        summary |= {"best_checkpoint": str(kept)}
     if speeds:
-        summary["median tokens/s"] = round(speeds[len(speeds) // 2])
+        summary["tokens_per_second"] = round(speeds[len(speeds) // 2])
     memory = max((r["memory_gb"] for r in records if "memory_gb" in r), default=0.0)
     summary |= {
         "time": clock(progress.seconds + watch.elapsed),
-        "peak memory": f"{memory:.2f} GiB (estimated {job.plan.peak_memory / 2**30:.2f})",
-        "skipped steps": int(progress.tensors["skipped"].item()),
+        "peak_memory_gib": round(memory, 2),
+        "estimated_memory_gib": round(job.plan.peak_memory / 2**30, 2),
+        "skipped_steps": int(progress.tensors["skipped"].item()),
         "ended": stop or "at its full length",
         "files": f"{run.folder}/: checkpoints/, metrics.jsonl, loss.png, report.md",
     }

@@ -60,7 +60,7 @@ def test_the_quickstart_arc(place):
 
 
 def test_bare_finetune_takes_the_newest_whole_run_and_its_data(place):
-    said = llmkit("finetune", "--lora", "--dry-run", cwd=place).stdout
+    said = llmkit("finetune", "--lora", "--dry-run", "-o", "run_dir=runs/other", cwd=place).stdout
     assert "model: runs/tiny, the newest run" in said and "data: data/tiny" in said and "lora, r 16" in said
 
 
@@ -73,7 +73,11 @@ def test_pretrain_builds_the_data_that_is_missing(place):
 
 def test_plan_json_and_exit_code(place):
     figures = json.loads(llmkit("plan", "tiny.yaml", "--json", cwd=place).stdout)
-    assert figures["parameters"] == sum(v for k, v in figures.items() if k.startswith("  ") and isinstance(v, int))
+    assert figures["parameters"] == sum(figures["parameters_by_part"].values())
+    assert figures["peak_memory"] == sum(figures["memory_by_part"].values()) and figures["fits"]
+    assert figures["seconds"] > 0
+    said = llmkit("plan", "tiny.yaml", cwd=place).stdout
+    assert f"{figures['parameters']:,}" in said and "measured matrix rate" in said
     huge = ["-o", "model={name: llama, hidden_size: 16384, num_hidden_layers: 200, num_attention_heads: 128}"]
     llmkit("plan", "tiny.yaml", *huge, cwd=place, code=5)
 

@@ -157,9 +157,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path):
 def test_the_summary_names_the_best_checkpoint_that_exists(tmp_path):
     folder, values = place(tmp_path, eval={"every": 4}, checkpoint={"every": 10, "keep": 1})
     summary = train(load(folder, values), **quiet)
-    best = Path(summary["best checkpoint"])
+    best = Path(summary["best_checkpoint"])
     assert best == checkpoint.best(folder / "run") and best.is_dir()
-    assert summary["best val loss"] == round(checkpoint.read_manifest(best)["val_loss"], 4)
+    assert summary["best_val_loss"] == round(checkpoint.read_manifest(best)["val_loss"], 4)
 
 
 def test_patience_that_runs_out_at_a_checkpoint_ends_the_run_there(tmp_path):
@@ -190,6 +190,53 @@ def test_a_checkpoint_copied_elsewhere_is_a_model(tmp_path):
     assert locate(copy).run_dir is None
     figures = [measure(locate(path), data=tmp_path / "one.txt", window=32)["loss"] for path in (copy, folder / "run")]
     assert figures[0] == figures[1]
+
+
+def test_the_base_of_an_adapter_outlives_its_own_run(tmp_path):
+    folder, values = place(tmp_path, checkpoint={"every": 10, "keep": 1})
+    train(load(folder, values), **quiet)
+    base = checkpoint.best(folder / "run")
+    values_lora = {key: value for key, value in values.items() if key != "model"}
+    tuned = values_lora | {"run_dir": str(folder / "lora"), "init_from": str(folder / "run"), "peft": {"name": "lora"}}
+    train(load(folder, tuned), **quiet)
+    before = measure(locate(folder / "lora"))["loss"]
+    values["train"]["max_steps"] = 60
+    train(load(folder, values), **quiet)
+    assert base.is_dir() and len(checkpoint.listed(folder / "run")) <= 3
+    assert measure(locate(folder / "lora"))["loss"] == before
+    shutil.rmtree(folder / "lora")
+    assert not checkpoint.is_held(base)
+
+
+def test_a_dry_run_writes_nothing_and_refuses_what_the_run_would(tmp_path):
+    folder, values = place(tmp_path)
+    assert train(load(folder, values), dry_run=True, **quiet)["parameters"] > 0
+    assert not (folder / "data").exists() and not (folder / "run").exists()
+    train(load(folder, values), **quiet)
+    assert "steps" in train(load(folder, values), dry_run=True, **quiet)["length"]
+    values["optimizer"] = {"name": "adamw", "lr": 0.5}
+    with pytest.raises(UserError, match="another config"):
+        train(load(folder, values), dry_run=True, **quiet)
+
+
+def test_files_for_others_are_readable_by_others(tmp_path):
+    folder, values = place(tmp_path)
+    train(load(folder, values), **quiet)
+    files = [path for path in checkpoint.best(folder / "run").rglob("*") if path.is_file()]
+    assert len({path.stat().st_mode for path in files}) == 1
+
+
+@pytest.mark.parametrize("records", [0, 1])
+def test_too_few_pairs_are_an_error_of_the_users(tmp_path, records):
+    folder, values = place(tmp_path)
+    train(load(folder, values), **quiet)
+    (folder / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n" if records else "")
+    del values["model"]
+    values |= {"run_dir": str(folder / "sft"), "init_from": str(folder / "run"), "peft": {"name": "lora"}}
+    values["data"] = {"kind": "sft", "path": str(folder / "pairs.jsonl"), "seq_len": 32}
+    with pytest.raises(UserError) as caught:
+        train(load(folder, values), **quiet)
+    assert caught.value.code == DATA
 
 
 # ---- texts begin as the tokenizer says ------------------------------------------------------------------------------

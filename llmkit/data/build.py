@@ -100,15 +100,27 @@ def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dic
         raise UserError("there is nothing to build", expected="data.sources", fix="name at least one source")
     check_filters(data)
     folder = Path(data.dir)
-    units = make_units(data)
-    named = load_tokenizer(Path(data.tokenizer.path)) if data.tokenizer.path else None
-    later = (data.split.model_dump(), data.tokenizer.model_dump(), named and named.sha256, data.seed)
-    recipe = hash_of(VERSION, [unit.part for unit in units], later, data.on_error.model_dump())
+    units, named, recipe = make_recipe(data)
     if is_built(folder, recipe):
         say(f"data is built: {folder}/manifest.json")
         return read_manifest(folder)
+    if (folder / "manifest.json").exists():
+        say(f"{folder} holds another build, which this one replaces")
     with lock(folder, "another process is building this data", fix="wait for it, or choose another data.dir"):
         return build_units(data, units, named, recipe)
+
+
+def make_recipe(data: CorpusData) -> tuple[list[Unit], Tokenizer | None, str]:
+    """The work units, the named tokenizer if there is one, and a hash of all that the build depends on."""
+    units = make_units(data)
+    named = load_tokenizer(Path(data.tokenizer.path)) if data.tokenizer.path else None
+    later = (data.split.model_dump(), data.tokenizer.model_dump(), named and named.sha256, data.seed)
+    return units, named, hash_of(VERSION, [unit.part for unit in units], later, data.on_error.model_dump())
+
+
+def needs_build(data: CorpusData) -> bool:
+    """Whether `build_corpus` would have something to do."""
+    return bool(data.sources) and not is_built(Path(data.dir), make_recipe(data)[2])
 
 
 def is_built(folder: Path, recipe: str) -> bool:

@@ -132,8 +132,7 @@ def write_rows(out: Path, encoded: list, data: SftData, pad: int) -> dict[str, A
             start += len(example)
     for name, array in zip(ROW_ARRAYS, (ids, targets, segments, positions), strict=True):
         np.save(out.with_name(f"{out.name}-{name}.npy"), array, allow_pickle=False)
-    counts |= {"rows": len(rows), "tokens": int(lengths.sum()), "targets": int(targets.sum())}
-    return dict(counts)
+    return dict(counts) | {"rows": len(rows), "tokens": int(lengths.sum()), "targets": int(targets.sum())}
 
 
 def checksum(path: Path) -> str:

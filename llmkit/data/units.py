@@ -30,6 +30,7 @@ from llmkit.data.filters import first_reason
 from llmkit.data.records import GUESSED_ENCODINGS, BadRecord
 from llmkit.data.tokenizer import CHECKED, load_tokenizer
 from llmkit.data.tokens import token_dtype, write_shard
+from llmkit.errors import UserError
 from llmkit.run import file_sha256, write_atomically
 from llmkit.types import Document
 
@@ -75,7 +76,12 @@ def make_units(data: CorpusData) -> list[Unit]:
             units.append(Unit(f"{source.name}-000", source.model_dump(), (), hash_of(*made_of, stamps)))
             continue
         batches, size = [[]], 0
-        for path in list_files(source.path, source.include, source.exclude):
+        try:
+            files = list_files(source.path, source.include, source.exclude)
+        except UserError as error:
+            error.fix = error.fix or f"correct the source {source.name} in the config"
+            raise
+        for path in files:
             if size > UNIT_BYTES and source.limit is None:  # a limit counts over the whole source
                 batches.append([])
                 size = 0

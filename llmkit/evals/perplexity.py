@@ -180,7 +180,8 @@ def file_batches(
 ) -> tuple[Iterable[Batch], str]:
     """A file of fine-tuning records or of texts; see `measure`."""
     if not path.is_file():
-        raise UserError("there is no such data file", at=path, code=DATA)
+        what = "--data takes a file, and this is a folder" if path.is_dir() else "there is no such data file"
+        raise UserError(what, at=path, code=DATA)
     first = next((record for _, record in read_records(path) if isinstance(record, dict)), {})
     records = any(all(field in first for field in fields) for fields in FORMATS.values())
     if records and stride < window:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -146,6 +147,7 @@ def save_adapter(model: nn.Module, folder: Path, *, base: str, base_sha256: str)
             tensors[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A.detach().cpu().contiguous()
             tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B.detach().cpu().contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", "base_sha256": base_sha256})
+    shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
 
 
 def base_sha256(folder: Path) -> str | None:
