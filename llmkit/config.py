@@ -78,6 +78,14 @@ class Filter(Section):
     rules: dict[str, dict[str, float] | Literal[False]] = {}
 
 
+class Pii(Section):
+    """Personal data: which kinds are looked for (none by default), and what happens to them."""
+
+    kinds: list[Literal["email", "phone", "ip", "card", "iban", "ssn", "secret"]] = []
+    action: Literal["replace", "tag", "drop"] = "replace"  # by values nobody owns; by <EMAIL>; the whole document
+    drop_above: Annotated[int, Field(ge=0)] = 50  # findings in one document, from which it is a list of people
+
+
 class NearDedup(Section):
     ngram: Count = 5
     bands: Count = 14
@@ -113,6 +121,7 @@ class CorpusData(Section):
     on_error: OnError = OnError()
     clean: Clean = Clean()
     filter: Filter = Filter()
+    pii: Pii = Pii()
     dedup: Dedup = Dedup()
     split: Split = Split()
     tokenizer: TokenizerSection = TokenizerSection(train="bpe")

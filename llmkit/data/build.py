@@ -1,7 +1,7 @@
 """The build: sources -> clean, kept, unique documents -> tokenizer -> token shards, a manifest and a report.
 
 Work units go through the passes one after another, in as many processes as there are workers:
-    A  read, clean, filter, sign          -> parts/<unit>.jsonl.zst, .npy signatures, .json counts
+    A  read, clean, filter, scrub, sign   -> parts/<unit>.jsonl.zst, .npy signatures, .json counts
     B  find duplicates over all units     -> keep flags
     C  train or take the tokenizer       -> parts/tokenizer-<key>/
     D  encode what is kept                -> tokens/{train,val}/<source>/<unit>.bin + .idx
@@ -139,7 +139,7 @@ def build_units(data: CorpusData, units: list[Unit], named: Tokenizer | None, re
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
 
-    # A: read, clean, filter, sign.
+    # A: read, clean, filter, scrub personal data, sign.
     counts = over_units(filter_unit, [(unit, data, parts) for unit in units], workers, "clean and filter")
     stop_on_bad_records(data, counts, folder)
     # B: duplicates.

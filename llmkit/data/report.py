@@ -15,12 +15,15 @@ def make_funnel(counts: list[dict], exact: list, near: list, keep: list) -> dict
     """By source: read = quarantined + dropped by every rule + kept, which is asserted."""
     funnel: dict[str, dict[str, Any]] = {}
     for one, e, n, k in zip(counts, exact, near, keep, strict=True):
-        row = funnel.setdefault(one["source"], {"read": 0, "quarantined": 0, "dropped": {}, "kept": 0, "warnings": {}})
+        row = funnel.setdefault(
+            one["source"], {"read": 0, "quarantined": 0, "dropped": {}, "kept": 0, "warnings": {}, "pii": {}}
+        )
         row["read"] += one["read"]
         row["quarantined"] += one["quarantined"]
         row["kept"] += int(k.sum())
         dropped = one["dropped"] | {"exact duplicate": int(e.sum()), "near duplicate": int(n.sum())}
         row["dropped"] = dict(Counter(row["dropped"]) + Counter(dropped))
+        row["pii"] = dict(Counter(row["pii"]) + Counter(one["pii"]))
         row["warnings"] = dict(Counter(row["warnings"]) + Counter(one["warnings"]))
     for source, row in funnel.items():
         assert row["read"] == row["quarantined"] + sum(row["dropped"].values()) + row["kept"], source
@@ -46,6 +49,10 @@ def report(manifest: dict[str, Any], counts: list[dict]) -> str:
     for source, row in manifest["funnel"].items():
         lines += ["", f"## {source}", ""]
         lines += [f"- warning: {number} documents {what}" for what, number in row["warnings"].items()]
+        if row["pii"]:
+            lines.append(
+                "- personal data found: " + ", ".join(f"{number} {kind}" for kind, number in row["pii"].items())
+            )
         for rule, number in sorted(row["dropped"].items(), key=lambda item: -item[1]):
             share = number / row["read"]
             look = " - **look at these**" if share > WARN_DROP else ""

@@ -21,12 +21,13 @@ import numpy as np
 import orjson
 import zstandard
 
-from llmkit.config import CorpusData, Source
+from llmkit.config import CorpusData, Pii, Source
 from llmkit.data.batches import GOLDEN, MASK, mix
 from llmkit.data.clean import STEPS, clean
 from llmkit.data.dedup import exact_key, minhash_bands
 from llmkit.data.documents import list_files, read_dataset, read_file, root_of
 from llmkit.data.filters import first_reason
+from llmkit.data.pii import scrub
 from llmkit.data.records import GUESSED_ENCODINGS, BadRecord
 from llmkit.data.tokenizer import CHECKED, load_tokenizer
 from llmkit.data.tokens import token_dtype, write_shard
@@ -36,7 +37,7 @@ from llmkit.types import Document
 
 UNIT_BYTES = 32 * 2**20  # of source files in one work unit
 EXAMPLES = 3  # of every reason to drop, in the report
-VERSION = 3  # of the pipeline: another one redoes everything
+VERSION = 4  # of the pipeline: another one redoes everything
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def make_units(data: CorpusData) -> list[Unit]:
     """Cut every source into units of about UNIT_BYTES."""
     units = []
     for source in data.sources:
-        sections = (data.clean, data.filter, data.dedup)
+        sections = (data.clean, data.filter, data.pii, data.dedup)
         made_of = (VERSION, source.model_dump(), [section.model_dump() for section in sections])
         if source.hf:
             folder = Path(source.hf).expanduser()
@@ -123,7 +124,7 @@ def read_unit(unit: Unit) -> Iterator[Document | BadRecord]:
 
 
 def filter_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
-    """Read, clean, filter and sign one unit; returns its counts. What another run has done is only read."""
+    """Read, clean, filter, scrub and sign one unit; returns its counts. What another run has done is only read."""
     counts_path = parts / f"{unit.part}.json"
     if counts_path.exists():
         return json.loads(counts_path.read_text(encoding="utf-8"))
@@ -135,6 +136,8 @@ def filter_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
     read, kept, text_bytes = 0, 0, 0
     reasons: Counter[str] = Counter()
     warnings: Counter[str] = Counter()
+    pii: Counter[str] = Counter()
+    kinds = tuple(kind for kind in data.pii.kinds if kind != "phone" or unit.source["profile"] != "code")
     examples: dict[str, list] = {}
     bad: list[dict] = []
     exact, bands, lengths = [], [], []
@@ -154,6 +157,10 @@ def filter_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
                 document.meta["format"] = "html"
             document = clean(document, steps)
             reason = "empty" if not document.text else first_reason(document, unit.source["profile"], data.filter.rules)
+            if not reason and kinds:
+                document.text, found = scrub(document.text, kinds, data.pii.action)
+                reason = too_personal(found.total(), data.pii)
+                pii.update(found)
             if reason:
                 rule = reason.split(" ", 1)[0]
                 reasons[rule] += 1
@@ -182,12 +189,18 @@ def filter_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
     half.replace(parts / f"{unit.part}.npy")
     counts = {
         "unit": unit.name, "source": unit.source["name"], "read": read, "passed": kept, "quarantined": len(bad),
-        "dropped": dict(reasons), "warnings": dict(warnings), "examples": examples, "bad": bad, "bytes": text_bytes,
-        "cpu_seconds": time.process_time() - started,
+        "dropped": dict(reasons), "warnings": dict(warnings), "pii": dict(pii), "examples": examples, "bad": bad,
+        "bytes": text_bytes, "cpu_seconds": time.process_time() - started,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }  # fmt: skip
     write_atomically(counts_path, json.dumps(counts))
     return counts
+
+
+def too_personal(found: int, pii: Pii) -> str | None:
+    """Why a document with so many findings is dropped, if it is."""
+    most = 0 if pii.action == "drop" else pii.drop_above
+    return f"pii {found} > {most}" if found > most else None
 
 
 class atomic_zst:
