@@ -108,8 +108,10 @@ def save(
 def hold(model: Path, by: Path) -> None:
     """Keep a checkpoint, whose model an adapter is trained on, for as long as the adapter's run is there."""
     if (model.parent / MANIFEST).is_file():
-        with contextlib.suppress(OSError), (model.parent / HELD).open("a", encoding="utf-8") as file:
-            file.write(f"{by.resolve()}\n")
+        with contextlib.suppress(OSError), (model.parent / HELD).open("a+", encoding="utf-8") as file:
+            file.seek(0)
+            if str(by.resolve()) not in file.read().splitlines():
+                file.write(f"{by.resolve()}\n")
 
 
 def is_held(folder: Path) -> bool:

@@ -267,6 +267,16 @@ def conflicts(config: Config) -> Iterator[UserError]:
             )  # fmt: skip
         yield from useless(config, "data", config.data, "val_path", ["val_fraction"])
     if isinstance(config.data, CorpusData):
+        pii = config.data.pii
+        if not pii.kinds and pii != Pii():
+            yield UserError(
+                "data.pii looks for nothing", at=config.where("data.pii"), expected="kinds: [email, phone, ...]"
+            )
+        if pii.action == "drop" and pii.drop_above != Pii().drop_above:
+            yield UserError(
+                "data.pii.drop_above means nothing beside action: drop, which drops at the first finding",
+                at=config.where("data.pii.drop_above"), fix="delete it",
+            )  # fmt: skip
         names = [source.name for source in config.data.sources]
         for i, source in enumerate(config.data.sources):
             if (source.path is None) == (source.hf is None):

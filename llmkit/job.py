@@ -347,7 +347,7 @@ def open_corpus(config: Config, world: World, say: Callable[[str], None]) -> Dat
         world.on_main(lambda: build.build_corpus(config.data, say=say))
     manifest = build.read_manifest(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    if tokenizer.sha256 != manifest["tokenizer_sha256"]:
+    if tokenizer.sha256 != manifest.get("tokenizer_sha256"):
         raise UserError(
             "the tokenizer is not the one that the data was encoded with", at=folder / "tokenizer",
             fix=f"delete {folder} and build again", code=DATA,

@@ -321,5 +321,12 @@ def write_report(run: Run, header: dict[str, Any], summary: dict[str, Any]) -> N
     """report.md: what the header and the summary said, and the picture."""
     lines = [f"# {run.folder.name}", "", f"Written {time.strftime('%Y-%m-%d %H:%M')}.", "", "![loss](loss.png)", ""]
     for title, rows in (("Setup", header), ("Result", summary)):
-        lines += [f"## {title}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items()), ""]
+        lines += [
+            f"## {title}",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {k.replace('_', ' ')} | {v} |" for k, v in rows.items()),
+            "",
+        ]
     write_atomically(run.folder / "report.md", "\n".join(lines))

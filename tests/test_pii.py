@@ -6,11 +6,13 @@ import time
 from typing import get_args
 
 import pytest
+import yaml
 from conftest import sentences, tiny_config
 
-from llmkit.config import CorpusData, Pii
+from llmkit.config import CorpusData, Pii, load_config
 from llmkit.data.build import build_corpus
 from llmkit.data.pii import KINDS, find, scrub
+from llmkit.errors import UserError
 
 pytest.importorskip("re2")
 
@@ -74,6 +76,15 @@ def test_hostile_text_takes_linear_time(unit):
 def test_the_config_knows_every_kind():
     (kinds,) = get_args(Pii.model_fields["kinds"].annotation)
     assert set(get_args(kinds)) == set(KINDS)
+
+
+@pytest.mark.parametrize("section", [{"action": "tag"}, {"kinds": ["ip"], "action": "drop", "drop_above": 3}])
+def test_options_that_would_do_nothing_are_errors(tmp_path, section):
+    values = tiny_config(tmp_path)
+    values["data"]["pii"] = section
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=r"data\.pii.*nothing"):
+        load_config(tmp_path / "c.yaml")
 
 
 @pytest.mark.parametrize("action", ["replace", "tag", "drop"])

@@ -127,7 +127,9 @@ def is_built(folder: Path, recipe: str) -> bool:
     """Whether the folder holds a finished build of this recipe, the tokenizer included."""
     if not (folder / "manifest.json").exists() or read_manifest(folder)["recipe"] != recipe:
         return False
-    return load_tokenizer(folder / "tokenizer").sha256 == read_manifest(folder)["tokenizer_sha256"]
+    tokenizer = folder / "tokenizer"
+    there = (tokenizer / "tokenizer.json").is_file()
+    return there and load_tokenizer(tokenizer).sha256 == read_manifest(folder)["tokenizer_sha256"]
 
 
 def build_units(data: CorpusData, units: list[Unit], named: Tokenizer | None, recipe: str) -> dict[str, Any]:

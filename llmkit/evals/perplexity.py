@@ -166,7 +166,7 @@ def run_val_split(
         return batches.in_order(), f"the val split of {data['path']}"
     folder = Path(data["dir"])
     manifest = read_manifest(folder)
-    if manifest["fingerprint"] != key or manifest["tokenizer_sha256"] != tokenizer.sha256:
+    if manifest["fingerprint"] != key or manifest.get("tokenizer_sha256") != tokenizer.sha256:
         raise UserError(
             "the data was built anew since this run", at=folder, fix="build it as it was, or name a file with --data",
             code=DATA,
