@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.data.records import (
+    BROKEN,
     FORMATS,
     MAX_DOCUMENT_BYTES,
     READERS,
     BadRecord,
     Record,
+    Span,
     read_records,
     read_text,
+    read_warc,
     suffix_of,
 )
 from llmkit.errors import DATA, UserError, did_you_mean
@@ -32,6 +36,8 @@ def list_files(path: str, include: Sequence[str] = (), exclude: Sequence[str] = 
     """The readable files behind a file, a folder or a glob, sorted; never hidden, empty or irregular ones.
 
     include, exclude  globs over the path below the folder, or over the bare name; `*` crosses folders
+
+    A zip counts as a folder: it is listed as one file, and the globs pick among what is inside it.
     """
     start, root = Path(path).expanduser(), root_of(path)
     if not start.is_dir() and (start.exists() or start.is_symlink()):
@@ -42,10 +48,9 @@ def list_files(path: str, include: Sequence[str] = (), exclude: Sequence[str] = 
     named = [start] if start.is_file() else root.glob(f"{pattern}/*" if pattern.endswith("**") else pattern)
     found, files = [file for file in named if file.is_file()], []
     for file in found:
-        inside = file.relative_to(root)
-        hidden = any(part.startswith(".") or part in ("__pycache__", "node_modules") for part in inside.parts)
-        wanted = (not include or matches(inside, include)) and not matches(inside, exclude)
-        if wanted and (not hidden or file == start) and suffix_of(file) in READERS and file.stat().st_size:
+        inside, kind = file.relative_to(root), suffix_of(file)
+        wanted = is_wanted(inside, () if kind == ".zip" else include, exclude, hidden=file == start)
+        if wanted and (kind in READERS or kind == ".zip") and file.stat().st_size:
             files.append(file)
     if not files:
         seen = Counter(suffix_of(file) or "no suffix" for file in found).most_common(8)
@@ -79,10 +84,16 @@ def check_file(path: Path) -> None:
         problem = "this is not a regular file"
     elif not path.stat().st_size:
         problem = "the file is empty"
-    elif (got := suffix_of(path)) not in READERS:
+    elif (got := suffix_of(path)) not in (*READERS, ".zip"):
         problem, fix = "no reader for files of this kind", did_you_mean(got, READERS)
     if problem:
         raise UserError(problem, at=path, got=got, fix=fix, code=DATA)
+
+
+def is_wanted(inside: Path, include: Sequence[str], exclude: Sequence[str], hidden: bool = False) -> bool:
+    """Whether the globs let a path below the folder through; hidden folders and files only if `hidden`."""
+    shown = not any(part.startswith(".") or part in ("__pycache__", "node_modules") for part in inside.parts)
+    return (shown or hidden) and (not include or matches(inside, include)) and not matches(inside, exclude)
 
 
 def matches(inside: Path, patterns: Sequence[str]) -> bool:
@@ -94,15 +105,50 @@ def matches(inside: Path, patterns: Sequence[str]) -> bool:
 # ---- documents ------------------------------------------------------------------------------------------------------
 
 
-def read_file(path: Path, *, source: str, root: Path, text_key: str = "text") -> Iterator[Document | BadRecord]:
+def read_file(
+    path: Path, *, source: str, root: Path, text_key: str = "text", span: Span | None = None,
+    include: Sequence[str] = (), exclude: Sequence[str] = (),
+) -> Iterator[Document | BadRecord]:  # fmt: skip
     """The documents of one file, with ids "SOURCE/PATH BELOW ROOT[:line or row]"; memory does not grow with the file.
+
+    span              a piece of the file (see `spans_of`); the lines in the ids count from the byte after the @
+    include, exclude  globs for what is inside a zip
 
     meta carries a record's other small fields; "format" (text, html, code) and "encoding" of a file that is one
     document. Raises UserError when the first record lacks the text column.
     """
-    whole = READERS.get(suffix_of(path), read_text) is read_text
     prefix = f"{source}/{path.relative_to(root).as_posix()}"
-    yield from to_documents(read_records(path), source, prefix, str(path), "text" if whole else text_key, whole)
+    if suffix_of(path) == ".zip":
+        yield from read_zip(path, prefix, source, text_key, include, exclude)
+        return
+    if span and span[0] and suffix_of(path) != ".parquet":
+        prefix += f"@{span[0]}"
+    yield from read_members(path, prefix, source, text_key, span)
+
+
+def read_members(
+    path: Path, prefix: str, source: str, text_key: str, span: Span | None = None
+) -> Iterator[Document | BadRecord]:
+    """The documents of a file on disk or in a zip."""
+    reader = READERS.get(suffix_of(path), read_text)
+    decoded = reader in (read_text, read_warc)
+    records, text_key = read_records(path, span), "text" if decoded else text_key
+    yield from to_documents(records, source, prefix, str(path), text_key, decoded, whole=reader is read_text)
+
+
+def read_zip(
+    path: Path, prefix: str, source: str, text_key: str, include: Sequence[str], exclude: Sequence[str]
+) -> Iterator[Document | BadRecord]:
+    """The documents of the files in a zip, in the order of their names. Nothing is unpacked to disk."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in sorted(archive.infolist(), key=lambda info: info.filename):
+                member = zipfile.Path(archive, info.filename)
+                inside = Path(info.filename)
+                if info.file_size and suffix_of(inside) in READERS and is_wanted(inside, include, exclude):
+                    yield from read_members(member, f"{prefix}/{inside.as_posix()}", source, text_key)
+    except BROKEN as error:
+        yield BadRecord(str(path), 1, None, f"the zip is broken: {error}")
 
 
 def read_texts(sources: list[str], text_key: str = "text") -> Iterator[str]:
@@ -115,9 +161,14 @@ def read_texts(sources: list[str], text_key: str = "text") -> Iterator[str]:
 
 
 def to_documents(
-    records: Iterator[Record], source: str, prefix: str, path: str, text_key: str, whole: bool = False
-) -> Iterator[Document | BadRecord]:
-    """Take the text out of each record; a first record without one is an error of the user's."""
+    records: Iterator[Record], source: str, prefix: str, path: str, text_key: str, decoded: bool = False,
+    whole: bool = False,
+) -> Iterator[Document | BadRecord]:  # fmt: skip
+    """Take the text out of each record; a first record without one is an error of the user's.
+
+    decoded  the reader decoded the text, and says in which format and encoding it was
+    whole    the file is one document, and gives it its name
+    """
     first = True
     for number, record in records:
         if isinstance(record, BadRecord):
@@ -135,7 +186,7 @@ def to_documents(
         except ValueError as error:
             yield BadRecord(path, number, None, str(error))
             continue
-        owned = {text_key, "scores"} if whole else {text_key, "scores", "format", "encoding"}  # set by other stages
+        owned = {text_key} if decoded else {text_key, "format", "encoding"}  # said by our own readers alone
         meta = {str(key): small for key, value in record.items() if (small := carry(value)) is not None}
         meta = {key: value for key, value in meta.items() if key not in owned}
         yield Document(prefix if whole else f"{prefix}:{number}", text, source, meta)

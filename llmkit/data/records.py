@@ -1,6 +1,7 @@
-"""Files to records: text, HTML, source code, JSON Lines, CSV, Parquet, packed or not, as a stream.
+"""Files to records: text, HTML, source code, JSON Lines, CSV, Parquet, WARC, packed or not, as a stream.
 
-Whatever can't be read becomes a `BadRecord` with its place and reason; nothing is lost in silence.
+Whatever can't be read becomes a `BadRecord` with its place and reason; nothing is lost in silence. A path may also be
+a `zipfile.Path`, a file inside a zip.
 """
 
 from __future__ import annotations
@@ -8,8 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
-import re
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,20 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmkit.data.decode import decode, parse_json
 from llmkit.errors import DATA, ENVIRONMENT, UserError
 
 MAX_DOCUMENT_BYTES = 50_000_000  # a text, or a line of JSON Lines or CSV, beyond this is bad
 MAX_JSON_BYTES = 256_000_000  # a .json array is parsed whole, at about four times its size in memory
-BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins like UTF-16's
-    b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
-    b"\xef\xbb\xbf": "utf-8-sig",
-}  # fmt: skip
-GUESSED_ENCODINGS = ("cp1252", "utf-8 (damaged)")  # values of meta["encoding"] that deserve a warning
-BROKEN = (EOFError, OSError, zlib.error, pa.ArrowException)  # what torn or wrong gz, zst and parquet files raise
+BROKEN = (  # what torn or wrong files raise; RuntimeError: a zip with a password
+    EOFError, OSError, zlib.error, pa.ArrowException, zipfile.BadZipFile, RuntimeError, NotImplementedError,
+)  # fmt: skip
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc")
 HTML_SUFFIXES = (".html", ".htm", ".xhtml")
@@ -44,7 +41,10 @@ CODE_SUFFIXES = (
 
 @dataclass(frozen=True)
 class BadRecord:
-    """Something that can't become a document: line (or row) counts from 1, offset is in uncompressed bytes."""
+    """Something that can't become a document: line (or row) counts from 1, offset is in uncompressed bytes.
+
+    Of a file that is read in pieces, lines count from the start of the piece: `number_lines` puts that right.
+    """
 
     path: str
     line: int
@@ -53,9 +53,7 @@ class BadRecord:
 
 
 Record = tuple[int, dict[str, Any] | BadRecord]  # with its line or row
-
-
-# ---- bytes and text -------------------------------------------------------------------------------------------------
+Span = tuple[int, int]  # a piece of a file, [start, stop): bytes of JSON Lines, row groups of Parquet
 
 
 def suffix_of(path: Path) -> str:
@@ -65,69 +63,66 @@ def suffix_of(path: Path) -> str:
 
 def open_bytes(path: Path) -> BinaryIO:
     """A file's bytes, decompressed as they are read; a torn file raises one of BROKEN where it breaks."""
+    raw = path.open("rb")
     if path.suffix.lower() == ".gz":
-        return gzip.open(path)
+        return gzip.open(raw)
     if path.suffix.lower() == ".zst":  # pyarrow's reader: zstandard's own takes a torn file for a finished one
-        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
-    return path.open("rb")
+        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), "zstd"))
+    return raw
 
 
-def decode(data: bytes, html: bool = False) -> tuple[str, str]:
-    """(text, encoding), by the byte order mark, else UTF-8, else the charset that HTML declares, else cp1252.
-
-    Guessing further does harm: a charset detector was wrong on 25 of 60 cp1252 files. Raises ValueError with why not.
-
-    >>> decode("caf\\u00e9".encode("cp1252"))
-    ('caf\\xe9', 'cp1252')
-    """
-    for mark, encoding in BYTE_ORDER_MARKS.items():
-        if data.startswith(mark):
-            return data.decode(encoding), encoding.removesuffix("-sig")
-    if data.count(0) > len(data) / 100:
-        raise ValueError("binary: over 1 % NUL bytes")
-    with suppress(UnicodeDecodeError):
-        return data.decode(), "utf-8"
-    if 0 in data:
-        raise ValueError("binary: NUL bytes, and not UTF-8")
-    if html and (declared := re.search(rb"(?:charset|encoding)\s*=\s*[\"']?([\w-]+)", data[:2048])):
-        from resiliparse.parse.encoding import map_encoding_to_html5
-
-        name = declared[1].decode("ascii", "ignore").lower()
-        encoding = map_encoding_to_html5(name, False)  # what browsers know, so none of Python's "hex" or "utf-7"
-        if encoding and not encoding.startswith("utf"):
-            with suppress(UnicodeDecodeError):
-                return data.decode(encoding), name
-    repaired = data.decode("utf-8", "replace")
-    if len(re.findall(r"[^\x00-\x7f\ufffd]", repaired)) > repaired.count("\ufffd"):
-        return repaired, "utf-8 (damaged)"  # a few bad bytes: other encodings hardly ever form UTF-8's pairs
-    with suppress(UnicodeDecodeError):
-        return data.decode("cp1252"), "cp1252"
-    raise ValueError("in no known encoding: neither UTF-8 nor cp1252")
-
-
-def parse_json(data: bytes) -> Any:
-    """Like json.loads, at orjson's speed; raises ValueError with a short reason."""
-    with suppress(orjson.JSONDecodeError):
-        return orjson.loads(data)
+def spans_of(path: Path, size: int) -> list[Span | None]:
+    """The pieces of about `size` bytes that a large file can be read in; [None]: only as a whole."""
+    kind = suffix_of(path)
+    if kind not in (".jsonl", ".ndjson", ".parquet") or path.stat().st_size <= size:
+        return [None]
+    if kind != ".parquet":
+        borders = range(0, path.stat().st_size, size)
+        return [(start, start + size) for start in borders]
     try:
-        utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-        # Slow, but takes what Python writes and orjson refuses: lone surrogates, NaN, a byte order mark.
-        return json.loads(data.decode("utf-16" if utf16 else "utf-8-sig"))
-    except RecursionError:
-        raise ValueError("JSON nested too deep") from None
-    except UnicodeDecodeError:
-        raise ValueError("invalid UTF-16" if utf16 else "invalid UTF-8") from None
-    except ValueError as error:
-        raise ValueError(f"bad JSON: {error}") from None
+        with pq.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
+    except BROKEN:
+        return [None]  # who reads it will say why
+    spans, start, total = [], 0, 0
+    for i, group in enumerate(groups):
+        total += group
+        if total >= size or i == len(groups) - 1:
+            spans.append((start, i + 1))
+            start, total = i + 1, 0
+    return spans or [None]
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, int, bytes | BadRecord]]:
-    """(number, offset, line); never more than MAX_DOCUMENT_BYTES of a line in memory."""
+def number_lines(path: Path, starts: list[int]) -> dict[int, int]:
+    """How many lines of a file come before each of some offsets: one pass over it.
+
+    >>> number_lines(Path("/dev/null"), [0])
+    {0: 0}
+    """
+    found, lines, at = {}, 0, 0
+    with path.open("rb") as file:
+        for start in sorted(starts):
+            while at < start and (block := file.read(min(2**24, start - at))):
+                lines, at = lines + block.count(b"\n"), at + len(block)
+            file.seek(max(0, start - 1))
+            found[start] = lines + (start > 0 and file.read(1) != b"\n")  # the line that began before is not ours
+            file.seek(at)
+    return found
+
+
+def read_lines(path: Path, span: Span | None = None) -> Iterator[tuple[int, int, bytes | BadRecord]]:
+    """(number, offset, line) of the lines that begin in the span; at most MAX_DOCUMENT_BYTES of one in memory."""
+    start, stop = span or (0, None)
     with open_bytes(path) as file:
-        number, offset = 0, 0
-        while line := file.readline(MAX_DOCUMENT_BYTES + 1):
+        number, offset = 0, start
+        if start:
+            file.seek(start - 1)
+            while (line := file.readline(MAX_DOCUMENT_BYTES)) and not line.endswith(b"\n"):
+                pass  # the line that began before belongs to the piece before
+            offset = file.tell()
+        while (stop is None or offset < stop) and (line := file.readline(MAX_DOCUMENT_BYTES + 1)):
             number, size = number + 1, len(line)
-            if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+            if offset == 0 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
                 yield number, offset, BadRecord(str(path), number, offset, "UTF-16: convert the file to UTF-8")
                 return
             if size > MAX_DOCUMENT_BYTES:
@@ -137,9 +132,6 @@ def read_lines(path: Path) -> Iterator[tuple[int, int, bytes | BadRecord]]:
                 line = BadRecord(str(path), number, offset, f"a line over {MAX_DOCUMENT_BYTES:,} bytes")
             yield number, offset, line
             offset += size
-
-
-# ---- records --------------------------------------------------------------------------------------------------------
 
 
 def read_text(path: Path) -> Iterator[Record]:
@@ -156,9 +148,9 @@ def read_text(path: Path) -> Iterator[Record]:
         yield 1, BadRecord(str(path), 1, 0, str(error))
 
 
-def read_jsonl(path: Path) -> Iterator[Record]:
+def read_jsonl(path: Path, span: Span | None = None) -> Iterator[Record]:
     """One JSON object a line; blank lines are nothing."""
-    for number, offset, line in read_lines(path):
+    for number, offset, line in read_lines(path, span):
         if isinstance(line, BadRecord):
             yield number, line
         elif line.strip():
@@ -228,11 +220,12 @@ def read_csv(path: Path) -> Iterator[Record]:
         number = rows.line_num + 1  # the line at which the next row starts
 
 
-def read_parquet(path: Path) -> Iterator[Record]:
+def read_parquet(path: Path, span: Span | None = None) -> Iterator[Record]:
     """Rows, a batch of each row group at a time."""
-    with pq.ParquetFile(path) as file:
-        number = 0
-        for batch in file.iter_batches(batch_size=256):
+    with path.open("rb") as raw, pq.ParquetFile(raw) as file:
+        start, stop = span or (0, file.num_row_groups)
+        number = sum(file.metadata.row_group(i).num_rows for i in range(start))
+        for batch in file.iter_batches(batch_size=256, row_groups=range(start, stop)):
             columns = batch.to_pydict() if is_utf8(batch) else None
             for row in range(batch.num_rows):
                 number += 1
@@ -251,6 +244,49 @@ def is_utf8(batch: pa.RecordBatch) -> bool:
     return True
 
 
+# ---- web archives ---------------------------------------------------------------------------------------------------
+
+WEB_TYPES = {"text/html": "html", "application/xhtml+xml": "html", "text/plain": "text"}
+
+
+def read_warc(path: Path) -> Iterator[Record]:
+    """The pages of a web archive (ISO 28500), and the texts of a WET file: {text, format, encoding, url}.
+
+    Requests, pictures, redirects and error pages are no documents, and not counted. A record's number is its place in
+    the archive, its offset that of its (compressed) beginning.
+    """
+    from fastwarc.warc import ArchiveIterator, WarcRecordType
+
+    wanted = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
+    number = 0
+    with path.open("rb") as raw:
+        for number, record in enumerate(ArchiveIterator(raw, auto_decode="all"), 1):
+            url = (record.headers.get("WARC-Target-URI") or "").strip("<>")
+            if not record.record_type & wanted or (record.is_http and record.http_headers.status_code != 200):
+                continue
+            kind = record.http_content_type if record.is_http else record.headers.get("Content-Type")
+            form = WEB_TYPES.get((kind or "").partition(";")[0].strip().lower())
+            if form is None or url.startswith("metadata:"):  # wget's own log
+                continue
+            coded = record.is_http and {"content-encoding", "transfer-encoding"} & {
+                name.lower() for name, _ in record.http_headers
+            }
+            size = record.content_length
+            try:
+                data = record.reader.read(MAX_DOCUMENT_BYTES + 1)
+                if len(data) > MAX_DOCUMENT_BYTES:
+                    raise ValueError(f"over {MAX_DOCUMENT_BYTES:,} bytes")
+                if len(data) < size and not coded:  # unpacking changes the size
+                    raise ValueError(f"cut short: {len(data):,} of {size:,} bytes")
+                text, encoding = decode(data, html=form == "html", declared=record.http_charset)
+            except (ValueError, OSError) as error:
+                yield number, BadRecord(str(path), number, record.stream_pos, str(error))
+                continue
+            yield number, {"text": text, "format": form, "encoding": encoding, "url": url}
+    if not number:
+        yield 1, BadRecord(str(path), 1, 0, "no WARC record in it")
+
+
 FORMATS = {  # of the files that are one document: what `clean` needs to know
     suffix + packed: kind
     for kind, suffixes in {"text": TEXT_SUFFIXES, "html": HTML_SUFFIXES, "code": CODE_SUFFIXES}.items()
@@ -258,18 +294,25 @@ FORMATS = {  # of the files that are one document: what `clean` needs to know
     for packed in ("", ".gz", ".zst")
 }
 LINES = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".json": read_json, ".csv": read_csv, ".tsv": read_csv}
-READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+READERS: dict[str, Callable[..., Iterator[Record]]] = {
     ".parquet": read_parquet,
+    ".warc": read_warc,
+    ".warc.gz": read_warc,
+    ".warc.zst": read_warc,
+    ".wet.gz": read_warc,
     **{suffix + packed: reader for suffix, reader in LINES.items() for packed in ("", ".gz", ".zst")},
     **dict.fromkeys(FORMATS, read_text),
 }
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """(line, record) of any file; a broken one ends in a BadRecord, after all that came before the break."""
-    number = 0
+def read_records(path: Path, span: Span | None = None) -> Iterator[Record]:
+    """(line, record) of any file; a broken one ends in a BadRecord, after all that came before the break.
+
+    span  one of `spans_of(path)`, to read but a piece of a large file
+    """
+    number, reader = 0, READERS.get(suffix_of(path), read_text)
     try:
-        for number, record in READERS.get(suffix_of(path), read_text)(path):
+        for number, record in reader(path) if span is None else reader(path, span):
             yield number, record
     except BROKEN as error:
         if isinstance(error, OSError) and error.errno is not None:  # the machine's fault, not the file's
