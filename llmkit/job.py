@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ import torch
 import yaml
 
 from llmkit import checkpoint
-from llmkit.config import Choice, Config, CorpusData, Train, check_options
+from llmkit.config import check_options
 from llmkit.data import build
-from llmkit.data.batches import GOLDEN, MASK, Batches, corpus_batches, mix, packed_batches
+from llmkit.data.batches import GOLDEN, MASK, Batches, corpus_batches, mix, packed_batches, samples_in
 from llmkit.data.sft import encode_sft
 from llmkit.data.tokenizer import Tokenizer, load_tokenizer
 from llmkit.data.tokens import open_split
@@ -30,6 +30,7 @@ from llmkit.parallel import DTYPES, World, choose_precision, device_name, matmul
 from llmkit.peft import METHODS
 from llmkit.plan import Plan, make_plan
 from llmkit.run import clock, count
+from llmkit.schema import Choice, Config, CorpusData, Train
 
 CPU_MICRO_TOKENS, GPU_MICRO_TOKENS = 8192, 65_536  # more tokens in a forward bring no more speed
 EXPECTED_MFU = 0.5  # of the matrix rate, in `plan`: what steps on CPUs and GPUs reach, give or take a fifth
@@ -45,6 +46,7 @@ class Data:
     samples: dict[str, int]  # by split
     fingerprint: str
     about: str
+    shares: dict[str, tuple[float, int]] = field(default_factory=dict)  # of a mixture: source -> (share, samples)
 
     @property
     def token_bytes(self) -> np.ndarray:
@@ -91,6 +93,15 @@ class Job:
         """The schedule: step -> share of the learning rate."""
         return SCHEDULES[self.config.schedule.name](step, self.max_steps, **self.options["schedule"])
 
+    def epochs_of(self, source: str) -> float:
+        """How often the run reads a source of its data."""
+        share, samples = self.data.shares.get(source, (1.0, self.data.samples["train"]))
+        return share * self.max_steps * self.config.train.global_batch_size / samples
+
+    def mixture(self) -> list[str]:
+        """Each source's share of the samples and how often it is read."""
+        return [f"{name} {share:.1%} x {self.epochs_of(name):.2f}" for name, (share, _) in self.data.shares.items()]
+
     def header(self) -> dict[str, str]:
         """What a run is, for the screen and the report."""
         config, plan = self.config, self.plan
@@ -101,6 +112,7 @@ class Job:
             "run": config.run_dir,
             "model": f"{config.model.name if config.model else self.base}: {count(plan.total)} parameters{trained}",
             "data": self.data.about,
+            **({"mixture": ", ".join(self.mixture())} if self.data.shares else {}),
             "device": f"{device_name(self.world.device)}, {self.precision}, {self.world.size} rank(s)",
             "batch": f"{config.train.global_batch_size} = {self.micro_batch_size} micro x {accumulation} accumulated "
             f"x {self.world.size} rank(s), {self.seq_len} tokens each",
@@ -242,7 +254,25 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
         | {"train": train.model_copy(update={"precision": precision, "micro_batch_size": micro})}
         | ({"model": Choice(name=config.model.name, **vars(model_config))} if config.model else {})
     )
-    return Job(resolved, world, model_config, base, data, options, plan, max_steps, precision, micro)
+    job = Job(resolved, world, model_config, base, data, options, plan, max_steps, precision, micro)
+    raise_all(list(read_too_often(job)))
+    return job
+
+
+def read_too_often(job: Job) -> Iterator[UserError]:
+    """Sources that the run would read for more epochs than the config allows."""
+    sources = job.config.data.sources if isinstance(job.config.data, CorpusData) else []
+    for i, source in enumerate(sources):
+        if source.max_epochs and (epochs := job.epochs_of(source.name)) > source.max_epochs + 1e-9:
+            most = source.max_epochs / epochs
+            share = job.data.shares.get(source.name, (1.0, 0))[0] * most
+            lower = f"give it at most {share:.3g} of all weights, or " if job.data.shares else ""
+            yield UserError(
+                f"source {source.name} would be read for more epochs than its max_epochs",
+                at=job.config.where(f"data.sources.{i}.max_epochs"), got=f"{epochs:.2f} epochs",
+                expected=f"at most {source.max_epochs:g}", code=DATA,
+                fix=f"{lower}train at most {math.floor(job.max_steps * most)} steps",
+            )  # fmt: skip
 
 
 def plan_config(config: Config) -> dict[str, Any]:
@@ -352,17 +382,38 @@ def open_corpus(config: Config, world: World, say: Callable[[str], None]) -> Dat
             "the tokenizer is not the one that the data was encoded with", at=folder / "tokenizer",
             fix=f"delete {folder} and build again", code=DATA,
         )  # fmt: skip
-    dtype = np.dtype(manifest["dtype"])
-    streams = {split: open_split(folder, part["files"], dtype) for split, part in manifest["splits"].items()}
-    seq_len = config.data.seq_len
-    splits = manifest["splits"]
+    dtype, seq_len, splits = np.dtype(manifest["dtype"]), config.data.seq_len, manifest["splits"]
+    weights = {source.name: source.weight for source in config.data.sources if source.weight}
+    train = splits["train"]["files"]
+    by_source = [[file for file in train if file["source"] == name] for name in weights] or [train]
+    streams = {
+        "train": [open_split(folder, files, dtype) for files in by_source],
+        "val": [open_split(folder, splits["val"]["files"], dtype)],
+    }
+    for name, stream in zip(weights, streams["train"], strict=False):
+        if not samples_in(stream, seq_len):
+            raise UserError(
+                f"source {name} has a weight, but not one sample", at=folder, expected=f"over {seq_len} tokens",
+                got=f"{len(stream)} tokens", fix="lower data.seq_len, or leave the source out", code=DATA,
+            )  # fmt: skip
+    samples = {split: sum(samples_in(stream, seq_len) for stream in parts) for split, parts in streams.items()}
+
+    def open_batches(split: str, size: int, **order: Any) -> Batches:
+        mixed = {"weights": list(weights.values())} if weights and split == "train" else {}
+        return corpus_batches(streams[split], seq_len, size, document_mask=config.data.document_mask, **mixed, **order)
+
+    fingerprint, mask = manifest["fingerprint"], config.data.document_mask
     return Data(
         tokenizer,
-        lambda split, size, **order: corpus_batches(streams[split], seq_len, size, **order),
-        {split: max(0, (len(stream) - 1) // seq_len) for split, stream in streams.items()},
-        manifest["fingerprint"],
+        open_batches,
+        samples,
+        build.hash_of(fingerprint, weights, mask) if weights or mask else fingerprint,
         f"{folder}: {count(splits['train']['tokens'])} train and {count(splits['val']['tokens'])} val tokens, "
         f"{manifest['counts']['kept']} of {manifest['counts']['read']} documents kept, vocabulary {len(tokenizer)}",
+        {
+            name: (weight / sum(weights.values()), samples_in(stream, seq_len))
+            for (name, weight), stream in zip(weights.items(), streams["train"], strict=False)
+        },
     )
 
 

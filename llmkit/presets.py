@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 
 from llmkit import checkpoint
-from llmkit.config import Config, load_config
+from llmkit.config import load_config
 from llmkit.errors import UserError, did_you_mean
 from llmkit.run import list_runs
+from llmkit.schema import Config
 from llmkit.yamlfile import read_yaml
 
 LOCAL = Path("llmkit.yaml")

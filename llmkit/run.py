@@ -88,11 +88,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """The file has its old or its new content at every moment."""
     half = path.with_name(path.name + ".tmp")
-    with half.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with half.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     half.replace(path)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from llmkit import __version__, checkpoint
-from llmkit.config import Config, CorpusData
 from llmkit.data.build import needs_build
 from llmkit.errors import DIVERGED, INTERRUPTED, MODEL, UserError
 from llmkit.evals.perplexity import perplexity
@@ -39,6 +38,7 @@ from llmkit.parallel import (
 )
 from llmkit.peft import METHODS, lora
 from llmkit.run import Run, clock, open_run, plot_runs, refuse_another, write_report
+from llmkit.schema import Config, CorpusData
 from llmkit.watch import Signals, Watch
 
 FIRST_SCALE, SCALE_GROWTH = 2.0**16, 2000  # fp16 loss scale: its start; good steps before it doubles (apex, torch)

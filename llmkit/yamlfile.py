@@ -154,3 +154,11 @@ def merge(base: dict, over: dict, *, deep: bool = True) -> dict:
         chooses = sections and any(tag in value and value[tag] != old.get(tag) for tag in ("name", "kind"))
         result[key] = merge(old, value) if sections and not chooses else value
     return result
+
+
+def nearest(origins: dict[tuple, str], path: tuple) -> str:
+    """Where the longest known part of a key path was written."""
+    path = tuple(int(part) if isinstance(part, str) and part.isdigit() else part for part in path)
+    while path and path not in origins:
+        path = path[:-1]
+    return origins.get(path, origins.get((), "the config"))

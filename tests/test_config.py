@@ -2,8 +2,9 @@
 
 import pytest
 
-from llmkit.config import Config, load_config
+from llmkit.config import load_config
 from llmkit.errors import UserError
+from llmkit.schema import Config
 from llmkit.yamlfile import merge, parse_yaml, set_override
 
 GOOD = "model: {name: llama}\ndata: {kind: corpus, dir: x}\ntrain: {max_steps: 10}\n"

@@ -10,15 +10,15 @@ import yaml
 from conftest import SHARED, needs_shared, sentences, tiny_config
 
 from llmkit.cli import main
-from llmkit.config import Config, SftData
 from llmkit.data.batches import Batches, corpus_batches, packed_batches, permute
 from llmkit.data.build import build_corpus, read_manifest
 from llmkit.data.chat import CHATML, chat_prompt, compile_template, encode_example, to_turns
 from llmkit.data.inspect import CONTEXT, RESET, TARGET, inspect_rows, paint
 from llmkit.data.sft import encode_sft, pack
 from llmkit.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from llmkit.data.tokens import TokenStream, open_split, token_dtype, write_shard
+from llmkit.data.tokens import ShardWriter, TokenStream, open_split, token_dtype
 from llmkit.errors import UserError
+from llmkit.schema import Config, SftData
 from llmkit.types import IGNORE_INDEX, Batch
 
 
@@ -91,14 +91,21 @@ def test_broken_tokenizer_is_a_user_error(tmp_path, content):
 # ---- shards and batches ---------------------------------------------------------------------------------------------
 
 
+def write_shard(path: Path, documents: list[np.ndarray]) -> Path:
+    with ShardWriter(path, token_dtype(300)) as shard:
+        for ids in documents:
+            shard.add(ids)
+    return shard.path
+
+
 def test_streams_read_across_shards(tmp_path):
-    write_shard(tmp_path / "a", [np.arange(5), np.arange(5, 7)], token_dtype(300))
-    write_shard(tmp_path / "b", [np.arange(7, 12)], token_dtype(300))
+    write_shard(tmp_path / "a", [np.arange(5), np.arange(5, 7)])
+    write_shard(tmp_path / "b", [np.arange(7, 12)])
     stream = TokenStream([tmp_path / "a.bin", tmp_path / "b.bin"], token_dtype(300))
     assert len(stream) == 12
     assert stream.read(4, 6).tolist() == [4, 5, 6, 7, 8, 9]
     assert np.fromfile(tmp_path / "a.idx", dtype="<i8").tolist() == [5, 7]
-    assert write_shard(tmp_path / "none", [], token_dtype(300)) == (0, 0) and not (tmp_path / "none.bin").exists()
+    assert not write_shard(tmp_path / "none", []).exists() and len(list(tmp_path.iterdir())) == 4
     assert token_dtype(65_536).itemsize == 2 and token_dtype(65_537).itemsize == 4
 
 
@@ -123,8 +130,8 @@ def test_ranks_together_see_the_global_batch(world):
 
 
 def test_every_token_is_a_target_once(tmp_path):
-    write_shard(tmp_path / "a", [np.arange(33)], token_dtype(300))
-    batches = corpus_batches(TokenStream([tmp_path / "a.bin"], token_dtype(300)), 8, 4, seed=0)
+    stream = TokenStream([write_shard(tmp_path / "a", [np.arange(33)])], token_dtype(300))
+    batches = corpus_batches([stream], 8, 4, seed=0)
     assert batches.samples == 4
     batch = batches.batch_at(0)
     assert sorted(batch.labels.flatten()) == list(range(1, 33))

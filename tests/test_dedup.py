@@ -7,7 +7,13 @@ import sys
 import numpy as np
 import pytest
 
-from llmkit.data.dedup import exact_key, keep_longest, minhash_bands, near_clusters, split_words
+from llmkit.data import dedup
+from llmkit.data.dedup import exact_key, first_of_equals, longest_of, near_clusters
+from llmkit.data.words import Text, split_words
+
+
+def minhash_bands(text: str, **options) -> np.ndarray:
+    return dedup.minhash_bands(Text(text), **options)
 
 
 def shares_a_key(one: str, other: str) -> bool:
@@ -27,7 +33,7 @@ def test_words():
 
 
 def test_signatures_are_the_same_in_every_process():
-    code = "from llmkit.data.dedup import minhash_bands as m; print(m('the cat sat on the mat again').tolist())"
+    code = "from llmkit.data.dedup import *; print(minhash_bands(Text('the cat sat on the mat again')).tolist())"
     runs = [
         subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True)
         for seed in ("1", "2")
@@ -78,8 +84,8 @@ def test_long_texts_are_hashed_in_blocks_with_the_same_result():
 def test_clusters_join_through_any_band_and_through_others():
     #           band 0: 1=3      band 1: 0=1, 4=5     so 0=1=3, 4=5, 2 alone
     bands = np.array([[10, 7], [11, 7], [12, 8], [11, 9], [13, 6], [14, 6]], dtype=np.uint64)
-    assert near_clusters(bands).tolist() == [0, 0, 2, 0, 4, 4]
-    assert near_clusters(np.empty((0, 14), np.uint64)).tolist() == []
+    assert near_clusters(6, bands.T).tolist() == [0, 0, 2, 0, 4, 4]
+    assert near_clusters(0, np.empty((14, 0), np.uint64)).tolist() == []
 
 
 def test_clusters_equal_a_plain_graph_search():
@@ -89,10 +95,11 @@ def test_clusters_equal_a_plain_graph_search():
         for column in bands.T:
             for key in np.unique(column):
                 expected[column == key] = expected[column == key].min()
-    assert (near_clusters(bands) == expected).all()
+    assert (near_clusters(400, bands.T) == expected).all()
 
 
-def test_keep_longest():
-    keep = keep_longest(np.array([0, 1, 0, 1, 4]), np.array([3, 5, 8, 5, 1]))
-    assert keep.tolist() == [False, True, True, False, True]
-    assert keep_longest(np.array([], int), np.array([], int)).tolist() == []
+def test_longest_of_a_cluster_and_first_of_equals():
+    assert longest_of(np.array([0, 1, 0, 1, 4]), np.array([3, 5, 8, 5, 1])).tolist() == [2, 1, 2, 1, 4]
+    assert longest_of(np.array([], int), np.array([], int)).tolist() == []
+    keys = np.array([[1, 2], [1, 3], [1, 2], [0, 2], [1, 2]], np.uint64)  # equal in both halves or not at all
+    assert first_of_equals(keys).tolist() == [0, 1, 0, 3, 0]

@@ -12,6 +12,8 @@ ROOT = Path(llmkit.__file__).parent
 FLOORS = [
     {"errors", "types"},
     {"yamlfile", "run"},
+    {"schema"},
+    {"explain"},
     {"config"},
     {"data", "models"},
     {"peft", "optim", "parallel", "objectives"},

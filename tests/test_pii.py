@@ -9,10 +9,11 @@ import pytest
 import yaml
 from conftest import sentences, tiny_config
 
-from llmkit.config import CorpusData, Pii, load_config
+from llmkit.config import load_config
 from llmkit.data.build import build_corpus
 from llmkit.data.pii import KINDS, find, scrub
 from llmkit.errors import UserError
+from llmkit.schema import CorpusData, Pii
 
 pytest.importorskip("re2")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from conftest import tiny_config
 
-from llmkit.config import Config
 from llmkit.data.build import build_corpus
+from llmkit.schema import Config
 
 ROOT = Path(__file__).parents[1]
 MODULE = '''

@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 
 from llmkit import checkpoint
 from llmkit.checkpoint import locate
-from llmkit.config import CorpusData, load_config
+from llmkit.config import load_config
 from llmkit.data.build import build_corpus, read_manifest
 from llmkit.data.chat import encode_example
 from llmkit.data.tokenizer import load_tokenizer, train_bpe
@@ -24,6 +24,7 @@ from llmkit.evals.perplexity import measure
 from llmkit.generate import generate
 from llmkit.models import build_model, llama
 from llmkit.run import lock
+from llmkit.schema import CorpusData
 from llmkit.train import train
 
 quiet = {"say": lambda line: None}
@@ -89,7 +90,7 @@ def test_earlier_builds_leave_nothing_behind(tmp_path):
     named = {file["path"] for split in manifest["splits"].values() for file in split["files"]}
     there = {str(path.relative_to(folder / "data")) for path in (folder / "data/tokens").rglob("*.bin")}
     assert there == named
-    assert len(list((folder / "data/parts").glob("*.npy"))) == 1
+    assert len(list((folder / "data/parts").glob("*.scores.npy"))) == 1
 
 
 def test_a_changed_local_dataset_folder_is_a_new_build(tmp_path):

@@ -5,9 +5,10 @@ There is no shuffle state: sample positions are permuted by a keyed bijection, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from llmkit.data.tokens import TokenStream
 from llmkit.types import IGNORE_INDEX, Batch
 
 ROUNDS = 4
+SLOTS = 65_536  # samples in which a mixture comes round, so a weight is exact to 1 in as many
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: splitmix64's increment (Steele et al. 2014)
 
@@ -47,6 +49,42 @@ def permute(index: int, size: int, key: int) -> int:
             return index
 
 
+class Mixture:
+    """Which source each position of an endless order draws from, in fixed proportions and evenly spread.
+
+    Weights become counts of SLOTS; slot k of a source that has n of them stands at (k + 1/2) / n of the way, so that
+    any batch has its share of every source, to within a sample.
+
+    >>> mixture = Mixture([10, 10], [3, 1])
+    >>> [mixture.turn_at(position) for position in range(4)]
+    [(0, 0), (0, 1), (1, 0), (0, 2)]
+    """
+
+    def __init__(self, samples: Sequence[int], weights: Sequence[float]):
+        self.samples, self.starts = list(samples), np.cumsum([0, *samples]).tolist()
+        exact = np.array(weights) / sum(weights) * SLOTS
+        slots = np.maximum(1, exact.astype(int))
+        while slots.sum() != SLOTS:  # the largest remainders get what is left
+            slots[np.argmax(exact - slots) if slots.sum() < SLOTS else np.argmin(exact - slots)] += np.sign(
+                SLOTS - slots.sum()
+            )
+        self.slots = slots.tolist()
+        places = np.concatenate([(np.arange(n) + 0.5) / n for n in self.slots])
+        order = np.argsort(places, kind="stable")
+        self.sources = np.repeat(np.arange(len(slots), dtype=np.uint16), slots)[order]
+        self.turns = np.concatenate([np.arange(n, dtype=np.uint32) for n in self.slots])[order]
+
+    def turn_at(self, position: int) -> tuple[int, int]:
+        """(source, how many positions before drew from it)."""
+        block, slot = divmod(position, SLOTS)
+        source = int(self.sources[slot])
+        return source, block * self.slots[source] + int(self.turns[slot])
+
+    def shares(self) -> list[float]:
+        """Of the positions, by source."""
+        return [n / SLOTS for n in self.slots]
+
+
 @dataclass(frozen=True)
 class Batches:
     """Samples of one split and the order in which steps take them.
@@ -62,6 +100,7 @@ class Batches:
     seed: int
     rank: int = 0
     world: int = 1
+    mixture: Mixture | None = None  # samples are those of its sources, one after another
 
     def batch_at(self, step: int) -> Batch:
         """This rank's share of a step: a pure function of (seed, step)."""
@@ -71,8 +110,16 @@ class Batches:
 
     def sample_at(self, position: int) -> int:
         """The sample that stands at a position of the endless permuted order."""
-        epoch, place = divmod(position, self.samples)
-        return permute(place, self.samples, key=mix((self.seed * GOLDEN + epoch) & MASK))
+        if self.mixture is None:
+            return self.permuted(position, self.samples, self.seed)
+        source, turn = self.mixture.turn_at(position)
+        seed = self.seed + mix(source + 1)
+        return self.mixture.starts[source] + self.permuted(turn, self.mixture.samples[source], seed)
+
+    @staticmethod
+    def permuted(turn: int, samples: int, seed: int) -> int:
+        epoch, place = divmod(turn, samples)
+        return permute(place, samples, key=mix((seed * GOLDEN + epoch) & MASK))
 
     def in_order(self, limit: int | None = None) -> Iterator[Batch]:
         """The first `limit` samples, or all, once each, `global_batch_size` at a time: what an evaluation reads."""
@@ -81,14 +128,41 @@ class Batches:
             yield self.rows(list(range(start, min(start + self.global_batch_size, stop))))
 
 
-def corpus_batches(stream: TokenStream, seq_len: int, global_batch_size: int, **order) -> Batches:
-    """Sample i is the seq_len + 1 tokens at i * seq_len: every token is an input once an epoch, and a target once."""
+def corpus_batches(
+    streams: Sequence[TokenStream], seq_len: int, global_batch_size: int, *, weights: Sequence[float] | None = None,
+    document_mask: bool = False, **order: Any,
+) -> Batches:  # fmt: skip
+    """Sample i of a stream is the seq_len + 1 tokens at i * seq_len: every token is an input once an epoch.
+
+    weights        one of each stream; None: there is but one stream
+    document_mask  attention stays inside a document, positions begin anew with each, and no document is asked for
+                   the first token of the next
+    """
+    samples = [samples_in(stream, seq_len) for stream in streams]
+    starts = np.cumsum([0, *samples])
 
     def rows(indices: list[int]) -> Batch:
-        tokens = np.stack([stream.read(i * seq_len, seq_len + 1) for i in indices]).astype(np.int64)
-        return Batch(tokens[:, :-1], tokens[:, 1:])
+        sources = (np.searchsorted(starts, indices, side="right") - 1).tolist()
+        places = [(streams[s], (i - int(starts[s])) * seq_len) for i, s in zip(indices, sources, strict=True)]
+        tokens = np.stack([stream.read(place, seq_len + 1) for stream, place in places]).astype(np.int64)
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+        if not document_mask:
+            return Batch(inputs, labels)
+        begins = np.zeros((len(indices), seq_len + 1), bool)  # where a document begins
+        for row, (stream, place) in zip(begins, places, strict=True):
+            row[stream.document_starts(place, seq_len + 1) - place] = True
+        at = np.arange(seq_len)
+        since = np.maximum.accumulate(np.where(begins[:, :-1], at, 0), axis=1)
+        labels = np.where(begins[:, 1:], IGNORE_INDEX, labels)
+        return Batch(inputs, labels, at - since, begins[:, :-1].cumsum(axis=1))
 
-    return Batches((len(stream) - 1) // seq_len, rows, global_batch_size, **order)
+    mixture = Mixture(samples, weights) if weights else None
+    return Batches(sum(samples), rows, global_batch_size, mixture=mixture, **order)
+
+
+def samples_in(stream: TokenStream, seq_len: int) -> int:
+    """How many samples a stream gives an epoch; the last tokens may be too few for one."""
+    return max(0, (len(stream) - 1) // seq_len)
 
 
 def packed_batches(folder: Path, split: str, global_batch_size: int, **order) -> Batches:

@@ -1,10 +1,10 @@
 """The build: sources -> clean, kept, unique documents -> tokenizer -> token shards, a manifest and a report.
 
 Work units go through the passes one after another, in as many processes as there are workers:
-    A  read, clean, filter, scrub, sign   -> parts/<unit>.jsonl.zst, .npy signatures, .json counts
-    B  find duplicates over all units     -> keep flags
-    C  train or take the tokenizer       -> parts/tokenizer-<key>/
-    D  encode what is kept                -> tokens/{train,val}/<source>/<unit>.bin + .idx
+    A  measure   read, clean, scrub, score, sign          -> parts/<unit>.jsonl.zst, .scores.npy, .bands.npy ...
+    B  decide    thresholds, duplicates, contamination    -> parts/<unit>.fate.npy; no text is read
+    C  tokenizer train one on a sample, or take one       -> parts/tokenizer-<key>/
+    D  encode    what is kept                             -> tokens/{train,val}/<source>/<unit>.bin + .idx, dropped/
 A unit's files appear whole or not at all and are named after everything that made them, so that a build which was
 killed, or whose later settings changed, redoes only what it must; the result does not depend on the workers.
 """
@@ -12,73 +12,36 @@ killed, or whose later settings changed, redoes only what it must; the result do
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
-from llmkit.config import CorpusData
-from llmkit.data.dedup import keep_longest, near_clusters
+from llmkit.data.decide import Decision, decide, draw
+from llmkit.data.encode import encode_unit, kept_texts, split_text
+from llmkit.data.engine import open_pool
 from llmkit.data.filters import RULES
+from llmkit.data.measure import Stopwatch, measure_unit, peak_mb
+from llmkit.data.records import number_lines
 from llmkit.data.report import make_funnel, report
+from llmkit.data.scorers import check_languages
 from llmkit.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from llmkit.data.tokens import token_dtype
-from llmkit.data.units import (
-    VERSION,
-    Unit,
-    encode_unit,
-    filter_unit,
-    hash_of,
-    make_units,
-    read_part,
-    seeded,
-    split_text,
-)
-from llmkit.errors import DATA, UserError, did_you_mean, raise_all
+from llmkit.data.units import VERSION, Unit, hash_of, load_array, make_units
+from llmkit.errors import DATA, ENVIRONMENT, UserError, did_you_mean, raise_all
 from llmkit.run import lock, write_atomically
+from llmkit.schema import CorpusData
 
-# ---- pass B ---------------------------------------------------------------------------------------------------------
-
-
-def find_duplicates(tables: list[np.ndarray], *, exact: bool, near: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(exact, near): True for every document, over all units in order, that is dropped as a duplicate."""
-    table = np.concatenate(tables)
-    is_exact = np.zeros(len(table), dtype=bool)
-    if exact and len(table):
-        _, first = np.unique(table[:, :2], axis=0, return_index=True)
-        is_exact[:] = True
-        is_exact[first] = False
-    is_near = np.zeros(len(table), dtype=bool)
-    if near and len(table):
-        rest = np.flatnonzero(~is_exact)
-        keep = keep_longest(near_clusters(table[rest, 3:]), table[rest, 2].astype(np.int64))
-        is_near[rest[~keep]] = True
-    return is_exact, is_near
+PACKED = (".gz", ".zst", ".zip", ".parquet")
+UNPACKED = 4  # bytes of text in a byte of a packed file, for the estimate of disk space
+SPACE = 0.9  # bytes on disk for a byte of text: clean texts 0.4 (packed), tokens 0.5
 
 
-# ---- the whole ------------------------------------------------------------------------------------------------------
-
-
-def over_units(function: Callable, jobs: list[tuple], workers: int, what: str) -> list[Any]:
-    """function(*job) for every job, in spawned processes where there is more than one of each; results in order."""
-    if workers == 1 or len(jobs) <= 1:
-        return [function(*job) for job in tqdm(jobs, desc=what, disable=None, leave=False)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        futures = [pool.submit(function, *job) for job in jobs]
-        return [future.result() for future in tqdm(futures, desc=what, disable=None, leave=False)]
-
-
-def check_filters(data: CorpusData) -> None:
-    """Rules that do not exist, and thresholds that are neither low nor high."""
+def check_settings(data: CorpusData) -> None:
+    """What the schema can't know: rules that do not exist, thresholds neither low nor high, languages nobody knows."""
     errors = []
     for rule, limits in data.filter.rules.items():
         if rule not in RULES:
@@ -87,10 +50,12 @@ def check_filters(data: CorpusData) -> None:
         elif limits is not False and limits.keys() - {"low", "high"}:
             errors.append(UserError(f"data.filter.rules.{rule} takes low and high", got=", ".join(limits)))
     raise_all(errors)
+    if data.filter.language:
+        check_languages(data.filter.language.keep)
 
 
-def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Build data.dir from data.sources, or return the manifest of the same build that is already there."""
+def check_corpus(data: CorpusData) -> None:
+    """Refuse what can't be built."""
     if not isinstance(data, CorpusData):
         raise UserError(
             "only a corpus is built beforehand", got=f"data.kind: {data.kind}",
@@ -98,7 +63,12 @@ def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dic
         )  # fmt: skip
     if not data.sources:
         raise UserError("there is nothing to build", expected="data.sources", fix="name at least one source")
-    check_filters(data)
+    check_settings(data)
+
+
+def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Build data.dir from data.sources, or return the manifest of the same build that is already there."""
+    check_corpus(data)
     folder = Path(data.dir)
     units, named, recipe = make_recipe(data)
     if is_built(folder, recipe):
@@ -107,15 +77,30 @@ def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dic
     if (folder / "manifest.json").exists():
         say(f"{folder} holds another build, which this one replaces")
     with lock(folder, "another process is building this data", fix="wait for it, or choose another data.dir"):
+        check_space(folder, units)
         return build_units(data, units, named, recipe)
+
+
+def try_corpus(data: CorpusData, documents: int) -> str:
+    """The report of a build of each source's first documents, which leaves nothing behind."""
+    check_corpus(data)
+    sources = [
+        source.model_copy(update={"limit": min(documents, source.limit or documents)}) for source in data.sources
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        trial = data.model_copy(update={"sources": sources, "dir": folder})
+        trial.on_error = data.on_error.model_copy(update={"max_bad_fraction": 1.0})
+        units, named, recipe = make_recipe(trial)
+        build_units(trial, units, named, recipe, writing=False)
+        return (Path(folder) / "report.md").read_text(encoding="utf-8")
 
 
 def make_recipe(data: CorpusData) -> tuple[list[Unit], Tokenizer | None, str]:
     """The work units, the named tokenizer if there is one, and a hash of all that the build depends on."""
     units = make_units(data)
     named = load_tokenizer(Path(data.tokenizer.path)) if data.tokenizer.path else None
-    later = (data.split.model_dump(), data.tokenizer.model_dump(), named and named.sha256, data.seed)
-    return units, named, hash_of(VERSION, [unit.part for unit in units], later, data.on_error.model_dump())
+    settings = data.model_dump(exclude={"dir", "sources", "workers", "cluster", "seq_len", "document_mask"})
+    return units, named, hash_of(VERSION, [unit.part for unit in units], settings, named and named.sha256)
 
 
 def needs_build(data: CorpusData) -> bool:
@@ -132,111 +117,160 @@ def is_built(folder: Path, recipe: str) -> bool:
     return there and load_tokenizer(tokenizer).sha256 == read_manifest(folder)["tokenizer_sha256"]
 
 
-def build_units(data: CorpusData, units: list[Unit], named: Tokenizer | None, recipe: str) -> dict[str, Any]:
-    """All passes over all units; returns the manifest. What an earlier build has done and still fits is only read."""
-    folder = Path(data.dir)
-    workers = (os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()) or 1
-    workers = workers if data.workers == "auto" else data.workers
-    started = time.perf_counter()
+def check_space(folder: Path, units: list[Unit]) -> None:
+    """Refuse to begin what the disk can't hold; what earlier builds left there counts as free."""
+    packed = sum(unit.bytes for unit in units if any(path.endswith(PACKED) for path, _ in unit.pieces))
+    needed = int(SPACE * (sum(unit.bytes for unit in units) + (UNPACKED - 1) * packed))
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free + there
+    if free < needed:
+        raise UserError(
+            "the disk is too small for this build", at=folder, got=f"{free:,} bytes free",
+            expected=f"about {needed:,} bytes", fix="free some, or put data.dir on another disk", code=ENVIRONMENT,
+        )  # fmt: skip
+
+
+def build_units(
+    data: CorpusData, units: list[Unit], named: Tokenizer | None, recipe: str, writing: bool = True
+) -> dict[str, Any]:
+    """All passes over all units; returns the manifest. What an earlier build has done and still fits is only read.
+
+    writing  False: stop after pass B, with a report of what would be dropped
+    """
+    folder, started, watch = Path(data.dir), time.perf_counter(), Stopwatch()
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
-
-    # A: read, clean, filter, scrub personal data, sign.
-    counts = over_units(filter_unit, [(unit, data, parts) for unit in units], workers, "clean and filter")
-    stop_on_bad_records(data, counts, folder)
-    # B: duplicates.
-    tables = [np.load(parts / f"{unit.part}.npy", allow_pickle=False) for unit in units]
-    is_exact, is_near = find_duplicates(tables, exact=data.dedup.exact, near=bool(data.dedup.near))
-    borders = np.cumsum([len(table) for table in tables])[:-1]
-    exact, near = np.split(is_exact, borders), np.split(is_near, borders)
-    keep = [~(e | n) for e, n in zip(exact, near, strict=True)]
-    funnel = make_funnel(counts, exact, near, keep)
-    kept = sum(row["kept"] for row in funnel.values())
-    if kept == 0:
-        dropped = sum((Counter(row["dropped"]) for row in funnel.values()), Counter())
-        raise UserError(
-            "no document is left", at=folder, got=", ".join(f"{n} {rule}" for rule, n in dropped.most_common()),
-            fix="loosen the profile or data.filter.rules", code=DATA,
-        )  # fmt: skip
-    # C: the tokenizer.
-    by_tail = kept * data.split.val_fraction < 4  # a split of whole documents would leave val to chance
-    splitting = (data.split.val_fraction, data.seed, by_tail)
-    tokenizer, tokenizer_folder = make_tokenizer(data, parts, units, keep, splitting, named)
-    # D: token shards.
-    key = hash_of(recipe, tokenizer.sha256)
-    jobs = [(unit, flags, folder, tokenizer_folder, *splitting, key) for unit, flags in zip(units, keep, strict=True)]
-    shards = over_units(encode_unit, jobs, workers, "encode")
+    sizes = [unit.bytes for unit in units]
+    with open_pool(data, len(units)) as pool:
+        counts = pool.map(measure_unit, [(unit, data, parts) for unit in units], "read, clean, measure", sizes)
+        write_quarantine(units, parts, folder)
+        stop_on_bad_records(data, counts, folder)
+        watch.lap("")
+        decision = decide(units, data, parts)
+        watch.lap("deciding")
+        funnel = make_funnel(units, counts, decision)
+        if not writing:
+            write_atomically(folder / "report.md", report({"funnel": funnel}, counts, [], decision))
+            return {}
+        if decision.documents == 0:
+            raise nothing_left(folder, funnel)
+        tokenizer, tokenizer_folder = make_tokenizer(data, parts, units, decision, named)
+        watch.lap("tokenizer")
+        jobs = [
+            (unit, data, tokenizer_folder, decision.by_tail, encoding_key(data, parts, unit, decision, tokenizer))
+            for unit in units
+        ]
+        shards = pool.map(encode_unit, jobs, "encode", sizes)
 
     splits: dict[str, Any] = {}
     for split in ("train", "val"):
         made = [shard[split] for shard in shards]
         splits[split] = {name: sum(one[name] for one in made) for name in ("documents", "tokens", "bytes")}
-        splits[split]["files"] = [file for one in made for file in one["files"]]
+        splits[split]["files"] = [file | {"source": s["source"]} for s in shards for file in s[split]["files"]]
     totals = {name: sum(row[name] for row in funnel.values()) for name in ("read", "quarantined", "kept")}
     totals["dropped"] = totals["read"] - totals["quarantined"] - totals["kept"]
+    seconds = sum((Counter(one["seconds"]) for one in [*counts, *shards]), Counter()) + watch.seconds
+    del seconds[""]
     manifest = {
         "version": VERSION, "recipe": recipe, "dtype": token_dtype(len(tokenizer)).str, "vocab_size": len(tokenizer),
         "tokenizer_sha256": tokenizer.sha256,
-        "split_by": "tail of every document" if by_tail else "document", "counts": totals, "funnel": funnel,
+        "split_by": "tail of every document" if decision.by_tail else "document", "counts": totals, "funnel": funnel,
         "splits": splits, "fingerprint": hash_of([file["sha256"] for s in splits.values() for file in s["files"]]),
-        "seconds": round(time.perf_counter() - started, 2), "workers": workers,
-        "peak_mb": round(max(one["peak_mb"] for one in counts), 1),
+        "seconds": round(time.perf_counter() - started, 2), "workers": pool.workers,
+        "cpu_seconds": {stage: round(value, 2) for stage, value in seconds.items()},
+        "peak_mb": round(max(peak_mb(), *(one["peak_mb"] for one in [*counts, *shards])), 1),
     }  # fmt: skip
     write_atomically(folder / "val_documents.txt", "".join(f"{id}\n" for shard in shards for id in shard["held_out"]))
-    write_atomically(folder / "report.md", report(manifest, counts))
-    write_atomically(folder / "report.json", json.dumps({"funnel": funnel, "units": counts}, indent=1))
-    bad = [record for one in counts for record in one["bad"]]
-    write_atomically(folder / "quarantine.jsonl", "".join(json.dumps(record) + "\n" for record in bad))
+    write_atomically(folder / "report.md", report(manifest, counts, shards, decision))
+    write_atomically(folder / "report.json", json.dumps(manifest | {"units": counts}, indent=1))
     tokenizer.save(folder / "tokenizer")
     write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-    delete_earlier(folder, units, tokenizer_folder, {file["path"] for s in splits.values() for file in s["files"]})
+    delete_earlier(folder, units, tokenizer_folder, [job[-1] for job in jobs])
     return manifest
 
 
-def delete_earlier(folder: Path, units: list[Unit], tokenizer_folder: Path, shards: set[str]) -> None:
-    """Delete what earlier builds left in parts/ and tokens/ and no manifest names any more."""
-    current = {Path(file).stem for file in shards}
-    for path in (folder / "tokens").rglob("*"):
-        if path.is_file() and path.stem not in current:
+def encoding_key(data: CorpusData, parts: Path, unit: Unit, decision: Decision, tokenizer: Tokenizer) -> str:
+    """A hash of all that a unit's shards depend on: other thresholds that drop nothing else change nothing."""
+    flags = [(parts / f"{unit.part}.{name}.npy").read_bytes() for name in ("fate", "cut")]
+    splitting = (data.split.val_fraction if decision.by_tail else None, decision.by_tail)
+    return hash_of(unit.part, [hash_of(flag.hex()) for flag in flags], tokenizer.sha256, splitting)
+
+
+def delete_earlier(folder: Path, units: list[Unit], tokenizer_folder: Path, keys: list[str]) -> None:
+    """Delete what earlier builds left in parts/, tokens/ and dropped/, and no manifest names any more."""
+    current = {f"{unit.name}-{key}" for unit, key in zip(units, keys, strict=True)}
+    parts = {unit.part for unit in units}
+    for path in [*(folder / "tokens").rglob("*"), *(folder / "dropped").rglob("*")]:
+        if path.is_file() and path.name.split(".bin")[0].split(".idx")[0].split(".jsonl")[0] not in current:
             path.unlink()
     for path in (folder / "parts").iterdir():
         if path.is_dir() and path != tokenizer_folder:
             shutil.rmtree(path)
-        elif path.is_file() and not path.name.startswith(tuple(f"{unit.part}." for unit in units)):
+        elif path.is_file() and not any(path.name.startswith(f"{part}.") for part in parts):
             path.unlink()
+
+
+def write_quarantine(units: list[Unit], parts: Path, folder: Path) -> None:
+    """Join what the units could not read in quarantine.jsonl, with lines counted from the start of each file."""
+    cut = {Path(path): [] for unit in units for path, span in unit.pieces if span}
+    found = []
+    for unit in units:
+        starts = {path: span[0] for path, span in unit.pieces if span and not path.endswith(".parquet")}
+        for line in (parts / f"{unit.part}.bad.jsonl").read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            start = starts.get(record["path"], 0)
+            if start:
+                cut[Path(record["path"])].append(start)
+            found.append((record, start))
+    before = {str(path): number_lines(path, starts) for path, starts in cut.items() if starts}
+    with (folder / "quarantine.jsonl").open("w", encoding="utf-8") as file:
+        for record, start in found:
+            record["line"] += before[record["path"]][start] if start else 0
+            file.write(json.dumps(record) + "\n")
 
 
 def stop_on_bad_records(data: CorpusData, counts: list[dict], folder: Path) -> None:
     """Raise when records could not be read and the config does not allow that many."""
-    bad = [record for one in counts for record in one["bad"]]
-    read = sum(one["read"] for one in counts)
+    bad, read = (sum(one[name] for one in counts) for name in ("quarantined", "read"))
     most = 0.0 if data.on_error.mode == "fail" else data.on_error.max_bad_fraction
-    if bad and len(bad) > most * read:
-        first = bad[0]
-        reasons = Counter(record["reason"] for record in bad)
+    if bad and bad > most * read:
+        reasons = sum((Counter(one["bad"]) for one in counts), Counter())
+        first = next(one["first_bad"] for one in counts if one["first_bad"])
         raise UserError(
-            f"{len(bad)} of {read} records can't be read", at=f"{first['path']}:{first['line']} and others",
-            got=", ".join(f"{number} {reason}" for reason, number in reasons.most_common()),
+            f"{bad} of {read} records can't be read", at=f"{first} and others, all in {folder / 'quarantine.jsonl'}",
+            got=", ".join(f"{number} {reason}" for reason, number in reasons.most_common(8)),
             fix="mend the files, or raise data.on_error.max_bad_fraction", code=DATA,
         )  # fmt: skip
 
 
+def nothing_left(folder: Path, funnel: dict[str, Any]) -> UserError:
+    dropped = sum((Counter(row["dropped"]) for row in funnel.values()), Counter())
+    return UserError(
+        "no document is left", at=folder, got=", ".join(f"{n} {rule}" for rule, n in dropped.most_common()),
+        fix="loosen the profile or data.filter.rules", code=DATA,
+    )  # fmt: skip
+
+
 def make_tokenizer(
-    data: CorpusData, parts: Path, units: list[Unit], keep: list, splitting: tuple, named: Tokenizer | None
+    data: CorpusData, parts: Path, units: list[Unit], decision: Decision, named: Tokenizer | None
 ) -> tuple[Tokenizer, Path]:
     """The tokenizer of the build and where it lies: the named one, or one trained on a sample of the train split."""
-    made_of = named.sha256 if named else hash_of([unit.part for unit in units], data.tokenizer.model_dump(), splitting)
+    flags = [(parts / f"{unit.part}.fate.npy").read_bytes().hex() for unit in units]
+    splitting = (data.split.val_fraction, decision.by_tail)
+    settings = (data.tokenizer.model_dump(), data.seed, splitting)
+    made_of = named.sha256 if named else hash_of([unit.part for unit in units], hash_of(flags), settings)
     folder = parts / f"tokenizer-{made_of[:16]}"
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder), folder
-    size = sum(int(np.load(parts / f"{unit.part}.npy", mmap_mode="r")[:, 2].sum()) for unit in units)
-    share = min(1.0, data.tokenizer.sample_mb * 1e6 / max(1, size))
+    size = sum(int(load_array(parts / f"{unit.part}.scores.npy")["bytes"].sum(dtype="u8")) for unit in units)
+    share = data.tokenizer.sample_mb * 1e6 / max(1, size)
 
     def sample() -> Iterable[str]:
-        for unit, flags in zip(units, keep, strict=True):
-            for record, wanted in zip(read_part(parts / f"{unit.part}.jsonl.zst"), flags, strict=True):
-                if wanted and seeded(record["id"], data.seed + 1) < share:
-                    yield split_text(record["id"], record["text"], *splitting)[0]
+        for unit in units:
+            draws = draw(load_array(parts / f"{unit.part}.scores.npy")["key"][:, 0], data.seed + 1)
+            for (_, fate, text), wanted in zip(kept_texts(unit, data, parts), (draws < share).tolist(), strict=True):
+                if wanted and text:
+                    yield split_text(text, fate, *splitting)[0]
 
     tokenizer = named or train_bpe(iter(sample()), data.tokenizer.vocab_size)
     half = folder.with_name(folder.name + ".tmp")

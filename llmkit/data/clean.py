@@ -11,7 +11,21 @@ from llmkit.errors import UserError, did_you_mean
 from llmkit.types import Document
 
 HTML_START = re.compile(r"\s*(<\?xml[^>]*>\s*)?(<!doctype html|<html\b)", re.IGNORECASE)
-HTML_SKIPPED = ["nav", "aside", "footer", "form", "button", "noscript", "iframe", "svg", "[role=navigation]"]
+# The form around a whole page (ASP.NET) and the signature of a quoted letter stay. Formulas are often hidden, with a
+# picture in their place: kept, as TeX where they come with it. No selector may look far: pages can be 100 000 deep.
+HTML_SKIPPED = [
+    "nav", "aside", "footer:not(blockquote > footer)", "form:not(body > form)", "button", "noscript", "iframe", "svg",
+    *("img", "area", "object", "video", "audio"),  # not alt_texts=False: that drops <figure> with the code in it
+    *(f"[role={role}]" for role in ("navigation", "contentinfo", "complementary", "search")),
+    *("[hidden]", "[aria-hidden=true i]:not(:has(> math))", "semantics > :first-child:has(+ annotation)"),
+    *(f'[style*="{style}" i]:not(:has(> math))'
+      for style in ("display:none", "display: none", "visibility:hidden", "visibility: hidden")),
+]  # fmt: skip
+PRE = re.compile(r"(<pre\b[^<>]*>)(?:\r?\n)?", re.IGNORECASE)
+XML_EMPTY = re.compile(  # <script/>: an HTML parser would take the rest of the page for the script
+    r"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr)\b)([a-z][\w-]*)((?:\s[^<>]*)?)/>",
+    re.IGNORECASE,
+)
 # Signs of UTF-8 read as another encoding: a lead byte's letter, then what that encoding makes of a continuation byte.
 # By line: C1 controls, which no text has; Latin-1, cp1252 and cp1250; MacRoman; cp1251; cp437. The search skips fast
 # to one of the first letters; a false alarm only costs time.
@@ -40,7 +54,11 @@ def html(document: Document) -> Document:
         return document
     from resiliparse.extract.html2text import extract_plain_text
 
-    text = extract_plain_text(document.text, preserve_formatting=True, alt_texts=False, skip_elements=HTML_SKIPPED)
+    text = document.text
+    if text.lstrip().startswith("<?xml"):
+        text = XML_EMPTY.sub(r"<\1\2></\1>", text)
+    text = PRE.sub(r"\1\n\n", text)  # in a list, only the first line would be indented: let that be an empty one
+    text = extract_plain_text(text, preserve_formatting=True, skip_elements=HTML_SKIPPED)
     return replace(document, text=text, meta=document.meta | {"format": "text"})
 
 

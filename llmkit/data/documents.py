@@ -46,6 +46,8 @@ def list_files(path: str, include: Sequence[str] = (), exclude: Sequence[str] = 
         raise UserError("no such file or folder", at=path, code=DATA)
     pattern = start.relative_to(root).as_posix() if start != root else "**"
     named = [start] if start.is_file() else root.glob(f"{pattern}/*" if pattern.endswith("**") else pattern)
+    if "**" not in pattern:  # a folder that a glob names stands for what is in it
+        named = [file for match in named for file in (match.rglob("*") if match.is_dir() else [match])]
     found, files = [file for file in named if file.is_file()], []
     for file in found:
         inside, kind = file.relative_to(root), suffix_of(file)

@@ -1,21 +1,23 @@
 """Quality filters: one function a rule, which measures a text; a document is dropped outside the rule's thresholds.
 
+What was measured is stored, so that other thresholds cost no new reading: measuring and deciding are two things.
+
 Sources of the thresholds: Gopher (Rae et al. 2021, arXiv:2112.11446, appendix A), FineWeb (Penedo et al. 2024,
 arXiv:2406.17557), C4 (Raffel et al. 2019, arXiv:1910.10683), and The Stack's rules for code (arXiv:2211.15533).
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from itertools import filterfalse
 from typing import Any
 
 import numpy as np
 
-from llmkit.data.dedup import GOLDEN, UNSPACED, hash_words, mix, split_words
-from llmkit.types import Document
+from llmkit.data.words import GOLDEN, Text, mix
 
 STOP_WORDS = {  # a text with fewer than two of every language's is hardly prose; English: Gopher's own list
     "en": "the be to of and that have with",
@@ -40,40 +42,12 @@ FOREIGN_LETTER = re.compile(r"[^\W\d_a-zA-Z]")
 GENERATED = re.compile(r"auto-?generated|automatically generated|@generated|do not (edit|modify)", re.IGNORECASE)
 
 
-class Text:
-    """A text and its cuts, each made when a rule first asks, once for all rules."""
-
-    def __init__(self, text: str):
-        self.text = text
-
-    @cached_property
-    def spaced(self) -> bool:
-        """Whether white space parts words; in Chinese, Japanese or Thai, characters stand in for them."""
-        start = self.text[:2000]
-        return start.isascii() or len(UNSPACED.findall(start)) < 0.3 * len(start)
-
-    @cached_property
-    def words(self) -> list[str]:
-        return self.text.split() if self.spaced else list("".join(self.text.split()))
-
-    @cached_property
-    def lines(self) -> list[str]:
-        return [line for line in map(str.strip, self.text.split("\n")) if line]
-
-    @cached_property
-    def paragraphs(self) -> list[str]:
-        return [part for part in map(str.strip, self.text.split("\n\n")) if part]
-
-    @cached_property
-    def repeats(self) -> dict[int, float]:
-        return measure_repeats(split_words(self.text))
-
-
 def ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def measure_repeats(words: list[bytes]) -> dict[int, float]:
+@lru_cache(maxsize=1)  # a rule for each n asks for the same text
+def measure_repeats(text: Text) -> dict[int, float]:
     """{n: share of the bytes of words that n-grams of words repeat}, Gopher's two measures; 0 is left out.
 
     n = 2..4   in all occurrences of the most frequent n-gram, if it stands twice or more (of equals, the longest)
@@ -81,10 +55,10 @@ def measure_repeats(words: list[bytes]) -> dict[int, float]:
 
     An n-gram can be repeated only where its first n-1 words are, so few places are left after n = 2 or 3.
 
-    >>> measure_repeats(b"a b c a b d".split())
+    >>> measure_repeats(Text("a b c a b d"))
     {2: 0.6666666666666666}
     """
-    hashes = hash_words(words)
+    words, hashes = text.folded, text.hashes
     ends = np.cumsum([0, *map(len, words)])  # in bytes; word i is ends[i]..ends[i + 1]
     starts, grams, found = np.arange(len(words)), hashes, {}
     for n in range(2, 11):
@@ -157,7 +131,7 @@ def alphabetic_words(text: Text) -> float:
 
 
 def repeated_ngrams(text: Text, n: int) -> float | None:
-    return text.repeats.get(n, 0.0) if text.spaced else None  # five characters recur in any text
+    return measure_repeats(text).get(n, 0.0) if text.spaced else None  # five characters recur in any text
 
 
 def short_lines(text: Text) -> float | None:
@@ -232,26 +206,30 @@ PROFILES: dict[str, Bounds] = {
 }  # fmt: skip
 
 
-def first_reason(document: Document, profile: str, overrides: dict[str, Any] | None = None) -> str | None:
-    """The first rule that drops a document, as "rule value < low" or "rule value > high"; None: it is kept.
+def bounds_of(profile: str, overrides: dict[str, Any]) -> Bounds:
+    """The profile's thresholds with {rule: {low, high}} over them; {rule: False} turns one off: no bounds."""
+    bounds = dict(PROFILES[profile])
+    for rule, change in overrides.items():
+        bounds[rule] = {} if change is False else bounds.get(rule, {}) | change
+    return bounds
 
-    overrides  {rule: {low, high}} over the profile's thresholds; {rule: False} turns one off
 
-    What was measured on the way stays in document.meta["scores"].
+def measure(text: Text, rules: Iterable[str]) -> list[float]:
+    """What each rule measures, to four digits; nan where it says nothing of such a text."""
+    values = [RULES[rule](text) for rule in rules]
+    return [math.nan if value is None else round(value, 4) for value in values]
 
-    >>> first_reason(Document("d", "only four words here", "s"), "docs")
+
+def outside(values: np.ndarray | float, limits: dict[str, float]) -> np.ndarray:
+    """Where values are too low or too high; nan never is."""
+    return (values < limits.get("low", -math.inf)) | (values > limits.get("high", math.inf))
+
+
+def why(rule: str, value: float, limits: dict[str, float]) -> str:
+    """In words what is wrong with a value outside its limits.
+
+    >>> why("words", 4, {"low": 20})
     'words 4 < 20'
     """
-    bounds: dict[str, Any] = dict(PROFILES[profile])
-    for rule, change in (overrides or {}).items():
-        bounds[rule] = {} if change is False else bounds.get(rule, {}) | change
-    text, scores = Text(document.text), document.meta.setdefault("scores", {})
-    for rule, limits in bounds.items():
-        if not limits or (value := RULES[rule](text)) is None:
-            continue
-        scores[rule] = value = round(value, 4)
-        if value < limits.get("low", value):
-            return f"{rule} {value:.4g} < {limits['low']:g}"
-        if value > limits.get("high", value):
-            return f"{rule} {value:.4g} > {limits['high']:g}"
-    return None
+    low = value < limits.get("low", -math.inf)
+    return f"{rule} {value:.4g} {'<' if low else '>'} {limits['low' if low else 'high']:g}"

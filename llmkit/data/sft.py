@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.config import SftData
 from llmkit.data.chat import default_template, detect_format, encode_example, to_turns
 from llmkit.data.records import BadRecord, read_records
 from llmkit.data.tokenizer import Tokenizer
 from llmkit.errors import DATA, UserError
 from llmkit.run import file_sha256, write_atomically
+from llmkit.schema import SftData
 
 VERSION = 2  # of the encoding: another one encodes again
 ROW_ARRAYS = ("ids", "targets", "segments", "positions")  # the files of a split, in the order that batches reads them

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from llmkit.errors import DATA, UserError
+from llmkit.run import file_sha256, write_atomically
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -16,33 +17,47 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
 
 
-def write_shard(path: Path, documents: Iterable[np.ndarray], dtype: np.dtype) -> tuple[int, int]:
-    """Write documents (ids, each with its end token) to PATH.bin and their ends to PATH.idx.
+class ShardWriter:
+    """Writes documents (ids, each with its end token) to PATH.bin and their ends to PATH.idx.
 
-    Returns (documents, tokens). Both files appear whole or not at all; no documents, no files.
+    Both files appear whole, when the block ends well, or not at all; no documents, no files.
+
+    >>> with ShardWriter(folder / "a", np.dtype("<u2")) as shard:     # doctest: +SKIP
+    ...     shard.add(np.array([5, 6, 0]))
     """
-    ends, total = [], 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_suffix(".tmp")
-    with half.open("wb") as file:
-        for ids in documents:
-            file.write(ids.astype(dtype).tobytes())
-            total += len(ids)
-            ends.append(total)
-        file.flush()
-        os.fsync(file.fileno())
-    if not ends:
-        half.unlink()
-        return 0, 0
-    index = path.with_suffix(".idx.tmp")
-    index.write_bytes(np.array(ends, dtype="<i8").tobytes())
-    index.replace(path.with_suffix(".idx"))
-    half.replace(path.with_suffix(".bin"))
-    return len(ends), total
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self.path, self.dtype = path.with_name(path.name + ".bin"), dtype
+        self.index = path.with_name(path.name + ".idx")
+        self.ends: list[int] = []
+        self.tokens = 0
+
+    def __enter__(self) -> ShardWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.half = self.path.with_name(self.path.name + ".tmp")
+        self.file = self.half.open("wb")
+        return self
+
+    def add(self, ids: np.ndarray) -> None:
+        self.file.write(ids.astype(self.dtype).tobytes())
+        self.tokens += len(ids)
+        self.ends.append(self.tokens)
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        finally:
+            self.file.close()
+        if kind is None and self.ends:
+            write_atomically(self.index, np.array(self.ends, dtype="<i8").tobytes())
+            self.half.replace(self.path)
+        else:
+            self.half.unlink()
 
 
 class TokenStream:
-    """The shards of a split as one long array of tokens.
+    """The shards of a split, or of one of its sources, as one long array of tokens.
 
     >>> TokenStream([], np.dtype("<u2")).read(0, 4)
     array([], dtype=uint16)
@@ -51,34 +66,54 @@ class TokenStream:
     def __init__(self, shards: list[Path], dtype: np.dtype):
         self.dtype = dtype
         self.shards = [np.memmap(path, dtype=dtype, mode="r") for path in shards]
+        self.ends = [np.memmap(path.with_suffix(".idx"), dtype="<i8", mode="r") for path in shards]
         self.starts = np.cumsum([0, *map(len, self.shards)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens [start, start + length), copied; across shard borders too, shorter at the end."""
-        pieces, stop = [], min(start + length, len(self))
+    def pieces(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """(shard, start, stop) inside each shard that tokens [start, start + length) lie in."""
+        stop = min(start + length, len(self))
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         while start < stop:
-            offset = start - self.starts[shard]
-            piece = self.shards[shard][offset : offset + stop - start]
-            pieces.append(piece)
-            start += len(piece)
-            shard += 1
+            end = min(stop, int(self.starts[shard + 1]))
+            yield shard, start - int(self.starts[shard]), end - int(self.starts[shard])
+            start, shard = end, shard + 1
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens [start, start + length), copied; across shard borders too, shorter at the end."""
+        pieces = [self.shards[shard][begin:end] for shard, begin, end in self.pieces(start, length)]
         return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+
+    def document_starts(self, start: int, length: int) -> np.ndarray:
+        """Places in (start, start + length) at which a document begins."""
+        found = [np.empty(0, np.int64)]
+        for shard, begin, end in self.pieces(start, length):
+            ends = self.ends[shard]
+            inside = ends[np.searchsorted(ends, begin, side="right") : np.searchsorted(ends, end)]
+            first = [0] if begin == 0 and shard > 0 else []
+            found.append(np.array([*first, *inside], np.int64) + int(self.starts[shard]))
+        places = np.concatenate(found)
+        return places[places > start]
 
 
 def open_split(folder: Path, files: list[dict], dtype: np.dtype) -> TokenStream:
-    """The shards of one split as the manifest lists them: {path, bytes}; a changed file is noticed by its size."""
+    """The shards of one split as the manifest lists them: {path, bytes, sha256}; a changed file is noticed."""
     paths = []
     for entry in files:
         path = folder / entry["path"]
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+        problem = None
+        if not path.is_file():
+            problem = "no such file"
+        elif path.stat().st_size != entry["bytes"]:
+            problem = f"{path.stat().st_size} bytes"
+        elif path.stat().st_mtime_ns != entry["mtime_ns"] and file_sha256(path) != entry["sha256"]:
+            problem = "another checksum"  # only looked at where the time is another: a copy keeps its content
+        if problem:
             raise UserError(
-                "a token shard is not what was built", at=path, expected=f"{entry['bytes']} bytes",
-                got=f"{path.stat().st_size} bytes" if path.is_file() else "no such file",
-                fix=f"delete {folder} and build again", code=DATA,
+                "a token shard is not what was built", at=path, expected=f"{entry['bytes']} bytes as in the manifest",
+                got=problem, fix=f"delete {folder} and build again", code=DATA,
             )  # fmt: skip
         paths.append(path)
     return TokenStream(paths, dtype)

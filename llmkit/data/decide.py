@@ -1,0 +1,197 @@
+"""Pass B: what becomes of every document, from what was measured of it. No text is read, so it is a matter of seconds.
+
+A document's fate is a number in FATES. The order is that of the list: a document is dropped by the first thing that
+is wrong with it; only what the rules keep is compared with its like.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llmkit.data.dedup import first_of_equals, longest_of, near_clusters
+from llmkit.data.filters import RULES, Bounds, bounds_of, outside, why
+from llmkit.data.scorers import evaluation_ngrams
+from llmkit.data.units import Unit, load_array, save_array
+from llmkit.data.words import GOLDEN, mix
+from llmkit.schema import CorpusData
+
+TRAIN, VAL = 0, 1
+FATES = (
+    "train", "val", "empty", "language", *RULES, "listed_words", "classifier", "pii", "exact duplicate",
+    "near duplicate", "contaminated", "repeated paragraphs",
+)  # fmt: skip
+FATE = {name: number for number, name in enumerate(FATES)}
+FEW = 4  # documents that whole ones would give to val: below this, every document gives its tail
+MOST_CUT = 0.8  # of a document in paragraphs that stood before: what is left would be scraps
+
+
+@dataclass
+class Decision:
+    """What pass B found, for the report; the fates themselves lie in the units' .fate.npy files."""
+
+    by_tail: bool  # whether the val split is the tail of every document, because there are few
+    fates: list[np.ndarray]  # (documents,) of each unit, uint8
+    clusters: int  # of near duplicates with more than one member
+    largest: int  # members of the largest
+    contamination: dict[str, int]
+    cut_paragraphs: int
+
+    def kept(self, unit: int) -> np.ndarray:
+        return self.fates[unit] <= VAL
+
+    @property
+    def documents(self) -> int:
+        return sum(int((fates <= VAL).sum()) for fates in self.fates)
+
+
+def checks_of(data: CorpusData, profile: str) -> Bounds:
+    """Limits by fate, in the order in which they are looked at."""
+    checks = {"empty": {"low": 1}}
+    if data.filter.language:
+        checks["language"] = {"low": data.filter.language.min_score}
+    checks |= bounds_of(profile, data.filter.rules)
+    if data.filter.words:
+        checks["listed_words"] = {"high": data.filter.words.max_per_1k}
+    if data.filter.classifier:
+        checks["classifier"] = {"high": data.filter.classifier.max_score}
+    if data.pii.kinds:
+        checks["pii"] = {"high": 0 if data.pii.action == "drop" else data.pii.drop_above}
+    return checks
+
+
+def values_of(table: np.ndarray, fate: str, data: CorpusData) -> np.ndarray:
+    """What a check looks at, for every document of a unit."""
+    if fate == "empty":
+        return table["bytes"]
+    if fate == "language":  # another language, however sure, is as good as no score at all
+        wanted = np.isin(table["language"], [code.encode() for code in data.filter.language.keep])
+        return np.where(wanted, table["language_score"], 0.0)
+    return table[fate]
+
+
+def judge(table: np.ndarray, data: CorpusData, profile: str) -> np.ndarray:
+    """(documents,) uint8: the first check that drops each, or TRAIN."""
+    fates = np.full(len(table), TRAIN, np.uint8)
+    for fate, limits in checks_of(data, profile).items():
+        bad = outside(values_of(table, fate, data), limits) if limits else np.zeros(len(table), bool)
+        fates[bad & (fates == TRAIN)] = FATE[fate]
+    return fates
+
+
+def reason(row: np.ndarray, fate: int, data: CorpusData, profile: str) -> str:
+    """In words why a document with these scores was dropped, or only the fate's name."""
+    name = FATES[fate]
+    if name == "language":
+        return f"language {row['language'].decode()} ({row['language_score']:.2f})"
+    limits = checks_of(data, profile).get(name)
+    return why(name, float(values_of(row[None], name, data)[0]), limits) if limits and name != "empty" else name
+
+
+def decide(units: list[Unit], data: CorpusData, parts: Path) -> Decision:
+    """Settle the fate of every document; writes each unit's .fate.npy (fate, twin) and .cut.npy (its paragraphs)."""
+    judged, keys, lengths = [], [], []
+    for unit in units:
+        table = load_array(parts / f"{unit.part}.scores.npy")
+        judged.append(judge(table, data, unit.source["profile"]))
+        keys.append(table["key"].copy())
+        lengths.append(table["bytes"].copy())
+    borders = np.cumsum([len(fates) for fates in judged])
+    fates, keys, lengths = np.concatenate(judged), np.concatenate(keys), np.concatenate(lengths)
+    twins = np.full(len(fates), -1, np.int64)  # of a duplicate: the document that stays in its place
+
+    def drop(documents: np.ndarray, for_the_sake_of: np.ndarray, fate: str) -> None:
+        gone = documents != for_the_sake_of
+        fates[documents[gone]] = FATE[fate]
+        twins[documents[gone]] = for_the_sake_of[gone]
+
+    if data.dedup.exact:
+        rest = np.flatnonzero(fates == TRAIN)
+        drop(rest, rest[first_of_equals(keys[rest])], "exact duplicate")
+    heads, clusters, largest = np.arange(len(fates)), 0, 0
+    if near := data.dedup.near:
+        rest = np.flatnonzero(fates == TRAIN)
+        together = near_clusters(len(rest), (band_keys(units, parts, band)[rest] for band in range(near.bands)))
+        sizes = np.bincount(together)
+        clusters, largest = int((sizes > 1).sum()), int(sizes.max(initial=0))
+        heads[rest] = rest[together]
+        if near.keep == "longest":
+            drop(rest, rest[longest_of(together, lengths[rest])], "near duplicate")
+    contamination = find_contaminated(units, data, parts, fates, borders)
+    cuts = find_repeated_paragraphs(units, parts, fates, lengths, borders) if data.dedup.paragraphs else None
+
+    kept = fates == TRAIN
+    by_tail = bool(kept.sum() * data.split.val_fraction < FEW)
+    if not by_tail:  # by what the head of its cluster says, so that near duplicates never part
+        fates[kept & (draw(keys[heads, 0], data.seed) < data.split.val_fraction)] = VAL
+    table = np.zeros(len(fates), [("fate", "u1"), ("twin", "<i8")])
+    table["fate"], table["twin"] = fates, twins
+    for number, (unit, one) in enumerate(zip(units, np.split(table, borders[:-1]), strict=True)):
+        save_array(parts / f"{unit.part}.fate.npy", one)
+        save_array(parts / f"{unit.part}.cut.npy", cuts[number] if cuts else np.empty(0, bool))
+    cut = sum(int(one.sum()) for one in cuts or [])
+    return Decision(by_tail, np.split(fates, borders[:-1]), clusters, largest, contamination, cut)
+
+
+def draw(keys: np.ndarray, seed: int) -> np.ndarray:
+    """A number in [0, 1) for each key, which depends on it and the seed alone."""
+    return mix(keys + np.array([seed], np.uint64) * GOLDEN) / 2.0**64
+
+
+def band_keys(units: list[Unit], parts: Path, band: int) -> np.ndarray:
+    """One band's keys of all documents. Mapped and let go at once, so that only these bytes come into memory."""
+    return np.concatenate([load_array(parts / f"{unit.part}.bands.npy", mmap_mode="r")[band] for unit in units])
+
+
+def find_contaminated(
+    units: list[Unit], data: CorpusData, parts: Path, fates: np.ndarray, borders: np.ndarray
+) -> dict[str, int]:
+    """Drop what shares a rare n-gram with the evaluation files; returns counts for the report.
+
+    Counted after duplicates went, lest copies of a leaked question make its n-grams look common.
+    """
+    evals = data.decontaminate
+    if evals is None:
+        return {}
+    _, texts, short = evaluation_ngrams(tuple(evals.files), evals.ngram)
+    starts = [0, *borders[:-1].tolist()]
+    hits = [load_array(parts / f"{unit.part}.hits.npy") for unit in units]
+    documents = np.concatenate([one["document"] + start for one, start in zip(hits, starts, strict=True)])
+    grams = np.concatenate([one["gram"] for one in hits])
+    here = fates[documents] == TRAIN
+    documents, grams = documents[here], grams[here]
+    unique, which, counts = np.unique(grams, return_inverse=True, return_counts=True)  # a gram once a document
+    rare = counts <= evals.ignore_if_in_docs
+    flagged = np.unique(documents[rare[which]])
+    if evals.action == "drop":
+        fates[flagged] = FATE["contaminated"]
+    return {
+        "evaluation texts": texts, f"shorter than {evals.ngram} words, not looked for": short,
+        "contaminated documents": len(flagged), "n-grams found": int(rare.sum()),
+        "common n-grams ignored": len(unique) - int(rare.sum()),
+    }  # fmt: skip
+
+
+def find_repeated_paragraphs(
+    units: list[Unit], parts: Path, fates: np.ndarray, lengths: np.ndarray, borders: np.ndarray
+) -> list[np.ndarray]:
+    """For each unit which of its long paragraphs stood in an earlier place; drops documents that are little else."""
+    starts = [0, *borders[:-1].tolist()]
+    found = [load_array(parts / f"{unit.part}.paragraphs.npy") for unit in units]
+    documents = np.concatenate([one["document"] + start for one, start in zip(found, starts, strict=True)])
+    keys, sizes = (np.concatenate([one[name] for one in found]) for name in ("key", "bytes"))
+    here = np.flatnonzero(fates[documents] == TRAIN)
+    cut = np.zeros(len(documents), bool)
+    cut[here] = True
+    cut[here[np.unique(keys[here], return_index=True)[1]]] = False  # the first of equals stays
+    gone = np.bincount(documents[cut], weights=sizes[cut], minlength=len(fates))
+    fates[gone > MOST_CUT * lengths] = FATE["repeated paragraphs"]
+    return np.split(cut, np.cumsum([len(one) for one in found])[:-1])
+
+
+def count_fates(fates: np.ndarray) -> Counter[str]:
+    """How many documents met each fate."""
+    return Counter({FATES[i]: int(n) for i, n in enumerate(np.bincount(fates, minlength=len(FATES))) if n})

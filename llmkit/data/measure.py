@@ -1,0 +1,214 @@
+"""Pass A: one unit's documents read, cleaned, scrubbed, measured by every rule, and signed. Nothing is dropped here.
+
+It leaves the clean texts (.jsonl.zst), what was measured of each (.scores.npy), and what finds its like elsewhere:
+MinHash keys (.bands.npy), n-grams of evaluation files (.hits.npy), paragraphs (.paragraphs.npy).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.recfunctions import repack_fields
+
+from llmkit.data.clean import STEPS, clean
+from llmkit.data.decode import GUESSED_ENCODINGS
+from llmkit.data.dedup import exact_key, minhash_bands, paragraph_hashes
+from llmkit.data.filters import measure
+from llmkit.data.pii import scrub
+from llmkit.data.records import BadRecord
+from llmkit.data.scorers import classifier_score, evaluation_ngrams, language_of, listed_per_1k
+from llmkit.data.units import Unit, atomic_zst, measured_rules, read_unit, read_zst, save_array
+from llmkit.data.words import Text, hash_ngrams
+from llmkit.run import write_atomically
+from llmkit.schema import CorpusData
+from llmkit.types import Document
+
+ROWS = 4096  # of scores that are kept as Python objects before they are packed
+SHOWN_LINES = 5  # of the boilerplate that was taken out, in the report
+HIT = np.dtype([("document", "<u4"), ("gram", "<u8")])
+PARAGRAPH = np.dtype([("document", "<u4"), ("key", "<u8"), ("bytes", "<u4")])
+
+
+class Stopwatch:
+    """CPU seconds by stage: each lap is put down to what was done since the one before."""
+
+    def __init__(self):
+        self.seconds, self.last = Counter(), time.process_time()
+
+    def lap(self, stage: str) -> None:
+        now = time.process_time()
+        self.seconds[stage] += now - self.last
+        self.last = now
+
+
+def peak_mb() -> float:
+    """The most memory that this process ever had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def score_dtype(data: CorpusData, profile: str) -> np.dtype:
+    """A document's row: its exact key, its size, what each rule and scorer measured (nan: nothing), its bands."""
+    fields: list[tuple] = [("key", "<u8", (2,)), ("bytes", "<u4")]
+    fields += [(rule, "<f8") for rule in measured_rules(data, profile)]
+    fields += [("language", "S3"), ("language_score", "<f8")] if data.filter.language else []
+    fields += [("listed_words", "<f8")] if data.filter.words else []
+    fields += [("classifier", "<f8")] if data.filter.classifier else []
+    fields += [("pii", "<f8")]
+    return np.dtype(fields + ([("bands", "<u8", (data.dedup.near.bands,))] if data.dedup.near else []))
+
+
+def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
+    """Take one unit through pass A; returns its counts. What an earlier build has done is only read."""
+    done = parts / f"{unit.part}.json"
+    if done.exists():
+        return json.loads(done.read_text(encoding="utf-8"))
+    source, watch = unit.source, Stopwatch()
+    rules, dtype = measured_rules(data, source["profile"]), score_dtype(data, source["profile"])
+    kinds = tuple(kind for kind in data.pii.kinds if kind != "phone" or source["profile"] != "code")
+    evals = data.decontaminate
+    wanted = evals and evaluation_ngrams(tuple(evals.files), evals.ngram)[0]
+    tally: dict[str, Any] = {"read": 0, "quarantined": 0, "warnings": Counter(), "bad": Counter(), "first_bad": None}
+    pii, languages, size, characters = Counter(), Counter(), 0, 0
+    blocks, rows, hits, paragraphs = [np.empty(0, dtype)], [], [], []
+
+    documents = read_clean(unit, data, parts, tally, watch)
+    if source["profile"] == "web" and data.clean.boilerplate_min_docs:
+        documents = without_boilerplate(documents, data.clean.boilerplate_min_docs, parts / unit.part, tally, watch)
+    with atomic_zst(parts / f"{unit.part}.jsonl.zst") as write:
+        for number, document in enumerate(documents):
+            body, found = scrub(document.text, kinds, data.pii.action) if kinds else (document.text, Counter())
+            pii.update(found)
+            watch.lap("personal data")
+            text, length = Text(body), len(body.encode("utf-8", "replace"))
+            row = [np.frombuffer(exact_key(body), "<u8"), length, *measure(text, rules)]
+            watch.lap("rules")
+            if data.filter.language:
+                code, score = language_of(body)
+                languages[code] += 1
+                row += [code, score]
+                watch.lap("language")
+            if data.filter.words:
+                row.append(listed_per_1k(text, data.filter.words.path))
+            if data.filter.classifier:
+                row.append(classifier_score(body, data.filter.classifier.path, data.filter.classifier.label))
+                watch.lap("classifier")
+            row.append(found.total())
+            if near := data.dedup.near:
+                row.append(minhash_bands(text, ngram=near.ngram, bands=near.bands, rows=near.rows))
+                watch.lap("MinHash")
+            if wanted:
+                grams = wanted.found_in(hash_ngrams(text.hashes, evals.ngram))
+                hits += [(number, gram) for gram in np.unique(grams).tolist()]
+                watch.lap("decontamination")
+            if data.dedup.paragraphs:
+                found = paragraph_hashes(body, data.dedup.paragraphs)
+                paragraphs += [(number, key, length) for key, length in found]
+            rows.append(tuple(row))
+            if len(rows) == ROWS:
+                blocks.append(np.array(rows, dtype))
+                rows.clear()
+            write({"id": document.id, "text": body})
+            size, characters = size + length, characters + len(body)
+            watch.lap("writing")
+    table = np.concatenate([*blocks, np.array(rows, dtype)])
+    if data.dedup.near:  # by band: the search for duplicates reads them one at a time
+        save_array(parts / f"{unit.part}.bands.npy", np.ascontiguousarray(table["bands"].T))
+    names = [name for name in dtype.names if name != "bands"]
+    save_array(parts / f"{unit.part}.scores.npy", repack_fields(table[names]))
+    save_array(parts / f"{unit.part}.hits.npy", np.array(hits, HIT))
+    save_array(parts / f"{unit.part}.paragraphs.npy", np.array(paragraphs, PARAGRAPH))
+    counts = tally | {
+        "unit": unit.name, "source": source["name"], "pii": pii, "languages": languages, "bytes": size,
+        "characters": characters, "seconds": watch.seconds, "peak_mb": peak_mb(),
+    }  # fmt: skip
+    write_atomically(done, json.dumps(counts))
+    return json.loads(json.dumps(counts))
+
+
+def read_clean(unit: Unit, data: CorpusData, parts: Path, tally: dict, watch: Stopwatch) -> Iterator[Document]:
+    """A unit's documents, cleaned; bad records go to .bad.jsonl with their file, line and offset."""
+    wanted = {
+        "html": data.clean.html, "encoding": data.clean.fix_encoding, "unicode": data.clean.unicode,
+        "control": data.clean.control, "whitespace": data.clean.whitespace,
+    }  # fmt: skip
+    steps = [step for step in STEPS if wanted[step]]
+    half = parts / f"{unit.part}.bad.jsonl.tmp"
+    with half.open("w", encoding="utf-8") as quarantine:
+        for one in read_unit(unit):
+            watch.lap("reading")
+            tally["read"] += 1
+            if isinstance(one, BadRecord):
+                tally["quarantined"] += 1
+                tally["bad"][one.reason[:60]] += 1
+                tally["first_bad"] = tally["first_bad"] or f"{one.path}:{one.line}"
+                quarantine.write(json.dumps(vars(one) | {"source": unit.source["name"]}) + "\n")
+                continue
+            if one.meta.get("encoding") in GUESSED_ENCODINGS:
+                tally["warnings"][f"decoded as {one.meta['encoding']}"] += 1
+            if data.clean.html is True:
+                one.meta["format"] = "html"
+            one = clean(one, steps)
+            watch.lap("cleaning")
+            yield one
+    half.replace(parts / f"{unit.part}.bad.jsonl")
+
+
+# ---- lines that stand on many pages ---------------------------------------------------------------------------------
+
+
+def line_key(line: str) -> int | None:
+    """What tells lines that may be boilerplate apart; None for what never is: indented, short, or a single word."""
+    if len(line) < 10 or line[0].isspace() or " " not in line:
+        return None
+    return int.from_bytes(hashlib.blake2b(line.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+
+
+def without_boilerplate(
+    documents: Iterator[Document], least: int, part: Path, tally: dict, watch: Stopwatch
+) -> Iterator[Document]:
+    """The documents of a unit without the lines that stand in at least so many of them: menus, notices, buttons.
+
+    Reads all of them before it gives the first, which is why they wait on disk.
+    """
+    spool, keys = part.with_name(part.name + ".cleaned.jsonl.zst"), []
+    with atomic_zst(spool) as write:
+        for document in documents:
+            found = {key for line in document.text.split("\n") if (key := line_key(line)) is not None}
+            keys.append(np.fromiter(found, np.uint64, len(found)))
+            write({"id": document.id, "text": document.text})
+            watch.lap("boilerplate")
+    unique, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *keys]), return_counts=True)
+    frequent = dict(zip(unique[counts >= least].tolist(), counts[counts >= least].tolist(), strict=True))
+    del keys, unique, counts
+    shown: dict[str, int] = {}
+    removed = 0
+    for record in read_zst(spool):
+        kept = []
+        for line in record["text"].split("\n") if frequent else ():
+            key = line_key(line)
+            if key in frequent:
+                removed += 1
+                shown.setdefault(line[:200], frequent[key])
+            else:
+                kept.append(line)
+        text = clean_again("\n".join(kept)) if frequent else record["text"]
+        watch.lap("boilerplate")
+        yield Document(record["id"], text, "")
+    spool.unlink()
+    tally["boilerplate"] = {
+        "lines": removed,
+        "most": dict(sorted(shown.items(), key=lambda item: -item[1])[:SHOWN_LINES]),
+    }
+
+
+def clean_again(text: str) -> str:
+    """White space as it should be, after lines were taken out."""
+    return clean(Document("", text, ""), ["whitespace"]).text

@@ -1,0 +1,181 @@
+"""Scores that need something loaded first: a language model, a list of words, a classifier, evaluation files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmkit.data.decode import decode
+from llmkit.data.documents import list_files
+from llmkit.data.records import BadRecord, read_records
+from llmkit.data.words import Text, hash_ngrams, hash_words, split_words
+from llmkit.errors import DATA, ENVIRONMENT, MODEL, UserError
+
+SLICES, SLICE = 3, 333  # a text's language shows in a few hundred characters from its start, middle and end
+WINDOWS = 4  # of a long text that a classifier reads, evenly spread
+TABLE_BITS = 24  # of the table that tells in one look that an n-gram is none of those looked for
+
+
+# ---- language -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def identifier() -> Any:
+    """py3langid's model of 97 languages, a numpy file inside its package."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def language_of(text: str) -> tuple[str, float]:
+    """(ISO 639-1 code, probability) of the language that most of a text is in.
+
+    >>> language_of("Die Katze sitzt auf der Matte und schaut aus dem Fenster.")[0]
+    'de'
+    """
+    if len(text) > SLICES * SLICE:
+        step = (len(text) - SLICE) // (SLICES - 1)
+        text = " ".join(text[i * step : i * step + SLICE] for i in range(SLICES))
+    code, probability = identifier().classify(text)
+    return code, round(float(probability), 4)
+
+
+def check_languages(codes: list[str]) -> None:
+    """Refuse codes that no text would ever get."""
+    unknown = sorted(set(codes) - set(identifier().labels))
+    if unknown:
+        raise UserError(
+            "data.filter.language.keep has an unknown language", got=", ".join(unknown),
+            expected=f"ISO 639-1 codes: {', '.join(sorted(identifier().labels))}",
+        )  # fmt: skip
+
+
+# ---- n-grams to look for --------------------------------------------------------------------------------------------
+
+
+class NgramSet:
+    """A set of hashed n-grams that finds its members among millions quickly."""
+
+    def __init__(self, grams: np.ndarray):
+        self.grams = np.unique(grams)
+        self.table = np.zeros(2**TABLE_BITS if len(grams) else 1, bool)
+        self.table[self.places(self.grams)] = True
+
+    def places(self, grams: np.ndarray) -> np.ndarray:
+        return (grams & np.uint64(len(self.table) - 1)).astype(np.int64)
+
+    def found_in(self, grams: np.ndarray) -> np.ndarray:
+        """The members among some n-grams, as often as they are there."""
+        maybe = grams[self.table[self.places(grams)]]
+        return maybe[np.isin(maybe, self.grams)] if len(maybe) else maybe
+
+
+@cache
+def word_list(path: str) -> dict[int, NgramSet]:
+    """Words and phrases of a file, one a line, by their length in words; # begins a comment."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(
+            "there is no such word list", at=path, fix="a text file with a word or phrase a line", code=DATA
+        )
+    try:
+        lines = decode(file.read_bytes())[0].splitlines()
+    except ValueError as error:
+        raise UserError(f"the word list can't be read: {error}", at=path, code=DATA) from None
+    entries = [words for line in lines if not line.startswith("#") and (words := split_words(line))]
+    if not entries:
+        raise UserError("the word list is empty", at=path, code=DATA)
+    lengths = sorted({len(words) for words in entries})
+    return {n: NgramSet(np.concatenate([ngrams_of(e, n) for e in entries if len(e) == n])) for n in lengths}
+
+
+def ngrams_of(words: list[bytes], n: int) -> np.ndarray:
+    return hash_ngrams(hash_words(words), n)
+
+
+def listed_per_1k(text: Text, path: str) -> float:
+    """How many words and phrases of a list stand in a thousand words."""
+    found = sum(len(grams.found_in(hash_ngrams(text.hashes, n))) for n, grams in word_list(path).items())
+    return round(1000 * found / max(1, len(text.hashes)), 4)
+
+
+def evaluation_files(patterns: tuple[str, ...]) -> list[Path]:
+    """The files that decontamination looks at."""
+    return [file for pattern in patterns for file in list_files(pattern)]
+
+
+@cache
+def evaluation_ngrams(patterns: tuple[str, ...], n: int) -> tuple[NgramSet, int, int]:
+    """(n-grams, texts, texts that are shorter and can't be looked for) of all strings in the evaluation files.
+
+    Questions, choices and answers are looked for one by one: no corpus has them joined as a benchmark joins them.
+    """
+    grams, texts, short = [np.empty(0, np.uint64)], 0, 0
+    for file in evaluation_files(patterns):
+        for _, record in read_records(file):
+            for string in strings_in(record.values()) if not isinstance(record, BadRecord) else ():
+                words = split_words(string)
+                if len(words) >= n:
+                    grams.append(ngrams_of(words, n))
+                texts, short = texts + 1, short + (len(words) < n)
+    return NgramSet(np.concatenate(grams)), texts, short
+
+
+def strings_in(values: Any) -> Iterator[str]:
+    """Every string in nested lists and objects."""
+    for value in values:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            yield from strings_in(value.values())
+        elif isinstance(value, list):
+            yield from strings_in(value)
+
+
+# ---- classifier -----------------------------------------------------------------------------------------------------
+
+
+@cache
+def classifier(path: str, label: str) -> tuple[Any, Any, int]:
+    """(model, tokenizer, the label's column) of a local sequence classifier; no code of the folder's ever runs."""
+    try:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    except ImportError:
+        fix = "pip install 'llmkit[classifier]'"
+        raise UserError("data.filter.classifier needs the transformers package", fix=fix, code=ENVIRONMENT) from None
+    if not (Path(path).expanduser() / "config.json").is_file():
+        raise UserError("there is no classifier", at=path, expected="a Hugging Face folder", code=MODEL)
+    local = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        folder = str(Path(path).expanduser())
+        model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, **local).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"the classifier can't be loaded: {reason}", at=path, code=MODEL) from None
+    if label not in model.config.label2id:
+        raise UserError(
+            "the classifier has no such label", at=path, got=label, expected=", ".join(model.config.label2id)
+        )
+    return model, tokenizer, model.config.label2id[label]
+
+
+def classifier_score(text: str, path: str, label: str) -> float:
+    """The highest probability of the label among a few windows of the text, each as long as the model reads.
+
+    One label of many: softmax; a multi-label model's labels each for itself: sigmoid.
+    """
+    import torch
+
+    model, tokenizer, column = classifier(path, label)
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512), 512)
+    cut = tokenizer(text, truncation=True, max_length=longest, return_overflowing_tokens=True)["input_ids"]
+    chosen = sorted({int(i) for i in np.linspace(0, len(cut) - 1, WINDOWS)})
+    with torch.inference_mode():  # one by one: the last window is shorter
+        logits = torch.cat([model(torch.tensor([cut[i]])).logits.float() for i in chosen])
+    multiple = model.config.problem_type == "multi_label_classification" or logits.shape[1] == 1
+    return round(float((logits.sigmoid() if multiple else logits.softmax(-1))[:, column].max()), 4)
