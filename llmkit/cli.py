@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from llmkit.commands.data import data_app, tokenizer_app
+from llmkit.commands.show import AsJson, ConfigArg, Override, progress_to, show
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
 )  # fmt: skip
-data_app = typer.Typer(help="Build and look at training data.", no_args_is_help=True, rich_markup_mode=None)
-tokenizer_app = typer.Typer(help="Train and look at tokenizers.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()
@@ -23,9 +24,6 @@ def common(debug: Annotated[bool, typer.Option("--debug", help="Show the traceba
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
 
-ConfigArg = Annotated[Path, typer.Argument(help="A YAML file.")]
-Override = Annotated[list[str], typer.Option("-o", help="Override a key: section.key=value. May be repeated.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the header, and stop.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in the run directory.")]
 Nproc = Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine, one a device.")]
@@ -185,84 +183,6 @@ def export(
     show({"written": str(out), "files": ", ".join(sorted(path.name for path in out.iterdir()))}, as_json)
 
 
-# ---- data and tokenizers --------------------------------------------------------------------------------------------
-
-
-@data_app.command("build")
-def data_build(config: ConfigArg, o: Override = [], as_json: AsJson = False) -> None:
-    """Clean, deduplicate and tokenize the sources of CONFIG."""
-    from llmkit.config import load_config
-    from llmkit.data.build import build_corpus
-
-    section = load_config(config, o).data
-    manifest = build_corpus(section, say=progress_to(as_json))
-    if as_json:
-        show(manifest, as_json)
-    else:
-        print((Path(section.dir) / "report.md").read_text(encoding="utf-8"))
-        print(f"next: llmkit data inspect {config}\n      llmkit pretrain {config}")
-
-
-@data_app.command("inspect")
-def data_inspect(
-    config: ConfigArg,
-    o: Override = [],
-    rows: Annotated[int, typer.Option(min=1, help="How many rows of the first batch.")] = 2,
-    as_json: AsJson = False,
-) -> None:
-    """Show the first rows that training will see: every token, targets in colour."""
-    from llmkit.config import load_config
-    from llmkit.data.inspect import inspect_rows, paint
-    from llmkit.job import prepare
-    from llmkit.parallel import start_world
-
-    job = prepare(load_config(config, o), start_world(), say=progress_to(as_json))
-    shown = inspect_rows(job.batches("train", rows).batch_at(0), job.data.tokenizer)
-    if as_json:
-        show({"rows": shown}, as_json)
-    else:
-        print(paint(shown, colour=sys.stdout.isatty()))
-
-
-@tokenizer_app.command("train")
-def tokenizer_train(
-    sources: Annotated[list[str], typer.Argument(help="Files, folders or globs.")],
-    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("tokenizer"),
-    vocab_size: Annotated[int, typer.Option(min=259)] = 32_000,
-    text_key: Annotated[str, typer.Option(help="The text's field in JSONL, CSV and Parquet.")] = "text",
-    as_json: AsJson = False,
-) -> None:
-    """Train a byte-level BPE tokenizer."""
-    from llmkit.data.documents import read_texts
-    from llmkit.data.tokenizer import train_bpe
-
-    made = train_bpe(read_texts(sources, text_key), vocab_size)
-    made.save(out)
-    show({"written": f"{out}/tokenizer.json", "vocabulary": len(made)}, as_json)
-
-
-@tokenizer_app.command("show")
-def tokenizer_show(
-    tokenizer: Annotated[Path, typer.Argument(help="A tokenizer.json, or a folder with one.")],
-    text: Annotated[str, typer.Argument(help="Text, or the name of a file.")] = "def main(argv=None):\n    return 0\n",
-    as_json: AsJson = False,
-) -> None:
-    """Show how a tokenizer cuts a text, and how well it compresses it."""
-    from llmkit.data.inspect import paint_tokens
-    from llmkit.data.tokenizer import load_tokenizer
-
-    loaded = load_tokenizer(tokenizer)
-    path = Path(text)
-    body = path.read_text(encoding="utf-8") if len(text) < 4096 and path.is_file() else text
-    ids = loaded.encode(body)
-    if not as_json and len(ids) <= 2000:
-        print(paint_tokens([loaded.decode([i]) for i in ids], colour=sys.stdout.isatty()))
-    size = len(body.encode())
-    figures = {"vocabulary": len(loaded), "tokens": len(ids), "bytes": size}
-    figures["bytes per token"] = round(size / max(1, len(ids)), 3)
-    show(figures | ({"ids": ids} if as_json else {}), as_json)
-
-
 # ---- looking around -------------------------------------------------------------------------------------------------
 
 
@@ -326,25 +246,7 @@ def doctor(as_json: AsJson = False) -> None:
     show(examine(), as_json)
 
 
-# ---- printing -------------------------------------------------------------------------------------------------------
-
-
-def progress_to(as_json: bool):
-    """Where lines about progress go: standard output belongs to the JSON object when one is asked for."""
-    return lambda line: print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
-
-
-def show(figures: dict[str, Any], as_json: bool) -> None:
-    """A result: JSON as it is, or rows in which underscores are spaces."""
-    if as_json:
-        import json
-
-        print(json.dumps(figures))
-        return
-    width = max(map(len, figures), default=0)
-    for key, value in figures.items():
-        value = f"{value:.4f}" if isinstance(value, float) and abs(value) < 1e4 else value
-        print(f"{key.replace('_', ' '):>{width}}  {value}")
+# ---- the entry point ------------------------------------------------------------------------------------------------
 
 
 def unnamed_run(say) -> Path:

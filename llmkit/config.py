@@ -101,12 +101,20 @@ def conflicts(config: Config) -> Iterator[UserError]:
             if source.name in names[:i]:
                 yield UserError("two sources share a name", at=config.where(f"data.sources.{i}"), got=source.name)
         tokenizer = config.data.tokenizer
-        if (tokenizer.train is None) == (tokenizer.path is None):
+        ways = [name for name in ("train", "path", "extend") if getattr(tokenizer, name) is not None]
+        if len(ways) != 1:
             yield UserError(
-                "data.tokenizer needs either train or path", at=config.where("data.tokenizer"),
-                expected="{train: bpe, vocab_size: 32000} or {path: tokenizer.json}",
+                "data.tokenizer needs one of train, path and extend", at=config.where("data.tokenizer"),
+                got=" and ".join(ways) or "none", expected="{train: bpe, vocab_size: 32000} or {path: tokenizer.json}",
             )  # fmt: skip
-        yield from useless(config, "data.tokenizer", tokenizer, "path", ["vocab_size", "sample_mb"])
+        learning = ["pattern", "normalize", "special_tokens"]
+        yield from useless(config, "data.tokenizer", tokenizer, "path", ["vocab_size", "sample_mb", *learning])
+        yield from useless(config, "data.tokenizer", tokenizer, "extend", learning)
+        if tokenizer.train in ("wordpiece", "char") and tokenizer.pattern != "gpt2":
+            yield UserError(
+                f"data.tokenizer.pattern means nothing to {tokenizer.train}", at=config.where("data.tokenizer.pattern"),
+                fix="delete it",
+            )  # fmt: skip
 
 
 def useless(config: Config, place: str, section: Section, given: str, keys: list[str]) -> Iterator[UserError]:

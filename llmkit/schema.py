@@ -136,11 +136,15 @@ class Split(Section):
 
 
 class TokenizerSection(Section):
-    """Train one (`train: bpe`), or take an existing tokenizer.json (`path`)."""
+    """Train one (`train: bpe`), take an existing tokenizer.json (`path`), or give a BPE more tokens (`extend`)."""
 
-    train: Literal["bpe"] | None = None
-    vocab_size: Annotated[int, Field(ge=259)] = 32_000
+    train: Literal["bpe", "unigram", "wordpiece", "char"] | None = None
     path: str | None = None
+    extend: str | None = None
+    vocab_size: Annotated[int, Field(ge=259)] = 32_000  # of the result, everything counted
+    pattern: str = "gpt2"  # how text is cut before merging: gpt2, llama3, qwen2 or a regex; for bpe and unigram
+    normalize: list[Literal["lowercase", "nfc", "nfd", "nfkc", "strip_accents"]] = []
+    special_tokens: list[str] = []  # beside <|endoftext|> and the chat markers
     sample_mb: Annotated[float, Field(gt=0)] = 64.0  # megabytes of text that the training reads
 
 

@@ -1,12 +1,17 @@
 """What each step repairs, and above all what it leaves alone."""
 
 import json
+import re
 import time
+from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from conftest import SHARED, needs_shared
 
 from llmkit.data.clean import STEPS, clean
+from llmkit.data.decode import decode
 from llmkit.errors import UserError
 from llmkit.types import Document
 
@@ -26,6 +31,63 @@ def test_html_loses_tags_and_menus_and_keeps_code_verbatim():
     text = run(PAGE, "html", format="html")
     assert "Cats & dogs." in text and "def f():\n    return 1\n\n    x" in text
     assert not any(word in text for word in ("Menu", "evil", "<", "p{}"))
+
+
+@pytest.mark.parametrize("page, kept, gone", [
+    ("<figure><pre>def f():\n    return 1</pre><figcaption>Listing 1</figcaption><img alt=x></figure>",
+     "def f():\n    return 1\n|Listing 1", "x"),
+    ("<ul><li>So:<pre>if a:\n    b()\n</pre></li></ul>", "\nif a:\n    b()", "<"),  # code in lists is code too
+    ("<body><form><p>All of the page</p></form></body>", "All of the page", "<"),  # as ASP.NET does
+    ("<body><div><form>Subscribe</form></div>Text</body>", "Text", "Subscribe"),
+    ("<blockquote>Dear<footer>Jane</footer></blockquote><footer>(c) 2020</footer>", "Jane", "2020"),
+    ("<header><a>Shop</a></header><article><header>By Ann</header>Body</article>", "By Ann|Body", "Shop"),
+    ("<header><h1>Title</h1></header>Body", "Title|Body", "<"),
+    ("<p hidden>1</p><p style='color: red; display: none'>2</p><p aria-hidden=true>3</p><p class='a hidden'>4</p>Seen",
+     "Seen", "1|2|3|4"),
+    ("<i aria-hidden=true><math><semantics><mi>x</mi><annotation>x^2</annotation></semantics></math></i>", "x^2", "xx"),
+    ("<?xml version='1.0'?><html><head><title/><script src='a'/></head><body>Text</body></html>", "Text", "src"),
+])  # fmt: skip
+def test_html_keeps_what_a_reader_sees_and_nothing_else(page, kept, gone):
+    text = run(page, "html", format="html")
+    assert all(word in text for word in kept.split("|")), text
+    assert not any(word in text for word in gone.split("|")), text
+
+
+@pytest.mark.parametrize("tag", ["<div style='display:none'>", "<div aria-hidden=true>", "<form>", "<footer>",
+                                 "<header>", "<semantics>", "<blockquote>", "<p ", "<pre ", "<math>"])  # fmt: skip
+def test_hostile_pages_take_no_time(tag):
+    started = time.process_time()
+    run(tag * 100_000 + "text", "html", format="html")
+    assert time.process_time() - started < 5
+
+
+@needs_shared
+def test_pages_give_the_text_that_readability_expects():
+    """Word F1 against the article that Mozilla's test pages come with."""
+    folder, scores = SHARED / "web" / "readability", []
+    for source in sorted(folder.glob("*/source.html")):
+        wanted = words_of(visible(source.with_name("expected.html").read_text(encoding="utf-8")))
+        if not wanted:
+            continue
+        found = words_of(run(decode(source.read_bytes(), html=True)[0], "html", format="html"))
+        scores.append(2 * (found & wanted).total() / (found.total() + wanted.total()))
+    assert len(scores) == 37 and sum(scores) / len(scores) >= 0.98
+
+
+def words_of(text: str) -> Counter[str]:
+    return Counter(re.findall(r"\w+", text))
+
+
+def visible(page: str) -> str:
+    """The text of clean HTML, by another parser."""
+    pieces = []
+    parser = HTMLParser()
+    parser.handle_data = pieces.append
+    inline = {"b", "i", "em", "strong", "a", "span", "code", "sub", "sup", "u", "font", "abbr", "q"}
+    parser.handle_starttag = lambda tag, _: None if tag in inline else pieces.append(" ")
+    parser.handle_endtag = lambda tag: None if tag in inline else pieces.append(" ")
+    parser.feed(page)
+    return "".join(pieces)
 
 
 def test_records_that_start_like_a_page_are_html_and_other_files_are_not():

@@ -85,7 +85,8 @@ def test_plan_json_and_exit_code(place):
 def test_tokenizer_commands(place):
     llmkit("tokenizer", "train", "text", "--vocab-size", 300, "--out", "tok", cwd=place)
     shown = json.loads(llmkit("tokenizer", "show", "tok", "the river", "--json", cwd=place).stdout)
-    assert shown["vocabulary"] == 300 and shown["bytes"] == 9 and len(shown["ids"]) == shown["tokens"]
+    (row,) = shown["sources"]
+    assert shown["vocabulary"] == 300 and row["bytes"] == 9 and len(row["ids"]) == row["tokens"]
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "finetune", "quickstart", "gpt2-124m", "llama-1b"])

@@ -15,8 +15,9 @@ from llmkit.data.build import build_corpus, read_manifest
 from llmkit.data.chat import CHATML, chat_prompt, compile_template, encode_example, to_turns
 from llmkit.data.inspect import CONTEXT, RESET, TARGET, inspect_rows, paint
 from llmkit.data.sft import encode_sft, pack
-from llmkit.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from llmkit.data.tokenizer import Tokenizer, load_tokenizer
 from llmkit.data.tokens import ShardWriter, TokenStream, open_split, token_dtype
+from llmkit.data.vocabulary import train_tokenizer
 from llmkit.errors import UserError
 from llmkit.schema import Config, SftData
 from llmkit.types import IGNORE_INDEX, Batch
@@ -24,7 +25,7 @@ from llmkit.types import IGNORE_INDEX, Batch
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_bpe(iter([sentences(i, 50) for i in range(5)]), 320)
+    return train_tokenizer([sentences(i, 50) for i in range(5)], vocab_size=320)
 
 
 # ---- tokenizer ------------------------------------------------------------------------------------------------------

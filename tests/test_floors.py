@@ -21,6 +21,7 @@ FLOORS = [
     {"evals", "job", "presets", "export"},
     {"watch"},
     {"train"},
+    {"commands"},
     {"cli"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from llmkit.checkpoint import Located, weights_sha256
-from llmkit.data.tokenizer import train_bpe
+from llmkit.data.vocabulary import train_tokenizer
 from llmkit.errors import MODEL, UserError
 from llmkit.export import export_hf, export_peft
 from llmkit.models import build_model, folder, gpt2, llama
@@ -287,7 +287,7 @@ def test_truncated_factors_are_refused(saved):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_bpe(iter(["a few words to learn from"]), 262)
+    return train_tokenizer(["a few words to learn from"], vocab_size=262)
 
 
 @pytest.fixture(params=CONFIGS)

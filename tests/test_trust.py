@@ -18,7 +18,8 @@ from llmkit.checkpoint import locate
 from llmkit.config import load_config
 from llmkit.data.build import build_corpus, read_manifest
 from llmkit.data.chat import encode_example
-from llmkit.data.tokenizer import load_tokenizer, train_bpe
+from llmkit.data.tokenizer import load_tokenizer
+from llmkit.data.vocabulary import train_tokenizer
 from llmkit.errors import DATA, LOCKED, MODEL, UserError
 from llmkit.evals.perplexity import measure
 from llmkit.generate import generate
@@ -54,7 +55,7 @@ def test_a_tokenizer_trained_before_is_not_mistaken_for_a_named_one(tmp_path):
     folder, values = place(tmp_path)
     build_corpus(corpus_of(values), **quiet)
     trained = load_tokenizer(folder / "data/tokenizer")
-    other = train_bpe(iter([sentences(99, 30)]), 280)
+    other = train_tokenizer([sentences(99, 30)], vocab_size=280)
     other.save(folder / "other")
     named = corpus_of(values, tokenizer={"path": str(folder / "other")})
     assert build_corpus(named, **quiet)["tokenizer_sha256"] == other.sha256 != trained.sha256
@@ -67,7 +68,7 @@ def test_a_named_tokenizer_that_changes_is_a_new_build(tmp_path):
     section = corpus_of(values, tokenizer={"path": str(folder / "other")})
     made = []
     for seed in (1, 2):
-        train_bpe(iter([sentences(seed, 30)]), 280).save(folder / "other")
+        train_tokenizer([sentences(seed, 30)], vocab_size=280).save(folder / "other")
         made.append(build_corpus(section, **quiet)["fingerprint"])
     assert made[0] != made[1]
 
@@ -76,7 +77,7 @@ def test_a_foreign_tokenizer_beside_the_shards_is_noticed(tmp_path):
     folder, values = place(tmp_path)
     values["data"] |= {"sources": []}
     build_corpus(corpus_of(tiny_config(tmp_path)), **quiet)
-    train_bpe(iter([sentences(99, 30)]), 290).save(folder / "data/tokenizer")
+    train_tokenizer([sentences(99, 30)], vocab_size=290).save(folder / "data/tokenizer")
     with pytest.raises(UserError, match="not the one that the data was encoded with") as caught:
         train(load(folder, values), **quiet)
     assert caught.value.code == DATA
@@ -254,7 +255,7 @@ def test_too_few_pairs_are_an_error_of_the_users(tmp_path, records):
 @pytest.fixture
 def with_bos(tmp_path) -> Path:
     """A tokenizer that puts <s> before every text, as Llama's does."""
-    made = train_bpe(iter([sentences(1, 50)]), 300)
+    made = train_tokenizer([sentences(1, 50)], vocab_size=300)
     made.rust.add_special_tokens(["<s>"])
     begin = made.rust.token_to_id("<s>")
     made.rust.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
@@ -277,7 +278,7 @@ def test_bos_goes_where_transformers_puts_it(with_bos):
 
 
 def test_without_a_post_processor_nothing_is_put_before_a_text():
-    plain = train_bpe(iter([sentences(1, 50)]), 300)
+    plain = train_tokenizer([sentences(1, 50)], vocab_size=300)
     assert plain.prefix == [] and plain.encode_prompt("a") == plain.encode("a")
 
 

@@ -28,9 +28,10 @@ from llmkit.data.measure import Stopwatch, measure_unit, peak_mb
 from llmkit.data.records import number_lines
 from llmkit.data.report import make_funnel, report
 from llmkit.data.scorers import check_languages
-from llmkit.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from llmkit.data.tokenizer import Tokenizer, load_tokenizer
 from llmkit.data.tokens import token_dtype
 from llmkit.data.units import VERSION, Unit, hash_of, load_array, make_units
+from llmkit.data.vocabulary import extend_bpe, train_tokenizer
 from llmkit.errors import DATA, ENVIRONMENT, UserError, did_you_mean, raise_all
 from llmkit.run import lock, write_atomically
 from llmkit.schema import CorpusData
@@ -96,9 +97,10 @@ def try_corpus(data: CorpusData, documents: int) -> str:
 
 
 def make_recipe(data: CorpusData) -> tuple[list[Unit], Tokenizer | None, str]:
-    """The work units, the named tokenizer if there is one, and a hash of all that the build depends on."""
+    """The work units, the tokenizer that is named if one is, and a hash of all that the build depends on."""
     units = make_units(data)
-    named = load_tokenizer(Path(data.tokenizer.path)) if data.tokenizer.path else None
+    path = data.tokenizer.path or data.tokenizer.extend
+    named = load_tokenizer(Path(path)) if path else None
     settings = data.model_dump(exclude={"dir", "sources", "workers", "cluster", "seq_len", "document_mask"})
     return units, named, hash_of(VERSION, [unit.part for unit in units], settings, named and named.sha256)
 
@@ -254,11 +256,12 @@ def nothing_left(folder: Path, funnel: dict[str, Any]) -> UserError:
 def make_tokenizer(
     data: CorpusData, parts: Path, units: list[Unit], decision: Decision, named: Tokenizer | None
 ) -> tuple[Tokenizer, Path]:
-    """The tokenizer of the build and where it lies: the named one, or one trained on a sample of the train split."""
+    """The tokenizer of the build and where it lies: the named one, or one that learns from a sample of train."""
     flags = [(parts / f"{unit.part}.fate.npy").read_bytes().hex() for unit in units]
     splitting = (data.split.val_fraction, decision.by_tail)
-    settings = (data.tokenizer.model_dump(), data.seed, splitting)
-    made_of = named.sha256 if named else hash_of([unit.part for unit in units], hash_of(flags), settings)
+    section = data.tokenizer
+    settings = (section.model_dump(), named and named.sha256, data.seed, splitting)
+    made_of = named.sha256 if section.path else hash_of([unit.part for unit in units], hash_of(flags), settings)
     folder = parts / f"tokenizer-{made_of[:16]}"
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder), folder
@@ -272,7 +275,13 @@ def make_tokenizer(
                 if wanted and text:
                     yield split_text(text, fate, *splitting)[0]
 
-    tokenizer = named or train_bpe(iter(sample()), data.tokenizer.vocab_size)
+    if section.path:
+        tokenizer = named
+    elif section.extend:
+        tokenizer = extend_bpe(named, sample(), section.vocab_size)
+    else:
+        options = section.model_dump(include={"vocab_size", "pattern", "normalize", "special_tokens"})
+        tokenizer = train_tokenizer(sample(), section.train, **options)
     half = folder.with_name(folder.name + ".tmp")
     tokenizer.save(half)
     half.rename(folder)

@@ -11,13 +11,16 @@ from llmkit.errors import UserError, did_you_mean
 from llmkit.types import Document
 
 HTML_START = re.compile(r"\s*(<\?xml[^>]*>\s*)?(<!doctype html|<html\b)", re.IGNORECASE)
-# The form around a whole page (ASP.NET) and the signature of a quoted letter stay. Formulas are often hidden, with a
-# picture in their place: kept, as TeX where they come with it. No selector may look far: pages can be 100 000 deep.
+# The form around a whole page (ASP.NET), an article's own header and the signature of a quoted letter stay. Formulas
+# are often hidden, with a picture in their place: kept, as TeX where they come with it. No selector may look far up or
+# down: pages can be 100,000 elements deep.
 HTML_SKIPPED = [
     "nav", "aside", "footer:not(blockquote > footer)", "form:not(body > form)", "button", "noscript", "iframe", "svg",
     *("img", "area", "object", "video", "audio"),  # not alt_texts=False: that drops <figure> with the code in it
     *(f"[role={role}]" for role in ("navigation", "contentinfo", "complementary", "search")),
     *("[hidden]", "[aria-hidden=true i]:not(:has(> math))", "semantics > :first-child:has(+ annotation)"),
+    "header:not(article > header, main > header, section > header, :has(> h1))",  # of the site
+    *("[class~=hidden]", "[class~=d-none]", "[class~=sr-only]", "[class~=visually-hidden]"),  # Bootstrap, Tailwind
     *(f'[style*="{style}" i]:not(:has(> math))'
       for style in ("display:none", "display: none", "visibility:hidden", "visibility: hidden")),
 ]  # fmt: skip

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from llmkit.data.documents import read_texts
 from llmkit.data.tokenizer import Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
 
+MEASURED = 2_000_000  # characters of a source that `tokenizer show` encodes
 TARGET, CONTEXT, SHADES, RESET = "\x1b[1;32m", "\x1b[2m", ("\x1b[44m", "\x1b[45m"), "\x1b[0m"
 
 
@@ -47,3 +50,34 @@ def paint_tokens(texts: list[str], *, colour: bool) -> str:
     if not colour:
         return "|".join(texts)
     return "".join(f"{SHADES[i % 2]}{text}" for i, text in enumerate(texts)) + RESET
+
+
+def is_path(text: str) -> bool:
+    """Whether an argument names files rather than being a text itself."""
+    magic = len(text) < 4096 and any(sign in text for sign in "*?[") and "/" in text
+    return magic or (len(text) < 4096 and "\n" not in text and Path(text).expanduser().exists())
+
+
+def compression(
+    tokenizer: Tokenizer, beside: Tokenizer | None, sources: list[str], text_key: str
+) -> list[dict[str, Any]]:
+    """A row for each source, a text or files: its size, the tokens it makes, and how many with another tokenizer.
+
+    Of files, the first MEASURED characters are encoded.
+    """
+    rows = []
+    for source in sources:
+        texts, size = [], 0
+        for text in read_texts([source], text_key) if is_path(source) else [source]:
+            texts.append(text)
+            size += len(text)
+            if size > MEASURED:
+                break
+        row: dict[str, Any] = {"source": source if is_path(source) else repr(source[:30])}
+        row |= {"characters": size, "bytes": sum(len(text.encode()) for text in texts)}
+        for prefix, one in (("", tokenizer), ("beside: ", beside)):
+            if one is not None:
+                tokens = sum(map(len, one.encode_slowly(texts)))
+                row |= {f"{prefix}tokens": tokens, f"{prefix}characters a token": round(size / max(1, tokens), 3)}
+        rows.append(row)
+    return rows

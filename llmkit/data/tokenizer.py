@@ -1,4 +1,4 @@
-"""Byte-level BPE: train it, load any tokenizer.json, encode fast. Text never becomes a control token by itself."""
+"""A tokenizer.json of any kind: load it, encode fast, decode. Text never becomes a control token by itself."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer as Rust
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llmkit.errors import MODEL, UserError
 
 EOS, CHAT_START, CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-SPECIALS = (EOS, CHAT_START, CHAT_END)  # the chat markers are reserved, so that fine-tuning need not grow the model
-EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", CHAT_END)  # of other people's tokenizers
+EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", CHAT_END, "[SEP]")  # of other people's tokenizers
 # How GPT-2 cuts text before merging; tokenizers knows it as ByteLevel(use_regex=True).
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CHECKED = 1000  # texts on which the fast encoder must agree before it is trusted
@@ -119,15 +117,14 @@ class Tokenizer:
         import tiktoken
 
         spec = json.loads(self.rust.to_str())
-        before = spec["pre_tokenizer"] or {}
+        pattern = split_pattern(spec["pre_tokenizer"] or {})
         plain = spec["normalizer"] is None and spec["model"]["type"] == "BPE" and not spec["model"].get("byte_fallback")
-        bytelevel = before.get("type") == "ByteLevel" and before["use_regex"] and not before["add_prefix_space"]
-        if not (plain and bytelevel):
+        if not plain or pattern is None:
             return None
         letters = {letter: byte for byte, letter in enumerate(byte_letters())}
         plain_tokens = {token: i for token, i in spec["model"]["vocab"].items() if token not in self.specials}
         ranks = {bytes(letters[c] for c in token): i for token, i in plain_tokens.items()}
-        return tiktoken.Encoding("llmkit", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=self.specials)
+        return tiktoken.Encoding("llmkit", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.specials)
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
@@ -151,6 +148,19 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def split_pattern(spec: dict) -> str | None:
+    """The regex by which a byte-level pre-tokenizer of a tokenizer.json cuts text, or None where it does more."""
+    steps = spec.get("pretokenizers", [spec])
+    last = steps[-1]
+    if last.get("type") != "ByteLevel" or last["add_prefix_space"]:
+        return None
+    if len(steps) == 1:
+        return GPT2_PATTERN if last["use_regex"] else None
+    cut, cuts = steps[0], steps[0].get("type") == "Split" and steps[0]["behavior"] == "Isolated"
+    simple = len(steps) == 2 and not last["use_regex"] and cuts and not cut["invert"]
+    return cut["pattern"].get("Regex") if simple else None
+
+
 def is_broken(text: str) -> bool:
     """Whether no run of letters, nor of spaces, is very long. Counts spaces as if all stood in one place."""
     if len(text) < LONGEST_RUN:
@@ -170,22 +180,19 @@ def byte_letters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
 
 
-def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; bytes: GPT-2) with SPECIALS as ids 0, 1, 2.
-
-    vocab_size  counts everything: 3 specials, 256 bytes, and the merges
-    """
-    rust = Rust(models.BPE())
-    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    rust.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIALS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    rust.train_from_iterator(texts, trainer)
-    return Tokenizer(rust, eos_id=rust.token_to_id(EOS))
+def fetch_tokenizer(name: str) -> Tokenizer:
+    """A path as `load_tokenizer` takes it, or a hub id, which is downloaded."""
+    if Path(name).exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        return load_tokenizer(Path(name).expanduser())
+    try:
+        rust = Rust.from_pretrained(name)
+    except Exception as error:  # tokenizers raises bare Exception
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(
+            "neither a file nor a tokenizer on the hub", at=name, got=reason, fix="name a tokenizer.json", code=MODEL
+        ) from None
+    eos_id = next((i for name in EOS_NAMES if (i := rust.token_to_id(name)) is not None), 0)
+    return Tokenizer(rust, eos_id)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -1,0 +1,157 @@
+"""`llmkit data` and `llmkit tokenizer`: thin functions, whose imports wait until they run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmkit.commands.show import AsJson, ConfigArg, Override, progress_to, show
+
+SAMPLE = "def main(argv=None):\n    return 0\n"
+
+data_app = typer.Typer(help="Build and look at training data.", no_args_is_help=True, rich_markup_mode=None)
+tokenizer_app = typer.Typer(help="Train and look at tokenizers.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@data_app.command("build")
+def data_build(
+    config: ConfigArg,
+    o: Override = [],
+    dry_run: Annotated[int | None, typer.Option(min=1, help="Only try this many documents of each source.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Clean, filter, deduplicate and tokenize the sources of CONFIG."""
+    from llmkit.config import load_config
+    from llmkit.data.build import build_corpus, try_corpus
+
+    section = load_config(config, o).data
+    if dry_run:
+        print(try_corpus(section, dry_run))
+        return
+    manifest = build_corpus(section, say=progress_to(as_json))
+    if as_json:
+        show(manifest, as_json)
+    else:
+        print((Path(section.dir) / "report.md").read_text(encoding="utf-8"))
+        print(f"next: llmkit data inspect {config} --dropped 20\n      llmkit pretrain {config}")
+
+
+@data_app.command("report")
+def data_report(
+    folder: Annotated[Path, typer.Argument(help="The data.dir of a build.")], as_json: AsJson = False
+) -> None:
+    """Print the report of a finished build again."""
+    from llmkit.data.build import read_manifest
+
+    manifest = read_manifest(folder)
+    show(manifest, as_json) if as_json else print((folder / "report.md").read_text(encoding="utf-8"))
+
+
+@data_app.command("inspect")
+def data_inspect(
+    config: ConfigArg,
+    o: Override = [],
+    rows: Annotated[int, typer.Option(min=1, help="How many rows of the first batch.")] = 2,
+    id: Annotated[str | None, typer.Option(help="A document: why it was kept or dropped.")] = None,
+    dropped: Annotated[int, typer.Option(min=0, help="Show so many documents that were dropped.")] = 0,
+    kept: Annotated[int, typer.Option(min=0, help="Show so many documents that were kept.")] = 0,
+    rule: Annotated[str | None, typer.Option(help="With --dropped: by this rule.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the rows that training will see, targets in colour; or documents, and what became of them."""
+    from llmkit.config import load_config
+
+    loaded = load_config(config, o)
+    if id or dropped or kept:
+        inspect_documents(loaded.data, id, dropped, kept, rule, as_json)
+        return
+    from llmkit.data.inspect import inspect_rows, paint
+    from llmkit.job import prepare
+    from llmkit.parallel import start_world
+
+    job = prepare(loaded, start_world(), say=progress_to(as_json))
+    shown = inspect_rows(job.batches("train", rows).batch_at(0), job.data.tokenizer)
+    if as_json:
+        show({"rows": shown}, as_json)
+    else:
+        print(paint(shown, colour=sys.stdout.isatty()))
+
+
+def inspect_documents(data: Any, id: str | None, dropped: int, kept: int, rule: str | None, as_json: bool) -> None:
+    """Print one document's story, or samples of what was dropped and kept."""
+    from llmkit.data.build import check_corpus
+    from llmkit.data.lookup import explain_document, sample_documents
+
+    check_corpus(data)
+    if id:
+        found = explain_document(data, id)
+        if as_json:
+            show(found, as_json)
+        else:
+            show({k: v for k, v in found.items() if k not in ("scores", "text")} | found["scores"], as_json)
+            print(f"\n{found['text'][:2000]}")
+        return
+    samples = [*sample_documents(data, dropped, kept=False, rule=rule), *sample_documents(data, kept, kept=True)]
+    if as_json:
+        show({"documents": samples}, as_json)
+    for one in samples if not as_json else ():
+        print(f"--- {one['id']}: {one['why']}\n{one['text'][:1000]}\n")
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    sources: Annotated[list[str], typer.Argument(help="Files, folders or globs.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("tokenizer"),
+    kind: Annotated[str, typer.Option(help="bpe, unigram, wordpiece or char.")] = "bpe",
+    extend: Annotated[Path | None, typer.Option(help="Give this BPE more tokens instead.")] = None,
+    vocab_size: Annotated[int, typer.Option(min=259, help="Of the result, everything counted.")] = 32_000,
+    pattern: Annotated[str, typer.Option(help="How text is cut: gpt2, llama3, qwen2 or a regex.")] = "gpt2",
+    normalize: Annotated[list[str], typer.Option(help="lowercase, nfc, nfd, nfkc, strip_accents; repeat.")] = [],
+    special: Annotated[list[str], typer.Option(help="A further special token; may be repeated.")] = [],
+    text_key: Annotated[str, typer.Option(help="The text's field in JSONL, CSV and Parquet.")] = "text",
+    as_json: AsJson = False,
+) -> None:
+    """Train a tokenizer on files, or teach an existing one further tokens."""
+    from llmkit.data.documents import read_texts
+    from llmkit.data.tokenizer import load_tokenizer
+    from llmkit.data.vocabulary import extend_bpe, train_tokenizer
+
+    texts = read_texts(sources, text_key)
+    if extend:
+        made = extend_bpe(load_tokenizer(extend), texts, vocab_size)
+    else:
+        options = {"vocab_size": vocab_size, "pattern": pattern, "normalize": normalize, "special_tokens": special}
+        made = train_tokenizer(texts, kind, **options)
+    made.save(out)
+    show({"written": f"{out}/tokenizer.json", "vocabulary": len(made)}, as_json)
+
+
+@tokenizer_app.command("show")
+def tokenizer_show(
+    tokenizer: Annotated[str, typer.Argument(help="A tokenizer.json, or a folder with one.")],
+    texts: Annotated[list[str], typer.Argument(help="Text, or files, folders and globs.")] = [SAMPLE],
+    beside: Annotated[str | None, typer.Option(help="Another one to compare: a path, or a hub id as gpt2.")] = None,
+    text_key: Annotated[str, typer.Option(help="The text's field in JSONL, CSV and Parquet.")] = "text",
+    as_json: AsJson = False,
+) -> None:
+    """Show how a tokenizer cuts a text, and how well it compresses each of some sources."""
+    from llmkit.data.inspect import compression, is_path, paint_tokens
+    from llmkit.data.tokenizer import fetch_tokenizer
+    from llmkit.run import table
+
+    loaded = fetch_tokenizer(tokenizer)
+    rows = compression(loaded, fetch_tokenizer(beside) if beside else None, texts, text_key)
+    if as_json:
+        for row, text in zip(rows, texts, strict=True):
+            row |= {} if is_path(text) else {"ids": loaded.encode(text)}
+        show({"vocabulary": len(loaded), "sources": rows}, as_json)
+        return
+    for text in texts:
+        if not is_path(text):
+            ids = loaded.encode(text)
+            print(paint_tokens([loaded.decode([i]) for i in ids], colour=sys.stdout.isatty()) + "\n")
+    print(table(rows))
+    print(f"vocabulary: {len(loaded)}")
