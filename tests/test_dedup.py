@@ -7,13 +7,21 @@ import sys
 import numpy as np
 import pytest
 
-from llmkit.data import dedup
-from llmkit.data.dedup import exact_key, first_of_equals, longest_of, near_clusters
+from llmkit.data.dedup import (
+    band_keys,
+    exact_key,
+    first_of_equals,
+    least_agreement,
+    longest_of,
+    minhash,
+    near_clusters,
+    sketch,
+)
 from llmkit.data.words import Text, split_words
 
 
-def minhash_bands(text: str, **options) -> np.ndarray:
-    return dedup.minhash_bands(Text(text), **options)
+def minhash_bands(text: str, *, rows: int = 8, **options) -> np.ndarray:
+    return band_keys(minhash(Text(text), rows=rows, **options), rows)
 
 
 def shares_a_key(one: str, other: str) -> bool:
@@ -33,7 +41,9 @@ def test_words():
 
 
 def test_signatures_are_the_same_in_every_process():
-    code = "from llmkit.data.dedup import *; print(minhash_bands(Text('the cat sat on the mat again')).tolist())"
+    code = (
+        "from llmkit.data.dedup import *; print(band_keys(minhash(Text('the cat sat on the mat again')), 8).tolist())"
+    )
     runs = [
         subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True)
         for seed in ("1", "2")
@@ -86,6 +96,24 @@ def test_clusters_join_through_any_band_and_through_others():
     bands = np.array([[10, 7], [11, 7], [12, 8], [11, 9], [13, 6], [14, 6]], dtype=np.uint64)
     assert near_clusters(6, bands.T).tolist() == [0, 0, 2, 0, 4, 4]
     assert near_clusters(0, np.empty((14, 0), np.uint64)).tolist() == []
+
+
+def test_agreeing_rows_estimate_the_similarity_and_part_chance_meetings():
+    draw = random.Random(0)
+    words = [f"w{draw.randrange(5000)}" for _ in range(400)]
+    for edits, jaccard in ((4, 0.9), (10, 0.78), (24, 0.55)):
+        agreed = []
+        for _ in range(20):
+            copy = list(words)
+            for place in draw.sample(range(400), edits):
+                copy[place] = f"x{draw.randrange(10**9)}"
+            one, other = (sketch(minhash(Text(" ".join(text)))) for text in (words, copy))
+            agreed.append((one == other).mean())
+        assert sum(agreed) / 20 == pytest.approx(jaccard, abs=0.04)
+    assert 0.55 < least_agreement(14, 8) < 0.7
+    keys = np.array([[7, 7, 7, 8]], np.uint64)  # 0, 1 and 2 met by chance or not: 1 is the odd one
+    joined = near_clusters(4, iter(keys), lambda left, right: (left != 1) & (right != 1))
+    assert joined.tolist() == [0, 1, 0, 3]
 
 
 def test_clusters_equal_a_plain_graph_search():

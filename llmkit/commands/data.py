@@ -131,7 +131,7 @@ def tokenizer_train(
 
 @tokenizer_app.command("show")
 def tokenizer_show(
-    tokenizer: Annotated[str, typer.Argument(help="A tokenizer.json, or a folder with one.")],
+    tokenizer: Annotated[Path, typer.Argument(help="A tokenizer.json, or a folder with one.")],
     texts: Annotated[list[str], typer.Argument(help="Text, or files, folders and globs.")] = [SAMPLE],
     beside: Annotated[str | None, typer.Option(help="Another one to compare: a path, or a hub id as gpt2.")] = None,
     text_key: Annotated[str, typer.Option(help="The text's field in JSONL, CSV and Parquet.")] = "text",
@@ -139,10 +139,10 @@ def tokenizer_show(
 ) -> None:
     """Show how a tokenizer cuts a text, and how well it compresses each of some sources."""
     from llmkit.data.inspect import compression, is_path, paint_tokens
-    from llmkit.data.tokenizer import fetch_tokenizer
+    from llmkit.data.tokenizer import fetch_tokenizer, load_tokenizer
     from llmkit.run import table
 
-    loaded = fetch_tokenizer(tokenizer)
+    loaded = load_tokenizer(tokenizer)
     rows = compression(loaded, fetch_tokenizer(beside) if beside else None, texts, text_key)
     if as_json:
         for row, text in zip(rows, texts, strict=True):

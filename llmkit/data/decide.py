@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmkit.data.dedup import first_of_equals, longest_of, near_clusters
+from llmkit.data.dedup import first_of_equals, least_agreement, longest_of, near_clusters
 from llmkit.data.filters import RULES, Bounds, bounds_of, outside, why
 from llmkit.data.scorers import evaluation_ngrams
 from llmkit.data.units import Unit, load_array, save_array
@@ -25,6 +25,7 @@ FATES = (
     "near duplicate", "contaminated", "repeated paragraphs",
 )  # fmt: skip
 FATE = {name: number for number, name in enumerate(FATES)}
+PAIRS = 100_000  # whose sketches are compared at a time
 FEW = 4  # documents that whole ones would give to val: below this, every document gives its tail
 MOST_CUT = 0.8  # of a document in paragraphs that stood before: what is left would be scraps
 
@@ -114,7 +115,12 @@ def decide(units: list[Unit], data: CorpusData, parts: Path) -> Decision:
     heads, clusters, largest = np.arange(len(fates)), 0, 0
     if near := data.dedup.near:
         rest = np.flatnonzero(fates == TRAIN)
-        together = near_clusters(len(rest), (band_keys(units, parts, band)[rest] for band in range(near.bands)))
+        least, starts = least_agreement(near.bands, near.rows), np.append(0, borders)
+        keys_of_bands = (keys_of_band(units, parts, band)[rest] for band in range(near.bands))
+        together = near_clusters(
+            len(rest), keys_of_bands,
+            lambda left, right: agreement(units, parts, starts, rest[left], rest[right]) >= least,
+        )  # fmt: skip
         sizes = np.bincount(together)
         clusters, largest = int((sizes > 1).sum()), int(sizes.max(initial=0))
         heads[rest] = rest[together]
@@ -141,9 +147,27 @@ def draw(keys: np.ndarray, seed: int) -> np.ndarray:
     return mix(keys + np.array([seed], np.uint64) * GOLDEN) / 2.0**64
 
 
-def band_keys(units: list[Unit], parts: Path, band: int) -> np.ndarray:
+def keys_of_band(units: list[Unit], parts: Path, band: int) -> np.ndarray:
     """One band's keys of all documents. Mapped and let go at once, so that only these bytes come into memory."""
     return np.concatenate([load_array(parts / f"{unit.part}.bands.npy", mmap_mode="r")[band] for unit in units])
+
+
+def agreement(units: list[Unit], parts: Path, starts: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The share of rows in which the sketches of each pair of documents agree: it estimates their similarity."""
+    shares = []
+    for begin in range(0, len(left), PAIRS):
+        wanted = np.concatenate([left[begin : begin + PAIRS], right[begin : begin + PAIRS]])
+        unit_of, rows = np.searchsorted(starts, wanted, side="right") - 1, {}
+        for number in np.unique(unit_of).tolist():
+            sketches = load_array(parts / f"{units[number].part}.sketches.npy", mmap_mode="r")
+            here = np.flatnonzero(unit_of == number)
+            rows[number] = here, sketches[wanted[here] - starts[number]]
+        table = np.empty((len(wanted), sketches.shape[1]), np.uint8)
+        for here, found in rows.values():
+            table[here] = found
+        one, other = np.split(table, 2)
+        shares.append((one == other).mean(axis=1))
+    return np.concatenate(shares)
 
 
 def find_contaminated(

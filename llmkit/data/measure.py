@@ -1,7 +1,8 @@
 """Pass A: one unit's documents read, cleaned, scrubbed, measured by every rule, and signed. Nothing is dropped here.
 
 It leaves the clean texts (.jsonl.zst), what was measured of each (.scores.npy), and what finds its like elsewhere:
-MinHash keys (.bands.npy), n-grams of evaluation files (.hits.npy), paragraphs (.paragraphs.npy).
+MinHash keys and sketches (.bands.npy, .sketches.npy), n-grams of evaluation files (.hits.npy) and paragraphs
+(.paragraphs.npy).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numpy.lib.recfunctions import repack_fields
 
 from llmkit.data.clean import STEPS, clean
 from llmkit.data.decode import GUESSED_ENCODINGS
-from llmkit.data.dedup import exact_key, minhash_bands, paragraph_hashes
+from llmkit.data.dedup import band_keys, exact_key, minhash, paragraph_hashes, sketch
 from llmkit.data.filters import measure
 from llmkit.data.pii import scrub
 from llmkit.data.records import BadRecord
@@ -55,14 +56,16 @@ def peak_mb() -> float:
 
 
 def score_dtype(data: CorpusData, profile: str) -> np.dtype:
-    """A document's row: its exact key, its size, what each rule and scorer measured (nan: nothing), its bands."""
+    """A document's row: its exact key, its size, what each rule and scorer measured (nan: nothing), its signature."""
     fields: list[tuple] = [("key", "<u8", (2,)), ("bytes", "<u4")]
     fields += [(rule, "<f8") for rule in measured_rules(data, profile)]
     fields += [("language", "S3"), ("language_score", "<f8")] if data.filter.language else []
     fields += [("listed_words", "<f8")] if data.filter.words else []
     fields += [("classifier", "<f8")] if data.filter.classifier else []
     fields += [("pii", "<f8")]
-    return np.dtype(fields + ([("bands", "<u8", (data.dedup.near.bands,))] if data.dedup.near else []))
+    if near := data.dedup.near:
+        fields += [("bands", "<u8", (near.bands,)), ("sketches", "u1", (near.bands * near.rows,))]
+    return np.dtype(fields)
 
 
 def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
@@ -102,7 +105,8 @@ def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
                 watch.lap("classifier")
             row.append(found.total())
             if near := data.dedup.near:
-                row.append(minhash_bands(text, ngram=near.ngram, bands=near.bands, rows=near.rows))
+                signature = minhash(text, ngram=near.ngram, bands=near.bands, rows=near.rows)
+                row += [band_keys(signature, near.rows), sketch(signature)]
                 watch.lap("MinHash")
             if wanted:
                 grams = wanted.found_in(hash_ngrams(text.hashes, evals.ngram))
@@ -121,7 +125,8 @@ def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
     table = np.concatenate([*blocks, np.array(rows, dtype)])
     if data.dedup.near:  # by band: the search for duplicates reads them one at a time
         save_array(parts / f"{unit.part}.bands.npy", np.ascontiguousarray(table["bands"].T))
-    names = [name for name in dtype.names if name != "bands"]
+        save_array(parts / f"{unit.part}.sketches.npy", np.ascontiguousarray(table["sketches"]))
+    names = [name for name in dtype.names if name not in ("bands", "sketches")]
     save_array(parts / f"{unit.part}.scores.npy", repack_fields(table[names]))
     save_array(parts / f"{unit.part}.hits.npy", np.array(hits, HIT))
     save_array(parts / f"{unit.part}.paragraphs.npy", np.array(paragraphs, PARAGRAPH))

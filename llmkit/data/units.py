@@ -27,7 +27,7 @@ from llmkit.schema import CorpusData, Source
 from llmkit.types import Document
 
 UNIT_BYTES = 32 * 2**20  # of source files in one work unit
-VERSION = 5  # of the pipeline: another one redoes everything
+VERSION = 6  # of the pipeline: another one redoes everything
 
 
 @dataclass(frozen=True)

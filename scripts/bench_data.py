@@ -1,0 +1,336 @@
+"""The data pipeline against datatrove, over workers, over sizes of input, and on planted duplicates.
+
+    pip install "datatrove[processing]==0.10.0" orjson spacy          # the peer; without it, its row is an error
+    python scripts/bench_data.py                                      # documents: docstrings of this Python's library
+    python scripts/bench_data.py TEXTS... --tokenizer tokenizer.json  # or files, folders and globs
+    python scripts/bench_data.py TEXTS... --only memory --sizes 200 2000
+
+chain    llmkit and datatrove read the same documents (about 3,000 characters each, 3 % of them copies), apply the
+         rules of Gopher, C4 and FineWeb, take out personal data, drop near duplicates (5-grams, 14 x 8) and write
+         token shards; a process each, in turns, CPU seconds of all of it, imports included, medians
+workers  wall time with one worker and with two
+memory   the most any process had, over inputs made larger by copies with a quarter of their words changed
+dedup    recall and precision of near duplicates on planted copies whose true similarity is computed
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import itertools
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+
+DOCUMENT = 3000  # characters, roughly
+COPIES = 0.03  # of the documents, half of them with a word in 200 changed
+SINGLE = {f"{name}_NUM_THREADS": "1" for name in ("RAYON", "OMP", "OPENBLAS", "MKL")}
+
+
+# ---- documents ------------------------------------------------------------------------------------------------------
+
+
+def texts_of(sources: list[str]) -> Iterator[str]:
+    """Texts of the files named, else all docstrings of each module of this Python's library."""
+    if sources:
+        from llmkit.data.documents import read_texts
+
+        yield from read_texts(sources)
+        return
+    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, ValueError):
+            continue
+        found = (ast.get_docstring(node) for node in ast.walk(tree)
+                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)))  # fmt: skip
+        yield "\n\n".join(text for text in found if text)
+
+
+def documents_of(sources: list[str], megabytes: float) -> list[str]:
+    """Pieces of the texts, cut between paragraphs, with some copies among them, shuffled."""
+    pieces, size = [], 0
+    for text in texts_of(sources):
+        paragraph = "\n\n" if text.count("\n\n") * 8 > text.count("\n") else "\n"
+        piece: list[str] = []
+        for part in [*text.split(paragraph), None]:
+            if part is None or sum(map(len, piece)) > DOCUMENT:
+                pieces.append(paragraph.join(piece))
+                piece = []
+            if part and part.strip():
+                piece.append(part)
+    pieces = [piece for piece in pieces if piece]
+    draw = random.Random(0)
+    for number, text in enumerate(draw.sample(pieces, int(len(pieces) * COPIES))):
+        pieces.append(changed(text, 200, "changed", draw) if number % 2 else text)
+    draw.shuffle(pieces)
+    taken = []
+    for piece in pieces:
+        size += len(piece.encode())
+        if size > megabytes * 1e6:
+            break
+        taken.append(piece)
+    return taken
+
+
+def changed(text: str, every: int, by: str, draw: random.Random) -> str:
+    """A copy of a text in which one word of `every` is another."""
+    words = text.split(" ")
+    for start in range(0, len(words), every):
+        words[draw.randrange(start, min(start + every, len(words)))] = by
+    return " ".join(words)
+
+
+def write_jsonl(path: Path, documents: list[str], megabytes: float | None = None) -> float:
+    """Documents as JSON Lines; repeated with a quarter of the words changed up to some size. Returns megabytes."""
+    size = 0
+    with path.open("w", encoding="utf-8") as file:
+        for turn in itertools.count():
+            for number, text in enumerate(documents):
+                if turn:  # every fourth word, so that no copy is a near duplicate
+                    words = text.split(" ")
+                    words[turn % 4 :: 4] = [f"{word}{turn}" for word in words[turn % 4 :: 4]]
+                    text = " ".join(words)
+                file.write(json.dumps({"id": f"{turn}-{number}", "text": text}, ensure_ascii=False) + "\n")
+                size += len(text.encode())
+                if megabytes and size > megabytes * 1e6:
+                    return size / 1e6
+            if not megabytes:
+                return size / 1e6
+
+
+# ---- contestants ----------------------------------------------------------------------------------------------------
+
+
+def config_of(place: Path, source: Path, tokenizer: Path, workers: int) -> Path:
+    """The config of the chain, in a new folder."""
+    config = {
+        "data": {
+            "kind": "corpus", "dir": str(place / "data"), "workers": workers,
+            "sources": [{"name": "web", "path": str(source), "profile": "web"}],
+            "pii": {"kinds": ["email", "phone", "ip", "card", "iban", "ssn", "secret"]},
+            "tokenizer": {"path": str(tokenizer)},
+        },
+        "model": {"name": "gpt2"}, "train": {"max_steps": 1},
+    }  # fmt: skip
+    path = place / "config.yaml"
+    path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+def timed(command: list[str]) -> tuple[float, float, str]:
+    """(wall, CPU) seconds of a command with its children, and the last line that it printed."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, env=os.environ | SINGLE, capture_output=True, text=True, check=False)
+    wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1])
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return wall, cpu, done.stdout.strip().splitlines()[-1]
+
+
+def build(source: Path, tokenizer: Path, workers: int = 1) -> tuple[float, float, dict]:
+    """(wall, CPU) seconds and the manifest of `llmkit data build`."""
+    with tempfile.TemporaryDirectory() as place:
+        config = config_of(Path(place), source, tokenizer, workers)
+        wall, cpu, last = timed([sys.executable, "-m", "llmkit.cli", "data", "build", str(config), "--json"])
+        return wall, cpu, json.loads(last)
+
+
+def datatrove(source: Path, tokenizer: Path, python: str) -> tuple[float, float, dict]:
+    """(wall, CPU) seconds of the same chain by datatrove, and its counts."""
+    with tempfile.TemporaryDirectory() as place:
+        wall, cpu, last = timed([python, __file__, "--peer", str(source), place, str(tokenizer)])
+        return wall, cpu, json.loads(last)
+
+
+def run_peer(source: Path, place: Path, tokenizer: Path) -> None:
+    """What the peer's process does: the stages of datatrove's own examples/fineweb.py that need no download."""
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline import filters
+    from datatrove.pipeline.dedup import MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
+    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets
+    from datatrove.pipeline.formatters import PIIFormatter
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.tokens import DocumentTokenizer
+    from datatrove.pipeline.writers import JsonlWriter
+    from datatrove.utils.hashing import HashConfig
+
+    def run(*steps: object, tasks: int = 1) -> list[dict]:
+        logs = str(place / "logs" / type(steps[-1]).__name__)
+        done = LocalPipelineExecutor(list(steps), tasks=tasks, workers=1, logging_dir=logs, skip_completed=False).run()
+        return [{name: value.total for name, value in step.stats.items()} for step in done.stats]
+
+    def at(name: str) -> str:
+        return str(place / name)
+
+    hashes = HashConfig(hash_fc="sha1", precision=64)
+    minhash = MinhashConfig(hash_config=hashes, n_grams=5, num_buckets=14, hashes_per_bucket=8)
+    run(
+        JsonlReader(str(source.parent), glob_pattern=source.name, recursive=False),
+        filters.GopherRepetitionFilter(), filters.GopherQualityFilter(),
+        filters.C4QualityFilter(filter_no_terminal_punct=False), filters.FineWebQualityFilter(), PIIFormatter(),
+        JsonlWriter(at("filtered")),
+    )  # fmt: skip
+    run(JsonlReader(at("filtered")), MinhashDedupSignature(at("signatures"), config=minhash))
+    run(MinhashDedupBuckets(at("signatures"), at("buckets"), config=minhash), tasks=minhash.num_buckets)
+    run(MinhashDedupCluster(at("buckets"), at("removed"), config=minhash))
+    run(JsonlReader(at("filtered")), MinhashDedupFilter(at("removed")), JsonlWriter(at("deduped")))
+    tokens = DocumentTokenizer(
+        at("tokens"), str(tokenizer), local_working_dir=at("work"), save_filename="peer", eos_token="<|endoftext|>"
+    )
+    counts = run(JsonlReader(at("deduped")), tokens)
+    print(json.dumps({"documents": counts[0].get("documents", 0), "tokens": counts[-1].get("tokens", 0)}))
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------------
+
+
+def measure_chain(source: Path, size: float, tokenizer: Path, rounds: int, python: str) -> dict:
+    """Both chains in turns: MB of text per CPU-second."""
+    times: dict[str, list[float]] = {"llmkit": [], "datatrove": []}
+    kept, errors = {}, {}
+    for turn in range(rounds):
+        for name in ("llmkit", "datatrove") if turn % 2 == 0 else ("datatrove", "llmkit"):
+            try:
+                result = build(source, tokenizer) if name == "llmkit" else datatrove(source, tokenizer, python)
+            except RuntimeError as error:
+                errors[name] = str(error)
+                continue
+            times[name].append(result[1])
+            found = result[2]
+            kept[name] = found["counts"]["kept"] if name == "llmkit" else found["documents"]
+    row = {"MB": size, "kept": kept, "errors": errors, "CPU seconds": times}
+    speeds = {name: size / median(found) for name, found in times.items() if found}
+    row["MB per CPU-second"] = speeds
+    if len(speeds) == 2:
+        row["ratio"] = speeds["llmkit"] / speeds["datatrove"]
+    return row
+
+
+def measure_workers(source: Path, size: float, tokenizer: Path, rounds: int) -> dict:
+    """Wall seconds with one worker and with two, in turns."""
+    walls: dict[int, list[float]] = {1: [], 2: []}
+    for turn in range(rounds):
+        for workers in (1, 2) if turn % 2 == 0 else (2, 1):
+            walls[workers].append(build(source, tokenizer, workers)[0])
+    return {"MB": size, "wall seconds": walls, "ratio": median(walls[1]) / median(walls[2])}
+
+
+def measure_memory(documents: list[str], sizes: list[float], tokenizer: Path, place: Path) -> list[dict]:
+    """The most memory of any process of a build with two workers, by size of the input."""
+    rows = []
+    for megabytes in sizes:
+        source = place / "large.jsonl"
+        size = write_jsonl(source, documents, megabytes)
+        wall, cpu, manifest = build(source, tokenizer, workers=2)
+        source.unlink()
+        rows.append({"MB": size, "peak MB": manifest["peak_mb"], "wall seconds": wall, "MB per CPU-second": size / cpu,
+                     "documents": manifest["counts"]["read"]})  # fmt: skip
+    return rows
+
+
+def measure_dedup(documents: list[str], pairs: int) -> dict:
+    """Recall and precision on copies in which a random share of the words is changed, by true Jaccard similarity."""
+    import numpy as np
+
+    from llmkit.data.dedup import band_keys, least_agreement, minhash, near_clusters, sketch
+    from llmkit.data.words import Text, hash_ngrams
+
+    draw = random.Random(1)
+    originals = [text for text in documents if len(text.split()) > 100]
+    texts: list[Text] = []
+    for _ in range(pairs):
+        text = draw.choice(originals)
+        words = [f"{word}{draw.randrange(30)}" for word in text.split()]  # an original of its own
+        copy = [f"other{draw.randrange(10**6)}" if draw.random() < share else word
+                for share in [draw.uniform(0, 0.15)] for word in words]  # fmt: skip
+        texts += [Text(" ".join(words)), Text(" ".join(copy))]
+    signatures = [minhash(text) for text in texts]
+    bands = np.array([band_keys(signature, 8) for signature in signatures]).T.copy()
+    sketches = np.array([sketch(signature) for signature in signatures])
+    clusters = near_clusters(
+        len(texts), bands, lambda one, other: (sketches[one] == sketches[other]).mean(axis=1) >= least_agreement(14, 8)
+    )
+    found = similar = hits = right = 0
+    for i in range(0, len(texts), 2):
+        one, other = (set(hash_ngrams(text.hashes, 5).tolist()) for text in texts[i : i + 2])
+        likeness, joined = len(one & other) / len(one | other), bool(clusters[i] == clusters[i + 1])
+        similar, hits = similar + (likeness > 0.8), hits + (likeness > 0.8 and joined)
+        found, right = found + joined, right + (joined and likeness > 0.5)
+    strangers = sum(int(clusters[i] != i) for i in range(0, len(texts), 2))  # originals joined to something before them
+    return {"pairs": pairs, "above .8": similar, "recall above .8": hits / similar,
+            "joined": int(found) + strangers, "precision at .5": right / (found + strangers)}  # fmt: skip
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--peer"]:
+        run_peer(*(Path(argument) for argument in sys.argv[2:5]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", nargs="*", help="files, folders or globs")
+    parser.add_argument("--tokenizer", type=Path, help="a byte-level BPE; default: one trained on the documents")
+    parser.add_argument("--mb", type=float, default=15, help="megabytes of documents")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", choices=["chain", "workers", "memory", "dedup"])
+    parser.add_argument("--sizes", nargs="*", type=float, default=[200, 2000], help="megabytes, for memory")
+    parser.add_argument("--pairs", type=int, default=2000, help="of planted copies, for dedup")
+    parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has datatrove")
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+    chosen = parser.parse_args()
+    wanted = chosen.only or ["chain", "workers", "memory", "dedup"]
+    documents = documents_of(chosen.texts, chosen.mb)
+    rows: dict[str, object] = {"versions": {name: version_of(name) for name in ("llmkit", "numpy", "tokenizers")}}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        tokenizer = plain_tokenizer(chosen.tokenizer, documents, place)
+        source = place / "input.jsonl"
+        size = write_jsonl(source, documents)
+        print(f"{len(documents)} documents, {size:.1f} MB of text", flush=True)
+        if "chain" in wanted:
+            rows["chain"] = measure_chain(source, size, tokenizer, chosen.rounds, chosen.peer_python)
+            print(json.dumps({"chain": rows["chain"]}, indent=1), flush=True)
+        if "workers" in wanted:
+            large = place / "workers.jsonl"
+            rows["workers"] = measure_workers(large, write_jsonl(large, documents, 200), tokenizer, chosen.rounds)
+            large.unlink()
+            print(json.dumps({"workers": rows["workers"]}, indent=1), flush=True)
+        if "memory" in wanted:
+            rows["memory"] = measure_memory(documents, chosen.sizes, tokenizer, place)
+            print(json.dumps({"memory": rows["memory"]}, indent=1), flush=True)
+        if "dedup" in wanted:
+            rows["dedup"] = measure_dedup(documents, chosen.pairs)
+            print(json.dumps({"dedup": rows["dedup"]}, indent=1), flush=True)
+    if chosen.json:
+        chosen.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def plain_tokenizer(given: Path | None, documents: list[str], place: Path) -> Path:
+    """A tokenizer.json for both contestants: the given one without the truncation that it may carry, or a new one."""
+    from llmkit.data.tokenizer import load_tokenizer
+    from llmkit.data.vocabulary import train_tokenizer
+
+    made = load_tokenizer(given) if given else train_tokenizer(documents, vocab_size=32_000)
+    made.save(place / "tokenizer")
+    return place / "tokenizer" / "tokenizer.json"
+
+
+def version_of(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
+
+
+if __name__ == "__main__":
+    main()
