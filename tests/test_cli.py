@@ -89,7 +89,7 @@ def test_tokenizer_commands(place):
     assert shown["vocabulary"] == 300 and row["bytes"] == 9 and len(row["ids"]) == row["tokens"]
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "finetune", "quickstart", "gpt2-124m", "llama-1b"])
+@pytest.mark.parametrize("kind", ["pretrain", "finetune", "quickstart", "gpt2-124m", "llama-1b", "corpus"])
 def test_init_prints_configs_that_load(tmp_path, kind):
     llmkit("init", kind, "--out", "c.yaml", cwd=tmp_path)
     from llmkit.config import load_config
