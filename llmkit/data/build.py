@@ -11,7 +11,9 @@ killed, or whose later settings changed, redoes only what it must; the result do
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -27,7 +29,7 @@ from llmkit.data.filters import RULES
 from llmkit.data.measure import Stopwatch, measure_unit, peak_mb
 from llmkit.data.records import number_lines
 from llmkit.data.report import make_funnel, report
-from llmkit.data.scorers import check_languages
+from llmkit.data.scorers import check_languages, classifier, word_list
 from llmkit.data.tokenizer import Tokenizer, load_tokenizer
 from llmkit.data.tokens import token_dtype
 from llmkit.data.units import VERSION, Unit, hash_of, load_array, make_units
@@ -42,7 +44,7 @@ SPACE = 0.9  # bytes on disk for a byte of text: clean texts 0.4 (packed), token
 
 
 def check_settings(data: CorpusData) -> None:
-    """What the schema can't know: rules that do not exist, thresholds neither low nor high, languages nobody knows."""
+    """What the schema can't know: rules and languages that do not exist, files that are not there."""
     errors = []
     for rule, limits in data.filter.rules.items():
         if rule not in RULES:
@@ -53,6 +55,10 @@ def check_settings(data: CorpusData) -> None:
     raise_all(errors)
     if data.filter.language:
         check_languages(data.filter.language.keep)
+    if data.filter.words:
+        word_list(data.filter.words.path)
+    if data.filter.classifier:
+        classifier(data.filter.classifier.path, data.filter.classifier.label)
 
 
 def check_corpus(data: CorpusData) -> None:
@@ -193,23 +199,21 @@ def build_units(
 
 def encoding_key(data: CorpusData, parts: Path, unit: Unit, decision: Decision, tokenizer: Tokenizer) -> str:
     """A hash of all that a unit's shards depend on: other thresholds that drop nothing else change nothing."""
-    flags = [(parts / f"{unit.part}.{name}.npy").read_bytes() for name in ("fate", "cut")]
+    fates, cut = (load_array(parts / f"{unit.part}.{name}.npy") for name in ("fate", "cut"))
     splitting = (data.split.val_fraction if decision.by_tail else None, decision.by_tail)
-    return hash_of(unit.part, [hash_of(flag.hex()) for flag in flags], tokenizer.sha256, splitting)
+    return hash_of(unit.part, fates["fate"].tobytes().hex(), cut.tobytes().hex(), tokenizer.sha256, splitting)
 
 
 def delete_earlier(folder: Path, units: list[Unit], tokenizer_folder: Path, keys: list[str]) -> None:
     """Delete what earlier builds left in parts/, tokens/ and dropped/, and no manifest names any more."""
-    current = {f"{unit.name}-{key}" for unit, key in zip(units, keys, strict=True)}
-    parts = {unit.part for unit in units}
-    for path in [*(folder / "tokens").rglob("*"), *(folder / "dropped").rglob("*")]:
-        if path.is_file() and path.name.split(".bin")[0].split(".idx")[0].split(".jsonl")[0] not in current:
+    current = {unit.part for unit in units} | {f"{unit.name}-{key}" for unit, key in zip(units, keys, strict=True)}
+    there = [folder.glob("parts/*"), (folder / "tokens").rglob("*"), folder.glob("dropped/*")]
+    for path in itertools.chain(*there):
+        stem = re.match(r"(.+-\d+-[0-9a-f]{16})\.", path.name)
+        if path.is_file() and (stem is None or stem[1] not in current):
             path.unlink()
-    for path in (folder / "parts").iterdir():
-        if path.is_dir() and path != tokenizer_folder:
+        elif path.parent.name == "parts" and path.is_dir() and path != tokenizer_folder:
             shutil.rmtree(path)
-        elif path.is_file() and not any(path.name.startswith(f"{part}.") for part in parts):
-            path.unlink()
 
 
 def write_quarantine(units: list[Unit], parts: Path, folder: Path) -> None:
@@ -225,10 +229,9 @@ def write_quarantine(units: list[Unit], parts: Path, folder: Path) -> None:
                 cut[Path(record["path"])].append(start)
             found.append((record, start))
     before = {str(path): number_lines(path, starts) for path, starts in cut.items() if starts}
-    with (folder / "quarantine.jsonl").open("w", encoding="utf-8") as file:
-        for record, start in found:
-            record["line"] += before[record["path"]][start] if start else 0
-            file.write(json.dumps(record) + "\n")
+    for record, start in found:
+        record["line"] += before[record["path"]][start] if start else 0
+    write_atomically(folder / "quarantine.jsonl", "".join(json.dumps(record) + "\n" for record, _ in found))
 
 
 def stop_on_bad_records(data: CorpusData, counts: list[dict], folder: Path) -> None:
@@ -257,7 +260,7 @@ def make_tokenizer(
     data: CorpusData, parts: Path, units: list[Unit], decision: Decision, named: Tokenizer | None
 ) -> tuple[Tokenizer, Path]:
     """The tokenizer of the build and where it lies: the named one, or one that learns from a sample of train."""
-    flags = [(parts / f"{unit.part}.fate.npy").read_bytes().hex() for unit in units]
+    flags = [load_array(parts / f"{unit.part}.fate.npy")["fate"].tobytes().hex() for unit in units]
     splitting = (data.split.val_fraction, decision.by_tail)
     section = data.tokenizer
     settings = (section.model_dump(), named and named.sha256, data.seed, splitting)

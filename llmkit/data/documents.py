@@ -222,6 +222,21 @@ def carry(value: Any) -> str | int | float | bool | None:
 # ---- Hugging Face datasets ------------------------------------------------------------------------------------------
 
 
+def dataset_files(name: str, config: str | None, split: str) -> tuple[Path, list[Path]] | None:
+    """(root, data files) of a local folder of data files; None: a hub id or a save_to_disk folder, for `datasets`."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (folder.exists() or name.startswith(("/", ".", "~"))):
+        raise UserError("a local dataset is a folder", at=name, fix="for files and globs use `path`", code=DATA)
+    if not folder.is_dir() or is_saved(folder):
+        return None
+    folder = folder / config if config else folder
+    return folder, split_files(folder, split)
+
+
+def is_saved(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
+
+
 def read_dataset(
     name: str, *, source: str, config: str | None = None, split: str = "train", streaming: bool = False,
     text_key: str = "text",
@@ -230,17 +245,12 @@ def read_dataset(
 
     Loading scripts never run; the network is used for hub ids alone. Local data is memory-mapped or streamed anyway.
     """
-    folder = Path(name).expanduser()
-    if not folder.is_dir() and (folder.exists() or name.startswith(("/", ".", "~"))):
-        raise UserError("a local dataset is a folder", at=name, fix="for files and globs use `path`", code=DATA)
-    saved = any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
-    if saved or not folder.is_dir():
-        rows = dataset_rows(name, config, split, streaming, saved, text_key)
-        yield from to_documents(rows, source, f"{source}/{split}", name, text_key)
+    if found := dataset_files(name, config, split):
+        for file in found[1]:
+            yield from read_file(file, source=source, root=found[0], text_key=text_key)
         return
-    folder = folder / config if config else folder
-    for file in split_files(folder, split):
-        yield from read_file(file, source=source, root=folder, text_key=text_key)
+    rows = dataset_rows(name, config, split, streaming, is_saved(Path(name).expanduser()), text_key)
+    yield from to_documents(rows, source, f"{source}/{split}", name, text_key)
 
 
 def split_files(folder: Path, split: str) -> list[Path]:

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +39,9 @@ class Pool:
                 future.add_done_callback(lambda _, size=size: bar.update(size))
             try:
                 return [future.result() for future in futures]
-            except BrokenProcessPool:
+            except Exception as error:
+                if type(error).__name__ not in ("BrokenProcessPool", "KilledWorker"):  # the latter is Dask's
+                    raise
                 raise UserError(
                     "a worker process died", got="killed, most likely for want of memory", code=ENVIRONMENT,
                     fix="lower data.workers; the same command goes on where this one stopped",

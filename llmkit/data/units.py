@@ -17,7 +17,7 @@ import numpy as np
 import orjson
 import zstandard
 
-from llmkit.data.documents import list_files, read_dataset, read_file, root_of
+from llmkit.data.documents import dataset_files, list_files, read_dataset, read_file, root_of
 from llmkit.data.filters import PROFILES
 from llmkit.data.records import BadRecord, Span, spans_of
 from llmkit.data.scorers import evaluation_files
@@ -36,7 +36,8 @@ class Unit:
 
     name: str  # <source>-<number>
     source: dict[str, Any]  # the Source section
-    pieces: tuple[tuple[str, Span | None], ...]  # files, or spans of them; empty: a Hugging Face dataset
+    root: str  # what documents' ids are relative to
+    pieces: tuple[tuple[str, Span | None], ...]  # files, or spans of them; empty: `datasets` reads it
     bytes: int  # of the files
     key: str  # a hash of everything that measuring depends on
 
@@ -82,21 +83,29 @@ def make_units(data: CorpusData) -> list[Unit]:
     units = []
     for source in data.sources:
         key, section = measuring_key(data, source), source.model_dump()
-        if source.hf:
-            stamps = stamps_in(Path(source.hf).expanduser())
-            size = sum(size for _, size, _ in stamps)
-            units.append(Unit(f"{source.name}-000", section, (), size, hash_of(key, stamps)))
-            continue
         try:
-            files = list_files(source.path, source.include, source.exclude)
+            files = files_of(source)
         except UserError as error:
             error.fix = error.fix or f"correct the source {source.name} in the config"
             raise
-        for number, (pieces, size) in enumerate(cut(files, whole=source.limit is not None)):
+        if files is None:
+            stamps = stamps_in(Path(source.hf).expanduser())
+            size = sum(size for _, size, _ in stamps)
+            units.append(Unit(f"{source.name}-000", section, "", (), size, hash_of(key, stamps)))
+            continue
+        root, paths = files
+        for number, (pieces, size) in enumerate(cut(paths, whole=source.limit is not None)):
             stamps = stamps_of({Path(path) for path, _ in pieces})
             made_of = hash_of(key, stamps, pieces)
-            units.append(Unit(f"{source.name}-{number:03d}", section, tuple(pieces), size, made_of))
+            units.append(Unit(f"{source.name}-{number:03d}", section, str(root), tuple(pieces), size, made_of))
     return units
+
+
+def files_of(source: Source) -> tuple[Path, list[Path]] | None:
+    """(root, files) of a source; None where the `datasets` library reads it."""
+    if source.hf:
+        return dataset_files(source.hf, source.config, source.split)
+    return root_of(source.path), list_files(source.path, source.include, source.exclude)
 
 
 def cut(files: list[Path], whole: bool) -> Iterator[tuple[list[tuple[str, Span | None]], int]]:
@@ -117,18 +126,18 @@ def cut(files: list[Path], whole: bool) -> Iterator[tuple[list[tuple[str, Span |
 def read_unit(unit: Unit) -> Iterator[Document | BadRecord]:
     """A unit's documents, at most the source's limit."""
     source = Source(**unit.source)
-    if source.hf:
+    if unit.pieces:
+        place = {"root": Path(unit.root), "include": source.include, "exclude": source.exclude}
+        found = (
+            one
+            for path, span in unit.pieces
+            for one in read_file(Path(path), source=source.name, text_key=source.text_key, span=span, **place)
+        )
+    else:
         found = read_dataset(
             source.hf, source=source.name, config=source.config, split=source.split, streaming=source.streaming,
             text_key=source.text_key,
         )  # fmt: skip
-    else:
-        globs = {"root": root_of(source.path), "include": source.include, "exclude": source.exclude}
-        found = (
-            one
-            for path, span in unit.pieces
-            for one in read_file(Path(path), source=source.name, text_key=source.text_key, span=span, **globs)
-        )
     for taken, one in enumerate(found):
         if source.limit is not None and taken >= source.limit:
             return
