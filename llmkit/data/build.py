@@ -145,7 +145,7 @@ def build_units(
 
     writing  False: stop after pass B, with a report of what would be dropped
     """
-    folder, started, watch = Path(data.dir), time.perf_counter(), Stopwatch()
+    folder, started = Path(data.dir), time.perf_counter()
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     sizes = [unit.bytes for unit in units]
@@ -153,7 +153,7 @@ def build_units(
         counts = pool.map(measure_unit, [(unit, data, parts) for unit in units], "read, clean, measure", sizes)
         write_quarantine(units, parts, folder)
         stop_on_bad_records(data, counts, folder)
-        watch.lap("")
+        watch = Stopwatch()
         decision = decide(units, data, parts)
         watch.lap("deciding")
         funnel = make_funnel(units, counts, decision)
@@ -164,6 +164,7 @@ def build_units(
             raise nothing_left(folder, funnel)
         tokenizer, tokenizer_folder = make_tokenizer(data, parts, units, decision, named)
         watch.lap("tokenizer")
+        spent = watch.seconds
         jobs = [
             (unit, data, tokenizer_folder, decision.by_tail, encoding_key(data, parts, unit, decision, tokenizer))
             for unit in units
@@ -177,8 +178,7 @@ def build_units(
         splits[split]["files"] = [file | {"source": s["source"]} for s in shards for file in s[split]["files"]]
     totals = {name: sum(row[name] for row in funnel.values()) for name in ("read", "quarantined", "kept")}
     totals["dropped"] = totals["read"] - totals["quarantined"] - totals["kept"]
-    seconds = sum((Counter(one["seconds"]) for one in [*counts, *shards]), Counter()) + watch.seconds
-    del seconds[""]
+    seconds = sum((Counter(one["seconds"]) for one in [*counts, *shards]), Counter()) + spent
     manifest = {
         "version": VERSION, "recipe": recipe, "dtype": token_dtype(len(tokenizer)).str, "vocab_size": len(tokenizer),
         "tokenizer_sha256": tokenizer.sha256,
