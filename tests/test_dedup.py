@@ -129,5 +129,5 @@ def test_clusters_equal_a_plain_graph_search():
 def test_longest_of_a_cluster_and_first_of_equals():
     assert longest_of(np.array([0, 1, 0, 1, 4]), np.array([3, 5, 8, 5, 1])).tolist() == [2, 1, 2, 1, 4]
     assert longest_of(np.array([], int), np.array([], int)).tolist() == []
-    keys = np.array([[1, 2], [1, 3], [1, 2], [0, 2], [1, 2]], np.uint64)  # equal in both halves or not at all
-    assert first_of_equals(keys).tolist() == [0, 1, 0, 3, 0]
+    halves = np.array([[1, 1, 1, 0, 1], [2, 3, 2, 2, 2]], np.uint64)  # equal in both or not at all
+    assert first_of_equals(*halves).tolist() == [0, 1, 0, 3, 0]

@@ -118,9 +118,18 @@ def tokenizer_train(
     from llmkit.data.documents import read_texts
     from llmkit.data.tokenizer import load_tokenizer
     from llmkit.data.vocabulary import extend_bpe, train_tokenizer
+    from llmkit.errors import UserError
 
     texts = read_texts(sources, text_key)
     if extend:
+        options = {
+            "--kind": kind != "bpe",
+            "--pattern": pattern != "gpt2",
+            "--normalize": normalize,
+            "--special": special,
+        }
+        if useless := [name for name, given in options.items() if given]:
+            raise UserError(f"{useless[0]} means nothing beside --extend", fix="the base decides that")
         made = extend_bpe(load_tokenizer(extend), texts, vocab_size)
     else:
         options = {"vocab_size": vocab_size, "pattern": pattern, "normalize": normalize, "special_tokens": special}

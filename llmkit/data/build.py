@@ -288,7 +288,7 @@ def make_tokenizer(
     half = folder.with_name(folder.name + ".tmp")
     tokenizer.save(half)
     half.rename(folder)
-    return tokenizer, folder
+    return load_tokenizer(folder), folder  # as everyone else will read it: Unigram's scores lose a digit on the way
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -93,32 +93,41 @@ def reason(row: np.ndarray, fate: int, data: CorpusData, profile: str) -> str:
 
 
 def decide(units: list[Unit], data: CorpusData, parts: Path) -> Decision:
-    """Settle the fate of every document; writes each unit's .fate.npy (fate, twin) and .cut.npy (its paragraphs)."""
-    judged, keys, lengths = [], [], []
-    for unit in units:
+    """Settle the fate of every document; writes each unit's .fate.npy (fate, twin) and .cut.npy (its paragraphs).
+
+    Memory holds the numbers of all documents at once, about 60 bytes of each, and nothing else.
+    """
+    starts = np.cumsum([0, *(load_array(parts / f"{unit.part}.scores.npy", mmap_mode="r").shape[0] for unit in units)])
+    number = int(starts[-1])
+    fates, lengths = np.empty(number, np.uint8), np.empty(number, np.uint32)
+    keys, keys_too = np.empty(number, np.uint64), np.empty(number, np.uint64)  # the halves of the exact keys
+    for unit, start, stop in zip(units, starts, starts[1:], strict=False):
         table = load_array(parts / f"{unit.part}.scores.npy")
-        judged.append(judge(table, data, unit.source["profile"]))
-        keys.append(table["key"].copy())
-        lengths.append(table["bytes"].copy())
-    borders = np.cumsum([len(fates) for fates in judged])
-    fates, keys, lengths = np.concatenate(judged), np.concatenate(keys), np.concatenate(lengths)
-    twins = np.full(len(fates), -1, np.int64)  # of a duplicate: the document that stays in its place
+        fates[start:stop] = judge(table, data, unit.source["profile"])
+        lengths[start:stop], keys[start:stop], keys_too[start:stop] = (
+            table["bytes"],
+            table["key"][:, 0],
+            table["key"][:, 1],
+        )
+        del table
+    index = np.int32 if number < 2**31 else np.int64
+    gone, instead = [], []  # duplicates, and the documents that stay in their places
 
     def drop(documents: np.ndarray, for_the_sake_of: np.ndarray, fate: str) -> None:
-        gone = documents != for_the_sake_of
-        fates[documents[gone]] = FATE[fate]
-        twins[documents[gone]] = for_the_sake_of[gone]
+        dropped = documents != for_the_sake_of
+        fates[documents[dropped]] = FATE[fate]
+        gone.append(documents[dropped])
+        instead.append(for_the_sake_of[dropped])
 
     if data.dedup.exact:
-        rest = np.flatnonzero(fates == TRAIN)
-        drop(rest, rest[first_of_equals(keys[rest])], "exact duplicate")
-    heads, clusters, largest = np.arange(len(fates)), 0, 0
+        rest = np.flatnonzero(fates == TRAIN).astype(index)
+        drop(rest, rest[first_of_equals(keys[rest], keys_too[rest])], "exact duplicate")
+    del keys_too
+    heads, clusters, largest = np.arange(number, dtype=index), 0, 0
     if near := data.dedup.near:
-        rest = np.flatnonzero(fates == TRAIN)
-        least, starts = least_agreement(near.bands, near.rows), np.append(0, borders)
-        keys_of_bands = (keys_of_band(units, parts, band)[rest] for band in range(near.bands))
+        rest, least = np.flatnonzero(fates == TRAIN).astype(index), least_agreement(near.bands, near.rows)
         together = near_clusters(
-            len(rest), keys_of_bands,
+            len(rest), (keys_of_band(units, parts, starts, band)[rest] for band in range(near.bands)),
             lambda left, right: agreement(units, parts, starts, rest[left], rest[right]) >= least,
         )  # fmt: skip
         sizes = np.bincount(together)
@@ -126,20 +135,25 @@ def decide(units: list[Unit], data: CorpusData, parts: Path) -> Decision:
         heads[rest] = rest[together]
         if near.keep == "longest":
             drop(rest, rest[longest_of(together, lengths[rest])], "near duplicate")
-    contamination = find_contaminated(units, data, parts, fates, borders)
-    cuts = find_repeated_paragraphs(units, parts, fates, lengths, borders) if data.dedup.paragraphs else None
+    contamination = find_contaminated(units, data, parts, fates, starts)
+    cuts = find_repeated_paragraphs(units, parts, fates, lengths, starts) if data.dedup.paragraphs else None
 
     kept = fates == TRAIN
     by_tail = bool(kept.sum() * data.split.val_fraction < FEW)
     if not by_tail:  # by what the head of its cluster says, so that near duplicates never part
-        fates[kept & (draw(keys[heads, 0], data.seed) < data.split.val_fraction)] = VAL
-    table = np.zeros(len(fates), [("fate", "u1"), ("twin", "<i8")])
-    table["fate"], table["twin"] = fates, twins
-    for number, (unit, one) in enumerate(zip(units, np.split(table, borders[:-1]), strict=True)):
-        save_array(parts / f"{unit.part}.fate.npy", one)
-        save_array(parts / f"{unit.part}.cut.npy", cuts[number] if cuts else np.empty(0, bool))
+        fates[kept & (draw(keys[heads], data.seed) < data.split.val_fraction)] = VAL
+    places, twins = (np.concatenate([np.empty(0, index), *found]) for found in (gone, instead))
+    order = np.argsort(places)
+    places, twins = places[order], twins[order]
+    for i, unit in enumerate(units):
+        table = np.zeros(starts[i + 1] - starts[i], [("fate", "u1"), ("twin", "<i8")])
+        table["fate"], table["twin"] = fates[starts[i] : starts[i + 1]], -1
+        here = slice(*np.searchsorted(places, starts[i : i + 2]))
+        table["twin"][places[here] - starts[i]] = twins[here]
+        save_array(parts / f"{unit.part}.fate.npy", table)
+        save_array(parts / f"{unit.part}.cut.npy", cuts[i] if cuts else np.empty(0, bool))
     cut = sum(int(one.sum()) for one in cuts or [])
-    return Decision(by_tail, np.split(fates, borders[:-1]), clusters, largest, contamination, cut)
+    return Decision(by_tail, np.split(fates, starts[1:-1]), clusters, largest, contamination, cut)
 
 
 def draw(keys: np.ndarray, seed: int) -> np.ndarray:
@@ -147,9 +161,12 @@ def draw(keys: np.ndarray, seed: int) -> np.ndarray:
     return mix(keys + np.array([seed], np.uint64) * GOLDEN) / 2.0**64
 
 
-def keys_of_band(units: list[Unit], parts: Path, band: int) -> np.ndarray:
+def keys_of_band(units: list[Unit], parts: Path, starts: np.ndarray, band: int) -> np.ndarray:
     """One band's keys of all documents. Mapped and let go at once, so that only these bytes come into memory."""
-    return np.concatenate([load_array(parts / f"{unit.part}.bands.npy", mmap_mode="r")[band] for unit in units])
+    keys = np.empty(starts[-1], np.uint64)
+    for i, unit in enumerate(units):
+        keys[starts[i] : starts[i + 1]] = load_array(parts / f"{unit.part}.bands.npy", mmap_mode="r")[band]
+    return keys
 
 
 def agreement(units: list[Unit], parts: Path, starts: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -171,7 +188,7 @@ def agreement(units: list[Unit], parts: Path, starts: np.ndarray, left: np.ndarr
 
 
 def find_contaminated(
-    units: list[Unit], data: CorpusData, parts: Path, fates: np.ndarray, borders: np.ndarray
+    units: list[Unit], data: CorpusData, parts: Path, fates: np.ndarray, starts: np.ndarray
 ) -> dict[str, int]:
     """Drop what shares a rare n-gram with the evaluation files; returns counts for the report.
 
@@ -181,9 +198,8 @@ def find_contaminated(
     if evals is None:
         return {}
     _, texts, short = evaluation_ngrams(tuple(evals.files), evals.ngram)
-    starts = [0, *borders[:-1].tolist()]
     hits = [load_array(parts / f"{unit.part}.hits.npy") for unit in units]
-    documents = np.concatenate([one["document"] + start for one, start in zip(hits, starts, strict=True)])
+    documents = np.concatenate([one["document"] + start for one, start in zip(hits, starts, strict=False)])
     grams = np.concatenate([one["gram"] for one in hits])
     here = fates[documents] == TRAIN
     documents, grams = documents[here], grams[here]
@@ -200,12 +216,11 @@ def find_contaminated(
 
 
 def find_repeated_paragraphs(
-    units: list[Unit], parts: Path, fates: np.ndarray, lengths: np.ndarray, borders: np.ndarray
+    units: list[Unit], parts: Path, fates: np.ndarray, lengths: np.ndarray, starts: np.ndarray
 ) -> list[np.ndarray]:
     """For each unit which of its long paragraphs stood in an earlier place; drops documents that are little else."""
-    starts = [0, *borders[:-1].tolist()]
     found = [load_array(parts / f"{unit.part}.paragraphs.npy") for unit in units]
-    documents = np.concatenate([one["document"] + start for one, start in zip(found, starts, strict=True)])
+    documents = np.concatenate([one["document"] + start for one, start in zip(found, starts, strict=False)])
     keys, sizes = (np.concatenate([one[name] for one in found]) for name in ("key", "bytes"))
     here = np.flatnonzero(fates[documents] == TRAIN)
     cut = np.zeros(len(documents), bool)

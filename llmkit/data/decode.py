@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -29,20 +30,19 @@ def decode(data: bytes, html: bool = False, declared: str | None = None) -> tupl
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if data.startswith(mark):
             return data.decode(encoding), encoding.removesuffix("-sig")
+    named = list(named_encodings(data, html, declared))
+    for name, encoding in named:  # those whose bytes would pass for something else
+        if encoding.startswith("utf-16") or (encoding == "iso2022_jp" and b"\x1b" in data):
+            with suppress(UnicodeDecodeError):
+                return data.decode(encoding), name
     if data.count(0) > len(data) / 100:
         raise ValueError("binary: over 1 % NUL bytes")
     with suppress(UnicodeDecodeError):
         return data.decode(), "utf-8"
     if 0 in data:
         raise ValueError("binary: NUL bytes, and not UTF-8")
-    if html and not declared and (found := re.search(rb"(?:charset|encoding)\s*=\s*[\"']?([\w-]+)", data[:2048])):
-        declared = found[1].decode("ascii", "ignore")
-    if declared:
-        from resiliparse.parse.encoding import map_encoding_to_html5
-
-        name = declared.lower()
-        encoding = map_encoding_to_html5(name, False)  # what browsers know, so none of Python's "hex" or "utf-7"
-        if encoding and not encoding.startswith("utf"):
+    for name, encoding in named:
+        if not encoding.startswith("utf"):
             with suppress(UnicodeDecodeError):
                 return data.decode(encoding), name
     repaired = data.decode("utf-8", "replace")
@@ -51,6 +51,16 @@ def decode(data: bytes, html: bool = False, declared: str | None = None) -> tupl
     with suppress(UnicodeDecodeError):
         return data.decode("cp1252"), "cp1252"
     raise ValueError("in no known encoding: neither UTF-8 nor cp1252")
+
+
+def named_encodings(data: bytes, html: bool, declared: str | None) -> Iterator[tuple[str, str]]:
+    """(name, encoding) as declared, then as HTML's <meta charset> says; names that no browser knows are passed over."""
+    from resiliparse.parse.encoding import map_encoding_to_html5
+
+    found = re.search(rb"(?:charset|encoding)\s*=\s*[\"']?([\w-]+)", data[:2048], re.IGNORECASE) if html else None
+    for name in (declared, found and found[1].decode("ascii", "ignore")):
+        if name and (encoding := map_encoding_to_html5(name.lower(), False)):  # so none of Python's "hex" or "utf-7"
+            yield name.lower(), encoding
 
 
 def parse_json(data: bytes) -> Any:

@@ -86,7 +86,7 @@ def near_clusters(
     >>> near_clusters(4, np.array([[1, 3, 3, 5], [2, 2, 9, 6]], dtype=np.uint64)).tolist()
     [0, 0, 0, 3]
     """
-    parent = np.arange(documents)
+    parent = np.arange(documents, dtype=np.int32 if documents < 2**31 else np.int64)
 
     def root(i: int) -> int:
         while parent[i] != i:
@@ -127,17 +127,22 @@ def longest_of(clusters: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return longest
 
 
-def first_of_equals(keys: np.ndarray) -> np.ndarray:
-    """For each 128-bit key (documents, 2) the index of the first that equals it.
+def first_of_equals(keys: np.ndarray, keys_too: np.ndarray) -> np.ndarray:
+    """For each 128-bit key, given in two halves (documents,), the index of the first that equals it.
 
-    >>> first_of_equals(np.array([[7, 1], [7, 2], [7, 1]], dtype=np.uint64)).tolist()
+    >>> first_of_equals(np.array([7, 7, 7]), np.array([1, 2, 1])).tolist()
     [0, 1, 0]
     """
-    order = np.lexsort((keys[:, 1], keys[:, 0]))
-    is_first = np.ones(len(order), dtype=bool)
-    is_first[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
-    first = np.zeros(len(order), dtype=np.int64)
-    first[order] = order[is_first][np.cumsum(is_first) - 1]
+    first = np.arange(len(keys))
+    if len(keys) < 2:
+        return first
+    order = np.argsort(keys, kind="stable")
+    same = np.append(False, keys[order[1:]] == keys[order[:-1]])
+    shared = order[np.append(same[1:], False) | same]  # few: most keys are alone
+    shared = shared[np.lexsort((keys_too[shared], keys[shared]))]
+    new = np.append(True, (keys[shared[1:]] != keys[shared[:-1]]) | (keys_too[shared[1:]] != keys_too[shared[:-1]]))
+    new = new[: len(shared)]
+    first[shared] = shared[new][np.cumsum(new) - 1]
     return first
 
 

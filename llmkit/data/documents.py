@@ -46,8 +46,8 @@ def list_files(path: str, include: Sequence[str] = (), exclude: Sequence[str] = 
         raise UserError("no such file or folder", at=path, code=DATA)
     pattern = start.relative_to(root).as_posix() if start != root else "**"
     named = [start] if start.is_file() else root.glob(f"{pattern}/*" if pattern.endswith("**") else pattern)
-    if "**" not in pattern:  # a folder that a glob names stands for what is in it
-        named = [file for match in named for file in (match.rglob("*") if match.is_dir() else [match])]
+    if not pattern.endswith("**") and not pattern.endswith("**/*"):  # a folder that a glob names is what is in it
+        named = {file for match in named for file in (match.rglob("*") if is_folder(match) else [match])}
     found, files = [file for file in named if file.is_file()], []
     for file in found:
         inside, kind = file.relative_to(root), suffix_of(file)
@@ -75,6 +75,11 @@ def root_of(path: str) -> Path:
         return start if start.is_dir() else start.parent
     magic = [i for i, part in enumerate(start.parts) if re.search(r"[*?[]", part)]
     return Path(*start.parts[: magic[0]]) if magic else start
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is one and no link to one, which could lead around in circles."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def check_file(path: Path) -> None:
@@ -135,22 +140,32 @@ def read_members(
     reader = READERS.get(suffix_of(path), read_text)
     decoded = reader in (read_text, read_warc)
     records, text_key = read_records(path, span), "text" if decoded else text_key
-    yield from to_documents(records, source, prefix, str(path), text_key, decoded, whole=reader is read_text)
+    sure = span is None or span[0] == 0  # the first record of a later piece may just be a bad one
+    yield from to_documents(records, source, prefix, str(path), text_key, decoded, reader is read_text, sure)
 
 
 def read_zip(
     path: Path, prefix: str, source: str, text_key: str, include: Sequence[str], exclude: Sequence[str]
 ) -> Iterator[Document | BadRecord]:
     """The documents of the files in a zip, in the order of their names. Nothing is unpacked to disk."""
+    read = set()
     try:
         with zipfile.ZipFile(path) as archive:
             for info in sorted(archive.infolist(), key=lambda info: info.filename):
-                member = zipfile.Path(archive, info.filename)
                 inside = Path(info.filename)
-                if info.file_size and suffix_of(inside) in READERS and is_wanted(inside, include, exclude):
-                    yield from read_members(member, f"{prefix}/{inside.as_posix()}", source, text_key)
-    except BROKEN as error:
+                if not info.file_size or suffix_of(inside) not in READERS or not is_wanted(inside, include, exclude):
+                    continue
+                if info.filename in read:
+                    yield BadRecord(f"{path}/{info.filename}", 1, None, "two files of this name in the zip")
+                    continue
+                read.add(info.filename)
+                member = zipfile.Path(archive, info.filename)
+                yield from read_members(member, f"{prefix}/{inside.as_posix()}", source, text_key)
+    except (*BROKEN, UnicodeDecodeError) as error:
         yield BadRecord(str(path), 1, None, f"the zip is broken: {error}")
+    else:
+        if not (read or include or exclude):
+            yield BadRecord(str(path), 1, None, "nothing to read in the zip: no file of a known suffix")
 
 
 def read_texts(sources: list[str], text_key: str = "text") -> Iterator[str]:
@@ -164,14 +179,15 @@ def read_texts(sources: list[str], text_key: str = "text") -> Iterator[str]:
 
 def to_documents(
     records: Iterator[Record], source: str, prefix: str, path: str, text_key: str, decoded: bool = False,
-    whole: bool = False,
+    whole: bool = False, sure: bool = True,
 ) -> Iterator[Document | BadRecord]:  # fmt: skip
     """Take the text out of each record; a first record without one is an error of the user's.
 
     decoded  the reader decoded the text, and says in which format and encoding it was
     whole    the file is one document, and gives it its name
+    sure     a first record without a text is an error
     """
-    first = True
+    first = sure
     for number, record in records:
         if isinstance(record, BadRecord):
             yield record

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -46,9 +47,6 @@ class Pool:
                     "a worker process died", got="killed, most likely for want of memory", code=ENVIRONMENT,
                     fix="lower data.workers; the same command goes on where this one stopped",
                 ) from None  # fmt: skip
-            finally:
-                for future in futures:
-                    future.cancel()
 
 
 def advance(result: Any, bar: tqdm, size: int) -> Any:
@@ -64,12 +62,26 @@ def open_pool(data: CorpusData, units: int) -> Iterator[Pool]:
     if data.cluster:
         with join_cluster(data.cluster) as client:
             executor = client.get_executor(pure=False)
-            yield Pool(executor, len(client.scheduler_info()["workers"]))
+            try:
+                yield Pool(executor, len(client.scheduler_info()["workers"]))
+            finally:
+                executor.shutdown(wait=False)  # cancels what has not begun
     elif workers == 1:
         yield Pool(None, 1)
     else:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as executor:
-            yield Pool(executor, workers)
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=ignore_interrupts) as executor:
+            try:
+                yield Pool(executor, workers)
+            except BaseException:  # an error or Ctrl-C: nobody waits for units that nobody wants; none is half done
+                for worker in multiprocessing.active_children():
+                    worker.kill()
+                raise
+
+
+def ignore_interrupts() -> None:
+    """Ctrl-C reaches every process of a terminal: only the one that leads is to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import lzma
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,7 +28,7 @@ from llmkit.errors import DATA, ENVIRONMENT, UserError
 MAX_DOCUMENT_BYTES = 50_000_000  # a text, or a line of JSON Lines or CSV, beyond this is bad
 MAX_JSON_BYTES = 256_000_000  # a .json array is parsed whole, at about four times its size in memory
 BROKEN = (  # what torn or wrong files raise; RuntimeError: a zip with a password
-    EOFError, OSError, zlib.error, pa.ArrowException, zipfile.BadZipFile, RuntimeError, NotImplementedError,
+    EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException, zipfile.BadZipFile, RuntimeError,
 )  # fmt: skip
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc")
@@ -249,6 +251,42 @@ def is_utf8(batch: pa.RecordBatch) -> bool:
 WEB_TYPES = {"text/html": "html", "application/xhtml+xml": "html", "text/plain": "text"}
 
 
+NEXT_RECORD = re.compile(rb"\r\n\r\nWARC/1\.[01]\r\nWARC-")
+
+
+def unpack(data: bytes, headers: Any) -> bytes:
+    """A body out of its chunks and its compression; raises ValueError where it breaks off.
+
+    Crawlers often keep the headers of what they have unpacked: a body that is not as its headers say is taken as it is.
+    """
+    said = {name.lower(): value.lower() for name, value in headers}
+    if "chunked" in said.get("transfer-encoding", "") and re.match(rb"[0-9a-fA-F]+\s*(;.*)?\r\n", data):
+        pieces, rest = [], data
+        while (head := rest.partition(b"\r\n"))[0].strip() != b"0":
+            try:
+                size = int(head[0].partition(b";")[0], 16)
+            except ValueError:
+                raise ValueError("cut short between its chunks") from None
+            if len(head[2]) < size:
+                raise ValueError("cut short inside a chunk")
+            pieces.append(head[2][:size])
+            rest = head[2][size + 2 :]
+        data = b"".join(pieces)
+    if data.startswith(b"\x1f\x8b") and "gzip" in said.get("content-encoding", ""):
+        stream = zlib.decompressobj(31)
+        try:
+            data = stream.decompress(data, MAX_DOCUMENT_BYTES + 1)
+        except zlib.error as error:
+            raise ValueError(f"broken gzip: {error}") from None
+        if len(data) > MAX_DOCUMENT_BYTES:
+            raise ValueError(f"over {MAX_DOCUMENT_BYTES:,} bytes")
+        if not stream.eof:
+            raise ValueError("cut short inside its gzip")
+    elif said.get("content-encoding", "identity") in ("br", "zstd"):
+        raise ValueError(f"packed with {said['content-encoding']}, which is not read")
+    return data
+
+
 def read_warc(path: Path) -> Iterator[Record]:
     """The pages of a web archive (ISO 28500), and the texts of a WET file: {text, format, encoding, url}.
 
@@ -260,7 +298,7 @@ def read_warc(path: Path) -> Iterator[Record]:
     wanted = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
     number = 0
     with path.open("rb") as raw:
-        for number, record in enumerate(ArchiveIterator(raw, auto_decode="all"), 1):
+        for number, record in enumerate(ArchiveIterator(raw), 1):
             url = (record.headers.get("WARC-Target-URI") or "").strip("<>")
             if not record.record_type & wanted or (record.is_http and record.http_headers.status_code != 200):
                 continue
@@ -268,16 +306,16 @@ def read_warc(path: Path) -> Iterator[Record]:
             form = WEB_TYPES.get((kind or "").partition(";")[0].strip().lower())
             if form is None or url.startswith("metadata:"):  # wget's own log
                 continue
-            coded = record.is_http and {"content-encoding", "transfer-encoding"} & {
-                name.lower() for name, _ in record.http_headers
-            }
             size = record.content_length
             try:
                 data = record.reader.read(MAX_DOCUMENT_BYTES + 1)
                 if len(data) > MAX_DOCUMENT_BYTES:
                     raise ValueError(f"over {MAX_DOCUMENT_BYTES:,} bytes")
-                if len(data) < size and not coded:  # unpacking changes the size
+                if len(data) < size:
                     raise ValueError(f"cut short: {len(data):,} of {size:,} bytes")
+                if NEXT_RECORD.search(data):
+                    raise ValueError("cut short: it runs on into the next record")
+                data = unpack(data, record.http_headers) if record.is_http else data
                 text, encoding = decode(data, html=form == "html", declared=record.http_charset)
             except (ValueError, OSError) as error:
                 yield number, BadRecord(str(path), number, record.stream_pos, str(error))
@@ -315,6 +353,6 @@ def read_records(path: Path, span: Span | None = None) -> Iterator[Record]:
         for number, record in reader(path) if span is None else reader(path, span):
             yield number, record
     except BROKEN as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the machine's fault, not the file's
+        if isinstance(error, OSError) and error.errno is not None and isinstance(path, Path):  # not the file's fault
             raise UserError("can't read the file", at=path, got=error.strerror, code=ENVIRONMENT) from error
         yield number + 1, BadRecord(str(path), number + 1, None, f"the file is broken from here on: {error}")

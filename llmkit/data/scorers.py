@@ -11,7 +11,7 @@ import numpy as np
 
 from llmkit.data.decode import decode
 from llmkit.data.documents import list_files
-from llmkit.data.records import BadRecord, read_records
+from llmkit.data.records import READERS, BadRecord, read_records, read_text, suffix_of
 from llmkit.data.words import Text, hash_ngrams, hash_words, split_words
 from llmkit.errors import DATA, ENVIRONMENT, MODEL, UserError
 
@@ -106,7 +106,10 @@ def listed_per_1k(text: Text, path: str) -> float:
 
 def evaluation_files(patterns: tuple[str, ...]) -> list[Path]:
     """The files that decontamination looks at."""
-    return [file for pattern in patterns for file in list_files(pattern)]
+    files = [file for pattern in patterns for file in list_files(pattern)]
+    if zips := [file for file in files if file.suffix.lower() == ".zip"]:
+        raise UserError("evaluation files in a zip are not read", at=zips[0], fix="unpack it", code=DATA)
+    return files
 
 
 @cache
@@ -117,8 +120,11 @@ def evaluation_ngrams(patterns: tuple[str, ...], n: int) -> tuple[NgramSet, int,
     """
     grams, texts, short = [np.empty(0, np.uint64)], 0, 0
     for file in evaluation_files(patterns):
-        for _, record in read_records(file):
-            for string in strings_in(record.values()) if not isinstance(record, BadRecord) else ():
+        for line, record in read_records(file):
+            if isinstance(record, BadRecord):  # what can't be read can't be looked for
+                raise UserError("an evaluation file can't be read", at=f"{file}:{line}", got=record.reason, code=DATA)
+            whole = READERS.get(suffix_of(file), read_text) is read_text
+            for string in strings_in([record["text"]] if whole else record.values()):
                 words = split_words(string)
                 if len(words) >= n:
                     grams.append(ngrams_of(words, n))
@@ -148,21 +154,26 @@ def classifier(path: str, label: str) -> tuple[Any, Any, int]:
     except ImportError:
         fix = "pip install 'llmkit[classifier]'"
         raise UserError("data.filter.classifier needs the transformers package", fix=fix, code=ENVIRONMENT) from None
-    if not (Path(path).expanduser() / "config.json").is_file():
-        raise UserError("there is no classifier", at=path, expected="a Hugging Face folder", code=MODEL)
+    folder = Path(path).expanduser()
+    for needed in ("config.json", "tokenizer_config.json"):  # without the latter transformers makes one up
+        if not (folder / needed).is_file():
+            raise UserError("there is no classifier", at=folder / needed, expected="a Hugging Face folder", code=MODEL)
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
-        folder = str(Path(path).expanduser())
-        model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, **local).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            str(folder), use_safetensors=True, output_loading_info=True, **local
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **local)
+    except Exception as error:  # transformers, safetensors and torch raise all kinds
+        reason = str(error).strip().partition("\n")[0]
         raise UserError(f"the classifier can't be loaded: {reason}", at=path, code=MODEL) from None
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError("the classifier lacks weights, which would be random", at=path, got=missing[0], code=MODEL)
     if label not in model.config.label2id:
         raise UserError(
             "the classifier has no such label", at=path, got=label, expected=", ".join(model.config.label2id)
         )
-    return model, tokenizer, model.config.label2id[label]
+    return model.eval(), tokenizer, model.config.label2id[label]
 
 
 def classifier_score(text: str, path: str, label: str) -> float:

@@ -10,21 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Rust
 
-from llmkit.data.tokenizer import CHAT_END, CHAT_START, EOS, GPT2_PATTERN, Tokenizer
+from llmkit.data.tokenizer import CHAT_END, CHAT_START, EOS, PATTERNS, Tokenizer
 from llmkit.errors import DATA, UserError, did_you_mean
 
 SPECIALS = (EOS, CHAT_START, CHAT_END)  # the chat markers are reserved, so that fine-tuning need not grow the model
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # in the order of Devlin et al.'s vocabularies
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # SentencePiece's names for what no other token stands for
+UNLIKELY = -1e6  # a log-probability below that of any text in bytes
 PRIVATE = 0xF0000  # the first of 131,068 private code points: each stands in for a token of a BPE that is extended
 
-_AFTER = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-PATTERNS = {  # how text is cut before merging; any other regex is taken as it is
-    "gpt2": GPT2_PATTERN,
-    "llama3": rf"{_WORDS}|\p{{N}}{{1,3}}|{_AFTER}",  # GPT-4's too, up to spaces at the end; numbers in threes
-    "qwen2": rf"{_WORDS}|\p{{N}}|{_AFTER}",  # digits one by one
-}
 NORMALIZERS: dict[str, Callable] = {
     "lowercase": normalizers.Lowercase, "nfc": normalizers.NFC, "nfd": normalizers.NFD, "nfkc": normalizers.NFKC,
     "strip_accents": lambda: normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
@@ -41,16 +35,36 @@ def train_tokenizer(
     pattern         a name of PATTERNS or a regex, for bpe and unigram
     normalize       names of NORMALIZERS, in order; whatever they change is lost to the model
 
+    bpe and char give the same for the same texts; unigram and wordpiece may differ in a few tokens, since tokenizers
+    counts in an order of its own every time.
+
     >>> made = train_tokenizer(["a cat and a cat"] * 9, vocab_size=270)
     >>> made.decode(made.encode("a cat"))
     'a cat'
     """
-    for name in normalize:
-        if name not in NORMALIZERS:
-            fix = did_you_mean(name, NORMALIZERS) or f"one of: {', '.join(NORMALIZERS)}"
-            raise UserError("data.tokenizer.normalize has an unknown step", got=name, fix=fix)
+    for what, name, known in [("kind", kind, KINDS), *(("normalizer", name, NORMALIZERS) for name in normalize)]:
+        if name not in known:
+            fix = did_you_mean(name, known) or f"one of: {', '.join(known)}"
+            raise UserError(f"the tokenizer's {what} is unknown", got=name, fix=fix)
+    if plain_ones := [token for token in special_tokens if len(token) < 2 or token.isalnum()]:
+        raise UserError("a special token must not be a word or a letter of texts", got=plain_ones[0], expected="<so>")
     steps = [NORMALIZERS[name]() for name in normalize]
-    return KINDS[kind](iter(texts), vocab_size, pattern, steps, special_tokens)
+    made = KINDS[kind](plain(texts, [*SPECIALS, *special_tokens]), vocab_size, pattern, steps, special_tokens)
+    if len(made) > vocab_size:
+        raise UserError(
+            "vocab_size is too small for what every text needs", got=vocab_size, expected=f"at least {len(made)}",
+            fix="raise vocab_size",
+        )  # fmt: skip
+    return made
+
+
+def plain(texts: Iterable[str], specials: Sequence[str]) -> Iterator[str]:
+    """Texts without control tokens that are spelt out in them: no merge must ever make one."""
+    for text in texts:
+        for token in specials:
+            if token in text:
+                text = text.replace(token, " ")
+        yield text
 
 
 def byte_level(rust: Rust, pattern: str, steps: list) -> Rust:
@@ -91,6 +105,10 @@ def train_unigram(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     rust.train_from_iterator(texts, trainer)
+    spec = json.loads(rust.to_str())
+    for entry in spec["model"]["vocab"][: len(SPECIALS) + len(specials)]:
+        entry[1] = UNLIKELY  # they are pieces like others, and would win wherever they are spelt out
+    rust = Rust.from_str(json.dumps(spec))
     return Tokenizer(rust, rust.token_to_id(EOS))
 
 
@@ -103,8 +121,9 @@ def train_wordpiece(
     rust.normalizer = normalizers.Sequence([bert, *steps])
     rust.pre_tokenizer, rust.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=[*BERT_SPECIALS, *specials], show_progress=False
-    )
+        vocab_size=vocab_size, special_tokens=[*BERT_SPECIALS, *specials], show_progress=False,
+        limit_alphabet=vocab_size // 3,  # each letter counts twice, alone and as a part
+    )  # fmt: skip
     rust.train_from_iterator(texts, trainer)
     ends = [(token, rust.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     rust.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
@@ -118,7 +137,7 @@ def train_char(texts: Iterator[str], vocab_size: int, pattern: str, steps: list,
     for text in texts:
         counts.update(normalizer.normalize_str(text) if steps else text)
     first = [*SPECIALS, *specials, *BYTES]
-    most = sorted(counts, key=lambda char: (-counts[char], char))[: vocab_size - len(first)]
+    most = sorted(counts, key=lambda char: (-counts[char], char))[: max(0, vocab_size - len(first))]
     vocab = {token: i for i, token in enumerate([*first, *sorted(most)])}
     rust = Rust(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
     rust.add_special_tokens([AddedToken(token, special=True) for token in (*SPECIALS, *specials)])
@@ -145,21 +164,21 @@ def extend_bpe(base: Tokenizer, texts: Iterable[str], vocab_size: int) -> Tokeni
     """
     spec = json.loads(base.rust.to_str())
     new = vocab_size - len(base)
-    kind = spec["model"]["type"]
-    if kind != "BPE" or new < 1:
-        got = f"{len(base)} tokens, vocab_size {vocab_size}" if kind == "BPE" else kind
+    if spec["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps([spec["pre_tokenizer"], spec["decoder"]]):
+        raise UserError("only a byte-level BPE can be extended", got=f"a {spec['model']['type']} of another kind")
+    if new < 1:
         raise UserError(
-            "only a BPE can be extended, to more tokens than it has", got=got, fix="raise data.tokenizer.vocab_size"
+            "the vocabulary is that large already", got=f"{len(base)} tokens", expected=f"vocab_size over {len(base)}"
         )
     names = {i: token for token, i in spec["model"]["vocab"].items()}
-    letters = {i: chr(PRIVATE + place) for place, i in enumerate(sorted(names))}
     words: Counter[tuple[int, ...]] = Counter()
-    for text in texts:
+    for text in plain(texts, list(base.specials)):
         text = base.rust.normalizer.normalize_str(text) if base.rust.normalizer else text
         pieces = Counter(piece for piece, _ in base.rust.pre_tokenizer.pre_tokenize_str(text))
         for piece, number in pieces.items():
             words[tuple(token.id for token in base.rust.model.tokenize(piece))] += number
     seen = sorted({i for word in words for i in word})
+    letters = {i: chr(PRIVATE + place) for place, i in enumerate(seen)}
     further = Rust(models.BPE())
     further.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(vocab_size=len(seen) + new, show_progress=False, min_frequency=2)

@@ -1,0 +1,577 @@
+"""Tokenizers of every kind: nothing lost, nothing turned into a control token, and a BPE that learns a new language."""
+
+import itertools
+import json
+import random
+import unicodedata
+import zipfile
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import SHARED, llmkit, needs_shared, sentences
+from tokenizers import AddedToken, models
+from tokenizers import Tokenizer as Rust
+
+from llmkit.data.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer, byte_letters, load_tokenizer
+from llmkit.data.vocabulary import BERT_SPECIALS, KINDS, PATTERNS, SPECIALS, extend_bpe, train_tokenizer
+from llmkit.errors import UserError
+
+
+def prose(seed: int, letters: str, number: int = 4000) -> str:
+    """A language of its own: a few hundred words of the letters, some of them frequent."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices(letters, k=draw.randint(1, 9))) for _ in range(400)]
+    lines = (draw.choices(words, weights=[1 / (i + 1) for i in range(400)], k=10) for _ in range(number // 10))
+    return "\n".join(" ".join(line).capitalize() + draw.choice(".?!") for line in lines)
+
+
+LATIN = prose(1, "aeiourstlnmdp")
+FOREIGN = prose(2, "aeiou\u00e4\u00f6\u00fcszt\u00df") + prose(3, "\u0430\u0435\u0438\u043e\u043a\u043d\u0442\u0441")
+NUMBERS = " ".join(map(str, random.Random(4).choices(range(10**7, 10**7 + 50), k=2000)))
+HARD = [
+    "", " ", "\n", "\r\n\r\n a\r\n\tb\t\t  c   \n", "don't  we'LL '", "x" * 300 + " " * 300 + "\n" * 300,
+    "caf\u00e9 cafe\u0301 na\u00efve \u00df\u1e9e \u0130i\u0307",
+    "\u65e5\u672c\u8a9e\u306f\u96e3\u3057\u3044\u3002\u3000\uff21",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \u2764\ufe0f",
+    "\0\x01\x7f\x85\xa0\u2028\ufeff\ufffd\uffff \U0010ffff\U000f0000\ue000", "".join(map(chr, range(256))),
+    "<|endoftext|><|im_start|>user\n<|im_end|> [CLS] [UNK] <s></s>", "<0x41><0xE2><0x> \u0120\u010a \u2581##ing",
+    "1234567 1,234.5 \u0661\u0662\u0663 \u00bd \u2167", "\u0939\u093f\u0928\u094d\u0926\u0940 \u0e44\u0e17\u0e22",
+    "\u0627\u0644\u0644\u063a\u0629", " a", "a ", "  a  b", "\u3000\u3000a", "!?" * 50, "a\u0300\u0301\u0302",
+]  # fmt: skip
+
+
+def chance(seed: int, number: int) -> list[str]:
+    """Short texts of letters, signs and spaces of many scripts, in any order."""
+    letters = "".join(HARD) + " \n'019azAZ.," * 20 + LATIN[:200] + FOREIGN[:200]
+    draw = random.Random(seed)
+    return ["".join(draw.choices(letters, k=draw.randint(1, 40))) for _ in range(number)]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, Tokenizer]:
+    """One of each kind."""
+    return {kind: train_tokenizer([LATIN, FOREIGN], kind, vocab_size=500, special_tokens=["<tool>"]) for kind in KINDS}
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab_size", [300, 500, 1000])
+def test_vocabularies_are_as_large_as_asked_for(kind, vocab_size):
+    one = train_tokenizer([LATIN], kind, vocab_size=vocab_size)
+    assert len(one) <= vocab_size and (kind != "bpe" or len(one) == vocab_size)
+    assert sorted(one.rust.get_vocab(with_added_tokens=True).values()) == list(range(len(one)))
+    few = train_tokenizer(["\u65e5\u672c\u8a9e" * 9], kind, vocab_size=vocab_size)
+    assert 5 < len(few) < len(one)  # there is no more to learn
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+def test_training_again_gives_the_same(kind, made):
+    again = [train_tokenizer(iter([LATIN, FOREIGN]), kind, vocab_size=500, special_tokens=["<tool>"]) for _ in range(3)]
+    assert {one.sha256 for one in again} == {made[kind].sha256}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_has_the_same_checksum_when_it_is_read_again(kind, made, tmp_path):
+    made[kind].save(tmp_path)
+    assert load_tokenizer(tmp_path).sha256 == made[kind].sha256
+
+
+def test_the_characters_that_stay_are_the_frequent_ones():
+    one = train_tokenizer(["a" * 9 + "b" * 5 + "\u732b" * 7, "b" * 3 + "c"], "char", vocab_size=259 + 3)
+    assert [one.rust.id_to_token(i) for i in range(259, 262)] == ["a", "b", "\u732b"]
+    assert (
+        len(one.encode("ab\u732b")) == 3 and len(one.encode("c")) == 1 and len(one.encode("\u72ac")) == 3
+    )  # its bytes
+
+
+def test_bytes_and_characters_lose_nothing(kind, made):
+    if kind == "wordpiece":
+        return
+    specials = set(made[kind].specials.values())
+    for text in [*HARD, *chance(1, 300), LATIN, FOREIGN]:
+        ids = made[kind].encode(text)
+        assert made[kind].decode(ids) == text and not specials & set(ids)
+
+
+def test_frequent_words_are_few_tokens(kind, made):
+    most = {"bpe": 0.6, "unigram": 0.7, "wordpiece": 0.7, "char": 1}[kind]
+    assert len(made[kind].encode(LATIN)) <= most * len(LATIN)
+
+
+def test_words_and_their_parts():
+    one = train_tokenizer(["the cats and the cat's tables"] * 9, "wordpiece", vocab_size=100)
+    assert [*one.specials] == [*BERT_SPECIALS] and one.eos == "[SEP]"
+    ids = one.encode("the Cat, \t tables\u732b")
+    tokens = [one.rust.id_to_token(i) for i in ids]
+    assert tokens[0] == "the" and "tables" in tokens and tokens[-1] == "[UNK]"
+    assert one.decode(one.encode("the  cats\nand tables")) == "the cats and tables"
+    assert any(token.startswith("##") for token in one.rust.get_vocab())
+    assert one.rust.encode("cats").tokens[0] == "[CLS]" and one.prefix == [one.specials["[CLS]"]]
+    assert next(one.encode_documents(["cats"])).tolist() == [2, *one.encode("cats"), 3]
+
+
+def test_sizes_of_tokens_add_up(made):
+    for kind, text in itertools.product(("bpe", "unigram"), HARD):
+        assert made[kind].token_bytes[made[kind].encode(text)].sum() == len(text.encode())
+
+
+def test_sizes_of_single_bytes_add_up(made):
+    assert made["char"].token_bytes[made["char"].encode("\u732b")].sum() == 3
+
+
+def test_sizes_of_parts_of_words_add_up():
+    one = train_tokenizer(["cats and cats"] * 9, "wordpiece", vocab_size=100)
+    assert one.token_bytes[one.encode("catsand")].sum() == 7
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("char", {"vocab_size": 259, "special_tokens": ["<x>"]}), ("bpe", {"vocab_size": 259, "special_tokens": ["<x>"]}),
+    ("unigram", {"vocab_size": 259}), ("wordpiece", {"vocab_size": 20}),
+])  # fmt: skip
+def test_too_small_a_vocabulary_is_refused_or_kept_to(kind, options):
+    with suppress(UserError):
+        assert len(train_tokenizer([LATIN], kind, **options)) <= options["vocab_size"]
+
+
+# ---- patterns -------------------------------------------------------------------------------------------------------
+
+
+def pieces(one: Tokenizer, text: str) -> list[str]:
+    return [text[start:end] for _, (start, end) in one.rust.pre_tokenizer.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("pattern, longest", [("gpt2", 9), ("llama3", 3), ("qwen2", 1)])
+def test_digits_are_cut_by_the_pattern(kind, pattern, longest):
+    one = train_tokenizer([NUMBERS], kind, vocab_size=400, pattern=pattern)
+    tokens = {one.decode([i]).replace(" ", "x") for i in one.encode(NUMBERS)}
+    assert max(map(len, tokens)) == longest or (kind == "unigram" and pattern != "qwen2")
+    assert max(map(len, tokens)) <= longest == max(map(len, pieces(one, "x 12345678")))
+
+
+@pytest.mark.parametrize("pattern, text, cut", [
+    ("gpt2", "It's 2024,  ok\r\n\n", ["It", "'s", " 2024", ",", " ", " ok", "\r\n\n"]),
+    ("llama3", "It's 2024,  ok\r\n\n", ["It", "'s", " ", "202", "4", ",", " ", " ok", "\r\n\n"]),
+    ("qwen2", "IT'S 24;\n x", ["IT", "'S", " ", "2", "4", ";\n", " x"]),
+    ("gpt2", "IT'S", ["IT", "'", "S"]),
+    ("llama3", "(foo) $bar", ["(foo", ")", " $", "bar"]),
+])  # fmt: skip
+def test_pieces_of_the_patterns(pattern, text, cut):
+    one = train_tokenizer([LATIN], vocab_size=260, pattern=pattern)
+    assert pieces(one, text) == cut
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_pattern_of_ones_own(kind):
+    one = train_tokenizer([LATIN], kind, vocab_size=600, pattern=r"[\s\S]{1,2}")
+    assert max(len(one.decode([i])) for i in range(3, len(one))) == (2 if kind == "bpe" else 1)  # too short to learn
+    assert [one.decode([i]) for i in one.encode("x y")] in (["x ", "y"], ["x", " ", "y"])
+    assert all(one.decode(one.encode(text)) == text for text in HARD)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("pattern", ["(", "[a-", "*", r"\p{Nothing}", "a{2,1}b(?="])
+def test_a_pattern_that_is_no_regex(kind, pattern):
+    with pytest.raises(UserError, match="is no regex") as error:
+        train_tokenizer([LATIN], kind, vocab_size=300, pattern=pattern)
+    assert error.value.got == pattern
+
+
+# ---- normalizers ----------------------------------------------------------------------------------------------------
+
+ACCENTED = "Caf\u00e9 CAFE\u0301 \ufb01n \uff21 \u212b"
+
+
+@pytest.mark.parametrize("names, change", [
+    (["lowercase"], str.lower), (["nfc"], lambda text: unicodedata.normalize("NFC", text)),
+    (["nfd"], lambda text: unicodedata.normalize("NFD", text)),
+    (["nfkc"], lambda text: unicodedata.normalize("NFKC", text)),
+    (["strip_accents"], lambda text: "Cafe CAFE \ufb01n \uff21 A"),
+    (["nfkc", "strip_accents", "lowercase"], lambda text: "cafe cafe fin a a"),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
+def test_what_normalizers_change(kind, names, change):
+    one = train_tokenizer([ACCENTED, LATIN], kind, vocab_size=320, normalize=names)
+    assert one.decode(one.encode(ACCENTED)) == change(ACCENTED) != ACCENTED
+    assert one.encode(ACCENTED) == one.encode(change(ACCENTED))
+    plain = train_tokenizer([ACCENTED, LATIN], kind, vocab_size=320)
+    assert plain.decode(plain.encode(ACCENTED)) == ACCENTED
+    assert [ids.tolist() for ids in one.encode_batch([ACCENTED])] == [one.encode(ACCENTED)]  # not by tiktoken
+
+
+def test_normalizers_of_words():
+    one = train_tokenizer(
+        ["cafe", "fin a"] * 9, "wordpiece", vocab_size=80, normalize=["nfkc", "strip_accents", "lowercase"]
+    )
+    assert one.decode(one.encode(ACCENTED)) == "cafe cafe fin a a"
+
+
+def test_an_unknown_normalizer_is_named(kind):
+    with pytest.raises(UserError, match="normalizer is unknown") as error:
+        train_tokenizer([LATIN], kind, vocab_size=300, normalize=["nfc", "lower_case"])
+    assert error.value.got == "lower_case" and "lowercase" in error.value.fix
+
+
+# ---- special tokens -------------------------------------------------------------------------------------------------
+
+
+def test_special_tokens_are_special_and_never_come_from_text(kind, made):
+    one = made[kind]
+    own = BERT_SPECIALS if kind == "wordpiece" else SPECIALS
+    assert one.specials == {token: i for i, token in enumerate([*own, "<tool>"])}
+    unknown = {one.specials.get("[UNK]")}
+    text = "".join(one.specials) + " " + " x ".join(one.specials)
+    for ids in (one.encode(text), one.encode_batch([text])[0].tolist()):
+        assert not set(ids) & (set(one.specials.values()) - unknown)
+    assert one.decode([one.eos_id, *one.encode("at"), one.specials["<tool>"]], skip_special_tokens=True) == one.decode(
+        one.encode("at")
+    )
+    assert not one.token_bytes[[*one.specials.values()]].any()
+
+
+def test_chat_tokens_are_there(kind, made):
+    if kind != "wordpiece":
+        assert made[kind].eos == EOS and made[kind].chat_end == made[kind].specials[CHAT_END]
+        assert made[kind].specials[CHAT_START] == 1
+
+
+@pytest.mark.parametrize("pattern", [r"\S+|\s+", r"[\s\S]+"])
+def test_special_tokens_never_come_from_text_however_it_is_cut(pattern):
+    one = train_tokenizer([LATIN[:2000]], vocab_size=400, pattern=pattern)
+    for ids in (one.encode("".join(SPECIALS)), one.encode_batch([EOS])[0].tolist(), one.encode(EOS)):
+        assert not set(ids) & set(one.specials.values())
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("bpe", {"pattern": r"\S+|\s+"}), ("unigram", {"pattern": r"\S+|\s+"}),
+])  # fmt: skip
+def test_special_tokens_are_not_learnt_from_text(kind, options):
+    text = "<|endoftext|> end the end | <|endoftext|>"
+    one = train_tokenizer([text] * 50, kind, vocab_size=310, **options)
+    assert not set(one.encode(text)) & set(one.specials.values())
+
+
+@pytest.mark.parametrize("special", ["|", "a", "tool", "42"])
+def test_special_tokens_that_texts_are_made_of_are_refused(special):
+    with pytest.raises(UserError, match="special token"):
+        train_tokenizer(["a tool | 42"], "char", vocab_size=300, special_tokens=[special])
+
+
+# ---- the folder -----------------------------------------------------------------------------------------------------
+
+
+def test_the_saved_folder_is_transformers_own(kind, made, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    made[kind].save(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert len(theirs) == len(made[kind]) and theirs.eos_token_id == made[kind].eos_id
+    assert set(theirs.all_special_tokens) <= set(made[kind].specials)
+    plain = [text for text in [*HARD, *chance(2, 50)] if not any(token in text for token in made[kind].specials)]
+    assert len(plain) > 60
+    for text in plain:
+        assert theirs(text, add_special_tokens=False)["input_ids"] == made[kind].encode(text)
+    assert theirs("<tool>", add_special_tokens=False)["input_ids"] == [made[kind].specials["<tool>"]]
+    assert [load_tokenizer(tmp_path).encode(text) for text in plain] == [made[kind].encode(text) for text in plain]
+    assert load_tokenizer(tmp_path).eos_id == made[kind].eos_id
+
+
+# ---- the fast encoder -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=PATTERNS)
+def patterned(request) -> Tokenizer:
+    return train_tokenizer([LATIN, FOREIGN, NUMBERS], vocab_size=700, pattern=request.param)
+
+
+def fast_agrees(one: Tokenizer, texts: list[str]) -> None:
+    assert one.fast is not None
+    for text, ids in zip(texts, one.encode_batch(texts), strict=True):
+        assert ids.tolist() == one.encode(text), text[:100]
+        assert one.fast.encode_ordinary(text) == ids.tolist()
+    assert one.agrees(texts)
+
+
+def test_the_fast_encoder_agrees_on_hard_text(patterned):
+    fast_agrees(patterned, [*HARD, *chance(3, 1000), LATIN, FOREIGN, NUMBERS])
+
+
+@pytest.fixture(scope="module")
+def many_languages() -> list[str]:
+    """The declaration of human rights in a dozen scripts."""
+    codes = "eng deu fra rus ell_monotonic arb heb hin tam tha kat amh jpn cmn_hans kor vie tur".split()
+    with zipfile.ZipFile(SHARED / "pretrain" / "nltk" / "udhr2.zip") as archive:
+        found = [f"udhr2/{code}.txt" for code in codes if f"udhr2/{code}.txt" in archive.namelist()]
+        return [archive.read(name).decode()[:4000] for name in found]
+
+
+@needs_shared
+def test_the_fast_encoder_agrees_on_many_languages(patterned, many_languages):
+    assert len(many_languages) > 12
+    fast_agrees(patterned, many_languages)
+    assert all(patterned.decode(patterned.encode(text)) == text for text in many_languages)
+
+
+@needs_shared
+def test_the_fast_encoder_agrees_for_gpt2s_own_vocabulary(many_languages):
+    gpt2 = load_tokenizer(SHARED / "tokenizers" / "gpt2" / "tokenizer.json")
+    fast_agrees(gpt2, [*HARD, *chance(4, 1000), *many_languages])
+
+
+@needs_shared
+def test_the_fast_encoder_agrees_for_a_vocabulary_learnt_from_many_languages(many_languages):
+    for pattern in PATTERNS:
+        fast_agrees(train_tokenizer(many_languages, vocab_size=3000, pattern=pattern), [*HARD, *many_languages])
+
+
+@pytest.mark.parametrize("letter", ["a", " ", "\u732b"])
+def test_very_long_runs(patterned, letter):
+    text = "a b " + letter * 200_000 + " c"
+    short = "a b " + letter * 2_000 + " c"
+    assert [ids.tolist() for ids in patterned.encode_batch([text, short])] == [
+        patterned.encode(text),
+        patterned.encode(short),
+    ]
+
+
+def test_a_million_spaces():  # on which tiktoken's regex overflows its stack
+    one = train_tokenizer([LATIN], vocab_size=300)
+    assert len(one.encode_batch([" " * 1_000_000])[0]) == len(one.encode(" " * 1_000_000))
+
+
+@needs_shared
+def test_very_long_runs_in_gpt2s_own_vocabulary():
+    gpt2 = load_tokenizer(SHARED / "tokenizers" / "gpt2" / "tokenizer.json")
+    for letter in ("a", " "):
+        assert gpt2.encode_batch([letter * 200_000])[0].tolist() == gpt2.encode(letter * 200_000)
+
+
+def test_what_a_pattern_does_not_match_is_kept():
+    one = train_tokenizer([LATIN], vocab_size=300, pattern=r"[a-zA-Z]+|\s+")
+    assert one.encode_batch(["at 5 \u732b!"])[0].tolist() == one.encode("at 5 \u732b!")
+
+
+@pytest.mark.parametrize("pattern", [r"\X", r"\s*"])
+def test_patterns_that_only_tokenizers_knows(pattern):
+    one = train_tokenizer([LATIN], vocab_size=300, pattern=pattern)
+    assert one.encode_batch(["at once"])[0].tolist() == one.encode("at once")
+
+
+def test_added_tokens_that_are_not_special_are_the_same_both_ways():
+    one = train_tokenizer([LATIN], vocab_size=300)
+    one.rust.add_tokens([AddedToken("<tool_call>", special=False)])
+    assert one.encode_batch(["at <tool_call>"])[0].tolist() == one.encode("at <tool_call>")
+
+
+# ---- extending ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=PATTERNS)
+def base(request) -> Tokenizer:
+    one = train_tokenizer([LATIN, NUMBERS], vocab_size=500, pattern=request.param, special_tokens=["<tool>"])
+    return Tokenizer(one.rust, one.eos_id, "<tool>", "{{ messages }}")
+
+
+@pytest.fixture(scope="module")
+def extended(base) -> Tokenizer:
+    return extend_bpe(base, [FOREIGN[: len(FOREIGN) // 2], FOREIGN[len(FOREIGN) // 2 :]], 800)
+
+
+def merges_of(one: Tokenizer) -> list[tuple[str, str]]:
+    return [tuple(merge) for merge in json.loads(one.rust.to_str())["model"]["merges"]]
+
+
+def test_old_tokens_keep_their_ids(base, extended):
+    old, new = (one.rust.get_vocab(with_added_tokens=True) for one in (base, extended))
+    assert old.items() <= new.items() and sorted(new.values()) == list(range(800)) and len(old) == 500
+    assert extended.specials == base.specials and merges_of(extended)[: len(merges_of(base))] == merges_of(base)
+    assert (extended.eos_id, extended.bos, extended.chat_template) == (base.eos_id, "<tool>", "{{ messages }}")
+    for text in [*HARD, LATIN, FOREIGN]:
+        assert extended.decode(base.encode(text)) == text
+
+
+def test_new_tokens_are_old_ones_joined(base, extended):
+    ids = extended.rust.get_vocab()
+    joined = {left + right: (left, right) for left, right in merges_of(extended)[len(merges_of(base)) :]}
+    letters = {letter: byte for byte, letter in enumerate(byte_letters())}
+    for i in range(len(base), len(extended)):
+        left, right = joined[extended.rust.id_to_token(i)]
+        assert ids[left] < i and ids[right] < i
+        assert extended.token_bytes[i] == extended.token_bytes[ids[left]] + extended.token_bytes[ids[right]]
+        data = bytes(letters[letter] for letter in left + right)
+        assert extended.decode([i]) == data.decode(errors="replace")
+
+
+def test_text_without_new_pairs_is_encoded_as_before_and_other_text_shorter(base, extended):
+    new = set(merges_of(extended)[len(merges_of(base)) :])
+    words = [*chance(5, 1000), *LATIN.split(), *FOREIGN.split()[:2000]]
+    changed = 0
+    for word in words:
+        found, tokens = False, []
+        for piece, _ in base.rust.pre_tokenizer.pre_tokenize_str(word):
+            tokens = [token.value for token in base.rust.model.tokenize(piece)]
+            found |= any(pair in new for pair in itertools.pairwise(tokens))
+        assert (len(extended.encode(word)) < len(base.encode(word))) == found
+        assert found or extended.encode(word) == base.encode(word)
+        changed += found
+    assert 500 < changed < len(words) - 500
+
+
+def test_the_first_new_pair_is_the_most_frequent(base, extended):
+    counts: Counter[tuple[str, str]] = Counter()
+    for half in (FOREIGN[: len(FOREIGN) // 2], FOREIGN[len(FOREIGN) // 2 :]):
+        for piece, _ in base.rust.pre_tokenizer.pre_tokenize_str(half):
+            counts.update(itertools.pairwise(token.value for token in base.rust.model.tokenize(piece)))
+    assert counts[merges_of(extended)[len(merges_of(base))]] == max(counts.values())
+
+
+def test_pairs_are_counted_over_all_texts():
+    base = train_tokenizer([LATIN], vocab_size=300)
+    more = extend_bpe(base, [*["qx"] * 5, "zj zj zj zj"], 301)
+    assert more.rust.id_to_token(300) == "qx"
+
+
+def test_the_new_language_is_compressed_and_nothing_lost(base, extended):
+    assert len(extended.encode(FOREIGN)) < 0.6 * len(base.encode(FOREIGN))
+    assert len(extended.encode(LATIN)) <= len(base.encode(LATIN))
+    for text in [*HARD, *chance(6, 300), LATIN, FOREIGN]:
+        ids = extended.encode(text)
+        assert extended.decode(ids) == text and not set(ids) & set(extended.specials.values())
+        assert extended.token_bytes[ids].sum() == len(text.encode())
+
+
+def test_the_fast_encoder_agrees_after_extending(base, extended):
+    fast_agrees(extended, [*HARD, *chance(7, 1000), LATIN, FOREIGN, NUMBERS])
+
+
+def test_extending_again_goes_on(extended):
+    more = extend_bpe(extended, [prose(9, "xyzqwk")], 900)
+    assert len(more) == 900 and extended.rust.get_vocab().items() <= more.rust.get_vocab().items()
+    fast_agrees(more, [*HARD, *chance(8, 300), FOREIGN])
+
+
+def test_extending_on_the_same_text_is_as_good_as_training_longer():
+    short, long = (train_tokenizer([LATIN], vocab_size=size) for size in (400, 600))
+    tokens = len(extend_bpe(short, [LATIN], 600).encode(LATIN))
+    assert tokens == pytest.approx(len(long.encode(LATIN)), rel=0.01)
+
+
+def test_a_normalizer_goes_along():
+    base = train_tokenizer([LATIN], vocab_size=400, normalize=["lowercase"])
+    more = extend_bpe(base, [FOREIGN.upper()], 500)
+    assert (
+        more.sha256 == extend_bpe(base, [FOREIGN.upper().lower()], 500).sha256
+        and more.decode(more.encode("\u00c4b")) == "\u00e4b"
+    )
+
+
+@pytest.mark.parametrize("kind, vocab_size, texts, what", [
+    ("bpe", 500, [FOREIGN], "that large already"), ("bpe", 400, [FOREIGN], "that large already"),
+    ("unigram", 900, [FOREIGN], "only a byte-level BPE"), ("wordpiece", 900, [FOREIGN], "only a byte-level BPE"),
+    ("bpe", 900, [], "nothing to learn"), ("bpe", 900, ["", "a", "\u732b"], "nothing to learn"),
+])  # fmt: skip
+def test_what_can_not_be_extended(made, kind, vocab_size, texts, what):
+    with pytest.raises(UserError, match=what):
+        extend_bpe(made[kind], texts, vocab_size)
+
+
+def test_a_bpe_with_bytes_to_fall_back_on_is_refused_or_loses_nothing(made):
+    try:
+        more = extend_bpe(made["char"], ["\u65e5\u672c\u8a9e " * 50], 520)
+    except UserError:
+        return
+    assert more.decode(more.encode("\u65e5\u672c\u8a9e")) == "\u65e5\u672c\u8a9e"
+
+
+def test_a_bpe_without_a_pre_tokenizer_is_refused():
+    rust = Rust(models.BPE(vocab={"a": 0, "b": 1, "</s>": 2}, merges=[]))
+    with pytest.raises(UserError):
+        extend_bpe(Tokenizer(rust, 2), ["ab ab ab"], 5)
+
+
+def test_a_large_vocabulary_can_be_extended():
+    spec = json.loads(train_tokenizer([LATIN], vocab_size=300).rust.to_str())
+    names = ("".join(name) for name in itertools.product(byte_letters()[40:100], repeat=3))
+    spec["model"]["vocab"] |= {name: 300 + i for i, name in enumerate(itertools.islice(names, 140_000))}
+    large = Tokenizer(Rust.from_str(json.dumps(spec)), 0)
+    assert len(extend_bpe(large, [FOREIGN], len(large) + 10)) == len(large) + 10
+
+
+@needs_shared
+def test_gpt2_learns_japanese():
+    gpt2 = load_tokenizer(SHARED / "tokenizers" / "gpt2" / "tokenizer.json")
+    text = (SHARED / "pretrain" / "books-ja" / "wagahaiwa_nekodearu.txt").read_text(encoding="utf-8")
+    more = extend_bpe(gpt2, [text[:40_000]], 50_757)
+    held_out = text[100_000:120_000]
+    assert len(more) == 50_757 and len(more.encode(held_out)) < 0.7 * len(gpt2.encode(held_out))
+    assert more.decode(more.encode(held_out)) == held_out
+    fast_agrees(more, [*HARD, held_out])
+    assert more.encode(sentences(1, 50)) == gpt2.encode(sentences(1, 50))
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "latin.txt").write_text(LATIN)
+    (folder / "foreign.jsonl").write_text("".join(json.dumps({"body": line}) + "\n" for line in FOREIGN.splitlines()))
+    return folder
+
+
+def test_train_extend_and_show_through_the_command_line(files):
+    llmkit("tokenizer", "train", "latin.txt", "--out", "a", "--vocab-size", 400, "--pattern", "qwen2", cwd=files)
+    assert (files / "a" / "tokenizer_config.json").is_file() and len(load_tokenizer(files / "a")) == 400
+    done = llmkit(
+        "tokenizer", "train", "foreign.jsonl", "--extend", "a", "--out", "b", "--vocab-size", 600, "--text-key", "body",
+        "--json", cwd=files,
+    )  # fmt: skip
+    assert json.loads(done.stdout) == {"written": "b/tokenizer.json", "vocabulary": 600}
+    a, b = load_tokenizer(files / "a"), load_tokenizer(files / "b")
+    assert a.rust.get_vocab().items() < b.rust.get_vocab().items() and b.eos_id == a.eos_id
+
+    text = "At 12 o'clock \u00e4\u00f6\u00fc"
+    shown = llmkit("tokenizer", "show", "a", text, "foreign.jsonl", "--text-key", "body", "--beside", "b", "--json",
+                   cwd=files)  # fmt: skip
+    shown = json.loads(shown.stdout)
+    one, many = shown["sources"]
+    assert shown["vocabulary"] == 400 and one["ids"] == a.encode(text) and "ids" not in many
+    assert (one["characters"], one["bytes"]) == (len(text), len(text.encode()))
+    assert (one["tokens"], one["beside: tokens"]) == (len(a.encode(text)), len(b.encode(text)))
+    lines = FOREIGN.splitlines()
+    assert many["source"] == "foreign.jsonl" and many["characters"] == sum(map(len, lines))
+    assert many["tokens"] == sum(len(a.encode(line)) for line in lines) > many["beside: tokens"]
+    assert many["beside: characters a token"] == round(many["characters"] / many["beside: tokens"], 3)
+
+    painted = llmkit("tokenizer", "show", "a", "At 12", "--beside", "b", cwd=files).stdout
+    assert "|".join(a.decode([i]) for i in a.encode("At 12")) in painted
+    assert "beside: tokens" in painted and "vocabulary: 400" in painted
+
+
+@pytest.mark.parametrize("kind", ["unigram", "wordpiece", "char"])
+def test_kinds_through_the_command_line(files, kind):
+    options = ["--normalize", "nfkc", "--normalize", "lowercase", "--special", "<tool>"]
+    llmkit("tokenizer", "train", "latin.txt", "--kind", kind, "--out", kind, "--vocab-size", 400, *options, cwd=files)
+    one = load_tokenizer(files / kind)
+    spec = json.loads(one.rust.to_str())
+    assert spec["model"]["type"].lower() == {"char": "bpe"}.get(kind, kind) and len(one) <= 400
+    assert "<tool>" in one.specials and one.encode("\uff21T") == one.encode("at")
+
+
+def test_an_unknown_kind_is_a_user_error(files):
+    done = llmkit("tokenizer", "train", "latin.txt", "--kind", "unigramm", cwd=files, code=2)
+    assert "unigram" in done.stderr
+
+
+def test_options_that_do_nothing_when_extending_are_refused(files):
+    train_tokenizer([LATIN], vocab_size=400).save(files / "base")
+    llmkit("tokenizer", "train", "latin.txt", "--extend", "base", "--special", "<x>", "--kind", "unigram",
+           "--vocab-size", 450, cwd=files, code=2)  # fmt: skip
