@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +37,8 @@ WRITTEN = (
 )  # what --fresh deletes
 FREE_TO_CHANGE = {  # keys that a run may take up again with another value
     "run_dir", "train.max_steps", "train.max_tokens", "train.epochs", "train.early_stopping_patience",
-    "train.max_bad_steps", "train.micro_batch_size", "data.workers", "eval", "checkpoint", "log",
+    "train.max_bad_steps", "train.micro_batch_size", "data.workers", "data.cluster",
+    "eval", "checkpoint", "log",
 }  # fmt: skip
 
 
@@ -86,6 +88,16 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stamps_of(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """What tells whether files have changed: their names, sizes and times."""
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
+
+
+def stamps_in(folder: Path) -> list[tuple[str, int, int]]:
+    """Of every file in a folder; nothing of what is no folder."""
+    return stamps_of(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

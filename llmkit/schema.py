@@ -40,7 +40,7 @@ class Choice(BaseModel):
 class Source(Section):
     """Where documents come from: `path` (file, folder, glob) or `hf` (a hub id, or a local dataset folder)."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     path: str | None = None
     include: list[str] = []
     exclude: list[str] = []

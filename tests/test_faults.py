@@ -145,7 +145,7 @@ def test_a_build_that_is_killed_again_and_again_gives_the_same_bytes(undisturbed
         for _ in range(5):
             begun = start(config)
             assert wait_for(lambda: (data / "parts").exists() or begun.poll() is not None)  # noqa: B023
-            time.sleep(draw.uniform(0, 0.4 if workers == 1 else 1.5))
+            time.sleep(draw.uniform(0, 0.3 if workers == 1 else 0.8))
             interrupted += begun.poll() is None
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(begun.pid, signal.SIGKILL)
@@ -154,7 +154,7 @@ def test_a_build_that_is_killed_again_and_again_gives_the_same_bytes(undisturbed
         assert tokens_of(data) == tokens_of(undisturbed / "data")
         assert read_manifest(data)["fingerprint"] == read_manifest(undisturbed / "data")["fingerprint"]
         assert not list(data.rglob("*.tmp"))
-    assert interrupted >= 6
+    assert interrupted >= 4
 
 
 def children(pid: int) -> list[int]:
@@ -169,7 +169,6 @@ def is_alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-@pytest.mark.xfail(strict=True, reason="they wait for work that never comes")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_do_not_outlive_their_build(undisturbed, tmp_path, number):
     config = copy_of(undisturbed, tmp_path / "x", workers=2)
@@ -244,7 +243,7 @@ def test_a_full_disk_is_one_error_and_costs_nothing_that_was_there(tmp_path, dis
     filler = leave_free(disk, kilobytes)
     again = ("data", "build", config, "-o", "data.clean.html=false")
     err = run_main(capsys, *again, code=ENVIRONMENT)
-    assert "No space left on device" in err or "written" in err
+    assert "the disk is full" in err and "bytes free" in err
     there = tokens_of(disk / "data")
     assert all(there[name] == content for name, content in before.items())
     assert (disk / "data/manifest.json").read_bytes() == manifest
@@ -255,7 +254,6 @@ def test_a_full_disk_is_one_error_and_costs_nothing_that_was_there(tmp_path, dis
     assert tokens_of(disk / "data") == tokens_of(tmp_path / "elsewhere")
 
 
-@pytest.mark.xfail(strict=True, reason="the error of the system is shown as it is")
 def test_a_full_disk_says_how_much_is_needed_and_where(tmp_path, disk, capsys, monkeypatch):
     monkeypatch.setattr("llmkit.data.build.SPACE", 0)
     config = place(tmp_path, dir=str(disk / "data"))
@@ -411,7 +409,7 @@ def test_an_empty_json_array_leaves_no_document(tmp_path, capsys):
     (tmp_path / "a.json").write_text("[]")
     sources = [{"name": "bad", "path": str(tmp_path / "a.json")}]
     err = run_main(capsys, "data", "build", config, "-o", f"data.sources={json.dumps(sources)}", code=DATA)
-    assert "no document is left" in err
+    assert "the sources hold no document" in err
 
 
 @pytest.mark.parametrize("profile", ["web", "books"])
@@ -450,7 +448,6 @@ def test_evaluation_files_that_are_not_there_are_one_error(tmp_path, capsys):
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="bad records of evaluation files are passed over in silence")
 def test_evaluation_files_that_cannot_be_read_are_noticed(tmp_path, capsys):
     config = place(tmp_path, files=2)
     (tmp_path / "evals.jsonl.gz").write_bytes(gzip.compress(b'{"question": "the river"}\n' * 9)[:-12])
@@ -464,7 +461,6 @@ def test_a_folder_that_cannot_be_made_is_one_error(tmp_path, capsys):
         run_main(capsys, "data", "build", config, "-o", f"data.dir={folder}", code=ENVIRONMENT)
 
 
-@pytest.mark.xfail(strict=True, reason="the second build reads what the first one wrote")
 def test_a_build_does_not_read_what_it_wrote(tmp_path, capsys):
     config = place(tmp_path)
     sources = [{"name": "s", "path": str(tmp_path)}]
@@ -520,8 +516,7 @@ def test_a_copy_of_a_build_is_the_build(built, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "empty", "gone"])
-def test_a_damaged_index_of_documents_is_noticed(built, capsys, damage, request):
-    request.applymarker(pytest.mark.xfail(strict=True, reason="the manifest has no checksum of the index"))
+def test_a_damaged_index_of_documents_is_noticed(built, capsys, damage):
     index = next((built.parent / "data/tokens/train").rglob("*.idx"))
     content = index.read_bytes()
     index.unlink()
@@ -536,9 +531,7 @@ def test_a_damaged_index_of_documents_is_noticed(built, capsys, damage, request)
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"recipe": 1}'])
 @pytest.mark.parametrize("sources", [True, False])
-def test_a_damaged_manifest_is_one_error_or_built_anew(built, content, sources, capsys, request):
-    if content == "[]" or (content == "{}" and sources):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="JSON that is no manifest is taken for one"))
+def test_a_damaged_manifest_is_one_error_or_built_anew(built, content, sources, capsys):
     (built.parent / "data/manifest.json").write_text(content)
     config = built.with_name("c.yaml" if sources else "built.yaml")
     capsys.readouterr()
@@ -581,7 +574,6 @@ def test_a_named_tokenizer_that_changed_since_the_build_is_built_with_anew(tmp_p
     assert read_manifest(tmp_path / "p/data")["tokenizer_sha256"] == load_tokenizer(tmp_path / "named").sha256
 
 
-@pytest.mark.xfail(strict=True, reason="only the marker of a part is looked at, so every later build fails alike")
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 @pytest.mark.parametrize("kind", ["jsonl.zst", "scores.npy"])
 def test_a_damaged_part_is_made_again_or_one_error_that_says_what_to_do(tmp_path, capsys, damage, kind):

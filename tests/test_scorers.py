@@ -25,6 +25,10 @@ from llmkit.data.words import Text, split_words
 from llmkit.errors import UserError
 
 
+def score(text: str, path: str, label: str) -> float:
+    return classifier_score(text, classifier(path, label))
+
+
 def write(path: Path, content: str | bytes) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -114,11 +118,14 @@ def test_bad_word_lists(tmp_path, content, what):
 
 def test_listed_per_thousand_words_by_hand(tmp_path):
     path = write(tmp_path / "list.txt", "bad\nvery bad\n\u732b\n")
-    assert listed_per_1k(Text("A bad, BAD day; the next was very bad."), path) == round(1000 * (3 + 1) / 9, 4)
-    assert listed_per_1k(Text("badly unbad very good"), path) == 0
-    assert listed_per_1k(Text(""), path) == listed_per_1k(Text("very"), path) == 0
-    assert listed_per_1k(Text("\u732b\u3067\u3059"), path) == round(1000 / 3, 4)  # characters for words
-    assert listed_per_1k(Text("bad " + "good " * 999), path) == 1
+    text = Text("A bad, BAD day; the next was very bad.")
+    assert listed_per_1k(text, word_list(path)) == round(1000 * (3 + 1) / 9, 4)
+        1000 * (3 + 1) / 9, 4
+    )
+    assert listed_per_1k(Text("badly unbad very good"), word_list(path)) == 0
+    assert listed_per_1k(Text(""), word_list(path)) == listed_per_1k(Text("very"), word_list(path)) == 0
+    assert listed_per_1k(Text("\u732b\u3067\u3059"), word_list(path)) == round(1000 / 3, 4)  # characters for words
+    assert listed_per_1k(Text("bad " + "good " * 999), word_list(path)) == 1
 
 
 def test_ngrams_of_evaluation_files(tmp_path):
@@ -220,7 +227,7 @@ def test_the_score_of_a_short_text_is_its_softmax(folder, text):
     assert len(logits) == 1
     for column, label in enumerate(NAMES["label2id"]):
         expected = float(logits.softmax(-1)[0, column])
-        assert classifier_score(text, folder, label) == pytest.approx(expected, abs=1e-4)
+        assert score(text, folder, label) == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_score_of_a_long_text_is_the_highest_of_its_windows(folder):
@@ -229,7 +236,7 @@ def test_the_score_of_a_long_text_is_the_highest_of_its_windows(folder):
     read = [0, (len(logits) - 1) // 3, 2 * (len(logits) - 1) // 3, len(logits) - 1]  # four of them, evenly spread
     for column, label in enumerate(NAMES["label2id"]):
         each = logits.softmax(-1)[:, column]
-        assert classifier_score(LONG, folder, label) == pytest.approx(float(each[read].max()), abs=1e-4)
+        assert score(LONG, folder, label) == pytest.approx(float(each[read].max()), abs=1e-4)
         assert each[read].max() > each[read].min() + 0.05  # windows differ, so the highest says something
 
 
@@ -240,28 +247,28 @@ def test_a_text_of_two_or_three_windows_is_read_whole(folder):
         logits = windows_of(folder, text)
         assert len(logits) in (2, 3, 4)
         expected = float(logits.softmax(-1)[:, 2].max())
-        assert classifier_score(text, folder, "good") == pytest.approx(expected, abs=1e-4)
+        assert score(text, folder, "good") == pytest.approx(expected, abs=1e-4)
 
 
 def test_labels_of_a_multi_label_model_stand_each_for_itself(multiple):
     logits = windows_of(multiple, SHORT)
-    scores = [classifier_score(SHORT, multiple, label) for label in NAMES["label2id"]]
+    scores = [score(SHORT, multiple, label) for label in NAMES["label2id"]]
     assert scores == pytest.approx(logits.sigmoid()[0].tolist(), abs=1e-4) and abs(sum(scores) - 1) > 0.05
 
 
 def test_one_label_alone_is_a_sigmoid(tmp_path):
     path = make_classifier(tmp_path, num_labels=1)
     expected = float(windows_of(path, SHORT).sigmoid())
-    assert 0 < expected < 1 and classifier_score(SHORT, path, "LABEL_0") == pytest.approx(expected, abs=1e-4)
+    assert 0 < expected < 1 and score(SHORT, path, "LABEL_0") == pytest.approx(expected, abs=1e-4)
 
 
 def test_unknown_labels_and_missing_folders(folder, tmp_path):
     with pytest.raises(UserError, match="no such label") as error:
-        classifier_score(SHORT, folder, "great")
+        score(SHORT, folder, "great")
     assert (error.value.got, error.value.expected) == ("great", "bad, fair, good")
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(UserError, match="there is no classifier") as error:
-            classifier_score(SHORT, str(path), "good")
+            score(SHORT, str(path), "good")
         assert error.value.code == 4
 
 
@@ -273,7 +280,7 @@ def test_broken_classifiers_are_user_errors(tmp_path, name, content):
     path = make_classifier(tmp_path, **NAMES)
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match="can't be loaded") as error:
-        classifier_score(SHORT, path, "good")
+        score(SHORT, path, "good")
     assert error.value.code == 4
 
 
@@ -282,7 +289,7 @@ def test_a_classifier_without_a_tokenizer_is_a_user_error(tmp_path):
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(UserError):
-        classifier_score(SHORT, path, "good")
+        score(SHORT, path, "good")
 
 
 def test_a_model_without_a_classifiers_head_is_a_user_error(tmp_path):
@@ -291,7 +298,7 @@ def test_a_model_without_a_classifiers_head_is_a_user_error(tmp_path):
     path = make_classifier(tmp_path, **NAMES)
     BertForSequenceClassification.from_pretrained(path).bert.save_pretrained(path)
     with pytest.raises(UserError):
-        classifier_score(SHORT, path, "good")
+        score(SHORT, path, "good")
 
 
 @pytest.mark.parametrize("kind", ["bert", "mystery"])
@@ -308,21 +315,21 @@ def test_code_in_a_classifiers_folder_never_runs(tmp_path, kind):
         file.write_text(json.dumps(json.loads(file.read_text()) | wanted))
     if kind == "mystery":
         with pytest.raises(UserError, match="can't be loaded"):
-            classifier_score(SHORT, path, "good")
+            score(SHORT, path, "good")
     else:
-        assert 0 < classifier_score(SHORT, path, "good") < 1  # by transformers' own class
+        assert 0 < score(SHORT, path, "good") < 1  # by transformers' own class
     assert not ran.exists()
 
 
-def test_a_classifier_is_loaded_once(folder):
-    classifier_score(SHORT, folder, "good")
-    before = classifier.cache_info().misses
-    assert classifier_score(SHORT, folder, "good") == classifier_score(SHORT, folder, "good")
-    assert classifier.cache_info().misses == before
+def test_a_classifier_is_loaded_once_and_again_when_its_folder_changes(folder):
+    one = classifier(folder, "good")
+    assert classifier(folder, "good") is one
+    (Path(folder) / "note.txt").write_text("changed")
+    assert classifier(folder, "good") is not one
 
 
 def test_the_same_score_in_any_order(folder):
     texts = [SHORT, LONG, "", "token " * 100]
-    first = [classifier_score(text, folder, "fair") for text in texts]
+    first = [score(text, folder, "fair") for text in texts]
     random.Random(0).shuffle(order := list(range(len(texts))))
-    assert [classifier_score(texts[i], folder, "fair") for i in order] == [first[i] for i in order]
+    assert [score(texts[i], folder, "fair") for i in order] == [first[i] for i in order]

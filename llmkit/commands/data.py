@@ -63,8 +63,11 @@ def data_inspect(
 ) -> None:
     """Show the rows that training will see, targets in colour; or documents, and what became of them."""
     from llmkit.config import load_config
+    from llmkit.errors import UserError
 
     loaded = load_config(config, o)
+    if rule and not dropped:
+        raise UserError("--rule picks among what was dropped", fix=f"add --dropped 20 to --rule {rule}")
     if id or dropped or kept:
         inspect_documents(loaded.data, id, dropped, kept, rule, as_json)
         return

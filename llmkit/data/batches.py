@@ -53,7 +53,7 @@ class Mixture:
     """Which source each position of an endless order draws from, in fixed proportions and evenly spread.
 
     Weights become counts of SLOTS; slot k of a source that has n of them stands at (k + 1/2) / n of the way, so that
-    any batch has its share of every source, to within a sample.
+    any batch has its share of every source, to within a sample or two.
 
     >>> mixture = Mixture([10, 10], [3, 1])
     >>> [mixture.turn_at(position) for position in range(4)]
@@ -63,11 +63,10 @@ class Mixture:
     def __init__(self, samples: Sequence[int], weights: Sequence[float]):
         self.samples, self.starts = list(samples), np.cumsum([0, *samples]).tolist()
         exact = np.array(weights) / sum(weights) * SLOTS
-        slots = np.maximum(1, exact.astype(int))
-        while slots.sum() != SLOTS:  # the largest remainders get what is left
-            slots[np.argmax(exact - slots) if slots.sum() < SLOTS else np.argmin(exact - slots)] += np.sign(
-                SLOTS - slots.sum()
-            )
+        slots = np.maximum(1, exact.astype(int))  # no source is left out
+        while (left := SLOTS - slots.sum()) > 0:  # the largest remainders get what is left
+            slots[np.argmax(exact - slots)] += 1
+        slots[np.argmax(slots)] += min(0, left)
         self.slots = slots.tolist()
         places = np.concatenate([(np.arange(n) + 0.5) / n for n in self.slots])
         order = np.argsort(places, kind="stable")

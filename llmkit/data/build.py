@@ -11,6 +11,7 @@ killed, or whose later settings changed, redoes only what it must; the result do
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import re
@@ -26,12 +27,12 @@ from llmkit.data.decide import Decision, decide, draw
 from llmkit.data.encode import encode_unit, kept_texts, split_text
 from llmkit.data.engine import open_pool
 from llmkit.data.filters import RULES
-from llmkit.data.measure import Stopwatch, measure_unit, peak_mb
+from llmkit.data.measure import Stopwatch, measure_unit, peak_mb, size_of
 from llmkit.data.records import number_lines
 from llmkit.data.report import make_funnel, report
 from llmkit.data.scorers import check_languages, classifier, word_list
 from llmkit.data.tokenizer import Tokenizer, load_tokenizer
-from llmkit.data.tokens import token_dtype
+from llmkit.data.tokens import changed, token_dtype
 from llmkit.data.units import VERSION, Unit, hash_of, load_array, make_units
 from llmkit.data.vocabulary import extend_bpe, train_tokenizer
 from llmkit.errors import DATA, ENVIRONMENT, UserError, did_you_mean, raise_all
@@ -85,7 +86,15 @@ def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dic
         say(f"{folder} holds another build, which this one replaces")
     with lock(folder, "another process is building this data", fix="wait for it, or choose another data.dir"):
         check_space(folder, units)
-        return build_units(data, units, named, recipe)
+        try:
+            return build_units(data, units, named, recipe)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise UserError(
+                "the disk is full", at=folder, got=f"{shutil.disk_usage(folder).free:,} bytes free", code=ENVIRONMENT,
+                expected=f"about {space_needed(folder, units):,} more", fix="free some; the same command goes on",
+            ) from None  # fmt: skip
 
 
 def try_corpus(data: CorpusData, documents: int) -> str:
@@ -95,7 +104,7 @@ def try_corpus(data: CorpusData, documents: int) -> str:
         source.model_copy(update={"limit": min(documents, source.limit or documents)}) for source in data.sources
     ]
     with tempfile.TemporaryDirectory() as folder:
-        trial = data.model_copy(update={"sources": sources, "dir": folder})
+        trial = data.model_copy(update={"sources": sources, "dir": folder, "cluster": None})
         trial.on_error = data.on_error.model_copy(update={"max_bad_fraction": 1.0})
         units, named, recipe = make_recipe(trial)
         build_units(trial, units, named, recipe, writing=False)
@@ -120,17 +129,24 @@ def is_built(folder: Path, recipe: str) -> bool:
     """Whether the folder holds a finished build of this recipe, the tokenizer included."""
     if not (folder / "manifest.json").exists() or read_manifest(folder)["recipe"] != recipe:
         return False
-    tokenizer = folder / "tokenizer"
-    there = (tokenizer / "tokenizer.json").is_file()
-    return there and load_tokenizer(tokenizer).sha256 == read_manifest(folder)["tokenizer_sha256"]
+    tokenizer, manifest = folder / "tokenizer", read_manifest(folder)
+    files = [one for part in manifest["splits"].values() for file in part["files"] for one in (file, file["index"])]
+    if not (tokenizer / "tokenizer.json").is_file() or any(changed(folder / one["path"], one) for one in files):
+        return False
+    return load_tokenizer(tokenizer).sha256 == manifest["tokenizer_sha256"]
+
+
+def space_needed(folder: Path, units: list[Unit]) -> int:
+    """Bytes that a build will still write, roughly: less what of it is there."""
+    packed = sum(unit.bytes for unit in units if any(path.endswith(PACKED) for path, _ in unit.pieces))
+    needed = int(SPACE * (sum(unit.bytes for unit in units) + (UNPACKED - 1) * packed))
+    there = sum(max(0, size_of(folder / "parts" / f"{unit.part}.jsonl.zst")) for unit in units)
+    return max(0, needed - there)
 
 
 def check_space(folder: Path, units: list[Unit]) -> None:
-    """Refuse to begin what the disk can't hold; what earlier builds left there counts as free."""
-    packed = sum(unit.bytes for unit in units if any(path.endswith(PACKED) for path, _ in unit.pieces))
-    needed = int(SPACE * (sum(unit.bytes for unit in units) + (UNPACKED - 1) * packed))
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free + there
+    """Refuse to begin what the disk can't hold."""
+    needed, free = space_needed(folder, units), shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
             "the disk is too small for this build", at=folder, got=f"{free:,} bytes free",
@@ -250,6 +266,8 @@ def stop_on_bad_records(data: CorpusData, counts: list[dict], folder: Path) -> N
 
 def nothing_left(folder: Path, funnel: dict[str, Any]) -> UserError:
     dropped = sum((Counter(row["dropped"]) for row in funnel.values()), Counter())
+    if not dropped:
+        return UserError("the sources hold no document", at=folder, fix="look at data.sources", code=DATA)
     return UserError(
         "no document is left", at=folder, got=", ".join(f"{n} {rule}" for rule, n in dropped.most_common()),
         fix="loosen the profile or data.filter.rules", code=DATA,
@@ -295,10 +313,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished build."""
     path = folder / "manifest.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or not {"recipe", "splits", "tokenizer_sha256"} <= manifest.keys():
+            raise ValueError("it is none")
+        return manifest
     except FileNotFoundError:
         raise UserError(
             "there is no built data", at=folder, fix="name data.sources, or run `llmkit data build CONFIG`", code=DATA
         ) from None
     except ValueError as error:
-        raise UserError(f"the manifest can't be read: {error}", at=path, code=DATA) from None
+        fix = "delete it and build again"
+        raise UserError(f"the manifest can't be read: {error}", at=path, fix=fix, code=DATA) from None

@@ -111,19 +111,15 @@ def decide(units: list[Unit], data: CorpusData, parts: Path) -> Decision:
         )
         del table
     index = np.int32 if number < 2**31 else np.int64
-    gone, instead = [], []  # duplicates, and the documents that stay in their places
-
-    def drop(documents: np.ndarray, for_the_sake_of: np.ndarray, fate: str) -> None:
-        dropped = documents != for_the_sake_of
-        fates[documents[dropped]] = FATE[fate]
-        gone.append(documents[dropped])
-        instead.append(for_the_sake_of[dropped])
-
-    if data.dedup.exact:
-        rest = np.flatnonzero(fates == TRAIN).astype(index)
-        drop(rest, rest[first_of_equals(keys[rest], keys_too[rest])], "exact duplicate")
+    heads = np.arange(number, dtype=index)  # of a cluster: all of it goes where its head goes
+    stays = heads.copy()  # in the place of a duplicate; others stay for themselves
+    rest = np.flatnonzero(fates == TRAIN).astype(index)
+    heads[rest] = rest[first_of_equals(keys[rest], keys_too[rest])]
     del keys_too
-    heads, clusters, largest = np.arange(number, dtype=index), 0, 0
+    if data.dedup.exact:
+        stays[rest] = heads[rest]
+        fates[rest[heads[rest] != rest]] = FATE["exact duplicate"]
+    clusters, largest = 0, 0
     if near := data.dedup.near:
         rest, least = np.flatnonzero(fates == TRAIN).astype(index), least_agreement(near.bands, near.rows)
         together = near_clusters(
@@ -132,24 +128,22 @@ def decide(units: list[Unit], data: CorpusData, parts: Path) -> Decision:
         )  # fmt: skip
         sizes = np.bincount(together)
         clusters, largest = int((sizes > 1).sum()), int(sizes.max(initial=0))
-        heads[rest] = rest[together]
+        heads[rest] = heads[rest[together]]
         if near.keep == "longest":
-            drop(rest, rest[longest_of(together, lengths[rest])], "near duplicate")
-    contamination = find_contaminated(units, data, parts, fates, starts)
+            stays[rest] = rest[longest_of(together, lengths[rest])]
+            fates[rest[stays[rest] != rest]] = FATE["near duplicate"]
+            stays = stays[stays]  # the one that stayed for its equals may have gone for a longer one
+    contamination = find_contaminated(units, data, parts, fates, starts, heads)
     cuts = find_repeated_paragraphs(units, parts, fates, lengths, starts) if data.dedup.paragraphs else None
 
     kept = fates == TRAIN
     by_tail = bool(kept.sum() * data.split.val_fraction < FEW)
     if not by_tail:  # by what the head of its cluster says, so that near duplicates never part
         fates[kept & (draw(keys[heads], data.seed) < data.split.val_fraction)] = VAL
-    places, twins = (np.concatenate([np.empty(0, index), *found]) for found in (gone, instead))
-    order = np.argsort(places)
-    places, twins = places[order], twins[order]
     for i, unit in enumerate(units):
         table = np.zeros(starts[i + 1] - starts[i], [("fate", "u1"), ("twin", "<i8")])
-        table["fate"], table["twin"] = fates[starts[i] : starts[i + 1]], -1
-        here = slice(*np.searchsorted(places, starts[i : i + 2]))
-        table["twin"][places[here] - starts[i]] = twins[here]
+        here = np.arange(starts[i], starts[i + 1])
+        table["fate"], table["twin"] = fates[here], np.where(stays[here] == here, -1, stays[here])
         save_array(parts / f"{unit.part}.fate.npy", table)
         save_array(parts / f"{unit.part}.cut.npy", cuts[i] if cuts else np.empty(0, bool))
     cut = sum(int(one.sum()) for one in cuts or [])
@@ -188,23 +182,24 @@ def agreement(units: list[Unit], parts: Path, starts: np.ndarray, left: np.ndarr
 
 
 def find_contaminated(
-    units: list[Unit], data: CorpusData, parts: Path, fates: np.ndarray, starts: np.ndarray
+    units: list[Unit], data: CorpusData, parts: Path, fates: np.ndarray, starts: np.ndarray, heads: np.ndarray
 ) -> dict[str, int]:
     """Drop what shares a rare n-gram with the evaluation files; returns counts for the report.
 
-    Counted after duplicates went, lest copies of a leaked question make its n-grams look common.
+    A cluster of duplicates counts once, lest copies of a leaked question make its n-grams look common.
     """
     evals = data.decontaminate
     if evals is None:
         return {}
-    _, texts, short = evaluation_ngrams(tuple(evals.files), evals.ngram)
+    _, texts, short = evaluation_ngrams(evals.files, evals.ngram)
     hits = [load_array(parts / f"{unit.part}.hits.npy") for unit in units]
     documents = np.concatenate([one["document"] + start for one, start in zip(hits, starts, strict=False)])
     grams = np.concatenate([one["gram"] for one in hits])
     here = fates[documents] == TRAIN
     documents, grams = documents[here], grams[here]
-    unique, which, counts = np.unique(grams, return_inverse=True, return_counts=True)  # a gram once a document
-    rare = counts <= evals.ignore_if_in_docs
+    unique, which = np.unique(grams, return_inverse=True)
+    pairs = np.unique(np.stack([which, heads[documents]], axis=1), axis=0)
+    rare = np.bincount(pairs[:, 0], minlength=len(unique)) <= evals.ignore_if_in_docs
     flagged = np.unique(documents[rare[which]])
     if evals.action == "drop":
         fates[flagged] = FATE["contaminated"]

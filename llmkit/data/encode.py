@@ -12,9 +12,9 @@ from llmkit.data.decide import FATES, VAL, reason
 from llmkit.data.dedup import cut_paragraphs
 from llmkit.data.measure import Stopwatch, peak_mb
 from llmkit.data.tokenizer import CHECKED, load_tokenizer
-from llmkit.data.tokens import ShardWriter, token_dtype
+from llmkit.data.tokens import ShardWriter, changed, describe, token_dtype
 from llmkit.data.units import Unit, atomic_zst, load_array, read_zst
-from llmkit.run import file_sha256, write_atomically
+from llmkit.run import write_atomically
 from llmkit.schema import CorpusData
 
 EXAMPLES = 3  # of every reason to drop, in the report
@@ -53,7 +53,8 @@ def encode_unit(unit: Unit, data: CorpusData, tokenizer_folder: Path, by_tail: b
     done = parts / f"{unit.part}.tokens-{key}.json"
     if done.exists():
         result = json.loads(done.read_text(encoding="utf-8"))
-        if all((folder / file["path"]).exists() for split in ("train", "val") for file in result[split]["files"]):
+        files = [file for split in ("train", "val") for file in result[split]["files"]]
+        if not any(changed(folder / one["path"], one) for file in files for one in (file, file["index"])):
             return result
     watch, profile = Stopwatch(), unit.source["profile"]
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -95,13 +96,7 @@ def encode_unit(unit: Unit, data: CorpusData, tokenizer_folder: Path, by_tail: b
     for split, writer in (("train", train), ("val", val)):
         files = []
         if writer.tokens:
-            stamp = writer.path.stat()
-            entry = {
-                "path": str(writer.path.relative_to(folder)),
-                "bytes": stamp.st_size,
-                "mtime_ns": stamp.st_mtime_ns,
-            }
-            files = [entry | {"sha256": file_sha256(writer.path), "tokens": writer.tokens}]
+            files = [describe(writer.path, folder) | {"tokens": writer.tokens, "index": describe(writer.index, folder)}]
         sized = {name: sizes[split == "val"][name] for name in ("bytes", "characters")}
         result[split] = {"documents": len(writer.ends), "tokens": writer.tokens, "files": files} | sized
     watch.lap("encoding")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -69,19 +70,24 @@ def open_pool(data: CorpusData, units: int) -> Iterator[Pool]:
     elif workers == 1:
         yield Pool(None, 1)
     else:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=ignore_interrupts) as executor:
+        spawn, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=follow_leader) as executor:
             try:
                 yield Pool(executor, workers)
             except BaseException:  # an error or Ctrl-C: nobody waits for units that nobody wants; none is half done
-                for worker in multiprocessing.active_children():
+                for worker in set(multiprocessing.active_children()) - others:
                     worker.kill()
                 raise
 
 
-def ignore_interrupts() -> None:
-    """Ctrl-C reaches every process of a terminal: only the one that leads is to answer."""
+def follow_leader() -> None:
+    """In a worker: leave Ctrl-C, which reaches every process of a terminal, to the leader, and end when it ends.
+
+    One that outlived a killed leader would write into what the next build writes.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leader = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (leader.join(), os._exit(1)), daemon=True).start()
 
 
 @contextmanager
@@ -93,7 +99,7 @@ def join_cluster(address: str) -> Iterator[Any]:
         fix = "pip install 'llmkit[cluster]'"
         raise UserError("data.cluster needs the dask package", fix=fix, code=ENVIRONMENT) from None
     try:
-        client = Client(address, timeout="30s")
+        client = Client(address, timeout="10s")
     except (OSError, ValueError) as error:
         raise UserError(
             "no Dask scheduler answers", at=address, got=str(error)[:200], code=ENVIRONMENT,

@@ -25,7 +25,14 @@ from llmkit.data.dedup import band_keys, exact_key, minhash, paragraph_hashes, s
 from llmkit.data.filters import measure
 from llmkit.data.pii import scrub
 from llmkit.data.records import BadRecord
-from llmkit.data.scorers import classifier_score, evaluation_ngrams, language_of, listed_per_1k
+from llmkit.data.scorers import (
+    classifier,
+    classifier_score,
+    evaluation_ngrams,
+    language_of,
+    listed_per_1k,
+    word_list,
+)
 from llmkit.data.units import Unit, atomic_zst, measured_rules, read_unit, read_zst, save_array
 from llmkit.data.words import Text, hash_ngrams
 from llmkit.run import write_atomically
@@ -34,6 +41,7 @@ from llmkit.types import Document
 
 ROWS = 4096  # of scores that are kept as Python objects before they are packed
 SHOWN_LINES = 5  # of the boilerplate that was taken out, in the report
+LEFT = ("jsonl.zst", "bad.jsonl", "scores.npy", "bands.npy", "sketches.npy", "hits.npy", "paragraphs.npy")
 HIT = np.dtype([("document", "<u4"), ("gram", "<u8")])
 PARAGRAPH = np.dtype([("document", "<u4"), ("key", "<u8"), ("bytes", "<u4")])
 
@@ -60,6 +68,11 @@ class Stopwatch:
         return Counter({stage: seconds * rate for stage, seconds in self.laps.items()})
 
 
+def size_of(path: Path) -> int:
+    """In bytes; -1 of what is not there."""
+    return path.stat().st_size if path.is_file() else -1
+
+
 def peak_mb() -> float:
     """The most memory that this process ever had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -82,12 +95,16 @@ def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
     """Take one unit through pass A; returns its counts. What an earlier build has done is only read."""
     done = parts / f"{unit.part}.json"
     if done.exists():
-        return json.loads(done.read_text(encoding="utf-8"))
+        counts = json.loads(done.read_text(encoding="utf-8"))
+        if all(size_of(parts / name) == size for name, size in counts["files"].items()):
+            return counts
     source, watch = unit.source, Stopwatch()
     rules, dtype = measured_rules(data, source["profile"]), score_dtype(data, source["profile"])
     kinds = tuple(kind for kind in data.pii.kinds if kind != "phone" or source["profile"] != "code")
     evals = data.decontaminate
-    wanted = evals and evaluation_ngrams(tuple(evals.files), evals.ngram)[0]
+    wanted = evals and evaluation_ngrams(evals.files, evals.ngram)[0]
+    listed = data.filter.words and word_list(data.filter.words.path)
+    judge = data.filter.classifier and classifier(data.filter.classifier.path, data.filter.classifier.label)
     tally: dict[str, Any] = {"read": 0, "quarantined": 0, "warnings": Counter(), "bad": Counter(), "first_bad": None}
     pii, languages, size, characters = Counter(), Counter(), 0, 0
     blocks, rows, hits, paragraphs = [np.empty(0, dtype)], [], [], []
@@ -108,10 +125,10 @@ def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
                 languages[code] += 1
                 row += [code, score]
                 watch.lap("language")
-            if data.filter.words:
-                row.append(listed_per_1k(text, data.filter.words.path))
-            if data.filter.classifier:
-                row.append(classifier_score(body, data.filter.classifier.path, data.filter.classifier.label))
+            if listed:
+                row.append(listed_per_1k(text, listed))
+            if judge:
+                row.append(classifier_score(body, judge))
                 watch.lap("classifier")
             row.append(found.total())
             if near := data.dedup.near:
@@ -143,6 +160,7 @@ def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
     counts = tally | {
         "unit": unit.name, "source": source["name"], "pii": pii, "languages": languages, "bytes": size,
         "characters": characters, "seconds": watch.seconds, "peak_mb": peak_mb(),
+        "files": {path.name: path.stat().st_size for name in LEFT if (path := parts / f"{unit.part}.{name}").is_file()},
     }  # fmt: skip
     write_atomically(done, json.dumps(counts))
     return json.loads(json.dumps(counts))

@@ -227,15 +227,18 @@ def read_parquet(path: Path, span: Span | None = None) -> Iterator[Record]:
     with path.open("rb") as raw, pq.ParquetFile(raw) as file:
         start, stop = span or (0, file.num_row_groups)
         number = sum(file.metadata.row_group(i).num_rows for i in range(start))
-        for batch in file.iter_batches(batch_size=256, row_groups=range(start, stop)):
-            columns = batch.to_pydict() if is_utf8(batch) else None
-            for row in range(batch.num_rows):
-                number += 1
-                try:
-                    names = batch.schema.names
-                    yield number, {n: columns[n][row] if columns else batch[n][row].as_py() for n in names}
-                except UnicodeDecodeError:
-                    yield number, BadRecord(str(path), number, None, "invalid UTF-8")
+        try:
+            for batch in file.iter_batches(batch_size=256, row_groups=range(start, stop)):
+                columns = batch.to_pydict() if is_utf8(batch) else None
+                for row in range(batch.num_rows):
+                    number += 1
+                    try:
+                        names = batch.schema.names
+                        yield number, {n: columns[n][row] if columns else batch[n][row].as_py() for n in names}
+                    except UnicodeDecodeError:
+                        yield number, BadRecord(str(path), number, None, "invalid UTF-8")
+        except (OSError, pa.ArrowException) as error:
+            yield number + 1, BadRecord(str(path), number + 1, None, f"the file is broken from here on: {error}")
 
 
 def is_utf8(batch: pa.RecordBatch) -> bool:

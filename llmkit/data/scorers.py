@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from llmkit.data.documents import list_files
 from llmkit.data.records import READERS, BadRecord, read_records, read_text, suffix_of
 from llmkit.data.words import Text, hash_ngrams, hash_words, split_words
 from llmkit.errors import DATA, ENVIRONMENT, MODEL, UserError
+from llmkit.run import stamps_in, stamps_of
 
 SLICES, SLICE = 3, 333  # a text's language shows in a few hundred characters from its start, middle and end
 WINDOWS = 4  # of a long text that a classifier reads, evenly spread
@@ -75,7 +76,6 @@ class NgramSet:
         return maybe[self.grams[np.minimum(places, len(self.grams) - 1)] == maybe] if len(maybe) else maybe
 
 
-@cache
 def word_list(path: str) -> dict[int, NgramSet]:
     """Words and phrases of a file, one a line, by their length in words; # begins a comment."""
     file = Path(path).expanduser()
@@ -98,13 +98,13 @@ def ngrams_of(words: list[bytes], n: int) -> np.ndarray:
     return hash_ngrams(hash_words(words), n)
 
 
-def listed_per_1k(text: Text, path: str) -> float:
+def listed_per_1k(text: Text, listed: dict[int, NgramSet]) -> float:
     """How many words and phrases of a list stand in a thousand words."""
-    found = sum(len(grams.found_in(hash_ngrams(text.hashes, n))) for n, grams in word_list(path).items())
+    found = sum(len(grams.found_in(hash_ngrams(text.hashes, n))) for n, grams in listed.items())
     return round(1000 * found / max(1, len(text.hashes)), 4)
 
 
-def evaluation_files(patterns: tuple[str, ...]) -> list[Path]:
+def evaluation_files(patterns: Sequence[str]) -> list[Path]:
     """The files that decontamination looks at."""
     files = [file for pattern in patterns for file in list_files(pattern)]
     if zips := [file for file in files if file.suffix.lower() == ".zip"]:
@@ -112,14 +112,18 @@ def evaluation_files(patterns: tuple[str, ...]) -> list[Path]:
     return files
 
 
-@cache
-def evaluation_ngrams(patterns: tuple[str, ...], n: int) -> tuple[NgramSet, int, int]:
+def evaluation_ngrams(patterns: Sequence[str], n: int) -> tuple[NgramSet, int, int]:
     """(n-grams, texts, texts that are shorter and can't be looked for) of all strings in the evaluation files.
 
     Questions, choices and answers are looked for one by one: no corpus has them joined as a benchmark joins them.
     """
+    return read_evaluation(tuple(stamps_of(evaluation_files(patterns))), n)
+
+
+@lru_cache(maxsize=1)  # a worker takes many units
+def read_evaluation(stamps: tuple[tuple[str, int, int], ...], n: int) -> tuple[NgramSet, int, int]:
     grams, texts, short = [np.empty(0, np.uint64)], 0, 0
-    for file in evaluation_files(patterns):
+    for file in (Path(name) for name, _, _ in stamps):
         for line, record in read_records(file):
             if isinstance(record, BadRecord):  # what can't be read can't be looked for
                 raise UserError("an evaluation file can't be read", at=f"{file}:{line}", got=record.reason, code=DATA)
@@ -146,15 +150,22 @@ def strings_in(values: Any) -> Iterator[str]:
 # ---- classifier -----------------------------------------------------------------------------------------------------
 
 
-@cache
-def classifier(path: str, label: str) -> tuple[Any, Any, int]:
-    """(model, tokenizer, the label's column) of a local sequence classifier; no code of the folder's ever runs."""
+Classifier = tuple[Any, Any, int]  # model, tokenizer, the label's column
+
+
+def classifier(path: str, label: str) -> Classifier:
+    """A local sequence classifier; no code of the folder's ever runs."""
+    folder = Path(path).expanduser()
+    return load_classifier(folder, label, tuple(stamps_in(folder)))
+
+
+@lru_cache(maxsize=1)
+def load_classifier(folder: Path, label: str, stamps: tuple) -> Classifier:
     try:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
     except ImportError:
         fix = "pip install 'llmkit[classifier]'"
         raise UserError("data.filter.classifier needs the transformers package", fix=fix, code=ENVIRONMENT) from None
-    folder = Path(path).expanduser()
     for needed in ("config.json", "tokenizer_config.json"):  # without the latter transformers makes one up
         if not (folder / needed).is_file():
             raise UserError("there is no classifier", at=folder / needed, expected="a Hugging Face folder", code=MODEL)
@@ -166,24 +177,24 @@ def classifier(path: str, label: str) -> tuple[Any, Any, int]:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **local)
     except Exception as error:  # transformers, safetensors and torch raise all kinds
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"the classifier can't be loaded: {reason}", at=path, code=MODEL) from None
+        raise UserError(f"the classifier can't be loaded: {reason}", at=folder, code=MODEL) from None
     if missing := sorted(loading["missing_keys"]):
-        raise UserError("the classifier lacks weights, which would be random", at=path, got=missing[0], code=MODEL)
+        raise UserError("the classifier lacks weights, which would be random", at=folder, got=missing[0], code=MODEL)
     if label not in model.config.label2id:
         raise UserError(
-            "the classifier has no such label", at=path, got=label, expected=", ".join(model.config.label2id)
+            "the classifier has no such label", at=folder, got=label, expected=", ".join(model.config.label2id)
         )
     return model.eval(), tokenizer, model.config.label2id[label]
 
 
-def classifier_score(text: str, path: str, label: str) -> float:
+def classifier_score(text: str, loaded: Classifier) -> float:
     """The highest probability of the label among a few windows of the text, each as long as the model reads.
 
     One label of many: softmax; a multi-label model's labels each for itself: sigmoid.
     """
     import torch
 
-    model, tokenizer, column = classifier(path, label)
+    model, tokenizer, column = loaded
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512), 512)
     cut = tokenizer(text, truncation=True, max_length=longest, return_overflowing_tokens=True)["input_ids"]
     chosen = sorted({int(i) for i in np.linspace(0, len(cut) - 1, WINDOWS)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -99,21 +100,29 @@ class TokenStream:
 
 
 def open_split(folder: Path, files: list[dict], dtype: np.dtype) -> TokenStream:
-    """The shards of one split as the manifest lists them: {path, bytes, sha256}; a changed file is noticed."""
-    paths = []
+    """The shards of one split, and their indices, as the manifest lists them; a changed file is noticed."""
     for entry in files:
-        path = folder / entry["path"]
-        problem = None
-        if not path.is_file():
-            problem = "no such file"
-        elif path.stat().st_size != entry["bytes"]:
-            problem = f"{path.stat().st_size} bytes"
-        elif path.stat().st_mtime_ns != entry["mtime_ns"] and file_sha256(path) != entry["sha256"]:
-            problem = "another checksum"  # only looked at where the time is another: a copy keeps its content
-        if problem:
-            raise UserError(
-                "a token shard is not what was built", at=path, expected=f"{entry['bytes']} bytes as in the manifest",
-                got=problem, fix=f"delete {folder} and build again", code=DATA,
-            )  # fmt: skip
-        paths.append(path)
-    return TokenStream(paths, dtype)
+        for one in (entry, entry["index"]):
+            path = folder / one["path"]
+            if (problem := changed(path, one)) is None and path.stat().st_mtime_ns != one["mtime_ns"]:
+                problem = "another checksum" if file_sha256(path) != one["sha256"] else None  # a copy keeps its content
+            if problem:
+                raise UserError(
+                    "a token shard is not what was built", at=path, expected=f"{one['bytes']} bytes as in the manifest",
+                    got=problem, fix=f"delete {folder} and build again", code=DATA,
+                )  # fmt: skip
+    return TokenStream([folder / entry["path"] for entry in files], dtype)
+
+
+def describe(path: Path, folder: Path) -> dict[str, Any]:
+    """What the manifest says of a file: {path, bytes, mtime_ns, sha256}."""
+    stamp = path.stat()
+    sizes = {"bytes": stamp.st_size, "mtime_ns": stamp.st_mtime_ns}
+    return {"path": str(path.relative_to(folder))} | sizes | {"sha256": file_sha256(path)}
+
+
+def changed(path: Path, entry: dict[str, Any]) -> str | None:
+    """What shows at a glance that a file is not the described one, if anything does."""
+    if not path.is_file():
+        return "no such file"
+    return f"{path.stat().st_size} bytes" if path.stat().st_size != entry["bytes"] else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from llmkit.data.documents import dataset_files, list_files, read_dataset, read_
 from llmkit.data.filters import PROFILES
 from llmkit.data.records import BadRecord, Span, spans_of
 from llmkit.data.scorers import evaluation_files
-from llmkit.errors import UserError
-from llmkit.run import file_sha256
+from llmkit.errors import DATA, UserError
+from llmkit.run import file_sha256, stamps_in, stamps_of
 from llmkit.schema import CorpusData, Source
 from llmkit.types import Document
 
@@ -51,15 +51,6 @@ def hash_of(*values: Any) -> str:
     return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
 
-def stamps_of(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """What tells whether files have changed: their names, sizes and times."""
-    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
-
-
-def stamps_in(folder: Path) -> list[tuple[str, int, int]]:
-    return stamps_of(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-
-
 def measured_rules(data: CorpusData, profile: str) -> list[str]:
     """The rules that a profile and the config's own thresholds look at."""
     return [*PROFILES[profile], *(rule for rule in data.filter.rules if rule not in PROFILES[profile])]
@@ -74,7 +65,7 @@ def measuring_key(data: CorpusData, source: Source) -> str:
         filters.words and file_sha256(Path(filters.words.path).expanduser()),
         filters.classifier and (filters.classifier.label, stamps_in(Path(filters.classifier.path).expanduser())),
         pii.kinds, pii.action if pii.kinds else None, near and (near.ngram, near.bands, near.rows),
-        data.dedup.paragraphs, evals and (evals.ngram, stamps_of(evaluation_files(tuple(evals.files)))),
+        data.dedup.paragraphs, evals and (evals.ngram, stamps_of(evaluation_files(evals.files))),
     )  # fmt: skip
 
 
@@ -84,7 +75,7 @@ def make_units(data: CorpusData) -> list[Unit]:
     for source in data.sources:
         key, section = measuring_key(data, source), source.model_dump()
         try:
-            files = files_of(source)
+            files = files_of(source, Path(data.dir))
         except UserError as error:
             error.fix = error.fix or f"correct the source {source.name} in the config"
             raise
@@ -101,11 +92,13 @@ def make_units(data: CorpusData) -> list[Unit]:
     return units
 
 
-def files_of(source: Source) -> tuple[Path, list[Path]] | None:
-    """(root, files) of a source; None where the `datasets` library reads it."""
+def files_of(source: Source, built: Path) -> tuple[Path, list[Path]] | None:
+    """(root, files) of a source, without what a build left in `built`; None where the `datasets` library reads it."""
     if source.hf:
         return dataset_files(source.hf, source.config, source.split)
-    return root_of(source.path), list_files(source.path, source.include, source.exclude)
+    files = list_files(source.path, source.include, source.exclude)
+    built = built.absolute()
+    return root_of(source.path), [file for file in files if not file.absolute().is_relative_to(built)]
 
 
 def cut(files: list[Path], whole: bool) -> Iterator[tuple[list[tuple[str, Span | None]], int]]:
@@ -156,7 +149,7 @@ class atomic_zst:
 
     def __enter__(self) -> Callable[[dict], None]:
         self.raw = self.half.open("wb")
-        self.stream = zstandard.ZstdCompressor(level=3).stream_writer(self.raw, closefd=False)
+        self.stream = zstandard.ZstdCompressor(level=3, write_checksum=True).stream_writer(self.raw, closefd=False)
         return lambda record: self.stream.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
     def __exit__(self, kind, *_) -> None:
@@ -173,9 +166,14 @@ def read_zst(path: Path) -> Iterator[dict[str, Any]]:
     """The records that `atomic_zst` wrote."""
     with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
         rest = b""
-        while block := stream.read(2**20):
-            *lines, rest = (rest + block).split(b"\n")
-            yield from map(orjson.loads, lines)
+        try:
+            while block := stream.read(2**20):
+                *lines, rest = (rest + block).split(b"\n")
+                yield from map(orjson.loads, lines)
+        except zstandard.ZstdError as error:
+            raise UserError(
+                f"a file of this build is damaged: {error}", at=path, fix="delete it and build again", code=DATA
+            ) from None
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
