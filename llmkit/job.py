@@ -16,7 +16,7 @@ import yaml
 
 from llmkit import checkpoint
 from llmkit.config import check_options
-from llmkit.data import build
+from llmkit.corpus import build
 from llmkit.data.batches import GOLDEN, MASK, Batches, corpus_batches, mix, packed_batches, samples_in
 from llmkit.data.sft import encode_sft
 from llmkit.data.tokenizer import Tokenizer, load_tokenizer

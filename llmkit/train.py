@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkit import __version__, checkpoint
-from llmkit.data.build import needs_build
+from llmkit.corpus.build import needs_build
 from llmkit.errors import DIVERGED, INTERRUPTED, MODEL, UserError
 from llmkit.evals.perplexity import perplexity
 from llmkit.generate import generate

@@ -10,8 +10,8 @@ import yaml
 from conftest import SHARED, needs_shared, sentences, tiny_config
 
 from llmkit.cli import main
+from llmkit.corpus.build import build_corpus, read_manifest
 from llmkit.data.batches import Batches, corpus_batches, packed_batches, permute
-from llmkit.data.build import build_corpus, read_manifest
 from llmkit.data.chat import CHATML, chat_prompt, compile_template, encode_example, to_turns
 from llmkit.data.inspect import CONTEXT, RESET, TARGET, inspect_rows, paint
 from llmkit.data.sft import encode_sft, pack
@@ -180,7 +180,7 @@ def test_counts_add_up_and_drops_have_reasons(tmp_path):
 
 
 def test_build_is_the_same_for_any_workers_and_survives_a_repeat(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmkit.data.units.UNIT_BYTES", 20_000)
+    monkeypatch.setattr("llmkit.corpus.units.UNIT_BYTES", 20_000)
     one = section(corpus, dir=str(tmp_path / "one"))
     build_corpus(one, say=print)
     assert len(list((tmp_path / "one" / "tokens" / "train" / "text").glob("*.bin"))) > 2

@@ -23,7 +23,7 @@ from conftest import llmkit, sentences, tiny_config
 
 from llmkit.cli import main
 from llmkit.config import load_config
-from llmkit.data.build import build_corpus, read_manifest
+from llmkit.corpus.build import build_corpus, read_manifest
 from llmkit.data.tokenizer import load_tokenizer
 from llmkit.data.tokens import open_split
 from llmkit.data.vocabulary import train_tokenizer
@@ -37,11 +37,11 @@ SMALL = 8000  # bytes of a work unit, so that little text makes many
 # The real command line, but for the size of units and, if asked, the look at the free space.
 WRAPPER = """
 import sys
-import llmkit.data.build, llmkit.data.units
+import llmkit.corpus.build, llmkit.corpus.units
 from llmkit.cli import main
-llmkit.data.units.UNIT_BYTES = int(sys.argv[1])
+llmkit.corpus.units.UNIT_BYTES = int(sys.argv[1])
 if sys.argv[2] == "any space":
-    llmkit.data.build.check_space = lambda *_: None
+    llmkit.corpus.build.check_space = lambda *_: None
 if __name__ == "__main__":
     main(sys.argv[3:])
 """
@@ -99,7 +99,7 @@ def undisturbed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     config = place(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llmkit.data.units.UNIT_BYTES", SMALL)
+        patch.setattr("llmkit.corpus.units.UNIT_BYTES", SMALL)
         build_corpus(section(config), **quiet)
     assert len(list((folder / "data/parts").glob("*.scores.npy"))) == 24
     return folder
@@ -235,8 +235,8 @@ def leave_free(disk: Path, kilobytes: int) -> Path:
 @pytest.mark.parametrize("kilobytes", [0, 4, 40, 100, 200])
 def test_a_full_disk_is_one_error_and_costs_nothing_that_was_there(tmp_path, disk, capsys, monkeypatch, kilobytes,
                                                                     workers):  # fmt: skip
-    monkeypatch.setattr("llmkit.data.units.UNIT_BYTES", 20_000)
-    monkeypatch.setattr("llmkit.data.build.SPACE", 0)
+    monkeypatch.setattr("llmkit.corpus.units.UNIT_BYTES", 20_000)
+    monkeypatch.setattr("llmkit.corpus.build.SPACE", 0)
     config = place(tmp_path, dir=str(disk / "data"), workers=workers)
     run_main(capsys, "data", "build", config, code=0)
     before, manifest = tokens_of(disk / "data"), (disk / "data/manifest.json").read_bytes()
@@ -255,7 +255,7 @@ def test_a_full_disk_is_one_error_and_costs_nothing_that_was_there(tmp_path, dis
 
 
 def test_a_full_disk_says_how_much_is_needed_and_where(tmp_path, disk, capsys, monkeypatch):
-    monkeypatch.setattr("llmkit.data.build.SPACE", 0)
+    monkeypatch.setattr("llmkit.corpus.build.SPACE", 0)
     config = place(tmp_path, dir=str(disk / "data"))
     leave_free(disk, 40)
     err = run_main(capsys, "data", "build", config, code=ENVIRONMENT)
@@ -278,7 +278,7 @@ def test_a_file_that_may_not_grow_is_one_error_and_the_next_build_goes_on(undist
 
 def test_too_small_a_disk_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
     config = place(tmp_path)
-    monkeypatch.setattr("llmkit.data.build.SPACE", 1e12)
+    monkeypatch.setattr("llmkit.corpus.build.SPACE", 1e12)
     err = run_main(capsys, "data", "build", config, code=ENVIRONMENT)
     assert "the disk is too small" in err and err.count("bytes") == 2 and str(tmp_path / "data") in err
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["lock"]
@@ -423,7 +423,7 @@ def test_everything_filtered_out_shows_by_what(tmp_path, capsys, profile):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_misspelt_column_is_one_error_for_any_workers(tmp_path, capsys, monkeypatch, workers):
-    monkeypatch.setattr("llmkit.data.units.UNIT_BYTES", 50)
+    monkeypatch.setattr("llmkit.corpus.units.UNIT_BYTES", 50)
     config = place(tmp_path, files=2, workers=workers)
     (tmp_path / "a.jsonl").write_text('{"txt": "the river", "url": "u"}\n' * 9)
     sources = [{"name": "s", "path": str(tmp_path / "a.jsonl")}]
@@ -596,7 +596,7 @@ def test_a_damaged_part_is_made_again_or_one_error_that_says_what_to_do(tmp_path
 
 def test_two_dask_workers_give_the_same_bytes(undisturbed, tmp_path, monkeypatch):
     distributed = pytest.importorskip("distributed")
-    monkeypatch.setattr("llmkit.data.units.UNIT_BYTES", SMALL)
+    monkeypatch.setattr("llmkit.corpus.units.UNIT_BYTES", SMALL)
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
         data = section(undisturbed / "c.yaml", dir=str(tmp_path / "data"), workers="auto",
                        cluster=cluster.scheduler_address)  # fmt: skip

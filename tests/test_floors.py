@@ -16,6 +16,7 @@ FLOORS = [
     {"explain"},
     {"config"},
     {"data", "models"},
+    {"corpus"},
     {"peft", "optim", "parallel", "objectives"},
     {"checkpoint", "generate", "plan"},
     {"evals", "job", "presets", "export"},

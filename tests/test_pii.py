@@ -10,7 +10,7 @@ import yaml
 from conftest import sentences, tiny_config
 
 from llmkit.config import load_config
-from llmkit.data.build import build_corpus
+from llmkit.corpus.build import build_corpus
 from llmkit.data.pii import KINDS, find, scrub
 from llmkit.errors import UserError
 from llmkit.schema import CorpusData, Pii

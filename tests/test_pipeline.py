@@ -19,11 +19,11 @@ from conftest import WORDS, llmkit, sentences, tiny_config
 
 from llmkit.cli import main
 from llmkit.config import load_config
+from llmkit.corpus.build import build_corpus, read_manifest
+from llmkit.corpus.lookup import explain_document, sample_documents
 from llmkit.data.batches import SLOTS, Mixture, corpus_batches
-from llmkit.data.build import build_corpus, read_manifest
 from llmkit.data.dedup import exact_key
 from llmkit.data.filters import PROFILES
-from llmkit.data.lookup import explain_document, sample_documents
 from llmkit.data.tokenizer import load_tokenizer
 from llmkit.data.tokens import ShardWriter, TokenStream, open_split, token_dtype
 from llmkit.data.vocabulary import train_tokenizer
@@ -545,7 +545,7 @@ def test_a_large_file_in_pieces_gives_what_it_gives_as_one(tmp_path, tokenizer, 
         for name, number in (("one", 1), ("several", 1), ("workers", 2))
     )  # fmt: skip
     manifests = [build_corpus(one, **quiet)]
-    monkeypatch.setattr("llmkit.data.units.UNIT_BYTES", 2500)
+    monkeypatch.setattr("llmkit.corpus.units.UNIT_BYTES", 2500)
     manifests += [build_corpus(several, **quiet), build_corpus(workers, **quiet)]
     assert len(list((tmp_path / "one/parts").glob("*.scores.npy"))) == 1
     assert len(list((tmp_path / "several/parts").glob("*.scores.npy"))) > 4
@@ -570,7 +570,7 @@ def test_bad_lines_of_pieces_have_their_place_in_the_file(tmp_path, tokenizer, m
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     expected = [(i + 1, sum(len(one) + 1 for one in lines[:i])) for i, line in enumerate(lines) if line[:2] == "{b"]
     for size in (100, 777, 2000, 10**9):
-        monkeypatch.setattr("llmkit.data.units.UNIT_BYTES", size)
+        monkeypatch.setattr("llmkit.corpus.units.UNIT_BYTES", size)
         data = corpus_of(tmp_path, tokenizer, [{"name": "s", "path": str(tmp_path / "a.jsonl")}],
                          on_error={"max_bad_fraction": 0.5}, dir=str(tmp_path / f"d{size}"))  # fmt: skip
         assert build_corpus(data, **quiet)["counts"]["read"] == 30
@@ -584,7 +584,7 @@ def test_a_broken_row_group_of_a_piece_has_its_place_in_the_file(tmp_path, token
     content, start = bytearray(path.read_bytes()), pq.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset
     content[start : start + 60] = b"\xff" * 60
     path.write_bytes(content)
-    monkeypatch.setattr("llmkit.data.units.UNIT_BYTES", 5000)
+    monkeypatch.setattr("llmkit.corpus.units.UNIT_BYTES", 5000)
     data = corpus_of(tmp_path, tokenizer, [{"name": "s", "path": str(path)}], on_error={"max_bad_fraction": 0.5})
     assert build_corpus(data, **quiet)["counts"]["kept"] == 30
     (bad,) = (tmp_path / "data/quarantine.jsonl").read_text().splitlines()
@@ -592,7 +592,7 @@ def test_a_broken_row_group_of_a_piece_has_its_place_in_the_file(tmp_path, token
 
 
 def test_a_limit_counts_documents_of_the_whole_source(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("llmkit.data.units.UNIT_BYTES", 2000)
+    monkeypatch.setattr("llmkit.corpus.units.UNIT_BYTES", 2000)
     sources = [source(tmp_path, "s", texts(30), limit=17)]
     assert build_corpus(corpus_of(tmp_path, tokenizer, sources), **quiet)["counts"]["read"] == 17
 

@@ -120,8 +120,6 @@ def test_listed_per_thousand_words_by_hand(tmp_path):
     path = write(tmp_path / "list.txt", "bad\nvery bad\n\u732b\n")
     text = Text("A bad, BAD day; the next was very bad.")
     assert listed_per_1k(text, word_list(path)) == round(1000 * (3 + 1) / 9, 4)
-        1000 * (3 + 1) / 9, 4
-    )
     assert listed_per_1k(Text("badly unbad very good"), word_list(path)) == 0
     assert listed_per_1k(Text(""), word_list(path)) == listed_per_1k(Text("very"), word_list(path)) == 0
     assert listed_per_1k(Text("\u732b\u3067\u3059"), word_list(path)) == round(1000 / 3, 4)  # characters for words

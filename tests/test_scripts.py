@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conftest import tiny_config
 
-from llmkit.data.build import build_corpus
+from llmkit.corpus.build import build_corpus
 from llmkit.schema import Config
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from llmkit import checkpoint
 from llmkit.checkpoint import locate
 from llmkit.config import load_config
-from llmkit.data.build import build_corpus, read_manifest
+from llmkit.corpus.build import build_corpus, read_manifest
 from llmkit.data.chat import encode_example
 from llmkit.data.tokenizer import load_tokenizer
 from llmkit.data.vocabulary import train_tokenizer

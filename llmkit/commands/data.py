@@ -25,7 +25,7 @@ def data_build(
 ) -> None:
     """Clean, filter, deduplicate and tokenize the sources of CONFIG."""
     from llmkit.config import load_config
-    from llmkit.data.build import build_corpus, try_corpus
+    from llmkit.corpus.build import build_corpus, try_corpus
 
     section = load_config(config, o).data
     if dry_run:
@@ -44,7 +44,7 @@ def data_report(
     folder: Annotated[Path, typer.Argument(help="The data.dir of a build.")], as_json: AsJson = False
 ) -> None:
     """Print the report of a finished build again."""
-    from llmkit.data.build import read_manifest
+    from llmkit.corpus.build import read_manifest
 
     manifest = read_manifest(folder)
     show(manifest, as_json) if as_json else print((folder / "report.md").read_text(encoding="utf-8"))
@@ -85,8 +85,8 @@ def data_inspect(
 
 def inspect_documents(data: Any, id: str | None, dropped: int, kept: int, rule: str | None, as_json: bool) -> None:
     """Print one document's story, or samples of what was dropped and kept."""
-    from llmkit.data.build import check_corpus
-    from llmkit.data.lookup import explain_document, sample_documents
+    from llmkit.corpus.build import check_corpus
+    from llmkit.corpus.lookup import explain_document, sample_documents
 
     check_corpus(data)
     if id:

@@ -16,8 +16,8 @@ from torch import nn
 
 from llmkit import checkpoint
 from llmkit.checkpoint import Located
+from llmkit.corpus.build import read_manifest
 from llmkit.data.batches import packed_batches
-from llmkit.data.build import read_manifest
 from llmkit.data.chat import FORMATS, default_template
 from llmkit.data.documents import read_file
 from llmkit.data.records import read_records

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from llmkit.data.decide import FATE, VAL, Decision, count_fates
-from llmkit.data.units import Unit
+from llmkit.corpus.decide import FATE, VAL, Decision, count_fates
+from llmkit.corpus.units import Unit
 from llmkit.run import count
 
 EXAMPLES = 3  # of every reason to drop, from all the units of a source

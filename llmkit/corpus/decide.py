@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from llmkit.corpus.units import Unit, load_array, save_array
 from llmkit.data.dedup import first_of_equals, least_agreement, longest_of, near_clusters
 from llmkit.data.filters import RULES, Bounds, bounds_of, outside, why
 from llmkit.data.scorers import evaluation_ngrams
-from llmkit.data.units import Unit, load_array, save_array
 from llmkit.data.words import GOLDEN, mix
 from llmkit.schema import CorpusData
 

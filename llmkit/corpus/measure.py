@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.recfunctions import repack_fields
 
+from llmkit.corpus.units import Unit, atomic_zst, measured_rules, read_unit, read_zst, save_array
 from llmkit.data.clean import STEPS, clean
 from llmkit.data.decode import GUESSED_ENCODINGS
 from llmkit.data.dedup import band_keys, exact_key, minhash, paragraph_hashes, sketch
@@ -33,7 +34,6 @@ from llmkit.data.scorers import (
     listed_per_1k,
     word_list,
 )
-from llmkit.data.units import Unit, atomic_zst, measured_rules, read_unit, read_zst, save_array
 from llmkit.data.words import Text, hash_ngrams
 from llmkit.run import write_atomically
 from llmkit.schema import CorpusData

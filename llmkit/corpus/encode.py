@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmkit.data.decide import FATES, VAL, reason
+from llmkit.corpus.decide import FATES, VAL, reason
+from llmkit.corpus.measure import Stopwatch, peak_mb
+from llmkit.corpus.units import Unit, atomic_zst, load_array, read_zst
 from llmkit.data.dedup import cut_paragraphs
-from llmkit.data.measure import Stopwatch, peak_mb
 from llmkit.data.tokenizer import CHECKED, load_tokenizer
 from llmkit.data.tokens import ShardWriter, changed, describe, token_dtype
-from llmkit.data.units import Unit, atomic_zst, load_array, read_zst
 from llmkit.run import write_atomically
 from llmkit.schema import CorpusData
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.data.build import is_built, make_recipe
-from llmkit.data.decide import FATES, VAL, checks_of, reason
-from llmkit.data.units import Unit, load_array, read_zst
+from llmkit.corpus.build import is_built, make_recipe
+from llmkit.corpus.decide import FATES, VAL, checks_of, reason
+from llmkit.corpus.units import Unit, load_array, read_zst
 from llmkit.errors import DATA, UserError, did_you_mean
 from llmkit.schema import CorpusData
 

@@ -23,17 +23,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from llmkit.data.decide import Decision, decide, draw
-from llmkit.data.encode import encode_unit, kept_texts, split_text
-from llmkit.data.engine import open_pool
+from llmkit.corpus.decide import Decision, decide, draw
+from llmkit.corpus.encode import encode_unit, kept_texts, split_text
+from llmkit.corpus.engine import open_pool
+from llmkit.corpus.measure import Stopwatch, measure_unit, peak_mb, size_of
+from llmkit.corpus.report import make_funnel, report
+from llmkit.corpus.units import VERSION, Unit, hash_of, load_array, make_units
 from llmkit.data.filters import RULES
-from llmkit.data.measure import Stopwatch, measure_unit, peak_mb, size_of
 from llmkit.data.records import number_lines
-from llmkit.data.report import make_funnel, report
 from llmkit.data.scorers import check_languages, classifier, word_list
 from llmkit.data.tokenizer import Tokenizer, load_tokenizer
 from llmkit.data.tokens import changed, token_dtype
-from llmkit.data.units import VERSION, Unit, hash_of, load_array, make_units
 from llmkit.data.vocabulary import extend_bpe, train_tokenizer
 from llmkit.errors import DATA, ENVIRONMENT, UserError, did_you_mean, raise_all
 from llmkit.run import lock, write_atomically
