@@ -7,7 +7,6 @@ MinHash keys and sketches (.bands.npy, .sketches.npy), n-grams of evaluation fil
 
 from __future__ import annotations
 
-import hashlib
 import json
 import resource
 import time
@@ -201,7 +200,7 @@ def line_key(line: str) -> int | None:
     """What tells lines that may be boilerplate apart; None for what never is: indented, short, or a single word."""
     if len(line) < 10 or line[0].isspace() or " " not in line:
         return None
-    return int.from_bytes(hashlib.blake2b(line.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+    return hash(line) & 0xFFFFFFFFFFFFFFFF  # another in every process, but equal for equal lines is all that counts
 
 
 def without_boilerplate(

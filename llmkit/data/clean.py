@@ -44,6 +44,8 @@ BREAKS = re.compile("[\r\x0b\x0c\x85\u2028\u2029]")
 # Removed: C0 and C1 controls but tab and line feed, soft hyphen, zero-width space, word joiner, byte order mark.
 # Kept: zero-width (non-)joiners and direction marks, which Arabic, Indic scripts and emoji need.
 CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2060\ufeff]")
+ASCII_BREAKS = bytes.maketrans(b"\r\x0b\x0c", b"\n\n\n")
+ASCII_CONTROL = bytes(code for code in range(128) if CONTROL.match(chr(code)))
 SURROGATE = re.compile("[\ud800-\udfff]")
 BLANK_LINES = re.compile(r"\n{4,}")
 
@@ -82,8 +84,10 @@ def encoding(document: Document) -> Document:
 
 def control(document: Document) -> Document:
     """One kind of line break, no invisible characters, U+FFFD for lone surrogates."""
-    text = CONTROL.sub("", BREAKS.sub("\n", document.text.replace("\r\n", "\n")))
-    return replace(document, text=text if text.isascii() else SURROGATE.sub("\ufffd", text))
+    text = document.text.replace("\r\n", "\n")
+    if text.isascii():  # by far the quicker way
+        return replace(document, text=text.encode().translate(ASCII_BREAKS, ASCII_CONTROL).decode())
+    return replace(document, text=SURROGATE.sub("\ufffd", CONTROL.sub("", BREAKS.sub("\n", text))))
 
 
 def unicode(document: Document) -> Document:

@@ -59,7 +59,8 @@ def measure_repeats(text: Text) -> dict[int, float]:
     {2: 0.6666666666666666}
     """
     words, hashes = text.folded, text.hashes
-    ends = np.cumsum([0, *map(len, words)])  # in bytes; word i is ends[i]..ends[i + 1]
+    sizes = np.fromiter(map(len, words), np.int64, len(words))  # in bytes
+    ends = np.append(0, np.cumsum(sizes))  # word i is ends[i]..ends[i + 1]
     starts, grams, found = np.arange(len(words)), hashes, {}
     for n in range(2, 11):
         inside = starts <= len(words) - n
@@ -84,7 +85,7 @@ def measure_repeats(text: Text) -> dict[int, float]:
             covered = np.zeros(len(words), dtype=bool)
             for i in range(n):
                 covered[starts[order[later]] + i] = True
-            share = np.diff(ends)[covered].sum()
+            share = sizes[covered].sum()
         found[n] = min(1.0, float(share / ends[-1]))  # the most frequent one can overlap itself
         keep = np.sort(order[repeated])
         starts, grams = starts[keep], grams[keep]
@@ -114,13 +115,12 @@ def stop_words(text: Text) -> float | None:
             found[language].add(word)
             if len(found[language]) == 2:
                 return 2
-    letters = sum(map(len, text.words))
-    foreign = not text.spaced or len(FOREIGN_LETTER.findall(text.text)) > 0.03 * letters
+    foreign = not text.spaced or len(FOREIGN_LETTER.findall(text.text)) > 0.03 * text.letters
     return None if foreign else max(map(len, found.values()))
 
 
 def mean_word_length(text: Text) -> float | None:
-    return ratio(sum(map(len, text.words)), len(text.words)) if text.spaced else None
+    return ratio(text.letters, len(text.words)) if text.spaced else None
 
 
 def alphabetic_words(text: Text) -> float:

@@ -70,6 +70,11 @@ class Text:
         return self.text.split() if self.spaced else list("".join(self.text.split()))
 
     @cached_property
+    def letters(self) -> int:
+        """Characters in words."""
+        return sum(map(len, self.words))
+
+    @cached_property
     def lines(self) -> list[str]:
         return [line for line in map(str.strip, self.text.split("\n")) if line]
 
