@@ -11,9 +11,9 @@ import json
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.recfunctions import repack_fields
@@ -35,14 +35,15 @@ from llmkit.data.scorers import (
 )
 from llmkit.data.words import Text, hash_ngrams
 from llmkit.run import write_atomically
-from llmkit.schema import CorpusData
+from llmkit.schema import CorpusData, NearDedup
 from llmkit.types import Document
 
 ROWS = 4096  # of scores that are kept as Python objects before they are packed
 SHOWN_LINES = 5  # of the boilerplate that was taken out, in the report
-LEFT = ("jsonl.zst", "bad.jsonl", "scores.npy", "bands.npy", "sketches.npy", "hits.npy", "paragraphs.npy")
-HIT = np.dtype([("document", "<u4"), ("gram", "<u8")])
-PARAGRAPH = np.dtype([("document", "<u4"), ("key", "<u8"), ("bytes", "<u4")])
+FOUND = {  # what is noted of some documents alone
+    "hits": np.dtype([("document", "<u4"), ("gram", "<u8")]),  # n-grams of evaluation files
+    "paragraphs": np.dtype([("document", "<u4"), ("key", "<u8"), ("bytes", "<u4")]),
+}
 
 
 class Stopwatch:
@@ -77,89 +78,111 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def score_dtype(data: CorpusData, profile: str) -> np.dtype:
-    """A document's row: its exact key, its size, what each rule and scorer measured (nan: nothing), its signature."""
-    fields: list[tuple] = [("key", "<u8", (2,)), ("bytes", "<u4")]
-    fields += [(rule, "<f8") for rule in measured_rules(data, profile)]
-    fields += [("language", "S3"), ("language_score", "<f8")] if data.filter.language else []
-    fields += [("listed_words", "<f8")] if data.filter.words else []
-    fields += [("classifier", "<f8")] if data.filter.classifier else []
-    fields += [("pii", "<f8")]
+class Column(NamedTuple):
+    """Some fields of a document's row, and what fills them."""
+
+    stage: str
+    fields: list[tuple]
+    measure: Callable[[Text], Sequence[Any]]
+
+
+def columns_of(data: CorpusData, profile: str) -> list[Column]:
+    """What is measured of every document: its identity, the rules, the scorers that the config asks for, its signature.
+
+    nan says that a rule has nothing to say of such a text.
+    """
+    rules, filters = measured_rules(data, profile), data.filter
+    columns = [
+        Column("rules", [("key", "<u8", (2,)), ("bytes", "<u4")], identify),
+        Column("rules", [(rule, "<f8") for rule in rules], lambda text: measure(text, rules)),
+    ]
+    if filters.language:
+        fields = [("language", "S3"), ("language_score", "<f8")]
+        columns.append(Column("language", fields, lambda text: language_of(text.text)))
+    if filters.words:
+        listed = word_list(filters.words.path)
+        columns.append(Column("word list", [("listed_words", "<f8")], lambda text: [listed_per_1k(text, listed)]))
+    if filters.classifier:
+        judge = classifier(filters.classifier.path, filters.classifier.label)
+        columns.append(Column("classifier", [("classifier", "<f8")], lambda text: [classifier_score(text.text, judge)]))
     if near := data.dedup.near:
-        fields += [("bands", "<u8", (near.bands,)), ("sketches", "u1", (near.bands * near.rows,))]
-    return np.dtype(fields)
+        fields = [("bands", "<u8", (near.bands,)), ("sketches", "u1", (near.bands * near.rows,))]
+        columns.append(Column("MinHash", fields, lambda text: sign(text, near)))
+    return columns
+
+
+def identify(text: Text) -> Sequence[Any]:
+    """A text's exact key, in two halves, and its size in bytes."""
+    return np.frombuffer(exact_key(text.text), "<u8"), len(text.text.encode("utf-8", "replace"))
+
+
+def sign(text: Text, near: NearDedup) -> Sequence[Any]:
+    """A text's MinHash keys and its sketch."""
+    signature = minhash(text, ngram=near.ngram, bands=near.bands, rows=near.rows)
+    return band_keys(signature, near.rows), sketch(signature)
+
+
+def finders_of(data: CorpusData) -> dict[str, Callable[[Text], Iterable[tuple]]]:
+    """What is noted of some documents alone, by the file that it goes to: see FOUND."""
+    finders: dict[str, Callable[[Text], Iterable[tuple]]] = {}
+    if evals := data.decontaminate:
+        wanted = evaluation_ngrams(evals.files, evals.ngram)[0]
+        finders["hits"] = lambda text: zip(np.unique(wanted.found_in(hash_ngrams(text.hashes, evals.ngram))).tolist())
+    if data.dedup.paragraphs:
+        finders["paragraphs"] = lambda text: paragraph_hashes(text.text, data.dedup.paragraphs)
+    return finders
 
 
 def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
     """Take one unit through pass A; returns its counts. What an earlier build has done is only read."""
-    done = parts / f"{unit.part}.json"
+    done, profile = parts / f"{unit.part}.json", unit.source["profile"]
     if done.exists():
         counts = json.loads(done.read_text(encoding="utf-8"))
         if all(size_of(parts / name) == size for name, size in counts["files"].items()):
             return counts
-    source, watch = unit.source, Stopwatch()
-    rules, dtype = measured_rules(data, source["profile"]), score_dtype(data, source["profile"])
-    kinds = tuple(kind for kind in data.pii.kinds if kind != "phone" or source["profile"] != "code")
-    evals = data.decontaminate
-    wanted = evals and evaluation_ngrams(evals.files, evals.ngram)[0]
-    listed = data.filter.words and word_list(data.filter.words.path)
-    judge = data.filter.classifier and classifier(data.filter.classifier.path, data.filter.classifier.label)
-    tally: dict[str, Any] = {"read": 0, "quarantined": 0, "warnings": Counter(), "bad": Counter(), "first_bad": None}
-    pii, languages, size, characters = Counter(), Counter(), 0, 0
-    blocks, rows, hits, paragraphs = [np.empty(0, dtype)], [], [], []
-
+    watch = Stopwatch()
+    columns, finders = columns_of(data, profile), finders_of(data)
+    dtype = np.dtype([*(field for column in columns for field in column.fields), ("pii", "<f8")])
+    kinds = tuple(kind for kind in data.pii.kinds if kind != "phone" or profile != "code")
+    tally: dict[str, Any] = {
+        "read": 0, "quarantined": 0, "warnings": Counter(), "bad": Counter(), "first_bad": None, "pii": Counter(),
+    }  # fmt: skip
     documents = read_clean(unit, data, parts, tally, watch)
-    if source["profile"] == "web" and data.clean.boilerplate_min_docs:
+    if profile == "web" and data.clean.boilerplate_min_docs:
         documents = without_boilerplate(documents, data.clean.boilerplate_min_docs, parts / unit.part, tally, watch)
+
+    blocks, rows = [np.empty(0, dtype)], []
+    found: dict[str, list[tuple]] = {name: [] for name in FOUND}
     with atomic_zst(parts / f"{unit.part}.jsonl.zst") as write:
         for number, document in enumerate(documents):
-            body, found = scrub(document.text, kinds, data.pii.action) if kinds else (document.text, Counter())
-            pii.update(found)
+            body, personal = scrub(document.text, kinds, data.pii.action) if kinds else (document.text, Counter())
+            tally["pii"] += personal
             watch.lap("personal data")
-            text, length = Text(body), len(body.encode("utf-8", "replace"))
-            row = [np.frombuffer(exact_key(body), "<u8"), length, *measure(text, rules)]
-            watch.lap("rules")
-            if data.filter.language:
-                code, score = language_of(body)
-                languages[code] += 1
-                row += [code, score]
-                watch.lap("language")
-            if listed:
-                row.append(listed_per_1k(text, listed))
-            if judge:
-                row.append(classifier_score(body, judge))
-                watch.lap("classifier")
-            row.append(found.total())
-            if near := data.dedup.near:
-                signature = minhash(text, ngram=near.ngram, bands=near.bands, rows=near.rows)
-                row += [band_keys(signature, near.rows), sketch(signature)]
-                watch.lap("MinHash")
-            if wanted:
-                grams = wanted.found_in(hash_ngrams(text.hashes, evals.ngram))
-                hits += [(number, gram) for gram in np.unique(grams).tolist()]
-                watch.lap("decontamination")
-            if data.dedup.paragraphs:
-                found = paragraph_hashes(body, data.dedup.paragraphs)
-                paragraphs += [(number, key, length) for key, length in found]
-            rows.append(tuple(row))
+            text, row = Text(body), []
+            for column in columns:
+                row += column.measure(text)
+                watch.lap(column.stage)
+            for name, find in finders.items():
+                found[name] += [(number, *one) for one in find(text)]
+                watch.lap(name)
+            rows.append((*row, personal.total()))
             if len(rows) == ROWS:
                 blocks.append(np.array(rows, dtype))
                 rows.clear()
             write({"id": document.id, "text": body})
-            size, characters = size + length, characters + len(body)
             watch.lap("writing")
     table = np.concatenate([*blocks, np.array(rows, dtype)])
+    files = {"scores": repack_fields(table[[name for name in dtype.names if name not in ("bands", "sketches")]])}
     if data.dedup.near:  # by band: the search for duplicates reads them one at a time
-        save_array(parts / f"{unit.part}.bands.npy", np.ascontiguousarray(table["bands"].T))
-        save_array(parts / f"{unit.part}.sketches.npy", np.ascontiguousarray(table["sketches"]))
-    names = [name for name in dtype.names if name not in ("bands", "sketches")]
-    save_array(parts / f"{unit.part}.scores.npy", repack_fields(table[names]))
-    save_array(parts / f"{unit.part}.hits.npy", np.array(hits, HIT))
-    save_array(parts / f"{unit.part}.paragraphs.npy", np.array(paragraphs, PARAGRAPH))
+        files |= {"bands": np.ascontiguousarray(table["bands"].T), "sketches": np.ascontiguousarray(table["sketches"])}
+    files |= {name: np.array(found[name], FOUND[name]) for name in FOUND}
+    for name, array in files.items():
+        save_array(parts / f"{unit.part}.{name}.npy", array)
+    left = [parts / f"{unit.part}.{name}" for name in ("jsonl.zst", "bad.jsonl", *(f"{name}.npy" for name in files))]
+    languages = Counter(code.decode() for code in table["language"].tolist()) if data.filter.language else {}
     counts = tally | {
-        "unit": unit.name, "source": source["name"], "pii": pii, "languages": languages, "bytes": size,
-        "characters": characters, "seconds": watch.seconds, "peak_mb": peak_mb(),
-        "files": {path.name: path.stat().st_size for name in LEFT if (path := parts / f"{unit.part}.{name}").is_file()},
+        "unit": unit.name, "source": unit.source["name"], "languages": languages, "seconds": watch.seconds,
+        "peak_mb": peak_mb(), "files": {path.name: size_of(path) for path in left},
     }  # fmt: skip
     write_atomically(done, json.dumps(counts))
     return json.loads(json.dumps(counts))
