@@ -11,7 +11,7 @@ from pydantic import ValidationError, create_model
 
 from llmkit.errors import UserError, did_you_mean, raise_all
 from llmkit.explain import explain_all
-from llmkit.schema import Choice, Config, CorpusData, Pii, Section, SftData
+from llmkit.schema import Choice, Config, CorpusData, Pii, Section, SftData, TokenizerSection
 from llmkit.yamlfile import LENGTHS, merge, read_yaml, set_override
 
 
@@ -71,50 +71,59 @@ def conflicts(config: Config) -> Iterator[UserError]:
             )  # fmt: skip
         yield from useless(config, "data", config.data, "val_path", ["val_fraction"])
     if isinstance(config.data, CorpusData):
-        pii = config.data.pii
-        if not pii.kinds and pii != Pii():
+        yield from source_conflicts(config, config.data)
+        yield from tokenizer_conflicts(config, config.data.tokenizer)
+
+
+def source_conflicts(config: Config, data: CorpusData) -> Iterator[UserError]:
+    """Of what is read, and what is looked for in it."""
+    pii = data.pii
+    if not pii.kinds and pii != Pii():
+        yield UserError(
+            "data.pii looks for nothing", at=config.where("data.pii"), expected="kinds: [email, phone, ...]"
+        )
+    if pii.action == "drop" and pii.drop_above != Pii().drop_above:
+        yield UserError(
+            "data.pii.drop_above means nothing beside action: drop, which drops at the first finding",
+            at=config.where("data.pii.drop_above"), fix="delete it",
+        )  # fmt: skip
+    names = [source.name for source in data.sources]
+    without = [source.name for source in data.sources if source.weight is None]
+    if without and len(without) < len(names):
+        yield UserError(
+            "some sources have a weight and some have none", at=config.where("data.sources"),
+            got=f"none: {', '.join(without)}", fix="give all of them one, or none",
+        )  # fmt: skip
+    yield from useless(config, "data", data, "cluster", ["workers"])
+    for i, source in enumerate(data.sources):
+        if (source.path is None) == (source.hf is None):
             yield UserError(
-                "data.pii looks for nothing", at=config.where("data.pii"), expected="kinds: [email, phone, ...]"
-            )
-        if pii.action == "drop" and pii.drop_above != Pii().drop_above:
-            yield UserError(
-                "data.pii.drop_above means nothing beside action: drop, which drops at the first finding",
-                at=config.where("data.pii.drop_above"), fix="delete it",
+                f"source {source.name} needs either path or hf", at=config.where(f"data.sources.{i}"),
+                got="both" if source.path else "neither",
             )  # fmt: skip
-        names = [source.name for source in config.data.sources]
-        without = [source.name for source in config.data.sources if source.weight is None]
-        if without and len(without) < len(names):
-            yield UserError(
-                "some sources have a weight and some have none", at=config.where("data.sources"),
-                got=f"none: {', '.join(without)}", fix="give all of them one, or none",
-            )  # fmt: skip
-        yield from useless(config, "data", config.data, "cluster", ["workers"])
-        for i, source in enumerate(config.data.sources):
-            if (source.path is None) == (source.hf is None):
-                yield UserError(
-                    f"source {source.name} needs either path or hf", at=config.where(f"data.sources.{i}"),
-                    got="both" if source.path else "neither",
-                )  # fmt: skip
-            place = f"data.sources.{i}"
-            yield from useless(config, place, source, "path", ["config", "split", "streaming"])
-            yield from useless(config, place, source, "hf", ["include", "exclude"])
-            if source.name in names[:i]:
-                yield UserError("two sources share a name", at=config.where(f"data.sources.{i}"), got=source.name)
-        tokenizer = config.data.tokenizer
-        ways = [name for name in ("train", "path", "extend") if getattr(tokenizer, name) is not None]
-        if len(ways) != 1:
-            yield UserError(
-                "data.tokenizer needs one of train, path and extend", at=config.where("data.tokenizer"),
-                got=" and ".join(ways) or "none", expected="{train: bpe, vocab_size: 32000} or {path: tokenizer.json}",
-            )  # fmt: skip
-        learning = ["pattern", "normalize", "special_tokens"]
-        yield from useless(config, "data.tokenizer", tokenizer, "path", ["vocab_size", "sample_mb", *learning])
-        yield from useless(config, "data.tokenizer", tokenizer, "extend", learning)
-        if tokenizer.train in ("wordpiece", "char") and tokenizer.pattern != "gpt2":
-            yield UserError(
-                f"data.tokenizer.pattern means nothing to {tokenizer.train}", at=config.where("data.tokenizer.pattern"),
-                fix="delete it",
-            )  # fmt: skip
+        place = f"data.sources.{i}"
+        yield from useless(config, place, source, "path", ["config", "revision", "split", "streaming"])
+        yield from useless(config, place, source, "hf", ["include", "exclude"])
+        if source.name in names[:i]:
+            yield UserError("two sources share a name", at=config.where(f"data.sources.{i}"), got=source.name)
+
+
+def tokenizer_conflicts(config: Config, tokenizer: TokenizerSection) -> Iterator[UserError]:
+    """Ways to a tokenizer that exclude each other, and options that mean nothing to the chosen one."""
+    ways = [name for name in ("train", "path", "extend") if getattr(tokenizer, name) is not None]
+    if len(ways) != 1:
+        yield UserError(
+            "data.tokenizer needs one of train, path and extend", at=config.where("data.tokenizer"),
+            got=" and ".join(ways) or "none", expected="{train: bpe, vocab_size: 32000} or {path: tokenizer.json}",
+        )  # fmt: skip
+    learning = ["pattern", "normalize", "special_tokens"]
+    yield from useless(config, "data.tokenizer", tokenizer, "path", ["vocab_size", "sample_mb", *learning])
+    yield from useless(config, "data.tokenizer", tokenizer, "extend", learning)
+    if tokenizer.train in ("wordpiece", "char") and tokenizer.pattern != "gpt2":
+        yield UserError(
+            f"data.tokenizer.pattern means nothing to {tokenizer.train}", at=config.where("data.tokenizer.pattern"),
+            fix="delete it",
+        )  # fmt: skip
 
 
 def useless(config: Config, place: str, section: Section, given: str, keys: list[str]) -> Iterator[UserError]:

@@ -17,7 +17,8 @@ import yaml
 from llmkit import checkpoint
 from llmkit.config import check_options
 from llmkit.corpus import build
-from llmkit.data.batches import GOLDEN, MASK, Batches, corpus_batches, mix, packed_batches, samples_in
+from llmkit.corpus.units import VERSION
+from llmkit.data.batches import GOLDEN, MASK, Batches, Mixture, corpus_batches, mix, packed_batches, samples_in
 from llmkit.data.sft import encode_sft
 from llmkit.data.tokenizer import Tokenizer, load_tokenizer
 from llmkit.data.tokens import open_split
@@ -376,6 +377,8 @@ def open_corpus(config: Config, world: World, say: Callable[[str], None]) -> Dat
     if config.data.sources:
         world.on_main(lambda: build.build_corpus(config.data, say=say))
     manifest = build.read_manifest(folder)
+    if manifest["version"] != VERSION:
+        raise UserError("the data was built by another version of llmkit", at=folder, fix="build it again", code=DATA)
     tokenizer = load_tokenizer(folder / "tokenizer")
     if tokenizer.sha256 != manifest.get("tokenizer_sha256"):
         raise UserError(
@@ -396,24 +399,22 @@ def open_corpus(config: Config, world: World, say: Callable[[str], None]) -> Dat
                 f"source {name} has a weight, but not one sample", at=folder, expected=f"over {seq_len} tokens",
                 got=f"{len(stream)} tokens", fix="lower data.seq_len, or leave the source out", code=DATA,
             )  # fmt: skip
+    mixture = Mixture([samples_in(s, seq_len) for s in streams["train"]], list(weights.values())) if weights else None
     samples = {split: sum(samples_in(stream, seq_len) for stream in parts) for split, parts in streams.items()}
 
     def open_batches(split: str, size: int, **order: Any) -> Batches:
-        mixed = {"weights": list(weights.values())} if weights and split == "train" else {}
-        return corpus_batches(streams[split], seq_len, size, document_mask=config.data.document_mask, **mixed, **order)
+        mixed = mixture if split == "train" else None
+        masked = config.data.document_mask
+        return corpus_batches(streams[split], seq_len, size, mixture=mixed, document_mask=masked, **order)
 
-    fingerprint, mask = manifest["fingerprint"], config.data.document_mask
     return Data(
         tokenizer,
         open_batches,
         samples,
-        build.hash_of(fingerprint, weights, mask) if weights or mask else fingerprint,
+        manifest["fingerprint"],
         f"{folder}: {count(splits['train']['tokens'])} train and {count(splits['val']['tokens'])} val tokens, "
         f"{manifest['counts']['kept']} of {manifest['counts']['read']} documents kept, vocabulary {len(tokenizer)}",
-        {
-            name: (weight / sum(weights.values()), samples_in(stream, seq_len))
-            for (name, weight), stream in zip(weights.items(), streams["train"], strict=False)
-        },
+        dict(zip(weights, zip(mixture.shares(), mixture.samples, strict=True), strict=True)) if mixture else {},
     )
 
 

@@ -100,9 +100,14 @@ def stamps_in(folder: Path) -> list[tuple[str, int, int]]:
     return stamps_of(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
 
 
+def half_of(path: Path) -> Path:
+    """Where a file is written before it is renamed: another place for every process, on any machine."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """The file has its old or its new content at every moment."""
-    half = path.with_name(path.name + ".tmp")
+    half = half_of(path)
     with half.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()

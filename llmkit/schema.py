@@ -46,6 +46,7 @@ class Source(Section):
     exclude: list[str] = []
     hf: str | None = None
     config: str | None = None  # the subset of a Hugging Face dataset
+    revision: str | None = None  # a commit or tag of a hub dataset: without one, a later commit is not noticed
     split: str = "train"
     streaming: bool = False
     text_key: str = "text"
@@ -119,7 +120,7 @@ class NearDedup(Section):
 class Dedup(Section):
     exact: bool = True
     near: NearDedup | Literal[False] = NearDedup()
-    paragraphs: Count | Literal[False] = False  # of so many words, that stood in an earlier document, are cut out
+    paragraphs: Count | Literal[False] = False  # of so many words and more: those that stood before are cut out
 
 
 class Decontaminate(Section):
@@ -153,7 +154,7 @@ class CorpusData(Section):
 
     kind: Literal["corpus"]
     dir: str
-    seed: Annotated[int, Field(ge=0)] = 1234  # of the split, and of the sample that the tokenizer sees
+    seed: Annotated[int, Field(ge=0, le=2**32)] = 1234  # of the split, and of the sample that the tokenizer sees
     sources: list[Source] = []  # empty: `dir` was built before
     workers: Count | Literal["auto"] = "auto"
     cluster: str | None = None  # address of a Dask scheduler whose workers see the same files: tcp://host:8786

@@ -17,7 +17,7 @@ class Document:
     id      unique and stable over runs: "<source name>/<path inside it>[:record]"
     text    what the model will read
     source  name of the source in the config
-    meta    everything else the record carried, and the scores that the filters leave there
+    meta    what its reader says of it: "format", "encoding", "url"
     """
 
     id: str

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import random
+import time
 import zipfile
 from pathlib import Path
 
@@ -172,6 +173,21 @@ def test_half_of_a_packed_page_is_bad(tmp_path, headers, body):
     assert not good and bad.line == 1
 
 
+@pytest.mark.parametrize("body, text", [
+    (b"3\r\none\r\n0;a=b\r\n\r\n", "one"), (b"3 ;x\r\none\r\n00\r\n\r\n", "one"),
+    (b"3\r\none\r\n-2\r\n" * 5, None), (b"3\r\none\r\nffffffffff\r\n", None),
+])  # fmt: skip
+def test_chunks_end_as_they_should_or_the_page_is_bad(tmp_path, body, text):
+    good, bad = read(write(tmp_path / "a.warc", page("http://t/", body, headers=CHUNKED)))
+    assert [one.text for one in good] == ([text] if text else []) and len(bad) == (text is None)
+
+
+def test_a_million_chunks_take_no_time():
+    started = time.process_time()
+    assert records.unpack(b"1\r\nx\r\n" * 300_000 + b"0\r\n\r\n", [("Transfer-Encoding", "chunked")]) == b"x" * 300_000
+    assert time.process_time() - started < 5
+
+
 @pytest.mark.parametrize("content, reason", [
     (b"", "no WARC record"), (b"no archive\n" * 50, "broken"), (b"\0" * 5000, "broken"), (NOISE, "broken"),
 ])  # fmt: skip
@@ -239,7 +255,7 @@ def test_files_of_every_kind_in_a_zip(tmp_path, method):
         ("sheet.csv:2", "c1"), ("table.parquet:1", "p1"), ("table.parquet:2", "p2"), ("z.txt", "last"),
     ]  # fmt: skip
     meta = {one.id.removeprefix("s/a.zip/"): one.meta for one in good}
-    assert meta["page.html"] == {"format": "html", "encoding": "cp1252"} and meta["a/lines.jsonl:3"] == {"n": 3}
+    assert meta["page.html"] == {"format": "html", "encoding": "cp1252"} and meta["a/lines.jsonl:3"] == {}
     assert meta["pages.warc.gz:1"]["url"] == "http://a/"
 
 

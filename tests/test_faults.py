@@ -188,11 +188,11 @@ def test_a_worker_that_is_killed_is_one_error_and_the_next_build_goes_on(undistu
     config = copy_of(undisturbed, tmp_path / "x", workers=2)
     parts = tmp_path / "x/data/parts"
     begun = start(config)
-    assert wait_for(lambda: list(parts.glob("*.scores.npy")))
+    assert wait_for(lambda: list(parts.glob("*.json")))
     os.kill(children(begun.pid)[0], signal.SIGKILL)
     _, err = begun.communicate(timeout=60)
     assert begun.returncode == ENVIRONMENT and one_block(err) and "a worker process died" in err
-    done = {path: path.stat().st_mtime_ns for path in parts.glob("*.scores.npy")}
+    done = {path: path.stat().st_mtime_ns for path in parts.glob("*.json")}  # written last
     finish(config)
     assert done and all(path.stat().st_mtime_ns == before for path, before in done.items())
     assert tokens_of(tmp_path / "x/data") == tokens_of(undisturbed / "data")

@@ -17,11 +17,14 @@ import torch
 import yaml
 from conftest import WORDS, llmkit, sentences, tiny_config
 
+from llmkit.checkpoint import locate
 from llmkit.cli import main
 from llmkit.config import load_config
 from llmkit.corpus.build import build_corpus, read_manifest
+from llmkit.corpus.decide import TRAIN
+from llmkit.corpus.encode import split_text
 from llmkit.corpus.lookup import explain_document, sample_documents
-from llmkit.data.batches import SLOTS, Mixture, corpus_batches
+from llmkit.data.batches import SLOTS, Mixture, corpus_batches, samples_in
 from llmkit.data.dedup import exact_key
 from llmkit.data.filters import PROFILES
 from llmkit.data.tokenizer import load_tokenizer
@@ -29,6 +32,7 @@ from llmkit.data.tokens import ShardWriter, TokenStream, open_split, token_dtype
 from llmkit.data.vocabulary import train_tokenizer
 from llmkit.data.words import split_words
 from llmkit.errors import DATA, UserError
+from llmkit.evals.perplexity import measure
 from llmkit.job import prepare
 from llmkit.models import build_model, llama
 from llmkit.parallel import start_world
@@ -751,10 +755,11 @@ def streams_of(folder: Path, lengths: list[int]) -> list[TokenStream]:
 @pytest.mark.parametrize("weights", [[3, 1], [5, 3, 2]])
 def test_ranks_together_see_the_global_batch_of_a_mixture(tmp_path, weights):
     streams = streams_of(tmp_path, [400, 90, 250][: len(weights)])
+    mixture = Mixture([samples_in(stream, 8) for stream in streams], weights)
 
     def rows(step: int, world: int) -> list[list[int]]:
         parts = [
-            corpus_batches(streams, 8, 16, weights=weights, seed=5, rank=rank, world=world).batch_at(step)
+            corpus_batches(streams, 8, 16, mixture=mixture, seed=5, rank=rank, world=world).batch_at(step)
             for rank in range(world)
         ]
         return sorted(chain(*(part.input_ids.tolist() for part in parts)))
@@ -769,7 +774,8 @@ def test_ranks_together_see_the_global_batch_of_a_mixture(tmp_path, weights):
 def test_samples_of_a_source_come_once_an_epoch_of_its_own(tmp_path, weights):
     lengths = [400, 90, 250][: len(weights)]
     streams = streams_of(tmp_path, lengths)
-    batches = corpus_batches(streams, 8, 8, weights=weights, seed=5)
+    mixture = Mixture([samples_in(stream, 8) for stream in streams], weights)
+    batches = corpus_batches(streams, 8, 8, mixture=mixture, seed=5)
     first = np.concatenate([batches.batch_at(step).input_ids[:, 0] for step in range(120)])
     for number, length in enumerate(lengths):
         samples = (length - 1) // 8
@@ -845,6 +851,33 @@ def test_the_header_shows_the_mixture_and_training_draws_it(tmp_path, tokenizer)
             longest = max(decode(row).split("<|endoftext|>"), key=len).strip()
             seen[next(name for name in known if longest in known[name])] += 1
     assert seen == {"a": 10, "b": 30}
+
+
+def test_a_run_of_a_mixture_with_document_masks_can_be_evaluated(tmp_path, tokenizer):
+    config = mixed(tmp_path, tokenizer, [3, 1])
+    train(
+        load_config(config, ["data.document_mask=true", "train.max_steps=2", "eval.every=2", "checkpoint.every=2"]),
+        **quiet,
+    )
+    figures = measure(
+        locate(str(tmp_path / "run")), data=None, window=None, stride=None, batch_size=4, precision="fp32"
+    )
+    assert figures["loss"] > 0 and "in one stream" in figures["data"]
+
+
+def test_the_tail_of_a_long_line_is_no_more_than_was_asked_for():
+    train_text, val_text = split_text("Title\n" + "word " * 2000, TRAIN, 0.1, by_tail=True)
+    assert 0.09 < len(val_text) / len(train_text + val_text) < 0.21
+
+
+def test_a_paragraph_stays_somewhere_though_the_document_it_first_stood_in_goes(tmp_path, tokenizer):
+    one, *others = (prose(i, 30) for i in range(6))
+    written = ["\n\n".join([prose(10, 30), *others]), "\n\n".join([*others, one]), f"{one}\n\n{prose(11, 60)}"]
+    dedup = {"near": False, "paragraphs": 20}
+    data = corpus_of(tmp_path, tokenizer, [source(tmp_path, "s", written)], dedup=dedup, split={"val_fraction": 0.001})
+    manifest = build_corpus(data, **quiet)
+    assert manifest["funnel"]["s"]["dropped"] == {"repeated paragraphs": 1}
+    assert sum(text.count(one) for text in all_texts(tmp_path / "data")) >= 1
 
 
 def test_a_run_with_other_weights_is_not_resumed(tmp_path, tokenizer):

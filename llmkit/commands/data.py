@@ -29,7 +29,8 @@ def data_build(
 
     section = load_config(config, o).data
     if dry_run:
-        print(try_corpus(section, dry_run))
+        text, funnel = try_corpus(section, dry_run)
+        show({"funnel": funnel}, as_json) if as_json else print(text)
         return
     manifest = build_corpus(section, say=progress_to(as_json))
     if as_json:
@@ -54,7 +55,7 @@ def data_report(
 def data_inspect(
     config: ConfigArg,
     o: Override = [],
-    rows: Annotated[int, typer.Option(min=1, help="How many rows of the first batch.")] = 2,
+    rows: Annotated[int | None, typer.Option(min=1, help="How many rows of the first batch; 2 if not said.")] = None,
     id: Annotated[str | None, typer.Option(help="A document: why it was kept or dropped.")] = None,
     dropped: Annotated[int, typer.Option(min=0, help="Show so many documents that were dropped.")] = 0,
     kept: Annotated[int, typer.Option(min=0, help="Show so many documents that were kept.")] = 0,
@@ -68,6 +69,8 @@ def data_inspect(
     loaded = load_config(config, o)
     if rule and not dropped:
         raise UserError("--rule picks among what was dropped", fix=f"add --dropped 20 to --rule {rule}")
+    if (id is not None) + bool(dropped or kept) + (rows is not None) > 1:
+        raise UserError("--rows, --id and --dropped or --kept show different things", fix="choose one of them")
     if id or dropped or kept:
         inspect_documents(loaded.data, id, dropped, kept, rule, as_json)
         return
@@ -76,7 +79,7 @@ def data_inspect(
     from llmkit.parallel import start_world
 
     job = prepare(loaded, start_world(), say=progress_to(as_json))
-    shown = inspect_rows(job.batches("train", rows).batch_at(0), job.data.tokenizer)
+    shown = inspect_rows(job.batches("train", rows or 2).batch_at(0), job.data.tokenizer)
     if as_json:
         show({"rows": shown}, as_json)
     else:
@@ -123,7 +126,8 @@ def tokenizer_train(
     from llmkit.data.vocabulary import extend_bpe, train_tokenizer
     from llmkit.errors import UserError
 
-    texts = read_texts(sources, text_key)
+    bad: list = []
+    texts = read_texts(sources, text_key, bad)
     if extend:
         options = {
             "--kind": kind != "bpe",
@@ -138,7 +142,8 @@ def tokenizer_train(
         options = {"vocab_size": vocab_size, "pattern": pattern, "normalize": normalize, "special_tokens": special}
         made = train_tokenizer(texts, kind, **options)
     made.save(out)
-    show({"written": f"{out}/tokenizer.json", "vocabulary": len(made)}, as_json)
+    unread = {"not read": f"{len(bad)} records, the first {bad[0].path}:{bad[0].line}: {bad[0].reason}"} if bad else {}
+    show({"written": f"{out}/tokenizer.json", "vocabulary": len(made)} | unread, as_json)
 
 
 @tokenizer_app.command("show")

@@ -12,6 +12,7 @@ killed, or whose later settings changed, redoes only what it must; the result do
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import re
@@ -23,9 +24,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from llmkit.corpus.decide import Decision, decide, draw
+import numpy as np
+
+from llmkit.corpus.decide import VAL, Decision, checks_of, count_fates, decide, draw
 from llmkit.corpus.encode import encode_unit, kept_texts, split_text
-from llmkit.corpus.engine import open_pool
+from llmkit.corpus.engine import Pool, open_pool
 from llmkit.corpus.measure import Stopwatch, measure_unit, peak_mb, size_of
 from llmkit.corpus.report import make_funnel, report
 from llmkit.corpus.units import VERSION, Unit, hash_of, load_array, make_units
@@ -37,15 +40,16 @@ from llmkit.data.tokens import changed, token_dtype
 from llmkit.data.vocabulary import extend_bpe, train_tokenizer
 from llmkit.errors import DATA, ENVIRONMENT, UserError, did_you_mean, raise_all
 from llmkit.run import lock, write_atomically
-from llmkit.schema import CorpusData
+from llmkit.schema import CorpusData, OnError
 
-PACKED = (".gz", ".zst", ".zip", ".parquet")
-UNPACKED = 4  # bytes of text in a byte of a packed file, for the estimate of disk space
-SPACE = 0.9  # bytes on disk for a byte of text: clean texts 0.4 (packed), tokens 0.5
+PACKED = (".jsonl.gz", ".jsonl.zst", ".zip", ".parquet")
+UNPACKED = 2  # bytes of text in a byte of a packed file, at least, for the estimate of disk space
+MARKUP = (".html", ".htm", ".xhtml", ".warc", ".warc.gz", ".warc.zst")
+SPACE = 0.8  # bytes on disk for a byte of text: clean texts 0.4 (packed), tokens 0.5; a little is always dropped
 
 
-def check_settings(data: CorpusData) -> None:
-    """What the schema can't know: rules and languages that do not exist, files that are not there."""
+def check_rules(data: CorpusData) -> None:
+    """Refuse rules that do not exist, and thresholds that are neither low nor high."""
     errors = []
     for rule, limits in data.filter.rules.items():
         if rule not in RULES:
@@ -54,6 +58,10 @@ def check_settings(data: CorpusData) -> None:
         elif limits is not False and limits.keys() - {"low", "high"}:
             errors.append(UserError(f"data.filter.rules.{rule} takes low and high", got=", ".join(limits)))
     raise_all(errors)
+
+
+def check_scorers(data: CorpusData) -> None:
+    """Refuse languages, word lists and classifiers that are not there; loads them, so only where they are needed."""
     if data.filter.language:
         check_languages(data.filter.language.keep)
     if data.filter.words:
@@ -71,7 +79,7 @@ def check_corpus(data: CorpusData) -> None:
         )  # fmt: skip
     if not data.sources:
         raise UserError("there is nothing to build", expected="data.sources", fix="name at least one source")
-    check_settings(data)
+    check_rules(data)
 
 
 def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -82,6 +90,7 @@ def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dic
     if is_built(folder, recipe):
         say(f"data is built: {folder}/manifest.json")
         return read_manifest(folder)
+    check_scorers(data)
     if (folder / "manifest.json").exists():
         say(f"{folder} holds another build, which this one replaces")
     with lock(folder, "another process is building this data", fix="wait for it, or choose another data.dir"):
@@ -97,18 +106,28 @@ def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dic
             ) from None  # fmt: skip
 
 
-def try_corpus(data: CorpusData, documents: int) -> str:
-    """The report of a build of each source's first documents, which leaves nothing behind."""
+def try_corpus(data: CorpusData, documents: int) -> tuple[str, dict[str, Any]]:
+    """(report, funnel) of a build of each source's first documents, up to pass B; it leaves nothing behind."""
     check_corpus(data)
+    check_scorers(data)
     sources = [
         source.model_copy(update={"limit": min(documents, source.limit or documents)}) for source in data.sources
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        trial = data.model_copy(update={"sources": sources, "dir": folder, "cluster": None})
-        trial.on_error = data.on_error.model_copy(update={"max_bad_fraction": 1.0})
-        units, named, recipe = make_recipe(trial)
-        build_units(trial, units, named, recipe, writing=False)
-        return (Path(folder) / "report.md").read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as place:
+        anything = OnError(max_bad_fraction=1.0)
+        trial = data.model_copy(update={"sources": sources, "cluster": None, "on_error": anything})
+        units, parts = make_units(trial), Path(place)
+        with open_pool(trial, len(units)) as pool:
+            counts = measure_all(pool, units, trial, parts)
+        decision = decide(units, trial, parts, parts / "decided")
+    funnel = make_funnel(units, counts, decision)
+    return report({"funnel": funnel}, counts, [], decision), funnel
+
+
+def measure_all(pool: Pool, units: list[Unit], data: CorpusData, parts: Path) -> list[dict[str, Any]]:
+    """Pass A over all units; returns their counts."""
+    sizes = [unit.bytes for unit in units]
+    return pool.map(measure_unit, [(unit, data, parts) for unit in units], "read, clean, measure", sizes)
 
 
 def make_recipe(data: CorpusData) -> tuple[list[Unit], Tokenizer | None, str]:
@@ -120,9 +139,20 @@ def make_recipe(data: CorpusData) -> tuple[list[Unit], Tokenizer | None, str]:
     return units, named, hash_of(VERSION, [unit.part for unit in units], settings, named and named.sha256)
 
 
+def decided_in(folder: Path, recipe: str) -> Path:
+    """Where pass B of a recipe leaves the fates: a build that is cut off must not touch those of the finished one."""
+    return folder / "parts" / f"decided-{recipe}"
+
+
 def needs_build(data: CorpusData) -> bool:
-    """Whether `build_corpus` would have something to do."""
-    return bool(data.sources) and not is_built(Path(data.dir), make_recipe(data)[2])
+    """Whether `build_corpus` would have something to do; raises what it would raise before it begins."""
+    if not data.sources:
+        return False
+    check_corpus(data)
+    if is_built(Path(data.dir), make_recipe(data)[2]):
+        return False
+    check_scorers(data)
+    return True
 
 
 def is_built(folder: Path, recipe: str) -> bool:
@@ -137,9 +167,12 @@ def is_built(folder: Path, recipe: str) -> bool:
 
 
 def space_needed(folder: Path, units: list[Unit]) -> int:
-    """Bytes that a build will still write, roughly: less what of it is there."""
-    packed = sum(unit.bytes for unit in units if any(path.endswith(PACKED) for path, _ in unit.pieces))
-    needed = int(SPACE * (sum(unit.bytes for unit in units) + (UNPACKED - 1) * packed))
+    """Bytes that a build will still write, at the least: text files alone tell, markup and limits leave little."""
+    needed = 0
+    for unit in units:
+        names = [path.lower() for path, _ in unit.pieces]
+        if unit.source["limit"] is None and not any(name.endswith(MARKUP) for name in names):
+            needed += int(SPACE * unit.bytes * (UNPACKED if any(name.endswith(PACKED) for name in names) else 1))
     there = sum(max(0, size_of(folder / "parts" / f"{unit.part}.jsonl.zst")) for unit in units)
     return max(0, needed - there)
 
@@ -154,38 +187,30 @@ def check_space(folder: Path, units: list[Unit]) -> None:
         )  # fmt: skip
 
 
-def build_units(
-    data: CorpusData, units: list[Unit], named: Tokenizer | None, recipe: str, writing: bool = True
-) -> dict[str, Any]:
-    """All passes over all units; returns the manifest. What an earlier build has done and still fits is only read.
-
-    writing  False: stop after pass B, with a report of what would be dropped
-    """
+def build_units(data: CorpusData, units: list[Unit], named: Tokenizer | None, recipe: str) -> dict[str, Any]:
+    """All passes over all units; returns the manifest. What an earlier build has done and still fits is only read."""
     folder, started = Path(data.dir), time.perf_counter()
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
-    sizes = [unit.bytes for unit in units]
     with open_pool(data, len(units)) as pool:
-        counts = pool.map(measure_unit, [(unit, data, parts) for unit in units], "read, clean, measure", sizes)
-        write_quarantine(units, parts, folder)
-        stop_on_bad_records(data, counts, folder)
+        counts = measure_all(pool, units, data, parts)
+        stop_on_bad_records(data, counts, write_quarantine(units, parts, folder))
         watch = Stopwatch()
-        decision = decide(units, data, parts)
+        decided = decided_in(folder, recipe)
+        decision = decide(units, data, parts, decided)
         watch.lap("deciding")
         funnel = make_funnel(units, counts, decision)
-        if not writing:
-            write_atomically(folder / "report.md", report({"funnel": funnel}, counts, [], decision))
-            return {}
         if decision.documents == 0:
             raise nothing_left(folder, funnel)
-        tokenizer, tokenizer_folder = make_tokenizer(data, parts, units, decision, named)
+        tokenizer, tokenizer_folder = make_tokenizer(data, parts, decided, units, decision, named)
         watch.lap("tokenizer")
         spent = watch.seconds
+        keys = [encoding_key(data, decided, unit, decision, tokenizer) for unit in units]
         jobs = [
-            (unit, data, tokenizer_folder, decision.by_tail, encoding_key(data, parts, unit, decision, tokenizer))
-            for unit in units
+            (unit, data, decided, tokenizer_folder, decision.by_tail, key)
+            for unit, key in zip(units, keys, strict=True)
         ]
-        shards = pool.map(encode_unit, jobs, "encode", sizes)
+        shards = pool.map(encode_unit, jobs, "encode", [unit.bytes for unit in units])
 
     splits: dict[str, Any] = {}
     for split in ("train", "val"):
@@ -209,35 +234,44 @@ def build_units(
     write_atomically(folder / "report.json", json.dumps(manifest | {"units": counts}, indent=1))
     tokenizer.save(folder / "tokenizer")
     write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-    delete_earlier(folder, units, tokenizer_folder, [job[-1] for job in jobs])
+    delete_earlier(folder, units, [tokenizer_folder, decided], keys)
     return manifest
 
 
-def encoding_key(data: CorpusData, parts: Path, unit: Unit, decision: Decision, tokenizer: Tokenizer) -> str:
-    """A hash of all that a unit's shards depend on: other thresholds that drop nothing else change nothing."""
-    fates, cut = (load_array(parts / f"{unit.part}.{name}.npy") for name in ("fate", "cut"))
+def encoding_key(data: CorpusData, decided: Path, unit: Unit, decision: Decision, tokenizer: Tokenizer) -> str:
+    """A hash of all that a unit's shards and the reasons beside them depend on."""
+    fates, cut = (load_array(decided / f"{unit.part}.{name}.npy") for name in ("fate", "cut"))
+    checks = checks_of(data, unit.source["profile"])
+    met = {name: checks.get(name) for name in count_fates(fates["fate"])}  # other thresholds that drop nothing else
     splitting = (data.split.val_fraction if decision.by_tail else None, decision.by_tail)
-    return hash_of(unit.part, fates["fate"].tobytes().hex(), cut.tobytes().hex(), tokenizer.sha256, splitting)
+    return hash_of(unit.part, checksum(fates["fate"]), checksum(cut), met, tokenizer.sha256, splitting)
 
 
-def delete_earlier(folder: Path, units: list[Unit], tokenizer_folder: Path, keys: list[str]) -> None:
-    """Delete what earlier builds left in parts/, tokens/ and dropped/, and no manifest names any more."""
+def checksum(array: np.ndarray) -> str:
+    return hashlib.blake2b(array.tobytes(), digest_size=16).hexdigest()
+
+
+def delete_earlier(folder: Path, units: list[Unit], made: list[Path], keys: list[str]) -> None:
+    """Delete what earlier builds left and no manifest names any more: nothing that only lies there."""
     current = {unit.part for unit in units} | {f"{unit.name}-{key}" for unit, key in zip(units, keys, strict=True)}
-    there = [folder.glob("parts/*"), (folder / "tokens").rglob("*"), folder.glob("dropped/*")]
-    for path in itertools.chain(*there):
-        stem = re.match(r"(.+-\d+-[0-9a-f]{16})\.", path.name)
-        if path.is_file() and (stem is None or stem[1] not in current):
-            path.unlink()
-        elif path.parent.name == "parts" and path.is_dir() and path != tokenizer_folder:
+    for path in itertools.chain(folder.glob("parts/*"), (folder / "tokens").rglob("*"), folder.glob("dropped/*")):
+        stem = re.match(r"(.+-\d+-[0-9a-f]{16})\.(tokens-([0-9a-f]{16}))?", path.name)
+        if stem and path.is_file():
+            if stem[1] not in current or path.name.endswith(".tmp") or (stem[3] and stem[3] not in keys):
+                path.unlink()
+        elif re.match(r"(tokenizer|decided)-[0-9a-f]{16}(\.tmp)?$", path.name) and path not in made:
             shutil.rmtree(path)
 
 
-def write_quarantine(units: list[Unit], parts: Path, folder: Path) -> None:
-    """Join what the units could not read in quarantine.jsonl, with lines counted from the start of each file."""
+def write_quarantine(units: list[Unit], parts: Path, folder: Path) -> str:
+    """Join what the units could not read in quarantine.jsonl, with lines counted from the start of each file.
+
+    Returns where the first of it stands.
+    """
     cut = {Path(path): [] for unit in units for path, span in unit.pieces if span}
     found = []
     for unit in units:
-        starts = {path: span[0] for path, span in unit.pieces if span and not path.endswith(".parquet")}
+        starts = {path: span[0] for path, span in unit.pieces if span and not path.lower().endswith(".parquet")}
         for line in (parts / f"{unit.part}.bad.jsonl").read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             start = starts.get(record["path"], 0)
@@ -248,17 +282,19 @@ def write_quarantine(units: list[Unit], parts: Path, folder: Path) -> None:
     for record, start in found:
         record["line"] += before[record["path"]][start] if start else 0
     write_atomically(folder / "quarantine.jsonl", "".join(json.dumps(record) + "\n" for record, _ in found))
+    return (
+        f"{found[0][0]['path']}:{found[0][0]['line']} and others, all in {folder / 'quarantine.jsonl'}" if found else ""
+    )
 
 
-def stop_on_bad_records(data: CorpusData, counts: list[dict], folder: Path) -> None:
+def stop_on_bad_records(data: CorpusData, counts: list[dict], where: str) -> None:
     """Raise when records could not be read and the config does not allow that many."""
     bad, read = (sum(one[name] for one in counts) for name in ("quarantined", "read"))
     most = 0.0 if data.on_error.mode == "fail" else data.on_error.max_bad_fraction
     if bad and bad > most * read:
         reasons = sum((Counter(one["bad"]) for one in counts), Counter())
-        first = next(one["first_bad"] for one in counts if one["first_bad"])
         raise UserError(
-            f"{bad} of {read} records can't be read", at=f"{first} and others, all in {folder / 'quarantine.jsonl'}",
+            f"{bad} of {read} records can't be read", at=where,
             got=", ".join(f"{number} {reason}" for reason, number in reasons.most_common(8)),
             fix="mend the files, or raise data.on_error.max_bad_fraction", code=DATA,
         )  # fmt: skip
@@ -275,24 +311,29 @@ def nothing_left(folder: Path, funnel: dict[str, Any]) -> UserError:
 
 
 def make_tokenizer(
-    data: CorpusData, parts: Path, units: list[Unit], decision: Decision, named: Tokenizer | None
+    data: CorpusData, parts: Path, decided: Path, units: list[Unit], decision: Decision, named: Tokenizer | None
 ) -> tuple[Tokenizer, Path]:
     """The tokenizer of the build and where it lies: the named one, or one that learns from a sample of train."""
-    flags = [load_array(parts / f"{unit.part}.fate.npy")["fate"].tobytes().hex() for unit in units]
+    flags = [checksum(fates) for fates in decision.fates]
     splitting = (data.split.val_fraction, decision.by_tail)
     section = data.tokenizer
     settings = (section.model_dump(), named and named.sha256, data.seed, splitting)
-    made_of = named.sha256 if section.path else hash_of([unit.part for unit in units], hash_of(flags), settings)
+    made_of = named.sha256 if section.path else hash_of([unit.part for unit in units], flags, settings)
     folder = parts / f"tokenizer-{made_of[:16]}"
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder), folder
-    size = sum(int(load_array(parts / f"{unit.part}.scores.npy")["bytes"].sum(dtype="u8")) for unit in units)
+    size = sum(
+        int(load_array(parts / f"{unit.part}.scores.npy")["bytes"][fates <= VAL].sum(dtype="u8"))
+        for unit, fates in zip(units, decision.fates, strict=True)
+    )
     share = data.tokenizer.sample_mb * 1e6 / max(1, size)
 
     def sample() -> Iterable[str]:
         for unit in units:
             draws = draw(load_array(parts / f"{unit.part}.scores.npy")["key"][:, 0], data.seed + 1)
-            for (_, fate, text), wanted in zip(kept_texts(unit, data, parts), (draws < share).tolist(), strict=True):
+            for (_, fate, text), wanted in zip(
+                kept_texts(unit, data, parts, decided), (draws < share).tolist(), strict=True
+            ):
                 if wanted and text:
                     yield split_text(text, fate, *splitting)[0]
 

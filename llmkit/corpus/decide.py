@@ -17,7 +17,7 @@ from llmkit.data.dedup import first_of_equals, least_agreement, longest_of, near
 from llmkit.data.filters import RULES, Bounds, bounds_of, outside, why
 from llmkit.data.scorers import evaluation_ngrams
 from llmkit.data.words import GOLDEN, mix
-from llmkit.schema import CorpusData
+from llmkit.schema import CorpusData, NearDedup
 
 TRAIN, VAL = 0, 1
 FATES = (
@@ -40,9 +40,6 @@ class Decision:
     largest: int  # members of the largest
     contamination: dict[str, int]
     cut_paragraphs: int
-
-    def kept(self, unit: int) -> np.ndarray:
-        return self.fates[unit] <= VAL
 
     @property
     def documents(self) -> int:
@@ -92,62 +89,90 @@ def reason(row: np.ndarray, fate: int, data: CorpusData, profile: str) -> str:
     return why(name, float(values_of(row[None], name, data)[0]), limits) if limits and name != "empty" else name
 
 
-def decide(units: list[Unit], data: CorpusData, parts: Path) -> Decision:
-    """Settle the fate of every document; writes each unit's .fate.npy (fate, twin) and .cut.npy (its paragraphs).
+@dataclass
+class Ledger:
+    """What is known of all documents, unit after unit: arrays of the shape (documents,), about 60 bytes of each."""
 
-    Memory holds the numbers of all documents at once, about 60 bytes of each, and nothing else.
+    starts: np.ndarray  # (units + 1,): where each unit's documents begin
+    fates: np.ndarray  # uint8
+    lengths: np.ndarray  # bytes
+    keys: np.ndarray  # the first half of the exact key, which also draws the val split
+    heads: np.ndarray  # the first of a document's cluster: all of a cluster go where its head goes
+    stand_ins: np.ndarray  # the document that stays for a dropped duplicate; itself for others
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Places of the documents that nothing was found against yet."""
+        return np.flatnonzero(self.fates == TRAIN).astype(self.heads.dtype)
+
+
+def decide(units: list[Unit], data: CorpusData, parts: Path, decided: Path) -> Decision:
+    """Settle the fate of every document; writes each unit's .fate.npy (fate, stand-in) and .cut.npy (its paragraphs).
+
+    Memory holds the ledger, and what was found in some documents: n-grams of evaluation files, long paragraphs.
     """
+    ledger = judge_all(units, data, parts)
+    clusters, largest = join_near(ledger, units, parts, data.dedup.near) if data.dedup.near else (0, 0)
+    contamination = find_contaminated(ledger, units, data, parts)
+    cuts = find_repeated_paragraphs(ledger, units, parts) if data.dedup.paragraphs else None
+    by_tail = hold_out(ledger, data)
+    decided.mkdir(exist_ok=True)
+    for i, unit in enumerate(units):
+        here = np.arange(ledger.starts[i], ledger.starts[i + 1])
+        table = np.zeros(len(here), [("fate", "u1"), ("stand_in", "<i8")])
+        table["fate"], table["stand_in"] = ledger.fates[here], ledger.stand_ins[here]
+        table["stand_in"][table["stand_in"] == here] = -1
+        save_array(decided / f"{unit.part}.fate.npy", table)
+        save_array(decided / f"{unit.part}.cut.npy", cuts[i] if cuts else np.empty(0, bool))
+    cut = sum(int(one.sum()) for one in cuts or [])
+    return Decision(by_tail, np.split(ledger.fates, ledger.starts[1:-1]), clusters, largest, contamination, cut)
+
+
+def judge_all(units: list[Unit], data: CorpusData, parts: Path) -> Ledger:
+    """Open the ledger: every document judged by itself, and exact duplicates put together."""
     starts = np.cumsum([0, *(load_array(parts / f"{unit.part}.scores.npy", mmap_mode="r").shape[0] for unit in units)])
     number = int(starts[-1])
+    index = np.int32 if number < 2**31 else np.int64
     fates, lengths = np.empty(number, np.uint8), np.empty(number, np.uint32)
-    keys, keys_too = np.empty(number, np.uint64), np.empty(number, np.uint64)  # the halves of the exact keys
+    keys, keys_too = np.empty(number, np.uint64), np.empty(number, np.uint64)
     for unit, start, stop in zip(units, starts, starts[1:], strict=False):
         table = load_array(parts / f"{unit.part}.scores.npy")
         fates[start:stop] = judge(table, data, unit.source["profile"])
-        lengths[start:stop], keys[start:stop], keys_too[start:stop] = (
-            table["bytes"],
-            table["key"][:, 0],
-            table["key"][:, 1],
-        )
-        del table
-    index = np.int32 if number < 2**31 else np.int64
-    heads = np.arange(number, dtype=index)  # of a cluster: all of it goes where its head goes
-    stays = heads.copy()  # in the place of a duplicate; others stay for themselves
-    rest = np.flatnonzero(fates == TRAIN).astype(index)
-    heads[rest] = rest[first_of_equals(keys[rest], keys_too[rest])]
-    del keys_too
+        lengths[start:stop] = table["bytes"]
+        keys[start:stop], keys_too[start:stop] = table["key"].T
+    ledger = Ledger(starts, fates, lengths, keys, np.arange(number, dtype=index), np.arange(number, dtype=index))
+    kept = ledger.kept
+    ledger.heads[kept] = kept[first_of_equals(keys[kept], keys_too[kept])]
     if data.dedup.exact:
-        stays[rest] = heads[rest]
-        fates[rest[heads[rest] != rest]] = FATE["exact duplicate"]
-    clusters, largest = 0, 0
-    if near := data.dedup.near:
-        rest, least = np.flatnonzero(fates == TRAIN).astype(index), least_agreement(near.bands, near.rows)
-        together = near_clusters(
-            len(rest), (keys_of_band(units, parts, starts, band)[rest] for band in range(near.bands)),
-            lambda left, right: agreement(units, parts, starts, rest[left], rest[right]) >= least,
-        )  # fmt: skip
-        sizes = np.bincount(together)
-        clusters, largest = int((sizes > 1).sum()), int(sizes.max(initial=0))
-        heads[rest] = heads[rest[together]]
-        if near.keep == "longest":
-            stays[rest] = rest[longest_of(together, lengths[rest])]
-            fates[rest[stays[rest] != rest]] = FATE["near duplicate"]
-            stays = stays[stays]  # the one that stayed for its equals may have gone for a longer one
-    contamination = find_contaminated(units, data, parts, fates, starts, heads)
-    cuts = find_repeated_paragraphs(units, parts, fates, lengths, starts) if data.dedup.paragraphs else None
+        ledger.stand_ins[kept] = ledger.heads[kept]
+        fates[kept[ledger.heads[kept] != kept]] = FATE["exact duplicate"]
+    return ledger
 
-    kept = fates == TRAIN
-    by_tail = bool(kept.sum() * data.split.val_fraction < FEW)
-    if not by_tail:  # by what the head of its cluster says, so that near duplicates never part
-        fates[kept & (draw(keys[heads], data.seed) < data.split.val_fraction)] = VAL
-    for i, unit in enumerate(units):
-        table = np.zeros(starts[i + 1] - starts[i], [("fate", "u1"), ("twin", "<i8")])
-        here = np.arange(starts[i], starts[i + 1])
-        table["fate"], table["twin"] = fates[here], np.where(stays[here] == here, -1, stays[here])
-        save_array(parts / f"{unit.part}.fate.npy", table)
-        save_array(parts / f"{unit.part}.cut.npy", cuts[i] if cuts else np.empty(0, bool))
-    cut = sum(int(one.sum()) for one in cuts or [])
-    return Decision(by_tail, np.split(fates, starts[1:-1]), clusters, largest, contamination, cut)
+
+def join_near(ledger: Ledger, units: list[Unit], parts: Path, near: NearDedup) -> tuple[int, int]:
+    """Put near duplicates together, and drop all but the longest; returns (clusters, documents in the largest)."""
+    kept, least = ledger.kept, least_agreement(near.bands, near.rows)
+    together = near_clusters(
+        len(kept), (keys_of_band(units, parts, ledger.starts, band)[kept] for band in range(near.bands)),
+        lambda left, right: agreement(units, parts, ledger.starts, kept[left], kept[right]) >= least,
+    )  # fmt: skip
+    ledger.heads[kept] = ledger.heads[kept[together]]
+    if near.keep == "longest":
+        ledger.stand_ins[kept] = kept[longest_of(together, ledger.lengths[kept])]
+        ledger.fates[kept[ledger.stand_ins[kept] != kept]] = FATE["near duplicate"]
+        ledger.stand_ins = ledger.stand_ins[ledger.stand_ins]  # one that stayed for its equals may be gone now
+    sizes = np.bincount(together)
+    return int((sizes > 1).sum()), int(sizes.max(initial=0))
+
+
+def hold_out(ledger: Ledger, data: CorpusData) -> bool:
+    """Give whole clusters to val; True where there are so few documents that the tail of each has to do."""
+    kept = ledger.kept
+    if len(kept) * data.split.val_fraction < FEW:
+        return True
+    drawn = draw(ledger.keys[ledger.heads[kept]], data.seed) < data.split.val_fraction
+    ledger.fates[kept[drawn]] = VAL
+    return False
 
 
 def draw(keys: np.ndarray, seed: int) -> np.ndarray:
@@ -181,9 +206,7 @@ def agreement(units: list[Unit], parts: Path, starts: np.ndarray, left: np.ndarr
     return np.concatenate(shares)
 
 
-def find_contaminated(
-    units: list[Unit], data: CorpusData, parts: Path, fates: np.ndarray, starts: np.ndarray, heads: np.ndarray
-) -> dict[str, int]:
+def find_contaminated(ledger: Ledger, units: list[Unit], data: CorpusData, parts: Path) -> dict[str, int]:
     """Drop what shares a rare n-gram with the evaluation files; returns counts for the report.
 
     A cluster of duplicates counts once, lest copies of a leaked question make its n-grams look common.
@@ -193,16 +216,16 @@ def find_contaminated(
         return {}
     _, texts, short = evaluation_ngrams(evals.files, evals.ngram)
     hits = [load_array(parts / f"{unit.part}.hits.npy") for unit in units]
-    documents = np.concatenate([one["document"] + start for one, start in zip(hits, starts, strict=False)])
+    documents = np.concatenate([one["document"] + start for one, start in zip(hits, ledger.starts, strict=False)])
     grams = np.concatenate([one["gram"] for one in hits])
-    here = fates[documents] == TRAIN
+    here = ledger.fates[documents] == TRAIN
     documents, grams = documents[here], grams[here]
     unique, which = np.unique(grams, return_inverse=True)
-    pairs = np.unique(np.stack([which, heads[documents]], axis=1), axis=0)
+    pairs = np.unique(np.stack([which, ledger.heads[documents]], axis=1), axis=0)
     rare = np.bincount(pairs[:, 0], minlength=len(unique)) <= evals.ignore_if_in_docs
     flagged = np.unique(documents[rare[which]])
     if evals.action == "drop":
-        fates[flagged] = FATE["contaminated"]
+        ledger.fates[flagged] = FATE["contaminated"]
     return {
         "evaluation texts": texts, f"shorter than {evals.ngram} words, not looked for": short,
         "contaminated documents": len(flagged), "n-grams found": int(rare.sum()),
@@ -210,19 +233,19 @@ def find_contaminated(
     }  # fmt: skip
 
 
-def find_repeated_paragraphs(
-    units: list[Unit], parts: Path, fates: np.ndarray, lengths: np.ndarray, starts: np.ndarray
-) -> list[np.ndarray]:
+def find_repeated_paragraphs(ledger: Ledger, units: list[Unit], parts: Path) -> list[np.ndarray]:
     """For each unit which of its long paragraphs stood in an earlier place; drops documents that are little else."""
     found = [load_array(parts / f"{unit.part}.paragraphs.npy") for unit in units]
-    documents = np.concatenate([one["document"] + start for one, start in zip(found, starts, strict=False)])
+    documents = np.concatenate([one["document"] + start for one, start in zip(found, ledger.starts, strict=False)])
     keys, sizes = (np.concatenate([one[name] for one in found]) for name in ("key", "bytes"))
-    here = np.flatnonzero(fates[documents] == TRAIN)
-    cut = np.zeros(len(documents), bool)
-    cut[here] = True
-    cut[here[np.unique(keys[here], return_index=True)[1]]] = False  # the first of equals stays
-    gone = np.bincount(documents[cut], weights=sizes[cut], minlength=len(fates))
-    fates[gone > MOST_CUT * lengths] = FATE["repeated paragraphs"]
+    for dropping in (True, False):  # again for those that are left: what stood in a dropped one has to stay elsewhere
+        here = np.flatnonzero(ledger.fates[documents] == TRAIN)
+        cut = np.zeros(len(documents), bool)
+        cut[here] = True
+        cut[here[np.unique(keys[here], return_index=True)[1]]] = False  # the first of equals stays
+        if dropping:
+            gone = np.bincount(documents[cut], weights=sizes[cut], minlength=len(ledger.fates))
+            ledger.fates[gone > MOST_CUT * ledger.lengths] = FATE["repeated paragraphs"]
     return np.split(cut, np.cumsum([len(one) for one in found])[:-1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -26,14 +27,14 @@ def split_text(text: str, fate: int, val_fraction: float, by_tail: bool) -> tupl
     if not by_tail:
         return ("", text) if fate == VAL else (text, "")
     cut = round(len(text) * (1 - val_fraction))
-    cut = text.rfind("\n", 0, cut) + 1 or cut
+    cut = text.rfind("\n", max(0, 2 * cut - len(text)), cut) + 1 or cut  # never twice as much as was asked for
     return text[:cut], text[cut:]
 
 
-def kept_texts(unit: Unit, data: CorpusData, parts: Path) -> Iterator[tuple[dict[str, Any], int, str]]:
+def kept_texts(unit: Unit, data: CorpusData, parts: Path, decided: Path) -> Iterator[tuple[dict[str, Any], int, str]]:
     """(record, fate, text) of every document; the text without what was cut from it, "" of a dropped one."""
-    fates = load_array(parts / f"{unit.part}.fate.npy")["fate"]
-    cut, cuts = load_array(parts / f"{unit.part}.cut.npy"), None
+    fates = load_array(decided / f"{unit.part}.fate.npy")["fate"]
+    cut, cuts = load_array(decided / f"{unit.part}.cut.npy"), None
     if len(cut):
         owner = load_array(parts / f"{unit.part}.paragraphs.npy")["document"]
         cuts = owner.searchsorted(range(len(fates) + 1)) if len(fates) else None
@@ -46,7 +47,9 @@ def kept_texts(unit: Unit, data: CorpusData, parts: Path) -> Iterator[tuple[dict
         yield record, fate, text
 
 
-def encode_unit(unit: Unit, data: CorpusData, tokenizer_folder: Path, by_tail: bool, key: str) -> dict[str, Any]:
+def encode_unit(
+    unit: Unit, data: CorpusData, decided: Path, tokenizer_folder: Path, by_tail: bool, key: str
+) -> dict[str, Any]:
     """Encode one unit into a shard of each split; returns files and counts. What is there already is only read."""
     folder = Path(data.dir)
     parts, name = folder / "parts", f"{unit.name}-{key}"
@@ -63,6 +66,8 @@ def encode_unit(unit: Unit, data: CorpusData, tokenizer_folder: Path, by_tail: b
     examples: dict[str, list] = {}
     splits: deque[int] = deque()  # of the texts that are being encoded, in order
     sizes = [Counter(), Counter()]
+    first = (text[:CHECKED_CHARACTERS] for _, _, text in kept_texts(unit, data, parts, decided) if text)
+    tokenizer.agrees(list(itertools.islice(first, CHECKED)))
 
     with (
         ShardWriter(folder / "tokens" / "train" / unit.source["name"] / name, token_dtype(len(tokenizer))) as train,
@@ -71,8 +76,7 @@ def encode_unit(unit: Unit, data: CorpusData, tokenizer_folder: Path, by_tail: b
     ):
 
         def texts() -> Iterator[str]:
-            checked = 0
-            for number, (record, fate, text) in enumerate(kept_texts(unit, data, parts)):
+            for number, (record, fate, text) in enumerate(kept_texts(unit, data, parts, decided)):
                 if fate > VAL:
                     why = reason(scores[number], fate, data, profile)
                     shown = examples.setdefault(FATES[fate], [])
@@ -80,9 +84,6 @@ def encode_unit(unit: Unit, data: CorpusData, tokenizer_folder: Path, by_tail: b
                         shown.append({"id": record["id"], "why": why, "text": record["text"][:200]})
                     write_dropped({"id": record["id"], "why": why, "text": record["text"]})
                     continue
-                if checked < CHECKED:
-                    tokenizer.agrees([text[:CHECKED_CHARACTERS]])
-                    checked += 1
                 for split, piece in enumerate(split_text(text, fate, data.split.val_fraction, by_tail)):
                     if piece:
                         sizes[split].update(bytes=len(piece.encode("utf-8", "replace")), characters=len(piece))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -22,6 +23,9 @@ from tqdm import tqdm
 from llmkit import __version__
 from llmkit.errors import ENVIRONMENT, UserError
 from llmkit.schema import CorpusData
+
+# A local worker died; on Dask one did again and again, or the scheduler. By name: Dask may not be installed.
+LOST = ("BrokenProcessPool", "KilledWorker", "FutureCancelledError", "CancelledError")
 
 
 @dataclass
@@ -35,24 +39,23 @@ class Pool:
         """function(*job) for every job; the bar counts `sizes`, bytes, as the jobs end."""
         with tqdm(total=sum(sizes), desc=what, disable=None, leave=False, unit="B", unit_scale=True) as bar:
             if self.executor is None:
-                return [advance(function(*job), bar, size) for job, size in zip(jobs, sizes, strict=True)]
+                results = []
+                for job, size in zip(jobs, sizes, strict=True):
+                    results.append(function(*job))
+                    bar.update(size)
+                return results
             futures = [self.executor.submit(function, *job) for job in jobs]
             for future, size in zip(futures, sizes, strict=True):
                 future.add_done_callback(lambda _, size=size: bar.update(size))
             try:
                 return [future.result() for future in futures]
             except Exception as error:
-                if type(error).__name__ not in ("BrokenProcessPool", "KilledWorker"):  # the latter is Dask's
+                if type(error).__name__ not in LOST:
                     raise
                 raise UserError(
                     "a worker process died", got="killed, most likely for want of memory", code=ENVIRONMENT,
                     fix="lower data.workers; the same command goes on where this one stopped",
                 ) from None  # fmt: skip
-
-
-def advance(result: Any, bar: tqdm, size: int) -> Any:
-    bar.update(size)
-    return result
 
 
 @contextmanager
@@ -107,19 +110,21 @@ def join_cluster(address: str) -> Iterator[Any]:
         ) from None  # fmt: skip
     with client:
         try:
-            versions = client.run(version_of_worker)
+            found = client.run(about_worker)
         except ImportError:
-            versions = {"a worker": "none"}
-        if not versions:
+            found = {"a worker": ("no llmkit", "")}
+        if not found:
             raise UserError("the cluster has no workers", at=address, fix="dask worker ADDRESS", code=ENVIRONMENT)
-        wrong = {worker: version for worker, version in versions.items() if version != __version__}
-        if wrong:
+        wrong = {worker: about for worker, about in found.items() if about != about_worker()}
+        if wrong:  # paths in a config count from the folder in which a command starts
             raise UserError(
-                "workers have another llmkit", at=address, expected=__version__, code=ENVIRONMENT,
-                got=", ".join(f"{worker}: {version}" for worker, version in wrong.items()),
+                "workers have another llmkit, or run in another folder", at=address, code=ENVIRONMENT,
+                expected=" in ".join(about_worker()),
+                got=", ".join(f"{worker}: {' in '.join(about)}" for worker, about in wrong.items()),
             )  # fmt: skip
         yield client
 
 
-def version_of_worker() -> str:
-    return __version__
+def about_worker() -> tuple[str, str]:
+    """(version of llmkit, folder) of a process."""
+    return __version__, str(Path.cwd())

@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.corpus.build import is_built, make_recipe
+from llmkit.corpus.build import decided_in, is_built, make_recipe
 from llmkit.corpus.decide import FATES, VAL, checks_of, reason
 from llmkit.corpus.units import Unit, load_array, read_zst
 from llmkit.errors import DATA, UserError, did_you_mean
 from llmkit.schema import CorpusData
 
 
-def built_units(data: CorpusData) -> list[Unit]:
-    """The units of a build that is there and fits the config."""
+def built_units(data: CorpusData) -> tuple[list[Unit], Path]:
+    """The units of a build that is there and fits the config, and the folder of what was decided of them."""
     units, _, recipe = make_recipe(data)
     if not is_built(Path(data.dir), recipe):
         raise UserError("this data is not built", at=data.dir, fix="llmkit data build CONFIG", code=DATA)
-    return units
+    return units, decided_in(Path(data.dir), recipe)
 
 
 def explain_document(data: CorpusData, id: str) -> dict[str, Any]:
@@ -28,23 +28,26 @@ def explain_document(data: CorpusData, id: str) -> dict[str, Any]:
 
     instead  the document that was kept in the place of a duplicate
     """
-    units, parts = built_units(data), Path(data.dir) / "parts"
+    (units, decided), parts = built_units(data), Path(data.dir) / "parts"
     for unit in units:
         if not id.startswith(f"{unit.source['name']}/"):
             continue
         for number, record in enumerate(read_zst(parts / f"{unit.part}.jsonl.zst")):
             if record["id"] == id:
-                return describe(data, units, unit, number, record)
+                return describe(data, decided, units, unit, number, record)
     names = [unit.source["name"] for unit in units]
     source = id.partition("/")[0]
     fix = did_you_mean(source, names) or "ids are printed by --kept and --dropped; bad records are in quarantine.jsonl"
     raise UserError("no document has this id", at=data.dir, got=id, fix=fix, code=DATA)
 
 
-def describe(data: CorpusData, units: list[Unit], unit: Unit, number: int, record: dict[str, Any]) -> dict[str, Any]:
+def describe(
+    data: CorpusData, decided: Path, units: list[Unit], unit: Unit, number: int, record: dict[str, Any]
+) -> dict[str, Any]:
+    """See `explain_document`."""
     parts, profile = Path(data.dir) / "parts", unit.source["profile"]
     row = load_array(parts / f"{unit.part}.scores.npy")[number]
-    fate, twin = load_array(parts / f"{unit.part}.fate.npy")[number]
+    fate, stand_in = load_array(decided / f"{unit.part}.fate.npy")[number]
     checks, scores = checks_of(data, profile), {}
     for name in row.dtype.names[2:]:  # after the key and the size
         limits = ", ".join(f"{word} {value:g}" for word, value in (checks.get(name) or {}).items())
@@ -53,15 +56,17 @@ def describe(data: CorpusData, units: list[Unit], unit: Unit, number: int, recor
     found = {"id": record["id"], "fate": FATES[fate] if fate > VAL else f"kept, in the {FATES[fate]} split"}
     if fate > VAL:
         found["why"] = reason(row, int(fate), data, profile)
-    if twin >= 0:
-        found["instead"] = id_at(units, parts, int(twin))
+    if stand_in >= 0:
+        found["instead"] = id_at(units, parts, decided, int(stand_in))
+    if url := record.get("url"):
+        found["url"] = url
     return found | {"scores": scores, "text": record["text"]}
 
 
-def id_at(units: list[Unit], parts: Path, place: int) -> str:
+def id_at(units: list[Unit], parts: Path, decided: Path, place: int) -> str:
     """The id of the document at a place in the order of all."""
     for unit in units:
-        size = len(load_array(parts / f"{unit.part}.fate.npy", mmap_mode="r"))
+        size = len(load_array(decided / f"{unit.part}.fate.npy", mmap_mode="r"))
         if place < size:
             return next(r["id"] for i, r in enumerate(read_zst(parts / f"{unit.part}.jsonl.zst")) if i == place)
         place -= size
@@ -75,8 +80,8 @@ def sample_documents(
     if rule is not None and rule not in FATES[VAL + 1 :]:
         fix = did_you_mean(rule, FATES) or f"one of: {', '.join(FATES[VAL + 1 :])}"
         raise UserError("no such reason to drop", got=rule, fix=fix)
-    units, parts = built_units(data), Path(data.dir) / "parts"
-    fates = [load_array(parts / f"{unit.part}.fate.npy")["fate"] for unit in units]
+    (units, decided), parts = built_units(data), Path(data.dir) / "parts"
+    fates = [load_array(decided / f"{unit.part}.fate.npy")["fate"] for unit in units]
     wanted = [f <= VAL if kept else f > VAL if rule is None else f == FATES.index(rule) for f in fates]
     places = [(i, row) for i, flags in enumerate(wanted) for row in np.flatnonzero(flags).tolist()]
     drawn = np.random.default_rng(seed).permutation(len(places))[:number]

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.lib.recfunctions import repack_fields
 
 from llmkit.corpus.units import Unit, atomic_zst, measured_rules, read_unit, read_zst, save_array
-from llmkit.data.clean import STEPS, clean
+from llmkit.data.clean import STEPS, clean, whitespace
 from llmkit.data.decode import GUESSED_ENCODINGS
 from llmkit.data.dedup import band_keys, exact_key, minhash, paragraph_hashes, sketch
 from llmkit.data.filters import measure
@@ -34,7 +34,7 @@ from llmkit.data.scorers import (
     word_list,
 )
 from llmkit.data.words import Text, hash_ngrams
-from llmkit.run import write_atomically
+from llmkit.run import half_of, write_atomically
 from llmkit.schema import CorpusData, NearDedup
 from llmkit.types import Document
 
@@ -145,18 +145,19 @@ def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
     dtype = np.dtype([*(field for column in columns for field in column.fields), ("pii", "<f8")])
     kinds = tuple(kind for kind in data.pii.kinds if kind != "phone" or profile != "code")
     tally: dict[str, Any] = {
-        "read": 0, "quarantined": 0, "warnings": Counter(), "bad": Counter(), "first_bad": None, "pii": Counter(),
+        "read": 0, "quarantined": 0, "warnings": Counter(), "bad": Counter(), "pii": Counter(),
     }  # fmt: skip
     documents = read_clean(unit, data, parts, tally, watch)
     if profile == "web" and data.clean.boilerplate_min_docs:
-        documents = without_boilerplate(documents, data.clean.boilerplate_min_docs, parts / unit.part, tally, watch)
+        least, tidy = data.clean.boilerplate_min_docs, data.clean.whitespace
+        documents = without_boilerplate(documents, least, tidy, parts / unit.part, tally, watch)
 
     blocks, rows = [np.empty(0, dtype)], []
     found: dict[str, list[tuple]] = {name: [] for name in FOUND}
     with atomic_zst(parts / f"{unit.part}.jsonl.zst") as write:
         for number, document in enumerate(documents):
             body, personal = scrub(document.text, kinds, data.pii.action) if kinds else (document.text, Counter())
-            tally["pii"] += personal
+            tally["pii"].update(personal)
             watch.lap("personal data")
             text, row = Text(body), []
             for column in columns:
@@ -169,7 +170,8 @@ def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
             if len(rows) == ROWS:
                 blocks.append(np.array(rows, dtype))
                 rows.clear()
-            write({"id": document.id, "text": body})
+            url = {"url": document.meta["url"]} if "url" in document.meta else {}
+            write({"id": document.id, "text": body} | url)
             watch.lap("writing")
     table = np.concatenate([*blocks, np.array(rows, dtype)])
     files = {"scores": repack_fields(table[[name for name in dtype.names if name not in ("bands", "sketches")]])}
@@ -195,15 +197,14 @@ def read_clean(unit: Unit, data: CorpusData, parts: Path, tally: dict, watch: St
         "control": data.clean.control, "whitespace": data.clean.whitespace,
     }  # fmt: skip
     steps = [step for step in STEPS if wanted[step]]
-    half = parts / f"{unit.part}.bad.jsonl.tmp"
+    half = half_of(parts / f"{unit.part}.bad.jsonl")
     with half.open("w", encoding="utf-8") as quarantine:
         for one in read_unit(unit):
             watch.lap("reading")
             tally["read"] += 1
             if isinstance(one, BadRecord):
                 tally["quarantined"] += 1
-                tally["bad"][one.reason[:60]] += 1
-                tally["first_bad"] = tally["first_bad"] or f"{one.path}:{one.line}"
+                tally["bad"][one.reason.partition(":")[0][:60]] += 1
                 quarantine.write(json.dumps(vars(one) | {"source": unit.source["name"]}) + "\n")
                 continue
             if one.meta.get("encoding") in GUESSED_ENCODINGS:
@@ -227,18 +228,18 @@ def line_key(line: str) -> int | None:
 
 
 def without_boilerplate(
-    documents: Iterator[Document], least: int, part: Path, tally: dict, watch: Stopwatch
+    documents: Iterator[Document], least: int, tidy: bool, part: Path, tally: dict, watch: Stopwatch
 ) -> Iterator[Document]:
     """The documents of a unit without the lines that stand in at least so many of them: menus, notices, buttons.
 
-    Reads all of them before it gives the first, which is why they wait on disk.
+    Reads all of them before it gives the first, which is why they wait on disk. tidy: clean white space after it.
     """
     spool, keys = part.with_name(part.name + ".cleaned.jsonl.zst"), []
     with atomic_zst(spool) as write:
         for document in documents:
             found = {key for line in document.text.split("\n") if (key := line_key(line)) is not None}
             keys.append(np.fromiter(found, np.uint64, len(found)))
-            write({"id": document.id, "text": document.text})
+            write({"id": document.id, "text": document.text, "meta": document.meta})
             watch.lap("boilerplate")
     unique, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *keys]), return_counts=True)
     frequent = dict(zip(unique[counts >= least].tolist(), counts[counts >= least].tolist(), strict=True))
@@ -254,16 +255,11 @@ def without_boilerplate(
                 shown.setdefault(line[:200], frequent[key])
             else:
                 kept.append(line)
-        text = clean_again("\n".join(kept)) if frequent else record["text"]
+        document = Document(record["id"], "\n".join(kept) if frequent else record["text"], "", record["meta"])
         watch.lap("boilerplate")
-        yield Document(record["id"], text, "")
+        yield whitespace(document) if frequent and tidy else document
     spool.unlink()
     tally["boilerplate"] = {
         "lines": removed,
         "most": dict(sorted(shown.items(), key=lambda item: -item[1])[:SHOWN_LINES]),
     }
-
-
-def clean_again(text: str) -> str:
-    """White space as it should be, after lines were taken out."""
-    return clean(Document("", text, ""), ["whitespace"]).text

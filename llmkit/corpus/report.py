@@ -6,10 +6,10 @@ from collections import Counter
 from typing import Any
 
 from llmkit.corpus.decide import FATE, VAL, Decision, count_fates
+from llmkit.corpus.encode import EXAMPLES
 from llmkit.corpus.units import Unit
 from llmkit.run import count
 
-EXAMPLES = 3  # of every reason to drop, from all the units of a source
 WARN_DROP = 0.25  # a rule that drops more of a source than this is worth a look
 
 
@@ -83,7 +83,7 @@ def sizes_of(manifest: dict[str, Any], shards: list[dict]) -> list[str]:
     """Tokens by split and by source, seconds by stage, and memory."""
     lines = ["", "| | documents | tokens | MB | bytes a token | characters a token |", "|---|---|---|---|---|---|"]
     sources = {shard["source"]: None for shard in shards}
-    groups = {split: [shard[split] for shard in shards] for split in ("train", "val")}
+    groups = {f"all {split}": [shard[split] for shard in shards] for split in ("train", "val")}
     groups |= {
         name: [s[split] for s in shards if s["source"] == name for split in ("train", "val")] for name in sources
     }
@@ -115,5 +115,5 @@ def findings(decision: Decision) -> list[str]:
     if decision.contamination:
         found.append("decontamination: " + ", ".join(f"{n} {what}" for what, n in decision.contamination.items()))
     if decision.cut_paragraphs:
-        found.append(f"{decision.cut_paragraphs} paragraphs cut out that stood in an earlier document")
+        found.append(f"{decision.cut_paragraphs} paragraphs cut out that stood before")
     return found

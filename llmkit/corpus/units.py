@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ from llmkit.data.filters import PROFILES
 from llmkit.data.records import BadRecord, Span, spans_of
 from llmkit.data.scorers import evaluation_files
 from llmkit.errors import DATA, UserError
-from llmkit.run import file_sha256, stamps_in, stamps_of
+from llmkit.run import half_of, stamps_in, stamps_of
 from llmkit.schema import CorpusData, Source
 from llmkit.types import Document
 
 UNIT_BYTES = 32 * 2**20  # of source files in one work unit
-VERSION = 6  # of the pipeline: another one redoes everything
+VERSION = 7  # of the pipeline: another one redoes everything
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,11 @@ def measured_rules(data: CorpusData, profile: str) -> list[str]:
 def measuring_key(data: CorpusData, source: Source) -> str:
     """A hash of all that measuring a source depends on. No threshold is in it: another one only decides anew."""
     filters, pii, near, evals = data.filter, data.pii, data.dedup.near, data.decontaminate
+    libraries = [version(name) for name in ("ftfy", "resiliparse", "py3langid", "fastwarc")]
     return hash_of(
-        VERSION, source.model_dump(exclude={"weight", "max_epochs"}), data.clean.model_dump(),
+        VERSION, libraries, source.model_dump(exclude={"weight", "max_epochs"}), data.clean.model_dump(),
         measured_rules(data, source.profile), bool(filters.language),
-        filters.words and file_sha256(Path(filters.words.path).expanduser()),
+        filters.words and stamps_of(path for path in [Path(filters.words.path).expanduser()] if path.is_file()),
         filters.classifier and (filters.classifier.label, stamps_in(Path(filters.classifier.path).expanduser())),
         pii.kinds, pii.action if pii.kinds else None, near and (near.ngram, near.bands, near.rows),
         data.dedup.paragraphs, evals and (evals.ngram, stamps_of(evaluation_files(evals.files))),
@@ -98,7 +100,10 @@ def files_of(source: Source, built: Path) -> tuple[Path, list[Path]] | None:
         return dataset_files(source.hf, source.config, source.split)
     files = list_files(source.path, source.include, source.exclude)
     built = built.absolute()
-    return root_of(source.path), [file for file in files if not file.absolute().is_relative_to(built)]
+    found = [file for file in files if not file.absolute().is_relative_to(built)]
+    if not found:
+        raise UserError("the source holds nothing but what was built from it", at=source.path, got=f"data.dir {built}")
+    return root_of(source.path), found
 
 
 def cut(files: list[Path], whole: bool) -> Iterator[tuple[list[tuple[str, Span | None]], int]]:
@@ -129,7 +134,7 @@ def read_unit(unit: Unit) -> Iterator[Document | BadRecord]:
     else:
         found = read_dataset(
             source.hf, source=source.name, config=source.config, split=source.split, streaming=source.streaming,
-            text_key=source.text_key,
+            text_key=source.text_key, revision=source.revision,
         )  # fmt: skip
     for taken, one in enumerate(found):
         if source.limit is not None and taken >= source.limit:
@@ -145,7 +150,7 @@ class atomic_zst:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.half = path, path.with_name(path.name + ".tmp")
+        self.path, self.half = path, half_of(path)
 
     def __enter__(self) -> Callable[[dict], None]:
         self.raw = self.half.open("wb")
@@ -178,7 +183,7 @@ def read_zst(path: Path) -> Iterator[dict[str, Any]]:
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """A .npy file that appears whole."""
-    half = path.with_name(path.name + ".tmp")
+    half = half_of(path)
     with half.open("wb") as file:
         np.save(file, array, allow_pickle=False)
         file.flush()

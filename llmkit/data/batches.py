@@ -128,12 +128,12 @@ class Batches:
 
 
 def corpus_batches(
-    streams: Sequence[TokenStream], seq_len: int, global_batch_size: int, *, weights: Sequence[float] | None = None,
+    streams: Sequence[TokenStream], seq_len: int, global_batch_size: int, *, mixture: Mixture | None = None,
     document_mask: bool = False, **order: Any,
 ) -> Batches:  # fmt: skip
     """Sample i of a stream is the seq_len + 1 tokens at i * seq_len: every token is an input once an epoch.
 
-    weights        one of each stream; None: there is but one stream
+    mixture        of the samples of the streams; None: there is but one stream
     document_mask  attention stays inside a document, positions begin anew with each, and no document is asked for
                    the first token of the next
     """
@@ -155,7 +155,6 @@ def corpus_batches(
         labels = np.where(begins[:, 1:], IGNORE_INDEX, labels)
         return Batch(inputs, labels, at - since, begins[:, :-1].cumsum(axis=1))
 
-    mixture = Mixture(samples, weights) if weights else None
     return Batches(sum(samples), rows, global_batch_size, mixture=mixture, **order)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,6 @@ from llmkit.data.records import (
 )
 from llmkit.errors import DATA, UserError, did_you_mean
 from llmkit.types import Document
-
-MAX_META_CHARS = 1000  # a record's other strings are carried along up to this length
-
 
 # ---- which files ----------------------------------------------------------------------------------------------------
 
@@ -121,10 +119,11 @@ def read_file(
     span              a piece of the file (see `spans_of`); the lines in the ids count from the byte after the @
     include, exclude  globs for what is inside a zip
 
-    meta carries a record's other small fields; "format" (text, html, code) and "encoding" of a file that is one
-    document. Raises UserError when the first record lacks the text column.
+    meta carries what our readers say: "format" (text, html, code) and "encoding" of files that are one document and
+    of web pages, the "url" of these. Raises UserError when the first record lacks the text column.
     """
-    prefix = f"{source}/{path.relative_to(root).as_posix()}"
+    inside = os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "replace")  # names may be any bytes
+    prefix = f"{source}/{inside}"
     if suffix_of(path) == ".zip":
         yield from read_zip(path, prefix, source, text_key, include, exclude)
         return
@@ -137,11 +136,10 @@ def read_members(
     path: Path, prefix: str, source: str, text_key: str, span: Span | None = None
 ) -> Iterator[Document | BadRecord]:
     """The documents of a file on disk or in a zip."""
-    reader = READERS.get(suffix_of(path), read_text)
-    decoded = reader in (read_text, read_warc)
-    records, text_key = read_records(path, span), "text" if decoded else text_key
     sure = span is None or span[0] == 0  # the first record of a later piece may just be a bad one
-    yield from to_documents(records, source, prefix, str(path), text_key, decoded, reader is read_text, sure)
+    yield from to_documents(
+        read_records(path, span), source, prefix, str(path), text_key, READERS.get(suffix_of(path), read_text), sure
+    )
 
 
 def read_zip(
@@ -168,26 +166,28 @@ def read_zip(
             yield BadRecord(str(path), 1, None, "nothing to read in the zip: no file of a known suffix")
 
 
-def read_texts(sources: list[str], text_key: str = "text") -> Iterator[str]:
-    """All texts of files, folders and globs; bad records are passed over."""
+def read_texts(sources: list[str], text_key: str = "text", bad: list[BadRecord] | None = None) -> Iterator[str]:
+    """All texts of files, folders and globs; what can't be read is added to `bad`."""
     for source in sources:
         for path in list_files(source):
             for one in read_file(path, source="text", root=path.parent, text_key=text_key):
                 if isinstance(one, Document):
                     yield one.text
+                elif bad is not None:
+                    bad.append(one)
 
 
 def to_documents(
-    records: Iterator[Record], source: str, prefix: str, path: str, text_key: str, decoded: bool = False,
-    whole: bool = False, sure: bool = True,
+    records: Iterator[Record], source: str, prefix: str, path: str, text_key: str,
+    reader: Callable | None = None, sure: bool = True,
 ) -> Iterator[Document | BadRecord]:  # fmt: skip
     """Take the text out of each record; a first record without one is an error of the user's.
 
-    decoded  the reader decoded the text, and says in which format and encoding it was
-    whole    the file is one document, and gives it its name
-    sure     a first record without a text is an error
+    reader  what read them: the file is one document for `read_text`, which gives it its name
+    sure    False: the first record may be a bad one like any other
     """
-    first = sure
+    decoded = reader in (read_text, read_warc)  # these decode the text, and say in which format and encoding it was
+    text_key, first = "text" if decoded else text_key, sure
     for number, record in records:
         if isinstance(record, BadRecord):
             yield record
@@ -204,10 +204,8 @@ def to_documents(
         except ValueError as error:
             yield BadRecord(path, number, None, str(error))
             continue
-        owned = {text_key} if decoded else {text_key, "format", "encoding"}  # said by our own readers alone
-        meta = {str(key): small for key, value in record.items() if (small := carry(value)) is not None}
-        meta = {key: value for key, value in meta.items() if key not in owned}
-        yield Document(prefix if whole else f"{prefix}:{number}", text, source, meta)
+        meta = {key: value for key, value in record.items() if key != "text"} if decoded else {}
+        yield Document(prefix if reader is read_text else f"{prefix}:{number}", text, source, meta)
 
 
 def text_of(record: dict[str, Any], text_key: str) -> str:
@@ -224,15 +222,6 @@ def text_of(record: dict[str, Any], text_key: str) -> str:
     if size > MAX_DOCUMENT_BYTES:
         raise ValueError(f"{text_key} has over {MAX_DOCUMENT_BYTES:,} bytes")
     return text
-
-
-def carry(value: Any) -> str | int | float | bool | None:
-    """The value if it is small and JSON can hold it (dates as text), else None."""
-    if hasattr(value, "isoformat"):
-        return value.isoformat()
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode() if len(value) <= MAX_META_CHARS else None
-    return value if isinstance(value, (int, float)) and abs(value) < 2**63 else None
 
 
 # ---- Hugging Face datasets ------------------------------------------------------------------------------------------
@@ -255,7 +244,7 @@ def is_saved(folder: Path) -> bool:
 
 def read_dataset(
     name: str, *, source: str, config: str | None = None, split: str = "train", streaming: bool = False,
-    text_key: str = "text",
+    text_key: str = "text", revision: str | None = None,
 ) -> Iterator[Document | BadRecord]:  # fmt: skip
     """The documents of a hub id, a save_to_disk folder, or a local folder of data files.
 
@@ -265,7 +254,10 @@ def read_dataset(
         for file in found[1]:
             yield from read_file(file, source=source, root=found[0], text_key=text_key)
         return
-    rows = dataset_rows(name, config, split, streaming, is_saved(Path(name).expanduser()), text_key)
+    saved = is_saved(Path(name).expanduser())
+    if saved and (config or streaming or revision):
+        raise UserError("config, revision and streaming mean nothing to a saved dataset", at=name, fix="delete them")
+    rows = dataset_rows(name, config, split, streaming, saved, text_key, revision)
     yield from to_documents(rows, source, f"{source}/{split}", name, text_key)
 
 
@@ -283,7 +275,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
 
 
 def dataset_rows(
-    name: str, config: str | None, split: str, streaming: bool, saved: bool, text_key: str
+    name: str, config: str | None, split: str, streaming: bool, saved: bool, text_key: str, revision: str | None
 ) -> Iterator[Record]:
     """Rows that the `datasets` library loads, numbered from 1; its many errors become one of ours."""
     import datasets
@@ -297,7 +289,7 @@ def dataset_rows(
                     raise ValueError(f"no split {split}; there is {', '.join(data)}")
                 data = data[split]
         else:
-            data = datasets.load_dataset(name, config, split=split, streaming=streaming)
+            data = datasets.load_dataset(name, config, split=split, streaming=streaming, revision=revision)
         simple = [key for key, kind in (data.features or {}).items() if isinstance(kind, datasets.Value)]
         if text_key in simple:
             data = data.select_columns(simple)  # images and audio would be decoded for nothing

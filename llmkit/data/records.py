@@ -196,10 +196,13 @@ def read_csv(path: Path) -> Iterator[Record]:
     """Rows under a header line; tabs in .tsv files. Quotes are Excel's."""
     csv.field_size_limit(MAX_DOCUMENT_BYTES)  # of the process; by default 131,072 characters
 
+    too_long: list[BadRecord] = []  # lines that never reach the reader
+
     def lines() -> Iterator[str]:
-        for _, _, line in read_lines(path):
+        for number, offset, line in read_lines(path):
             if isinstance(line, BadRecord):
-                raise csv.Error(line.reason)
+                too_long.append(BadRecord(str(path), number, offset, f"bad CSV: {line.reason}"))
+                continue
             try:
                 yield line.decode("utf-8-sig")
             except UnicodeDecodeError:  # line by line: memory stays flat, and one bad row says nothing of the others
@@ -209,7 +212,11 @@ def read_csv(path: Path) -> Iterator[Record]:
     header, number = None, 1
     while True:
         try:
-            if (row := next(rows, None)) is None:
+            row = next(rows, None)
+            while too_long:
+                bad = too_long.pop(0)
+                yield bad.line, bad
+            if row is None:
                 return
             if header is None:
                 header = row
@@ -229,7 +236,7 @@ def read_parquet(path: Path, span: Span | None = None) -> Iterator[Record]:
         number = sum(file.metadata.row_group(i).num_rows for i in range(start))
         try:
             for batch in file.iter_batches(batch_size=256, row_groups=range(start, stop)):
-                columns = batch.to_pydict() if is_utf8(batch) else None
+                columns = columns_of(batch)
                 for row in range(batch.num_rows):
                     number += 1
                     try:
@@ -237,16 +244,19 @@ def read_parquet(path: Path, span: Span | None = None) -> Iterator[Record]:
                         yield number, {n: columns[n][row] if columns else batch[n][row].as_py() for n in names}
                     except UnicodeDecodeError:
                         yield number, BadRecord(str(path), number, None, "invalid UTF-8")
+                    except (ValueError, OverflowError) as error:  # a date in the year 300,000
+                        yield number, BadRecord(str(path), number, None, f"a value that Python can't hold: {error}")
         except (OSError, pa.ArrowException) as error:
             yield number + 1, BadRecord(str(path), number + 1, None, f"the file is broken from here on: {error}")
 
 
-def is_utf8(batch: pa.RecordBatch) -> bool:
+def columns_of(batch: pa.RecordBatch) -> dict[str, list] | None:
+    """All columns as Python values; None where one of them can't be, and rows must be looked at one by one."""
     try:
-        batch.validate(full=True)
-    except pa.ArrowInvalid:
-        return False
-    return True
+        batch.validate(full=True)  # UTF-8 too
+        return batch.to_pydict()
+    except (pa.ArrowInvalid, ValueError, OverflowError):
+        return None
 
 
 # ---- web archives ---------------------------------------------------------------------------------------------------
@@ -254,6 +264,7 @@ def is_utf8(batch: pa.RecordBatch) -> bool:
 WEB_TYPES = {"text/html": "html", "application/xhtml+xml": "html", "text/plain": "text"}
 
 
+CHUNK = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")  # the line before each: its size in hex
 NEXT_RECORD = re.compile(rb"\r\n\r\nWARC/1\.[01]\r\nWARC-")
 
 
@@ -263,17 +274,19 @@ def unpack(data: bytes, headers: Any) -> bytes:
     Crawlers often keep the headers of what they have unpacked: a body that is not as its headers say is taken as it is.
     """
     said = {name.lower(): value.lower() for name, value in headers}
-    if "chunked" in said.get("transfer-encoding", "") and re.match(rb"[0-9a-fA-F]+\s*(;.*)?\r\n", data):
-        pieces, rest = [], data
-        while (head := rest.partition(b"\r\n"))[0].strip() != b"0":
-            try:
-                size = int(head[0].partition(b";")[0], 16)
-            except ValueError:
-                raise ValueError("cut short between its chunks") from None
-            if len(head[2]) < size:
+    if "chunked" in said.get("transfer-encoding", "") and CHUNK.match(data):
+        pieces, at = [], 0
+        while True:
+            head = CHUNK.match(data, at)
+            if head is None:
+                raise ValueError("cut short between its chunks")
+            size, at = int(head[1], 16), head.end()
+            if size == 0:
+                break
+            if at + size > len(data):
                 raise ValueError("cut short inside a chunk")
-            pieces.append(head[2][:size])
-            rest = head[2][size + 2 :]
+            pieces.append(data[at : at + size])
+            at += size + 2
         data = b"".join(pieces)
     if data.startswith(b"\x1f\x8b") and "gzip" in said.get("content-encoding", ""):
         stream = zlib.decompressobj(31)

@@ -17,6 +17,7 @@ from llmkit.errors import DATA, ENVIRONMENT, MODEL, UserError
 from llmkit.run import stamps_in, stamps_of
 
 SLICES, SLICE = 3, 333  # a text's language shows in a few hundred characters from its start, middle and end
+WINDOW_CHARACTERS = 10_000  # more than a window of 512 tokens holds
 WINDOWS = 4  # of a long text that a classifier reads, evenly spread
 TABLE_BITS = 24  # of the table that tells in one look that an n-gram is none of those looked for
 
@@ -178,6 +179,8 @@ def load_classifier(folder: Path, label: str, stamps: tuple) -> Classifier:
     except Exception as error:  # transformers, safetensors and torch raise all kinds
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"the classifier can't be loaded: {reason}", at=folder, code=MODEL) from None
+    if not tokenizer.is_fast:
+        raise UserError("the classifier has no fast tokenizer", at=folder, expected="tokenizer.json", code=MODEL)
     if missing := sorted(loading["missing_keys"]):
         raise UserError("the classifier lacks weights, which would be random", at=folder, got=missing[0], code=MODEL)
     if label not in model.config.label2id:
@@ -195,8 +198,15 @@ def classifier_score(text: str, loaded: Classifier) -> float:
     import torch
 
     model, tokenizer, column = loaded
+    if not text.strip():
+        return 0.0
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512), 512)
-    cut = tokenizer(text, truncation=True, max_length=longest, return_overflowing_tokens=True)["input_ids"]
+    if len(text) > 4 * WINDOWS * WINDOW_CHARACTERS:  # no need to tokenize a book to read four pages of it
+        step = (len(text) - WINDOW_CHARACTERS) // (WINDOWS - 1)
+        texts = [text[i * step : i * step + WINDOW_CHARACTERS] for i in range(WINDOWS)]
+    else:
+        texts = [text]
+    cut = tokenizer(texts, truncation=True, max_length=longest, return_overflowing_tokens=True)["input_ids"]
     chosen = sorted({int(i) for i in np.linspace(0, len(cut) - 1, WINDOWS)})
     with torch.inference_mode():  # one by one: the last window is shorter
         logits = torch.cat([model(torch.tensor([cut[i]])).logits.float() for i in chosen])

@@ -42,7 +42,12 @@ class Tokenizer:
     chat_template: str | None = None
 
     def __len__(self) -> int:
-        return self.rust.get_vocab_size(with_added_tokens=True)
+        """How many ids there may be: one more than the highest, for some vocabularies have holes."""
+        return self.size
+
+    @cached_property
+    def size(self) -> int:
+        return max(self.rust.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
     def specials(self) -> dict[str, int]:
@@ -51,8 +56,8 @@ class Tokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """A checksum of the tokenizer.json that `save` writes."""
-        return hashlib.sha256(self.rust.to_str().encode()).hexdigest()
+        """A checksum of all that ids depend on: the tokenizer.json that `save` writes, and which token ends a text."""
+        return hashlib.sha256(f"{self.eos_id} {self.bos} {self.rust.to_str()}".encode()).hexdigest()
 
     @cached_property
     def prefix(self) -> list[int]:

@@ -17,7 +17,8 @@ SPECIALS = (EOS, CHAT_START, CHAT_END)  # the chat markers are reserved, so that
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # in the order of Devlin et al.'s vocabularies
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # SentencePiece's names for what no other token stands for
 UNLIKELY = -1e6  # a log-probability below that of any text in bytes
-PRIVATE = 0xF0000  # the first of 131,068 private code points: each stands in for a token of a BPE that is extended
+# Private code points, which stand in for the tokens of a BPE that is extended; the two planes' last are no characters.
+PRIVATE, MOST_LETTERS = 0xF0000, 65_534 + 2 + 65_534
 
 NORMALIZERS: dict[str, Callable] = {
     "lowercase": normalizers.Lowercase, "nfc": normalizers.NFC, "nfd": normalizers.NFD, "nfkc": normalizers.NFKC,
@@ -48,6 +49,8 @@ def train_tokenizer(
             raise UserError(f"the tokenizer's {what} is unknown", got=name, fix=fix)
     if plain_ones := [token for token in special_tokens if len(token) < 2 or token.isalnum()]:
         raise UserError("a special token must not be a word or a letter of texts", got=plain_ones[0], expected="<so>")
+    if kind in ("wordpiece", "char") and pattern != "gpt2":
+        raise UserError(f"a pattern means nothing to {kind}", got=pattern, fix="leave it out")
     steps = [NORMALIZERS[name]() for name in normalize]
     made = KINDS[kind](plain(texts, [*SPECIALS, *special_tokens]), vocab_size, pattern, steps, special_tokens)
     if len(made) > vocab_size:
@@ -178,6 +181,8 @@ def extend_bpe(base: Tokenizer, texts: Iterable[str], vocab_size: int) -> Tokeni
         for piece, number in pieces.items():
             words[tuple(token.id for token in base.rust.model.tokenize(piece))] += number
     seen = sorted({i for word in words for i in word})
+    if len(seen) > MOST_LETTERS:
+        raise UserError("the texts use too many of the tokenizer's tokens to learn from", got=f"{len(seen)} of them")
     letters = {i: chr(PRIVATE + place) for place, i in enumerate(seen)}
     further = Rust(models.BPE())
     further.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

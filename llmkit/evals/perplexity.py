@@ -172,7 +172,7 @@ def run_val_split(
             code=DATA,
         )  # fmt: skip
     stream = open_split(folder, manifest["splits"]["val"]["files"], np.dtype(manifest["dtype"]))
-    return windows(stream.read(0, len(stream)), window, stride, batch_size), f"the val split of {folder}"
+    return windows(stream.read(0, len(stream)), window, stride, batch_size), f"the val split of {folder}, in one stream"
 
 
 def file_batches(
