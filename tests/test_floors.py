@@ -18,7 +18,7 @@ FLOORS = [
     {"data", "models"},
     {"corpus"},
     {"peft", "optim", "parallel", "objectives"},
-    {"checkpoint", "generate", "plan"},
+    {"checkpoint", "generate", "plan", "splits"},
     {"evals", "job", "presets", "export"},
     {"watch"},
     {"train"},

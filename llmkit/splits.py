@@ -1,0 +1,111 @@
+"""The two splits of a run's data, opened for its batches: a corpus that was built, or examples that were encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmkit.corpus import build
+from llmkit.corpus.units import VERSION
+from llmkit.data.batches import Batches, Mixture, corpus_batches, packed_batches, samples_in
+from llmkit.data.sft import encode_sft
+from llmkit.data.tokenizer import Tokenizer, load_tokenizer
+from llmkit.data.tokens import open_split
+from llmkit.errors import DATA, UserError
+from llmkit.parallel import World
+from llmkit.run import count
+from llmkit.schema import Config
+
+
+@dataclass
+class Data:
+    """The two splits, ready for batches, and what the header says of them."""
+
+    tokenizer: Tokenizer
+    open: Callable[..., Batches]  # (split, global_batch_size, **order) -> Batches
+    samples: dict[str, int]  # by split
+    fingerprint: str
+    about: str
+    shares: dict[str, tuple[float, int]] = field(default_factory=dict)  # of a mixture: source -> (share, samples)
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        return self.tokenizer.token_bytes
+
+
+def open_corpus(config: Config, world: World, say: Callable[[str], None]) -> Data:
+    """The token shards of data.dir, built first when they are not there and the config names sources."""
+    folder = Path(config.data.dir)
+    if config.data.sources:
+        world.on_main(lambda: build.build_corpus(config.data, say=say))
+    manifest = build.read_manifest(folder)
+    if manifest["version"] != VERSION:
+        raise UserError("the data was built by another version of llmkit", at=folder, fix="build it again", code=DATA)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    if tokenizer.sha256 != manifest.get("tokenizer_sha256"):
+        raise UserError(
+            "the tokenizer is not the one that the data was encoded with", at=folder / "tokenizer",
+            fix=f"delete {folder} and build again", code=DATA,
+        )  # fmt: skip
+    dtype, seq_len, splits = np.dtype(manifest["dtype"]), config.data.seq_len, manifest["splits"]
+    weights = {source.name: source.weight for source in config.data.sources if source.weight}
+    train = splits["train"]["files"]
+    by_source = [[file for file in train if file["source"] == name] for name in weights] or [train]
+    streams = {
+        "train": [open_split(folder, files, dtype) for files in by_source],
+        "val": [open_split(folder, splits["val"]["files"], dtype)],
+    }
+    for name, stream in zip(weights, streams["train"], strict=False):
+        if not samples_in(stream, seq_len):
+            raise UserError(
+                f"source {name} has a weight, but not one sample", at=folder, expected=f"over {seq_len} tokens",
+                got=f"{len(stream)} tokens", fix="lower data.seq_len, or leave the source out", code=DATA,
+            )  # fmt: skip
+    mixture = Mixture([samples_in(s, seq_len) for s in streams["train"]], list(weights.values())) if weights else None
+    samples = {split: sum(samples_in(stream, seq_len) for stream in parts) for split, parts in streams.items()}
+
+    def open_batches(split: str, size: int, **order: Any) -> Batches:
+        mixed = mixture if split == "train" else None
+        masked = config.data.document_mask
+        return corpus_batches(streams[split], seq_len, size, mixture=mixed, document_mask=masked, **order)
+
+    return Data(
+        tokenizer,
+        open_batches,
+        samples,
+        manifest["fingerprint"],
+        f"{folder}: {count(splits['train']['tokens'])} train and {count(splits['val']['tokens'])} val tokens, "
+        f"{manifest['counts']['kept']} of {manifest['counts']['read']} documents kept, vocabulary {len(tokenizer)}",
+        dict(zip(weights, zip(mixture.shares(), mixture.samples, strict=True), strict=True)) if mixture else {},
+    )
+
+
+def open_sft(config: Config, world: World, base: Path) -> Data:
+    """Prompts and answers, encoded once into the run directory with the base model's tokenizer."""
+    tokenizer = load_tokenizer(base)
+    if config.data.chat_template:  # it goes into every checkpoint: what answers must be what was trained
+        try:
+            tokenizer.chat_template = Path(config.data.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            at = config.where("data.chat_template")
+            raise UserError(f"the chat template can't be read: {error}", at=at, code=DATA) from None
+    out = Path(config.run_dir) / "data"
+    world.on_main(lambda: encode_sft(config.data, tokenizer, out, seed=config.seed))
+    report = encode_sft(config.data, tokenizer, out, seed=config.seed)  # reads what is there
+    folder = Path(report["folder"])
+    splits = report["splits"]
+    lost = [f"{splits['train'][why]} {why}" for why in ("too long", "without a target") if why in splits["train"]]
+    lost += [f"{number} bad: {reason}" for reason, number in report["bad"].items()]
+    return Data(
+        tokenizer,
+        lambda split, size, **order: packed_batches(folder, split, size, **order),
+        {split: part["rows"] for split, part in splits.items()},
+        report["key"],
+        f"{config.data.path}: {splits['train']['examples']} train and {splits['val']['examples']} val examples in "
+        f"{splits['train']['rows']} rows, {count(splits['train']['targets'])} targets"
+        + (f" ({'; '.join(lost)})" if lost else ""),
+    )
