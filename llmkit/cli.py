@@ -220,7 +220,7 @@ def runs(
 
 @app.command()
 def init(
-    kind: Annotated[str, typer.Argument(help="pretrain, finetune, or the name of a shipped config.")],
+    kind: Annotated[str, typer.Argument(help="pretrain, finetune, corpus, or another shipped config.")],
     out: Annotated[Path | None, typer.Option(help="Write it here instead of printing it.")] = None,
 ) -> None:
     """Print a commented example config."""
@@ -281,6 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(error, file=sys.stderr)
         code = error.code
     except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         code = INTERRUPTED[2]
     except BrokenPipeError:
         sys.stderr.close()

@@ -41,7 +41,7 @@ def open_corpus(config: Config, world: World, say: Callable[[str], None]) -> Dat
     """The token shards of data.dir, built first when they are not there and the config names sources."""
     folder = Path(config.data.dir)
     if config.data.sources:
-        world.on_main(lambda: build.build_corpus(config.data, say=say))
+        world.on_main(lambda: build.build_corpus(config.data, say=say, where=config.where))
     manifest = build.read_manifest(folder)
     if manifest["version"] != VERSION:
         raise UserError("the data was built by another version of llmkit", at=folder, fix="build it again", code=DATA)
@@ -61,9 +61,12 @@ def open_corpus(config: Config, world: World, say: Callable[[str], None]) -> Dat
     }
     for name, stream in zip(weights, streams["train"], strict=False):
         if not samples_in(stream, seq_len):
+            gone = ", ".join(f"{n} by {rule}" for rule, n in manifest["funnel"][name]["dropped"].items())
+            place = [source.name for source in config.data.sources].index(name)
             raise UserError(
-                f"source {name} has a weight, but not one sample", at=folder, expected=f"over {seq_len} tokens",
-                got=f"{len(stream)} tokens", fix="lower data.seq_len, or leave the source out", code=DATA,
+                f"source {name} has a weight, but not one sample", at=config.where(f"data.sources.{place}"), code=DATA,
+                expected=f"over {seq_len} tokens", got=f"{len(stream)} tokens; dropped {gone or 'nothing'}",
+                fix=f"look at `llmkit data report {folder}`, or leave the source out",
             )  # fmt: skip
     mixture = Mixture([samples_in(s, seq_len) for s in streams["train"]], list(weights.values())) if weights else None
     samples = {split: sum(samples_in(stream, seq_len) for stream in parts) for split, parts in streams.items()}

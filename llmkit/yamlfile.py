@@ -127,6 +127,8 @@ def set_override(values: dict, origins: dict[tuple, str], override: str) -> dict
         raise UserError(f"{'.'.join(map(str, parts[:-1]))} has no {parts[-1]}", at=at)
     for depth in range(1, len(parts)):
         origins.setdefault(parts[:depth], at)
+    for path in [path for path in origins if path[: len(parts)] == parts]:
+        del origins[path]  # what was inside is gone
     origins[parts] = at
     return replace_at(values, parts, value)
 

@@ -196,7 +196,7 @@ def test_binary_and_unknown_encodings_are_bad(tmp_path, data):
 @pytest.mark.parametrize("line, reason", [
     (b'{"text": ', "bad JSON"), (b'["text"]', "an array, not an object"), (b"7", "a number, not an object"),
     (b"null", "null, not an object"), (b'{"test": "x"}', "text is missing"), (b'{"text": null}', "text is null"),
-    (b'{"text": 5}', "text is no text but int"), (b'{"text": ["x"]}', "text is no text but list"),
+    (b'{"text": 5}', "text is int, not text"), (b'{"text": ["x"]}', "text is list, not text"),
     (b'{"text": "\xff"}', "invalid UTF-8"), (b"[" * 100_000, "nested too deep"), (b"\0" * 50, "bad JSON"),
 ])  # fmt: skip
 def test_bad_lines_have_a_place_and_a_reason_and_cost_no_other(tmp_path, line, reason):

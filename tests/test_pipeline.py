@@ -268,7 +268,7 @@ def dropping(tmp_path_factory, tokenizer) -> CorpusData:
     ("id", "fate", "why"),
     [
         ("a/a.jsonl:13", "empty", "empty"),
-        ("a/a.jsonl:14", "language", "language de ("),
+        ("a/a.jsonl:14", "language", "language de, not en"),
         ("a/a.jsonl:15", "words", "words 4 < 10"),
         ("a/a.jsonl:16", "listed_words", "listed_words "),
         ("a/a.jsonl:17", "pii", "pii 1 > 0"),
@@ -656,7 +656,7 @@ def test_a_document_tells_its_story(told, capsys):
 
 @pytest.mark.parametrize(
     ("id", "fix"),
-    [("s/s.jsonl:99", "did you mean s?"), ("t/s.jsonl:1", "ids are printed by"), ("", None), ("news/a", "ids are")],
+    [("s/s.jsonl:99", "ids are printed by"), ("t/s.jsonl:1", "ids are printed by"), ("", None), ("news/a", "ids are")],
 )
 def test_an_unknown_id_is_an_error(told, capsys, id, fix):
     run_main(capsys, "data", "build", told / "c.yaml")
@@ -837,7 +837,7 @@ def test_a_source_without_one_sample_is_an_error(tmp_path, tokenizer, rules):
     source(tmp_path, "b", ["The model reads."])
     with pytest.raises(UserError, match="source b has a weight, but not one sample") as caught:
         prepare(load_config(path, [f"data.filter.rules={json.dumps(rules)}"]), start_world(), **quiet)
-    assert caught.value.code == DATA and (caught.value.got == "0 tokens") == bool(rules)
+    assert caught.value.code == DATA and ("0 tokens; dropped 1 by words" == caught.value.got) == bool(rules)
 
 
 def test_the_header_shows_the_mixture_and_training_draws_it(tmp_path, tokenizer):

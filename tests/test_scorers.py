@@ -81,7 +81,7 @@ def test_unknown_languages_are_named():
     check_languages([])
     with pytest.raises(UserError, match="unknown language") as error:
         check_languages(["en", "english", "xx"])
-    assert error.value.got == "english, xx" and ", en, " in error.value.expected
+    assert error.value.got == "english, xx" and "en" in error.value.expected and "did you mean en?" in error.value.fix
 
 
 # ---- n-grams to look for --------------------------------------------------------------------------------------------

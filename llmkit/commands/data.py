@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,26 +28,33 @@ def data_build(
     from llmkit.config import load_config
     from llmkit.corpus.build import build_corpus, try_corpus
 
-    section = load_config(config, o).data
+    loaded = load_config(config, o)
+    section = loaded.data
     if dry_run:
-        text, funnel = try_corpus(section, dry_run)
+        text, funnel = try_corpus(section, dry_run, where=loaded.where)
         show({"funnel": funnel}, as_json) if as_json else print(text)
         return
-    manifest = build_corpus(section, say=progress_to(as_json))
+    manifest = build_corpus(section, say=progress_to(as_json), where=loaded.where)
     if as_json:
         show(manifest, as_json)
     else:
         print((Path(section.dir) / "report.md").read_text(encoding="utf-8"))
-        print(f"next: llmkit data inspect {config} --dropped 20\n      llmkit pretrain {config}")
+        same = "".join(f" -o {shlex.quote(override)}" for override in o)  # without them it is another build
+        print(f"next: llmkit data inspect {config}{same} --dropped 20\n      llmkit pretrain {config}{same}")
 
 
 @data_app.command("report")
 def data_report(
-    folder: Annotated[Path, typer.Argument(help="The data.dir of a build.")], as_json: AsJson = False
+    folder: Annotated[Path, typer.Argument(help="The data.dir of a build, or its config.")], as_json: AsJson = False
 ) -> None:
     """Print the report of a finished build again."""
-    from llmkit.corpus.build import read_manifest
+    from llmkit.config import load_config
+    from llmkit.corpus.build import check_corpus, read_manifest
 
+    if folder.is_file():
+        section = load_config(folder).data
+        check_corpus(section)
+        folder = Path(section.dir)
     manifest = read_manifest(folder)
     show(manifest, as_json) if as_json else print((folder / "report.md").read_text(encoding="utf-8"))
 
@@ -143,7 +151,8 @@ def tokenizer_train(
         made = train_tokenizer(texts, kind, **options)
     made.save(out)
     unread = {"not read": f"{len(bad)} records, the first {bad[0].path}:{bad[0].line}: {bad[0].reason}"} if bad else {}
-    show({"written": f"{out}/tokenizer.json", "vocabulary": len(made)} | unread, as_json)
+    fewer = {} if len(made) == vocab_size else {"asked for": f"{vocab_size}; the texts have no more to learn"}
+    show({"written": f"{out}/tokenizer.json", "vocabulary": len(made)} | fewer | unread, as_json)
 
 
 @tokenizer_app.command("show")

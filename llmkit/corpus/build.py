@@ -31,7 +31,7 @@ from llmkit.corpus.encode import encode_unit, kept_texts, split_text
 from llmkit.corpus.engine import Pool, open_pool
 from llmkit.corpus.measure import Stopwatch, measure_unit, peak_mb, size_of
 from llmkit.corpus.report import make_funnel, report
-from llmkit.corpus.units import VERSION, Unit, hash_of, load_array, make_units
+from llmkit.corpus.units import VERSION, Unit, hash_of, load_array, make_units, passed_over
 from llmkit.data.filters import RULES
 from llmkit.data.records import number_lines
 from llmkit.data.scorers import check_languages, classifier, word_list
@@ -48,29 +48,34 @@ MARKUP = (".html", ".htm", ".xhtml", ".warc", ".warc.gz", ".warc.zst")
 SPACE = 0.8  # bytes on disk for a byte of text: clean texts 0.4 (packed), tokens 0.5; a little is always dropped
 
 
-def check_rules(data: CorpusData) -> None:
+Where = Callable[[str], str | None]  # the file and line of a key of the config
+
+
+def check_rules(data: CorpusData, where: Where) -> None:
     """Refuse rules that do not exist, and thresholds that are neither low nor high."""
     errors = []
     for rule, limits in data.filter.rules.items():
         if rule not in RULES:
             hint = did_you_mean(rule, RULES) or f"one of: {', '.join(RULES)}"
-            errors.append(UserError("data.filter.rules has an unknown rule", got=rule, fix=hint))
+            at = where(f"data.filter.rules.{rule}")
+            errors.append(UserError("data.filter.rules has an unknown rule", at=at, got=rule, fix=hint))
         elif limits is not False and limits.keys() - {"low", "high"}:
-            errors.append(UserError(f"data.filter.rules.{rule} takes low and high", got=", ".join(limits)))
+            wrong, at = ", ".join(limits.keys() - {"low", "high"}), where(f"data.filter.rules.{rule}")
+            errors.append(UserError(f"data.filter.rules.{rule} takes low and high", at=at, got=wrong))
     raise_all(errors)
 
 
-def check_scorers(data: CorpusData) -> None:
+def check_scorers(data: CorpusData, where: Where) -> None:
     """Refuse languages, word lists and classifiers that are not there; loads them, so only where they are needed."""
     if data.filter.language:
-        check_languages(data.filter.language.keep)
+        check_languages(data.filter.language.keep, where("data.filter.language.keep"))
     if data.filter.words:
         word_list(data.filter.words.path)
     if data.filter.classifier:
         classifier(data.filter.classifier.path, data.filter.classifier.label)
 
 
-def check_corpus(data: CorpusData) -> None:
+def check_corpus(data: CorpusData, where: Where = lambda key: None) -> None:
     """Refuse what can't be built."""
     if not isinstance(data, CorpusData):
         raise UserError(
@@ -79,18 +84,20 @@ def check_corpus(data: CorpusData) -> None:
         )  # fmt: skip
     if not data.sources:
         raise UserError("there is nothing to build", expected="data.sources", fix="name at least one source")
-    check_rules(data)
+    check_rules(data, where)
 
 
-def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dict[str, Any]:
+def build_corpus(
+    data: CorpusData, *, say: Callable[[str], None] = print, where: Where = lambda key: None
+) -> dict[str, Any]:
     """Build data.dir from data.sources, or return the manifest of the same build that is already there."""
-    check_corpus(data)
+    check_corpus(data, where)
     folder = Path(data.dir)
     units, named, recipe = make_recipe(data)
     if is_built(folder, recipe):
         say(f"data is built: {folder}/manifest.json")
         return read_manifest(folder)
-    check_scorers(data)
+    check_scorers(data, where)
     if (folder / "manifest.json").exists():
         say(f"{folder} holds another build, which this one replaces")
     with lock(folder, "another process is building this data", fix="wait for it, or choose another data.dir"):
@@ -106,10 +113,10 @@ def build_corpus(data: CorpusData, *, say: Callable[[str], None] = print) -> dic
             ) from None  # fmt: skip
 
 
-def try_corpus(data: CorpusData, documents: int) -> tuple[str, dict[str, Any]]:
+def try_corpus(data: CorpusData, documents: int, *, where: Where = lambda key: None) -> tuple[str, dict[str, Any]]:
     """(report, funnel) of a build of each source's first documents, up to pass B; it leaves nothing behind."""
-    check_corpus(data)
-    check_scorers(data)
+    check_corpus(data, where)
+    check_scorers(data, where)
     sources = [
         source.model_copy(update={"limit": min(documents, source.limit or documents)}) for source in data.sources
     ]
@@ -151,7 +158,7 @@ def needs_build(data: CorpusData) -> bool:
     check_corpus(data)
     if is_built(Path(data.dir), make_recipe(data)[2]):
         return False
-    check_scorers(data)
+    check_scorers(data, lambda key: None)
     return True
 
 
@@ -200,6 +207,8 @@ def build_units(data: CorpusData, units: list[Unit], named: Tokenizer | None, re
         decision = decide(units, data, parts, decided)
         watch.lap("deciding")
         funnel = make_funnel(units, counts, decision)
+        for source in data.sources:
+            funnel[source.name]["passed over"] = passed_over(source)
         if decision.documents == 0:
             raise nothing_left(folder, funnel)
         tokenizer, tokenizer_folder = make_tokenizer(data, parts, decided, units, decision, named)

@@ -84,7 +84,10 @@ def reason(row: np.ndarray, fate: int, data: CorpusData, profile: str) -> str:
     """In words why a document with these scores was dropped, or only the fate's name."""
     name = FATES[fate]
     if name == "language":
-        return f"language {row['language'].decode()} ({row['language_score']:.2f})"
+        code, wanted = row["language"].decode(), data.filter.language
+        if code not in wanted.keep:
+            return f"language {code}, not {', '.join(wanted.keep)}"
+        return f"language {code} {row['language_score']:.2f} < {wanted.min_score:g}"
     limits = checks_of(data, profile).get(name)
     return why(name, float(values_of(row[None], name, data)[0]), limits) if limits and name != "empty" else name
 

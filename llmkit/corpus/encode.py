@@ -58,7 +58,7 @@ def encode_unit(
         result = json.loads(done.read_text(encoding="utf-8"))
         files = [file for split in ("train", "val") for file in result[split]["files"]]
         if not any(changed(folder / one["path"], one) for file in files for one in (file, file["index"])):
-            return result
+            return result | {"seconds": {}, "peak_mb": 0.0}
     watch, profile = Stopwatch(), unit.source["profile"]
     tokenizer = load_tokenizer(tokenizer_folder)
     scores = load_array(parts / f"{unit.part}.scores.npy")

@@ -11,6 +11,7 @@ import numpy as np
 from llmkit.corpus.build import decided_in, is_built, make_recipe
 from llmkit.corpus.decide import FATES, VAL, checks_of, reason
 from llmkit.corpus.units import Unit, load_array, read_zst
+from llmkit.data.words import Text, hash_ngrams
 from llmkit.errors import DATA, UserError, did_you_mean
 from llmkit.schema import CorpusData
 
@@ -19,7 +20,11 @@ def built_units(data: CorpusData) -> tuple[list[Unit], Path]:
     """The units of a build that is there and fits the config, and the folder of what was decided of them."""
     units, _, recipe = make_recipe(data)
     if not is_built(Path(data.dir), recipe):
-        raise UserError("this data is not built", at=data.dir, fix="llmkit data build CONFIG", code=DATA)
+        other = (Path(data.dir) / "manifest.json").is_file()
+        raise UserError(
+            "data.dir holds a build of another config" if other else "this data is not built", at=data.dir, code=DATA,
+            fix="give the same -o as `llmkit data build`, or build again" if other else "llmkit data build CONFIG",
+        )  # fmt: skip
     return units, decided_in(Path(data.dir), recipe)
 
 
@@ -35,9 +40,9 @@ def explain_document(data: CorpusData, id: str) -> dict[str, Any]:
         for number, record in enumerate(read_zst(parts / f"{unit.part}.jsonl.zst")):
             if record["id"] == id:
                 return describe(data, decided, units, unit, number, record)
-    names = [unit.source["name"] for unit in units]
-    source = id.partition("/")[0]
-    fix = did_you_mean(source, names) or "ids are printed by --kept and --dropped; bad records are in quarantine.jsonl"
+    names, source = [unit.source["name"] for unit in units], id.partition("/")[0]
+    fix = "ids are printed by --kept and --dropped; bad records are in quarantine.jsonl"
+    fix = fix if source in names else did_you_mean(source, names) or fix
     raise UserError("no document has this id", at=data.dir, got=id, fix=fix, code=DATA)
 
 
@@ -56,11 +61,21 @@ def describe(
     found = {"id": record["id"], "fate": FATES[fate] if fate > VAL else f"kept, in the {FATES[fate]} split"}
     if fate > VAL:
         found["why"] = reason(row, int(fate), data, profile)
+    if FATES[fate] == "contaminated":
+        found["shared with an evaluation file"] = shared_words(data, parts, unit, number, record["text"])
     if stand_in >= 0:
         found["instead"] = id_at(units, parts, decided, int(stand_in))
     if url := record.get("url"):
         found["url"] = url
     return found | {"scores": scores, "text": record["text"]}
+
+
+def shared_words(data: CorpusData, parts: Path, unit: Unit, number: int, text: str) -> str:
+    """The first n-gram of a document that an evaluation file has too."""
+    hits, cut, n = load_array(parts / f"{unit.part}.hits.npy"), Text(text), data.decontaminate.ngram
+    grams = hits["gram"][hits["document"] == number]
+    first = int(np.flatnonzero(np.isin(hash_ngrams(cut.hashes, n), grams))[0])
+    return b" ".join(cut.folded[first : first + n]).decode("utf-8", "replace")
 
 
 def id_at(units: list[Unit], parts: Path, decided: Path, place: int) -> str:

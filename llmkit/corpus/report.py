@@ -53,6 +53,12 @@ def report(manifest: dict[str, Any], counts: list[dict], shards: list[dict], dec
     for source, row in manifest["funnel"].items():
         lines += ["", f"## {source}", ""]
         ours = [one for one in counts if one["source"] == source]
+        if not row["kept"]:
+            lines.append("- **nothing of it is left**")
+        if others := row.get("passed over"):
+            lines.append(
+                "- files of no known kind, passed over: " + ", ".join(f"{n} {kind}" for kind, n in others.items())
+            )
         lines += [f"- warning: {number} documents {what}" for what, number in row["warnings"].items()]
         if row["quarantined"]:
             reasons = sum((Counter(one["bad"]) for one in ours), Counter()).most_common(5)

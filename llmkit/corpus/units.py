@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -104,6 +105,14 @@ def files_of(source: Source, built: Path) -> tuple[Path, list[Path]] | None:
     if not found:
         raise UserError("the source holds nothing but what was built from it", at=source.path, got=f"data.dir {built}")
     return root_of(source.path), found
+
+
+def passed_over(source: Source) -> dict[str, int]:
+    """How many files of a source are of no known kind, by suffix."""
+    found: Counter[str] = Counter()
+    if source.path:
+        list_files(source.path, source.include, source.exclude, found)
+    return dict(found)
 
 
 def cut(files: list[Path], whole: bool) -> Iterator[tuple[list[tuple[str, Span | None]], int]]:

@@ -30,10 +30,13 @@ from llmkit.types import Document
 # ---- which files ----------------------------------------------------------------------------------------------------
 
 
-def list_files(path: str, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Path]:
+def list_files(
+    path: str, include: Sequence[str] = (), exclude: Sequence[str] = (), others: Counter[str] | None = None
+) -> list[Path]:
     """The readable files behind a file, a folder or a glob, sorted; never hidden, empty or irregular ones.
 
     include, exclude  globs over the path below the folder, or over the bare name; `*` crosses folders
+    others            counts the wanted files of no known suffix
 
     A zip counts as a folder: it is listed as one file, and the globs pick among what is inside it.
     """
@@ -52,6 +55,8 @@ def list_files(path: str, include: Sequence[str] = (), exclude: Sequence[str] = 
         wanted = is_wanted(inside, () if kind == ".zip" else include, exclude, hidden=file == start)
         if wanted and (kind in READERS or kind == ".zip") and file.stat().st_size:
             files.append(file)
+        elif wanted and others is not None and kind not in READERS:
+            others[kind or "no suffix"] += 1
     if not files:
         seen = Counter(suffix_of(file) or "no suffix" for file in found).most_common(8)
         globs = "".join(f", {word} {list(given)}" for word, given in [("in", include), ("not in", exclude)] if given)
@@ -213,7 +218,7 @@ def text_of(record: dict[str, Any], text_key: str) -> str:
     text = record.get(text_key)
     if not isinstance(text, str):
         why = "null" if text_key in record else "missing"
-        raise ValueError(f"{text_key} is " + (why if text is None else f"no text but {type(text).__name__}"))
+        raise ValueError(f"{text_key} is " + (why if text is None else f"{type(text).__name__}, not text"))
     try:
         size = len(text.encode())
     except UnicodeEncodeError:  # pair surrogates up; a lone one becomes U+FFFD

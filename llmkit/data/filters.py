@@ -123,8 +123,10 @@ def mean_word_length(text: Text) -> float | None:
     return ratio(text.letters, len(text.words)) if text.spaced else None
 
 
-def alphabetic_words(text: Text) -> float:
-    """Share of words with a letter."""
+def alphabetic_words(text: Text) -> float | None:
+    """Share of words with a letter; where words are characters, many of them are marks over others."""
+    if not text.spaced:
+        return None
     plain = sum(map(str.isalpha, text.words))
     mixed = sum(map(bool, map(LETTER.search, filterfalse(str.isalpha, text.words))))  # loops in C: this is a hot spot
     return ratio(plain + mixed, len(text.words))

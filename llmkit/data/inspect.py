@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.data.documents import read_texts
+from llmkit.data.records import READERS, suffix_of
 from llmkit.data.tokenizer import Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
 
@@ -55,6 +56,8 @@ def paint_tokens(texts: list[str], *, colour: bool) -> str:
 def is_path(text: str) -> bool:
     """Whether an argument names files rather than being a text itself."""
     magic = len(text) < 4096 and any(sign in text for sign in "*?[") and "/" in text
+    if len(text.split()) == 1 and suffix_of(Path(text)) in READERS:  # misspelt, most likely
+        return True
     return magic or (len(text) < 4096 and "\n" not in text and Path(text).expanduser().exists())
 
 

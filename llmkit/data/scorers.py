@@ -46,13 +46,15 @@ def language_of(text: str) -> tuple[str, float]:
     return code, round(float(probability), 4)
 
 
-def check_languages(codes: list[str]) -> None:
+def check_languages(codes: list[str], at: str | None = None) -> None:
     """Refuse codes that no text would ever get."""
     unknown = sorted(set(codes) - set(identifier().labels))
     if unknown:
+        short = unknown[0][:2].lower()
         raise UserError(
-            "data.filter.language.keep has an unknown language", got=", ".join(unknown),
-            expected=f"ISO 639-1 codes: {', '.join(sorted(identifier().labels))}",
+            "data.filter.language.keep has an unknown language", at=at, got=", ".join(unknown),
+            expected=f"codes as en, de, fr, zh: py3langid knows {len(identifier().labels)}",
+            fix=f"did you mean {short}?" if short in identifier().labels else None,
         )  # fmt: skip
 
 

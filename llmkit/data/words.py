@@ -12,9 +12,10 @@ from zlib import crc32
 import numpy as np
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: odd, so multiplying by it loses nothing
-# Scripts written without spaces, in which a character is taken for a word: Thai to Khmer, kana, Chinese characters.
+# Scripts written without spaces, in which a character is taken for a word: Thai, Lao, Tibetan, Burmese, Khmer, kana,
+# Chinese characters.
 UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
 PUNCTUATION = re.compile("[\u00a0-\u00bf\u2000-\u206f\u3000-\u303f\uff01-\uff0f]+")  # what is not ASCII of it
 # ASCII in lower case, with a space for all that is neither letter nor digit; bytes of other characters as they are.
