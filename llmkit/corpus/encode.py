@@ -6,6 +6,7 @@ import itertools
 import json
 from collections import Counter, deque
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,19 @@ from llmkit.corpus.decide import FATES, VAL, reason
 from llmkit.corpus.measure import Stopwatch, peak_mb
 from llmkit.corpus.units import Unit, atomic_zst, load_array, read_zst
 from llmkit.data.dedup import cut_paragraphs
-from llmkit.data.tokenizer import CHECKED, load_tokenizer
+from llmkit.data.tokenizer import CHECKED, Tokenizer, load_tokenizer
 from llmkit.data.tokens import ShardWriter, changed, describe, token_dtype
 from llmkit.run import write_atomically
 from llmkit.schema import CorpusData
 
 EXAMPLES = 3  # of every reason to drop, in the report
 CHECKED_CHARACTERS = 500  # of the first CHECKED documents of each unit: the fast encoder must agree on them
+
+
+@lru_cache(maxsize=1)  # one after another, a tokenizer for each unit made a worker grow by 5 MB a unit
+def tokenizer_of_worker(folder: Path) -> Tokenizer:
+    """The tokenizer of a build, whose folder is named after all that made it."""
+    return load_tokenizer(folder)
 
 
 def split_text(text: str, fate: int, val_fraction: float, by_tail: bool) -> tuple[str, str]:
@@ -60,7 +67,7 @@ def encode_unit(
         if not any(changed(folder / one["path"], one) for file in files for one in (file, file["index"])):
             return result | {"seconds": {}, "peak_mb": 0.0}
     watch, profile = Stopwatch(), unit.source["profile"]
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = tokenizer_of_worker(tokenizer_folder)
     scores = load_array(parts / f"{unit.part}.scores.npy")
     held_out: list[str] = []
     examples: dict[str, list] = {}
