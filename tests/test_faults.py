@@ -115,10 +115,12 @@ def copy_of(folder: Path, to: Path, **changes) -> Path:
 
 
 def start(config: Path) -> subprocess.Popen:
-    """A build in a session of its own, so that its workers can be killed with it."""
+    """A build in a session of its own, so that its workers can be killed with it, which hears Ctrl-C: a shell makes
+    what it starts in the background deaf to it."""
     arguments = command(config.parent, "data", "build", config)
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(arguments, start_new_session=True, **pipes)
+    hears = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    return subprocess.Popen(arguments, start_new_session=True, **pipes, **hears)
 
 
 def finish(config: Path) -> None:
