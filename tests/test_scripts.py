@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import tiny_config
+from conftest import sentences, tiny_config
 
 from llmkit.corpus.build import build_corpus
 from llmkit.schema import Config
@@ -75,3 +75,14 @@ def test_stdlib_pairs_are_bodies_of_documented_functions_and_val_is_what_the_cor
         lines = (tmp_path / "pairs" / f"{split}.jsonl").read_text().splitlines()
         made = [(pair["prompt"], pair["completion"]) for pair in map(json.loads, lines)]
         assert sorted(made) == sorted(pair for i in modules for pair in pairs_of(i))
+
+
+def test_the_data_benchmark_measures_and_names_a_peer_that_is_missing(tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(sentences(i, 12) for i in range(60)))
+    script, out = ROOT / "scripts" / "bench_data.py", tmp_path / "out.json"
+    arguments = ["--mb", "0.05", "--rounds", "1", "--only", "chain", "dedup", "--pairs", "30", "--json", str(out)]
+    subprocess.run([sys.executable, str(script), str(tmp_path / "text.txt"), *arguments], check=True, timeout=200)
+    rows = json.loads(out.read_text())
+    assert rows["chain"]["MB per CPU-second"]["llmkit"] > 0 and rows["chain"]["kept"]["llmkit"] > 0
+    assert "datatrove" in rows["chain"]["errors"]["datatrove"] or rows["chain"]["ratio"] > 1
+    assert rows["dedup"]["recall above .8"] > 0.9 and rows["dedup"]["precision at .5"] > 0.9
