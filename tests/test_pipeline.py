@@ -865,6 +865,33 @@ def test_a_run_of_a_mixture_with_document_masks_can_be_evaluated(tmp_path, token
     assert figures["loss"] > 0 and "in one stream" in figures["data"]
 
 
+def test_a_build_that_found_its_parts_claims_no_speed(tmp_path, tokenizer):
+    data = corpus_of(tmp_path, tokenizer, [source(tmp_path, "s", texts(12))])
+    build_corpus(data, **quiet)
+    assert "per CPU-second" in (tmp_path / "data/report.md").read_text()
+    (tmp_path / "data/manifest.json").unlink()
+    build_corpus(data, **quiet)
+    again = (tmp_path / "data/report.md").read_text()
+    assert "per CPU-second" not in again and "the rest was there" in again and "rules" not in again
+
+
+@pytest.mark.parametrize("keys", [{"streaming": True}, {"revision": "main"}])
+def test_options_that_mean_nothing_to_local_files_are_refused(tmp_path, tokenizer, keys):
+    (tmp_path / "rows").mkdir()
+    source(tmp_path / "rows", "train", texts(3))
+    data = corpus_of(tmp_path, tokenizer, [{"name": "rows", "hf": str(tmp_path / "rows"), **keys}])
+    with pytest.raises(UserError, match="mean nothing to local files"):
+        build_corpus(data, **quiet)
+
+
+def test_other_languages_to_keep_change_the_reasons_that_are_shown(tmp_path, tokenizer):
+    for keep in (["en"], ["en", "fr"]):
+        rules = {"language": {"keep": keep, "min_score": 0.0}}
+        data = corpus_of(tmp_path, tokenizer, [source(tmp_path, "s", [GERMAN * 5, *texts(12)])], filter=rules)
+        build_corpus(data, **quiet)
+        assert f"not {', '.join(keep)}" in (tmp_path / "data/report.md").read_text()
+
+
 def test_the_tail_of_a_long_line_is_no_more_than_was_asked_for():
     train_text, val_text = split_text("Title\n" + "word " * 2000, TRAIN, 0.1, by_tail=True)
     assert 0.09 < len(val_text) / len(train_text + val_text) < 0.21

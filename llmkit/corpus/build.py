@@ -164,9 +164,11 @@ def needs_build(data: CorpusData) -> bool:
 
 def is_built(folder: Path, recipe: str) -> bool:
     """Whether the folder holds a finished build of this recipe, the tokenizer included."""
-    if not (folder / "manifest.json").exists() or read_manifest(folder)["recipe"] != recipe:
+    if not (folder / "manifest.json").exists():
         return False
     tokenizer, manifest = folder / "tokenizer", read_manifest(folder)
+    if manifest["recipe"] != recipe:
+        return False
     files = [one for part in manifest["splits"].values() for file in part["files"] for one in (file, file["index"])]
     if not (tokenizer / "tokenizer.json").is_file() or any(changed(folder / one["path"], one) for one in files):
         return False
@@ -252,6 +254,8 @@ def encoding_key(data: CorpusData, decided: Path, unit: Unit, decision: Decision
     fates, cut = (load_array(decided / f"{unit.part}.{name}.npy") for name in ("fate", "cut"))
     checks = checks_of(data, unit.source["profile"])
     met = {name: checks.get(name) for name in count_fates(fates["fate"])}  # other thresholds that drop nothing else
+    if "language" in met:
+        met["language"] |= {"keep": data.filter.language.keep}
     splitting = (data.split.val_fraction if decision.by_tail else None, decision.by_tail)
     return hash_of(unit.part, checksum(fates["fate"]), checksum(cut), met, tokenizer.sha256, splitting)
 
@@ -263,10 +267,11 @@ def checksum(array: np.ndarray) -> str:
 def delete_earlier(folder: Path, units: list[Unit], made: list[Path], keys: list[str]) -> None:
     """Delete what earlier builds left and no manifest names any more: nothing that only lies there."""
     current = {unit.part for unit in units} | {f"{unit.name}-{key}" for unit, key in zip(units, keys, strict=True)}
+    known = set(keys)
     for path in itertools.chain(folder.glob("parts/*"), (folder / "tokens").rglob("*"), folder.glob("dropped/*")):
         stem = re.match(r"(.+-\d+-[0-9a-f]{16})\.(tokens-([0-9a-f]{16}))?", path.name)
         if stem and path.is_file():
-            if stem[1] not in current or path.name.endswith(".tmp") or (stem[3] and stem[3] not in keys):
+            if stem[1] not in current or path.name.endswith(".tmp") or (stem[3] and stem[3] not in known):
                 path.unlink()
         elif re.match(r"(tokenizer|decided)-[0-9a-f]{16}(\.tmp)?$", path.name) and path not in made:
             shutil.rmtree(path)
@@ -331,18 +336,14 @@ def make_tokenizer(
     folder = parts / f"tokenizer-{made_of[:16]}"
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder), folder
-    size = sum(
-        int(load_array(parts / f"{unit.part}.scores.npy")["bytes"][fates <= VAL].sum(dtype="u8"))
-        for unit, fates in zip(units, decision.fates, strict=True)
-    )
-    share = data.tokenizer.sample_mb * 1e6 / max(1, size)
 
     def sample() -> Iterable[str]:
+        sizes = (load_array(parts / f"{unit.part}.scores.npy")["bytes"] for unit in units)
+        size = sum(int(one[fates <= VAL].sum(dtype="u8")) for one, fates in zip(sizes, decision.fates, strict=True))
+        share = section.sample_mb * 1e6 / max(1, size)
         for unit in units:
-            draws = draw(load_array(parts / f"{unit.part}.scores.npy")["key"][:, 0], data.seed + 1)
-            for (_, fate, text), wanted in zip(
-                kept_texts(unit, data, parts, decided), (draws < share).tolist(), strict=True
-            ):
+            taken = draw(load_array(parts / f"{unit.part}.scores.npy")["key"][:, 0], data.seed + 1) < share
+            for (_, fate, text), wanted in zip(kept_texts(unit, data, parts, decided), taken.tolist(), strict=True):
                 if wanted and text:
                     yield split_text(text, fate, *splitting)[0]
 

@@ -65,9 +65,9 @@ def values_of(table: np.ndarray, fate: str, data: CorpusData) -> np.ndarray:
     """What a check looks at, for every document of a unit."""
     if fate == "empty":
         return table["bytes"]
-    if fate == "language":  # another language, however sure, is as good as no score at all
+    if fate == "language":
         wanted = np.isin(table["language"], [code.encode() for code in data.filter.language.keep])
-        return np.where(wanted, table["language_score"], 0.0)
+        return np.where(wanted, table["language_score"], -1.0)  # below any min_score, 0 too
     return table[fate]
 
 

@@ -48,7 +48,7 @@ def report(manifest: dict[str, Any], counts: list[dict], shards: list[dict], dec
         dropped, size = sum(row["dropped"].values()), f"{kept_bytes[source] / 1e6:.2f}" if shards else "-"
         lines.append(f"| {source} | {row['read']} | {row['quarantined']} | {dropped} | {row['kept']} | {size} |")
     if shards:
-        lines += sizes_of(manifest, shards)
+        lines += sizes_of(manifest, counts, shards)
     lines += [f"- {line}" for line in findings(decision)]
     for source, row in manifest["funnel"].items():
         lines += ["", f"## {source}", ""]
@@ -85,8 +85,8 @@ def report(manifest: dict[str, Any], counts: list[dict], shards: list[dict], dec
     return "\n".join(lines) + "\n"
 
 
-def sizes_of(manifest: dict[str, Any], shards: list[dict]) -> list[str]:
-    """Tokens by split and by source, seconds by stage, and memory."""
+def sizes_of(manifest: dict[str, Any], counts: list[dict], shards: list[dict]) -> list[str]:
+    """Tokens by split and by source, seconds by stage, and memory. A speed only where all was done in this build."""
     lines = ["", "| | documents | tokens | MB | bytes a token | characters a token |", "|---|---|---|---|---|---|"]
     sources = {shard["source"]: None for shard in shards}
     groups = {f"all {split}": [shard[split] for shard in shards] for split in ("train", "val")}
@@ -104,11 +104,14 @@ def sizes_of(manifest: dict[str, Any], shards: list[dict]) -> list[str]:
         )
     stages = sorted(manifest["cpu_seconds"].items(), key=lambda item: -item[1])
     total, size = sum(manifest["cpu_seconds"].values()), sum(s[k]["bytes"] for s in shards for k in ("train", "val"))
+    anew = sum(bool(one["seconds"]) for one in [*counts, *shards])
+    whole = anew == len(counts) + len(shards)
+    speed = f"{size / 1e6 / max(total, 1e-9):.2f} MB of kept text per CPU-second" if whole else "the rest was there"
     return [
         *lines, "",
-        f"Split by {manifest['split_by']}; vocabulary {manifest['vocab_size']}. {manifest['seconds']} s with "
-        f"{manifest['workers']} workers, {total:.1f} s of CPU, {size / 1e6 / max(total, 1e-9):.2f} MB of kept text per "
-        f"CPU-second ({', '.join(f'{stage} {seconds:.1f}' for stage, seconds in stages)}); at most "
+        f"Split by {manifest['split_by']}; vocabulary {manifest['vocab_size']}. {manifest['seconds']:.2f} s with "
+        f"{manifest['workers']} workers, {total:.1f} s of CPU, {speed} "
+        f"({', '.join(f'{stage} {seconds:.1f}' for stage, seconds in stages)}); at most "
         f"{manifest['peak_mb']:.0f} MB of memory in a process.", "",
     ]  # fmt: skip
 

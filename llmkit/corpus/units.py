@@ -55,7 +55,7 @@ def hash_of(*values: Any) -> str:
 
 def measured_rules(data: CorpusData, profile: str) -> list[str]:
     """The rules that a profile and the config's own thresholds look at."""
-    return [*PROFILES[profile], *(rule for rule in data.filter.rules if rule not in PROFILES[profile])]
+    return [*PROFILES[profile], *sorted(data.filter.rules.keys() - PROFILES[profile].keys())]
 
 
 def measuring_key(data: CorpusData, source: Source) -> str:
@@ -98,7 +98,10 @@ def make_units(data: CorpusData) -> list[Unit]:
 def files_of(source: Source, built: Path) -> tuple[Path, list[Path]] | None:
     """(root, files) of a source, without what a build left in `built`; None where the `datasets` library reads it."""
     if source.hf:
-        return dataset_files(source.hf, source.config, source.split)
+        found = dataset_files(source.hf, source.config, source.split)
+        if found and (source.streaming or source.revision):
+            raise UserError("streaming and revision mean nothing to local files", at=source.hf, fix="delete them")
+        return found
     files = list_files(source.path, source.include, source.exclude)
     built = built.absolute()
     found = [file for file in files if not file.absolute().is_relative_to(built)]

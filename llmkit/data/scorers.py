@@ -27,7 +27,7 @@ TABLE_BITS = 24  # of the table that tells in one look that an n-gram is none of
 
 @cache
 def identifier() -> Any:
-    """py3langid's model of 97 languages, a numpy file inside its package."""
+    """py3langid's model, a numpy file inside its package."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

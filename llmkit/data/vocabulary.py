@@ -70,8 +70,12 @@ def plain(texts: Iterable[str], specials: Sequence[str]) -> Iterator[str]:
         yield text
 
 
-def byte_level(rust: Rust, pattern: str, steps: list) -> Rust:
-    """Give a model the pre-tokenizer of GPT-2 and its heirs: no text is unknown, and none is changed."""
+def train_bytes(
+    model: models.Model, trainer: type[trainers.Trainer], texts: Iterator[str], vocab_size: int, pattern: str,
+    steps: list, specials: Sequence[str],
+) -> Rust:  # fmt: skip
+    """A model trained under the pre-tokenizer of GPT-2 and its heirs: no text is unknown, and none is changed."""
+    rust = Rust(model)
     if steps:
         rust.normalizer = normalizers.Sequence(steps)
     bytelevel = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern == "gpt2")
@@ -82,19 +86,16 @@ def byte_level(rust: Rust, pattern: str, steps: list) -> Rust:
             reason = str(error).partition("\n")[0]
             raise UserError(f"data.tokenizer.pattern is no regex: {reason}", got=pattern) from None
         bytelevel = pre_tokenizers.Sequence([cut, bytelevel])
-    rust.pre_tokenizer = bytelevel
-    rust.decoder = decoders.ByteLevel()
+    rust.pre_tokenizer, rust.decoder = bytelevel, decoders.ByteLevel()
+    alphabet, first = pre_tokenizers.ByteLevel.alphabet(), [*SPECIALS, *specials]
+    options = {"vocab_size": vocab_size, "special_tokens": first, "initial_alphabet": alphabet, "show_progress": False}
+    rust.train_from_iterator(texts, trainer(**options))
     return rust
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int, pattern: str, steps: list, specials: Sequence[str]) -> Tokenizer:
     """Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) of bytes, as GPT-2's."""
-    rust = byte_level(Rust(models.BPE()), pattern, steps)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[*SPECIALS, *specials], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    rust.train_from_iterator(texts, trainer)
+    rust = train_bytes(models.BPE(), trainers.BpeTrainer, texts, vocab_size, pattern, steps, specials)
     return Tokenizer(rust, rust.token_to_id(EOS))
 
 
@@ -102,17 +103,11 @@ def train_unigram(
     texts: Iterator[str], vocab_size: int, pattern: str, steps: list, specials: Sequence[str]
 ) -> Tokenizer:
     """The unigram language model (Kudo 2018, arXiv:1804.10959), over bytes, so that nothing is unknown."""
-    rust = byte_level(Rust(models.Unigram()), pattern, steps)
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size, special_tokens=[*SPECIALS, *specials], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    rust.train_from_iterator(texts, trainer)
+    rust = train_bytes(models.Unigram(), trainers.UnigramTrainer, texts, vocab_size, pattern, steps, specials)
     spec = json.loads(rust.to_str())
     for entry in spec["model"]["vocab"][: len(SPECIALS) + len(specials)]:
         entry[1] = UNLIKELY  # they are pieces like others, and would win wherever they are spelt out
-    rust = Rust.from_str(json.dumps(spec))
-    return Tokenizer(rust, rust.token_to_id(EOS))
+    return Tokenizer(Rust.from_str(json.dumps(spec)), rust.token_to_id(EOS))
 
 
 def train_wordpiece(
