@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmkit.commands import talk
 from llmkit.commands.data import data_app, tokenizer_app
 from llmkit.commands.show import AsJson, ConfigArg, Override, progress_to, show
 
@@ -23,6 +24,8 @@ def common(debug: Annotated[bool, typer.Option("--debug", help="Show the traceba
 
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
+app.command()(talk.generate)
+app.command()(talk.chat)
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the header, and stop.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in the run directory.")]
@@ -114,50 +117,6 @@ def evaluate(
 
     located = locate(model or unnamed_run(progress_to(as_json)))
     show(measure(located, data=data, window=window, stride=stride, batch_size=batch_size, precision=precision), as_json)
-
-
-@app.command()
-def generate(
-    model: Annotated[str, typer.Argument(help="A run, checkpoint, adapter or Hugging Face folder.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="0: all tokens.")] = 50,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
-    seed: int = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
-    precision: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
-    as_json: AsJson = False,
-) -> None:
-    """Continue PROMPT."""
-    from llmkit import checkpoint, parallel
-    from llmkit.data.chat import chat_prompt
-    from llmkit.generate import generate as draw
-
-    device = parallel.start_world().device
-    loaded, tokenizer = checkpoint.load(checkpoint.locate(model), device=device)
-    prompt = sys.stdin.read() if prompt == "-" else prompt
-    ids = chat_prompt(tokenizer, prompt) if chat else tokenizer.encode_prompt(prompt)
-    stop = frozenset([tokenizer.eos_id, *([tokenizer.chat_end] if chat else [])])
-    with parallel.autocast(device, parallel.choose_precision(precision, device)):
-        new = draw(
-            loaded, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None, top_p=top_p,
-            stop=stop, seed=seed,
-        )  # fmt: skip
-        if as_json:
-            new = list(new)
-            show({"prompt": prompt, "text": tokenizer.decode(new), "tokens": len(new)}, as_json)
-            return
-        print("" if chat else prompt, end="", flush=True)
-        drawn: list[int] = []
-        shown = ""
-        for token in new:
-            drawn.append(token)
-            text = tokenizer.decode(drawn)
-            if not text.endswith("\ufffd"):  # half of a character: wait for the rest
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
-        print()
 
 
 @app.command()

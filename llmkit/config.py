@@ -116,7 +116,7 @@ def tokenizer_conflicts(config: Config, tokenizer: TokenizerSection) -> Iterator
             "data.tokenizer needs one of train, path and extend", at=config.where("data.tokenizer"),
             got=" and ".join(ways) or "none", expected="{train: bpe, vocab_size: 32000} or {path: tokenizer.json}",
         )  # fmt: skip
-    learning = ["pattern", "normalize", "special_tokens"]
+    learning = ["pattern", "normalize", "special_tokens", "extra_ids"]
     yield from useless(config, "data.tokenizer", tokenizer, "path", ["vocab_size", "sample_mb", *learning])
     yield from useless(config, "data.tokenizer", tokenizer, "extend", learning)
     if tokenizer.train in ("wordpiece", "char") and tokenizer.pattern != "gpt2":
@@ -150,7 +150,7 @@ def check_options(
         return {}, [UserError(f"{section}.name is unknown", at=at, got=choice.name, fix=hint)]
     chosen = table[choice.name]
     parameters = inspect.signature(chosen).parameters.values()
-    hints = get_type_hints(chosen.__init__ if inspect.isclass(chosen) else chosen, include_extras=True)
+    hints = get_type_hints(chosen, include_extras=True)
     fields: dict[str, Any] = {
         p.name: (hints[p.name], ... if p.default is p.empty else p.default)
         for p in parameters

@@ -1,93 +1,217 @@
-"""Text from a model: prefill the prompt, then one token at a time from the cache."""
+"""Text from a model: prefill the prompts, then one token at a time from the cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+from tokenizers.decoders import DecodeStream
 from torch import Tensor, nn
 
-from llmkit.errors import DATA, UserError
-from llmkit.models.layers import KVCache
+from llmkit.data.tokenizer import Tokenizer
+from llmkit.errors import DATA, MODEL, UserError
+from llmkit.models.attention import KVCache
+from llmkit.models.layers import RowLinear
+
+FIXED_CAPACITY = 512  # slots of a compiled model's cache, or twice, four times as many: a new number compiles anew
 
 
-def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
-    """Next-token probabilities (V,) of logits (V,).
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the model's probabilities; the steps are taken in this order.
 
-    temperature  divides the logits
-    top_k        only the k likeliest tokens
-    top_p        only the likeliest tokens that together reach this probability (Holtzman et al. 2019, 1904.09751)
+    repetition_penalty  logits of tokens that were read or drawn before are divided by it if positive, else multiplied
+                        (Keskar et al. 2019, arXiv:1909.05858)
+    temperature         divides the logits; 0: always the likeliest token
+    top_k               only the k likeliest tokens
+    top_p               only the likeliest tokens that together reach this probability (Holtzman 2019, 1904.09751)
+    min_p               only tokens with at least this share of the likeliest one's probability (arXiv:2407.01082)
     """
-    logits = logits.float() / temperature
-    if top_k is not None and top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
-    probs = torch.softmax(logits, dim=-1)
-    if top_p < 1.0:
-        ordered, order = probs.sort(descending=True)
-        outside = ordered.cumsum(0) - ordered >= top_p  # the token that crosses the line stays in
-        outside[0] = False
-        probs[order[outside]] = 0.0
-        probs = probs / probs.sum()
-    return probs
+
+    temperature: float = 0.8
+    top_k: int | None = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
-def sample(logits: Tensor, generator: torch.Generator, temperature: float, top_k: int | None, top_p: float) -> int:
-    """One token id; temperature 0 takes the likeliest."""
-    if temperature == 0:
-        return int(logits.argmax())
-    probs = logits_to_probs(logits, temperature, top_k, top_p)
-    return int(torch.multinomial(probs, 1, generator=generator))
+# ---- drawing tokens -------------------------------------------------------------------------------------------------
 
 
-def prefill(model: nn.Module, prompt: Tensor, cache: KVCache) -> Tensor:
-    """Run the prompt (1, T) through the model; logits (V,) of the token after it."""
-    return model(prompt, cache=cache)[0, -1]
+def logits_to_probs(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """The tokens that may follow and their probabilities, (B, k) each and the likeliest first, from logits (B, V)."""
+    logits = logits.float() / sampling.temperature
+    kept = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    logits, tokens = logits.topk(kept)
+    probs = logits.softmax(-1)
+    outside = (probs.cumsum(-1) - probs >= sampling.top_p) | (probs < sampling.min_p * probs[:, :1])
+    outside[:, 0] = False  # the likeliest stays, and so does the token that crosses the line
+    probs = probs.masked_fill(outside, 0.0)
+    return tokens, probs / probs.sum(-1, keepdim=True)
 
 
-def decode_one_token(model: nn.Module, token: int, cache: KVCache, device: torch.device) -> Tensor:
-    """Run one more token; logits (V,) of the token after it."""
-    return model(torch.tensor([[token]], device=device), cache=cache)[0, -1]
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make the tokens that were seen (B, V) less likely."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def sample(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:
+    """One token a row of logits (B, V), each row with a generator of its own."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1).tolist()
+    tokens, probs = logits_to_probs(logits, sampling)
+    rows = enumerate(zip(probs, generators, strict=True))
+    return [int(tokens[b, torch.multinomial(row, 1, generator=generator)]) for b, (row, generator) in rows]
+
+
+# ---- running the model ----------------------------------------------------------------------------------------------
+
+
+def prefill(
+    model: nn.Module, prompts: list[list[int]], capacity: int, dtype: torch.dtype, spare: int = 0
+) -> tuple[KVCache, Tensor]:
+    """Read the prompts: a cache with room for `capacity` tokens in all, and logits (B, V) of the next token.
+
+    Prompts of different lengths begin in different columns and end in the same one; an encoder reads them apart from
+    the cache, which then holds what the decoder writes.
+    """
+    config, device, longest = model.config, next(model.parameters()).device, max(map(len, prompts))
+    pads = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+    cache = KVCache(
+        config.windows, len(prompts), config.num_key_value_heads, capacity, config.head_dim, device=device, dtype=dtype,
+        starts=pads if pads.any() and config.kind == "causal" else None, spare=spare,
+    )  # fmt: skip
+    if config.kind == "causal":
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    else:
+        sources = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+        is_pad = torch.arange(longest, device=device) >= longest - pads[:, None]
+        cache.encoded = model.encode(sources, -is_pad.long() if pads.any() else None)
+        cache.seen = ~is_pad[:, None, None] if pads.any() else None
+        ids = torch.full((len(prompts), 1), config.decoder_start_token_id, device=device)
+    return cache, model(ids, cache=cache, logits_to_keep=1)[:, -1]
+
+
+def decode_one_token(model: nn.Module, tokens: list[int], cache: KVCache) -> Tensor:
+    """Read one more token a row; logits (B, V) of the token after it."""
+    ids = torch.tensor(tokens, device=cache.device)[:, None]
+    return model(ids, cache=cache, logits_to_keep=1)[:, -1]
+
+
+def room_for(model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> int:
+    """Columns that the prompts and the new tokens take; a UserError for a prompt that leaves none to write at."""
+    longest, limit = max(map(len, prompts)), model.config.max_position_embeddings
+    if longest >= limit:
+        raise UserError(
+            "the prompt fills all of the model's positions", got=f"{longest} tokens", expected=f"at most {limit - 1}",
+            fix="shorten it", code=DATA,
+        )  # fmt: skip
+    return min(limit, (longest if model.config.kind == "causal" else 1) + max_new_tokens)
 
 
 @torch.no_grad()
 def generate(
     model: nn.Module,
-    prompt: list[int],
+    prompts: list[list[int]],
     *,
     max_new_tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: int | None = 50,
-    top_p: float = 1.0,
+    sampling: Sampling = Sampling(),
     stop: frozenset[int] = frozenset(),
     seed: int = 0,
-) -> Iterator[int]:
-    """Token ids after the prompt, as they are drawn; ends at a stop token, or where the positions end.
+    compiled: bool = False,
+) -> Iterator[list[int | None]]:
+    """The next token of every prompt, again and again; None for a row that has ended.
 
-    The same seed gives the same text. The model's global RNG is not touched. UserError for a prompt that leaves no
-    position to write at.
+    A row ends at a stop token, which is not given out; all end after max_new_tokens, or where the positions end. Row b
+    draws with seed + b, so that it is the same text alone or beside others; the global RNG is not touched.
+
+    compiled  the model's blocks were compiled by `compile_decoding`
+
+    >>> list(generate(model, [[1, 2], [3]], max_new_tokens=2, sampling=Sampling(temperature=0)))   # doctest: +SKIP
+    [[17, 4], [17, None]]
     """
-    training, config = model.training, model.config
-    if len(prompt) >= config.max_position_embeddings:
-        raise UserError(
-            "the prompt fills all of the model's positions", got=f"{len(prompt)} tokens",
-            expected=f"at most {config.max_position_embeddings - 1}", fix="shorten it", code=DATA,
-        )  # fmt: skip
+    if model.config.kind == "masked":
+        raise UserError(f"{model.config.model_type} reads in both directions, and writes no text", code=MODEL)
+    columns = room_for(model, prompts, max_new_tokens)
+    capacity = FIXED_CAPACITY if compiled else columns
+    while capacity < columns:
+        capacity *= 2
+    training, first = model.training, next(model.parameters())
     model.eval()
-    first = next(model.parameters())
-    generator = torch.Generator(first.device).manual_seed(seed)
-    capacity = min(config.max_position_embeddings, len(prompt) + max_new_tokens)
-    dtype = torch.get_autocast_dtype(first.device.type) if torch.is_autocast_enabled(first.device.type) else first.dtype
-    cache = KVCache(
-        config.num_hidden_layers, 1, config.num_key_value_heads, capacity, config.head_dim,
-        device=first.device, dtype=dtype,
-    )  # fmt: skip
-    logits = prefill(model, torch.tensor([prompt], device=first.device), cache)
-    for _ in range(max_new_tokens):
-        token = sample(logits, generator, temperature, top_k, top_p)
-        if token in stop:
+    device = first.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else first.dtype
+    generators = [torch.Generator(first.device).manual_seed(seed + row) for row in range(len(prompts))]
+    seen = None
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=first.device)
+        for row, prompt in zip(seen, prompts, strict=True):
+            row[prompt] = True
+    ended = [False] * len(prompts)
+    try:
+        with eager():
+            cache, logits = prefill(model, prompts, capacity, dtype)
+        cache.fixed = compiled
+        for _ in range(max_new_tokens):
+            logits = logits if seen is None else penalize(logits, seen, sampling.repetition_penalty)
+            tokens = sample(logits, sampling, generators)
+            ended = [done or token in stop for done, token in zip(ended, tokens, strict=True)]
+            if all(ended):
+                break
+            yield [None if done else token for done, token in zip(ended, tokens, strict=True)]
+            if cache.length == columns:
+                break
+            if seen is not None:
+                seen[range(len(tokens)), tokens] = True
+            with contextlib.nullcontext() if compiled else eager():
+                logits = decode_one_token(model, tokens, cache)
+    finally:
+        model.train(training)
+
+
+def eager():
+    """Blocks that were compiled run as written: every new length would be compiled anew."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def stream(model: nn.Module, prompt: list[int], **options) -> Iterator[int]:
+    """`generate` for one prompt."""
+    return (token for [token] in generate(model, [prompt], **options))
+
+
+def compile_decoding(model: nn.Module) -> None:
+    """Compile what a decoded token runs through: on a CPU weights are then read at twice the speed."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = RowLinear
+    for part in (*model.blocks, model.to_logits):
+        part.compile(fullgraph=True, dynamic=False)
+
+
+# ---- text -----------------------------------------------------------------------------------------------------------
+
+
+def text_pieces(
+    tokenizer: Tokenizer, prompt: Iterable[int], tokens: Iterable[int], stop: Sequence[str] = ()
+) -> Iterator[str]:
+    """What the tokens after a prompt add to the text, as soon as it is sure, up to a stop string.
+
+    Half a character waits for the rest of it, and what may turn out to begin a stop string waits too.
+    """
+    decoding = DecodeStream(skip_special_tokens=False)
+    for token in prompt:  # whether a text begins with a space depends on what stands before
+        decoding.step(tokenizer.rust, token)
+    held = ""
+    for token in tokens:
+        held += decoding.step(tokenizer.rust, token) or ""
+        found = [place for word in stop if (place := held.find(word)) >= 0]
+        if found:
+            held = held[: min(found)]
             break
-        yield token
-        if cache.length == capacity:
-            break
-        logits = decode_one_token(model, token, cache, first.device)
-    model.train(training)
+        waits = max((n for word in stop for n in range(1, len(word)) if held.endswith(word[:n])), default=0)
+        ready, held = held[: len(held) - waits], held[len(held) - waits :]
+        if ready:
+            yield ready
+    if held:
+        yield held

@@ -20,7 +20,7 @@ from llmkit.data.tokenizer import load_tokenizer
 from llmkit.errors import DATA, ENVIRONMENT, UserError, raise_all
 from llmkit.models import CONFIGS, shape_problems
 from llmkit.models.folder import read_config
-from llmkit.objectives import OBJECTIVES
+from llmkit.objectives import FITTING, OBJECTIVES, Objective
 from llmkit.optim import OPTIMIZERS, SCHEDULES
 from llmkit.parallel import DTYPES, World, choose_precision, device_name, matmul_rate, start_world, total_memory
 from llmkit.peft import METHODS
@@ -43,6 +43,7 @@ class Job:
     model_config: Any
     base: Path | None  # folder of the weights to begin with
     data: Data
+    objective: Objective
     options: dict[str, dict[str, Any]]  # of the "choose one" sections
     plan: Plan
     max_steps: int
@@ -63,8 +64,10 @@ class Job:
         return self.config.train.global_batch_size * self.seq_len
 
     def batches(self, split: str, global_batch_size: int) -> Batches:
-        world = self.world
-        return self.data.open(split, global_batch_size, seed=self.config.seed, rank=world.rank, world=world.size)
+        """The batches of a split as the objective wants them; in training, this rank's."""
+        mine = {"rank": self.world.rank, "world": self.world.size} if split == "train" else {}
+        corrupt = self.objective.corrupt
+        return self.data.open(split, global_batch_size, seed=self.config.seed, corrupt=corrupt, **mine)
 
     def seed_at(self, step: int) -> int:
         """Of the RNG that dropout draws from, in this step and on this rank."""
@@ -99,6 +102,11 @@ class Job:
             f"x {self.world.size} rank(s), {self.seq_len} tokens each",
             "length": f"{self.max_steps} steps, {count(self.max_steps * self.tokens_per_step)} tokens, "
             f"{self.max_steps * config.train.global_batch_size / self.data.samples['train']:.2f} epochs",
+            **(
+                {"objective": in_words(config.objective.name, self.options["objective"])}
+                if self.options["objective"]
+                else {}
+            ),
             "optimizer": in_words(config.optimizer.name, self.options["optimizer"]),
             **({"peft": in_words(config.peft.name, self.options["peft"])} if config.peft else {}),
             "schedule": in_words(config.schedule.name, self.options["schedule"]),
@@ -116,7 +124,7 @@ def in_words(name: str, options: dict[str, Any]) -> str:
 def check_choices(config: Config) -> dict[str, dict[str, Any]]:
     """Every "choose one" section's options with defaults filled in; all errors at once."""
     tables = {
-        "model": CONFIGS, "objective": OBJECTIVES, "peft": METHODS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES,
+        "model": CONFIGS, "peft": METHODS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES,
     }  # fmt: skip
     options, errors = {}, []
     for section, table in tables.items():
@@ -124,8 +132,32 @@ def check_choices(config: Config) -> dict[str, dict[str, Any]]:
         if choice is not None:
             options[section], wrong = check_options(table, section, choice, config)
             errors += wrong
+    if config.objective and config.objective.name not in OBJECTIVES:
+        errors += check_options(OBJECTIVES, "objective", config.objective, config)[1]
     raise_all(errors)
     return options
+
+
+def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[str, Any]]:
+    """The objective and its options: the one that fits the model and the data, which none other does."""
+    kind, data = model_config.kind, config.data.kind
+    fitting = FITTING.get((kind, data))
+    if fitting is None:
+        raise UserError(
+            f"{model_config.model_type} can't be trained on prompts and answers: it writes no text",
+            at=config.where("data.kind"), got=data,
+        )  # fmt: skip
+    choice = config.objective or Choice(name=fitting)
+    if choice.name != fitting:
+        raise UserError(
+            f"{model_config.model_type} has another objective on this data", at=config.where("objective.name"),
+            got=choice.name, expected=fitting, fix="leave the objective out",
+        )  # fmt: skip
+    if kind == "seq2seq" and data == "corpus" and config.data.document_mask:
+        raise UserError("spans are cut out of whole rows: no document mask", at=config.where("data.document_mask"))
+    options, errors = check_options(OBJECTIVES, "objective", choice, config)
+    raise_all(errors)
+    return choice, options
 
 
 def model_problems(config: Config, model_config: Any) -> list[UserError]:
@@ -162,6 +194,8 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
             )  # fmt: skip
         base = located.folder
     model_config = read_model_config(config, options)
+    objective, options["objective"] = choose_objective(config, model_config)
+    config = config.model_copy(update={"objective": objective})
     errors = model_problems(config, model_config)
     warmup, fixed = options["schedule"].get("warmup_steps", 0), config.train.max_steps
     if fixed and warmup >= fixed:
@@ -181,7 +215,10 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
         )  # fmt: skip
     raise_all(errors)
 
-    data = open_corpus(config, world, say) if isinstance(config.data, CorpusData) else open_sft(config, world, base)
+    if isinstance(config.data, CorpusData):
+        data = open_corpus(config, world, say)
+    else:
+        data = open_sft(config, world, base, start_id=getattr(model_config, "decoder_start_token_id", None))
     if base and load_tokenizer(base).rust.get_vocab() != data.tokenizer.rust.get_vocab():
         raise UserError(
             "the data was encoded with another tokenizer than the model's", at=config.where("data.tokenizer"),
@@ -213,6 +250,9 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
             "schedule.warmup_steps leaves no step to train", at=config.where("schedule.warmup_steps"), got=warmup,
             expected=f"less than {max_steps} steps, the length of this run",
         )  # fmt: skip
+    objective = OBJECTIVES[config.objective.name](
+        data.tokenizer, config.seed, getattr(model_config, "decoder_start_token_id", 0), **options["objective"]
+    )
     precision = choose_precision(train.precision, world.device)
     planned = plan_options(config, options, model_config, precision, world.device)
     micro, rows = config.train.micro_batch_size, train.global_batch_size // world.size
@@ -235,7 +275,7 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
         | {"train": train.model_copy(update={"precision": precision, "micro_batch_size": micro})}
         | ({"model": Choice(name=config.model.name, **vars(model_config))} if config.model else {})
     )
-    job = Job(resolved, world, model_config, base, data, options, plan, max_steps, precision, micro)
+    job = Job(resolved, world, model_config, base, data, objective, options, plan, max_steps, precision, micro)
     raise_all(list(read_too_often(job)))
     return job
 
@@ -261,6 +301,7 @@ def plan_config(config: Config) -> dict[str, Any]:
     world = World(start_world().device)
     options = check_choices(config)
     model_config = read_model_config(config, options)
+    _, options["objective"] = choose_objective(config, model_config)
     if model_config.vocab_size is None:
         section = config.data.tokenizer
         built = Path(config.data.dir) / "tokenizer"

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmkit.errors import ENVIRONMENT, INTERRUPTED, UserError
-from llmkit.models.layers import recomputed
+from llmkit.models.attention import recomputed
 from llmkit.types import Batch
 
 CPUINFO = Path("/proc/cpuinfo")

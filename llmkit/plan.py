@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from llmkit.models import build_model, gpt2
-from llmkit.models.layers import CHUNK_BYTES
+from llmkit.models import build_model
+from llmkit.models.loss import CHUNK_BYTES
 from llmkit.peft import METHODS
 
 RUNTIME_BYTES = 350 * 2**20  # resident in a process that has imported torch and its compiler, measured on Linux
@@ -93,8 +93,7 @@ def memory(
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     matrices = {id(p) for p in model.blocks.parameters() if p.dim() == 2} if optimizer == "muon" else set()
     state = sum(p.numel() * (12 if id(p) in matrices else 16) for p in trained)
-    gated = not isinstance(config, gpt2.Config)
-    per_layer = 12 * h + 4 * kv + ((6 if compiled else 8) if gated else 4) * f
+    per_layer = 12 * h + 4 * kv + ((6 if compiled else 8) if config.gated else 4) * f
     tokens = seq_len * micro_batch_size
     kept = config.num_hidden_layers - checkpointed
     activations = tokens * wide * (kept * per_layer + checkpointed * 2 * h + (per_layer if checkpointed else 0) + 6 * h)
@@ -113,6 +112,7 @@ def memory(
 def make_plan(config: Any, *, peft: dict[str, Any] | None = None, **options: Any) -> Plan:
     """Plan a run of a model's Config; see `memory` for the options.
 
+    >>> from llmkit.models import gpt2
     >>> make_plan(gpt2.Config(vocab_size=50257), seq_len=1024, micro_batch_size=8, precision="bf16").total
     124439808
     """

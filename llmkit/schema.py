@@ -146,6 +146,7 @@ class TokenizerSection(Section):
     pattern: str = "gpt2"  # how text is cut before merging: gpt2, llama3, qwen2 or a regex; for bpe and unigram
     normalize: list[Literal["lowercase", "nfc", "nfd", "nfkc", "strip_accents"]] = []
     special_tokens: list[str] = []  # beside <|endoftext|> and the chat markers
+    extra_ids: Annotated[int, Field(ge=0, le=1000)] = 0  # sentinels <extra_id_0> ... for span corruption; T5 has 100
     sample_mb: Annotated[float, Field(gt=0)] = 64.0  # megabytes of text that the training reads
 
 
@@ -171,7 +172,7 @@ class CorpusData(Section):
 
 
 class SftData(Section):
-    """Prompts and answers: only the answers are targets.
+    """Prompts and answers: only the answers are targets. For T5 the prompt is the encoder's, and nothing is packed.
 
     Records are {prompt, completion}, {instruction, input, output}, {messages: [{role, content}]} or
     {conversations: [{from, value}]}; the first record decides.
@@ -230,7 +231,7 @@ class Config(Section):
     init_from: str | None = None
     model: Choice | None = None
     data: Annotated[CorpusData | SftData, Field(discriminator="kind")]
-    objective: Choice = Choice(name="lm")
+    objective: Choice | None = None  # None: what the model and the data are for
     peft: Choice | None = None
     optimizer: Choice = Choice(name="adamw")
     schedule: Choice = Choice(name="cosine")

@@ -11,7 +11,7 @@ import numpy as np
 
 from llmkit.corpus import build
 from llmkit.corpus.units import VERSION
-from llmkit.data.batches import Batches, Mixture, corpus_batches, packed_batches, samples_in
+from llmkit.data.batches import Batches, Mixture, corpus_batches, open_rows, samples_in
 from llmkit.data.sft import encode_sft
 from llmkit.data.tokenizer import Tokenizer, load_tokenizer
 from llmkit.data.tokens import open_split
@@ -87,8 +87,11 @@ def open_corpus(config: Config, world: World, say: Callable[[str], None]) -> Dat
     )
 
 
-def open_sft(config: Config, world: World, base: Path) -> Data:
-    """Prompts and answers, encoded once into the run directory with the base model's tokenizer."""
+def open_sft(config: Config, world: World, base: Path, start_id: int | None = None) -> Data:
+    """Prompts and answers, encoded once into the run directory with the base model's tokenizer.
+
+    start_id  what a decoder reads first, where an encoder reads the prompts; None: the model is a decoder alone
+    """
     tokenizer = load_tokenizer(base)
     if config.data.chat_template:  # it goes into every checkpoint: what answers must be what was trained
         try:
@@ -97,15 +100,16 @@ def open_sft(config: Config, world: World, base: Path) -> Data:
             at = config.where("data.chat_template")
             raise UserError(f"the chat template can't be read: {error}", at=at, code=DATA) from None
     out = Path(config.run_dir) / "data"
-    world.on_main(lambda: encode_sft(config.data, tokenizer, out, seed=config.seed))
-    report = encode_sft(config.data, tokenizer, out, seed=config.seed)  # reads what is there
+    how = {"seed": config.seed, "pairs": start_id is not None}
+    world.on_main(lambda: encode_sft(config.data, tokenizer, out, **how))
+    report = encode_sft(config.data, tokenizer, out, **how)  # reads what is there
     folder = Path(report["folder"])
     splits = report["splits"]
     lost = [f"{splits['train'][why]} {why}" for why in ("too long", "without a target") if why in splits["train"]]
     lost += [f"{number} bad: {reason}" for reason, number in report["bad"].items()]
     return Data(
         tokenizer,
-        lambda split, size, **order: packed_batches(folder, split, size, **order),
+        lambda split, size, **order: open_rows(folder, split, size, start_id, **order),
         {split: part["rows"] for split, part in splits.items()},
         report["key"],
         f"{config.data.path}: {splits['train']['examples']} train and {splits['val']['examples']} val examples in "

@@ -19,11 +19,10 @@ from llmkit import __version__, checkpoint
 from llmkit.corpus.build import needs_build
 from llmkit.errors import DIVERGED, INTERRUPTED, MODEL, UserError
 from llmkit.evals.perplexity import perplexity
-from llmkit.generate import generate
+from llmkit.generate import stream
 from llmkit.job import Job, plan_config, plan_rows, prepare
 from llmkit.models import build_model
 from llmkit.models.folder import load_model, save_model
-from llmkit.objectives import OBJECTIVES
 from llmkit.optim import OPTIMIZERS, clip, set_lr
 from llmkit.parallel import (
     DTYPES,
@@ -115,7 +114,6 @@ def take_steps(job: Job, run: Run | None, header: dict[str, str], say: Callable[
     say(f"{'blocks':>10}  {len(model.blocks)}, {recomputed} recomputed in the backward, compiled: {compiled}")
 
     optimizers = OPTIMIZERS[config.optimizer.name](model, **job.options["optimizer"])
-    objective = OBJECTIVES[config.objective.name]
     trained = [p for p in model.parameters() if p.requires_grad]
     progress = Progress(tensors=fresh_tensors(device, job.precision))
     if resumed:
@@ -151,7 +149,7 @@ def take_steps(job: Job, run: Run | None, header: dict[str, str], say: Callable[
             scale = progress.tensors["scale"]
             for micro in batch.split(job.micro_batch_size):
                 with autocast(device, job.precision):
-                    loss, metrics = objective(model, to_device(micro, device))
+                    loss, metrics = job.objective.loss(model, to_device(micro, device))
                 (loss * (scale / targets)).backward()
                 progress.tensors["interval_loss"] += loss.detach()
             world.sum_gradients(trained)
@@ -288,7 +286,7 @@ def evaluate(job: Job, model: nn.Module, progress: Progress, watch: Watch) -> st
     with watch.pause():
         size = job.micro_batch_size
         limit = config.eval.max_batches and config.eval.max_batches * config.train.global_batch_size
-        batches = job.data.open("val", size, seed=config.seed).in_order(limit)
+        batches = job.batches("val", size).in_order(limit)
         mine = itertools.islice(batches, world.rank, None, world.size)
         with autocast(device, job.precision):
             result = perplexity(
@@ -315,13 +313,13 @@ def early_stop(job: Job, progress: Progress) -> str | None:
 def sample(job: Job, model: nn.Module) -> str:
     """The continuation of eval.sample_prompt, with a generator of its own: the run's RNG does not move."""
     tokenizer = job.data.tokenizer
-    prompt = tokenizer.encode_prompt(job.config.eval.sample_prompt)
-    with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
-        new = generate(
-            model, prompt, max_new_tokens=job.config.eval.sample_tokens, stop=frozenset([tokenizer.eos_id]),
-            seed=job.config.seed,
-        )  # fmt: skip
-        return tokenizer.decode([*prompt, *new])
+    text = job.config.eval.sample_prompt
+    prompt = tokenizer.encode_source(text) if job.model_config.kind == "seq2seq" else tokenizer.encode_prompt(text)
+    new = stream(
+        model, prompt, max_new_tokens=job.config.eval.sample_tokens, stop=frozenset([tokenizer.eos_id]),
+        seed=job.config.seed,
+    )  # fmt: skip
+    return tokenizer.decode(new if job.model_config.kind == "seq2seq" else [*prompt, *new])
 
 
 def save(

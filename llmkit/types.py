@@ -30,15 +30,18 @@ class Document:
 class Batch:
     """A rank's share of one step, as numpy arrays of shape (B, T); `train` moves them to the device.
 
-    labels     already aligned: labels[b, t] is the token that follows input_ids[b, t], or IGNORE_INDEX
-    positions  position of each token in its document (packed rows only)
-    segments   number of the document a token belongs to; attention never crosses it (packed rows only)
+    labels             already aligned: labels[b, t] is what the logits at [b, t] should say, or IGNORE_INDEX: the token
+                       that follows input_ids[b, t], for an encoder the one that stood there
+    positions          position of each token in its document (packed rows only)
+    segments           number of the document a token belongs to; attention never crosses it (packed rows only)
+    decoder_input_ids  of labels' shape: what a decoder reads, where input_ids are for the encoder beside it
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     positions: np.ndarray | None = None
     segments: np.ndarray | None = None
+    decoder_input_ids: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -54,5 +57,5 @@ class Batch:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays that are present, by name: the keyword arguments of a model's forward."""
-        names = ("input_ids", "labels", "positions", "segments")
+        names = ("input_ids", "labels", "positions", "segments", "decoder_input_ids")
         return {name: value for name in names if (value := getattr(self, name)) is not None}

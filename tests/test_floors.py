@@ -19,7 +19,7 @@ FLOORS = [
     {"corpus"},
     {"peft", "optim", "parallel", "objectives"},
     {"checkpoint", "generate", "plan", "splits"},
-    {"evals", "job", "presets", "export"},
+    {"evals", "job", "presets", "export", "talk"},
     {"watch"},
     {"train"},
     {"commands"},

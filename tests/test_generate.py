@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from llmkit.generate import generate, logits_to_probs
+from llmkit.generate import Sampling, logits_to_probs, stream
 from llmkit.models import build_model, llama
 
 # ---- probabilities --------------------------------------------------------------------------------------------------
 
+NEUTRAL = {"temperature": 1.0, "top_k": None}
 LOGITS = torch.tensor([0.15, 0.5, 0.1, 0.25]).log()
 
 
@@ -29,12 +30,18 @@ LOGITS = torch.tensor([0.15, 0.5, 0.1, 0.25]).log()
     ids=str,
 )
 def test_probabilities_by_hand(options, expected):
-    torch.testing.assert_close(logits_to_probs(LOGITS, **options), torch.tensor(expected, dtype=torch.float32))
+    torch.testing.assert_close(probabilities(**options), torch.tensor(expected, dtype=torch.float32))
+
+
+def probabilities(**options) -> torch.Tensor:
+    """Of the four tokens, in their own order."""
+    tokens, probs = logits_to_probs(LOGITS[None], Sampling(**NEUTRAL | options))
+    return torch.zeros(4).scatter(0, tokens[0], probs[0])
 
 
 def test_logits_are_left_as_they_were():
     before = LOGITS.clone()
-    logits_to_probs(LOGITS, 0.5, top_k=2, top_p=0.5)
+    probabilities(temperature=0.5, top_k=2, top_p=0.5)
     assert torch.equal(LOGITS, before)
 
 
@@ -50,7 +57,8 @@ def model() -> torch.nn.Module:
 
 
 def drawn(model, **options) -> list[int]:
-    return list(generate(model, [1, 2, 3], **{"max_new_tokens": 20} | options))
+    how = {key: options.pop(key) for key in ("temperature", "top_k", "top_p") if key in options}
+    return list(stream(model, [1, 2, 3], sampling=Sampling(**how), **{"max_new_tokens": 20} | options))
 
 
 def test_a_seed_fixes_the_text_and_the_global_rng_stands_still(model):

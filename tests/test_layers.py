@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmkit.models.layers import ChunkLoss, attend, blocked_attention, linear_cross_entropy
+from llmkit.models.attention import attend, blocked_attention
+from llmkit.models.loss import ChunkLoss, linear_cross_entropy
 from llmkit.types import IGNORE_INDEX
 
 

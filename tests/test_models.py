@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from llmkit.errors import MODEL, UserError
 from llmkit.models import build_model, folder, gpt2, llama
-from llmkit.models.layers import KVCache
+from llmkit.models.attention import KVCache
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 32}
 GPT2 = gpt2.Config(**SIZES, num_attention_heads=4)
@@ -159,9 +159,7 @@ def test_a_token_changes_the_logits_from_itself_on_and_none_before(config, t):
 @torch.no_grad()
 def test_cached_logits_equal_uncached(config):
     model, ids = randomized(build_model(config)), tokens()
-    cache = KVCache(
-        config.num_hidden_layers, 2, config.num_key_value_heads, 16, config.head_dim, device="cpu", dtype=torch.float32
-    )
+    cache = KVCache(config.windows, 2, config.num_key_value_heads, 16, config.head_dim)
     pieces = [ids[:, :4], ids[:, 4:7], *ids[:, 7:].split(1, dim=1)]  # a prompt in two pieces, then token by token
     equal(torch.cat([model(piece, cache=cache) for piece in pieces], dim=1), model(ids))
     assert cache.length == ids.shape[1]
@@ -259,21 +257,27 @@ def test_an_unknown_family_is_refused(saved):
 
 
 ROPES = [
-    {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
     {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
-    {"rope_parameters": {"type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    {"rope_parameters": {"type": "linear", "rope_theta": 1e4, "factor": 2.0, "mscale": 1.0}},
+    {"rope_parameters": {"type": "linear", "rope_theta": 1e4, "factor": -2.0}},
 ]
 
 
-@pytest.mark.parametrize("rope", ROPES, ids=["scaling", "parameters", "legacy_type"])
-def test_scaled_rotary_positions_are_refused(saved, rope):
+@pytest.mark.parametrize("rope", ROPES, ids=["dynamic", "lacking", "unknown", "negative"])
+def test_rotary_scaling_that_is_not_built_is_refused(saved, rope):
     rewrite(saved / "config.json", lambda config: config.update(rope))
     refused(saved, "rope_scaling")
 
 
 def test_a_field_that_changes_the_mathematics_is_refused(saved):
-    rewrite(saved / "config.json", lambda config: config.update(hidden_act="gelu", attention_bias=True))
-    refused(saved, "hidden_act", "attention_bias")
+    rewrite(saved / "config.json", lambda config: config.update(pretraining_tp=2, rope_interleaved=True))
+    refused(saved, "pretraining_tp", "rope_interleaved")
+
+
+def test_an_unknown_activation_is_refused_by_name(saved):
+    rewrite(saved / "config.json", lambda config: config.update(hidden_act="quick_gelu"))
+    refused(saved, "hidden_act", "quick_gelu")
 
 
 WRONG = {

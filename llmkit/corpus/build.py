@@ -352,7 +352,8 @@ def make_tokenizer(
     elif section.extend:
         tokenizer = extend_bpe(named, sample(), section.vocab_size)
     else:
-        options = section.model_dump(include={"vocab_size", "pattern", "normalize", "special_tokens"})
+        options = section.model_dump(include={"vocab_size", "pattern", "normalize"})
+        options["special_tokens"] = [*section.special_tokens, *(f"<extra_id_{i}>" for i in range(section.extra_ids))]
         tokenizer = train_tokenizer(sample(), section.train, **options)
     half = folder.with_name(folder.name + ".tmp")
     tokenizer.save(half)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.data.sft import ROW_ARRAYS
+from llmkit.data.corrupt import shift_right
+from llmkit.data.sft import PAIR_ARRAYS, ROW_ARRAYS
 from llmkit.data.tokens import TokenStream
 from llmkit.types import IGNORE_INDEX, Batch
 
@@ -100,12 +101,18 @@ class Batches:
     rank: int = 0
     world: int = 1
     mixture: Mixture | None = None  # samples are those of its sources, one after another
+    corrupt: Callable[[Batch, Sequence[int]], Batch] | None = None  # see data/corrupt.py; told each row's number
 
     def batch_at(self, step: int) -> Batch:
         """This rank's share of a step: a pure function of (seed, step)."""
         first = step * self.global_batch_size
         positions = range(first + self.rank, first + self.global_batch_size, self.world)
-        return self.rows([self.sample_at(position) for position in positions])
+        return self.made([self.sample_at(position) for position in positions], positions)
+
+    def made(self, samples: list[int], numbers: Sequence[int]) -> Batch:
+        """The batch of these samples, corrupted as a function of the rows' numbers."""
+        batch = self.rows(samples)
+        return self.corrupt(batch, numbers) if self.corrupt else batch
 
     def sample_at(self, position: int) -> int:
         """The sample that stands at a position of the endless permuted order."""
@@ -124,7 +131,8 @@ class Batches:
         """The first `limit` samples, or all, once each, `global_batch_size` at a time: what an evaluation reads."""
         stop = self.samples if limit is None else min(self.samples, limit)
         for start in range(0, stop, self.global_batch_size):
-            yield self.rows(list(range(start, min(start + self.global_batch_size, stop))))
+            samples = list(range(start, min(start + self.global_batch_size, stop)))
+            yield self.made(samples, samples)
 
 
 def corpus_batches(
@@ -163,6 +171,13 @@ def samples_in(stream: TokenStream, seq_len: int) -> int:
     return max(0, (len(stream) - 1) // seq_len)
 
 
+def open_rows(folder: Path, split: str, global_batch_size: int, start_id: int | None = None, **order) -> Batches:
+    """What `sft.encode_sft` wrote: for a decoder, or, with its first token, for an encoder and a decoder."""
+    if start_id is None:
+        return packed_batches(folder, split, global_batch_size, **order)
+    return pair_batches(folder, split, global_batch_size, start_id=start_id, **order)
+
+
 def packed_batches(folder: Path, split: str, global_batch_size: int, **order) -> Batches:
     """Rows that `sft.encode_sft` packed; only the answers are labels."""
     arrays = [np.load(folder / f"{split}-{name}.npy", mmap_mode="r", allow_pickle=False) for name in ROW_ARRAYS]
@@ -174,3 +189,19 @@ def packed_batches(folder: Path, split: str, global_batch_size: int, **order) ->
         return Batch(inputs, labels, positions, segments)
 
     return Batches(len(arrays[0]), rows, global_batch_size, **order)
+
+
+def pair_batches(folder: Path, split: str, global_batch_size: int, *, start_id: int, **order) -> Batches:
+    """Texts and their answers as `sft.encode_sft` padded them, for an encoder and a decoder.
+
+    start_id  what the decoder reads first
+    """
+    sources, segments, answers = (
+        np.load(folder / f"{split}-{name}.npy", mmap_mode="r", allow_pickle=False) for name in PAIR_ARRAYS
+    )
+
+    def rows(indices: list[int]) -> Batch:
+        ids, seen, labels = (array[indices].astype(np.int64) for array in (sources, segments, answers))
+        return Batch(ids, labels, segments=seen, decoder_input_ids=shift_right(labels, start_id))
+
+    return Batches(len(sources), rows, global_batch_size, **order)

@@ -17,9 +17,11 @@ from llmkit.data.tokenizer import Tokenizer
 from llmkit.errors import DATA, UserError
 from llmkit.run import file_sha256, write_atomically
 from llmkit.schema import SftData
+from llmkit.types import IGNORE_INDEX
 
 VERSION = 2  # of the encoding: another one encodes again
 ROW_ARRAYS = ("ids", "targets", "segments", "positions")  # the files of a split, in the order that batches reads them
+PAIR_ARRAYS = ("sources", "segments", "answers")  # of a split for an encoder and a decoder
 Example = tuple[str, list[int], list[bool]]  # id, token ids, which of them are targets
 
 
@@ -60,7 +62,7 @@ def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
     return rows
 
 
-def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int) -> dict[str, Any]:
+def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pairs: bool = False) -> dict[str, Any]:
     """Encode `data` into arrays in OUT/<key>/, unless the same was done before; returns the report with its folder.
 
     The key is a hash of all that matters, so that no run's data is ever written over.
@@ -68,11 +70,13 @@ def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int) -> 
     A row holds seq_len + 1 tokens: whole examples side by side (packing), or one example and padding.
     Files of a split: ids (rows, seq_len + 1) int32, targets bool, segments int32 (the example's number in its row,
     -1 for padding), positions int32.
+
+    pairs  for an encoder and a decoder instead: see `write_pairs`
     """
     sources = [Path(data.path), *([Path(data.val_path)] if data.val_path else [])]
     template = default_template(tokenizer)
     made_of = json.dumps(
-        [VERSION, data.model_dump(), seed, template, tokenizer.sha256, *(checksum(path) for path in sources)]
+        [VERSION, pairs, data.model_dump(), seed, template, tokenizer.sha256, *(checksum(path) for path in sources)]
     )
     key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     out = out / key
@@ -91,7 +95,8 @@ def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int) -> 
         train = [one for i, one in enumerate(train) if i not in held]
     report = {"key": key, "folder": str(out), "files": [str(path) for path in sources], "bad": dict(bad), "splits": {}}
     for split, encoded in (("train", train), ("val", val)):
-        report["splits"][split] = write_rows(out / split, encoded, data, tokenizer.eos_id)
+        write = write_pairs if pairs else write_rows
+        report["splits"][split] = write(out / split, encoded, data, tokenizer.eos_id)
     if not report["splits"]["train"]["rows"]:
         raise UserError(
             "no example is left to train on",
@@ -133,6 +138,47 @@ def write_rows(out: Path, encoded: list, data: SftData, pad: int) -> dict[str, A
     for name, array in zip(ROW_ARRAYS, (ids, targets, segments, positions), strict=True):
         np.save(out.with_name(f"{out.name}-{name}.npy"), array, allow_pickle=False)
     return dict(counts) | {"rows": len(rows), "tokens": int(lengths.sum()), "targets": int(targets.sum())}
+
+
+def to_pairs(ids: list[int], targets: list[bool], eos_id: int) -> Iterator[tuple[list[int], list[int]]]:
+    """For every answer of an example all that stands before it, with an end token, and the answer.
+
+    >>> list(to_pairs([5, 6, 7, 1], [False, False, True, True], 1))
+    [([5, 6, 1], [7, 1])]
+    """
+    for start in range(len(ids)):
+        if targets[start] and not (start and targets[start - 1]):
+            stop = next((i for i in range(start, len(ids)) if not targets[i]), len(ids))
+            yield [*ids[:start], eos_id], ids[start:stop]
+
+
+def write_pairs(out: Path, encoded: list, data: SftData, eos_id: int) -> dict[str, Any]:
+    """Prompts and answers of one split in rows of their own, padded to the split's longest; returns its counts.
+
+    Files: sources (rows, S) int32; segments (rows, S) int8, 0 and -1 for padding; answers (rows, T) int32, padded with
+    IGNORE_INDEX.
+    """
+    counts, fitting = Counter(examples=len(encoded)), []
+    for _, ids, targets in encoded:
+        for source, answer in to_pairs(ids, targets, eos_id):
+            if max(len(source), len(answer)) > data.seq_len:
+                counts["too long"] += 1
+                if data.too_long == "drop":
+                    continue
+                source = source if len(source) <= data.seq_len else [*source[: data.seq_len - 1], eos_id]
+                answer = answer[: data.seq_len]
+            fitting.append((source, answer))
+    longest = [max(map(len, side)) for side in zip(*fitting, strict=True)] or [0, 0]
+    sources = np.full((len(fitting), longest[0]), eos_id, np.int32)
+    segments = np.full(sources.shape, -1, np.int8)
+    answers = np.full((len(fitting), longest[1]), IGNORE_INDEX, np.int32)
+    for row, (source, answer) in enumerate(fitting):
+        sources[row, : len(source)], segments[row, : len(source)] = source, 0
+        answers[row, : len(answer)] = answer
+    for name, array in zip(PAIR_ARRAYS, (sources, segments, answers), strict=True):
+        np.save(out.with_name(f"{out.name}-{name}.npy"), array, allow_pickle=False)
+    sizes = {"tokens": int((segments == 0).sum()), "targets": int((answers != IGNORE_INDEX).sum())}
+    return dict(counts) | {"rows": len(fitting)} | sizes
 
 
 def checksum(path: Path) -> str:

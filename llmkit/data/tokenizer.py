@@ -89,6 +89,10 @@ class Tokenizer:
         """Ids of a text that a model is to go on with: `prefix` and the text, or the end token where both are empty."""
         return self.prefix + self.encode(text) or [self.eos_id]
 
+    def encode_source(self, text: str) -> list[int]:
+        """Ids of a text for an encoder whose decoder answers it: `prefix`, the text and the end token."""
+        return [*self.prefix, *self.encode(text), self.eos_id]
+
     def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """Ids of whole documents, each from `prefix` to the end token; memory holds a block of them."""
         texts = iter(texts)

@@ -1,4 +1,12 @@
-"""Model families: each a file with Config, Model, from_hf, to_hf. A new one is a file and a line in FAMILIES."""
+"""Model families, by Hugging Face's model_type. A new one is a file and a line in FAMILIES.
+
+A Config's `kind` is causal (a decoder), masked (an encoder) or seq2seq (both).
+
+Such a file holds Config, Model, from_hf and to_hf (our options <-> a config.json), FIXED (fields of a config.json that
+change the mathematics, and the one value that is built), DEFAULTS (what transformers takes where a file is silent),
+RESIDUAL (see `init_weights`), UNUSED (names in files that are not read), and, where files differ, on_disk and
+from_disk_name.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +16,21 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from llmkit.models import gpt2, llama
-from llmkit.models.layers import init_weights
+from llmkit.models import bert, falcon, gemma, gpt2, llama, mistral, mixtral, qwen2, qwen3, t5
+from llmkit.models.layers import init_weights, rope_problem
 
-FAMILIES: dict[str, ModuleType] = {"gpt2": gpt2, "llama": llama}
-MAX_LAYERS = 10_000  # more is a mistake or a bomb: even empty ones take memory
+FAMILIES: dict[str, ModuleType] = {
+    family.Config.model_type: family
+    for family in (gpt2, llama, mistral, qwen2, qwen3, gemma, falcon, mixtral, bert, t5)
+}
 CONFIGS = {name: family.Config for name, family in FAMILIES.items()}
+MAX_LAYERS = 10_000  # more is a mistake or a bomb: even empty ones take memory
+MAY_BE_ZERO = ("max_window_layers", "decoder_start_token_id")
 
 
 def family_of(config) -> ModuleType:
-    """The module that a Config or a Model's config was defined in."""
-    return next(family for family in FAMILIES.values() if isinstance(config, family.Config))
+    """The module that a Config was defined in."""
+    return FAMILIES[config.model_type]
 
 
 def shape_problems(config) -> list[tuple[str, str]]:
@@ -27,9 +39,9 @@ def shape_problems(config) -> list[tuple[str, str]]:
     if config.num_hidden_layers > MAX_LAYERS:
         found.append(("num_hidden_layers", f"is {config.num_hidden_layers}, over {MAX_LAYERS}"))
     for key, value in asdict(config).items():
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            found.append((key, f"is {value}, but must be at least 1"))
-        if isinstance(value, float) and (value < 0 or (("pdrop" in key or "dropout" in key) and value >= 1)):
+        if isinstance(value, int) and not isinstance(value, bool) and value < (key not in MAY_BE_ZERO):
+            found.append((key, f"is {value}, but must be at least {int(key not in MAY_BE_ZERO)}"))
+        if isinstance(value, float) and (value < 0 or ("drop" in key and value >= 1)):
             found.append((key, f"is {value}, but must be {'in [0, 1)' if 'drop' in key else 'positive'}"))
     if found:
         return found
@@ -40,6 +52,13 @@ def shape_problems(config) -> list[tuple[str, str]]:
         found.append(("num_key_value_heads", f"is {kv_heads}, which does not divide {heads} heads"))
     if config.head_dim % 2 and hasattr(config, "rope_theta"):
         found.append(("head_dim", f"is {config.head_dim}, but rotary positions turn pairs of channels"))
+    if scaling := getattr(config, "rope_scaling", None):
+        found += [("rope_scaling", problem)] if (problem := rope_problem(scaling)) else []
+    if getattr(config, "num_decoder_layers", 0) > MAX_LAYERS:
+        found.append(("num_decoder_layers", f"is {config.num_decoder_layers}, over {MAX_LAYERS}"))
+    experts = getattr(config, "num_local_experts", 1)
+    if getattr(config, "num_experts_per_tok", 1) > experts:
+        found.append(("num_experts_per_tok", f"is {config.num_experts_per_tok}, more than {experts} experts"))
     return found
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -24,9 +26,10 @@ HARMLESS = re.compile(
     r"architectures|model_type|(torch_)?dtype|transformers_version|_name_or_path|_attn_implementation\w*|use_cache"
     r"|(bos|eos|pad|sep)_token_id|return_dict\w*|output_\w+|id2label|label2id|num_labels|problem_type|is_decoder"
     r"|is_encoder_decoder|chunk_size_feed_forward|summary_\w+|task_specific_params|n_ctx|gradient_checkpointing"
-    r"|is_llama_config|transformers\.js_config|tokenizer_class|prefix|torchscript|use_bfloat16|pruned_heads|finetuning_task|tie_encoder_decoder"
+    r"|is_llama_config|transformers\.js_config|tokenizer_class|prefix|torchscript|use_bfloat16|pruned_heads"
+    r"|finetuning_task|tie_encoder_decoder|auto_map|unsloth_\w+|classifier_dropout"
 )
-BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")  # old files store these constants
+MAX_SHARD_BYTES = 5 * 10**9  # of a weight file, as transformers cuts them
 
 
 def read_config(folder: Path):
@@ -49,7 +52,7 @@ def read_config(folder: Path):
             fix=did_you_mean(str(name), FAMILIES), code=MODEL,
         )  # fmt: skip
     family = FAMILIES[name]
-    options = family.from_hf(hf)
+    options = family.DEFAULTS | family.from_hf(hf)
     known = {field.name for field in fields(family.Config)}
     errors = [
         UserError(f"{name} with this {key} is not supported", at=path, got=value, expected=expected, code=MODEL)
@@ -62,7 +65,10 @@ def read_config(folder: Path):
         wanted = json.dumps({key: value for key, value in options.items() if key in known})
         config = TypeAdapter(family.Config).validate_json(wanted, strict=True)
         problems = shape_problems(config)
-    except (ValidationError, TypeError, ZeroDivisionError):
+    except ValidationError as error:
+        found = [(".".join(map(str, one["loc"])), one["msg"], one["input"]) for one in error.errors()]
+        raise_all([UserError(f"config.json: {key}: {why}", at=path, got=got, code=MODEL) for key, why, got in found])
+    except (TypeError, ZeroDivisionError):
         raise UserError("config.json has a value of the wrong type", at=path, code=MODEL) from None
     if config.vocab_size is None:
         problems.append(("vocab_size", "is missing"))
@@ -95,54 +101,85 @@ def open_weights(path: Path):
         raise UserError(f"the weights can't be read: {error}", at=path, code=MODEL) from None
 
 
-def from_disk_name(config, name: str) -> str:
-    """GPT-2's first public files lack the prefix that every other one has."""
-    bare = family_of(config) is FAMILIES["gpt2"] and not name.startswith(("transformer.", "lm_head."))
-    return f"transformer.{name}" if bare else name
+def disk_views(config, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Views of a parameter by their names in the files: most are there as they are, some transposed or in parts."""
+    family = family_of(config)
+    return family.on_disk(name, tensor) if hasattr(family, "on_disk") else {name: tensor}
 
 
-def disk_layout(config, name: str, tensor: Tensor) -> Tensor:
-    """The tensor as it lies on disk, or back again: some families store some linears transposed."""
-    return tensor.T if name.endswith(getattr(family_of(config), "TRANSPOSED", ())) else tensor
+def weight_names(config, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Of the names in a file those that the model reads: (as it stands there, as `disk_views` says it)."""
+    family = family_of(config)
+    for disk_name in names:
+        name = family.from_disk_name(disk_name) if hasattr(family, "from_disk_name") else disk_name
+        tied = config.tie_word_embeddings and name == "lm_head.weight"
+        if not tied and not family.UNUSED.fullmatch(name):
+            yield disk_name, name
 
 
 def load_model(folder: Path, *, device="cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
     """A model with the weights of a Hugging Face folder. Names and shapes are checked before memory is taken."""
     config = read_config(folder)
     model = build_model(config, device="meta", seed=None)
-    wanted = dict(model.named_parameters())
-    found: dict[str, Tensor] = {}
-    errors = []
-    for path in weight_files(folder):
+    files = weight_files(folder)
+    missing = check_weights(model, folder, files)
+    found = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
+    if anew := [name for name in missing if is_fresh(family_of(config), name)]:
+        print(f"warning: {len(anew)} weights are not in {folder} and begin anew: {', '.join(anew)}", file=sys.stderr)
+        fresh = build_model(config, seed=0).state_dict()
+        for name in anew:
+            found[name].copy_(fresh[name])
+    views = {disk: view for name, tensor in found.items() for disk, view in disk_views(config, name, tensor).items()}
+    for path in files:
         with open_weights(path) as file:
-            for disk_name in file.keys():  # noqa: SIM118 (safe_open is no dict)
-                name = from_disk_name(config, disk_name)
-                if BUFFERS.match(name) or (name == "lm_head.weight" and config.tie_word_embeddings):
-                    continue
-                if name not in wanted:
-                    errors.append(UserError(f"the model has no place for {disk_name}", at=path, code=MODEL))
-                    continue
-                shape = tuple(disk_layout(config, name, wanted[name]).shape)
-                if tuple(file.get_slice(disk_name).get_shape()) != shape:
-                    got = tuple(file.get_slice(disk_name).get_shape())
-                    errors.append(
-                        UserError(f"{disk_name} has the wrong shape", at=path, got=got, expected=shape, code=MODEL)
-                    )
-                    continue
-                tensor = disk_layout(config, name, file.get_tensor(disk_name))
-                found[name] = tensor.to(device, dtype).contiguous()
-    missing = [name for name in wanted if name not in found and not errors]
-    if missing:
-        errors.append(UserError(f"{len(missing)} weights are missing, {missing[0]} among them", at=folder, code=MODEL))
-    raise_all(errors[:10])
+            for disk_name, name in weight_names(config, file.keys()):
+                views[name].copy_(file.get_tensor(disk_name))
+    for name, other in getattr(family_of(config), "COPIES", {}).items():
+        if name in missing:
+            found[name].copy_(found[other])
     model.load_state_dict(found, assign=True)
     return model.requires_grad_(True)
+
+
+def check_weights(model: nn.Module, folder: Path, files: list[Path]) -> list[str]:
+    """Raise a UserError for every weight that is missing, has no place, or another shape than the model's.
+
+    Returns the names of those that are missing and may begin anew.
+    """
+    places = {disk: tuple(view.shape) for name, p in model.named_parameters()
+              for disk, view in disk_views(model.config, name, p).items()}  # fmt: skip
+    errors, seen = [], set()
+    for path in files:
+        with open_weights(path) as file:
+            for disk_name, name in weight_names(model.config, file.keys()):
+                seen.add(name)
+                shape = tuple(file.get_slice(disk_name).get_shape())
+                if name not in places:
+                    errors.append(UserError(f"the model has no place for {disk_name}", at=path, code=MODEL))
+                elif shape != places[name]:
+                    errors.append(
+                        UserError(f"{disk_name} has the wrong shape", at=path, got=shape, expected=places[name],
+                                  code=MODEL)
+                    )  # fmt: skip
+    missing = [name for name in places if name not in seen]
+    family = family_of(model.config)
+    may_lack = [name for name in missing if name in getattr(family, "COPIES", {}) or is_fresh(family, name)]
+    if missing != may_lack and not errors:
+        errors.append(UserError(f"{len(missing)} weights are missing, {missing[0]} among them", at=folder, code=MODEL))
+    raise_all(errors[:10])
+    return missing
+
+
+def is_fresh(family: ModuleType, name: str) -> bool:
+    """Whether a weight may begin anew where the files lack it."""
+    return hasattr(family, "FRESH") and bool(family.FRESH.fullmatch(name))
 
 
 def disk_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A model's weights under the names and in the layout of its Hugging Face family."""
     for name, tensor in model.state_dict().items():
-        yield name, disk_layout(model.config, name, tensor.detach()).contiguous().cpu()
+        for disk_name, view in disk_views(model.config, name, tensor.detach()).items():
+            yield disk_name, view.contiguous().cpu()
 
 
 def save_model(
@@ -156,10 +193,37 @@ def save_model(
     """Write config.json and model.safetensors; `dtype` None keeps the parameters' own."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in disk_weights(model)}
-    options = {key: value for key, value in asdict(model.config).items() if key != "init"}
-    config = family_of(model.config).to_hf(options)
-    config |= {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+    config = hf_config(model.config) | {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in weights.items():
+        if size and size + tensor.nbytes > MAX_SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        path = folder / ("model.safetensors" if len(shards) == 1 else shard_name(number, len(shards)))
+        save_file(shard, path, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", path)  # safetensors lets only the owner read
+        index |= dict.fromkeys(shard, path.name)
+    if len(shards) > 1:
+        total = {"total_size": sum(tensor.nbytes for tensor in weights.values())}
+        text = json.dumps({"metadata": total, "weight_map": index}, indent=2)
+        (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+
+
+def shard_name(number: int, of: int) -> str:
+    return f"model-{number:05d}-of-{of:05d}.safetensors"
+
+
+def hf_config(config) -> dict:
+    """A Config as config.json says it."""
+    family = family_of(config)
+    options = {key: value for key, value in asdict(config).items() if key != "init"}
+    return family.to_hf(options) | family.FIXED | {
+        "model_type": config.model_type, "architectures": [config.architecture],
+    }  # fmt: skip

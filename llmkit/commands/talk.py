@@ -1,0 +1,122 @@
+"""Commands that let a model write: generate, chat, serve."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from llmkit.commands.show import AsJson, show
+
+Model = Annotated[str, typer.Argument(help="A run, checkpoint, adapter or Hugging Face folder.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1)]
+Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")]
+TopK = Annotated[int, typer.Option(min=0, help="Only the k likeliest tokens; 0: all.")]
+TopP = Annotated[float, typer.Option(min=0, max=1, help="Only the likeliest that reach this probability.")]
+MinP = Annotated[float, typer.Option(min=0, max=1, help="Only tokens with this share of the likeliest's.")]
+Penalty = Annotated[float, typer.Option(min=0.01, help="Over 1: tokens that were there become less likely.")]
+Stop = Annotated[list[str], typer.Option("--stop", help="A text that ends the answer; may be given again.")]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")]
+Precision = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
+Compile = Annotated[
+    bool | None, typer.Option("--compile/--no-compile", help="Faster tokens after seconds; default: if it pays.")
+]
+
+
+def generate(
+    model: Model,
+    prompts: Annotated[list[str], typer.Argument(help="Texts to continue; - reads one from standard input.")],
+    max_new_tokens: MaxNewTokens = 200,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 50,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    stop: Stop = [],
+    seed: Seed = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put each prompt through the chat template.")] = False,
+    compile: Compile = None,
+    precision: Precision = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Continue PROMPTS; several are written side by side."""
+    from llmkit.generate import Sampling
+    from llmkit.talk import open_writer
+
+    sampling = Sampling(temperature, top_k or None, top_p, min_p, repetition_penalty)
+    writer = open_writer(model, precision=precision, compile=compile, tokens=max_new_tokens, say=to_stderr)
+    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
+    encode = (lambda text: writer.encode_chat([{"role": "user", "content": text}])) if chat else writer.encode
+    options = {"sampling": sampling, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed, "chat": chat}
+    written = writer.write([encode(text) for text in texts], **options)
+    if as_json or len(texts) > 1:
+        answers = ["".join(text) for text in written]
+        rows = [
+            {"prompt": prompt, "text": answer, "tokens": len(text.tokens), "ended": text.ended}
+            for prompt, answer, text in zip(texts, answers, written, strict=True)
+        ]
+        show(rows[0] if len(rows) == 1 else {"texts": rows}, as_json) if as_json else print_texts(rows)
+        return
+    continues = writer.continues and not chat
+    print(texts[0] if continues else "", end="", flush=True)
+    for piece in written[0]:
+        print(piece, end="", flush=True)
+    print()
+
+
+def print_texts(rows: list[dict]) -> None:
+    for row in rows:
+        print(f"--- {row['prompt']}\n{row['text']}")
+
+
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the first message.")] = None,
+    max_new_tokens: MaxNewTokens = 500,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 50,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    compile: Compile = None,
+    precision: Precision = "auto",
+) -> None:
+    """Talk with a model: a line is a message, /new begins again, Ctrl-D ends."""
+    from llmkit.generate import Sampling
+    from llmkit.talk import open_writer
+
+    sampling = Sampling(temperature, top_k or None, top_p, min_p, repetition_penalty)
+    writer = open_writer(model, precision=precision, compile=compile, say=to_stderr)
+    begin = [{"role": "system", "content": system}] if system else []
+    messages = list(begin)
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line.strip() == "/new":
+            messages = list(begin)
+            continue
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        ids, dropped = writer.encode_recent(messages, max_new_tokens)
+        if dropped:
+            to_stderr(f"({dropped} old messages no longer fit the model's {writer.longest} positions)")
+        answer = ""
+        options = {"sampling": sampling, "max_new_tokens": max_new_tokens, "seed": seed, "chat": True}
+        try:
+            for piece in writer.write([ids], **options)[0]:
+                print(piece, end="", flush=True)
+                answer += piece
+        except KeyboardInterrupt:  # enough of this answer
+            pass
+        print()
+        messages.append({"role": "assistant", "content": answer})

@@ -1,0 +1,122 @@
+"""What an encoder is asked to mend: masked tokens, and spans cut out. Pure functions of a row and its number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from llmkit.data.tokenizer import Tokenizer
+from llmkit.errors import DATA, UserError
+from llmkit.types import IGNORE_INDEX, Batch
+
+MASKS = ("[MASK]", "<mask>")  # what BERT's and RoBERTa's tokenizers call it
+Corrupt = Callable[[Batch, Sequence[int]], Batch]  # a batch and the numbers of its rows -> what the model gets
+
+
+def row_rng(seed: int, number: int) -> np.random.Generator:
+    """Of its own for every row, so that a batch is the same however it is cut up."""
+    return np.random.default_rng((seed, number))
+
+
+def shift_right(labels: np.ndarray, start_id: int) -> np.ndarray:
+    """What a decoder reads to say `labels` (B, T): the same, one later, padded with start_id.
+
+    >>> shift_right(np.array([[7, 8, 9, -100]]), 0).tolist()
+    [[0, 7, 8, 9]]
+    """
+    shifted = np.roll(labels, 1, axis=1)
+    shifted[:, 0] = start_id
+    return np.where(shifted == IGNORE_INDEX, start_id, shifted)
+
+
+# ---- masked tokens: BERT --------------------------------------------------------------------------------------------
+
+
+def masking(
+    tokenizer: Tokenizer, seed: int, *, mask_fraction: float, random_fraction: float, keep_fraction: float
+) -> Corrupt:
+    """A share of the tokens is to be told from the others (Devlin et al. 2018, arXiv:1810.04805, section 3.1).
+
+    mask_fraction    of a row's tokens, control tokens apart, exactly; these are its labels
+    random_fraction  of those become any token, keep_fraction stay as they are, all others become the mask token
+    """
+    mask_id = next((tokenizer.specials[name] for name in MASKS if name in tokenizer.specials), None)
+    if mask_id is None:
+        raise UserError(
+            "the tokenizer has no mask token", expected=" or ".join(MASKS), code=DATA,
+            fix="data.tokenizer: {train: wordpiece}, or special_tokens: ['<mask>'] for another kind",
+        )  # fmt: skip
+    control, plain = np.array(sorted(tokenizer.specials.values())), np.ones(len(tokenizer), bool)
+    plain[control] = False
+    words = np.flatnonzero(plain)
+
+    def corrupt(batch: Batch, numbers: Sequence[int]) -> Batch:
+        inputs, labels = batch.input_ids.copy(), np.full(batch.input_ids.shape, IGNORE_INDEX, np.int64)
+        for ids, label, number in zip(inputs, labels, numbers, strict=True):
+            rng = row_rng(seed, number)
+            places = rng.permutation(np.flatnonzero(~np.isin(ids, control)))
+            places = places[: max(1, round(mask_fraction * len(places)))]
+            label[places] = ids[places]
+            chance = rng.random(len(places))
+            new = np.where(chance < random_fraction, rng.choice(words, len(places)), mask_id)
+            ids[places] = np.where(chance >= 1 - keep_fraction, ids[places], new)
+        return Batch(inputs, labels, batch.positions, batch.segments)
+
+    return corrupt
+
+
+# ---- spans cut out: T5 ----------------------------------------------------------------------------------------------
+
+
+def span_lengths(length: int, noise_fraction: float, mean_span: float) -> tuple[int, int]:
+    """How many tokens are cut out of `length`, and in how many spans (at least one of each, and one token between)."""
+    noise = min(max(round(length * noise_fraction), 1), length - 1)
+    return noise, max(1, min(round(noise / mean_span), noise, length - noise))
+
+
+def random_parts(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
+    """`parts` positive integers that add up to `total`, all such sequences alike."""
+    borders = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
+    return np.diff(np.concatenate(([0], borders, [total])))
+
+
+def span_corruption(
+    tokenizer: Tokenizer, seed: int, *, noise_fraction: float, mean_span: float, start_id: int = 0
+) -> Corrupt:
+    """Spans are cut out and each leaves a sentinel; the answer is every sentinel and what stood there (T5, 3.1.4).
+
+    noise_fraction  of the tokens, exactly, in spans of mean_span tokens on average
+    The rows of a batch have one length, for it decides how much is cut out; encoder and decoder read an end token too.
+
+    >>> # "thank you for inviting me" -> "thank <extra_id_0> inviting me </s>", "<extra_id_0> you for </s>"
+    """
+    sentinels = [tokenizer.rust.token_to_id(f"<extra_id_{i}>") for i in range(1000)]
+    sentinels = sentinels[: sentinels.index(None)] if None in sentinels else sentinels
+
+    def corrupt(batch: Batch, numbers: Sequence[int]) -> Batch:
+        length = batch.input_ids.shape[1]
+        noise, spans = span_lengths(length, noise_fraction, mean_span)
+        if spans > len(sentinels):
+            raise UserError(
+                "the tokenizer has too few sentinels for the spans of a row", got=f"{len(sentinels)} <extra_id_...>",
+                expected=f"{spans} for {length} tokens", fix="data.tokenizer.extra_ids: 100, or a lower data.seq_len",
+                code=DATA,
+            )  # fmt: skip
+        inputs, labels = [], []
+        marks = np.array(sentinels[:spans])
+        for ids, number in zip(batch.input_ids, numbers, strict=True):
+            rng = row_rng(seed, number)
+            kept, cut = random_parts(length - noise, spans, rng), random_parts(noise, spans, rng)
+            ends = np.cumsum(np.stack((kept, cut), axis=1).ravel())  # of a kept part, a cut one, a kept one ...
+            parts = np.split(ids, ends[:-1])
+            inputs.append(np.concatenate([*interleaved(parts[::2], marks), [tokenizer.eos_id]]))
+            labels.append(np.concatenate([*interleaved(marks, parts[1::2]), [tokenizer.eos_id]]))
+        inputs, labels = np.stack(inputs), np.stack(labels)
+        return Batch(inputs, labels, decoder_input_ids=shift_right(labels, start_id))
+
+    return corrupt
+
+
+def interleaved(first: Sequence, second: Sequence) -> list[np.ndarray]:
+    return [np.atleast_1d(one) for pair in zip(first, second, strict=True) for one in pair]

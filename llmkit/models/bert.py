@@ -1,0 +1,210 @@
+"""BERT: an encoder of post-norm blocks that sees both ways, and a head that fills in masked tokens (arXiv:1810.04805).
+
+Module names are Hugging Face's weight names. The pooler and the next-sentence head of its files are not read.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmkit.models.attention import attend, attention_mask
+from llmkit.models.layers import ACTIVATIONS
+from llmkit.models.loss import ChunkLoss, Logits, linear_cross_entropy
+
+RESIDUAL = ()  # a norm follows every sum, so that nothing grows with depth
+
+
+@dataclass(kw_only=True)
+class Config:
+    model_type: ClassVar[str] = "bert"
+    architecture: ClassVar[str] = "BertForMaskedLM"
+    kind: ClassVar[str] = "masked"
+    gated: ClassVar[bool] = False
+    tie_word_embeddings: ClassVar[bool] = True
+
+    vocab_size: int | None = None  # None: the tokenizer's
+    hidden_size: int = 768
+    intermediate_size: int | None = None  # None: 4 * hidden_size
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    hidden_act: Literal["gelu", "gelu_pytorch_tanh", "relu", "relu2", "silu"] = "gelu"
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+    init: Literal["normal", "xavier", "he"] = "normal"
+
+    def __post_init__(self):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.dropout = config.hidden_dropout_prob
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        x = self.word_embeddings(input_ids) + self.position_embeddings(positions) + self.token_type_embeddings(types)
+        return F.dropout(self.LayerNorm(x), self.dropout, self.training)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.head_dim, self.dropout = config.head_dim, config.attention_probs_dropout_prob
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+            for project in (self.query, self.key, self.value)
+        )
+        return attend(q, k, v, mask, self.dropout if self.training else 0.0, causal=False)
+
+
+class Output(nn.Module):
+    """A projection back into the stream, added to it, and the norm of the sum."""
+
+    def __init__(self, config: Config, width: int):
+        super().__init__()
+        self.dropout = config.hidden_dropout_prob
+        self.dense = nn.Linear(width, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor, stream: Tensor) -> Tensor:
+        return self.LayerNorm(stream + F.dropout(self.dense(x), self.dropout, self.training))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.attention = nn.ModuleDict({"self": SelfAttention(config), "output": Output(config, config.hidden_size)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
+        self.output = Output(config, config.intermediate_size)
+        self.act = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.attention["output"](self.attention["self"](x, mask), x)
+        return self.output(self.act(self.intermediate["dense"](x)), x)
+
+
+class Transform(nn.Module):
+    """What the head does before it compares with the embeddings."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.act = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.LayerNorm(self.act(self.dense(x)))
+
+
+class Predictions(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.transform = Transform(config)
+        self.bias = nn.Parameter(torch.empty(config.vocab_size))
+
+
+class Model(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.chunk_loss, self.to_logits = ChunkLoss(), Logits()
+        blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.bert = nn.ModuleDict({"embeddings": Embeddings(config), "encoder": nn.ModuleDict({"layer": blocks})})
+        self.cls = nn.ModuleDict({"predictions": Predictions(config)})
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.bert["encoder"]["layer"]
+
+    @property
+    def wte(self) -> nn.Embedding:
+        return self.bert["embeddings"].word_embeddings
+
+    def encode(
+        self, input_ids: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Hidden states (B, T, hidden) of the last block: what classifiers and embeddings of texts are made from."""
+        length = input_ids.shape[1]
+        if positions is None:
+            positions = torch.arange(length, device=input_ids.device)
+        mask = attention_mask(segments, length, None, input_ids.device, causal=False)
+        x = self.bert["embeddings"](input_ids, positions, token_type_ids)
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, *, reduction: str = "sum",
+        positions: Tensor | None = None, segments: Tensor | None = None, token_type_ids: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits (B, T, V) of what stands at each place; with labels (B, T) their losses: see `linear_cross_entropy`.
+
+        segments  (B, T): tokens see those of the same number only, in packed rows and beside padding
+        """
+        hidden = self.encode(input_ids, positions=positions, segments=segments, token_type_ids=token_type_ids)
+        head = self.cls["predictions"]
+        hidden, weight = head.transform(hidden), self.wte.weight
+        if labels is None:
+            return self.to_logits(hidden, weight, head.bias)
+        return linear_cross_entropy(hidden, weight, labels, reduction, chunk_loss=self.chunk_loss, bias=head.bias)
+
+
+# ---- Hugging Face's folder ------------------------------------------------------------------------------------------
+
+FIXED = {  # fields that change the mathematics, and the only value that is built here
+    "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+DEFAULTS = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "vocab_size": 30522}
+UNUSED = re.compile(
+    r"bert\.pooler\..*|cls\.seq_relationship\..*|cls\.predictions\.decoder\..*|bert\.embeddings\.position_ids"
+)
+FRESH = re.compile(r"cls\..*")  # what files of a bare encoder lack: it begins anew
+OLD_NAMES = ((".gamma", ".weight"), (".beta", ".bias"))  # of the norms in Google's own files
+
+
+def from_hf(hf: dict) -> dict:
+    """Our options from a config.json: they have the same names."""
+    return dict(hf)
+
+
+def to_hf(options: dict) -> dict:
+    """A config.json for transformers."""
+    return options
+
+
+def from_disk_name(name: str) -> str:
+    """A bare encoder's files lack the prefix."""
+    for old, new in OLD_NAMES:
+        name = name.removesuffix(old) + new if name.endswith(old) else name
+    return name if name.startswith(("bert.", "cls.")) else f"bert.{name}"

@@ -1,0 +1,136 @@
+"""Mixtral: Mistral whose MLPs are experts, of which each token takes the best few (arXiv:2401.04088).
+
+The experts' weights are one tensor, so that all their products are two grouped ones; on disk each has its own name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmkit.models import llama, mistral
+from llmkit.models.causal import Context
+from llmkit.models.layers import ACTIVATIONS
+from llmkit.models.llama import RESIDUAL, UNUSED, from_hf, to_hf
+
+__all__ = ["DEFAULTS", "FIXED", "RESIDUAL", "UNUSED", "Config", "Model", "from_hf", "on_disk", "to_hf"]
+
+
+@dataclass(kw_only=True)
+class Config(mistral.Config):
+    model_type: ClassVar[str] = "mixtral"
+    architecture: ClassVar[str] = "MixtralForCausalLM"
+
+    sliding_window: int | None = None
+    num_local_experts: int = 8
+    num_experts_per_tok: int = 2
+    router_aux_loss_coef: float = 0.001  # weight of `balance_loss` in training
+
+
+class Router(nn.Module):
+    """Which experts each of N tokens takes, and how much of each."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, hidden) -> chosen experts (N, k), their weights (N, k), and the balance statistics (2, E)."""
+        probs = F.linear(x, self.weight).softmax(-1, dtype=torch.float32)  # (N, E)
+        weights, chosen = probs.topk(self.top_k, dim=-1)
+        used = F.one_hot(chosen, probs.shape[1]).sum(1).float().mean(0)  # (E,) tokens an expert gets, as a share
+        return chosen, weights / weights.sum(-1, keepdim=True), torch.stack((used, probs.mean(0)))
+
+
+class Experts(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        experts, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+        self.act = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """x (N, hidden), chosen and weights (N, k): the weighted sum of what the chosen experts make of each token."""
+        top_k = chosen.shape[1]
+        order = chosen.flatten().argsort(stable=True)  # (N * k,) rows, by expert
+        ends = F.one_hot(chosen.flatten(), len(self.down_proj)).sum(0).cumsum(0).to(torch.int32)  # (E,)
+        gate, up = grouped_product(x[order // top_k], self.gate_up_proj, ends).chunk(2, dim=-1)
+        y = grouped_product(self.act(gate) * up, self.down_proj, ends)  # (N * k, hidden)
+        y = y * weights.flatten()[order, None].to(y.dtype)
+        return y[order.argsort()].unflatten(0, (-1, top_k)).sum(1)
+
+
+def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """x (N, in) @ matrices (E, out, in).mT, rows up to ends[e] by matrix e: (N, out)."""
+    if torch.is_autocast_enabled(x.device.type):  # which does not know this product
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, matrices = x.to(dtype), matrices.to(dtype)
+    return F.grouped_mm(x, matrices.mT, offs=ends)
+
+
+class SparseMLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows = x.flatten(0, -2)  # (N, hidden)
+        chosen, weights, balance = self.gate(rows)
+        return self.experts(rows, chosen, weights).view_as(x), balance
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.input_layernorm = config.norm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = llama.Attention(config, layer)
+        self.post_attention_layernorm = config.norm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SparseMLP(config)
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        x = x + self.self_attn(self.input_layernorm(x), context)
+        y, balance = self.mlp(self.post_attention_layernorm(x))
+        return x + y, balance
+
+
+class Model(llama.Model):
+    def __init__(self, config: Config):
+        super().__init__(config, Block)
+
+
+def balance_loss(balances: Tensor) -> Tensor:
+    """How unevenly the experts are used, from the layers' statistics (L, 2, E): k when all of them are used alike.
+
+    E * sum over experts of (share of the tokens) * (mean probability), each a mean over layers: Fedus et al. 2021
+    (arXiv:2101.03961, equation 4), over all layers at once as transformers does.
+    """
+    used, probs = balances.mean(0)
+    return balances.shape[-1] * (used.detach() * probs).sum()
+
+
+# ---- Hugging Face's folder ------------------------------------------------------------------------------------------
+
+FIXED = {"router_jitter_noise": 0.0}  # what changes the mathematics; only this value is built
+DEFAULTS = {
+    "rms_norm_eps": 1e-5, "num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": None,
+    "rope_theta": 1e6,
+}  # fmt: skip
+
+
+def on_disk(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Views of a parameter as they lie in the files: the experts one by one, gate and up apart."""
+    path, _, last = name.replace(".mlp.", ".block_sparse_moe.").rpartition(".")
+    if not path.endswith(".experts"):
+        return {f"{path}.{last}": tensor}
+    if last == "down_proj":
+        return {f"{path}.{e}.w2.weight": expert for e, expert in enumerate(tensor)}
+    halves = [expert.chunk(2) for expert in tensor]
+    return {f"{path}.{e}.{w}.weight": half for e, pair in enumerate(halves)
+            for w, half in zip(("w1", "w3"), pair, strict=True)}  # fmt: skip

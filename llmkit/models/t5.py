@@ -1,0 +1,309 @@
+"""T5: an encoder, and a decoder that reads it; positions are biases of the scores (Raffel et al. 2019, 1910.10683).
+
+Version 1.1's gated MLP and untied head included. Module names are Hugging Face's weight names.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmkit.models.attention import KVCache, LayerCache, attend, attention_mask, visible
+from llmkit.models.layers import ACTIVATIONS, RMSNorm
+from llmkit.models.loss import ChunkLoss, Logits, linear_cross_entropy
+
+RESIDUAL = ("o", "wo")
+
+
+@dataclass(kw_only=True)
+class Config:
+    model_type: ClassVar[str] = "t5"
+    architecture: ClassVar[str] = "T5ForConditionalGeneration"
+    kind: ClassVar[str] = "seq2seq"
+
+    vocab_size: int | None = None  # None: the tokenizer's
+    hidden_size: int = 512
+    intermediate_size: int | None = None  # None: 4 * hidden_size
+    num_hidden_layers: int = 6  # of the encoder
+    num_decoder_layers: int | None = None  # None: as many
+    num_attention_heads: int = 8
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    feed_forward_proj: Literal["relu", "gated-gelu", "gated-silu"] = "gated-gelu"
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    max_position_embeddings: int = 512  # the longest text to read or write; no weight depends on it
+    layer_norm_epsilon: float = 1e-6
+    tie_word_embeddings: bool = True
+    dropout_rate: float = 0.0
+    decoder_start_token_id: int = 0  # also what pads
+    initializer_range: float = 0.02
+    init: Literal["normal", "zero", "xavier", "he"] = "normal"
+
+    def __post_init__(self):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.num_decoder_layers is None:
+            self.num_decoder_layers = self.num_hidden_layers
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
+
+    @property
+    def gated(self) -> bool:
+        return self.feed_forward_proj.startswith("gated-")
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.num_attention_heads
+
+    @property
+    def windows(self) -> list[None]:
+        """Of the decoder's layers."""
+        return [None] * self.num_decoder_layers
+
+
+class Context(NamedTuple):
+    """What a block is told beside its input."""
+
+    bias: Tensor  # (1 or B, H, T, S) what is added to the scores of self-attention; -inf where nothing is seen
+    encoded: Tensor | None = None  # (B, S, hidden), for the decoder
+    seen: Tensor | None = None  # (B, 1, 1, S) which of it may be seen; None: all
+    cache: LayerCache | None = None  # its own
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, has_bias: bool = False):
+        super().__init__()
+        self.head_dim, self.dropout = config.head_dim, config.dropout_rate
+        width = config.num_attention_heads * config.head_dim
+        self.q = nn.Linear(config.hidden_size, width, bias=False)
+        self.k = nn.Linear(config.hidden_size, width, bias=False)
+        self.v = nn.Linear(config.hidden_size, width, bias=False)
+        self.o = nn.Linear(width, config.hidden_size, bias=False)
+        if has_bias:
+            self.relative_attention_bias = nn.Embedding(
+                config.relative_attention_num_buckets, config.num_attention_heads
+            )
+
+    def heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+        return self.o(attend(q, k, v, mask, self.dropout if self.training else 0.0, causal=False, scale=1.0))
+
+
+class SelfLayer(nn.Module):
+    def __init__(self, config: Config, has_bias: bool):
+        super().__init__()
+        self.SelfAttention = Attention(config, has_bias)
+        self.layer_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        attention, x = self.SelfAttention, self.layer_norm(x)
+        q, k, v = (attention.heads(project(x)) for project in (attention.q, attention.k, attention.v))
+        if context.cache is not None:
+            k, v = context.cache.update(k, v)
+        return attention(q, k, v, context.bias)
+
+
+class CrossLayer(nn.Module):
+    """The decoder's view of what the encoder read; its keys and values are made once and kept."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.EncDecAttention = Attention(config)
+        self.layer_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        attention = self.EncDecAttention
+        q = attention.heads(attention.q(self.layer_norm(x)))
+        if context.cache is not None and context.cache.encoded is not None:
+            k, v = context.cache.encoded
+        else:
+            k, v = (attention.heads(project(context.encoded)) for project in (attention.k, attention.v))
+            if context.cache is not None:
+                context.cache.encoded = k, v
+        return attention(q, k, v, context.seen)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gated, self.dropout = config.gated, config.dropout_rate
+        act = config.feed_forward_proj.removeprefix("gated-")
+        self.act = ACTIVATIONS["gelu_pytorch_tanh" if act == "gelu" else act]
+        if self.gated:
+            self.wi_0 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+            self.wi_1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        else:
+            self.wi = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.wo = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.wi_0(x)) * self.wi_1(x) if self.gated else self.act(self.wi(x))
+        return self.wo(F.dropout(x, self.dropout, self.training))
+
+
+class MLPLayer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.DenseReluDense = MLP(config)
+        self.layer_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return self.DenseReluDense(self.layer_norm(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, first: bool, decodes: bool):
+        super().__init__()
+        self.dropout = config.dropout_rate
+        cross = [CrossLayer(config)] if decodes else []
+        self.layer = nn.ModuleList([SelfLayer(config, first), *cross, MLPLayer(config)])
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        for layer in self.layer:
+            x = x + F.dropout(layer(x, context), self.dropout, self.training)
+        return x
+
+
+class Stack(nn.Module):
+    def __init__(self, config: Config, depth: int, decodes: bool):
+        super().__init__()
+        self.config, self.decodes, self.dropout = config, decodes, config.dropout_rate
+        self.block = nn.ModuleList(Block(config, i == 0, decodes) for i in range(depth))
+        self.final_layer_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+
+    def bias(self, queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+        """What distance adds to the scores: (1 or B, H, T, S) for columns of queries (T,) and keys (S,)."""
+        buckets, longest = self.config.relative_attention_num_buckets, self.config.relative_attention_max_distance
+        table = self.block[0].layer[0].SelfAttention.relative_attention_bias
+        distance = keys - queries[:, None]  # (T, S)
+        bias = table(bucket(distance, buckets, longest, both_ways=not self.decodes)).float().permute(2, 0, 1)[None]
+        return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+
+    def forward(self, x: Tensor, contexts: list[Context]) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training)
+        for block, context in zip(self.block, contexts, strict=True):
+            x = block(x, context)
+        return F.dropout(self.final_layer_norm(x), self.dropout, self.training)
+
+
+def bucket(distance: Tensor, buckets: int, longest: int, both_ways: bool) -> Tensor:
+    """The number of the bias of a distance (key column - query column): exact ones nearby, wider with the logarithm.
+
+    both_ways  half of the buckets for each direction; else all for the keys before the query
+
+    >>> bucket(torch.tensor([0, -1, -7, -8, -127, -9999, 3]), 16, 128, both_ways=False).tolist()
+    [0, 1, 7, 8, 15, 15, 0]
+    """
+    offset = torch.zeros_like(distance)
+    if both_ways:
+        buckets //= 2
+        offset = (distance > 0).long() * buckets
+        distance = distance.abs()
+    else:
+        distance = (-distance).clamp(min=0)
+    exact = buckets // 2
+    log = torch.log(distance.float() / exact) / math.log(longest / exact) * (buckets - exact)
+    far = (exact + log.clamp(min=0).long()).clamp(max=buckets - 1)
+    return offset + torch.where(distance < exact, distance, far)
+
+
+class Model(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.chunk_loss, self.to_logits = ChunkLoss(), Logits()
+        self.shared = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.encoder = Stack(config, config.num_hidden_layers, decodes=False)
+        self.decoder = Stack(config, config.num_decoder_layers, decodes=True)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return nn.ModuleList([*self.encoder.block, *self.decoder.block])
+
+    @property
+    def norm(self) -> nn.Module:
+        return self.decoder.final_layer_norm
+
+    @property
+    def wte(self) -> nn.Embedding:
+        return self.shared
+
+    def encode(self, input_ids: Tensor, segments: Tensor | None = None) -> Tensor:
+        """Hidden states (B, S, hidden) of texts; segments (B, S) is negative where a row is padded."""
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+        mask = attention_mask(segments, len(columns), None, input_ids.device, causal=False)
+        context = Context(self.encoder.bias(columns, columns, mask))
+        return self.encoder(self.shared(input_ids), [context] * len(self.encoder.block))
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, *, decoder_input_ids: Tensor | None = None,
+        reduction: str = "sum", segments: Tensor | None = None, cache: KVCache | None = None, logits_to_keep: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """Logits (B, T, V) of what follows decoder_input_ids (B, T); with labels (B, T) their losses.
+
+        input_ids  (B, S), what the encoder reads
+        segments   (B, S), negative where input_ids are padding
+        cache      continue to write: what was encoded is in it, so input_ids are the decoder's next ones
+        """
+        if cache is None:
+            encoded, decoder_ids = self.encode(input_ids, segments), decoder_input_ids
+            seen = None if segments is None else (segments >= 0)[:, None, None]  # (B, 1, 1, S)
+            columns = torch.arange(decoder_ids.shape[1], device=decoder_ids.device)
+            bias = self.decoder.bias(columns, columns, visible(columns[:, None], columns, None))
+            contexts = [Context(bias, encoded, seen)] * len(self.decoder.block)
+        else:
+            decoder_ids, length = input_ids, input_ids.shape[1]
+            cache.begin(length)
+            columns, keys = cache.length + torch.arange(length, device=cache.device), cache.layers[0].columns(length)
+            bias = self.decoder.bias(columns, keys, visible(columns[:, None], keys, None))
+            contexts = [Context(bias, cache.encoded, cache.seen, layer) for layer in cache.layers]
+            cache.length += length
+        hidden = self.decoder(self.shared(decoder_ids), contexts)[:, -logits_to_keep:]
+        if self.lm_head is None:
+            hidden = hidden * self.config.hidden_size**-0.5  # as in the first version, whose head is the embedding
+        weight = self.shared.weight if self.lm_head is None else self.lm_head.weight
+        if labels is None:
+            return self.to_logits(hidden, weight)
+        return linear_cross_entropy(hidden, weight, labels, reduction, chunk_loss=self.chunk_loss)
+
+
+# ---- Hugging Face's folder ------------------------------------------------------------------------------------------
+
+NAMES = {  # ours -> Hugging Face's
+    "hidden_size": "d_model", "intermediate_size": "d_ff", "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads", "head_dim": "d_kv", "max_position_embeddings": "n_positions",
+}  # fmt: skip
+FIXED: dict = {"is_encoder_decoder": True}
+DEFAULTS = {"dropout_rate": 0.1, "feed_forward_proj": "relu", "head_dim": 64, "intermediate_size": 2048}
+UNUSED = re.compile(
+    r"(en|de)coder\.embed_tokens\.weight|decoder\.block\.\d+\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+)
+COPIES = {"lm_head.weight": "shared.weight"}  # what stands in for a weight that files may leave out
+SPOKEN_FOR = ("initializer_factor", "dense_act_fn", "is_gated_act")  # said by other fields too
+
+
+def from_hf(hf: dict) -> dict:
+    """Our options from a config.json; transformers 5 calls every T5 tied, and means `scale_decoder_outputs`."""
+    ours = {theirs: name for name, theirs in NAMES.items()}
+    options = {ours.get(key, key): value for key, value in hf.items() if key not in SPOKEN_FOR}
+    tied = options.pop("scale_decoder_outputs", options.get("tie_word_embeddings", True))
+    return options | {"tie_word_embeddings": tied}
+
+
+def to_hf(options: dict) -> dict:
+    """A config.json for transformers."""
+    return {NAMES.get(key, key): value for key, value in options.items()} | {
+        "pad_token_id": options["decoder_start_token_id"], "scale_decoder_outputs": options["tie_word_embeddings"],
+    }  # fmt: skip

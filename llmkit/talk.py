@@ -1,0 +1,147 @@
+"""A model and its tokenizer made ready to write: what `generate`, `chat` and `serve` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from llmkit import checkpoint
+from llmkit.data.chat import default_template, encode_marked, guard, render
+from llmkit.data.tokenizer import Tokenizer
+from llmkit.errors import DATA, ENVIRONMENT, MODEL, UserError
+from llmkit.generate import Sampling, compile_decoding, generate, text_pieces
+from llmkit.parallel import DTYPES, can_compile, choose_precision, start_world
+
+# Compiling took 8 s on two cores (3 s when the compiler's cache knows the shapes), and then a token of a model of B
+# bytes takes B / 24e9 s instead of B / 13e9 and 6 ms: what both figures were for 110M parameters in bf16.
+COMPILE_SECONDS, SECONDS_PER_BYTE, SECONDS_PER_TOKEN = 8.0, 1 / 13e9 - 1 / 24e9, 6e-3
+
+
+@dataclass
+class Text:
+    """What a model writes, in pieces, as it is written; how it ended is known once all of it was read."""
+
+    prompt_tokens: int
+    pieces: Iterator[str] | None = None
+    tokens: list[int] = field(default_factory=list)  # drawn so far
+    ended: str = "length"  # "stop": by the end token or a stop string
+
+    def __iter__(self) -> Iterator[str]:
+        return self.pieces
+
+
+@dataclass
+class Writer:
+    """A model ready to write."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    compiled: bool
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a prompt and what follows it, or of either with an encoder."""
+        return self.model.config.max_position_embeddings
+
+    @property
+    def continues(self) -> bool:
+        """Whether the model goes on with a prompt, as decoders do; an encoder's decoder answers it."""
+        return self.model.config.kind == "causal"
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text to go on with, or to answer."""
+        return self.tokenizer.encode_prompt(text) if self.continues else self.tokenizer.encode_source(text)
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Ids of a conversation through the chat template, ready for the assistant's answer."""
+        safe = [{**message, "content": guard(self.tokenizer, message["content"])} for message in messages]
+        try:
+            text = render(self.tokenizer, default_template(self.tokenizer), safe, prompt=True)
+        except ValueError as error:
+            raise UserError(f"the chat template can't express this conversation: {error}", code=DATA) from None
+        return encode_marked(self.tokenizer, text)
+
+    def encode_recent(self, messages: list[dict[str, str]], room: int) -> tuple[list[int], int]:
+        """`encode_chat` of as much as leaves `room` tokens for an answer, or half of all; and how many are left out.
+
+        The system's message and the last one stay; the oldest others go, a question with its answer.
+        """
+        room = min(room, self.longest // 2)
+        begin = 1 if messages[0]["role"] == "system" else 0
+        for dropped in range(0, len(messages) - begin, 2):
+            ids = self.encode_chat([*messages[:begin], *messages[begin + dropped :]])
+            if len(ids) + room <= self.longest:
+                break
+        return ids, dropped
+
+    def write(
+        self, prompts: list[list[int]], *, sampling: Sampling, max_new_tokens: int, stop: Sequence[str] = (),
+        seed: int = 0, chat: bool = False,
+    ) -> list[Text]:  # fmt: skip
+        """What follows each prompt (ids), up to the end token, a stop string, or the length.
+
+        A single one is written while it is read; several are written side by side, before this returns.
+        """
+        ends = frozenset([self.tokenizer.eos_id, *([self.tokenizer.chat_end] if chat else [])])
+        steps = generate(
+            self.model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=ends, seed=seed,
+            compiled=self.compiled,
+        )  # fmt: skip
+        if len(prompts) > 1:
+            columns = list(zip(*steps, strict=True)) or [()] * len(prompts)
+            drawn = [(token for token in column if token is not None) for column in columns]
+        else:
+            drawn = [(token for [token] in steps)]
+        longest = max(map(len, prompts)) if self.continues else 1
+        room = min(max_new_tokens, self.longest - longest)
+        texts = [Text(len(prompt)) for prompt in prompts]
+        for text, prompt, tokens in zip(texts, prompts, drawn, strict=True):
+            text.pieces = self.pieces(text, prompt if self.continues else [], tokens, room, stop)
+        return texts
+
+    def pieces(
+        self, text: Text, prompt: list[int], tokens: Iterator[int], room: int, stop: Sequence[str]
+    ) -> Iterator[str]:
+        """The printable pieces of a text, which notes its tokens and how it ended."""
+        cut = True
+
+        def noted() -> Iterator[int]:
+            nonlocal cut
+            for token in tokens:
+                text.tokens.append(token)
+                yield token
+            cut = False
+
+        yield from text_pieces(self.tokenizer, prompt, noted(), stop)
+        text.ended = "stop" if cut or len(text.tokens) < room else "length"
+
+
+def open_writer(
+    model: str, *, precision: str = "auto", compile: bool | None = None, tokens: int = 2000,
+    say: Callable[[str], None] = print,
+) -> Writer:  # fmt: skip
+    """Load a MODEL to write with, an adapter merged into its base.
+
+    precision  of the weights
+    compile    the decoding; None: when it pays for so many `tokens`
+    """
+    device = start_world().device
+    precision = choose_precision(precision, device)
+    loaded, tokenizer = checkpoint.load(checkpoint.locate(model), device=device, dtype=DTYPES[precision], merge=True)
+    if loaded.config.kind == "masked":
+        raise UserError(
+            f"{loaded.config.model_type} reads in both directions, and writes no text", at=model, code=MODEL
+        )
+    reason = can_compile(device)
+    if compile and reason:
+        raise UserError(f"--compile can't be done: {reason}", code=ENVIRONMENT)
+    if compile is None:
+        size = sum(p.numel() * p.element_size() for p in loaded.parameters())
+        gain = tokens * (size * SECONDS_PER_BYTE + SECONDS_PER_TOKEN)
+        compile = reason is None and device.type == "cpu" and precision == "bf16" and gain > COMPILE_SECONDS
+    if compile:
+        say("compiling: the first token takes some seconds")
+        compile_decoding(loaded)
+    return Writer(loaded.eval(), tokenizer, compile)
