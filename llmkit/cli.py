@@ -83,7 +83,10 @@ def run_training(config: Any, *, dry_run: bool, fresh: bool, nproc: int, as_json
         show(summary, as_json)
     if not dry_run and not as_json:
         print(f"\nnext: llmkit eval {config.run_dir} --perplexity")
-        print(f"      llmkit generate {config.run_dir} 'Once upon a time'")
+        from llmkit.models import CONFIGS
+
+        if config.model is None or CONFIGS[config.model.name].kind != "masked":
+            print(f"      llmkit generate {config.run_dir} 'Once upon a time'")
 
 
 def train_rank(config: Any, *, as_json: bool, **options: Any) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
 from llmkit import checkpoint
 from llmkit.config import check_options
 from llmkit.data.batches import GOLDEN, MASK, Batches, mix
+from llmkit.data.corrupt import span_lengths
 from llmkit.data.tokenizer import load_tokenizer
 from llmkit.errors import DATA, ENVIRONMENT, UserError, raise_all
 from llmkit.models import CONFIGS, shape_problems
@@ -24,7 +26,7 @@ from llmkit.objectives import FITTING, OBJECTIVES, Objective
 from llmkit.optim import OPTIMIZERS, SCHEDULES
 from llmkit.parallel import DTYPES, World, choose_precision, device_name, matmul_rate, start_world, total_memory
 from llmkit.peft import METHODS
-from llmkit.plan import Plan, make_plan
+from llmkit.plan import Lengths, Plan, make_plan
 from llmkit.run import clock, count
 from llmkit.schema import Choice, Config, CorpusData, Train
 from llmkit.splits import Data, open_corpus, open_sft
@@ -68,6 +70,11 @@ class Job:
         mine = {"rank": self.world.rank, "world": self.world.size} if split == "train" else {}
         corrupt = self.objective.corrupt
         return self.data.open(split, global_batch_size, seed=self.config.seed, corrupt=corrupt, **mine)
+
+    @property
+    def text_bytes(self) -> np.ndarray | None:
+        """Bytes that each token stands for, where all tokens of a text are predicted: bits per byte needs that."""
+        return self.data.token_bytes if self.model_config.kind == "causal" else None
 
     def seed_at(self, step: int) -> int:
         """Of the RNG that dropout draws from, in this step and on this rank."""
@@ -153,6 +160,10 @@ def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[st
             f"{model_config.model_type} has another objective on this data", at=config.where("objective.name"),
             got=choice.name, expected=fitting, fix="leave the objective out",
         )  # fmt: skip
+    if kind == "masked" and config.eval.sample_prompt is not None:
+        raise UserError(
+            f"{model_config.model_type} writes no text", at=config.where("eval.sample_prompt"), fix="delete it"
+        )
     if kind == "seq2seq" and data == "corpus" and config.data.document_mask:
         raise UserError("spans are cut out of whole rows: no document mask", at=config.where("data.document_mask"))
     options, errors = check_options(OBJECTIVES, "objective", choice, config)
@@ -357,9 +368,14 @@ def plan_options(
     config: Config, options: dict, model_config: Any, precision: str, device: torch.device
 ) -> dict[str, Any]:
     """What `plan.make_plan` needs besides the micro-batch."""
+    seq_len = config.data.seq_len
+    lengths = Lengths(seq_len, seq_len) if model_config.kind == "seq2seq" else None
+    if lengths and config.data.kind == "corpus":
+        noise, spans = span_lengths(seq_len, **options["objective"])
+        lengths = Lengths(seq_len - noise + spans + 1, noise + spans + 1)
     return {
         "peft": {"name": config.peft.name, **options["peft"]} if config.peft else None,
-        "seq_len": config.data.seq_len, "precision": precision, "optimizer": config.optimizer.name,
+        "lengths": lengths, "seq_len": seq_len, "precision": precision, "optimizer": config.optimizer.name,
         "checkpointed": checkpointed_blocks(config.train.gradient_checkpointing, model_config.num_hidden_layers),
         "compiled": config.train.compile is not False, "device": device.type,
     }  # fmt: skip

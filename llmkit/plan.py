@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,46 +33,74 @@ class Plan:
         return sum(self.memory.values())
 
 
+PARTS = (  # a part, and what is in the names of its parameters: the first that fits counts
+    ("adapter", re.compile(r"\.lora_[AB]$")),
+    ("norms", re.compile(r"(norm|LayerNorm|\bln_\w+)\.(weight|bias)$")),
+    ("head", re.compile(r"^(lm_head|cls)\.")),
+    ("embeddings", re.compile(r"\b(wte|wpe|embed_tokens|\w+_embeddings|shared|relative_attention_bias)\.")),
+    ("attention", re.compile(r"attn|attention|Attention")),
+    ("experts", re.compile(r"\bexperts\.")),
+    ("mlp", re.compile(r"")),
+)
+
+
+def part_of(name: str) -> str:
+    """The part of a model that a parameter belongs to."""
+    return next(part for part, pattern in PARTS if pattern.search(name))
+
+
 def parameters_by_part(model: nn.Module) -> dict[str, int]:
-    """Parameters of embeddings, attention, MLPs, norms, head, and what a PEFT method added."""
-    parts = dict.fromkeys(("embeddings", "attention", "mlp", "norms", "head", "adapter"), 0)
+    """Parameters of embeddings, attention, MLPs, experts, norms, head, and what a PEFT method added."""
+    parts = dict.fromkeys(("embeddings", "attention", "mlp", "experts", "norms", "head", "adapter"), 0)
     for name, parameter in model.named_parameters():
-        words = name.split(".")
-        if words[-1].startswith("lora_"):
-            parts["adapter"] += parameter.numel()
-        elif words[0] == "lm_head":
-            parts["head"] += parameter.numel()
-        elif any(word in ("wte", "wpe", "embed_tokens") for word in words):
-            parts["embeddings"] += parameter.numel()
-        elif any(word in ("attn", "self_attn") for word in words):
-            parts["attention"] += parameter.numel()
-        elif "mlp" in words:
-            parts["mlp"] += parameter.numel()
-        else:
-            parts["norms"] += parameter.numel()
+        parts[part_of(name)] += parameter.numel()
     return {part: number for part, number in parts.items() if number}
 
 
-def flops_per_token(model: nn.Module, seq_len: int) -> float:
-    """FLOPs of forward and backward for one trained token: 6 N + 12 L h T, or 4 N + 6 N_lora + 12 L h T with LoRA.
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of one row: what is read, and what a decoder beside an encoder writes."""
 
-    N counts the weights of matrix products, the head's included even when it is tied, the embedding's look-up not;
-    the last term is attention (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), causality not subtracted.
+    source: int
+    target: int = 0
+
+    def through(self, name: str, config: Any) -> float:
+        """How many of a row's tokens go through a matrix."""
+        if part_of(name) == "experts":
+            return self.source * config.num_experts_per_tok / config.num_local_experts
+        reads = name.startswith("encoder.") or name.endswith(("EncDecAttention.k.weight", "EncDecAttention.v.weight"))
+        return self.source if reads or config.kind != "seq2seq" else self.target
+
+
+def flops_per_row(model: nn.Module, lengths: Lengths) -> float:
+    """FLOPs of forward and backward for one row: 6 for each weight of a matrix product and token, and attention.
+
+    4 where the weight is frozen, 6 for an adapter's. The head counts even when it is tied, the embedding's look-up
+    not; attention adds 12 L h T a token (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), causality not
+    subtracted, but windows are.
     """
     config = model.config
-    parts = parameters_by_part(model)
-    head = config.vocab_size * config.hidden_size
-    products = parts["attention"] + parts["mlp"] + head
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
-    if "adapter" in parts:
-        return 4 * products + 6 * parts["adapter"] + attention
-    return 6 * products + attention
+    seq2seq = config.kind == "seq2seq"
+    frozen = any(part_of(name) == "adapter" for name, _ in model.named_parameters())
+    predicted = lengths.target if seq2seq else lengths.source
+    total = (4.0 if frozen else 6.0) * config.vocab_size * config.hidden_size * predicted
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2 and part_of(name) not in ("embeddings", "norms") and not name.startswith("lm_head."):
+            times = 4 if frozen and not parameter.requires_grad else 6
+            total += times * parameter.numel() * lengths.through(name, config)
+    width, source, target = config.num_attention_heads * config.head_dim, lengths.source, lengths.target
+    if seq2seq:
+        pairs = config.num_hidden_layers * source**2 + config.num_decoder_layers * target * (target + source)
+    else:
+        windows = getattr(config, "windows", [None] * config.num_hidden_layers)
+        pairs = sum(source * min(source, window or source) for window in windows)
+    return total + 12.0 * width * pairs
 
 
 def memory(
     model: nn.Module,
     *,
-    seq_len: int,
+    lengths: Lengths,
     micro_batch_size: int,
     precision: str,
     checkpointed: int = 0,
@@ -82,35 +111,51 @@ def memory(
     """Bytes at the peak of a training step, by part.
 
     Static: fp32 weight, gradient and optimizer state of what is trained (AdamW 16 B, Muon 12 B on block matrices),
-    2 B (bf16, fp16) or 4 B of what is frozen. Activations, bytes a token and layer, h hidden, f MLP width, kv key and
-    value width: 12h + 4kv + 6f for a compiled SwiGLU (8f eager), 12h + 4kv + 4f for GELU; a recomputed block keeps
-    its input (2h) and needs one block at a time. In fp32 activations weigh double. The loss holds one chunk of logits.
+    2 B (bf16, fp16) or 4 B of what is frozen. Activations, bytes a token and layer, h hidden, f MLP width (of all the
+    experts that a token takes), kv key and value width: 12h + 4kv + 6f for a compiled SwiGLU (8f eager), 12h + 4kv +
+    4f for GELU, 8h + 4kv more for a decoder's view of an encoder; a recomputed block keeps its input (2h) and needs
+    one block at a time. In fp32 activations weigh double. The loss holds one chunk of logits.
     """
     config = model.config
-    h, f, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    h, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+    taken = getattr(config, "num_experts_per_tok", 1)
     wide = 2 if precision == "fp32" else 1
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    matrices = {id(p) for p in model.blocks.parameters() if p.dim() == 2} if optimizer == "muon" else set()
+    matrices = {id(p) for p in model.blocks.parameters() if p.dim() >= 2} if optimizer == "muon" else set()
     state = sum(p.numel() * (12 if id(p) in matrices else 16) for p in trained)
-    per_layer = 12 * h + 4 * kv + ((6 if compiled else 8) if config.gated else 4) * f
-    tokens = seq_len * micro_batch_size
-    kept = config.num_hidden_layers - checkpointed
-    activations = tokens * wide * (kept * per_layer + checkpointed * 2 * h + (per_layer if checkpointed else 0) + 6 * h)
-    copies = sum(p.numel() for p in model.parameters() if p.dim() == 2) * 2 if precision != "fp32" else 0
+    per_layer = 12 * h + 4 * kv + ((6 if compiled else 8) if config.gated else 4) * config.intermediate_size * taken
+    per_layer += 4 * h * taken if taken > 1 else 0  # each expert has rows of its own
+    stacks = [(config.num_hidden_layers, lengths.source, per_layer)]
+    if config.kind == "seq2seq":
+        stacks += [(config.num_decoder_layers, lengths.target, per_layer + 8 * h)]
+        stacks += [(config.num_decoder_layers, lengths.source, 4 * kv)]
+    layers = sum(depth for depth, _, _ in stacks[:2])
+    share = (layers - checkpointed) / layers  # of the blocks that keep all
+    kept = sum(depth * tokens * size for depth, tokens, size in stacks)
+    again = sum(depth * tokens * 2 * h for depth, tokens, _ in stacks[:2])
+    one = max(tokens * size for _, tokens, size in stacks) if checkpointed else 0
+    longest = max(lengths.source, lengths.target)
+    activations = micro_batch_size * wide * (share * kept + (1 - share) * again + one + longest * 6 * h)
+    copies = sum(p.numel() for p in model.parameters() if p.dim() >= 2) * 2 if precision != "fp32" else 0
     result = {
         "python and torch": RUNTIME_BYTES if device == "cpu" else 0,
         "trained weights, gradients, optimizer": state,
         "frozen weights": frozen * 2 * wide,
         "low-precision copies of weights": copies if not frozen else 0,
-        "activations": activations,
+        "activations": round(activations),
         "loss": 3 * CHUNK_BYTES,
     }
     return {part: size for part, size in result.items() if size}
 
 
-def make_plan(config: Any, *, peft: dict[str, Any] | None = None, **options: Any) -> Plan:
+def make_plan(
+    config: Any, *, seq_len: int, lengths: Lengths | None = None, peft: dict[str, Any] | None = None, **options: Any
+) -> Plan:
     """Plan a run of a model's Config; see `memory` for the options.
+
+    seq_len  tokens of a row; FLOPs are given for one of them
+    lengths  what an encoder and a decoder make of such a row
 
     >>> from llmkit.models import gpt2
     >>> make_plan(gpt2.Config(vocab_size=50257), seq_len=1024, micro_batch_size=8, precision="bf16").total
@@ -119,6 +164,7 @@ def make_plan(config: Any, *, peft: dict[str, Any] | None = None, **options: Any
     model = build_model(config, device="meta", seed=None)
     if peft:
         METHODS[peft["name"]](model, **{key: value for key, value in peft.items() if key != "name"})
-    parts = parameters_by_part(model)
+    parts, lengths = parameters_by_part(model), lengths or Lengths(seq_len)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Plan(parts, trainable, flops_per_token(model, options["seq_len"]), memory(model, **options))
+    flops = flops_per_row(model, lengths) / seq_len
+    return Plan(parts, trainable, flops, memory(model, lengths=lengths, **options))

@@ -290,7 +290,7 @@ def evaluate(job: Job, model: nn.Module, progress: Progress, watch: Watch) -> st
         mine = itertools.islice(batches, world.rank, None, world.size)
         with autocast(device, job.precision):
             result = perplexity(
-                model, mine, device=device, token_bytes=job.data.token_bytes, micro_batch_size=size, total=world.sum
+                model, mine, device=device, token_bytes=job.text_bytes, micro_batch_size=size, total=world.sum
             )
             if config.eval.sample_prompt is not None:
                 result["sample"] = sample(job, model)

@@ -46,7 +46,7 @@ from llmkit.parallel import (
     to_device,
 )
 from llmkit.peft import lora
-from llmkit.plan import flops_per_token
+from llmkit.plan import Lengths, flops_per_row
 from llmkit.types import Batch
 
 
@@ -335,7 +335,8 @@ def compare(row: tuple, args: argparse.Namespace, folder: Path, measure_rates) -
             merged[key] = max(result[key] for result in good)
         ours = [merged]
     return {
-        "name": name, "lora": is_lora, "parameters": parameters, "flops_per_token": flops_per_token(model, seq_len),
+        "name": name, "lora": is_lora, "parameters": parameters,
+        "flops_per_token": flops_per_row(model, Lengths(seq_len)) / seq_len,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad), "seq_len": seq_len, "rows": rows,
         "contestants": [ours[0], *theirs],
     }  # fmt: skip
@@ -348,7 +349,7 @@ def table(result: dict, rates: dict[str, float], peak: float) -> str:
     lines = [
         f"\n### {result['name']}\n\n{result['parameters'] / 1e6:.1f}M parameters, {result['trained'] / 1e6:.1f}M "
         f"trained; a step has {result['rows']} rows of {result['seq_len']} tokens; a token takes "
-        f"{result['flops_per_token'] / 1e9:.3f} GFLOP ({formula}, `llmkit.plan.flops_per_token`).\n",
+        f"{result['flops_per_token'] / 1e9:.3f} GFLOP ({formula}, `llmkit.plan.flops_per_row`).\n",
         "| contestant | tokens/s, median (min-max) | llmkit / it | MFU | of its matrix rate | peak MiB "
         "| loss: first, last step | compiled in |",
         "|---|---|---|---|---|---|---|---|",

@@ -22,7 +22,7 @@ from llmkit.data.tokenizer import load_tokenizer
 from llmkit.data.vocabulary import train_tokenizer
 from llmkit.errors import DATA, LOCKED, MODEL, UserError
 from llmkit.evals.perplexity import measure
-from llmkit.generate import generate
+from llmkit.generate import Sampling, stream
 from llmkit.models import build_model, llama
 from llmkit.run import lock
 from llmkit.schema import CorpusData
@@ -289,11 +289,12 @@ def test_a_prompt_is_kept_whole_or_refused():
     model = build_model(llama.Config(vocab_size=40, hidden_size=16, num_attention_heads=2, num_hidden_layers=1,
                                      max_position_embeddings=16), seed=0)  # fmt: skip
     prompt = list(range(12))
-    assert len(list(generate(model, prompt, max_new_tokens=200, seed=1))) == 16 - 12 + 1
-    long, short = (list(generate(model, prompt, max_new_tokens=n, temperature=0)) for n in (200, 2))
+    assert len(list(stream(model, prompt, max_new_tokens=200, seed=1))) == 16 - 12 + 1
+    greedy = Sampling(temperature=0)
+    long, short = (list(stream(model, prompt, max_new_tokens=n, sampling=greedy)) for n in (200, 2))
     assert long[:2] == short
     with pytest.raises(UserError, match="fills all"):
-        next(generate(model, list(range(16))))
+        next(stream(model, list(range(16))))
 
 
 def test_the_wheel_brings_the_example_configs(tmp_path):

@@ -17,14 +17,16 @@ from torch import nn
 from llmkit import checkpoint
 from llmkit.checkpoint import Located
 from llmkit.corpus.build import read_manifest
-from llmkit.data.batches import packed_batches
+from llmkit.data.batches import open_rows
 from llmkit.data.chat import FORMATS, default_template
+from llmkit.data.corrupt import shift_right
 from llmkit.data.documents import read_file
 from llmkit.data.records import read_records
-from llmkit.data.sft import examples
+from llmkit.data.sft import examples, to_pairs
 from llmkit.data.tokenizer import CHECKED, Tokenizer
 from llmkit.data.tokens import open_split
 from llmkit.errors import DATA, UserError
+from llmkit.objectives import FITTING, OBJECTIVES
 from llmkit.parallel import autocast, choose_precision, start_world, to_device
 from llmkit.types import IGNORE_INDEX, Batch, Document
 
@@ -122,7 +124,8 @@ def measure(
     """Loss, perplexity and bits per byte of a MODEL.
 
     data    a file of texts, read as one stream of documents and end tokens; or of fine-tuning records, of which only
-            the answers count, each record in a row of its own. None: the val split that its run trained with
+            the answers count, each record in a row of its own. None: the val split that its run trained with.
+            An encoder is measured on texts that are corrupted as its objective does
     window  tokens of context at the most, default the length that the run trained with, else the model's longest
     stride  see `windows`; default: the window
     """
@@ -138,32 +141,44 @@ def measure(
             "stride and window do not fit the model", got=f"stride {stride}, window {window}",
             expected=f"0 < stride <= window <= {longest}",
         )  # fmt: skip
+    kind, objective = model.config.kind, (config or {}).get("objective")
+    if kind != "causal" and stride != window:
+        raise UserError(f"{model.config.model_type} reads rows of their own", got=f"stride {stride}, window {window}")
     if data is None:
         if config and config["data"]["kind"] == "sft" and (stride < window or window != config["data"]["seq_len"]):
             raise UserError("fine-tuning rows have a length of their own", got=f"window {window}, stride {stride}")
         if config is None:
             raise UserError("there is no text to measure on", fix="name a file with --data", code=DATA)
-        batches, what = run_val_split(located.run_dir, config["data"], tokenizer, window, stride, batch_size)
+        tokens, rows, what = run_val_split(located.run_dir, config["data"], model.config, tokenizer, batch_size)
     else:
-        batches, what = file_batches(data, tokenizer, window, stride, batch_size)
+        tokens, rows, what = read_data(data, model.config, tokenizer, window, stride, batch_size)
+    if tokens is None:
+        batches = rows
+    elif kind == "causal":
+        batches = windows(tokens, window, stride, batch_size)
+    else:
+        batches, what = mended(tokens, model.config, tokenizer, window, batch_size, objective), f"{what}, corrupted"
     with autocast(device, precision):
         result = perplexity(
-            model, batches, device=device, token_bytes=tokenizer.token_bytes, micro_batch_size=batch_size
-        )
+            model, batches, device=device, token_bytes=tokenizer.token_bytes if kind == "causal" else None,
+            micro_batch_size=batch_size,
+        )  # fmt: skip
     names = {"val_loss": "loss", "val_perplexity": "perplexity", "val_tokens": "tokens"}
     figures = {names.get(key, key): value for key, value in result.items()}
     return {"model": str(located.folder), "data": what, **figures, "window": window, "stride": stride,
             "precision": precision}  # fmt: skip
 
 
-def run_val_split(
-    run_dir: Path, data: dict, tokenizer: Tokenizer, window: int, stride: int, batch_size: int
-) -> tuple[Iterable[Batch], str]:
+Read = tuple[np.ndarray | None, Iterable[Batch] | None, str]  # one stream of tokens or batches of rows, and what it is
+
+
+def run_val_split(run_dir: Path, data: dict, model_config: Any, tokenizer: Tokenizer, batch_size: int) -> Read:
     """The val split that a run trained beside; UserError where data.dir holds another build by now."""
     key = json.loads((run_dir / "run.json").read_text())["data_fingerprint"]
     if data["kind"] == "sft":
-        batches = packed_batches(run_dir / "data" / key, "val", batch_size, seed=0)
-        return batches.in_order(), f"the val split of {data['path']}"
+        start_id = getattr(model_config, "decoder_start_token_id", None)
+        batches = open_rows(run_dir / "data" / key, "val", batch_size, start_id, seed=0)
+        return None, batches.in_order(), f"the val split of {data['path']}"
     folder = Path(data["dir"])
     manifest = read_manifest(folder)
     if manifest["fingerprint"] != key or manifest.get("tokenizer_sha256") != tokenizer.sha256:
@@ -172,12 +187,10 @@ def run_val_split(
             code=DATA,
         )  # fmt: skip
     stream = open_split(folder, manifest["splits"]["val"]["files"], np.dtype(manifest["dtype"]))
-    return windows(stream.read(0, len(stream)), window, stride, batch_size), f"the val split of {folder}, in one stream"
+    return stream.read(0, len(stream)), None, f"the val split of {folder}, in one stream"
 
 
-def file_batches(
-    path: Path, tokenizer: Tokenizer, window: int, stride: int, batch_size: int
-) -> tuple[Iterable[Batch], str]:
+def read_data(path: Path, model_config: Any, tokenizer: Tokenizer, window: int, stride: int, batch_size: int) -> Read:
     """A file of fine-tuning records or of texts; see `measure`."""
     if not path.is_file():
         what = "--data takes a file, and this is a folder" if path.is_dir() else "there is no such data file"
@@ -186,20 +199,51 @@ def file_batches(
     records = any(all(field in first for field in fields) for fields in FORMATS.values())
     if records and stride < window:
         raise UserError("records are read whole, so a stride has no meaning", got=f"stride {stride}")
+    if records and model_config.kind == "masked":
+        raise UserError(f"{model_config.model_type} writes no answers", at=path, fix="name a file of texts", code=DATA)
     if records:
         bad: Counter[str] = Counter()
-        rows = [
-            (ids[: window + 1], targets[: window + 1])
-            for _, ids, targets in examples(path, tokenizer, default_template(tokenizer), bad)
-        ]
+        rows = [(ids, targets) for _, ids, targets in examples(path, tokenizer, default_template(tokenizer), bad)]
         skipped = f", {sum(bad.values())} bad records left out" if bad else ""
-        return answer_rows(rows, tokenizer.eos_id, batch_size), f"the answers in {path} ({len(rows)} records{skipped})"
+        if model_config.kind == "causal":
+            cut = [(ids[: window + 1], targets[: window + 1]) for ids, targets in rows]
+            batches = answer_rows(cut, tokenizer.eos_id, batch_size)
+        else:
+            pairs = [pair for ids, targets in rows for pair in to_pairs(ids, targets, tokenizer.eos_id)]
+            batches = pair_rows(pairs, window, model_config.decoder_start_token_id, batch_size)
+        return None, batches, f"the answers in {path} ({len(rows)} records{skipped})"
     documents = [one for one in read_file(path, source="eval", root=path.parent) if isinstance(one, Document)]
     if not documents:
         raise UserError("no text can be read from the file", at=path, code=DATA)
     tokenizer.agrees([one.text[:10_000] for one in documents[:CHECKED]])
     tokens = np.concatenate(list(tokenizer.encode_documents(one.text for one in documents)))
-    return windows(tokens, window, stride, batch_size), f"{path} ({len(documents)} documents)"
+    return tokens, None, f"{path} ({len(documents)} documents)"
+
+
+def mended(
+    tokens: np.ndarray, model_config: Any, tokenizer: Tokenizer, window: int, batch_size: int, objective: dict | None
+) -> Iterator[Batch]:
+    """Rows of `window` tokens, corrupted as in training; the same ones every time. What is left over is not read."""
+    choice = dict(objective or {"name": FITTING[model_config.kind, "corpus"]})
+    start_id = getattr(model_config, "decoder_start_token_id", 0)
+    corrupt = OBJECTIVES[choice.pop("name")](tokenizer, 0, start_id, **choice).corrupt
+    rows = tokens[: len(tokens) // window * window].reshape(-1, window).astype(np.int64)
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        yield corrupt(Batch(part, part), range(start, start + len(part)))
+
+
+def pair_rows(pairs: list[tuple[list[int], list[int]]], window: int, start_id: int, batch_size: int) -> Iterator[Batch]:
+    """Texts and answers of at most `window` tokens each, padded to their batch's longest."""
+    pairs = sorted(((source[:window], answer[:window]) for source, answer in pairs), key=lambda pair: len(pair[0]))
+    for start in range(0, len(pairs), batch_size):
+        sources, answers = zip(*pairs[start : start + batch_size], strict=True)
+        ids = np.full((len(sources), max(map(len, sources))), start_id, dtype=np.int64)
+        labels = np.full((len(answers), max(map(len, answers))), IGNORE_INDEX, dtype=np.int64)
+        segments = np.full(ids.shape, -1, dtype=np.int64)
+        for i, (source, answer) in enumerate(zip(sources, answers, strict=True)):
+            ids[i, : len(source)], segments[i, : len(source)], labels[i, : len(answer)] = source, 0, answer
+        yield Batch(ids, labels, segments=segments, decoder_input_ids=shift_right(labels, start_id))
 
 
 def answer_rows(rows: list[tuple[list[int], list[bool]]], pad: int, batch_size: int) -> Iterator[Batch]:
