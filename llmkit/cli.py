@@ -126,22 +126,52 @@ def evaluate(
 def export(
     model: Annotated[str, typer.Argument(help="A run, checkpoint, adapter or Hugging Face folder.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    format: Annotated[str, typer.Option(help="hf: a merged Hugging Face folder; peft: an adapter.")] = "hf",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    format: Annotated[str, typer.Option(help="hf: a merged folder; peft: an adapter; gguf: for llama.cpp.")] = "hf",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; q8_0 in GGUF.")] = "fp32",
     as_json: AsJson = False,
 ) -> None:
-    """Write a model for transformers, vLLM or peft."""
+    """Write a model for transformers, vLLM, peft or llama.cpp."""
     from llmkit.checkpoint import locate
     from llmkit.errors import UserError
     from llmkit.export import FORMATS
-    from llmkit.parallel import DTYPES
 
-    for name, value, known in (("--format", format, FORMATS), ("--dtype", dtype, DTYPES)):
-        if value not in known:
-            raise UserError(f"{name} is unknown", got=value, expected=" or ".join(known))
-    if out.exists() and any(out.iterdir()):
+    if format not in FORMATS:
+        raise UserError("--format is unknown", got=format, expected=" or ".join(FORMATS))
+    write, dtypes = FORMATS[format]
+    if dtype not in dtypes:
+        raise UserError(f"--dtype is unknown to {format}", got=dtype, expected=" or ".join(dtypes))
+    refuse_to_mix(out)
+    write(locate(model), out, dtype)
+    show_written(out, as_json)
+
+
+@app.command(name="import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A .bin checkpoint of llama2.c.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    tokenizer: Annotated[Path, typer.Option(help="Its tokenizer.bin, or a tokenizer.json or .model.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make somebody else's checkpoint into a Hugging Face folder, which every command takes."""
+    from llmkit.errors import UserError
+    from llmkit.imports import import_llama2c
+
+    for path in (file, tokenizer):
+        if not path.exists():
+            raise UserError("there is no such file", at=path)
+    refuse_to_mix(out)
+    import_llama2c(file, tokenizer, out)
+    show_written(out, as_json)
+
+
+def refuse_to_mix(out: Path) -> None:
+    from llmkit.errors import UserError
+
+    if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError("the folder to write is not empty", at=out, fix="name a new one")
-    FORMATS[format](locate(model), out, DTYPES[dtype])
+
+
+def show_written(out: Path, as_json: bool) -> None:
     show({"written": str(out), "files": ", ".join(sorted(path.name for path in out.iterdir()))}, as_json)
 
 

@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer as Rust
 
+from llmkit.data.foreign import find, read
 from llmkit.errors import MODEL, UserError
 
 EOS, CHAT_START, CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", CHAT_END, "[SEP]")  # of other people's tokenizers
+BOS_NAMES = ("<s>", "<bos>")
 # How GPT-2 cuts text before merging; tokenizers knows it as ByteLevel(use_regex=True).
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -224,16 +226,14 @@ def fetch_tokenizer(name: str) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer.json, or a folder that holds one; the end token and chat template come from the files beside it."""
-    path = path / "tokenizer.json" if path.is_dir() else path
+    """A tokenizer.json, a SentencePiece .model or a vocab.json with merges.txt, or a folder that holds one of them.
+
+    The end token and the chat template come from the files beside it.
+    """
+    if path.is_dir():
+        path = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else find(path) or path
     if not path.is_file():
         raise UserError("there is no tokenizer", at=path, fix="name a tokenizer.json, or a folder with one", code=MODEL)
-    try:
-        rust = Rust.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"the tokenizer can't be read: {error}", at=path, code=MODEL) from None
-    rust.no_truncation()  # some files carry the settings of whoever saved them, and would cut every text
-    rust.no_padding()
     beside: dict = {}
     for name in ("config.json", "tokenizer_config.json"):  # the latter wins
         file = path.with_name(name)
@@ -242,6 +242,15 @@ def load_tokenizer(path: Path) -> Tokenizer:
                 beside |= json.loads(file.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise UserError(f"{name} is not JSON: {error}", at=file, code=MODEL) from None
+    try:
+        is_json = path.suffix == ".json" and path.name not in ("vocab.json", "encoder.json")
+        rust = Rust.from_file(str(path)) if is_json else read(path, beside, PATTERNS["qwen2"])
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"the tokenizer can't be read: {error}", at=path, code=MODEL) from None
+    rust.no_truncation()  # some files carry the settings of whoever saved them, and would cut every text
+    rust.no_padding()
     named, begin = (
         token.get("content") if isinstance(token, dict) else token
         for token in (beside.get("eos_token"), beside.get("bos_token"))
@@ -257,5 +266,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
     beside_template = path.with_name("chat_template.jinja")
     if template is None and beside_template.is_file():
         template = beside_template.read_text(encoding="utf-8")
-    bos = begin if isinstance(begin, str) and rust.token_to_id(begin) is not None else None
+    begins = (begin, *(BOS_NAMES if path.suffix == ".model" else ()))  # what such a file calls it, nothing else says
+    bos = next((name for name in begins if isinstance(name, str) and rust.token_to_id(name) is not None), None)
     return Tokenizer(rust, eos_id, bos, template if isinstance(template, str) else None)

@@ -1,0 +1,216 @@
+"""Tokenizers of older models made into what a tokenizer.json says: SentencePiece files, vocab.json with merges.txt."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Rust
+
+from llmkit.errors import ENVIRONMENT, MODEL, UserError
+
+SPACE = "\u2581"  # what SentencePiece writes for a space
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # kinds of pieces in sentencepiece_model.proto
+UNIGRAM, BPE = 1, 2  # its kinds of models
+UNLIKELY = -1e6  # a log-probability below that of any text in pieces
+LLAMA2C_CONTROL = ("<unk>", "<s>", "</s>")
+EXTRA_IDS = 100  # sentinels that T5's tokenizers have beside the pieces of the file
+
+
+def find(folder: Path) -> Path | None:
+    """The file of a folder that `read` takes, where there is no tokenizer.json."""
+    names = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "encoder.json")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def read(path: Path, beside: dict[str, Any], qwen2: str) -> Rust:
+    """A .model of SentencePiece, or a vocab.json with its merges.txt.
+
+    beside  what config.json and tokenizer_config.json in the same folder say
+    qwen2   the regex by which Qwen2 cuts text, which its files do not say
+    """
+    rust = from_sentencepiece(path, beside) if path.suffix == ".model" else from_gpt2(path, beside, qwen2)
+    add_tokens(rust, path, beside)
+    return rust
+
+
+def from_gpt2(vocab: Path, beside: dict[str, Any], qwen2: str) -> Rust:
+    """Byte-level BPE as GPT-2 left it: vocab.json (or encoder.json) and merges.txt (or vocab.bpe)."""
+    merges = next((path for name in ("merges.txt", "vocab.bpe") if (path := vocab.with_name(name)).is_file()), None)
+    if merges is None:
+        raise UserError("a vocabulary without its merges", at=vocab, fix="put merges.txt beside it", code=MODEL)
+    try:
+        tokens = json.loads(vocab.read_text(encoding="utf-8"))
+        lines = merges.read_text(encoding="utf-8").splitlines()
+        pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        rust = Rust(models.BPE(vocab=tokens, merges=pairs))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"the tokenizer can't be read: {error}", at=vocab, code=MODEL) from None
+    kind = str(beside.get("tokenizer_class", "GPT2Tokenizer")).removesuffix("Fast")
+    bytelevel = pre_tokenizers.ByteLevel(add_prefix_space=bool(beside.get("add_prefix_space")), use_regex=True)
+    if kind == "Qwen2Tokenizer":
+        rust.normalizer = normalizers.NFC()
+        cut = pre_tokenizers.Split(Regex(qwen2), "isolated")
+        bytelevel = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    elif kind not in ("GPT2Tokenizer", "PreTrainedTokenizer", "TokenizersBackend"):
+        raise UserError(
+            "how this tokenizer cuts text is not in its vocabulary", at=vocab, got=kind,
+            fix="save it with transformers, which writes a tokenizer.json", code=MODEL,
+        )  # fmt: skip
+    rust.pre_tokenizer, rust.decoder = bytelevel, decoders.ByteLevel()
+    rust.add_special_tokens([AddedToken(token, special=True) for token in ("<|endoftext|>",) if token in tokens])
+    return rust
+
+
+# ---- SentencePiece --------------------------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """A token of a SentencePiece model: its text, log-probability or rank, and kind."""
+
+    piece: str
+    score: float
+    type: int
+
+
+def from_sentencepiece(path: Path, beside: dict[str, Any]) -> Rust:
+    """A SentencePiece model, unigram or BPE, with its own normalization (Kudo and Richardson 2018, 1808.06226)."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError:
+        raise UserError(
+            "a SentencePiece file needs the sentencepiece package", at=path,
+            fix="pip install 'llmkit[sentencepiece]'", code=ENVIRONMENT,
+        ) from None  # fmt: skip
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+        spec, normal = proto.trainer_spec, proto.normalizer_spec
+        pieces = [Piece(piece.piece, piece.score, piece.type) for piece in proto.pieces]
+        rust = from_pieces(
+            pieces, spec.model_type, unknown=spec.unk_id, byte_fallback=spec.byte_fallback,
+            charsmap=normal.precompiled_charsmap, collapse=normal.remove_extra_whitespaces,
+            prefix=normal.add_dummy_prefix,
+        )  # fmt: skip
+    except Exception as error:  # protobuf's own, tokenizers' bare Exception
+        raise UserError(f"the SentencePiece model can't be read: {error}", at=path, code=MODEL) from None
+    begin, end = ((pieces[i].piece, i) if i >= 0 else None for i in (spec.bos_id, spec.eos_id))
+    if begin and beside.get("add_bos_token", True):
+        rust.post_processor = processors.TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
+    elif end and begin is None:  # T5: no token begins a text, one ends it
+        rust.post_processor = processors.TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    if beside.get("model_type") == "t5" or str(beside.get("tokenizer_class", "")).startswith("T5"):
+        number = beside.get("extra_ids", EXTRA_IDS)
+        sentinels = [AddedToken(f"<extra_id_{i}>", special=True) for i in reversed(range(number))]
+        rust.add_special_tokens(sentinels)
+    return rust
+
+
+def from_pieces(
+    pieces: list[Piece], kind: int, *, unknown: int, byte_fallback: bool, charsmap: bytes, collapse: bool, prefix: bool
+) -> Rust:
+    """What SentencePiece does with such pieces.
+
+    charsmap  its compiled normalization, empty for none
+    collapse  spaces at the ends go, and several count as one
+    prefix    every text begins with a space
+    """
+    if kind == UNIGRAM:
+        # A control token that is spelt out in a text must not win against the pieces of its letters.
+        vocab = [(piece.piece, UNLIKELY if piece.type == CONTROL else piece.score) for piece in pieces]
+        rust = Rust(models.Unigram(vocab, unknown, byte_fallback))
+        rust.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")  # pieces never reach over a word's end
+    elif kind == BPE:
+        ids = {piece.piece: i for i, piece in enumerate(pieces)}
+        bpe = {"unk_token": pieces[unknown].piece, "fuse_unk": True, "byte_fallback": byte_fallback}
+        rust = Rust(models.BPE(vocab=ids, merges=merges_of(pieces), **bpe))
+    else:
+        raise ValueError("it is neither a unigram nor a BPE model")
+    steps: list = [normalizers.Precompiled(charsmap)] if charsmap else []
+    back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if collapse:
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if prefix:
+        steps.append(normalizers.Prepend(SPACE))
+        back.append(decoders.Strip(content=" ", left=1, right=0))
+    rust.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    rust.decoder = decoders.Sequence(back)
+    for kind_of_token, special in ((CONTROL, True), (UNKNOWN, True), (USER_DEFINED, False)):
+        found = [piece.piece for piece in pieces if piece.type == kind_of_token]
+        tokens = [AddedToken(token, special=special, normalized=False) for token in found]
+        (rust.add_special_tokens if special else rust.add_tokens)(tokens)
+    return rust
+
+
+def from_llama2c(path: Path, size: int) -> Rust:
+    """The tokenizer.bin of llama2.c: a SentencePiece BPE without what does not concern it.
+
+    A file is the longest token's bytes (int32), then for each of `size` tokens its score (float32), its bytes (int32)
+    and those; a space is written as such, and the first three tokens are unknown, begin and end.
+    """
+    raw, at, pieces = path.read_bytes(), 4, []
+    try:
+        for i in range(size):
+            score, length = struct.unpack_from("<fi", raw, at)
+            text = raw[at + 8 : at + 8 + length].decode("utf-8")
+            at += 8 + length
+            if i < len(LLAMA2C_CONTROL):
+                pieces.append(Piece(LLAMA2C_CONTROL[i], score, CONTROL if i else UNKNOWN))
+            else:
+                kind = BYTE if re.fullmatch("<0x[0-9A-F]{2}>", text) else NORMAL
+                pieces.append(Piece(text.replace(" ", SPACE), score, kind))
+        if at != len(raw):
+            raise ValueError(f"{len(raw) - at} bytes are left over after {size} tokens")
+    except (struct.error, ValueError) as error:
+        raise UserError(
+            f"the tokenizer does not fit the model: {error}", at=path, expected=f"{size} tokens", code=MODEL
+        ) from None
+    rust = from_pieces(pieces, BPE, unknown=0, byte_fallback=True, charsmap=b"", collapse=False, prefix=True)
+    begin = (pieces[1].piece, 1)
+    rust.post_processor = processors.TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
+    return rust
+
+
+def merges_of(pieces: Iterable[Piece]) -> list[tuple[str, str]]:
+    """The merges that a BPE model's scores stand for: every way to make a piece of two, the best scores first."""
+    scores = {piece.piece: (i, piece.score) for i, piece in enumerate(pieces) if piece.type in (NORMAL, USER_DEFINED)}
+    found = []
+    for piece, (_, score) in scores.items():
+        cuts = ((piece[:place], piece[place:]) for place in range(1, len(piece)))
+        halves = [cut for cut in cuts if cut[0] in scores and cut[1] in scores]
+        halves.sort(key=lambda cut: (scores[cut[0]][0], scores[cut[1]][0]))
+        found += [(-score, cut) for cut in halves]
+    found.sort(key=lambda one: one[0])
+    return [cut for _, cut in found]
+
+
+# ---- what stands beside ---------------------------------------------------------------------------------------------
+
+
+def add_tokens(rust: Rust, path: Path, beside: dict[str, Any]) -> None:
+    """Tokens that were added later: added_tokens_decoder of tokenizer_config.json, or added_tokens.json."""
+    added = {int(i): token for i, token in (beside.get("added_tokens_decoder") or {}).items()}
+    file = path.with_name("added_tokens.json")
+    if file.is_file():
+        named = json.loads(file.read_text(encoding="utf-8"))
+        added |= {i: {"content": token, "special": True} for token, i in named.items() if i not in added}
+    known = rust.get_vocab(with_added_tokens=True)
+    for i, token in sorted(added.items()):
+        if token["content"] in known and known[token["content"]] != i:
+            raise UserError(
+                "an added token has another id in the vocabulary", at=path, got=f"{token['content']}: {i}",
+                expected=known[token["content"]], code=MODEL,
+            )  # fmt: skip
+        keys = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        made = AddedToken(token["content"], **{key: token[key] for key in keys if key in token})
+        (rust.add_special_tokens if token.get("special") else rust.add_tokens)([made])
+        if rust.token_to_id(token["content"]) != i:
+            raise UserError(
+                "an added token does not follow the vocabulary", at=path, got=f"{token['content']}: {i}",
+                expected=rust.token_to_id(token["content"]), code=MODEL,
+            )  # fmt: skip
