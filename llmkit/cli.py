@@ -26,6 +26,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.command()(talk.generate)
 app.command()(talk.chat)
+app.command()(talk.serve)
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the header, and stop.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in the run directory.")]

@@ -23,7 +23,6 @@ COMPILE_SECONDS, SECONDS_PER_BYTE, SECONDS_PER_TOKEN = 8.0, 1 / 13e9 - 1 / 24e9,
 class Text:
     """What a model writes, in pieces, as it is written; how it ended is known once all of it was read."""
 
-    prompt_tokens: int
     pieces: Iterator[str] | None = None
     tokens: list[int] = field(default_factory=list)  # drawn so far
     ended: str = "length"  # "stop": by the end token or a stop string
@@ -96,7 +95,7 @@ class Writer:
             drawn = [(token for [token] in steps)]
         longest = max(map(len, prompts)) if self.continues else 1
         room = min(max_new_tokens, self.longest - longest)
-        texts = [Text(len(prompt)) for prompt in prompts]
+        texts = [Text() for _ in prompts]
         for text, prompt, tokens in zip(texts, prompts, drawn, strict=True):
             text.pieces = self.pieces(text, prompt if self.continues else [], tokens, room, stop)
         return texts

@@ -20,7 +20,7 @@ FLOORS = [
     {"peft", "optim", "parallel", "objectives"},
     {"checkpoint", "generate", "plan", "splits", "gguf"},
     {"evals", "job", "presets", "export", "imports", "talk"},
-    {"watch"},
+    {"watch", "serve"},
     {"train"},
     {"commands"},
     {"cli"},

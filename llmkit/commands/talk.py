@@ -120,3 +120,30 @@ def chat(
             pass
         print()
         messages.append({"role": "assistant", "content": answer})
+
+
+def serve(
+    model: Model,
+    host: Annotated[
+        str, typer.Option(help="Another address than this machine's own opens it to others.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call the model; default: MODEL.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens that a request may ask for.")] = 2048,
+    max_body_kb: Annotated[int, typer.Option(min=1, help="Size that a request may have.")] = 1000,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests that are answered at once.")] = 8,
+    compile: Compile = None,
+    precision: Precision = "auto",
+) -> None:
+    """Answer OpenAI's clients at /v1, and show a page to chat at /."""
+    from llmkit.errors import ENVIRONMENT, UserError
+
+    try:
+        from llmkit import serve as server
+    except ImportError as error:
+        raise UserError(f"a server needs {error.name}", fix="pip install 'llmkit[serve]'", code=ENVIRONMENT) from None
+    from llmkit.talk import open_writer
+
+    writer = open_writer(model, precision=precision, compile=compile, tokens=5000, say=to_stderr)
+    limits = server.Limits(body_bytes=max_body_kb * 1000, new_tokens=max_tokens, at_once=max_requests)
+    server.serve(writer, name or model, host, port, limits, to_stderr)
