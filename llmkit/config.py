@@ -11,7 +11,7 @@ from pydantic import ValidationError, create_model
 
 from llmkit.errors import UserError, did_you_mean, raise_all
 from llmkit.explain import explain_all
-from llmkit.schema import Choice, Config, CorpusData, Pii, Section, SftData, TokenizerSection
+from llmkit.schema import RECIPES, Choice, Config, CorpusData, Pii, Section, SftData, TokenizerSection
 from llmkit.yamlfile import LENGTHS, merge, read_yaml, set_override
 
 
@@ -26,6 +26,10 @@ def load_config(path: Path | None, overrides: list[str] = (), defaults: dict | N
     values = merge(defaults or {}, values)
     for override in overrides:
         values = set_override(values, origins, override)
+    recipe = RECIPES.get(values["recipe"], {}) if isinstance(values.get("recipe"), str) else {}
+    if values.get("init_from"):
+        recipe = {section: value for section, value in recipe.items() if section != "model"}
+    values = merge(recipe, values)
     if path and "run_dir" not in values:
         values["run_dir"] = f"runs/{path.stem}"
     try:

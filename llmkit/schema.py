@@ -223,10 +223,32 @@ class Log(Section):
     tensorboard: bool = False
 
 
+# What `recipe` stands for: defaults of other sections, under all that a config says itself.
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    # The lowest loss for an hour of training: norms on queries and keys, blocks that begin as the identity, Muon.
+    "modern": {
+        "model": {"name": "qwen3", "init": "zero"},
+        "optimizer": {"name": "muon", "lr": 5e-3},
+        "schedule": {"name": "wsd", "decay_fraction": 0.6},
+    },
+    "llama": {
+        "model": {"name": "llama"},
+        "optimizer": {"name": "adamw", "lr": 6e-4},
+        "schedule": {"name": "cosine", "warmup_steps": 100},
+    },
+    "gpt2": {
+        "model": {"name": "gpt2"},
+        "optimizer": {"name": "adamw", "lr": 6e-4},
+        "schedule": {"name": "cosine", "warmup_steps": 100},
+    },
+}
+
+
 class Config(Section):
     """One run. `where("train.max_steps")` says which file and line a value came from."""
 
     run_dir: str = "runs/default"
+    recipe: Literal["modern", "llama", "gpt2"] | None = None  # see RECIPES
     seed: Annotated[int, Field(ge=0)] = 1337
     init_from: str | None = None
     model: Choice | None = None
