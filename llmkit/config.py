@@ -67,6 +67,11 @@ def conflicts(config: Config) -> Iterator[UserError]:
             at=config.where("model"),
             fix="delete the model section: init_from has one",
         )
+    if config.resize_embeddings and config.init_from is None:
+        yield UserError(
+            "resize_embeddings needs a model to start from", at=config.where("resize_embeddings"),
+            fix="name one as init_from, or delete it",
+        )  # fmt: skip
     if isinstance(config.data, SftData):
         if config.init_from is None:
             yield UserError(

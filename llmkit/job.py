@@ -18,7 +18,7 @@ from llmkit import checkpoint
 from llmkit.config import check_options
 from llmkit.data.batches import GOLDEN, MASK, Batches, mix
 from llmkit.data.corrupt import span_lengths
-from llmkit.data.tokenizer import load_tokenizer
+from llmkit.data.tokenizer import Tokenizer, load_tokenizer
 from llmkit.errors import DATA, ENVIRONMENT, UserError, raise_all
 from llmkit.models import CONFIGS, shape_problems
 from llmkit.models.folder import read_config
@@ -44,6 +44,7 @@ class Job:
     world: World
     model_config: Any
     base: Path | None  # folder of the weights to begin with
+    new_tokens: dict[int, list[int]]  # that it has no rows for yet: see `resize_embeddings`
     data: Data
     objective: Objective
     options: dict[str, dict[str, Any]]  # of the "choose one" sections
@@ -230,12 +231,14 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
         data = open_corpus(config, world, say)
     else:
         data = open_sft(config, world, base, start_id=getattr(model_config, "decoder_start_token_id", None))
-    if base and load_tokenizer(base).rust.get_vocab() != data.tokenizer.rust.get_vocab():
+    new_tokens = added_tokens(config, base, data.tokenizer) if base else {}
+    if config.peft and bool(new_tokens) != options["peft"].get("new_tokens", False):
         raise UserError(
-            "the data was encoded with another tokenizer than the model's", at=config.where("data.tokenizer"),
-            fix=f"data.tokenizer: {{path: {base / 'tokenizer.json'}}}, and another data.dir",
+            "peft.new_tokens is for tokens that are added, and they are learnt with it alone",
+            at=config.where("peft"), got=f"{len(new_tokens)} new tokens, new_tokens: {not new_tokens}",
+            fix=f"peft.new_tokens: {bool(new_tokens)}".lower(),
         )  # fmt: skip
-    if model_config.vocab_size is None:
+    if model_config.vocab_size is None or (new_tokens and model_config.vocab_size < len(data.tokenizer)):
         model_config.vocab_size = len(data.tokenizer)
     if model_config.vocab_size < len(data.tokenizer):
         raise UserError(
@@ -286,9 +289,33 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
         | {"train": train.model_copy(update={"precision": precision, "micro_batch_size": micro})}
         | ({"model": Choice(name=config.model.name, **vars(model_config))} if config.model else {})
     )
-    job = Job(resolved, world, model_config, base, data, objective, options, plan, max_steps, precision, micro)
+    job = Job(
+        resolved, world, model_config, base, new_tokens, data, objective, options, plan, max_steps, precision, micro
+    )
     raise_all(list(read_too_often(job)))
     return job
+
+
+def added_tokens(config: Config, base: Path, tokenizer: Tokenizer) -> dict[int, list[int]]:
+    """Tokens that the model of init_from does not have yet: new id -> the ids that spelt it so far.
+
+    UserError where the data's tokenizer is not the model's, or is more than that and nobody asked for more rows.
+    """
+    old = load_tokenizer(base)
+    ids = tokenizer.rust.get_vocab(with_added_tokens=True)
+    known = old.rust.get_vocab(with_added_tokens=True)
+    if any(ids.get(token) != i for token, i in known.items()):
+        raise UserError(
+            "the data was encoded with another tokenizer than the model's", at=config.where("data.tokenizer"),
+            fix=f"data.tokenizer: {{path: {base / 'tokenizer.json'}}}, and another data.dir",
+        )  # fmt: skip
+    new = {i: token for token, i in ids.items() if token not in known}
+    if new and not config.resize_embeddings:
+        raise UserError(
+            "the tokenizer has tokens that the model does not have", at=config.where("init_from"),
+            got=f"{len(new)} of them, {new[min(new)]} first", fix="resize_embeddings: true",
+        )  # fmt: skip
+    return {i: [] if token in tokenizer.specials else old.encode(tokenizer.decode([i])) for i, token in new.items()}
 
 
 def read_too_often(job: Job) -> Iterator[UserError]:
@@ -374,7 +401,7 @@ def plan_options(
         noise, spans = span_lengths(seq_len, **options["objective"])
         lengths = Lengths(seq_len - noise + spans + 1, noise + spans + 1)
     return {
-        "peft": {"name": config.peft.name, **options["peft"]} if config.peft else None,
+        "peft": {"name": config.peft.name, **options["peft"], "new_tokens": False} if config.peft else None,
         "lengths": lengths, "seq_len": seq_len, "precision": precision, "optimizer": config.optimizer.name,
         "checkpointed": checkpointed_blocks(config.train.gradient_checkpointing, model_config.num_hidden_layers),
         "compiled": config.train.compile is not False, "device": device.type,

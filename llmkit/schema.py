@@ -186,6 +186,7 @@ class SftData(Section):
     packing: bool = True
     too_long: Literal["truncate", "drop"] = "truncate"
     chat_template: str | None = None  # a Jinja file; default: the tokenizer's own, else a plain one
+    special_tokens: list[str] = []  # that the model's tokenizer is given; see resize_embeddings
 
 
 # ---- the run --------------------------------------------------------------------------------------------------------
@@ -251,6 +252,7 @@ class Config(Section):
     recipe: Literal["modern", "llama", "gpt2"] | None = None  # see RECIPES
     seed: Annotated[int, Field(ge=0)] = 1337
     init_from: str | None = None
+    resize_embeddings: bool = False  # give the model of init_from rows for tokens that it did not have
     model: Choice | None = None
     data: Annotated[CorpusData | SftData, Field(discriminator="kind")]
     objective: Choice | None = None  # None: what the model and the data are for

@@ -23,6 +23,7 @@ from llmkit.generate import stream
 from llmkit.job import Job, plan_config, plan_rows, prepare
 from llmkit.models import build_model
 from llmkit.models.folder import load_model, save_model
+from llmkit.models.resize import resize_embeddings
 from llmkit.optim import OPTIMIZERS, clip, set_lr
 from llmkit.parallel import (
     DTYPES,
@@ -196,7 +197,10 @@ def make_model(job: Job, resumed: Path | None) -> nn.Module:
         folder = resumed / "model" if resumed else job.base
         if folder is None:
             return build_model(job.model_config, device=device, seed=config.seed)
-        return load_model(folder, device=device)
+        model = load_model(folder, device=device)
+        if not resumed and job.new_tokens:
+            resize_embeddings(model, job.model_config.vocab_size, job.new_tokens)
+        return model
     frozen = DTYPES[job.precision]
     model = load_model(job.base, device=device, dtype=frozen)
     if resumed:
@@ -207,6 +211,9 @@ def make_model(job: Job, resumed: Path | None) -> nn.Module:
             )  # fmt: skip
         lora.load_adapter(model, resumed / "model")
     else:
+        if job.new_tokens:
+            resize_embeddings(model, job.model_config.vocab_size, job.new_tokens)
+            model.new_tokens = list(job.new_tokens)
         METHODS[config.peft.name](model, config.seed, **job.options["peft"])
     return model
 

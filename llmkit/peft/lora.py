@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from llmkit.errors import MODEL, UserError, raise_all
 from llmkit.models import folder as model_folder
 from llmkit.models import gpt2
+from llmkit.models.layers import tables
+from llmkit.models.resize import resize_embeddings
 
 
 class LoRA:
@@ -34,10 +36,28 @@ class LoRA:
         return y + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.lora_scale
 
 
+class TrainedRows:
+    """What an embedding or a head becomes of which only some rows, `token_ids`, are trained: as `token_rows`, apart."""
+
+    def all_rows(self) -> Tensor:
+        return self.weight.index_copy(0, self.token_ids, self.token_rows.to(self.weight.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.embedding(x, self.all_rows()) if isinstance(self, nn.Embedding) else F.linear(x, self.all_rows())
+
+
 @functools.cache
-def adapted(base: type[nn.Module]) -> type[nn.Module]:
-    """The LoRA class of a linear's class."""
-    return type(f"LoRA{base.__name__}", (LoRA, base), {})
+def adapted(base: type[nn.Module], change: type = LoRA) -> type[nn.Module]:
+    """The class of a module's class and what it becomes."""
+    return type(f"{change.__name__}{base.__name__}", (change, base), {})
+
+
+def train_rows(model: nn.Module, token_ids: list[int]) -> None:
+    """Let these rows of the embedding, and of a head with a matrix of its own, be trained, and nothing else of them."""
+    for module in tables(model):
+        module.token_ids = torch.tensor(token_ids, device=module.weight.device)
+        module.token_rows = nn.Parameter(module.weight.detach()[token_ids].float())
+        module.__class__ = adapted(module.__class__, TrainedRows)
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -60,11 +80,13 @@ def apply(
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     target_modules: list[str] | None = None,
     rslora: bool = False,
+    new_tokens: bool = False,
 ) -> None:
     """Freeze the model and give the chosen linears a trainable A (r, in), random, and B (out, r), zero.
 
     alpha           the update is scaled by alpha / r; by alpha / sqrt(r) with rslora (Kalajdzievski 2023, 2312.03732)
     target_modules  names or ends of names ("q_proj", "mlp.up_proj"); None: every linear of the blocks
+    new_tokens      the rows of tokens that the model's tokenizer did not have are trained too: see `train_rows`
     A is uniform in +-1/sqrt(in), PEFT's initialisation; both stay in fp32.
     """
     linears = block_linears(model)
@@ -92,6 +114,8 @@ def apply(
         module.lora_scale = alpha / (math.sqrt(r) if rslora else r)
         module.lora_dropout = dropout
         module.__class__ = adapted(module.__class__)
+    if new_tokens:  # `model.new_tokens` is what was added to it
+        train_rows(model, model.new_tokens)
     model.lora = {"r": r, "alpha": alpha, "dropout": dropout, "rslora": rslora}
     model.lora["target_modules"] = target_modules or candidates
 
@@ -105,19 +129,23 @@ def merge(model: nn.Module) -> None:
             module.weight.copy_(module.weight.float() + update)
             del module.lora_A, module.lora_B, module.lora_scale, module.lora_dropout
             module.__class__ = module.__class__.__mro__[2]
+        if isinstance(module, TrainedRows):
+            module.weight[module.token_ids] = module.token_rows.to(module.weight.dtype)
+            del module.token_ids, module.token_rows
+            module.__class__ = module.__class__.__mro__[2]
     del model.lora
     model.requires_grad_(True)
 
 
 # ---- PEFT's adapter folder ------------------------------------------------------------------------------------------
 
-PREFIX = "base_model.model."
+PREFIX, ROWS = "base_model.model.", "token_adapter.trainable_tokens_delta"
 # Fields of an adapter_config.json that would change what the adapter does, and the only values that are built here.
 PLAIN = {
     "bias": ("none",), "use_dora": (False,), "lora_bias": (False,), "modules_to_save": (None, []),
     "layers_to_transform": (None, []), "layers_pattern": (None, []), "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None), "exclude_modules": (None, []), "target_parameters": (None, []),
-    "trainable_token_indices": (None,), "layer_replication": (None,), "alora_invocation_tokens": (None,),
+    "layer_replication": (None,), "alora_invocation_tokens": (None,),
     "use_qalora": (False,), "use_bdlora": (None, False), "megatron_config": (None,), "arrow_config": (None,),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # others change the base itself
 }  # fmt: skip
@@ -140,13 +168,19 @@ def save_adapter(model: nn.Module, folder: Path, *, base: str, base_sha256: str)
         "bias": "none",
         "inference_mode": True,
     }
+    trained = {name: module for name, module in model.named_modules() if isinstance(module, TrainedRows)}
+    if trained:
+        config["trainable_token_indices"] = {
+            name.rpartition(".")[2]: module.token_ids.tolist() for name, module in trained.items()
+        }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = {}
+    tensors = {f"{PREFIX}{name}.{ROWS}": module.token_rows.detach().cpu() for name, module in trained.items()}
     for name, module in model.named_modules():
         if isinstance(module, LoRA):
             tensors[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A.detach().cpu().contiguous()
             tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B.detach().cpu().contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", "base_sha256": base_sha256})
+    about = {"format": "pt", "base_sha256": base_sha256}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata=about)
     shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
 
 
@@ -165,9 +199,11 @@ class Options:
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
     target_modules: list[str] | None = None
+    trainable_token_indices: dict[str, list[int]] | None = None  # module -> rows of it that the adapter brings
 
 
 OPTIONS = TypeAdapter(Options)
+MOST_ROWS = 10_000_000  # more tokens are a mistake or a bomb
 
 
 def read_adapter_config(folder: Path) -> dict:
@@ -196,6 +232,34 @@ def read_adapter_config(folder: Path) -> dict:
     return config
 
 
+def load_rows(model: nn.Module, indices: dict[str, list[int]] | None, tensors: dict[str, Tensor], folder: Path) -> None:
+    """The rows that an adapter brings, which may be more than its base has; they are taken out of `tensors`."""
+    if not indices:
+        return
+    known = {
+        name.rpartition(".")[2]: (name, module) for name, module in model.named_modules() if module in tables(model)
+    }
+    shared = {tuple(ids) for ids in indices.values()}
+    width = model.config.hidden_size
+    rows = {name: tensors.pop(f"{PREFIX}{known[name][0]}.{ROWS}", None) for name in indices if name in known}
+    [ids] = shared if len(shared) == 1 else [None]
+    if (
+        ids is None
+        or set(indices) != set(known)
+        or any(r is None or r.shape != (len(ids), width) for r in rows.values())
+    ):
+        raise UserError(
+            "the adapter's trained rows do not fit this model", at=folder, got=", ".join(indices),
+            expected=", ".join(known), code=MODEL,
+        )  # fmt: skip
+    if len(ids) != len(set(ids)) or not all(0 <= i < MOST_ROWS for i in ids):
+        raise UserError("the adapter's trained rows make no sense", at=folder, got=str(ids)[:80], code=MODEL)
+    resize_embeddings(model, max(ids) + 1, {})
+    train_rows(model, list(ids))
+    for name, (_, module) in known.items():
+        module.token_rows.data.copy_(rows[name])
+
+
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: Path) -> None:
     """`apply` an adapter's configuration to its base model and fill in its weights."""
@@ -205,6 +269,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     with model_folder.open_weights(path) as file:
         for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
             tensors[name] = file.get_tensor(name)
+    load_rows(model, config.get("trainable_token_indices"), tensors, folder)
     try:
         apply(
             model, r=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0),
@@ -227,6 +292,9 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
                         expected=tuple(target.shape), fix="name the base it was trained on", code=MODEL,
                     )  # fmt: skip
                 target.copy_(tensors.pop(key))
+    for _, module in model.named_modules():
+        if isinstance(module, TrainedRows):
+            module.token_rows.requires_grad_(True)
     if tensors:
         raise UserError(
             "the adapter has tensors for which the model has no place", at=path, got=next(iter(tensors)), code=MODEL

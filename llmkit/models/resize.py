@@ -1,0 +1,29 @@
+"""More rows for the embedding and the head of a built model, for tokens that its tokenizer did not have."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from llmkit.models.layers import tables
+
+
+@torch.no_grad()
+def resize_embeddings(model: nn.Module, size: int, sources: dict[int, list[int]]) -> None:
+    """Give the embedding, and the head where it is another matrix, `size` rows; those that are there stay.
+
+    sources  new id -> the ids that spelt it so far: its rows begin as the mean of theirs, or of all where there are
+             none. A row at the mean keeps the other tokens' probabilities almost as they were (Hewitt 2021)
+    """
+    for module in tables(model):
+        old = module.weight
+        mean = old.float().mean(0)
+        rows = torch.cat((old, mean.to(old.dtype).expand(max(0, size - len(old)), -1)))
+        for new, pieces in sources.items():
+            rows[new] = old[pieces].float().mean(0) if pieces else mean
+        module.weight = nn.Parameter(rows.contiguous(), requires_grad=old.requires_grad)
+    if hasattr(model, "cls"):  # BERT's head has a bias for each token
+        bias = model.cls["predictions"].bias
+        more = bias.new_zeros(max(0, size - len(bias)))
+        model.cls["predictions"].bias = nn.Parameter(torch.cat((bias, more)), requires_grad=bias.requires_grad)
+    model.config.vocab_size = max(size, model.config.vocab_size)
