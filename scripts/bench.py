@@ -30,7 +30,7 @@ import torch
 
 from llmkit.models import CONFIGS, build_model
 from llmkit.models.folder import load_model, save_model
-from llmkit.objectives import OBJECTIVES
+from llmkit.objectives.lm import sum_of_losses
 from llmkit.optim import OPTIMIZERS, clip
 from llmkit.parallel import (
     DTYPES,
@@ -173,13 +173,13 @@ def our_step(spec: dict, device: torch.device):
         lora.load_adapter(model, folder / "adapter")
     apply_checkpointing(model, "none")
     compile_blocks(model, "auto" if spec["compile"] else False, device)
-    optimizers, objective = OPTIMIZERS["adamw"](model), OBJECTIVES["lm"]
+    optimizers = OPTIMIZERS["adamw"](model)
     trained = [p for p in model.parameters() if p.requires_grad]
     scale, targets = torch.ones((), device=device), spec["rows"] * spec["seq_len"]
 
     def step(batch: dict):
         with autocast(device, precision):
-            loss, _ = objective(model, batch)
+            loss, _ = sum_of_losses(model, batch)
         (loss * (scale / targets)).backward()
         _, found_inf = clip(trained, 1.0, scale)
         for optimizer in optimizers:
