@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from tokenizers.decoders import DecodeStream
 from torch import Tensor, nn
 
 from llmkit.data.tokenizer import Tokenizer
@@ -15,6 +14,8 @@ from llmkit.errors import DATA, MODEL, UserError
 from llmkit.models.attention import KVCache
 from llmkit.models.layers import RowLinear
 
+CONTEXT, LONGEST_CHARACTER = 8, 4  # tokens of a prompt that may decide over a space; bytes in UTF-8, so tokens at most
+GREEDY_BELOW = 1e-5  # a temperature at which another token is never drawn, and the division would overflow
 FIXED_CAPACITY = 512  # slots of a compiled model's cache, or twice, four times as many: a new number compiles anew
 
 
@@ -59,7 +60,7 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 def sample(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:
     """One token a row of logits (B, V), each row with a generator of its own."""
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY_BELOW:
         return logits.argmax(-1).tolist()
     tokens, probs = logits_to_probs(logits, sampling)
     rows = enumerate(zip(probs, generators, strict=True))
@@ -193,18 +194,15 @@ def compile_decoding(model: nn.Module) -> None:
 
 
 def text_pieces(
-    tokenizer: Tokenizer, prompt: Iterable[int], tokens: Iterable[int], stop: Sequence[str] = ()
+    tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int], stop: Sequence[str] = ()
 ) -> Iterator[str]:
     """What the tokens after a prompt add to the text, as soon as it is sure, up to a stop string.
 
     Half a character waits for the rest of it, and what may turn out to begin a stop string waits too.
     """
-    decoding = DecodeStream(skip_special_tokens=False)
-    for token in prompt:  # whether a text begins with a space depends on what stands before
-        decoding.step(tokenizer.rust, token)
     held = ""
-    for token in tokens:
-        held += decoding.step(tokenizer.rust, token) or ""
+    for piece in whole_characters(tokenizer, prompt, tokens):
+        held += piece
         found = [place for word in stop if (place := held.find(word)) >= 0]
         if found:
             held = held[: min(found)]
@@ -215,3 +213,20 @@ def text_pieces(
             yield ready
     if held:
         yield held
+
+
+def whole_characters(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens after a prompt, in pieces that end where a character ends.
+
+    Each piece is what the tokens since the last one add to those before it: whether a token begins with a space may
+    depend on what stands before. Bytes that are no character, and never become one, are given out as U+FFFD.
+    """
+    before, new = list(prompt[-CONTEXT:]), []
+    for token in tokens:
+        new.append(token)
+        known, text = tokenizer.decode(before), tokenizer.decode(before + new)
+        if not text.endswith("\ufffd") or len(new) >= LONGEST_CHARACTER:
+            yield text[len(known) :]
+            before, new = new, []
+    if new:
+        yield tokenizer.decode(before + new)[len(tokenizer.decode(before)) :]

@@ -49,6 +49,7 @@ def write_gguf(model: nn.Module, tokenizer: Tokenizer, path: Path, dtype: str) -
         raise UserError("GGUF is not written for this family", got=config.model_type, expected=known, code=MODEL)
     if (chosen := getattr(config, "hidden_act", activation)) != activation:
         raise UserError("llama.cpp knows one activation for this family", got=chosen, expected=activation, code=MODEL)
+    refuse_unknown(config, architecture)
     half = half_of(path)
     writer = gguf.GGUFWriter(half, architecture)
     try:
@@ -72,6 +73,20 @@ def write_gguf(model: nn.Module, tokenizer: Tokenizer, path: Path, dtype: str) -
         half.replace(path)
     finally:
         half.unlink(missing_ok=True)
+
+
+def refuse_unknown(config: Any, architecture: str) -> None:
+    """Raise a UserError for what a Config may have and llama.cpp's graph of its family has not."""
+    scaling = (getattr(config, "rope_scaling", None) or {}).get("rope_type")
+    wrong = {
+        "biases of attention": architecture in ("qwen3", "gemma") and config.attention_bias,
+        "biases": architecture == "falcon" and config.bias,
+        "a head of its own": architecture == "gemma" and not config.tie_word_embeddings,
+        "rope_type llama3": architecture != "llama" and scaling == "llama3",
+    }
+    for what, there in wrong.items():
+        if there:
+            raise UserError(f"llama.cpp has no {architecture} with {what}", got=config.model_type, code=MODEL)
 
 
 # ---- the architecture -----------------------------------------------------------------------------------------------
@@ -170,7 +185,7 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
     else:
         ranks = {left + right: -float(rank) for rank, (left, right) in reversed(list(enumerate(merges)))}
         writer.add_token_scores([ranks.get(token, -1e9) for token in tokens])
-        writer.add_add_space_prefix("Prepend" in json.dumps(spec["normalizer"]))
+        writer.add_add_space_prefix(bool(space_prefix(spec)))
     writer.add_eos_token_id(tokenizer.eos_id)
     if tokenizer.bos_id is not None:
         writer.add_bos_token_id(tokenizer.bos_id)
@@ -183,20 +198,28 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
 
 def kind_of(spec: dict[str, Any]) -> tuple[str, str]:
     """llama.cpp's names for what a tokenizer.json describes, and for how it cuts text."""
-    pattern = split_pattern(spec["pre_tokenizer"] or {})
-    bpe, normalizer = spec["model"]["type"] == "BPE", json.dumps(spec["normalizer"], ensure_ascii=False)
-    if bpe and not spec["model"].get("byte_fallback") and pattern in PATTERNS.values() and (
-        spec["normalizer"] is None or spec["normalizer"] == {"type": "NFC"}
-    ):  # fmt: skip
+    bpe, pattern = spec["model"]["type"] == "BPE", split_pattern(spec["pre_tokenizer"] or {})
+    plain = spec["normalizer"] is None or spec["normalizer"] == {"type": "NFC"}
+    if bpe and not spec["model"].get("byte_fallback") and pattern in PATTERNS.values() and plain:
         return "gpt2", PRE[next(name for name, regex in PATTERNS.items() if regex == pattern)]
-    if (
-        bpe
-        and spec["model"].get("byte_fallback")
-        and spec["pre_tokenizer"] is None
-        and f'"content": "{SPACE}"' in normalizer
-    ):
+    if bpe and spec["model"].get("byte_fallback") and space_prefix(spec) is not None:
         return "llama", "default"
     raise UserError(
         "llama.cpp has no tokenizer of this kind", got=f"{spec['model']['type']}, cut by {pattern or 'other means'}",
-        expected="byte-level BPE that cuts as gpt2, llama3 or qwen2, or a SentencePiece BPE", code=MODEL,
+        expected="byte-level BPE that cuts as gpt2, llama3 or qwen2, or a SentencePiece BPE without normalization",
+        code=MODEL,
     )  # fmt: skip
+
+
+def space_prefix(spec: dict[str, Any]) -> bool | None:
+    """Whether a SentencePiece BPE puts a space before every text; None where it does more with spaces, or less."""
+    normalizer, cut = spec["normalizer"] or {}, spec["pre_tokenizer"] or {}
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    prepends = {"type": "Prepend", "prepend": SPACE}
+    replaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if cut.get("type") == "Metaspace" and not steps and not cut["split"] and cut["replacement"] == SPACE:
+        return cut["prepend_scheme"] != "never"
+    no_spaces_left = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    if cut in ({}, no_spaces_left) and steps in ([replaces], [prepends, replaces]):
+        return prepends in steps
+    return None

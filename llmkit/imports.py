@@ -26,11 +26,10 @@ def import_llama2c(path: Path, tokenizer: Path, out: Path) -> None:
     raw = path.read_bytes()
     try:
         config, start, first = read_header(raw)
-    except struct.error:
+    except (struct.error, IndexError):
         raise UserError("the file is too short for a checkpoint of llama2.c", at=path, code=MODEL) from None
     except ValueError as error:
         raise UserError(f"this is no checkpoint of llama2.c: {error}", at=path, code=MODEL) from None
-    model = build_model(config, device="meta", seed=None)
     order = version0(config) if first else version1(config)
     needed = sum(math.prod(shape) for _, shape in order)
     if len(raw) - start != 4 * needed:
@@ -48,6 +47,7 @@ def import_llama2c(path: Path, tokenizer: Path, out: Path) -> None:
             "the tokenizer has more tokens than the model", at=tokenizer, got=len(words), expected=config.vocab_size,
             code=MODEL,
         )  # fmt: skip
+    model = build_model(config, device="meta", seed=None)
     numbers = torch.frombuffer(bytearray(raw[start:]), dtype=torch.float32)
     found: dict[str, Tensor] = {}
     for (name, shape), part in zip(order, numbers.split([math.prod(shape) for _, shape in order]), strict=True):

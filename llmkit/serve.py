@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -25,7 +28,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from llmkit.errors import UserError
+from llmkit.errors import ENVIRONMENT, UserError
 from llmkit.generate import Sampling
 from llmkit.talk import Text, Writer
 
@@ -47,6 +50,9 @@ class Limits:
 # ---- requests -------------------------------------------------------------------------------------------------------
 
 
+Stop = Annotated[str, Field(min_length=1)]
+
+
 class Asked(BaseModel):
     """What both kinds of requests share: OpenAI's fields, and vLLM's for the rest of the sampling.
 
@@ -58,7 +64,7 @@ class Asked(BaseModel):
     n: Annotated[int, Field(ge=1)] = 1
     stream: bool = False
     stream_options: dict[Literal["include_usage"], bool] | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     seed: int | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -163,6 +169,7 @@ class Server:
             exception_handlers={
                 Refused: lambda request, error: error.response(),
                 UserError: lambda request, error: Refused(400, str(error.what)).response(),
+                ClientDisconnect: lambda request, error: Response(status_code=499),  # nobody reads it
                 HTTPException: lambda request, error: Refused(error.status_code, error.detail).response(),
             },
         )  # fmt: skip
@@ -172,12 +179,14 @@ class Server:
 
     async def models(self, request: Request) -> Response:
         one = {"id": self.name, "object": "model", "created": self.started, "owned_by": "llmkit"}
-        return JSONResponse({"object": "list", "data": [one | {"max_model_len": self.writer.longest}]})
+        limits = {"max_model_len": self.writer.longest, "max_tokens": self.limits.new_tokens}
+        return JSONResponse({"object": "list", "data": [one | limits]})
 
     async def completions(self, request: Request) -> Response:
         asked = await read_request(request, Completion, self.limits)
         prompts = [asked.prompt] if isinstance(asked.prompt, str) or is_ids(asked.prompt) else asked.prompt
         ids = [self.writer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        self.check(asked, ids, asked.max_tokens)
         before = [self.writer.tokenizer.decode(prompt) if isinstance(prompt, list) else prompt for prompt in prompts]
         return await self.answer(request, asked, ids, asked.max_tokens, before=before if asked.echo else None)
 
@@ -193,6 +202,7 @@ class Server:
         ids = self.writer.encode_chat(messages)
         room = max(1, min(self.limits.new_tokens, self.writer.longest - len(ids)))
         tokens = asked.max_tokens or asked.max_completion_tokens or room
+        self.check(asked, [ids], tokens)
         return await self.answer(request, asked, [ids], tokens, chat=True)
 
     async def answer(
@@ -200,7 +210,6 @@ class Server:
         before: list[str] | None = None,
     ) -> Response:  # fmt: skip
         """Write what was asked for, whole or as server-sent events."""
-        self.check(asked, prompts, max_tokens)
         rows = [prompt for prompt in prompts for _ in range(asked.n)]
         sampling = Sampling(
             asked.temperature, asked.top_k if asked.top_k > 0 else None, asked.top_p, asked.min_p,
@@ -335,7 +344,23 @@ def serve(writer: Writer, name: str, host: str, port: int, limits: Limits, say: 
     import uvicorn
 
     hosts = ["*"] if host in ("0.0.0.0", "::") else list({host, "127.0.0.1", "localhost", "[::1]"})
+    try:
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(
+            f"the server can't listen: {error.strerror or error}", at=f"{host}:{port}", fix="choose another --port",
+            code=ENVIRONMENT,
+        ) from None  # fmt: skip
     server = Server(writer, name, limits)
     server.warm_up()
     say(f"http://{host}:{port}  a page to chat; /v1/completions, /v1/chat/completions  (Ctrl-C ends)")
-    uvicorn.run(server.app(hosts), host=host, port=port, log_level="warning")
+    config = uvicorn.Config(server.app(hosts), log_level="warning", timeout_graceful_shutdown=1)
+    running = uvicorn.Server(config)
+    leave = running.handle_exit
+
+    def leave_quietly(number: int, frame: FrameType | None) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # answers that are cut off are no news
+        leave(number, frame)
+
+    running.handle_exit = leave_quietly
+    running.run(sockets=[listening])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -81,18 +82,16 @@ class Writer:
     ) -> list[Text]:  # fmt: skip
         """What follows each prompt (ids), up to the end token, a stop string, or the length.
 
-        A single one is written while it is read; several are written side by side, before this returns.
+        All are written side by side, while any of them is read; where no one reads on, none is written further.
         """
+        if not all(stop):
+            raise UserError("a stop string is empty", fix="leave it out")
         ends = frozenset([self.tokenizer.eos_id, *([self.tokenizer.chat_end] if chat else [])])
         steps = generate(
             self.model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=ends, seed=seed,
             compiled=self.compiled,
         )  # fmt: skip
-        if len(prompts) > 1:
-            columns = list(zip(*steps, strict=True)) or [()] * len(prompts)
-            drawn = [(token for token in column if token is not None) for column in columns]
-        else:
-            drawn = [(token for [token] in steps)]
+        drawn = [row_of(number, some) for number, some in enumerate(itertools.tee(steps, len(prompts)))]
         longest = max(map(len, prompts)) if self.continues else 1
         room = min(max_new_tokens, self.longest - longest)
         texts = [Text() for _ in prompts]
@@ -115,6 +114,11 @@ class Writer:
 
         yield from text_pieces(self.tokenizer, prompt, noted(), stop)
         text.ended = "stop" if cut or len(text.tokens) < room else "length"
+
+
+def row_of(number: int, steps: Iterable[list[int | None]]) -> Iterator[int]:
+    """The tokens of one row, up to its end."""
+    return itertools.takewhile(lambda token: token is not None, (step[number] for step in steps))
 
 
 def open_writer(

@@ -1,10 +1,31 @@
-"""Drawing tokens: the distribution by hand, and what seeds and stop tokens do to the text."""
+"""Drawing tokens, the cache that they come from, and the text that they make."""
+
+import itertools
+import random
 
 import pytest
 import torch
+import transformers
+from test_families import CAUSAL, OURS, SIZES, equal, made, opened_by_transformers, tokens
 
-from llmkit.generate import Sampling, logits_to_probs, stream
-from llmkit.models import build_model, llama
+from llmkit.data.tokenizer import Tokenizer
+from llmkit.data.vocabulary import train_tokenizer
+from llmkit.errors import DATA, UserError
+from llmkit.generate import (
+    Sampling,
+    compile_decoding,
+    decode_one_token,
+    generate,
+    logits_to_probs,
+    penalize,
+    prefill,
+    sample,
+    stream,
+    text_pieces,
+)  # fmt: skip
+from llmkit.models import build_model, folder, gpt2, llama
+from llmkit.models.attention import KVCache
+from llmkit.talk import Writer
 
 # ---- probabilities --------------------------------------------------------------------------------------------------
 
@@ -43,6 +64,55 @@ def test_logits_are_left_as_they_were():
     before = LOGITS.clone()
     probabilities(temperature=0.5, top_k=2, top_p=0.5)
     assert torch.equal(LOGITS, before)
+
+
+PROCESSORS = {
+    "repetition_penalty": transformers.RepetitionPenaltyLogitsProcessor,
+    "temperature": transformers.TemperatureLogitsWarper,
+    "top_k": transformers.TopKLogitsWarper,
+    "top_p": transformers.TopPLogitsWarper,
+    "min_p": transformers.MinPLogitsWarper,
+}
+STEPS = [
+    {"repetition_penalty": 1.7}, {"repetition_penalty": 0.6}, {"temperature": 0.3}, {"temperature": 3.0}, {"top_k": 1},
+    {"top_k": 7}, {"top_p": 0.2}, {"top_p": 0.9}, {"min_p": 0.05}, {"min_p": 0.9}, {"temperature": 2.0, "min_p": 0.3},
+    {"top_k": 20, "top_p": 0.7}, {"top_p": 0.8, "min_p": 0.2}, {"repetition_penalty": 1.3, "temperature": 0.7},
+    {"repetition_penalty": 1.2, "temperature": 0.8, "top_k": 30, "top_p": 0.95, "min_p": 0.02},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", STEPS, ids=str)
+def test_every_step_of_sampling_is_transformers(options):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(5, 60, generator=generator) * 3
+    read = torch.randint(60, (5, 12), generator=generator)
+    expected = logits.clone()
+    for name, processor in PROCESSORS.items():
+        if name in options:
+            expected = processor(options[name])(read, expected)
+    seen = torch.zeros(5, 60, dtype=torch.bool).scatter(1, read, True)
+    drawn_from = penalize(logits, seen, options.get("repetition_penalty", 1.0))
+    ids, probs = logits_to_probs(drawn_from, Sampling(**NEUTRAL | options))
+    got = torch.zeros(5, 60).scatter(1, ids, probs)
+    torch.testing.assert_close(got, expected.softmax(-1), rtol=1e-5, atol=1e-6)
+
+
+def draws(logits: torch.Tensor) -> list[int]:
+    """A token of each row, every one with a seed of its own."""
+    return sample(logits, Sampling(**NEUTRAL), [torch.Generator().manual_seed(row) for row in range(len(logits))])
+
+
+def test_a_draw_does_not_hang_on_the_order_of_tokens_that_are_as_good_as_equal():
+    """A batch rounds otherwise than a row alone, by a millionth or so."""
+    noise = torch.tensor([1e-7, -1e-7, 0.0, 0.0])
+    one, other = (draws((torch.zeros(4) + sign * noise).expand(200, -1)) for sign in (1, -1))
+    assert one == other
+
+
+def test_tokens_are_drawn_as_often_as_their_probability_says():
+    drawn = draws(LOGITS.expand(4000, -1))
+    shares = torch.tensor(drawn).bincount(minlength=4) / 4000
+    assert (shares - LOGITS.exp()).abs().max() < 0.03  # four standard deviations
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
@@ -84,3 +154,322 @@ def test_a_stop_token_ends_the_text_and_is_not_in_it(model):
     stop = whole[5]
     assert drawn(model, stop=frozenset([stop])) == whole[: whole.index(stop)]
     assert len(whole) == 20 and drawn(model, max_new_tokens=4) == whole[:4]
+
+
+def test_the_penalty_falls_on_what_was_read_and_on_what_was_drawn(model):
+    greedy = drawn(model, temperature=0, max_new_tokens=30)
+    assert len(set(greedy)) < 30
+    harsh = list(stream(model, [1, 2, 3], max_new_tokens=30, sampling=Sampling(0, repetition_penalty=1e9)))
+    assert len({1, 2, 3, *harsh}) == min(40, 33)
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------------
+
+DECODERS = CAUSAL | {name: config for name, config in OURS.items() if config.kind == "seq2seq"}
+each_decoder = pytest.mark.parametrize("config", DECODERS.values(), ids=DECODERS)
+FEW = ["gpt2", "llama_yarn", "mistral", "qwen2", "gemma", "falcon", "mixtral_window", "t5", "t5_v1.1"]
+each_kind = pytest.mark.parametrize("config", [DECODERS[name] for name in FEW], ids=FEW)
+WRITTEN = tokens(seed=3)  # (2, 24)
+
+
+def cache_for(model, capacity: int = 32, **more) -> KVCache:
+    """An empty cache; an encoder has read its texts."""
+    config = model.config
+    cache = KVCache(config.windows, 2, config.num_key_value_heads, capacity, config.head_dim, **more)
+    if config.kind == "seq2seq":
+        cache.encoded = model.encode(tokens())
+    return cache
+
+
+def uncached(model) -> torch.Tensor:
+    """Logits (2, 24, V) of all that is written, in one forward."""
+    return model(WRITTEN) if model.config.kind == "causal" else model(tokens(), decoder_input_ids=WRITTEN)
+
+
+PIECES = {"odd": [9, 3, 1, 6, 1, 1, 3], "short": [2, 3, 1, 4, 14], "single": [1] * 24}
+
+
+@each_decoder
+@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
+@torch.no_grad()
+def test_cached_logits_equal_uncached(config, pieces):
+    model = made(config)
+    cache = cache_for(model)
+    equal(torch.cat([model(piece, cache=cache) for piece in WRITTEN.split(pieces, 1)], dim=1), uncached(model))
+    assert cache.length == 24
+
+
+@each_decoder
+@pytest.mark.parametrize("prompt", [1, 13])
+@torch.no_grad()
+def test_a_cache_of_one_shape_gives_the_same_logits(config, prompt):
+    model = made(config)
+    cache = cache_for(model)
+    found = [model(WRITTEN[:, :prompt], cache=cache)]
+    cache.fixed = True
+    found += [model(token, cache=cache) for token in WRITTEN[:, prompt:].split(1, 1)]
+    equal(torch.cat(found, dim=1), uncached(model))
+
+
+@each_decoder
+@pytest.mark.parametrize("back", [1, 4])
+@torch.no_grad()
+def test_tokens_that_are_taken_back_leave_no_trace(config, back):
+    model = made(config)
+    cache = cache_for(model, spare=4)
+    model(WRITTEN[:, :13], cache=cache)
+    wrong = (WRITTEN + 1) % 61
+    for begin in (13, 16, 20):
+        model(wrong[:, begin : begin + back], cache=cache)
+        cache.length = begin
+        end = {13: 16, 16: 20, 20: 24}[begin]
+        equal(model(WRITTEN[:, begin:end], cache=cache), uncached(model)[:, begin:end])
+
+
+def test_a_layer_with_a_window_keeps_no_more_than_the_window():
+    cache = KVCache(OURS["qwen2"].windows, 1, 2, 32, 8)
+    assert [layer.keys.shape[2] for layer in cache.layers] == [32, 5, 5]
+
+
+def speaking(config) -> torch.nn.Module:
+    """A model that does not say the same token for ever."""
+    model = build_model(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_norm = parameter.dim() == 1 and "bias" not in name
+            parameter.normal_(1.0 if is_norm else 0.0, 0.3, generator=generator)
+    return model.eval()
+
+
+# ---- several prompts ------------------------------------------------------------------------------------------------
+
+PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in (3, 14, 1, 8)]  # over every window, and under
+GREEDY = Sampling(temperature=0)
+
+
+@each_decoder
+@torch.no_grad()
+def test_prompts_of_different_lengths_have_their_own_logits(config):
+    model = made(config)
+    plain, one_shape, *alone = (
+        prefill(model, prompts, 32, torch.float32) for prompts in (PROMPTS, PROMPTS, *([prompt] for prompt in PROMPTS))
+    )
+    one_shape[0].fixed = True
+    for token in range(10):
+        expected = torch.cat([logits for _, logits in alone])
+        equal(plain[1], expected)
+        equal(one_shape[1], expected)
+        following = [token * 3 + row for row in range(4)]
+        plain, one_shape = ((cache, decode_one_token(model, following, cache)) for cache in (plain[0], one_shape[0]))
+        alone = [(own, decode_one_token(model, [one], own)) for (own, _), one in zip(alone, following, strict=True)]
+
+
+@each_kind
+@pytest.mark.parametrize("drawing", [{"temperature": 0}, {"repetition_penalty": 1.2}], ids=["greedy", "drawn"])
+def test_a_prompt_has_the_same_text_alone_and_beside_others(config, drawing):
+    model = speaking(config)
+    options = {"sampling": Sampling(**{"temperature": 1.0, "top_k": None} | drawing), "max_new_tokens": 12}
+    together = list(zip(*generate(model, PROMPTS, seed=7, **options), strict=True))
+    assert len(together) == 4 and all(len(row) == 12 for row in together)
+    for row, (prompt, text) in enumerate(zip(PROMPTS, together, strict=True)):
+        assert list(text) == list(stream(model, prompt, seed=7 + row, **options))
+
+
+def test_a_row_that_has_ended_gives_nothing_more_and_the_others_go_on():
+    model = speaking(OURS["mistral"])
+    options = {"sampling": Sampling(1.0, top_k=None), "max_new_tokens": 12}
+    alone = [list(stream(model, prompt, seed=row, **options)) for row, prompt in enumerate(PROMPTS)]
+    stop = frozenset([alone[0][4], alone[2][7]])
+    expected = [list(itertools.takewhile(lambda token: token not in stop, text)) for text in alone]
+    assert len({len(text) for text in expected}) > 1
+    together = list(zip(*generate(model, PROMPTS, stop=stop, **options), strict=True))
+    for text, row in zip(expected, together, strict=True):
+        assert list(row) == text + [None] * (len(row) - len(text))
+    assert len(together[0]) == max(map(len, expected))
+
+
+def test_a_prompt_that_fills_all_positions_is_refused_and_others_end_where_they_end():
+    model = made(gpt2.Config(**SIZES, max_position_embeddings=16))
+    with pytest.raises(UserError) as caught:
+        next(stream(model, list(range(16))))
+    assert caught.value.code == DATA
+    text = list(stream(model, list(range(12)), max_new_tokens=50, sampling=GREEDY))
+    with torch.no_grad():
+        assert text[-1] == model(torch.tensor([[*range(12), *text[:-1]]]))[0, -1].argmax()
+    assert len(text) == 5  # the last one is read at no position
+
+
+# ---- transformers ---------------------------------------------------------------------------------------------------
+
+
+@each_kind
+@torch.no_grad()
+def test_greedy_text_equals_transformers(config, tmp_path):
+    model = speaking(config)
+    folder.save_model(model, tmp_path)
+    theirs = opened_by_transformers(tmp_path)
+    theirs.generation_config.update(eos_token_id=None, pad_token_id=0, bos_token_id=None, decoder_start_token_id=0)
+    expected = theirs.generate(tokens(4, 9), do_sample=False, max_new_tokens=20, attention_mask=torch.ones(4, 9).long())
+    ours = torch.tensor(list(generate(model, tokens(4, 9).tolist(), max_new_tokens=20, sampling=GREEDY))).T
+    assert torch.equal(ours, expected[:, -20:])
+    assert len(ours.unique()) > 4
+
+
+@pytest.mark.parametrize("name", ["t5", "t5_v1.1"])
+@torch.no_grad()
+def test_t5s_answers_beside_longer_prompts_equal_transformers(name, tmp_path):
+    model = speaking(OURS[name])
+    folder.save_model(model, tmp_path)
+    theirs = opened_by_transformers(tmp_path)
+    theirs.generation_config.update(eos_token_id=None, pad_token_id=0, decoder_start_token_id=0)
+    padded = torch.tensor([prompt + [0] * (14 - len(prompt)) for prompt in PROMPTS])
+    mask = torch.tensor([[1] * len(prompt) + [0] * (14 - len(prompt)) for prompt in PROMPTS])
+    expected = theirs.generate(padded, attention_mask=mask, do_sample=False, max_new_tokens=20)
+    ours = torch.tensor(list(generate(model, PROMPTS, max_new_tokens=20, sampling=GREEDY))).T
+    assert torch.equal(ours, expected[:, 1:])
+
+
+# ---- compiled -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_compiled_decoding_gives_the_same_tokens():
+    config = llama.Config(**SIZES | {"num_hidden_layers": 1}, num_key_value_heads=2, max_position_embeddings=600)
+    plain, compiled = speaking(config), speaking(config)
+    compile_decoding(compiled)
+    options = {"max_new_tokens": 30, "sampling": GREEDY}
+    text = list(stream(compiled, PROMPTS[0], compiled=True, **options))
+    assert text == list(stream(plain, PROMPTS[0], **options)) and len(set(text)) > 4
+
+
+# ---- pieces of text -------------------------------------------------------------------------------------------------
+
+TEXT = "Hello wörld, naïve café 日本語 🎉👩‍👧 the river. It's a model; tokens!  two\n\nñandú Ωμέγα \ufffd end"
+EVERYDAY = "the a one model token reads the river, it's a model"
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram", "char"])
+def tokenizer(request) -> Tokenizer:
+    """Few tokens beside the bytes: most characters of TEXT are several tokens."""
+    return train_tokenizer([EVERYDAY] * 50, request.param, vocab_size=300)
+
+
+def test_pieces_are_whole_characters_and_make_the_text(tokenizer):
+    ids = tokenizer.encode(TEXT)
+    assert len(ids) > len(EVERYDAY)
+    pieces = list(text_pieces(tokenizer, [], ids))
+    assert "".join(pieces) == TEXT == tokenizer.decode(ids)
+    assert len(pieces) > 40 and "\ufffd" not in "".join(pieces).replace(" \ufffd ", "")
+
+
+@pytest.mark.parametrize("begin", [0, 1, 9, 24, 33, 60])
+def test_pieces_go_on_where_the_prompt_ends(tokenizer, begin):
+    prompt, ids = tokenizer.encode(TEXT[:begin]), tokenizer.encode(TEXT[begin:])
+    assert "".join(text_pieces(tokenizer, prompt, ids)) == TEXT[begin:]
+
+
+def test_a_text_that_ends_in_half_a_character_ends_before_it(tokenizer):
+    ids = tokenizer.encode("ab🎉")
+    assert "".join(text_pieces(tokenizer, [], ids[:-1])) == "ab"
+
+
+def test_bytes_that_are_no_character_stop_nothing(tokenizer):
+    [newline], party, rest = tokenizer.encode("\t"), tokenizer.encode("🎉"), tokenizer.encode("river")
+    text = "".join(text_pieces(tokenizer, [], [*rest, newline, party[0], *rest]))
+    assert text.startswith("river") and text.endswith("river")
+
+
+def test_any_tokens_have_a_text(tokenizer):
+    draw, late = random.Random(5), "ByteFallback" in tokenizer.rust.to_str()
+    for _ in range(200):
+        ids = draw.choices(range(len(tokenizer)), k=12)
+        whole, pieces = tokenizer.decode(ids), "".join(text_pieces(tokenizer, [], ids))
+        assert whole.startswith(pieces) or (late and "\ufffd" in whole)  # a byte may take back those before it
+
+
+STOPS = [
+    ["river"], ["r. It"], [" "], ["naïve café"], ["👧"], ["\n\n"], ["nowhere"], ["ver. I", "nowhere"], ["l;", "two"],
+    ["lo wx", "lo wör"], ["  two", " model"], ["e 日"], ["end"], ["end of all"], ["d", "e"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=str)
+def test_a_text_ends_before_the_first_stop_string_however_tokens_cut_it(tokenizer, stop):
+    places = [place for word in stop if (place := TEXT.find(word)) >= 0]
+    expected = TEXT[: min(places)] if places else TEXT
+    assert "".join(text_pieces(tokenizer, [], tokenizer.encode(TEXT), stop)) == expected
+
+
+def test_what_may_begin_a_stop_string_waits_and_comes_when_it_does_not():
+    letters = train_tokenizer(["abc"], "char", vocab_size=270)
+    draw = random.Random(6)
+    for _ in range(300):
+        text, stop = ("".join(draw.choices("ab", k=k)) for k in (12, draw.randint(1, 5)))
+        expected = text[: text.find(stop)] if stop in text else text
+        assert "".join(text_pieces(letters, [], letters.encode(text), [stop])) == expected
+    assert list(text_pieces(letters, [], letters.encode("abaca"), ["abc"])) == ["ab", "ac", "a"]
+
+
+def test_no_token_is_drawn_after_a_stop_string():
+    letters = train_tokenizer(["abc"], "char", vocab_size=270)
+    drawn = iter(letters.encode("aabbabcc"))
+    assert "".join(text_pieces(letters, [], drawn, ["bb"])) == "aa"
+    assert letters.decode(drawn) == "abcc"
+
+
+# ---- a writer -------------------------------------------------------------------------------------------------------
+
+
+def writer_of(config_type=llama.Config, **options) -> Writer:
+    tokenizer = train_tokenizer([EVERYDAY] * 50, vocab_size=270)
+    sizes = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 64} | options
+    return Writer(speaking(config_type(**sizes)), tokenizer, compiled=False)
+
+
+QUESTIONS = ["the river", "a", "it's a model"]
+DRAWN = Sampling(1.0, top_k=None)
+
+
+@pytest.mark.parametrize("config_type", [llama.Config, type(OURS["t5"])], ids=["llama", "t5"])
+@pytest.mark.parametrize("stop", [[], ["e"], ["o", "<|im_start|>"]], ids=str)
+def test_several_texts_are_each_what_they_are_alone(config_type, stop):
+    writer = writer_of(config_type)
+    prompts = [writer.encode(text) for text in QUESTIONS]
+    options = {"sampling": DRAWN, "max_new_tokens": 30, "stop": stop}
+    together = writer.write(prompts, seed=4, **options)
+    for row, (prompt, text) in enumerate(zip(prompts, together, strict=True)):
+        [alone] = writer.write([prompt], seed=4 + row, **options)
+        assert list(text) == list(alone)
+        assert (text.tokens, text.ended) == (alone.tokens, alone.ended)
+
+
+def test_a_text_says_how_it_ended_and_what_was_drawn():
+    writer = writer_of()
+    prompt, options = writer.encode("the river"), {"sampling": DRAWN, "max_new_tokens": 30}
+    [whole] = writer.write([prompt], **options)
+    said = "".join(whole)
+    assert whole.ended == "length" and len(whole.tokens) == 30
+    assert said == writer.tokenizer.decode(prompt + whole.tokens)[len("the river") :].rstrip("\ufffd")
+    [cut] = writer.write([prompt], stop=[said[5]], **options)
+    assert "".join(cut) == said[: said.find(said[5])] and cut.ended == "stop"
+    assert cut.tokens == whole.tokens[: len(cut.tokens)] and len(cut.tokens) < 30
+    last = next(i for i in range(29, 0, -1) if whole.tokens[i] not in whole.tokens[:i])
+    writer.tokenizer.eos_id = whole.tokens[last]
+    [ended] = writer.write([prompt], **options)
+    assert "".join(ended) == writer.tokenizer.decode(prompt + whole.tokens[:last])[len("the river") :]
+    assert ended.ended == "stop" and ended.tokens == whole.tokens[:last]
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_an_end_token_is_seen_up_to_the_last_position(at):
+    writer = writer_of(max_position_embeddings=16)
+    prompt, options = writer.encode("river " * 12)[:12], {"sampling": DRAWN, "max_new_tokens": 30}
+    writer.tokenizer.eos_id = -1  # nothing ends it
+    [whole] = writer.write([prompt], **options)
+    list(whole)
+    assert whole.ended == "length" and len(whole.tokens) == 5 == len(set(whole.tokens))
+    writer.tokenizer.eos_id = whole.tokens[at]
+    [ended] = writer.write([prompt], **options)
+    list(ended)
+    assert (ended.ended, ended.tokens) == ("stop", whole.tokens[:at])

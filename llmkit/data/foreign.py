@@ -34,7 +34,12 @@ def read(path: Path, beside: dict[str, Any], qwen2: str) -> Rust:
     beside  what config.json and tokenizer_config.json in the same folder say
     qwen2   the regex by which Qwen2 cuts text, which its files do not say
     """
-    rust = from_sentencepiece(path, beside) if path.suffix == ".model" else from_gpt2(path, beside, qwen2)
+    if ".model" not in path.name and path.suffix != ".json":
+        raise UserError(
+            "this is no tokenizer", at=path, expected="tokenizer.json, a .model of SentencePiece, or a vocab.json",
+            code=MODEL,
+        )  # fmt: skip
+    rust = from_sentencepiece(path, beside) if ".model" in path.name else from_gpt2(path, beside, qwen2)
     add_tokens(rust, path, beside)
     return rust
 
@@ -91,14 +96,21 @@ def from_sentencepiece(path: Path, beside: dict[str, Any]) -> Rust:
     try:
         proto.ParseFromString(path.read_bytes())
         spec, normal = proto.trainer_spec, proto.normalizer_spec
+        if spec.treat_whitespace_as_suffix or (spec.model_type == UNIGRAM and not spec.split_by_whitespace):
+            raise ValueError("it treats spaces in a way that is not built here")
         pieces = [Piece(piece.piece, piece.score, piece.type) for piece in proto.pieces]
         rust = from_pieces(
             pieces, spec.model_type, unknown=spec.unk_id, byte_fallback=spec.byte_fallback,
             charsmap=normal.precompiled_charsmap, collapse=normal.remove_extra_whitespaces,
             prefix=normal.add_dummy_prefix,
         )  # fmt: skip
-    except Exception as error:  # protobuf's own, tokenizers' bare Exception
-        raise UserError(f"the SentencePiece model can't be read: {error}", at=path, code=MODEL) from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # protobuf's own, tokenizers' bare Exception, a panic of its Rust
+        raise UserError(
+            f"the SentencePiece model can't be read: {error}", at=path,
+            fix="save it with transformers, which writes a tokenizer.json", code=MODEL,
+        ) from None  # fmt: skip
     begin, end = ((pieces[i].piece, i) if i >= 0 else None for i in (spec.bos_id, spec.eos_id))
     if begin and beside.get("add_bos_token", True):
         rust.post_processor = processors.TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
@@ -120,18 +132,25 @@ def from_pieces(
     collapse  spaces at the ends go, and several count as one
     prefix    every text begins with a space
     """
+    symbols = sorted((piece.piece for piece in pieces if piece.type == USER_DEFINED), key=len, reverse=True)
+    cuts = [pre_tokenizers.Split(Regex("|".join(map(re.escape, symbols))), "isolated")] if symbols else []
     if kind == UNIGRAM:
-        # A control token that is spelt out in a text must not win against the pieces of its letters.
-        vocab = [(piece.piece, UNLIKELY if piece.type == CONTROL else piece.score) for piece in pieces]
+        # What is no text (control tokens, bytes) must not win against the pieces of its letters where it is spelt out.
+        vocab = [(piece.piece, piece.score if piece.type in (NORMAL, USER_DEFINED) else UNLIKELY) for piece in pieces]
         rust = Rust(models.Unigram(vocab, unknown, byte_fallback))
-        rust.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")  # pieces never reach over a word's end
+        if any(SPACE in symbol for symbol in symbols):
+            raise ValueError("it has symbols with spaces of their own")
+        cuts.append(pre_tokenizers.Split(SPACE, "merged_with_next"))  # pieces never reach over a word's end
     elif kind == BPE:
         ids = {piece.piece: i for i, piece in enumerate(pieces)}
         bpe = {"unk_token": pieces[unknown].piece, "fuse_unk": True, "byte_fallback": byte_fallback}
-        rust = Rust(models.BPE(vocab=ids, merges=merges_of(pieces), **bpe))
+        # With symbols of its own the text is cut at them, and they are what they are without any merges.
+        rust = Rust(models.BPE(vocab=ids, merges=merges_of(pieces), ignore_merges=bool(symbols), **bpe))
     else:
         raise ValueError("it is neither a unigram nor a BPE model")
-    steps: list = [normalizers.Precompiled(charsmap)] if charsmap else []
+    if cuts:
+        rust.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    steps: list = [normalizers.NFC(), normalizers.Precompiled(charsmap)] if charsmap else []
     back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if collapse:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -140,10 +159,8 @@ def from_pieces(
         back.append(decoders.Strip(content=" ", left=1, right=0))
     rust.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     rust.decoder = decoders.Sequence(back)
-    for kind_of_token, special in ((CONTROL, True), (UNKNOWN, True), (USER_DEFINED, False)):
-        found = [piece.piece for piece in pieces if piece.type == kind_of_token]
-        tokens = [AddedToken(token, special=special, normalized=False) for token in found]
-        (rust.add_special_tokens if special else rust.add_tokens)(tokens)
+    control = [piece.piece for piece in pieces if piece.type in (CONTROL, UNKNOWN)]
+    rust.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     return rust
 
 

@@ -239,9 +239,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
         file = path.with_name(name)
         if file.is_file():
             try:
-                beside |= json.loads(file.read_text(encoding="utf-8"))
+                says = json.loads(file.read_text(encoding="utf-8"))
+                if not isinstance(says, dict):
+                    raise ValueError("not an object")
+                beside |= says
             except ValueError as error:
-                raise UserError(f"{name} is not JSON: {error}", at=file, code=MODEL) from None
+                raise UserError(f"{name} can't be read: {error}", at=file, code=MODEL) from None
     try:
         is_json = path.suffix == ".json" and path.name not in ("vocab.json", "encoder.json")
         rust = Rust.from_file(str(path)) if is_json else read(path, beside, PATTERNS["qwen2"])
@@ -266,6 +269,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
     beside_template = path.with_name("chat_template.jinja")
     if template is None and beside_template.is_file():
         template = beside_template.read_text(encoding="utf-8")
-    begins = (begin, *(BOS_NAMES if path.suffix == ".model" else ()))  # what such a file calls it, nothing else says
+    begins = (begin, *(BOS_NAMES if ".model" in path.name else ()))  # what such a file calls it, nothing else says
     bos = next((name for name in begins if isinstance(name, str) and rust.token_to_id(name) is not None), None)
     return Tokenizer(rust, eos_id, bos, template if isinstance(template, str) else None)

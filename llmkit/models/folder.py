@@ -23,8 +23,8 @@ from llmkit.models import FAMILIES, build_model, family_of, shape_problems
 MAX_CONFIG_BYTES = 2**20
 # Fields of a config.json that change nothing in a forward pass: names, training habits, generation and output flags.
 HARMLESS = re.compile(
-    r"architectures|model_type|(torch_)?dtype|transformers_version|_name_or_path|_attn_implementation\w*|use_cache"
-    r"|(bos|eos|pad|sep)_token_id|return_dict\w*|output_\w+|id2label|label2id|num_labels|problem_type|is_decoder"
+    r"architectures|model_type|(torch_)?dtype|transformers_version|(_model)?_name_or_path|_attn_implementation\w*|use_cache"
+    r"|(bos|eos|pad|sep|unk|cls|mask)_token_id|return_dict\w*|output_\w+|id2label|label2id|num_labels|problem_type|is_decoder"
     r"|is_encoder_decoder|chunk_size_feed_forward|summary_\w+|task_specific_params|n_ctx|gradient_checkpointing"
     r"|is_llama_config|transformers\.js_config|tokenizer_class|prefix|torchscript|use_bfloat16|pruned_heads"
     r"|finetuning_task|tie_encoder_decoder|auto_map|unsloth_\w+|classifier_dropout"

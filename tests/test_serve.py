@@ -1,0 +1,856 @@
+"""A model that talks: the server through OpenAI's client and a browser, `chat` and `generate` on the command line."""
+
+import contextlib
+import http.client
+import io
+import itertools
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import sentences
+
+from llmkit import cli
+from llmkit.data.tokenizer import load_tokenizer
+from llmkit.data.vocabulary import train_tokenizer
+from llmkit.errors import ENVIRONMENT, MODEL
+from llmkit.generate import Sampling
+from llmkit.models import bert, build_model, folder, llama
+from llmkit.talk import Writer
+
+POSITIONS, LONG = 4096, 2000  # tokens of context, and of an answer that takes seconds
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A folder with a model whose logits are what follows a token in some sentences, moved a little by the context.
+
+    Its texts look like the sentences; at temperature 0 they go on for ever, else they end after some lines.
+    """
+    path, text = tmp_path_factory.mktemp("model") / "tiny", sentences(1, 300)
+    words = train_tokenizer([text], vocab_size=300)
+    ids, size = torch.tensor(words.encode(text)), len(words)
+    follow = torch.full((size, size), 0.002).index_put((ids[:-1], ids[1:]), torch.tensor(1.0), accumulate=True)
+    line_end = words.encode(".\n")[-1]
+    follow[line_end, words.chat_end] = follow[line_end, words.eos_id] = 0.08 * follow[line_end].sum()
+    config = llama.Config(
+        vocab_size=size, hidden_size=size, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=64, max_position_embeddings=POSITIONS,
+    )  # fmt: skip
+    made, generator = build_model(config), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        made.model.embed_tokens.weight.copy_(torch.eye(size))
+        made.lm_head.weight.copy_((follow / follow.sum(1, keepdim=True)).log().T / size**0.5)
+        for name, weight in made.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.normal_(0, 0.015, generator=generator)
+    folder.save_model(made, path, eos_token_id=words.eos_id)
+    words.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def writer(model) -> Writer:
+    """The same model here: what the others are to say."""
+    return Writer(folder.load_model(model).eval(), load_tokenizer(model), False)
+
+
+def written(writer: Writer, ids: list[int], seed: int = 0, number: int = 60, *, chat: bool = False, **options):
+    """The text, its tokens, and how it ended."""
+    sampling = Sampling(**{"temperature": 1.0, "top_k": None} | options)
+    [text] = writer.write([ids], sampling=sampling, max_new_tokens=number, seed=seed, chat=chat)
+    return "".join(text), text.tokens, text.ended
+
+
+def asking(*contents: str) -> list[dict[str, str]]:
+    """A conversation: user and assistant in turns."""
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+# ---- the server -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Serving:
+    """A running `llmkit serve`."""
+
+    process: subprocess.Popen
+    port: int
+    log: Path
+
+    def wait(self) -> "Serving":
+        end = time.monotonic() + 120
+        while time.monotonic() < end and self.process.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+                return self
+            time.sleep(0.05)
+        raise AssertionError(f"the server did not start: {self.log.read_text()}")
+
+    def request(self, body=None, path="/v1/completions", method="POST", **headers: str) -> tuple[int, str]:
+        """A bare request: the status, and what came back."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        headers = {"content-type": "application/json"} | {key.replace("_", "-"): text for key, text in headers.items()}
+        connection.request(method, path, body if isinstance(body, str | bytes) else json.dumps(body), headers)
+        answer = connection.getresponse()
+        found = answer.status, answer.read().decode()
+        connection.close()
+        return found
+
+    @contextlib.contextmanager
+    def leaving(self, **body) -> Iterator[http.client.HTTPConnection]:
+        """A request whose client goes away at the end of the block, whatever came until then."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        whole = {"model": "tiny", "prompt": "The", "temperature": 0, "max_tokens": LONG} | body
+        connection.request("POST", "/v1/completions", json.dumps(whole), {"content-type": "application/json"})
+        yield connection
+        connection.sock.close()
+
+    def seconds_to(self, status: int, **body) -> float:
+        """How long it takes until a short request is answered with this status."""
+        begun = time.monotonic()
+        while self.request({"model": "tiny", "prompt": "The", "max_tokens": 1} | body)[0] != status:
+            assert time.monotonic() - begun < 60
+            time.sleep(0.02)
+        return time.monotonic() - begun
+
+
+def serving(model: Path, log: Path, *options: object) -> Serving:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "llmkit.cli", "serve", model, "--port", port, "--name", "tiny", *options]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*map(str, command), "--no-compile", "--precision", "fp32"], stdout=file, stderr=file
+        )
+    return Serving(process, port, log)
+
+
+@pytest.fixture(scope="module")
+def start(model, tmp_path_factory) -> Iterator[Callable[[], Serving]]:
+    """Starts servers, which end with the tests."""
+    pytest.importorskip("starlette")
+    pytest.importorskip("uvicorn")
+    logs, started = tmp_path_factory.mktemp("logs"), []
+
+    def one_more() -> Serving:
+        log = logs / f"{len(started)}.txt"
+        started.append(serving(model, log, "--max-requests", 3, "--max-body-kb", 50))
+        return started[-1]
+
+    yield one_more
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+
+
+@pytest.fixture(scope="module")
+def servers(start) -> list[Serving]:
+    """One to talk with, and one to interrupt; they start side by side."""
+    return [start(), start()]
+
+
+@pytest.fixture
+def server(servers, start) -> Serving:
+    if servers[0].process.poll() is not None:
+        servers[0] = start()
+    return servers[0].wait()
+
+
+@pytest.fixture
+def client(server):
+    openai = pytest.importorskip("openai")
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0)
+
+
+def complete(client, prompt="The model", **options):
+    return client.completions.create(model="tiny", prompt=prompt, **{"max_tokens": 60, "seed": 1} | options)
+
+
+def talk(client, *contents: str, **options):
+    messages = asking(*contents)
+    return client.chat.completions.create(model="tiny", messages=messages, **{"max_tokens": 60, "seed": 1} | options)
+
+
+def gathered(stream) -> tuple[dict[int, str], dict[int, str], object]:
+    """Of a streamed answer: the texts, how they ended, and the usage."""
+    texts, ended, usage = {}, {}, None
+    for event in stream:
+        usage = usage or event.usage
+        for choice in event.choices:
+            assert choice.index not in ended
+            said = choice.delta.content if hasattr(choice, "delta") else choice.text
+            texts[choice.index] = texts.get(choice.index, "") + (said or "")
+            if choice.finish_reason:
+                ended[choice.index] = choice.finish_reason
+    return texts, ended, usage
+
+
+def test_the_model_is_listed(client):
+    [one] = client.models.list().data
+    assert (one.id, one.object, one.owned_by) == ("tiny", "model", "llmkit") and one.created > 1.7e9
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_a_completion_is_the_models_own_text(client, writer, seed):
+    text, tokens, ended = written(writer, writer.encode("The model"), seed)
+    answer = complete(client, seed=seed)
+    assert (answer.object, answer.model) == ("text_completion", "tiny")
+    [choice] = answer.choices
+    assert (choice.index, choice.text, choice.finish_reason) == (0, text, ended)
+    assert answer.usage.prompt_tokens == len(writer.encode("The model"))
+    assert answer.usage.completion_tokens == len(tokens) > 5
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + len(tokens)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_a_chat_completion_is_the_models_own_text(client, writer, seed):
+    contents = ["What is it?", "A river.", "And the <|im_end|> token?"]
+    ids = writer.encode_chat(asking(*contents))
+    text, tokens, ended = written(writer, ids, seed, chat=True)
+    answer = talk(client, *contents, seed=seed)
+    [choice] = answer.choices
+    assert answer.object == "chat.completion" and choice.message.role == "assistant"
+    assert (choice.message.content, choice.finish_reason) == (text, ended)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), len(tokens))
+
+
+def test_answers_end_by_the_end_token_or_at_the_length(client, writer):
+    ids = writer.encode_chat(asking("Go on"))
+    ended = {seed: written(writer, ids, seed, 30, chat=True)[2] for seed in range(20)}
+    assert set(ended.values()) == {"stop", "length"}
+    for how in ("stop", "length"):
+        seed = next(seed for seed in ended if ended[seed] == how)
+        whole = talk(client, "Go on", seed=seed, max_tokens=30)
+        assert whole.choices[0].finish_reason == how and "<|im_end|>" not in whole.choices[0].message.content
+        assert (whole.usage.completion_tokens == 30) == (how == "length")
+        streamed = gathered(talk(client, "Go on", seed=seed, max_tokens=30, stream=True))
+        assert streamed[:2] == ({0: whole.choices[0].message.content}, {0: how})
+
+
+STREAMED = {
+    "plain": {}, "cold": {"temperature": 0}, "hot": {"temperature": 1.5, "seed": 5}, "two": {"n": 2},
+    "end": {"stop": "."},
+    "vllm": {"extra_body": {"top_k": 3, "min_p": 0.05, "repetition_penalty": 1.3}, "top_p": 0.9},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", STREAMED.values(), ids=STREAMED)
+def test_streamed_and_whole_answers_are_the_same(client, options):
+    with_usage = {"stream": True, "stream_options": {"include_usage": True}}
+    whole = complete(client, **options)
+    texts, ended, usage = gathered(complete(client, **options, **with_usage))
+    assert texts == {choice.index: choice.text for choice in whole.choices} and usage == whole.usage
+    assert ended == {choice.index: choice.finish_reason for choice in whole.choices}
+    whole = talk(client, "What is it?", **options)
+    texts, ended, usage = gathered(talk(client, "What is it?", **options, **with_usage))
+    assert texts == {choice.index: choice.message.content for choice in whole.choices} and usage == whole.usage
+    assert ended == {choice.index: choice.finish_reason for choice in whole.choices}
+
+
+def test_a_stream_comes_while_it_is_written(client):
+    begun, times = time.monotonic(), []
+    for _ in complete(client, max_tokens=800, temperature=0, stream=True):
+        times.append(time.monotonic() - begun)
+    assert len(times) > 500 and times[0] < 0.3 * times[-1]
+
+
+def test_a_seed_fixes_the_text_and_none_does_not(client):
+    same = {complete(client, seed=3).choices[0].text for _ in range(3)}
+    assert len(same) == 1
+    other = {complete(client, seed=seed).choices[0].text for seed in (4, 5, -6, 2**40)}
+    assert len(other - same) == 4
+    free = {client.completions.create(model="tiny", prompt="The", max_tokens=40).choices[0].text for _ in range(3)}
+    assert len(free) == 3
+
+
+def test_temperature_zero_needs_no_seed(client, writer):
+    text, _, _ = written(writer, writer.encode("The model"), temperature=0)
+    assert {complete(client, temperature=0, seed=seed).choices[0].text for seed in (1, 2)} == {text}
+
+
+def test_several_prompts_have_several_answers(client, writer):
+    prompts = ["The model", "A river is"]
+    answer = complete(client, prompts, n=2)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    rows = [writer.encode(prompt) for prompt in prompts for _ in range(2)]
+    texts = [written(writer, ids, 1 + row) for row, ids in enumerate(rows)]
+    assert [choice.text for choice in answer.choices] == [text for text, _, _ in texts]
+    assert answer.usage.prompt_tokens == sum(len(writer.encode(prompt)) for prompt in prompts)
+    assert answer.usage.completion_tokens == sum(len(tokens) for _, tokens, _ in texts)
+
+
+def test_a_prompt_may_be_token_ids(client, writer):
+    ids = writer.encode("The model")
+    assert complete(client, ids).choices[0].text == complete(client).choices[0].text
+    assert [c.text for c in complete(client, [ids, ids]).choices] == [c.text for c in complete(client, n=2).choices]
+
+
+def test_echo_puts_the_prompt_first(client, writer):
+    plain = complete(client, n=2)
+    for prompt in ("The model", writer.encode("The model")):
+        echoed = complete(client, prompt, n=2, echo=True)
+        assert [c.text for c in echoed.choices] == [f"The model{c.text}" for c in plain.choices]
+        assert gathered(complete(client, prompt, n=2, echo=True, stream=True))[0][1] == echoed.choices[1].text
+
+
+@pytest.mark.parametrize("stop", [".", ["river", "."], ["never there", "e", "a ", "x"], "\n"])
+def test_a_stop_string_ends_the_text_and_is_not_in_it(client, stop):
+    whole, cut = (complete(client, seed=2, **options).choices[0] for options in ({}, {"stop": stop}))
+    stops = [stop] if isinstance(stop, str) else stop
+    place = min(whole.text.find(word) for word in stops if word in whole.text)
+    assert (cut.text, cut.finish_reason) == (whole.text[:place], "stop")
+
+
+def test_an_empty_stop_string_is_refused(client):
+    with pytest.raises(pytest.importorskip("openai").BadRequestError, match="stop"):
+        complete(client, stop="")
+
+
+def test_parts_developers_and_both_names_of_the_length_are_understood(client, writer):
+    parts = [{"type": "text", "text": "What "}, {"type": "text", "text": "is it?"}]
+    messages = [{"role": "developer", "content": "Be brief"}, {"role": "user", "content": parts}]
+    answer = client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=9, seed=1)
+    plain = [{"role": "system", "content": "Be brief"}, *asking("What is it?")]
+    text, tokens, _ = written(writer, writer.encode_chat(plain), 1, 9, chat=True)
+    assert answer.choices[0].message.content == text and answer.usage.completion_tokens == len(tokens)
+
+
+def test_a_chat_without_a_length_writes_to_its_end(client, writer):
+    ids = writer.encode_chat(asking("Go on"))
+    seed = next(seed for seed in range(50) if written(writer, ids, seed, 2048, chat=True)[2] == "stop")
+    answer = client.chat.completions.create(model="tiny", messages=asking("Go on"), seed=seed)
+    assert answer.choices[0].message.content == written(writer, ids, seed, 2048, chat=True)[0]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_a_prompt_may_fill_all_but_one_position(client):
+    answer = complete(client, [90] * (POSITIONS - 1), max_tokens=50)
+    assert answer.choices[0].finish_reason == "length" and answer.usage.total_tokens - POSITIONS in (0, 1)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+COMPLETIONS = {  # changes to a good request -> status, and what the message names
+    "another_model": ({"model": "gpt-4"}, 404, "gpt-4"),
+    "logprobs": ({"logprobs": 1}, 400, "logprobs"),
+    "best_of": ({"best_of": 2}, 400, "best_of"),
+    "penalty": ({"presence_penalty": 0.5}, 400, "presence_penalty"),
+    "too_many_tokens": ({"max_tokens": 2049}, 400, "max_tokens"),
+    "no_tokens": ({"max_tokens": 0}, 400, "max_tokens"),
+    "text_for_a_number": ({"max_tokens": "5"}, 400, "max_tokens"),
+    "too_many_answers": ({"n": 9}, 400, "n"),
+    "too_many_prompts": ({"prompt": ["a"] * 5, "n": 2}, 400, "n"),
+    "too_hot": ({"temperature": 2.5}, 400, "temperature"),
+    "negative_temperature": ({"temperature": -1}, 400, "temperature"),
+    "no_probability": ({"top_p": 0}, 400, "top_p"),
+    "five_stops": ({"stop": list("abcde")}, 400, "stop"),
+    "too_long": ({"prompt": [90] * POSITIONS}, 400, "4096"),
+    "no_prompts": ({"prompt": []}, 400, "prompt"),
+    "empty_prompt": ({"prompt": [[]]}, 400, "prompt"),
+    "one_is_empty": ({"prompt": [[90], []]}, 400, "prompt"),
+    "no_prompt": ({"prompt": None}, 400, "prompt"),
+    "object": ({"prompt": {"a": 1}}, 400, "prompt"),
+    "no_such_token": ({"prompt": [300]}, 400, "prompt"),
+    "negative_token": ({"prompt": [90, -1]}, 400, "prompt"),
+    "huge_token": ({"prompt": [2**40]}, 400, "prompt"),
+    "huge_tokens": ({"prompt": [[90], [2**70]]}, 400, "prompt"),
+}
+CHATS = {
+    "another_model": ({"model": "gpt-4"}, 404, "gpt-4"),
+    "no_messages": ({"messages": []}, 400, "messages"),
+    "unknown_role": ({"messages": [{"role": "boss", "content": "a"}]}, 400, "role"),
+    "picture": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+        400,
+        "messages.0",
+    ),
+    "no_content": ({"messages": [{"role": "user", "content": None}]}, 400, "content"),
+    "tools": ({"tools": []}, 400, "tools"),
+    "json": ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    "both_lengths": ({"max_tokens": 5, "max_completion_tokens": 5}, 400, "max_tokens"),
+    "too_many_tokens": ({"max_completion_tokens": 5000}, 400, "max_tokens"),
+    "too_long": ({"messages": [{"role": "user", "content": "qz" * 5000}]}, 400, "4096"),
+}
+
+
+def is_an_error(found: tuple[int, str], status: int, *words: str) -> dict:
+    """The answer is an error in OpenAI's shape, which says all of `words`."""
+    assert found[0] == status, found
+    error = json.loads(found[1])["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert all(word in f"{error['message']} {error['param']}" for word in words), error
+    return error
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("case", COMPLETIONS)
+def test_a_bad_completion_is_refused(server, case, stream):
+    changes, status, word = COMPLETIONS[case]
+    body = {"model": "tiny", "prompt": "The", "max_tokens": 2, "stream": stream} | changes
+    is_an_error(server.request(body), status, word)
+
+
+@pytest.mark.parametrize("case", CHATS)
+def test_a_bad_chat_is_refused(server, case):
+    changes, status, word = CHATS[case]
+    found = server.request({"model": "tiny", "messages": asking("Hello")} | changes, "/v1/chat/completions")
+    is_an_error(found, status, word)
+
+
+def test_openais_client_raises_its_own_errors(client):
+    import openai
+
+    with pytest.raises(openai.NotFoundError) as unknown:
+        client.completions.create(model="gpt-4", prompt="a")
+    assert unknown.value.code == "model_not_found" and unknown.value.param == "model"
+    with pytest.raises(openai.BadRequestError) as unsupported:
+        complete(client, logprobs=1)
+    assert unsupported.value.param == "logprobs" and "not supported" in str(unsupported.value)
+    with pytest.raises(openai.BadRequestError) as long:
+        complete(client, [90] * POSITIONS)
+    assert long.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-40, 1e-300])
+def test_hardly_any_temperature_is_the_likeliest_text(server, writer, temperature):
+    body = {"model": "tiny", "prompt": "The model", "max_tokens": 20, "seed": 1, "temperature": temperature}
+    status, answer = server.request(body)
+    assert status == 200, answer
+    assert (
+        json.loads(answer)["choices"][0]["text"] == written(writer, writer.encode("The model"), 1, 20, temperature=0)[0]
+    )
+
+
+@pytest.mark.parametrize("body", ["", "{", "[]", "null", "7", "{" * 10_000, b"\xff\xfe", '{"model": "tiny"} {}'])
+def test_what_is_no_json_object_is_refused(server, body):
+    is_an_error(server.request(body), 400)
+
+
+def test_a_body_that_is_too_large_is_refused(server):
+    is_an_error(server.request({"model": "tiny", "prompt": "a" * 60_000}), 413, "50000 bytes")
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", "multipart/form-data"])
+def test_another_content_type_is_refused(server, kind):
+    is_an_error(server.request({"model": "tiny", "prompt": "a"}, content_type=kind), 415, "application/json")
+
+
+def test_a_content_type_may_name_its_letters(server):
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+    assert server.request(body, content_type="Application/JSON; charset=utf-8")[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/models", "/v1/completions"])
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", ""])
+def test_a_foreign_host_is_refused(server, path, host):
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+    status, answer = server.request(body, path, "POST" if "completions" in path else "GET", host=host)
+    assert status == 400 and "host" in answer.lower()
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1234", "127.0.0.1:80"])
+def test_its_own_names_are_let_in(server, host):
+    assert server.request(None, "/v1/models", "GET", host=host)[0] == 200
+
+
+@pytest.mark.parametrize("method, path, status", [
+    ("GET", "/v1/completions", 405), ("POST", "/v1/models", 405), ("GET", "/v1/files", 404),
+    ("OPTIONS", "/v1/completions", 405),
+])  # fmt: skip
+def test_other_paths_and_methods_are_errors(server, method, path, status):
+    is_an_error(server.request(None, path, method), status)
+
+
+def test_the_page_may_only_talk_to_this_server(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    connection.request("GET", "/")
+    answer = connection.getresponse()
+    policy = answer.getheader("content-security-policy")
+    assert "default-src 'none'" in policy and "connect-src 'self'" in policy
+    assert b"<title>llmkit</title>" in answer.read()
+    connection.close()
+
+
+# ---- several at once ------------------------------------------------------------------------------------------------
+
+
+def test_two_streams_at_once_are_the_same_texts_as_alone(client):
+    prompts = {"The model": 1, "A river is": 2}
+    alone = {prompt: complete(client, prompt, seed=seed, max_tokens=300).choices[0].text
+             for prompt, seed in prompts.items()}  # fmt: skip
+    together, overlapping = {}, []
+
+    def read(prompt: str, seed: int) -> None:
+        pieces = []
+        for event in complete(client, prompt, seed=seed, max_tokens=300, stream=True):
+            pieces.append(event.choices[0].text)
+            overlapping.append(prompt)
+        together[prompt] = "".join(pieces)
+
+    threads = [threading.Thread(target=read, args=item) for item in prompts.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+    assert sum(a != b for a, b in itertools.pairwise(overlapping)) > 5  # they took turns
+
+
+def test_requests_over_the_limit_are_told_to_come_back_and_clients_that_leave_free_their_places(server):
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stream = stack.enter_context(server.leaving(stream=True)).getresponse()
+            assert stream.status == 200 and stream.readline().startswith(b"data: ")
+        found = server.request({"model": "tiny", "prompt": "The"})
+        assert is_an_error(found, 429)["code"] == "rate_limit_exceeded"
+        assert server.request(None, "/v1/models", "GET")[0] == 200
+    assert server.seconds_to(200) < 2  # what is left of three answers takes longer
+
+
+LEFT = {"whole": {}, "several": {"n": 2}, "several_streamed": {"n": 2, "stream": True}}
+
+
+@pytest.mark.parametrize("body", LEFT.values(), ids=LEFT)
+def test_a_client_that_does_not_wait_for_its_answer_frees_its_place(server, body):
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(server.leaving(**{"max_tokens": 1200} | body))
+        server.seconds_to(429)
+    assert server.seconds_to(200) < 2
+
+
+def test_clients_that_leave_are_no_errors(server):
+    before = len(server.log.read_text())
+    with server.leaving():
+        time.sleep(0.2)
+    with socket.create_connection(("127.0.0.1", server.port)) as half:
+        half.send(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                  b"Content-Length: 500\r\n\r\n{")  # fmt: skip
+    time.sleep(0.3)
+    assert server.seconds_to(200) < 60
+    assert "Traceback" not in server.log.read_text()[before:]
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+
+class Page:
+    """The page in a headless Chromium."""
+
+    def __init__(self, driver, url: str):
+        self.driver, self.url = driver, url
+
+    def open(self) -> "Page":
+        self.driver.get(self.url)
+        self.until(lambda: self.find("#model").text == "tiny")
+        # What the page asks for, for tests to see.
+        self.driver.execute_script(
+            "const ask = window.fetch; window.asked = [];"
+            "window.fetch = (url, options) => { window.asked.push(options.body); return ask(url, options) }"
+        )
+        return self
+
+    def find(self, selector: str):
+        return self.driver.find_element("css selector", selector)
+
+    def set(self, name: str, value: object) -> None:
+        self.driver.execute_script("document.getElementById(arguments[0]).value = arguments[1]", name, str(value))
+
+    def press(self, name: str) -> None:
+        self.driver.execute_script("document.getElementById(arguments[0]).click()", name)
+
+    def type(self, *keys: str) -> None:
+        from selenium.webdriver.common.keys import Keys
+
+        self.find("#text").send_keys(*keys, Keys.ENTER)
+
+    def messages(self) -> list[tuple[str, str]]:
+        found = self.driver.execute_script(
+            "return [...document.querySelectorAll('.message')].map(one => [one.className, one.textContent])"
+        )
+        return [(kind.removeprefix("message "), text) for kind, text in found]
+
+    def asked(self) -> list[dict]:
+        """The messages of the last request."""
+        return json.loads(self.driver.execute_script("return window.asked.at(-1)"))["messages"]
+
+    def writes(self) -> bool:
+        return self.find("#send").text == "Stop"
+
+    def begins(self) -> None:
+        """An answer begins to appear."""
+        self.until(lambda: self.writes() and len(self.messages()[-1][1]) > 5)
+
+    def until(self, true) -> None:
+        end = time.monotonic() + 30
+        while not true():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    binary = next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
+    if binary is None or shutil.which("chromedriver") is None:
+        pytest.skip("there is no Chromium")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    quiet = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+             "disable-component-update", "disable-sync"]  # fmt: skip
+    for option in [*quiet, f"user-data-dir={tmp_path_factory.mktemp('profile')}"]:
+        options.add_argument(f"--{option}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(browser, server) -> Page:
+    page = Page(browser, f"http://localhost:{server.port}/").open()
+    page.set("temperature", 0)
+    page.set("tokens", LONG)
+    return page
+
+
+def test_a_message_is_answered_on_the_page_as_it_is_written(page, writer):
+    page.set("tokens", 400)
+    page.type("What is <b>it</b>?")
+    page.begins()
+    early = page.messages()[-1][1]
+    page.until(lambda: not page.writes())
+    text, _, _ = written(writer, writer.encode_chat(asking("What is <b>it</b>?")), 0, 400, chat=True, temperature=0)
+    assert page.messages() == [("user", "What is <b>it</b>?"), ("assistant", text)]
+    assert len(early) < len(text) and text.startswith(early) and page.find("#text").get_attribute("value") == ""
+    page.set("tokens", 3)
+    page.type("And now?")
+    page.until(lambda: len(page.messages()) == 4 and not page.writes())
+    assert page.asked() == asking("What is <b>it</b>?", text, "And now?")
+    assert page.driver.get_log("browser") == []
+
+
+def test_stop_ends_an_answer_and_the_talk_goes_on(page):
+    page.type("Go on")
+    page.begins()
+    page.press("send")
+    page.until(lambda: not page.writes())
+    stopped = page.messages()
+    time.sleep(0.3)
+    assert page.messages() == stopped and [kind for kind, _ in stopped] == ["user", "assistant"]
+    page.set("tokens", 3)
+    page.type("More")
+    page.until(lambda: len(page.messages()) == 4 and not page.writes())
+    assert page.asked() == asking("Go on", stopped[1][1], "More")
+
+
+def test_enter_while_an_answer_is_written_keeps_the_text(page):
+    page.type("Go on")
+    page.begins()
+    page.type("not yet")
+    assert page.find("#text").get_attribute("value") == "not yet" and len(page.messages()) == 2
+    page.press("send")
+
+
+def test_shift_and_enter_break_the_line(page):
+    from selenium.webdriver.common.keys import Keys
+
+    page.set("tokens", 3)
+    page.type("one", Keys.SHIFT + Keys.ENTER + Keys.NULL, "two")
+    page.until(lambda: len(page.messages()) == 2 and not page.writes())
+    assert page.messages()[0] == ("user", "one\ntwo") and page.asked() == asking("one\ntwo")
+
+
+@pytest.mark.parametrize("tokens", [3, LONG], ids=["after_an_answer", "during_an_answer"])
+def test_new_begins_a_new_conversation(page, tokens):
+    page.set("tokens", tokens)
+    page.type("Go on")
+    page.until(lambda: bool(page.messages()[-1][1]) and page.writes() == (tokens == LONG))
+    page.press("new")
+    assert page.messages() == []
+    page.until(lambda: not page.writes())
+    page.set("tokens", 3)
+    page.type("Hello")
+    page.until(lambda: len(page.messages()) == 2 and not page.writes())
+    assert page.asked() == asking("Hello")
+
+
+def test_an_error_is_shown_and_not_told_to_the_model(page):
+    page.set("tokens", 5000)
+    page.type("Go on")
+    page.until(lambda: not page.writes())
+    assert page.messages()[-1] == ("assistant error", "max_tokens is over this server's 2048")
+    page.set("tokens", 3)
+    page.type("Hello")
+    page.until(lambda: len(page.messages()) == 4 and not page.writes())
+    assert not any("max_tokens" in message["content"] for message in page.asked())
+
+
+# ---- its end --------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_ends_the_server_without_a_traceback(servers):
+    one = servers[1].wait()
+    assert one.request({"model": "tiny", "prompt": "The"})[0] == 200
+    one.process.send_signal(signal.SIGINT)
+    assert one.process.wait(timeout=20) in (0, 130)
+    assert one.log.read_text().count("\n") <= 2 and "Traceback" not in one.log.read_text()
+
+
+def test_ctrl_c_does_not_wait_for_answers_that_are_being_written(server):
+    with server.leaving(stream=True) as connection:
+        stream = connection.getresponse()
+        stream.readline()
+        server.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(http.client.HTTPException, OSError):
+            assert b"[DONE]" not in stream.read()
+        server.process.wait(timeout=20)
+    assert "Traceback" not in server.log.read_text()
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+EXACT = ["--no-compile", "--precision", "fp32"]
+
+
+def run_here(capsys, *arguments: object, code: int = 0) -> str:
+    """What a command prints, in this process; with a code, its error: one block, and no traceback."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    assert ended.value.code == code, said.err
+    if code:
+        assert said.err.startswith("error: ") and said.err.count("error: ") == 1 and "bug" not in said.err
+    return said.err if code else said.out
+
+
+def test_chat_through_a_pipe(model, writer):
+    typed = "What is it?\n\nAnd the river?\n   \n/new\nWhat is it?\nBye"
+    options = ["--system", "Be brief", "--max-new-tokens", "20", "--seed", "3", "--temperature", "1", "--top-k", "0"]
+    command = [sys.executable, "-m", "llmkit.cli", "chat", str(model), *options, *EXACT]
+    done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    system = {"role": "system", "content": "Be brief"}
+    reply = lambda *contents: written(  # noqa: E731
+        writer, writer.encode_chat([system, *asking(*contents)]), 3, 20, chat=True
+    )[0]
+    first = reply("What is it?")
+    second = reply("What is it?", first, "And the river?")
+    last = reply("What is it?", first, "Bye")
+    assert done.stdout == f"> {first}\n> > {second}\n> > > {first}\n> {last}\n> \n" and not done.stderr
+    assert len({first, second, last}) == 3
+
+
+def test_chat_forgets_the_oldest_messages_when_all_do_not_fit(model, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(f"{i} " + "the river " * 500 for i in range(4))))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["chat", str(model), "--max-new-tokens", "9", "--temperature", "0", *EXACT])
+    said = capsys.readouterr()
+    assert ended.value.code == 0 and "old messages no longer fit the model's 4096 positions" in said.err
+    assert said.out.count("> ") >= 5 and said.out.endswith("> \n")
+
+
+def test_generate_goes_on_with_a_prompt(model, writer, capsys):
+    printed = run_here(capsys, "generate", model, "The model", "--max-new-tokens", 40, "--seed", 4, *EXACT)
+    text, _, _ = written(writer, writer.encode("The model"), 4, 40, temperature=0.8, top_k=50)
+    assert printed == f"The model{text}\n"
+    other = run_here(capsys, "generate", model, "The model", "--max-new-tokens", 40, "--seed", 5, *EXACT)
+    assert other != printed and other.startswith("The model")
+
+
+def test_generate_says_as_json_how_a_text_ended(model, writer, capsys):
+    options = ["--max-new-tokens", 40, "--temperature", 0, "--json", *EXACT]
+    said = json.loads(run_here(capsys, "generate", model, "The model", *options))
+    text, tokens, _ = written(writer, writer.encode("The model"), 0, 40, temperature=0)
+    assert said == {"prompt": "The model", "text": text, "tokens": len(tokens), "ended": "length"}
+    cut = json.loads(run_here(capsys, "generate", model, "The model", *options, "--stop", "zzz", "--stop", text[9:12]))
+    assert (cut["text"], cut["ended"]) == (text[: text.find(text[9:12])], "stop") and cut["tokens"] < len(tokens)
+
+
+def test_generate_writes_several_texts_side_by_side(model, writer, capsys):
+    prompts, options = ["The model", "A river is small and", "x"], ["--max-new-tokens", 30, "--seed", 2, *EXACT]
+    rows = json.loads(run_here(capsys, "generate", model, *prompts, *options, "--json"))["texts"]
+    for row, (said, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        text, tokens, ended = written(writer, writer.encode(prompt), 2 + row, 30, temperature=0.8, top_k=50)
+        assert said == {"prompt": prompt, "text": text, "tokens": len(tokens), "ended": ended}
+    printed = run_here(capsys, "generate", model, *prompts, *options)
+    assert printed == "".join(f"--- {row['prompt']}\n{row['text']}\n" for row in rows)
+
+
+def test_generate_chat_answers_and_does_not_repeat_the_question(model, writer, capsys):
+    options = ["--chat", "--max-new-tokens", 60, "--seed", 1, "--temperature", 1, "--top-k", 0, *EXACT]
+    text, _, _ = written(writer, writer.encode_chat(asking("What is it?")), 1, 60, chat=True)
+    assert run_here(capsys, "generate", model, "What is it?", *options) == f"{text}\n"
+
+
+def test_generate_reads_a_prompt_from_standard_input(model, writer, capsys, monkeypatch):
+    prompt = "The model\nis a"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(prompt))
+    printed = run_here(capsys, "generate", model, "-", "--temperature", 0, "--max-new-tokens", 9, *EXACT)
+    assert printed == prompt + written(writer, writer.encode(prompt), 0, 9, temperature=0)[0] + "\n"
+
+
+def test_an_empty_stop_option_is_refused(model, capsys):
+    assert "empty" in run_here(capsys, "generate", model, "The", *EXACT, "--stop", "", code=2)
+
+
+def test_hardly_any_temperature_is_the_likeliest_text_on_the_command_line(model, capsys):
+    texts = [run_here(capsys, "generate", model, "The", "--temperature", temperature, "--max-new-tokens", 9, *EXACT)
+             for temperature in (0, 1e-40)]  # fmt: skip
+    assert texts[0] == texts[1]
+
+
+@pytest.fixture(scope="module")
+def encoder(model, tmp_path_factory) -> Path:
+    """A BERT's folder."""
+    path = tmp_path_factory.mktemp("bert")
+    sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    folder.save_model(build_model(bert.Config(**sizes, max_position_embeddings=32)), path)
+    load_tokenizer(model).save(path)
+    return path
+
+
+@pytest.mark.parametrize("arguments", [["generate", "a"], ["generate", "a", "b"], ["chat"], ["serve"]], ids=" ".join)
+def test_an_encoder_writes_no_text(encoder, arguments, capsys):
+    command, *prompts = arguments
+    for package in ("starlette", "uvicorn") if command == "serve" else ():
+        pytest.importorskip(package)
+    said = run_here(capsys, command, encoder, *prompts, *EXACT, code=MODEL)
+    assert "bert" in said and "writes no text" in said
+
+
+def test_a_prompt_that_leaves_no_room_is_one_error(model, capsys):
+    said = run_here(capsys, "generate", model, "the river " * 3000, *EXACT, code=3)
+    assert "positions" in said
+
+
+def test_a_port_that_is_taken_is_one_error(model, capsys):
+    pytest.importorskip("uvicorn")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = run_here(capsys, "serve", model, "--port", port, *EXACT, code=ENVIRONMENT)
+    assert str(port) in said
+
+
+def test_without_the_packages_serving_is_one_error_that_names_them(model, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llmkit.serve", None)
+    monkeypatch.delattr("llmkit.serve", raising=False)
+    said = run_here(capsys, "serve", model, code=ENVIRONMENT)
+    assert "llmkit[serve]" in said
