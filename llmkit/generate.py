@@ -14,7 +14,8 @@ from llmkit.errors import DATA, MODEL, UserError
 from llmkit.models.attention import KVCache
 from llmkit.models.layers import RowLinear
 
-CONTEXT, LONGEST_CHARACTER = 8, 4  # tokens of a prompt that may decide over a space; bytes in UTF-8, so tokens at most
+CONTEXT = 8  # tokens of a prompt that may decide whether the next one begins with a space
+PATIENCE = 16  # tokens after which bytes that are no character yet never will be
 GREEDY_BELOW = 1e-5  # a temperature at which another token is never drawn, and the division would overflow
 FIXED_CAPACITY = 512  # slots of a compiled model's cache, or twice, four times as many: a new number compiles anew
 
@@ -42,7 +43,10 @@ class Sampling:
 
 
 def logits_to_probs(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The tokens that may follow and their probabilities, (B, k) each and the likeliest first, from logits (B, V)."""
+    """The tokens that may follow and their probabilities, (B, k) each, from logits (B, V).
+
+    They come in the order of their ids: a draw must not hang on which of two equally likely ones is called first.
+    """
     logits = logits.float() / sampling.temperature
     kept = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     logits, tokens = logits.topk(kept)
@@ -50,7 +54,8 @@ def logits_to_probs(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]
     outside = (probs.cumsum(-1) - probs >= sampling.top_p) | (probs < sampling.min_p * probs[:, :1])
     outside[:, 0] = False  # the likeliest stays, and so does the token that crosses the line
     probs = probs.masked_fill(outside, 0.0)
-    return tokens, probs / probs.sum(-1, keepdim=True)
+    tokens, order = tokens.sort()
+    return tokens, (probs / probs.sum(-1, keepdim=True)).gather(-1, order)
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -219,14 +224,15 @@ def whole_characters(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterab
     """The text of tokens after a prompt, in pieces that end where a character ends.
 
     Each piece is what the tokens since the last one add to those before it: whether a token begins with a space may
-    depend on what stands before. Bytes that are no character, and never become one, are given out as U+FFFD.
+    depend on what stands before. Bytes that are no character, and never become one, are given out as U+FFFD; half a
+    character at the end is not.
     """
     before, new = list(prompt[-CONTEXT:]), []
     for token in tokens:
         new.append(token)
         known, text = tokenizer.decode(before), tokenizer.decode(before + new)
-        if not text.endswith("\ufffd") or len(new) >= LONGEST_CHARACTER:
+        if not text.endswith("\ufffd") or len(new) >= PATIENCE:
             yield text[len(known) :]
             before, new = new, []
     if new:
-        yield tokenizer.decode(before + new)[len(tokenizer.decode(before)) :]
+        yield tokenizer.decode(before + new)[len(tokenizer.decode(before)) :].rstrip("\ufffd")

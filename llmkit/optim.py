@@ -62,7 +62,8 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape[p.shape].append(p)
-            for (rows, columns), params in by_shape.items():
+            for shape, params in by_shape.items():
+                rows, columns = shape[-2:]  # before them, the experts
                 for p in params:
                     if "momentum_buffer" not in self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -74,7 +75,8 @@ class Muon(torch.optim.Optimizer):
                     ]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
-                update = orthogonalize(torch.stack(nesterov)).to(params[0].dtype)
+                stacked = torch.stack(nesterov)
+                update = orthogonalize(stacked.flatten(0, -3)).to(params[0].dtype).view_as(stacked)
                 scale = {
                     "original": math.sqrt(max(1, rows / columns)),
                     "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns)),
@@ -130,7 +132,9 @@ def muon(
 
     adamw_lr  learning rate of the latter; None: lr
     """
-    blocks = {id(p) for p in model.blocks.parameters() if p.dim() == 2 and p.requires_grad}
+    inner = (module for module in model.blocks.modules() if not isinstance(module, nn.Embedding))
+    found = (p for module in inner for p in module.parameters(recurse=False))
+    blocks = {id(p) for p in found if p.dim() >= 2 and p.requires_grad}
     params = list(trainable(model).values())
     matrices, rest = [p for p in params if id(p) in blocks], [p for p in params if id(p) not in blocks]
     optimizers: list[torch.optim.Optimizer] = [Muon(matrices, lr, weight_decay, momentum, adjust_lr)]

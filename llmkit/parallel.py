@@ -212,9 +212,16 @@ def can_compile(device: torch.device) -> str | None:
     return None if any(shutil.which(name) for name in names) else f"no {language} compiler"
 
 
-def compile_blocks(model: nn.Module, asked: str | bool, device: torch.device) -> str:
+def why_eager(model: nn.Module, device: torch.device, precision: str) -> str | None:
+    """None, or the reason why this model can't be compiled here."""
+    if hasattr(model.config, "num_local_experts") and precision != "bf16":
+        return "products of experts compile in bf16 only"
+    return can_compile(device)
+
+
+def compile_blocks(model: nn.Module, asked: str | bool, device: torch.device, precision: str) -> str:
     """Compile the loss, and every block on its own: they share one program. Returns what the header says."""
-    reason = can_compile(device)
+    reason = why_eager(model, device, precision)
     if asked is False:
         return "off"
     if reason and asked is True:

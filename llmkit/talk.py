@@ -13,7 +13,7 @@ from llmkit.data.chat import default_template, encode_marked, guard, render
 from llmkit.data.tokenizer import Tokenizer
 from llmkit.errors import DATA, ENVIRONMENT, MODEL, UserError
 from llmkit.generate import Sampling, compile_decoding, generate, text_pieces
-from llmkit.parallel import DTYPES, can_compile, choose_precision, start_world
+from llmkit.parallel import DTYPES, choose_precision, start_world, why_eager
 
 # Compiling took 8 s on two cores (3 s when the compiler's cache knows the shapes), and then a token of a model of B
 # bytes takes B / 24e9 s instead of B / 13e9 and 6 ms: what both figures were for 110M parameters in bf16.
@@ -93,7 +93,7 @@ class Writer:
         )  # fmt: skip
         drawn = [row_of(number, some) for number, some in enumerate(itertools.tee(steps, len(prompts)))]
         longest = max(map(len, prompts)) if self.continues else 1
-        room = min(max_new_tokens, self.longest - longest)
+        room = min(max_new_tokens, self.longest - longest + 1)  # the last one is written, but not read
         texts = [Text() for _ in prompts]
         for text, prompt, tokens in zip(texts, prompts, drawn, strict=True):
             text.pieces = self.pieces(text, prompt if self.continues else [], tokens, room, stop)
@@ -137,7 +137,7 @@ def open_writer(
         raise UserError(
             f"{loaded.config.model_type} reads in both directions, and writes no text", at=model, code=MODEL
         )
-    reason = can_compile(device)
+    reason = why_eager(loaded, device, precision)
     if compile and reason:
         raise UserError(f"--compile can't be done: {reason}", code=ENVIRONMENT)
     if compile is None:

@@ -111,7 +111,7 @@ def take_steps(job: Job, run: Run | None, header: dict[str, str], say: Callable[
     resumed = checkpoint.newest_good(Path(config.run_dir))
     model = make_model(job, resumed)
     recomputed = apply_checkpointing(model, config.train.gradient_checkpointing)
-    compiled = compile_blocks(model, config.train.compile, device)
+    compiled = compile_blocks(model, config.train.compile, device, job.precision)
     say(f"{'blocks':>10}  {len(model.blocks)}, {recomputed} recomputed in the backward, compiled: {compiled}")
 
     optimizers = OPTIMIZERS[config.optimizer.name](model, **job.options["optimizer"])

@@ -172,7 +172,7 @@ def our_step(spec: dict, device: torch.device):
     if spec["lora"]:
         lora.load_adapter(model, folder / "adapter")
     apply_checkpointing(model, "none")
-    compile_blocks(model, "auto" if spec["compile"] else False, device)
+    compile_blocks(model, "auto" if spec["compile"] else False, device, precision)
     optimizers = OPTIMIZERS["adamw"](model)
     trained = [p for p in model.parameters() if p.requires_grad]
     scale, targets = torch.ones((), device=device), spec["rows"] * spec["seq_len"]

@@ -309,7 +309,7 @@ def trained(request, tokenizer, tmp_path):
 @torch.no_grad()
 def test_an_exported_adapter_opens_in_transformers_with_equal_logits(trained, tokenizer, tmp_path):
     adapter, model = trained
-    export_hf(Located(adapter), tmp_path / "out", torch.float32)
+    export_hf(Located(adapter), tmp_path / "out", "fp32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "words to learn, a few"
@@ -322,7 +322,7 @@ def test_an_exported_adapter_opens_in_transformers_with_equal_logits(trained, to
 @torch.no_grad()
 def test_an_adapter_exported_for_peft_opens_there_with_equal_logits(trained, tmp_path):
     adapter, model = trained
-    export_peft(Located(adapter), tmp_path / "out", torch.float32)
+    export_peft(Located(adapter), tmp_path / "out", "fp32")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     equal(model(tokens()), peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()(tokens()).logits)
 
@@ -330,7 +330,7 @@ def test_an_adapter_exported_for_peft_opens_there_with_equal_logits(trained, tmp
 def test_a_full_model_can_not_be_exported_for_peft(tmp_path):
     folder.save_model(base_of("llama"), tmp_path / "base")
     with pytest.raises(UserError) as caught:
-        export_peft(Located(tmp_path / "base"), tmp_path / "out", torch.float32)
+        export_peft(Located(tmp_path / "base"), tmp_path / "out", "fp32")
     assert caught.value.code == MODEL
 
 
@@ -341,5 +341,5 @@ def test_an_adapter_on_a_base_that_changed_is_refused(trained, tmp_path):
     next(iter(weights.values())).add_(1.0)
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match="other weights") as caught:
-        export_hf(Located(adapter), tmp_path / "out", torch.float32)
+        export_hf(Located(adapter), tmp_path / "out", "fp32")
     assert caught.value.code == MODEL

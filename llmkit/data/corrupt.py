@@ -96,6 +96,8 @@ def span_corruption(
 
     def corrupt(batch: Batch, numbers: Sequence[int]) -> Batch:
         length = batch.input_ids.shape[1]
+        if length < 2:
+            raise UserError("spans can't be cut out of rows of one token", fix="raise data.seq_len", code=DATA)
         noise, spans = span_lengths(length, noise_fraction, mean_span)
         if spans > len(sentinels):
             raise UserError(

@@ -152,6 +152,11 @@ def to_pairs(ids: list[int], targets: list[bool], eos_id: int) -> Iterator[tuple
             yield [*ids[:start], eos_id], ids[start:stop]
 
 
+def cut_pair(source: list[int], answer: list[int], size: int) -> tuple[list[int], list[int]]:
+    """At most `size` tokens of each; the end token of the text stays."""
+    return (source if len(source) <= size else [*source[: size - 1], source[-1]]), answer[:size]
+
+
 def write_pairs(out: Path, encoded: list, data: SftData, eos_id: int) -> dict[str, Any]:
     """Prompts and answers of one split in rows of their own, padded to the split's longest; returns its counts.
 
@@ -165,8 +170,7 @@ def write_pairs(out: Path, encoded: list, data: SftData, eos_id: int) -> dict[st
                 counts["too long"] += 1
                 if data.too_long == "drop":
                     continue
-                source = source if len(source) <= data.seq_len else [*source[: data.seq_len - 1], eos_id]
-                answer = answer[: data.seq_len]
+                source, answer = cut_pair(source, answer, data.seq_len)
             fitting.append((source, answer))
     longest = [max(map(len, side)) for side in zip(*fitting, strict=True)] or [0, 0]
     sources = np.full((len(fitting), longest[0]), eos_id, np.int32)

@@ -22,7 +22,7 @@ from llmkit.data.chat import FORMATS, default_template
 from llmkit.data.corrupt import shift_right
 from llmkit.data.documents import read_file
 from llmkit.data.records import read_records
-from llmkit.data.sft import examples, to_pairs
+from llmkit.data.sft import cut_pair, examples, to_pairs
 from llmkit.data.tokenizer import CHECKED, Tokenizer
 from llmkit.data.tokens import open_split
 from llmkit.errors import DATA, UserError
@@ -235,7 +235,7 @@ def mended(
 
 def pair_rows(pairs: list[tuple[list[int], list[int]]], window: int, start_id: int, batch_size: int) -> Iterator[Batch]:
     """Texts and answers of at most `window` tokens each, padded to their batch's longest."""
-    pairs = sorted(((source[:window], answer[:window]) for source, answer in pairs), key=lambda pair: len(pair[0]))
+    pairs = sorted((cut_pair(source, answer, window) for source, answer in pairs), key=lambda pair: len(pair[0]))
     for start in range(0, len(pairs), batch_size):
         sources, answers = zip(*pairs[start : start + batch_size], strict=True)
         ids = np.full((len(sources), max(map(len, sources))), start_id, dtype=np.int64)

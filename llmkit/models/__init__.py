@@ -4,8 +4,8 @@ A Config's `kind` is causal (a decoder), masked (an encoder) or seq2seq (both).
 
 Such a file holds Config, Model, from_hf and to_hf (our options <-> a config.json), FIXED (fields of a config.json that
 change the mathematics, and the one value that is built), DEFAULTS (what transformers takes where a file is silent),
-RESIDUAL (see `init_weights`), UNUSED (names in files that are not read), and, where files differ, on_disk and
-from_disk_name.
+RESIDUAL and init_stds (see `init_weights`), UNUSED (names in files that are not read), and, where files differ, on_disk
+and from_disk_name.
 """
 
 from __future__ import annotations
@@ -46,12 +46,18 @@ def shape_problems(config) -> list[tuple[str, str]]:
     if found:
         return found
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if config.hidden_size % heads and config.head_dim * heads != config.hidden_size:
+    if config.hidden_size % heads and config.head_dim == config.hidden_size // heads:
         found.append(("hidden_size", f"is {config.hidden_size}, which {heads} heads do not divide"))
     if heads % kv_heads:
         found.append(("num_key_value_heads", f"is {kv_heads}, which does not divide {heads} heads"))
     if config.head_dim % 2 and hasattr(config, "rope_theta"):
         found.append(("head_dim", f"is {config.head_dim}, but rotary positions turn pairs of channels"))
+    if getattr(config, "rope_theta", 2.0) <= 1.0:
+        found.append(("rope_theta", f"is {config.rope_theta}, but must be over 1"))
+    if (buckets := getattr(config, "relative_attention_num_buckets", 4)) < 4:
+        found.append(("relative_attention_num_buckets", f"is {buckets}, but must be at least 4"))
+    elif getattr(config, "relative_attention_max_distance", buckets) <= buckets // 2:
+        found.append(("relative_attention_max_distance", f"must be over half of {buckets} buckets"))
     if scaling := getattr(config, "rope_scaling", None):
         found += [("rope_scaling", problem)] if (problem := rope_problem(scaling)) else []
     if getattr(config, "num_decoder_layers", 0) > MAX_LAYERS:
@@ -78,5 +84,7 @@ def build_model(config, *, device: torch.device | str = "cpu", seed: int | None 
     model = model.to_empty(device=device)
     if seed is not None:
         generator = torch.Generator(device).manual_seed(seed)
-        init_weights(model, config.init, config.initializer_range, family.RESIDUAL, config.num_hidden_layers, generator)
+        own = family.init_stds(config) if hasattr(family, "init_stds") else {}
+        depth = config.num_hidden_layers
+        init_weights(model, config.init, config.initializer_range, family.RESIDUAL, depth, generator, own)
     return model

@@ -185,7 +185,9 @@ FIXED = {  # fields that change the mathematics, and the only value that is buil
     "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False,
     "tie_word_embeddings": True,
 }  # fmt: skip
-DEFAULTS = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "vocab_size": 30522}
+DEFAULTS = {
+    "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "vocab_size": 30522, "intermediate_size": 3072,
+}  # fmt: skip
 UNUSED = re.compile(
     r"bert\.pooler\..*|cls\.seq_relationship\..*|cls\.predictions\.decoder\..*|bert\.embeddings\.position_ids"
 )

@@ -27,7 +27,7 @@ HARMLESS = re.compile(
     r"|(bos|eos|pad|sep|unk|cls|mask)_token_id|return_dict\w*|output_\w+|id2label|label2id|num_labels|problem_type|is_decoder"
     r"|is_encoder_decoder|chunk_size_feed_forward|summary_\w+|task_specific_params|n_ctx|gradient_checkpointing"
     r"|is_llama_config|transformers\.js_config|tokenizer_class|prefix|torchscript|use_bfloat16|pruned_heads"
-    r"|finetuning_task|tie_encoder_decoder|auto_map|unsloth_\w+|classifier_dropout"
+    r"|finetuning_task|tie_encoder_decoder|auto_map|directionality|pooler_\w+|unsloth_\w+|classifier_dropout"
 )
 MAX_SHARD_BYTES = 5 * 10**9  # of a weight file, as transformers cuts them
 
@@ -57,8 +57,8 @@ def read_config(folder: Path):
     errors = [
         UserError(f"{name} with this {key} is not supported", at=path, got=value, expected=expected, code=MODEL)
         for key, value in options.items()
-        if key not in known and not HARMLESS.fullmatch(key)
-        and (expected := family.FIXED.get(key, "no such field")) != value
+        if (key in family.FIXED or (key not in known and not HARMLESS.fullmatch(key)))
+        and (expected := family.FIXED.get(key, "no such field")) != value and (value or expected)
     ]  # fmt: skip
     raise_all(errors)
     try:

@@ -142,7 +142,7 @@ FIXED = {  # fields that change the mathematics, and the only value that is buil
     "activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False, "add_cross_attention": False,
 }  # fmt: skip
-DEFAULTS: dict = {}  # transformers' defaults, where ours differ and a config.json may leave them out
+DEFAULTS = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}  # transformers', where files may be silent
 UNUSED = re.compile(r"(.*\.)?attn\.(masked_)?bias")  # constants that old files store
 
 

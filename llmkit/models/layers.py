@@ -147,8 +147,9 @@ def rope_problem(scaling: dict) -> str | None:
 
 @torch.no_grad()
 def init_weights(
-    model: nn.Module, scheme: str, std: float, residual: Iterable[str], depth: int, generator: torch.Generator
-) -> None:
+    model: nn.Module, scheme: str, std: float, residual: Iterable[str], depth: int, generator: torch.Generator,
+    own: dict[str, float],
+) -> None:  # fmt: skip
     """Fill every parameter of a fresh model; the one place where weights begin.
 
     scheme    normal  matrices ~ N(0, std^2) (GPT-2, Radford et al. 2019)
@@ -158,6 +159,7 @@ def init_weights(
               he      matrices ~ N(0, 2 / fan_in) (He et al. 2015, arXiv:1502.01852)
     residual  names of the matrices that write into the residual stream: scaled by 1 / sqrt(2 * depth), so that the
               stream's variance does not grow with depth (GPT-2; each block writes twice)
+    own       spreads that the family has instead in "normal" and "zero", by the matrices' names
     Embeddings are N(0, std^2) in every scheme, norms begin as 1, biases as 0.
     """
     for path, module in model.named_modules():
@@ -173,6 +175,8 @@ def init_weights(
                 fan_out, fan_in = parameter.shape[-2:]
                 spread = {"xavier": math.sqrt(2 / (fan_in + fan_out)), "he": math.sqrt(2 / fan_in)}
                 sigma = std if isinstance(module, nn.Embedding) else spread.get(scheme, std)
-                if name in residual:
+                if name in own and scheme not in spread:
+                    sigma = own[name]
+                elif name in residual:
                     sigma /= math.sqrt(2 * depth)
                 parameter.normal_(0.0, sigma, generator=generator)

@@ -25,4 +25,6 @@ class Config(llama.Shape):
 
 
 FIXED: dict = {}
-DEFAULTS = {"rms_norm_eps": 1e-6, "num_attention_heads": 32, "num_key_value_heads": 8}
+DEFAULTS = llama.DEFAULTS | {
+    "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131_072,
+}  # fmt: skip

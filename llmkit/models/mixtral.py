@@ -118,10 +118,7 @@ def balance_loss(balances: Tensor) -> Tensor:
 # ---- Hugging Face's folder ------------------------------------------------------------------------------------------
 
 FIXED = {"router_jitter_noise": 0.0}  # what changes the mathematics; only this value is built
-DEFAULTS = {
-    "rms_norm_eps": 1e-5, "num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": None,
-    "rope_theta": 1e6,
-}  # fmt: skip
+DEFAULTS = mistral.DEFAULTS | {"rms_norm_eps": 1e-5, "rope_theta": 1e6}
 
 
 def on_disk(name: str, tensor: Tensor) -> dict[str, Tensor]:

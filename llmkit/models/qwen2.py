@@ -34,21 +34,17 @@ class Config(Shape):
 
 
 FIXED: dict = {}
-DEFAULTS = {"rms_norm_eps": 1e-6, "num_attention_heads": 32, "num_key_value_heads": 32}
+DEFAULTS = llama.DEFAULTS | {"intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768}
 
 
 def from_hf(hf: dict) -> dict:
     """Our options from a config.json; `layer_types` says again what the window's other fields say."""
     options = llama.from_hf(hf)
     kinds = options.pop("layer_types", None)
-    if isinstance(kinds, list) and "sliding_attention" in kinds:
-        first = kinds.index("sliding_attention")
-        plain = ["full_attention"] * first + ["sliding_attention"] * (len(kinds) - first)
-        options |= (
-            {"max_window_layers": first, "use_sliding_window": True} if kinds == plain else {"layer_types": kinds}
-        )
-    elif isinstance(kinds, list) and set(kinds) == {"full_attention"}:
-        options["use_sliding_window"] = False
-    elif kinds:
-        options["layer_types"] = kinds
-    return options
+    if kinds is None:
+        return options
+    full = kinds.count("full_attention") if isinstance(kinds, list) else 0
+    layers = options.get("num_hidden_layers", DEFAULTS["num_hidden_layers"])
+    if full > layers or kinds != ["full_attention"] * full + ["sliding_attention"] * (layers - full):
+        return options | {"layer_types": kinds}  # refused with the rest
+    return options | {"max_window_layers": full}

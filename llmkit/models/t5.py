@@ -26,6 +26,7 @@ class Config:
     model_type: ClassVar[str] = "t5"
     architecture: ClassVar[str] = "T5ForConditionalGeneration"
     kind: ClassVar[str] = "seq2seq"
+    initializer_range: ClassVar[float] = 0.02  # of what `init_stds` does not name
 
     vocab_size: int | None = None  # None: the tokenizer's
     hidden_size: int = 512
@@ -42,7 +43,6 @@ class Config:
     tie_word_embeddings: bool = True
     dropout_rate: float = 0.0
     decoder_start_token_id: int = 0  # also what pads
-    initializer_range: float = 0.02
     init: Literal["normal", "zero", "xavier", "he"] = "normal"
 
     def __post_init__(self):
@@ -65,6 +65,19 @@ class Config:
     def windows(self) -> list[None]:
         """Of the decoder's layers."""
         return [None] * self.num_decoder_layers
+
+
+def init_stds(config: Config) -> dict[str, float]:
+    """How T5 begins: each matrix by the width of what it reads, queries smaller, as their scores are not scaled.
+
+    The spreads of Raffel et al.'s code, as transformers has them; an untied head as other matrices.
+    """
+    width, inner = config.hidden_size**-0.5, config.intermediate_size**-0.5
+    return {
+        "shared": 1.0, "q": width * config.head_dim**-0.5, "k": width, "v": width,
+        "o": (config.num_attention_heads * config.head_dim) ** -0.5, "relative_attention_bias": width,
+        "wi": width, "wi_0": width, "wi_1": width, "wo": inner, "lm_head": width,
+    }  # fmt: skip
 
 
 class Context(NamedTuple):

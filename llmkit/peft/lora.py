@@ -139,6 +139,7 @@ def merge(model: nn.Module) -> None:
 
 # ---- PEFT's adapter folder ------------------------------------------------------------------------------------------
 
+TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "masked": None}  # PEFT's names for kinds of models
 PREFIX, ROWS = "base_model.model.", "token_adapter.trainable_tokens_delta"
 # Fields of an adapter_config.json that would change what the adapter does, and the only values that are built here.
 PLAIN = {
@@ -157,7 +158,7 @@ def save_adapter(model: nn.Module, folder: Path, *, base: str, base_sha256: str)
     options = model.lora
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": TASKS[model.config.kind],
         "base_model_name_or_path": base,
         "r": options["r"],
         "lora_alpha": options["alpha"],
