@@ -75,9 +75,7 @@ def sample(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]
 # ---- running the model ----------------------------------------------------------------------------------------------
 
 
-def prefill(
-    model: nn.Module, prompts: list[list[int]], capacity: int, dtype: torch.dtype, spare: int = 0
-) -> tuple[KVCache, Tensor]:
+def prefill(model: nn.Module, prompts: list[list[int]], capacity: int, dtype: torch.dtype) -> tuple[KVCache, Tensor]:
     """Read the prompts: a cache with room for `capacity` tokens in all, and logits (B, V) of the next token.
 
     Prompts of different lengths begin in different columns and end in the same one; an encoder reads them apart from
@@ -87,7 +85,7 @@ def prefill(
     pads = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     cache = KVCache(
         config.windows, len(prompts), config.num_key_value_heads, capacity, config.head_dim, device=device, dtype=dtype,
-        starts=pads if pads.any() and config.kind == "causal" else None, spare=spare,
+        starts=pads if pads.any() and config.kind == "causal" else None,
     )  # fmt: skip
     if config.kind == "causal":
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)

@@ -1,9 +1,13 @@
 """Config errors name the key, the file and the line, all at once; YAML means what people mean."""
 
+from pathlib import Path
+
 import pytest
 
 from llmkit.config import load_config
 from llmkit.errors import UserError
+from llmkit.job import plan_config
+from llmkit.models import FAMILIES
 from llmkit.schema import Config
 from llmkit.yamlfile import merge, parse_yaml, set_override
 
@@ -124,3 +128,27 @@ def test_merge_replaces_choices_and_lengths():
     assert merge(base, {"optimizer": {"name": "muon"}})["optimizer"] == {"name": "muon"}
     assert merge(base, {"train": {"max_steps": 7}})["train"] == {"compile": False, "max_steps": 7}
     assert set_override({}, {}, "a.b=1") == {"a": {"b": 1}}
+
+
+# ---- the shipped ones -----------------------------------------------------------------------------------------------
+
+PUBLISHED = {  # a config -> the parameters of the model that it is named after
+    "gpt2-124m": 124_439_808, "llama-1b": 1_235_814_400, "mistral-7b": 7_241_732_096, "qwen2.5-0.5b": 494_032_768,
+    "qwen3-0.6b": 596_049_920, "gemma-2b": 2_506_172_416, "falcon-7b": 6_921_720_704, "mixtral-8x7b": 46_702_792_704,
+    "bert-base": 109_514_298, "t5-base": 222_903_552,
+}  # fmt: skip
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_size_is_priced(name):
+    figures = plan_config(load_config(CONFIGS / f"{name}.yaml"))
+    assert figures["parameters"] == PUBLISHED[name] and figures["peak_memory"] > 0 and figures["seconds"] > 0
+
+
+def test_every_family_has_a_tiny_config_and_a_published_one():
+    configs = [load_config(path) for path in CONFIGS.glob("*.yaml") if "lora" not in path.stem]
+    families = {name: [c for c in configs if c.model and c.model.name == name] for name in FAMILIES}
+    for name, found in families.items():
+        assert any(c.run_dir == f"runs/tiny-{name}" for c in found), name
+        assert any(c.run_dir.removeprefix("runs/") in PUBLISHED for c in found), name

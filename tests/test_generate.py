@@ -211,21 +211,6 @@ def test_a_cache_of_one_shape_gives_the_same_logits(config, prompt):
     equal(torch.cat(found, dim=1), uncached(model))
 
 
-@each_decoder
-@pytest.mark.parametrize("back", [1, 4])
-@torch.no_grad()
-def test_tokens_that_are_taken_back_leave_no_trace(config, back):
-    model = made(config)
-    cache = cache_for(model, spare=4)
-    model(WRITTEN[:, :13], cache=cache)
-    wrong = (WRITTEN + 1) % 61
-    for begin in (13, 16, 20):
-        model(wrong[:, begin : begin + back], cache=cache)
-        cache.length = begin
-        end = {13: 16, 16: 20, 20: 24}[begin]
-        equal(model(WRITTEN[:, begin:end], cache=cache), uncached(model)[:, begin:end])
-
-
 def test_a_layer_with_a_window_keeps_no_more_than_the_window():
     cache = KVCache(OURS["qwen2"].windows, 1, 2, 32, 8)
     assert [layer.keys.shape[2] for layer in cache.layers] == [32, 5, 5]

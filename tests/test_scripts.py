@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import sentences, tiny_config
 
 from llmkit.corpus.build import build_corpus
@@ -86,3 +87,13 @@ def test_the_data_benchmark_measures_and_names_a_peer_that_is_missing(tmp_path):
     assert rows["chain"]["MB per CPU-second"]["llmkit"] > 0 and rows["chain"]["kept"]["llmkit"] > 0
     assert "datatrove" in rows["chain"]["errors"]["datatrove"] or rows["chain"]["ratio"] > 1
     assert rows["dedup"]["recall above .8"] > 0.9 and rows["dedup"]["precision at .5"] > 0.9
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_writing_compares_equal_texts():
+    options = ["--layers", "1", "--prompt", "4", "--new", "3", "--rounds", "1", "--peers", "plain"]
+    command = [sys.executable, str(ROOT / "scripts/bench_generate.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("| llmkit", "| transformers"))]
+    assert len(rows) == 3 and all(row.endswith("| 3 of 3 |") for row in rows), done.stdout

@@ -63,7 +63,6 @@ class KVCache:
     capacity  tokens that may be read in all
     starts    (B,) column at which each row begins: prompts of different lengths end in the same column, and what
               stands before them is never seen; None: all rows begin at 0
-    spare     tokens that may be taken back again: so many more slots for layers with a window
 
     >>> cache = KVCache([None, 4], batch=1, kv_heads=1, capacity=32, head_dim=8)
     >>> [layer.slots for layer in cache.layers]
@@ -72,14 +71,14 @@ class KVCache:
 
     def __init__(
         self, windows: Sequence[Window], batch: int, kv_heads: int, capacity: int, head_dim: int, *, device="cpu",
-        dtype: torch.dtype = torch.float32, starts: Tensor | None = None, spare: int = 0,
+        dtype: torch.dtype = torch.float32, starts: Tensor | None = None,
     ):  # fmt: skip
         self.windows, self.capacity, self.starts, self.device = windows, capacity, starts, torch.device(device)
         self.fixed = False  # one token at a time and all slots attended: what compiled blocks need
         self.length = 0  # columns in the cache
         self.encoded: Tensor | None = None  # what an encoder read, and which of it may be seen: for T5
         self.seen: Tensor | None = None
-        slots = [capacity if window is None else min(capacity, window + spare) for window in windows]
+        slots = [capacity if window is None else min(capacity, window) for window in windows]
         self.layers = [LayerCache((batch, kv_heads, n, head_dim), self.device, dtype) for n in slots]
 
     def begin(self, new: int) -> tuple[Tensor, Masks]:
