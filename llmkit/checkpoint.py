@@ -278,6 +278,11 @@ def load(
     """The model and its tokenizer, an adapter's base included; `merge` folds the adapter in, in fp32."""
     tokenizer = load_tokenizer(located.folder)
     if not located.is_adapter:
+        if len(tokenizer) > (size := read_config(located.folder).vocab_size):
+            raise UserError(
+                "the tokenizer has more tokens than the model", at=located.folder, got=len(tokenizer), expected=size,
+                code=MODEL,
+            )  # fmt: skip
         return load_model(located.folder, device=device, dtype=dtype), tokenizer
     base = located.base
     expected = lora.base_sha256(located.folder)

@@ -17,7 +17,7 @@ from llmkit.models.layers import RowLinear
 CONTEXT = 8  # tokens of a prompt that may decide whether the next one begins with a space
 PATIENCE = 16  # tokens after which bytes that are no character yet never will be
 GREEDY_BELOW = 1e-5  # a temperature at which another token is never drawn, and the division would overflow
-FIXED_CAPACITY = 512  # slots of a compiled model's cache, or twice, four times as many: a new number compiles anew
+FIXED_CAPACITIES = [512 * 4**k for k in range(12)]  # slots of a compiled model's cache: few, for each compiles anew
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ def sample(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]
     """One token a row of logits (B, V), each row with a generator of its own."""
     if sampling.temperature < GREEDY_BELOW:
         return logits.argmax(-1).tolist()
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not finite", fix="use another --precision", code=MODEL)
     tokens, probs = logits_to_probs(logits, sampling)
     rows = enumerate(zip(probs, generators, strict=True))
     return [int(tokens[b, torch.multinomial(row, 1, generator=generator)]) for b, (row, generator) in rows]
@@ -85,7 +87,7 @@ def prefill(model: nn.Module, prompts: list[list[int]], capacity: int, dtype: to
     pads = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     cache = KVCache(
         config.windows, len(prompts), config.num_key_value_heads, capacity, config.head_dim, device=device, dtype=dtype,
-        starts=pads if pads.any() and config.kind == "causal" else None,
+        starts=pads if pads.any() and config.kind == "causal" else None, longest=config.max_position_embeddings,
     )  # fmt: skip
     if config.kind == "causal":
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -104,15 +106,16 @@ def decode_one_token(model: nn.Module, tokens: list[int], cache: KVCache) -> Ten
     return model(ids, cache=cache, logits_to_keep=1)[:, -1]
 
 
-def room_for(model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> int:
-    """Columns that the prompts and the new tokens take; a UserError for a prompt that leaves none to write at."""
+def room_for(model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
+    """How many tokens may be written after each prompt; a UserError for one that leaves no position to write at."""
     longest, limit = max(map(len, prompts)), model.config.max_position_embeddings
     if longest >= limit:
         raise UserError(
             "the prompt fills all of the model's positions", got=f"{longest} tokens", expected=f"at most {limit - 1}",
             fix="shorten it", code=DATA,
         )  # fmt: skip
-    return min(limit, (longest if model.config.kind == "causal" else 1) + max_new_tokens)
+    taken = [len(prompt) if model.config.kind == "causal" else 1 for prompt in prompts]
+    return [min(max_new_tokens, limit - read + 1) for read in taken]  # the last one is written, but not read
 
 
 @torch.no_grad()
@@ -128,8 +131,8 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """The next token of every prompt, again and again; None for a row that has ended.
 
-    A row ends at a stop token, which is not given out; all end after max_new_tokens, or where the positions end. Row b
-    draws with seed + b, so that it is the same text alone or beside others; the global RNG is not touched.
+    A row ends at a stop token, which is not given out, after max_new_tokens, or where its positions end. Row b draws
+    with seed + b, and is the same text alone, with that seed, or beside others; the global RNG is not touched.
 
     compiled  the model's blocks were compiled by `compile_decoding`
 
@@ -138,10 +141,12 @@ def generate(
     """
     if model.config.kind == "masked":
         raise UserError(f"{model.config.model_type} reads in both directions, and writes no text", code=MODEL)
-    columns = room_for(model, prompts, max_new_tokens)
-    capacity = FIXED_CAPACITY if compiled else columns
-    while capacity < columns:
-        capacity *= 2
+    rooms = room_for(model, prompts, max_new_tokens)
+    read = max(map(len, prompts)) if model.config.kind == "causal" else 1
+    capacity = read + max(rooms) - 1
+    compiled = compiled and len(prompts) == 1 and model.config.kind == "causal"  # each other shape compiles anew
+    if compiled:
+        capacity = next(n for n in FIXED_CAPACITIES if n >= capacity)
     training, first = model.training, next(model.parameters())
     model.eval()
     device = first.device.type
@@ -151,20 +156,22 @@ def generate(
     if sampling.repetition_penalty != 1.0:
         seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=first.device)
         for row, prompt in zip(seen, prompts, strict=True):
-            row[prompt] = True
+            row[prompt if model.config.kind == "causal" else []] = True
     ended = [False] * len(prompts)
     try:
         with eager():
             cache, logits = prefill(model, prompts, capacity, dtype)
         cache.fixed = compiled
-        for _ in range(max_new_tokens):
+        for step in range(max(rooms)):
             logits = logits if seen is None else penalize(logits, seen, sampling.repetition_penalty)
             tokens = sample(logits, sampling, generators)
-            ended = [done or token in stop for done, token in zip(ended, tokens, strict=True)]
+            over = (done or token in stop or step >= room
+                    for done, token, room in zip(ended, tokens, rooms, strict=True))  # fmt: skip
+            ended = list(over)
             if all(ended):
                 break
             yield [None if done else token for done, token in zip(ended, tokens, strict=True)]
-            if cache.length == columns:
+            if step + 1 == max(rooms):
                 break
             if seen is not None:
                 seen[range(len(tokens)), tokens] = True
@@ -210,7 +217,10 @@ def text_pieces(
         if found:
             held = held[: min(found)]
             break
-        waits = max((n for word in stop for n in range(1, len(word)) if held.endswith(word[:n])), default=0)
+        longest = len(held) + 1
+        waits = max(
+            (n for word in stop for n in range(1, min(len(word), longest)) if held.endswith(word[:n])), default=0
+        )
         ready, held = held[: len(held) - waits], held[len(held) - waits :]
         if ready:
             yield ready

@@ -268,7 +268,7 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
         data.tokenizer, config.seed, getattr(model_config, "decoder_start_token_id", 0), **options["objective"]
     )
     precision = choose_precision(train.precision, world.device)
-    planned = plan_options(config, options, model_config, precision, world.device)
+    planned = plan_options(config, options, model_config, precision, world.device, len(new_tokens))
     micro, rows = config.train.micro_batch_size, train.global_batch_size // world.size
     if micro != "auto" and rows % micro:
         raise UserError(
@@ -392,7 +392,7 @@ def read_model_config(config: Config, options: dict[str, dict[str, Any]]) -> Any
 
 
 def plan_options(
-    config: Config, options: dict, model_config: Any, precision: str, device: torch.device
+    config: Config, options: dict, model_config: Any, precision: str, device: torch.device, new_rows: int = 0
 ) -> dict[str, Any]:
     """What `plan.make_plan` needs besides the micro-batch."""
     seq_len = config.data.seq_len
@@ -401,9 +401,13 @@ def plan_options(
         noise, spans = span_lengths(seq_len, **options["objective"])
         lengths = Lengths(seq_len - noise + spans + 1, noise + spans + 1)
     return {
-        "peft": {"name": config.peft.name, **options["peft"], "new_tokens": False} if config.peft else None,
+        "peft": {"name": config.peft.name, **options["peft"], "new_tokens": bool(new_rows)} if config.peft else None,
+        "new_rows": new_rows,
         "lengths": lengths, "seq_len": seq_len, "precision": precision, "optimizer": config.optimizer.name,
-        "checkpointed": checkpointed_blocks(config.train.gradient_checkpointing, model_config.num_hidden_layers),
+        "checkpointed": checkpointed_blocks(
+            config.train.gradient_checkpointing,
+            model_config.num_hidden_layers + getattr(model_config, "num_decoder_layers", 0),
+        ),
         "compiled": config.train.compile is not False, "device": device.type,
     }  # fmt: skip
 

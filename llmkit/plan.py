@@ -150,18 +150,21 @@ def memory(
 
 
 def make_plan(
-    config: Any, *, seq_len: int, lengths: Lengths | None = None, peft: dict[str, Any] | None = None, **options: Any
-) -> Plan:
+    config: Any, *, seq_len: int, lengths: Lengths | None = None, peft: dict[str, Any] | None = None, new_rows: int = 0,
+    **options: Any,
+) -> Plan:  # fmt: skip
     """Plan a run of a model's Config; see `memory` for the options.
 
     seq_len  tokens of a row; FLOPs are given for one of them
-    lengths  what an encoder and a decoder make of such a row
+    lengths   what an encoder and a decoder make of such a row
+    new_rows  of the embedding that an adapter trains
 
     >>> from llmkit.models import gpt2
     >>> make_plan(gpt2.Config(vocab_size=50257), seq_len=1024, micro_batch_size=8, precision="bf16").total
     124439808
     """
     model = build_model(config, device="meta", seed=None)
+    model.new_tokens = list(range(new_rows))
     if peft:
         METHODS[peft["name"]](model, **{key: value for key, value in peft.items() if key != "name"})
     parts, lengths = parameters_by_part(model), lengths or Lengths(seq_len)

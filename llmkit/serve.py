@@ -50,7 +50,7 @@ class Limits:
 # ---- requests -------------------------------------------------------------------------------------------------------
 
 
-Stop = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class Asked(BaseModel):
@@ -70,7 +70,7 @@ class Asked(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1)] = 0  # 0 and -1: all
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     presence_penalty: Literal[0] | Literal[0.0] = 0
     frequency_penalty: Literal[0] | Literal[0.0] = 0
     user: str | None = None  # who asks: nothing depends on it
@@ -150,6 +150,10 @@ class Server:
         self.running = 0
         self.started = int(time.time())
 
+    async def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What takes time is done in the one thread that draws tokens, so that the server goes on listening."""
+        return await asyncio.get_running_loop().run_in_executor(self.thread, function, *args)
+
     def warm_up(self) -> None:
         """Draw a few tokens, so that the first request does not wait for a compiler."""
         options = {"sampling": Sampling(temperature=0), "max_new_tokens": 3}
@@ -170,6 +174,7 @@ class Server:
                 Refused: lambda request, error: error.response(),
                 UserError: lambda request, error: Refused(400, str(error.what)).response(),
                 ClientDisconnect: lambda request, error: Response(status_code=499),  # nobody reads it
+                Exception: lambda request, error: Refused(500, f"{type(error).__name__}: {error}").response(),
                 HTTPException: lambda request, error: Refused(error.status_code, error.detail).response(),
             },
         )  # fmt: skip
@@ -185,7 +190,7 @@ class Server:
     async def completions(self, request: Request) -> Response:
         asked = await read_request(request, Completion, self.limits)
         prompts = [asked.prompt] if isinstance(asked.prompt, str) or is_ids(asked.prompt) else asked.prompt
-        ids = [self.writer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        ids = [await self.run(self.writer.encode, one) if isinstance(one, str) else one for one in prompts]
         self.check(asked, ids, asked.max_tokens)
         before = [self.writer.tokenizer.decode(prompt) if isinstance(prompt, list) else prompt for prompt in prompts]
         return await self.answer(request, asked, ids, asked.max_tokens, before=before if asked.echo else None)
@@ -199,7 +204,7 @@ class Server:
             parts = [message.content] if isinstance(message.content, str) else [part.text for part in message.content]
             role = "system" if message.role == "developer" else message.role
             messages.append({"role": role, "content": "".join(parts)})
-        ids = self.writer.encode_chat(messages)
+        ids = await self.run(self.writer.encode_chat, messages)
         room = max(1, min(self.limits.new_tokens, self.writer.longest - len(ids)))
         tokens = asked.max_tokens or asked.max_completion_tokens or room
         self.check(asked, [ids], tokens)
@@ -259,19 +264,19 @@ class Server:
         if self.running >= self.limits.at_once:
             raise Refused(429, f"{self.running} requests are being answered", code="rate_limit_exceeded")
         self.running += 1
-        loop, texts = asyncio.get_running_loop(), []
+        texts: list[Text] = []
         try:
-            texts = await loop.run_in_executor(self.thread, lambda: self.writer.write(rows, **options))
+            texts = await self.run(lambda: self.writer.write(rows, **options))
             yield texts
             for number, text in enumerate(texts):
                 piece: str | None = before[number] if before else ""
                 while piece is not None:
                     yield number, piece
-                    piece = await loop.run_in_executor(self.thread, next, text.pieces, None)
+                    piece = await self.run(next, text.pieces, None)
         finally:
             self.running -= 1
             for text in texts:
-                loop.run_in_executor(self.thread, text.pieces.close)
+                self.thread.submit(text.pieces.close)
 
 
 def is_ids(prompt: Any) -> bool:
@@ -320,6 +325,8 @@ class Frame:
             if with_usage:
                 yield self.chunk([], usage=self.usage(texts))
             yield event("[DONE]")
+        except UserError as error:  # in mid-answer: the status is sent already
+            yield event(json.dumps({"error": {"message": str(error.what), "type": "server_error"}}))
         finally:
             await pieces.aclose()
 

@@ -93,9 +93,7 @@ def open_sft(config: Config, world: World, base: Path, start_id: int | None = No
     start_id  what a decoder reads first, where an encoder reads the prompts; None: the model is a decoder alone
     """
     tokenizer = load_tokenizer(base)
-    tokenizer.rust.add_special_tokens(
-        [token for token in config.data.special_tokens if token not in tokenizer.specials]
-    )
+    tokenizer.add_specials(config.data.special_tokens)
     if config.data.chat_template:  # it goes into every checkpoint: what answers must be what was trained
         try:
             tokenizer.chat_template = Path(config.data.chat_template).read_text(encoding="utf-8")

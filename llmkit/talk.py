@@ -12,7 +12,7 @@ from llmkit import checkpoint
 from llmkit.data.chat import default_template, encode_marked, guard, render
 from llmkit.data.tokenizer import Tokenizer
 from llmkit.errors import DATA, ENVIRONMENT, MODEL, UserError
-from llmkit.generate import Sampling, compile_decoding, generate, text_pieces
+from llmkit.generate import Sampling, compile_decoding, generate, room_for, text_pieces
 from llmkit.parallel import DTYPES, choose_precision, start_world, why_eager
 
 # Compiling took 8 s on two cores (3 s when the compiler's cache knows the shapes), and then a token of a model of B
@@ -61,7 +61,7 @@ class Writer:
             text = render(self.tokenizer, default_template(self.tokenizer), safe, prompt=True)
         except ValueError as error:
             raise UserError(f"the chat template can't express this conversation: {error}", code=DATA) from None
-        return encode_marked(self.tokenizer, text)
+        return encode_marked(self.tokenizer, text) + ([] if self.continues else [self.tokenizer.eos_id])
 
     def encode_recent(self, messages: list[dict[str, str]], room: int) -> tuple[list[int], int]:
         """`encode_chat` of as much as leaves `room` tokens for an answer, or half of all; and how many are left out.
@@ -92,10 +92,9 @@ class Writer:
             compiled=self.compiled,
         )  # fmt: skip
         drawn = [row_of(number, some) for number, some in enumerate(itertools.tee(steps, len(prompts)))]
-        longest = max(map(len, prompts)) if self.continues else 1
-        room = min(max_new_tokens, self.longest - longest + 1)  # the last one is written, but not read
         texts = [Text() for _ in prompts]
-        for text, prompt, tokens in zip(texts, prompts, drawn, strict=True):
+        rooms = room_for(self.model, prompts, max_new_tokens)
+        for text, prompt, tokens, room in zip(texts, prompts, drawn, rooms, strict=True):
             text.pieces = self.pieces(text, prompt if self.continues else [], tokens, room, stop)
         return texts
 

@@ -152,7 +152,7 @@ def take_steps(job: Job, run: Run | None, header: dict[str, str], say: Callable[
                 with autocast(device, job.precision):
                     loss, metrics = job.objective.loss(model, to_device(micro, device))
                 (loss * (scale / targets)).backward()
-                progress.tensors["interval_loss"] += loss.detach()
+                progress.tensors["interval_loss"] += loss.detach() - metrics.pop("added", 0.0)
             world.sum_gradients(trained)
             norm, found_inf = clip(trained, config.train.max_grad_norm, scale)
             for optimizer in optimizers:

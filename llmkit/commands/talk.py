@@ -15,7 +15,7 @@ Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest t
 TopK = Annotated[int, typer.Option(min=0, help="Only the k likeliest tokens; 0: all.")]
 TopP = Annotated[float, typer.Option(min=0, max=1, help="Only the likeliest that reach this probability.")]
 MinP = Annotated[float, typer.Option(min=0, max=1, help="Only tokens with this share of the likeliest's.")]
-Penalty = Annotated[float, typer.Option(min=0.01, help="Over 1: tokens that were there become less likely.")]
+Penalty = Annotated[float, typer.Option(min=0.01, max=100, help="Over 1: tokens that were there become less likely.")]
 Stop = Annotated[list[str], typer.Option("--stop", help="A text that ends the answer; may be given again.")]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")]
 Precision = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
@@ -88,7 +88,8 @@ def chat(
     precision: Precision = "auto",
 ) -> None:
     """Talk with a model: a line is a message, /new begins again, Ctrl-D ends."""
-    from llmkit.generate import Sampling
+    from llmkit.errors import UserError
+    from llmkit.generate import Sampling, room_for
     from llmkit.talk import open_writer
 
     sampling = Sampling(temperature, top_k or None, top_p, min_p, repetition_penalty)
@@ -107,7 +108,13 @@ def chat(
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})
-        ids, dropped = writer.encode_recent(messages, max_new_tokens)
+        try:
+            ids, dropped = writer.encode_recent(messages, max_new_tokens)
+            room_for(writer.model, [ids], max_new_tokens)
+        except UserError as error:  # the conversation goes on without this message
+            to_stderr(str(error))
+            messages.pop()
+            continue
         if dropped:
             to_stderr(f"({dropped} old messages no longer fit the model's {writer.longest} positions)")
         answer = ""

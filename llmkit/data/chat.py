@@ -128,7 +128,7 @@ def render(tokenizer: Tokenizer, template: str, messages: list[dict[str, str]], 
             eos_token=tokenizer.eos,
             tools=None,
         )
-    except (TemplateError, SecurityError, TypeError, OverflowError) as error:
+    except (TemplateError, SecurityError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
         raise ValueError(f"the chat template fails: {error}") from None
     if len(text) > MAX_RENDERED:
         raise ValueError("the chat template wrote over 10 million characters")

@@ -82,6 +82,12 @@ class Tokenizer:
         """The token that ends a turn in ChatML, else the end of text."""
         return self.specials.get(CHAT_END, self.eos_id)
 
+    def add_specials(self, tokens: list[str]) -> None:
+        """More control tokens, at the end of the vocabulary."""
+        self.rust.add_special_tokens([token for token in tokens if token not in self.specials])
+        for known in ("specials", "size", "sha256", "prefix", "fast", "token_bytes"):
+            self.__dict__.pop(known, None)
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: a control token spelt out in it stays text."""
         self.rust.encode_special_tokens = True
@@ -243,7 +249,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
                 if not isinstance(says, dict):
                     raise ValueError("not an object")
                 beside |= says
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{name} can't be read: {error}", at=file, code=MODEL) from None
     try:
         is_json = path.suffix == ".json" and path.name not in ("vocab.json", "encoder.json")

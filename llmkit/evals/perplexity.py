@@ -163,6 +163,10 @@ def measure(
             model, batches, device=device, token_bytes=tokenizer.token_bytes if kind == "causal" else None,
             micro_batch_size=batch_size,
         )  # fmt: skip
+    if not result["val_tokens"]:
+        raise UserError(
+            "the text is too short to measure on", got=what, fix="name more, or a smaller window", code=DATA
+        )
     names = {"val_loss": "loss", "val_perplexity": "perplexity", "val_tokens": "tokens"}
     figures = {names.get(key, key): value for key, value in result.items()}
     return {"model": str(located.folder), "data": what, **figures, "window": window, "stride": stride,
@@ -224,7 +228,8 @@ def mended(
     tokens: np.ndarray, model_config: Any, tokenizer: Tokenizer, window: int, batch_size: int, objective: dict | None
 ) -> Iterator[Batch]:
     """Rows of `window` tokens, corrupted as in training; the same ones every time. What is left over is not read."""
-    choice = dict(objective or {"name": FITTING[model_config.kind, "corpus"]})
+    fitting = FITTING[model_config.kind, "corpus"]
+    choice = dict(objective) if objective and objective["name"] == fitting else {"name": fitting}
     start_id = getattr(model_config, "decoder_start_token_id", 0)
     corrupt = OBJECTIVES[choice.pop("name")](tokenizer, 0, start_id, **choice).corrupt
     rows = tokens[: len(tokens) // window * window].reshape(-1, window).astype(np.int64)

@@ -58,6 +58,8 @@ def shape_problems(config) -> list[tuple[str, str]]:
         found.append(("relative_attention_num_buckets", f"is {buckets}, but must be at least 4"))
     elif getattr(config, "relative_attention_max_distance", buckets) <= buckets // 2:
         found.append(("relative_attention_max_distance", f"must be over half of {buckets} buckets"))
+    if config.vocab_size is not None and getattr(config, "decoder_start_token_id", 0) >= config.vocab_size:
+        found.append(("decoder_start_token_id", f"is {config.decoder_start_token_id}, no id of {config.vocab_size}"))
     if scaling := getattr(config, "rope_scaling", None):
         found += [("rope_scaling", problem)] if (problem := rope_problem(scaling)) else []
     if getattr(config, "num_decoder_layers", 0) > MAX_LAYERS:

@@ -29,6 +29,7 @@ class LayerCache:
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v (B, kv heads, T, D); returns all keys and values that a query may still see."""
+        k, v = k.to(self.keys.dtype), v.to(self.values.dtype)
         if self.at is not None:
             return self.keys.index_copy_(2, self.at, k), self.values.index_copy_(2, self.at, v)
         new, end = k.shape[2], self.length + k.shape[2]
@@ -60,9 +61,10 @@ class KVCache:
     A layer with a window keeps the last `window` tokens only: the newest takes the slot of the oldest.
 
     windows   of the layers
-    capacity  tokens that may be read in all
+    capacity  columns that may be read in all
     starts    (B,) column at which each row begins: prompts of different lengths end in the same column, and what
               stands before them is never seen; None: all rows begin at 0
+    longest   positions that the model has: rows that are over may be read beyond them, to no end
 
     >>> cache = KVCache([None, 4], batch=1, kv_heads=1, capacity=32, head_dim=8)
     >>> [layer.slots for layer in cache.layers]
@@ -71,9 +73,10 @@ class KVCache:
 
     def __init__(
         self, windows: Sequence[Window], batch: int, kv_heads: int, capacity: int, head_dim: int, *, device="cpu",
-        dtype: torch.dtype = torch.float32, starts: Tensor | None = None,
+        dtype: torch.dtype = torch.float32, starts: Tensor | None = None, longest: int | None = None,
     ):  # fmt: skip
-        self.windows, self.capacity, self.starts, self.device = windows, capacity, starts, torch.device(device)
+        self.windows, self.starts, self.device = windows, starts, torch.device(device)
+        self.longest = longest or capacity
         self.fixed = False  # one token at a time and all slots attended: what compiled blocks need
         self.length = 0  # columns in the cache
         self.encoded: Tensor | None = None  # what an encoder read, and which of it may be seen: for T5
@@ -83,12 +86,14 @@ class KVCache:
 
     def begin(self, new: int) -> tuple[Tensor, Masks]:
         """Make ready for `new` tokens: their positions, (T,) or (B, T), and what they may see."""
+        places = {
+            n: torch.tensor([self.length % n], device=self.device) for n in {layer.slots for layer in self.layers}
+        }
         for layer in self.layers:
             in_place = self.fixed or (new == 1 and self.length >= layer.slots)
-            layer.length = self.length
-            layer.at = torch.tensor([self.length % layer.slots], device=self.device) if in_place else None
+            layer.length, layer.at = self.length, places[layer.slots] if in_place else None
         columns = torch.arange(self.length, self.length + new, device=self.device)
-        positions = columns if self.starts is None else (columns - self.starts[:, None]).clamp(min=0)
+        positions = columns if self.starts is None else (columns - self.starts[:, None]).clamp(0, self.longest - 1)
         first = dict(zip(reversed(self.windows), reversed(self.layers), strict=True))
         return positions, {window: self.mask(window, layer, columns) for window, layer in first.items()}
 

@@ -43,7 +43,7 @@ def read_config(folder: Path):
             raise ValueError("not an object")
     except FileNotFoundError:
         raise UserError(f"{folder} is not a model: it has no config.json", at=folder, code=MODEL) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"config.json can't be read: {error}", at=path, code=MODEL) from None
     name = hf.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
@@ -83,7 +83,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"the weight index can't be read: {error}", at=index, code=MODEL) from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from llmkit.models.attention import Window, attend
@@ -151,7 +152,8 @@ class Model(CausalLM):
         config = self.config
         rope = rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         x = self.wte(input_ids)
-        return x if config.embed_scale == 1.0 else x * config.embed_scale, rope
+        scale = torch.tensor(config.embed_scale, dtype=x.dtype)  # rounded as transformers rounds it
+        return x if config.embed_scale == 1.0 else x * scale, rope
 
 
 # ---- Hugging Face's config.json -------------------------------------------------------------------------------------
@@ -168,10 +170,10 @@ def from_hf(hf: dict) -> dict:
     """Our options from a config.json: transformers 5 moved the rotary base and its scaling into `rope_parameters`."""
     hf = dict(hf)
     scaling, rope = hf.pop("rope_scaling", None), hf.pop("rope_parameters", None)
-    rope = scaling or rope
-    if not isinstance(rope, dict):
-        return hf | ({"rope_scaling": rope} if rope else {})  # what it should not be is refused with the rest
-    rope = dict(rope)
+    odd = [part for part in (scaling, rope) if part and not isinstance(part, dict)]
+    if odd or not (scaling or rope):
+        return hf | ({"rope_scaling": odd[0]} if odd else {})  # what it should not be is refused with the rest
+    rope = dict(scaling or rope)  # of both the older one counts, as in transformers
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     if "rope_theta" in rope:

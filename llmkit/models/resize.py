@@ -10,14 +10,15 @@ from llmkit.models.layers import tables
 
 @torch.no_grad()
 def resize_embeddings(model: nn.Module, size: int, sources: dict[int, list[int]]) -> None:
-    """Give the embedding, and the head where it is another matrix, `size` rows; those that are there stay.
+    """Give the embedding, and the head where it is another matrix, at least `size` rows.
 
-    sources  new id -> the ids that spelt it so far: its rows begin as the mean of theirs, or of all where there are
-             none. A row at the mean keeps the other tokens' probabilities almost as they were (Hewitt 2021)
+    sources  new id -> the ids that spelt it so far: its row begins as the mean of theirs, or of all tokens' where there
+             are none, which keeps the others' probabilities almost as they were (Hewitt 2021). Rows that no token had,
+             as padded vocabularies have them, are written over; all others stay
     """
     for module in tables(model):
         old = module.weight
-        mean = old.float().mean(0)
+        mean = old[[i for i in range(len(old)) if i not in sources]].float().mean(0)
         rows = torch.cat((old, mean.to(old.dtype).expand(max(0, size - len(old)), -1)))
         for new, pieces in sources.items():
             rows[new] = old[pieces].float().mean(0) if pieces else mean

@@ -34,14 +34,16 @@ class Objective:
 def sum_of_losses(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of losses (nats) over the batch's targets; `train` divides by the step's target count.
 
-    With experts, how unevenly they are used is added, as much as it would be beside a mean over the targets.
+    With experts, how unevenly they are used in this micro-batch is added, as much as it would be beside a mean over
+    the targets; `added` is that part, which is no loss of a target.
     """
     if not (weight := getattr(model.config, "router_aux_loss_coef", 0.0)):
         return model(**batch, reduction="sum"), {}
     losses, balances = model(**batch, reduction="sum", with_balance=True)
     balance = balance_loss(balances)
     targets = (batch["labels"] != IGNORE_INDEX).sum()
-    return losses + weight * targets * balance, {"balance": balance.detach()}
+    added = weight * targets * balance
+    return losses + added, {"balance": balance.detach(), "added": added.detach()}
 
 
 # ---- objectives: (tokenizer, seed, the model's first decoder token), options -> Objective ----------------------------

@@ -204,7 +204,6 @@ class Options:
 
 
 OPTIONS = TypeAdapter(Options)
-MOST_ROWS = 10_000_000  # more tokens are a mistake or a bomb
 
 
 def read_adapter_config(folder: Path) -> dict:
@@ -213,7 +212,7 @@ def read_adapter_config(folder: Path) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UserError(f"adapter_config.json can't be read: {error}", at=path, code=MODEL) from None
     errors = [
         UserError(f"the adapter's {key} is not supported", at=path, got=config[key], code=MODEL)
@@ -253,7 +252,7 @@ def load_rows(model: nn.Module, indices: dict[str, list[int]] | None, tensors: d
             "the adapter's trained rows do not fit this model", at=folder, got=", ".join(indices),
             expected=", ".join(known), code=MODEL,
         )  # fmt: skip
-    if len(ids) != len(set(ids)) or not all(0 <= i < MOST_ROWS for i in ids):
+    if len(ids) != len(set(ids)) or not all(0 <= i < model.config.vocab_size + len(ids) for i in ids):
         raise UserError("the adapter's trained rows make no sense", at=folder, got=str(ids)[:80], code=MODEL)
     resize_embeddings(model, max(ids) + 1, {})
     train_rows(model, list(ids))
