@@ -183,7 +183,7 @@ def show_written(out: Path, as_json: bool) -> None:
 def plan(config: ConfigArg, o: Override = [], as_json: AsJson = False) -> None:
     """Parameters, FLOPs and memory of CONFIG, without making weights. Exit code 5: it will not fit here."""
     from llmkit.config import load_config
-    from llmkit.job import plan_config, plan_rows
+    from llmkit.pricing import plan_config, plan_rows
 
     figures = plan_config(load_config(config, o))
     show(figures if as_json else plan_rows(figures), as_json)
@@ -274,7 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(error, file=sys.stderr)
         code = error.code
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        print("interrupted; a run or a build of data goes on when its command is given again", file=sys.stderr)
         code = INTERRUPTED[2]
     except BrokenPipeError:
         sys.stderr.close()

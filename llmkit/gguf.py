@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from llmkit.data.foreign import SPACE
 from llmkit.data.tokenizer import PATTERNS, Tokenizer, split_pattern
 from llmkit.errors import ENVIRONMENT, MODEL, UserError
-from llmkit.models.layers import ROPE_SCALING
+from llmkit.models.layers import rope_frequencies
 from llmkit.run import half_of
 
 # model_type -> llama.cpp's name of the architecture, and the activation that its graph has
@@ -148,12 +147,10 @@ def layouts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor + 1
         else:
             yield name, tensor
-    scaling = dict(getattr(config, "rope_scaling", None) or {})
-    if scaling.pop("rope_type", None) == "llama3":  # the factor of each channel, as a tensor of its own
-        one = torch.ones(config.head_dim // 2) / config.rope_theta ** (
-            torch.arange(0, config.head_dim, 2) / config.head_dim
-        )
-        yield "rope_freqs.weight", one / ROPE_SCALING["llama3"](one, config.rope_theta, **scaling)[0]
+    scaling = getattr(config, "rope_scaling", None) or {}
+    if scaling.get("rope_type") == "llama3":  # the factor of each channel, as a tensor of its own
+        plain, scaled = (rope_frequencies(config.head_dim, config.rope_theta, by)[0] for by in (None, scaling))
+        yield "rope_freqs.weight", plain / scaled
 
 
 # ---- the tokenizer --------------------------------------------------------------------------------------------------

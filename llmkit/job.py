@@ -11,29 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 
 from llmkit import checkpoint
-from llmkit.config import check_options
+from llmkit.choices import check_choices, choose_objective, model_problems, read_model_config
 from llmkit.data.batches import GOLDEN, MASK, Batches, mix
-from llmkit.data.corrupt import span_lengths
 from llmkit.data.tokenizer import Tokenizer, load_tokenizer
 from llmkit.errors import DATA, ENVIRONMENT, UserError, raise_all
-from llmkit.models import CONFIGS, shape_problems
-from llmkit.models.folder import read_config
-from llmkit.objectives import FITTING, OBJECTIVES, Objective
-from llmkit.optim import OPTIMIZERS, SCHEDULES
-from llmkit.parallel import DTYPES, World, choose_precision, device_name, matmul_rate, start_world, total_memory
-from llmkit.peft import METHODS
-from llmkit.plan import Lengths, Plan, make_plan
-from llmkit.run import clock, count
+from llmkit.objectives import OBJECTIVES, Objective
+from llmkit.optim import SCHEDULES
+from llmkit.parallel import World, choose_precision, device_name
+from llmkit.plan import Plan, make_plan
+from llmkit.pricing import largest_micro_batch, plan_options
+from llmkit.run import count
 from llmkit.schema import Choice, Config, CorpusData, Train
 from llmkit.splits import Data, open_corpus, open_sft
-
-CPU_MICRO_TOKENS, GPU_MICRO_TOKENS = 8192, 65_536  # more tokens in a forward bring no more speed
-EXPECTED_MFU = 0.5  # of the matrix rate, in `plan`: what steps on CPUs and GPUs reach, give or take a fifth
-MEMORY_SHARE = 0.85  # of the device that a derived micro-batch may plan to fill
 
 
 @dataclass
@@ -127,65 +119,6 @@ class Job:
 def in_words(name: str, options: dict[str, Any]) -> str:
     """A choice and its options on one line."""
     return ", ".join([name, *(f"{key} {value}" for key, value in options.items() if value is not None)])
-
-
-def check_choices(config: Config) -> dict[str, dict[str, Any]]:
-    """Every "choose one" section's options with defaults filled in; all errors at once."""
-    tables = {
-        "model": CONFIGS, "peft": METHODS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES,
-    }  # fmt: skip
-    options, errors = {}, []
-    for section, table in tables.items():
-        choice = getattr(config, section)
-        if choice is not None:
-            options[section], wrong = check_options(table, section, choice, config)
-            errors += wrong
-    if config.objective and config.objective.name not in OBJECTIVES:
-        errors += check_options(OBJECTIVES, "objective", config.objective, config)[1]
-    raise_all(errors)
-    return options
-
-
-def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[str, Any]]:
-    """The objective and its options: the one that fits the model and the data, which none other does."""
-    kind, data = model_config.kind, config.data.kind
-    fitting = FITTING.get((kind, data))
-    if fitting is None:
-        raise UserError(
-            f"{model_config.model_type} can't be trained on prompts and answers: it writes no text",
-            at=config.where("data.kind"), got=data,
-        )  # fmt: skip
-    choice = config.objective or Choice(name=fitting)
-    if choice.name != fitting:
-        raise UserError(
-            f"{model_config.model_type} has another objective on this data", at=config.where("objective.name"),
-            got=choice.name, expected=fitting, fix="leave the objective out",
-        )  # fmt: skip
-    if kind == "masked" and config.eval.sample_prompt is not None:
-        raise UserError(
-            f"{model_config.model_type} writes no text", at=config.where("eval.sample_prompt"), fix="delete it"
-        )
-    if kind == "seq2seq" and data == "corpus" and config.data.document_mask:
-        raise UserError("spans are cut out of whole rows: no document mask", at=config.where("data.document_mask"))
-    options, errors = check_options(OBJECTIVES, "objective", choice, config)
-    raise_all(errors)
-    return choice, options
-
-
-def model_problems(config: Config, model_config: Any) -> list[UserError]:
-    """Shapes that do not fit each other or the data."""
-    section = "model" if config.model else "init_from"
-    errors = [
-        UserError(f"model.{key} {reason}", at=config.where(f"{section}.{key}"))
-        for key, reason in shape_problems(model_config)
-    ]
-    longest = model_config.max_position_embeddings
-    if config.data.seq_len > longest:
-        errors.append(
-            UserError("data.seq_len is over the model's longest position", at=config.where("data.seq_len"),
-                      got=config.data.seq_len, expected=f"at most {longest} (max_position_embeddings)")
-        )  # fmt: skip
-    return errors
 
 
 def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[[str], None] = print) -> Job:
@@ -334,84 +267,6 @@ def read_too_often(job: Job) -> Iterator[UserError]:
             )  # fmt: skip
 
 
-def plan_config(config: Config) -> dict[str, Any]:
-    """The figures of `llmkit plan`: plain numbers, bytes and FLOPs. Nothing is read but configs."""
-    world = World(start_world().device)
-    options = check_choices(config)
-    model_config = read_model_config(config, options)
-    _, options["objective"] = choose_objective(config, model_config)
-    if model_config.vocab_size is None:
-        section = config.data.tokenizer
-        built = Path(config.data.dir) / "tokenizer"
-        named = Path(section.path) if section.path else built if built.is_dir() else None
-        model_config.vocab_size = len(load_tokenizer(named)) if named else section.vocab_size
-    raise_all(model_problems(config, model_config))
-    precision = choose_precision(config.train.precision, world.device)
-    planned = plan_options(config, options, model_config, precision, world.device)
-    rows, micro = config.train.global_batch_size, config.train.micro_batch_size
-    if micro == "auto":
-        micro = largest_micro_batch(model_config, rows, world, planned)
-    plan = make_plan(model_config, micro_batch_size=micro, **planned)
-    figures = {
-        "parameters": plan.total, "trained": plan.trainable, "parameters_by_part": plan.parameters,
-        "flops_per_token": plan.flops_per_token, "micro_batch_size": micro, "seq_len": config.data.seq_len,
-        "precision": precision, "device": device_name(world.device), "device_memory": total_memory(world.device),
-        "peak_memory": plan.peak_memory, "memory_by_part": plan.memory,
-        "fits": plan.peak_memory <= total_memory(world.device),
-    }  # fmt: skip
-    if config.train.max_tokens or config.train.max_steps:
-        tokens = config.train.max_tokens or config.train.max_steps * rows * config.data.seq_len
-        rate = matmul_rate(world.device, DTYPES[precision])
-        seconds = tokens * plan.flops_per_token / (EXPECTED_MFU * rate)
-        figures |= {"tokens": tokens, "flops": tokens * plan.flops_per_token, "seconds": seconds}
-    return figures
-
-
-def plan_rows(figures: dict[str, Any]) -> dict[str, str]:
-    """The figures of `plan_config` as people read them."""
-    memory = {f"  {part}": f"{size / 2**30:.3f} GiB" for part, size in figures["memory_by_part"].items()}
-    rows = {
-        "parameters": f"{figures['parameters']:,}", "trained": f"{figures['trained']:,}",
-        **{f"  {part}": f"{number:,}" for part, number in figures["parameters_by_part"].items()},
-        "FLOPs per token": count(figures["flops_per_token"]),
-        "micro-batch": f"{figures['micro_batch_size']} x {figures['seq_len']} tokens, {figures['precision']}",
-        "peak memory": f"{figures['peak_memory'] / 2**30:.2f} GiB of {figures['device_memory'] / 2**30:.1f}", **memory,
-        "device": figures["device"],
-    }  # fmt: skip
-    if "tokens" in figures:
-        rows["FLOPs in all"] = f"{figures['flops']:.3g} for {count(figures['tokens'])} tokens"
-        rows["time"] = f"{clock(figures['seconds'])} at {EXPECTED_MFU:.0%} of this device's measured matrix rate"
-    return rows
-
-
-def read_model_config(config: Config, options: dict[str, dict[str, Any]]) -> Any:
-    """The architecture: from the model section, or from the folder that init_from names."""
-    if config.init_from is None:
-        return CONFIGS[config.model.name](**options["model"])
-    return read_config(checkpoint.locate(config.init_from).base)
-
-
-def plan_options(
-    config: Config, options: dict, model_config: Any, precision: str, device: torch.device, new_rows: int = 0
-) -> dict[str, Any]:
-    """What `plan.make_plan` needs besides the micro-batch."""
-    seq_len = config.data.seq_len
-    lengths = Lengths(seq_len, seq_len) if model_config.kind == "seq2seq" else None
-    if lengths and config.data.kind == "corpus":
-        noise, spans = span_lengths(seq_len, **options["objective"])
-        lengths = Lengths(seq_len - noise + spans + 1, noise + spans + 1)
-    return {
-        "peft": {"name": config.peft.name, **options["peft"], "new_tokens": bool(new_rows)} if config.peft else None,
-        "new_rows": new_rows,
-        "lengths": lengths, "seq_len": seq_len, "precision": precision, "optimizer": config.optimizer.name,
-        "checkpointed": checkpointed_blocks(
-            config.train.gradient_checkpointing,
-            model_config.num_hidden_layers + getattr(model_config, "num_decoder_layers", 0),
-        ),
-        "compiled": config.train.compile is not False, "device": device.type,
-    }  # fmt: skip
-
-
 def as_before(config: Config) -> Train:
     """The train section, with what is "auto" in it as this run resolved it before its checkpoints."""
     saved = Path(config.run_dir) / "config.yaml"
@@ -421,19 +276,3 @@ def as_before(config: Config) -> Train:
     same = {key: before[key] for key in ("precision", "micro_batch_size")
             if getattr(config.train, key) == "auto" and key in before}  # fmt: skip
     return config.train.model_copy(update=same)
-
-
-def checkpointed_blocks(mode: str | int, layers: int) -> int:
-    """How many blocks `gradient_checkpointing` recomputes."""
-    every = {"none": 0, "full": 1}.get(mode, mode)
-    return math.ceil(layers / every) if every else 0
-
-
-def largest_micro_batch(model_config: Any, rows: int, world: World, planned: dict[str, Any]) -> int:
-    """The largest divisor of a rank's rows whose planned peak fits the device and which still pays."""
-    most_tokens = GPU_MICRO_TOKENS if world.device.type == "cuda" else CPU_MICRO_TOKENS
-    room = MEMORY_SHARE * total_memory(world.device)
-    for micro in range(max(1, min(rows, most_tokens // planned["seq_len"])), 1, -1):
-        if rows % micro == 0 and make_plan(model_config, micro_batch_size=micro, **planned).peak_memory <= room:
-            return micro
-    return 1

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from llmkit import checkpoint
-from llmkit.data.chat import default_template, encode_marked, guard, render
+from llmkit.data.chat import encode_chat
 from llmkit.data.tokenizer import Tokenizer
 from llmkit.errors import DATA, ENVIRONMENT, MODEL, UserError
 from llmkit.generate import Sampling, compile_decoding, generate, room_for, text_pieces
@@ -56,12 +56,11 @@ class Writer:
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Ids of a conversation through the chat template, ready for the assistant's answer."""
-        safe = [{**message, "content": guard(self.tokenizer, message["content"])} for message in messages]
         try:
-            text = render(self.tokenizer, default_template(self.tokenizer), safe, prompt=True)
+            ids = encode_chat(self.tokenizer, messages)
         except ValueError as error:
             raise UserError(f"the chat template can't express this conversation: {error}", code=DATA) from None
-        return encode_marked(self.tokenizer, text) + ([] if self.continues else [self.tokenizer.eos_id])
+        return ids + ([] if self.continues else [self.tokenizer.eos_id])
 
     def encode_recent(self, messages: list[dict[str, str]], room: int) -> tuple[list[int], int]:
         """`encode_chat` of as much as leaves `room` tokens for an answer, or half of all; and how many are left out.

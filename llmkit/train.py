@@ -20,7 +20,7 @@ from llmkit.corpus.build import needs_build
 from llmkit.errors import DIVERGED, INTERRUPTED, MODEL, UserError
 from llmkit.evals.perplexity import perplexity
 from llmkit.generate import stream
-from llmkit.job import Job, plan_config, plan_rows, prepare
+from llmkit.job import Job, prepare
 from llmkit.models import build_model
 from llmkit.models.folder import load_model, save_model
 from llmkit.models.resize import resize_embeddings
@@ -37,6 +37,7 @@ from llmkit.parallel import (
     to_device,
 )
 from llmkit.peft import METHODS, lora
+from llmkit.pricing import plan_config, plan_rows
 from llmkit.run import Run, clock, open_run, plot_runs, refuse_another, write_report
 from llmkit.schema import Config, CorpusData
 from llmkit.watch import Signals, Watch

@@ -75,6 +75,17 @@ def llmkit(*arguments: object, cwd: Path, code: int = 0, **environment: str) -> 
     return done
 
 
+def randomized(model):
+    """Weights large enough that every part of the model, biases and norms too, moves the logits."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.1, 0.3, generator=generator)
+    return model.eval()
+
+
 def metrics(run: Path) -> list[dict]:
     """A run's metrics without what clocks and memory say."""
     clocks = {"tokens_per_second", "mfu", "memory_gb", "eta_seconds"}

@@ -6,8 +6,8 @@ import pytest
 
 from llmkit.config import load_config
 from llmkit.errors import UserError
-from llmkit.job import plan_config
 from llmkit.models import FAMILIES
+from llmkit.pricing import plan_config
 from llmkit.schema import Config
 from llmkit.yamlfile import merge, parse_yaml, set_override
 

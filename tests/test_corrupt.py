@@ -470,6 +470,8 @@ def test_an_exported_bert_opens_in_transformers_with_equal_logits(command, train
     words = transformers.AutoTokenizer.from_pretrained(trained / "exported-bert")
     assert words("The model reads", add_special_tokens=False).input_ids == tokenizer.encode("The model reads")
     assert load_tokenizer(trained / "exported-bert").specials == tokenizer.specials
+    fill = transformers.pipeline("fill-mask", model=theirs, tokenizer=words)
+    assert fill("The model [MASK] the river.")[0]["score"] > 1 / len(tokenizer)
 
 
 # ---- what does not go together --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from conftest import SHARED, needs_shared, sentences, tiny_config
 from llmkit.cli import main
 from llmkit.corpus.build import build_corpus, read_manifest
 from llmkit.data.batches import Batches, corpus_batches, packed_batches, permute
-from llmkit.data.chat import CHATML, chat_prompt, compile_template, encode_example, to_turns
+from llmkit.data.chat import CHATML, compile_template, encode_chat, encode_example, to_turns
 from llmkit.data.inspect import CONTEXT, RESET, TARGET, inspect_rows, paint
 from llmkit.data.sft import encode_sft, pack
 from llmkit.data.tokenizer import Tokenizer, load_tokenizer
@@ -253,7 +253,7 @@ def test_only_answers_are_targets(tokenizer):
     ids, targets = encode_example(tokenizer, CHATML, messages)
     assert tokenizer.decode([i for i, t in zip(ids, targets, strict=True) if t]) == "three<|im_end|>five<|im_end|>"
     assert tokenizer.decode(ids) == compile_template(CHATML).render(messages=messages, add_generation_prompt=False)
-    prompt = chat_prompt(tokenizer, "two")
+    prompt = encode_chat(tokenizer, [{"role": "user", "content": "two"}])
     assert tokenizer.decode(prompt) == "<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n"
 
 

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from conftest import randomized
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -83,15 +84,6 @@ OURS = {
 CAUSAL = {name: config for name, config in OURS.items() if config.kind == "causal"}
 each_config = pytest.mark.parametrize("config", OURS.values(), ids=OURS)
 each_decoder = pytest.mark.parametrize("config", CAUSAL.values(), ids=CAUSAL)
-
-
-def randomized(model: torch.nn.Module) -> torch.nn.Module:
-    """Weights large enough that every part of the model, biases and norms too, moves the logits."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.1, 0.3, generator=generator)
-    return model.eval()
 
 
 def tokens(rows: int = 2, length: int = LENGTH, seed: int = 2) -> torch.Tensor:

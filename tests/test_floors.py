@@ -19,6 +19,8 @@ FLOORS = [
     {"corpus"},
     {"peft", "optim", "parallel", "objectives"},
     {"checkpoint", "generate", "plan", "splits", "gguf"},
+    {"choices"},
+    {"pricing"},
     {"evals", "job", "presets", "export", "imports", "talk"},
     {"watch", "serve"},
     {"train"},

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import SHARED, llmkit, needs_shared, sentences
+from tokenizers import Tokenizer as Rust
+from tokenizers import decoders, models, pre_tokenizers
 
 from llmkit.data.tokenizer import Tokenizer, load_tokenizer
 from llmkit.data.vocabulary import CHAT_END, CHAT_START, EOS, train_tokenizer
@@ -148,14 +150,28 @@ def test_a_control_token_spelt_out_stays_text(options, text, tmp_path):
     assert not set(pair.ours.encode(text)) & set(pair.ours.specials.values())
 
 
-@pytest.mark.xfail(
-    strict=False, reason="unigram: an unknown letter is less likely than any piece, a control token's too"
-)
 @pytest.mark.parametrize("options", PLACES.values(), ids=PLACES)
 def test_a_control_token_of_unknown_letters_stays_text(options, tmp_path):
     pair = Pair(tmp_path, trained([line for line in LINES if line != SIGNS], **options))
     assert options.get("byte_fallback") or pair.theirs.unk_id() in pair.theirs.encode("<")
-    pair.agree(["<s>", "the </s> model"])
+    pair.agree([*SPELT_OUT, "the </s> model", "%<s>", "<<unk>>", "<s", "s>"])
+
+
+@pytest.mark.parametrize("letters", ["abs", "abs<>/"])
+def test_a_control_token_in_the_best_place_of_a_unigram_stays_text(letters, tmp_path):
+    vocab = [("</s>", 0.0), ("<unk>", 0.0), ("<tool>", 0.0), ("\u2581", -2.0), *((letter, -3.0) for letter in letters)]
+    rust = Rust(models.Unigram([*vocab, ("\u2581a", -2.5), ("ba", -2.5)], unk_id=1))
+    rust.pre_tokenizer, rust.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    rust.add_special_tokens(["</s>", "<unk>", "<tool>"])
+    rust.save(str(tmp_path / "tokenizer.json"))
+    one = load_tokenizer(tmp_path)
+    for text in ["a </s>b", "</s>", "a<tool>", "<<tool>>", "ba </s></s>"]:
+        assert not {0, 2} & set(one.encode(text))
+        assert "<" not in letters or "tool" in text or one.decode(one.encode(text)) == text
+    for text in ["a ba", "sab ab</ >", "", " a  b"]:
+        assert one.encode(text) == rust.encode(text, add_special_tokens=False).ids
+    one.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").sha256 == one.sha256
 
 
 USER = {"user_defined_symbols": ["<tool>", "[x]"], "control_symbols": ["<ctl>"]}

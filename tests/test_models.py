@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from conftest import randomized
 from safetensors.torch import load_file, save_file
 
 from llmkit.errors import MODEL, UserError
@@ -20,15 +21,6 @@ WIDE_HEADS = llama.Config(**SIZES, num_attention_heads=4, num_key_value_heads=1,
 CONFIGS = {"gpt2": GPT2, "gpt2_untied": UNTIED_GPT2, "gqa": GQA, "tied": TIED, "wide_heads": WIDE_HEADS}
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 each_family = pytest.mark.parametrize("config", [GPT2, GQA], ids=["gpt2", "llama"])
-
-
-def randomized(model: torch.nn.Module) -> torch.nn.Module:
-    """Weights large enough that every part of the model, biases and norms too, moves the logits."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.1, 0.3, generator=generator)
-    return model.eval()
 
 
 def tokens(rows: int = 2, length: int = 12) -> torch.Tensor:

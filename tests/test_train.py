@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from llmkit import checkpoint
 from llmkit.config import load_config
-from llmkit.data.chat import chat_prompt
+from llmkit.data.chat import encode_chat
 from llmkit.data.tokenizer import load_tokenizer
 from llmkit.errors import UserError
 from llmkit.job import prepare
@@ -436,4 +436,5 @@ def test_a_chat_template_file_shapes_the_rows_and_goes_into_checkpoints(corpus, 
     assert tokenizer.decode(batch.input_ids[0]).startswith("user> the river<|endoftext|>assistant> is small")
     targets = tokenizer.decode(batch.labels[batch.labels != IGNORE_INDEX])
     assert targets == "is small<|endoftext|>" * targets.count("is")
-    assert tokenizer.decode(chat_prompt(tokenizer, "one")) == "user> one<|endoftext|>assistant> "
+    prompt = encode_chat(tokenizer, [{"role": "user", "content": "one"}])
+    assert tokenizer.decode(prompt) == "user> one<|endoftext|>assistant> "

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import transformers
 from conftest import SHARED, llmkit, needs_shared, sentences
 from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Rust
@@ -231,10 +232,36 @@ def test_special_tokens_are_special_and_never_come_from_text(kind, made):
     text = "".join(one.specials) + " " + " x ".join(one.specials)
     for ids in (one.encode(text), one.encode_batch([text])[0].tolist()):
         assert not set(ids) & (set(one.specials.values()) - unknown)
-    assert one.decode([one.eos_id, *one.encode("at"), one.specials["<tool>"]], skip_special_tokens=True) == one.decode(
-        one.encode("at")
-    )
+    control, word = one.specials["<tool>"], one.encode("at")
+    assert one.decode([*word, control]).replace(" ", "") == one.decode(word) + "<tool>"
     assert not one.token_bytes[[*one.specials.values()]].any()
+
+
+def test_transformers_finds_the_role_of_each_control_token(kind, made, tmp_path):
+    made[kind].save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    roles = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]", "cls_token": "[CLS]"}
+    roles = {**roles, "sep_token": "[SEP]"} if kind == "wordpiece" else dict.fromkeys(roles)
+    assert {role: getattr(theirs, role) for role in roles} == roles and theirs.eos_token == made[kind].eos
+    if kind == "wordpiece":
+        ids = theirs(["a cat", "a"], padding=True).input_ids
+        assert len(ids[0]) == len(ids[1]) and ids[1][-1] == made[kind].specials["[PAD]"]
+
+
+def test_roles_that_a_file_names_are_kept(made, tmp_path):
+    made["bpe"].save(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    roles = {
+        "pad_token": {"content": "<|endoftext|>"},
+        "mask_token": "<tool>",
+        "unk_token": None,
+        "sep_token": "absent",
+    }
+    file.write_text(json.dumps(json.loads(file.read_text()) | roles))
+    one = load_tokenizer(tmp_path)
+    assert one.roles == {"pad_token": "<|endoftext|>", "mask_token": "<tool>"}
+    one.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").roles == one.roles
 
 
 def test_chat_tokens_are_there(kind, made):

@@ -140,10 +140,10 @@ def default_template(tokenizer: Tokenizer) -> str:
     return tokenizer.chat_template or (CHATML if CHAT_START in tokenizer.specials else PLAIN)
 
 
-def chat_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a user's message through the chat template, ready for the assistant's answer."""
-    message = {"role": "user", "content": guard(tokenizer, text)}
-    return encode_marked(tokenizer, render(tokenizer, default_template(tokenizer), [message], prompt=True))
+def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    """Ids of a conversation, ready for the assistant's answer; ValueError where the template can't express it."""
+    safe = [{**message, "content": guard(tokenizer, message["content"])} for message in messages]
+    return encode_marked(tokenizer, render(tokenizer, default_template(tokenizer), safe, prompt=True))
 
 
 # ---- tokens and targets ---------------------------------------------------------------------------------------------

@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from llmkit.data.tokenizer import Tokenizer
+from llmkit.data.tokenizer import ROLES, Tokenizer
 from llmkit.errors import DATA, UserError
 from llmkit.types import IGNORE_INDEX, Batch
 
-MASKS = ("[MASK]", "<mask>")  # what BERT's and RoBERTa's tokenizers call it
 Corrupt = Callable[[Batch, Sequence[int]], Batch]  # a batch and the numbers of its rows -> what the model gets
 
 
@@ -41,10 +40,10 @@ def masking(
     mask_fraction    of a row's tokens, control tokens apart, exactly; these are its labels
     random_fraction  of those become any token, keep_fraction stay as they are, all others become the mask token
     """
-    mask_id = next((tokenizer.specials[name] for name in MASKS if name in tokenizer.specials), None)
+    mask_id = tokenizer.rust.token_to_id(tokenizer.roles.get("mask_token", ""))
     if mask_id is None:
         raise UserError(
-            "the tokenizer has no mask token", expected=" or ".join(MASKS), code=DATA,
+            "the tokenizer has no mask token", expected=" or ".join(ROLES["mask_token"]), code=DATA,
             fix="data.tokenizer: {train: wordpiece}, or special_tokens: ['<mask>'] for another kind",
         )  # fmt: skip
     control, plain = np.array(sorted(tokenizer.specials.values())), np.ones(len(tokenizer), bool)

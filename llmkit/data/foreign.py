@@ -136,10 +136,15 @@ def from_pieces(
     cuts = [pre_tokenizers.Split(Regex("|".join(map(re.escape, symbols))), "isolated")] if symbols else []
     if kind == UNIGRAM:
         # What is no text (control tokens, bytes) must not win against the pieces of its letters where it is spelt out.
-        vocab = [(piece.piece, piece.score if piece.type in (NORMAL, USER_DEFINED) else UNLIKELY) for piece in pieces]
+        text = (NORMAL, USER_DEFINED)
+        vocab = [(piece.piece, piece.score if piece.type in text else UNLIKELY) for piece in pieces]
         rust = Rust(models.Unigram(vocab, unknown, byte_fallback))
         if any(SPACE in symbol for symbol in symbols):
             raise ValueError("it has symbols with spaces of their own")
+        # Nor where a letter in it is unknown, which is less likely still: no token is looked for across a cut.
+        names = [piece.piece for piece in pieces if piece.type not in text]
+        if apart := breaks(names, [piece.piece for piece in pieces if piece.type in text]):
+            cuts.append(pre_tokenizers.Split(Regex("|".join(apart)), "merged_with_previous"))
         cuts.append(pre_tokenizers.Split(SPACE, "merged_with_next"))  # pieces never reach over a word's end
     elif kind == BPE:
         ids = {piece.piece: i for i, piece in enumerate(pieces)}
@@ -162,6 +167,40 @@ def from_pieces(
     control = [piece.piece for piece in pieces if piece.type in (CONTROL, UNKNOWN)]
     rust.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     return rust
+
+
+def shield(rust: Rust) -> Rust:
+    """The same tokenizer, in which a text that spells out a control token of a unigram vocabulary stays text.
+
+    Files of transformers give those tokens the best score of all, since its own tokenizers never look for them there.
+    """
+    spec = json.loads(rust.to_str())
+    controls = {token["content"] for token in spec["added_tokens"] if token["special"]}
+    if spec["model"]["type"] != "Unigram" or all(
+        score <= UNLIKELY for piece, score in spec["model"]["vocab"] if piece in controls
+    ):
+        return rust
+    spec["model"]["vocab"] = [(piece, UNLIKELY if piece in controls else x) for piece, x in spec["model"]["vocab"]]
+    shielded = Rust.from_str(json.dumps(spec))
+    if apart := breaks(sorted(controls), [piece for piece, _ in spec["model"]["vocab"] if piece not in controls]):
+        cuts = [pre_tokenizers.Split(Regex("|".join(apart)), "merged_with_previous")]
+        shielded.pre_tokenizer = pre_tokenizers.Sequence([rust.pre_tokenizer] * bool(rust.pre_tokenizer) + cuts)
+    return shielded
+
+
+def breaks(names: list[str], pieces: list[str]) -> list[str]:
+    """Regexes that match each name up to a place over which no piece reaches, so that a cut there changes nothing.
+
+    Unknown letters that stand together are one token, so a place beside one of them is taken where there is one.
+    """
+    reached = {piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1)}
+    known = {piece for piece in pieces if len(piece) == 1}
+    found = []
+    for name in names:
+        places = [i for i in range(1, len(name)) if name[i - 1 : i + 1] not in reached]
+        places.sort(key=lambda i: (name[i - 1] in known) == (name[i] in known))
+        found += [f"{re.escape(name[:i])}(?={re.escape(name[i:])})" for i in places[:1]]
+    return found
 
 
 def from_llama2c(path: Path, size: int) -> Rust:

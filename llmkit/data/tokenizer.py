@@ -7,19 +7,23 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer as Rust
 
-from llmkit.data.foreign import find, read
+from llmkit.data.foreign import find, read, shield
 from llmkit.errors import MODEL, UserError
 
 EOS, CHAT_START, CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", CHAT_END, "[SEP]")  # of other people's tokenizers
 BOS_NAMES = ("<s>", "<bos>")
+ROLES = {  # what transformers asks a tokenizer for, and what it is called where no file names it
+    "pad_token": ("[PAD]", "<pad>"), "unk_token": ("[UNK]", "<unk>"), "mask_token": ("[MASK]", "<mask>"),
+    "cls_token": ("[CLS]",), "sep_token": ("[SEP]",),
+}  # fmt: skip
 # How GPT-2 cuts text before merging; tokenizers knows it as ByteLevel(use_regex=True).
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -42,6 +46,7 @@ class Tokenizer:
     eos_id: int
     bos: str | None = None  # the token that begins a text, where the tokenizer has one
     chat_template: str | None = None
+    named: dict[str, str] = field(default_factory=dict)  # some of ROLES, as the files beside it name them
 
     def __len__(self) -> int:
         """How many ids there may be: one more than the highest, for some vocabularies have holes."""
@@ -55,6 +60,12 @@ class Tokenizer:
     def specials(self) -> dict[str, int]:
         """Control tokens and their ids."""
         return {token.content: i for i, token in self.rust.get_added_tokens_decoder().items() if token.special}
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The control tokens of ROLES that there are."""
+        usual = {role: next((name for name in names if name in self.specials), None) for role, names in ROLES.items()}
+        return {role: token for role, token in (usual | self.named).items() if token}
 
     @cached_property
     def sha256(self) -> str:
@@ -108,8 +119,9 @@ class Tokenizer:
         while block := list(itertools.islice(texts, BLOCK)):
             yield from (np.concatenate((before, ids, after)) for ids in self.encode_batch(block))
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        return self.rust.decode(list(ids), skip_special_tokens=skip_special_tokens)
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, control tokens spelt out."""
+        return self.rust.decode(list(ids), skip_special_tokens=False)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of many texts, uint32, by tiktoken where it was found to agree: 4-5 times as fast."""
@@ -176,7 +188,7 @@ class Tokenizer:
         """tokenizer.json and the tokenizer_config.json that transformers looks for beside it."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.rust.to_str(pretty=True), encoding="utf-8")
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, **self.roles}
         if self.bos:
             config["bos_token"] = self.bos
         if self.chat_template:
@@ -221,7 +233,7 @@ def fetch_tokenizer(name: str) -> Tokenizer:
     if Path(name).exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
         return load_tokenizer(Path(name).expanduser())
     try:
-        rust = Rust.from_pretrained(name)
+        rust = shield(Rust.from_pretrained(name))
     except Exception as error:  # tokenizers raises bare Exception
         reason = str(error).partition("\n")[0][:200]
         raise UserError(
@@ -253,18 +265,18 @@ def load_tokenizer(path: Path) -> Tokenizer:
                 raise UserError(f"{name} can't be read: {error}", at=file, code=MODEL) from None
     try:
         is_json = path.suffix == ".json" and path.name not in ("vocab.json", "encoder.json")
-        rust = Rust.from_file(str(path)) if is_json else read(path, beside, PATTERNS["qwen2"])
+        rust = shield(Rust.from_file(str(path))) if is_json else read(path, beside, PATTERNS["qwen2"])
     except UserError:
         raise
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"the tokenizer can't be read: {error}", at=path, code=MODEL) from None
     rust.no_truncation()  # some files carry the settings of whoever saved them, and would cut every text
     rust.no_padding()
-    named, begin = (
-        token.get("content") if isinstance(token, dict) else token
-        for token in (beside.get("eos_token"), beside.get("bos_token"))
-    )
-    candidates = [rust.token_to_id(name) for name in (named, *EOS_NAMES) if isinstance(name, str)]
+    says = {role: beside.get(role) for role in ("eos_token", "bos_token", *ROLES)}
+    says = {role: token.get("content") if isinstance(token, dict) else token for role, token in says.items()}
+    known = rust.get_vocab(with_added_tokens=True)
+    named = {role: token for role, token in says.items() if isinstance(token, str) and token in known}
+    candidates = [rust.token_to_id(name) for name in (named.pop("eos_token", None), *EOS_NAMES) if name]
     eos_id = next((i for i in candidates if i is not None), None)
     if eos_id is None:
         raise UserError(
@@ -275,6 +287,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     beside_template = path.with_name("chat_template.jinja")
     if template is None and beside_template.is_file():
         template = beside_template.read_text(encoding="utf-8")
-    begins = (begin, *(BOS_NAMES if ".model" in path.name else ()))  # what such a file calls it, nothing else says
-    bos = next((name for name in begins if isinstance(name, str) and rust.token_to_id(name) is not None), None)
-    return Tokenizer(rust, eos_id, bos, template if isinstance(template, str) else None)
+    begins = BOS_NAMES if ".model" in path.name else ()  # what such a file calls it, nothing else says
+    usual = next((name for name in begins if rust.token_to_id(name) is not None), None)
+    bos = named.pop("bos_token", usual)
+    return Tokenizer(rust, eos_id, bos, template if isinstance(template, str) else None, named)

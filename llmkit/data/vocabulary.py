@@ -198,4 +198,4 @@ def extend_bpe(base: Tokenizer, texts: Iterable[str], vocab_size: int) -> Tokeni
             vocab[left + right] = last
             last += 1
         spec["model"]["merges"].append([left, right])
-    return Tokenizer(Rust.from_str(json.dumps(spec)), base.eos_id, base.bos, base.chat_template)
+    return Tokenizer(Rust.from_str(json.dumps(spec)), base.eos_id, base.bos, base.chat_template, base.named)

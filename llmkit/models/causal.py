@@ -25,6 +25,7 @@ class CausalLM(nn.Module):
 
     blocks   its nn.ModuleList; each block is called with (x, context), and may return balance statistics beside x
     norm     what follows the last block
+    embed    (input_ids, positions) -> the first block's input (B, T, hidden), and cos and sin where they are rotary
     wte      the token embedding
     lm_head  None where the embedding is the head
     """
@@ -36,10 +37,6 @@ class CausalLM(nn.Module):
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def embed(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """The first block's input (B, T, hidden), and the rotary table if there is one."""
-        raise NotImplementedError
 
     def forward(
         self,

@@ -61,6 +61,18 @@ def rows_of(table: nn.Module) -> Tensor:
 # ---- rotary positions -----------------------------------------------------------------------------------------------
 
 
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: dict | None = None, device: torch.device | str = "cpu"
+) -> tuple[Tensor, float]:
+    """Radians a position for each pair of channels, fp32 (D/2,), and the gain of cos and sin; see `rope_table`."""
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / theta**exponents
+    if not scaling:
+        return frequencies, 1.0
+    options = {key: value for key, value in scaling.items() if key != "rope_type"}
+    return ROPE_SCALING[scaling["rope_type"]](frequencies, theta, **options)
+
+
 def rope_table(positions: Tensor, head_dim: int, theta: float, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin of the angles of positions (T,) or (B, T), fp32, (T, D) or (B, 1, T, D); shared by the blocks.
 
@@ -69,11 +81,7 @@ def rope_table(positions: Tensor, head_dim: int, theta: float, scaling: dict | N
 
     scaling  {"rope_type": one of ROPE_SCALING, ...its options}: frequencies of a longer context than the trained one
     """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    frequencies, gain = 1.0 / theta**exponents, 1.0
-    if scaling:
-        options = {key: value for key, value in scaling.items() if key != "rope_type"}
-        frequencies, gain = ROPE_SCALING[scaling["rope_type"]](frequencies, theta, **options)
+    frequencies, gain = rope_frequencies(head_dim, theta, scaling, positions.device)
     angles = positions.float()[..., None] * frequencies  # (..., T, D/2)
     angles = torch.cat((angles, angles), dim=-1)
     angles = angles[:, None] if positions.dim() == 2 else angles
