@@ -58,6 +58,10 @@ def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[st
         raise UserError(
             f"{model_config.model_type} writes no text", at=config.where("eval.sample_prompt"), fix="delete it"
         )
+    if kind == "seq2seq" and data == "sft" and config.data.packing:
+        raise UserError(
+            f"{model_config.model_type} has each prompt in a row of its own", at=config.where("data.packing")
+        )
     if kind == "seq2seq" and data == "corpus" and config.data.document_mask:
         raise UserError("spans are cut out of whole rows: no document mask", at=config.where("data.document_mask"))
     options, errors = check_options(OBJECTIVES, "objective", choice, config)
@@ -79,3 +83,8 @@ def model_problems(config: Config, model_config: Any) -> list[UserError]:
                       got=config.data.seq_len, expected=f"at most {longest} (max_position_embeddings)")
         )  # fmt: skip
     return errors
+
+
+def in_words(name: str, options: dict[str, Any]) -> str:
+    """A choice and its options on one line."""
+    return ", ".join([name, *(f"{key} {value}" for key, value in options.items() if value is not None)])

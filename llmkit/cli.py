@@ -80,14 +80,12 @@ def run_training(config: Any, *, dry_run: bool, fresh: bool, nproc: int, as_json
         from llmkit.train import train
 
         summary = train(config, fresh=fresh, dry_run=dry_run, say=progress_to(as_json))
-    if as_json or not dry_run:
+    if as_json:
         show(summary, as_json)
-    if not dry_run and not as_json:
-        print(f"\nnext: llmkit eval {config.run_dir} --perplexity")
-        from llmkit.models import CONFIGS
-
-        if config.model is None or CONFIGS[config.model.name].kind != "masked":
-            print(f"      llmkit generate {config.run_dir} 'Once upon a time'")
+    elif not dry_run:
+        commands = summary.pop("next")
+        show(summary, as_json)
+        print("\nnext: " + "\n      ".join(commands))
 
 
 def train_rank(config: Any, *, as_json: bool, **options: Any) -> dict[str, Any]:
@@ -126,7 +124,7 @@ def evaluate(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A run, checkpoint, adapter or Hugging Face folder.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; for GGUF a file if it ends in .gguf.")],
     format: Annotated[str, typer.Option(help="hf: a merged folder; peft: an adapter; gguf: for llama.cpp.")] = "hf",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; q8_0 in GGUF.")] = "fp32",
     as_json: AsJson = False,
@@ -140,7 +138,8 @@ def export(
         raise UserError("--format is unknown", got=format, expected=" or ".join(FORMATS))
     write, dtypes = FORMATS[format]
     if dtype not in dtypes:
-        raise UserError(f"--dtype is unknown to {format}", got=dtype, expected=" or ".join(dtypes))
+        fix = "export q8_0 or bf16: llama.cpp's llama-quantize makes others of it" if format == "gguf" else None
+        raise UserError(f"--dtype is unknown to {format}", got=dtype, expected=" or ".join(dtypes), fix=fix)
     refuse_to_mix(out)
     write(locate(model), out, dtype)
     show_written(out, as_json)
@@ -173,7 +172,8 @@ def refuse_to_mix(out: Path) -> None:
 
 
 def show_written(out: Path, as_json: bool) -> None:
-    show({"written": str(out), "files": ", ".join(sorted(path.name for path in out.iterdir()))}, as_json)
+    files = [out] if out.is_file() else sorted(out.iterdir())
+    show({"written": str(out), "files": ", ".join(path.name for path in files)}, as_json)
 
 
 # ---- looking around -------------------------------------------------------------------------------------------------

@@ -30,10 +30,11 @@ def export_peft(located: Located, out: Path, dtype: str) -> None:
 
 
 def export_gguf(located: Located, out: Path, dtype: str) -> None:
-    """One model.gguf for llama.cpp; an adapter is merged in fp32 first."""
+    """A file for llama.cpp, OUT itself or OUT/model.gguf; an adapter is merged in fp32 first."""
     model, tokenizer = load(located, merge=True)
-    out.mkdir(parents=True, exist_ok=True)
-    write_gguf(model, tokenizer, out / "model.gguf", dtype)
+    file = out if out.suffix == ".gguf" else out / "model.gguf"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_gguf(model, tokenizer, file, dtype, name=out.stem)
 
 
 FORMATS: dict[str, tuple[Callable[[Located, Path, str], None], tuple[str, ...]]] = {  # and the dtypes it can be in

@@ -30,10 +30,11 @@ PRE = {"gpt2": "gpt-2", "llama3": "llama-bpe", "qwen2": "qwen2"}  # a name in PA
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of tokens
 
 
-def write_gguf(model: nn.Module, tokenizer: Tokenizer, path: Path, dtype: str) -> None:
+def write_gguf(model: nn.Module, tokenizer: Tokenizer, path: Path, dtype: str, name: str | None = None) -> None:
     """Write a model to one GGUF file, which appears whole or not at all.
 
     dtype  a name in TYPES; vectors stay in fp32, and matrices whose rows no block of 32 divides go to fp16 under q8_0
+    name   what llama.cpp shows of it; None: as the file is called
 
     Raises UserError for a family, an activation or a tokenizer that llama.cpp does not have.
     """
@@ -52,14 +53,15 @@ def write_gguf(model: nn.Module, tokenizer: Tokenizer, path: Path, dtype: str) -
     half = half_of(path)
     writer = gguf.GGUFWriter(half, architecture)
     try:
+        writer.add_name(name or path.stem)
         add_config(writer, config, gguf)
         add_tokenizer(writer, tokenizer, config.vocab_size)
         writer.add_file_type(gguf.LlamaFileType[f"{'MOSTLY_' if dtype != 'fp32' else 'ALL_'}{TYPES[dtype]}"])
         names = gguf.get_tensor_name_map(
             next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture), config.num_hidden_layers
         )
-        for name, tensor in layouts(model):
-            named, kind = names.get_name(name, (".weight", ".bias")) or name, gguf.GGMLQuantizationType[TYPES[dtype]]
+        for ours, tensor in layouts(model):
+            named, kind = names.get_name(ours, (".weight", ".bias")) or ours, gguf.GGMLQuantizationType[TYPES[dtype]]
             if tensor.dim() < 2 or ".ffn_gate_inp" in named:
                 kind = gguf.GGMLQuantizationType.F32  # vectors, and the router
             elif kind == gguf.GGMLQuantizationType.Q8_0 and tensor.shape[-1] % 32:

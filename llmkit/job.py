@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ import numpy as np
 import yaml
 
 from llmkit import checkpoint
-from llmkit.choices import check_choices, choose_objective, model_problems, read_model_config
+from llmkit.choices import check_choices, choose_objective, in_words, model_problems, read_model_config
 from llmkit.data.batches import GOLDEN, MASK, Batches, mix
 from llmkit.data.tokenizer import Tokenizer, load_tokenizer
 from llmkit.errors import DATA, ENVIRONMENT, UserError, raise_all
@@ -86,6 +87,27 @@ class Job:
         """Each source's share of the samples and how often it is read."""
         return [f"{name} {share:.1%} x {self.epochs_of(name):.2f}" for name, (share, _) in self.data.shares.items()]
 
+    def what_next(self) -> list[str]:
+        """Commands that one may type after the run."""
+        run, kind, is_sft = self.config.run_dir, self.model_config.kind, self.config.data.kind == "sft"
+        prompt = shlex.quote(self.config.eval.sample_prompt or "Once upon a time")
+        write = [f"llmkit generate {run} {prompt}"]
+        if is_sft:
+            write = [f"llmkit chat {run}" if self.data.chats else f"llmkit generate {run} 'a prompt as in the data'"]
+        elif kind != "causal":
+            write = []  # an encoder writes nothing, and a decoder beside it nothing yet but cut-out spans
+        return [f"llmkit eval {run} --perplexity", *write]
+
+    def note(self) -> str | None:
+        """What a run may not be meant to be."""
+        rows, size = self.data.samples["train"], self.config.train.global_batch_size
+        if size > rows:
+            return (
+                f"a batch of {size} rows is more than the {count(rows)} there are: a step reads each {size / rows:.1f} "
+                "times. Lower train.global_batch_size, or data.seq_len, which makes more rows"
+            )
+        return None
+
     def header(self) -> dict[str, str]:
         """What a run is, for the screen and the report."""
         config, plan = self.config, self.plan
@@ -112,13 +134,9 @@ class Job:
             "schedule": in_words(config.schedule.name, self.options["schedule"]),
             "compute": f"{count(plan.flops_per_token)} FLOPs a token, "
             f"{plan.flops_per_token * self.max_steps * self.tokens_per_step:.1e} in all",
+            **({"note": note} if (note := self.note()) else {}),
             "memory": f"{plan.peak_memory / 2**30:.2f} GiB estimated at the peak",
         }
-
-
-def in_words(name: str, options: dict[str, Any]) -> str:
-    """A choice and its options on one line."""
-    return ", ".join([name, *(f"{key} {value}" for key, value in options.items() if value is not None)])
 
 
 def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[[str], None] = print) -> Job:

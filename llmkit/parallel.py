@@ -298,6 +298,12 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+EXTRAS = {  # of pyproject.toml, and a module that each brings
+    "tensorboard": "tensorboard", "pii": "re2", "sentencepiece": "sentencepiece", "gguf": "gguf",
+    "serve": "starlette", "classifier": "transformers", "cluster": "distributed",
+}  # fmt: skip
+
+
 def examine() -> dict[str, str]:
     """What `llmkit doctor` prints: what this machine can do, and what is missing."""
     device = start_world().device
@@ -315,7 +321,9 @@ def examine() -> dict[str, str]:
             figures[f"{name} products"] = f"{matmul_rate(device, dtype) / 1e12:.3f} TFLOP/s measured"
     free = shutil.disk_usage(Path.cwd()).free
     figures["disk"] = f"{free / 2**30:.1f} GiB free here"
-    for package in ("tokenizers", "datasets", "tensorboard"):
-        there = importlib.util.find_spec(package) is not None
-        figures[package] = importlib.metadata.version(package) if there else "not installed"
+    for package in ("tokenizers", "datasets"):
+        figures[package] = importlib.metadata.version(package)
+    for extra, module in EXTRAS.items():
+        there = importlib.util.find_spec(module) is not None
+        figures[f"extra {extra}"] = "installed" if there else f"pip install 'llmkit[{extra}]'"
     return figures

@@ -77,7 +77,7 @@ def finetune_config(
 
     start = model or own.get("init_from")
     defaults: dict[str, Any] = {
-        "run_dir": f"runs/{Path(start or 'model').name}-{method}",
+        **({"run_dir": f"runs/{Path(start or 'model').name}-{method}"} if path in (None, LOCAL) else {}),
         "optimizer": {"name": "adamw", "lr": 2e-5 if method == "full" else 2e-4, "weight_decay": 0.0},
         "schedule": {"name": "cosine"},
         "train": {"epochs": 3, "global_batch_size": 16},

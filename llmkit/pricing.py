@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmkit.choices import check_choices, choose_objective, model_problems, read_model_config
+from llmkit.choices import check_choices, choose_objective, in_words, model_problems, read_model_config
 from llmkit.data.corrupt import span_lengths
 from llmkit.data.tokenizer import load_tokenizer
 from llmkit.errors import raise_all
@@ -44,6 +44,8 @@ def plan_config(config: Config) -> dict[str, Any]:
         "parameters": plan.total, "trained": plan.trainable, "parameters_by_part": plan.parameters,
         "flops_per_token": plan.flops_per_token, "micro_batch_size": micro, "seq_len": config.data.seq_len,
         "precision": precision, "device": device_name(world.device), "device_memory": total_memory(world.device),
+        "optimizer": in_words(config.optimizer.name, options["optimizer"]),
+        "schedule": in_words(config.schedule.name, options["schedule"]),
         "peak_memory": plan.peak_memory, "memory_by_part": plan.memory,
         "fits": plan.peak_memory <= total_memory(world.device),
     }  # fmt: skip
@@ -64,8 +66,10 @@ def plan_rows(figures: dict[str, Any]) -> dict[str, str]:
         "FLOPs per token": count(figures["flops_per_token"]),
         "micro-batch": f"{figures['micro_batch_size']} x {figures['seq_len']} tokens, {figures['precision']}",
         "peak memory": f"{figures['peak_memory'] / 2**30:.2f} GiB of {figures['device_memory'] / 2**30:.1f}", **memory,
-        "device": figures["device"],
+        "device": figures["device"], "optimizer": figures["optimizer"], "schedule": figures["schedule"],
     }  # fmt: skip
+    if not figures["fits"]:
+        rows["fits"] = "no: lower train.micro_batch_size or data.seq_len, or train.gradient_checkpointing: full"
     if "tokens" in figures:
         rows["FLOPs in all"] = f"{figures['flops']:.3g} for {count(figures['tokens'])} tokens"
         rows["time"] = f"{clock(figures['seconds'])} at {EXPECTED_MFU:.0%} of this device's measured matrix rate"

@@ -215,13 +215,22 @@ def git_commit() -> str | None:
 # ---- on screen ------------------------------------------------------------------------------------------------------
 
 
-def progress_line(record: dict[str, Any], total: int, val: dict[str, Any] | None) -> str:
+def printable(text: str) -> str:
+    """Text without what a terminal would obey: escape and other control characters, but for tabs and line ends.
+
+    >>> printable("a\\x1b[31mb\\n")
+    'a\ufffd[31mb\\n'
+    """
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)", "\ufffd", text)
+
+
+def progress_line(record: dict[str, Any], total: int) -> str:
     """One step as a line: step 1200/5000 | loss 2.913 | val 2.88 ppl 17.8 | lr 2.7e-4 | ..."""
     parts = [f"step {record['step']}/{total}"]
     if "loss" in record:
         parts.append(f"loss {record['loss']:.3f}")
-    if val:
-        parts.append(f"val {val['val_loss']:.3f} ppl {val['val_perplexity']:.2f}")
+    if "val_loss" in record:
+        parts.append(f"val {record['val_loss']:.3f} ppl {record['val_perplexity']:.2f}")
     if "lr" in record:
         parts.append(f"lr {record['lr']:.1e}")
         parts.append(f"gnorm {record['grad_norm']:.2f}")
@@ -246,8 +255,15 @@ def count(number: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
+    """Seconds as h:mm:ss, or as days or years where there are many.
+
+    >>> clock(3725), clock(3e5), clock(7e9)
+    ('1:02:05', '3.47 days', '222 years')
+    """
     whole = int(seconds)
+    for unit, name, least in ((365.25 * 86400, "years", 1), (86400, "days", 2)):
+        if seconds >= least * unit:
+            return f"{seconds / unit:.3g} {name}"
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 

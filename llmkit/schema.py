@@ -183,7 +183,7 @@ class SftData(Section):
     val_path: str | None = None
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05  # held out of `path` when there is no val_path
     seq_len: Count = 1024
-    packing: bool = True
+    packing: bool | None = None  # several examples in a row; None: yes, but for an encoder and a decoder
     too_long: Literal["truncate", "drop"] = "truncate"
     chat_template: str | None = None  # a Jinja file; default: the tokenizer's own, else a plain one
     special_tokens: list[str] = []  # that the model's tokenizer is given; see resize_embeddings

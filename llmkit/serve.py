@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -50,7 +50,15 @@ class Limits:
 # ---- requests -------------------------------------------------------------------------------------------------------
 
 
+def only_zero(penalty: float) -> float:
+    """OpenAI's two penalties are not built; clients send their default."""
+    if penalty:
+        raise ValueError("only 0 is supported; repetition_penalty is there instead")
+    return penalty
+
+
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Zero = Annotated[float, AfterValidator(only_zero)]
 
 
 class Asked(BaseModel):
@@ -60,7 +68,7 @@ class Asked(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    model: str
+    model: str | None = None  # this one, whatever it is called here
     n: Annotated[int, Field(ge=1)] = 1
     stream: bool = False
     stream_options: dict[Literal["include_usage"], bool] | None = None
@@ -71,8 +79,8 @@ class Asked(BaseModel):
     top_k: Annotated[int, Field(ge=-1)] = 0  # 0 and -1: all
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
-    presence_penalty: Literal[0] | Literal[0.0] = 0
-    frequency_penalty: Literal[0] | Literal[0.0] = 0
+    presence_penalty: Zero = 0
+    frequency_penalty: Zero = 0
     user: str | None = None  # who asks: nothing depends on it
 
 
@@ -154,6 +162,20 @@ class Server:
         """What takes time is done in the one thread that draws tokens, so that the server goes on listening."""
         return await asyncio.get_running_loop().run_in_executor(self.thread, function, *args)
 
+    def enter(self) -> None:
+        """Count a request as one that is being answered, or refuse it."""
+        if self.running >= self.limits.at_once:
+            raise Refused(429, f"{self.running} requests are being answered", code="rate_limit_exceeded")
+        self.running += 1
+
+    async def encode(self, function: Callable[[Any], list[int]], text: Any) -> list[int]:
+        """Ids of a text or a conversation; a request counts while it waits for them too."""
+        self.enter()
+        try:
+            return await self.run(function, text)
+        finally:
+            self.running -= 1
+
     def warm_up(self) -> None:
         """Draw a few tokens, so that the first request does not wait for a compiler."""
         options = {"sampling": Sampling(temperature=0), "max_new_tokens": 3}
@@ -164,6 +186,7 @@ class Server:
         """hosts: names under which it may be reached; a foreign page that points its own name here is refused."""
         routes = [
             Route("/", self.page),
+            Route("/health", self.health),
             Route("/v1/models", self.models),
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
@@ -182,6 +205,9 @@ class Server:
     async def page(self, request: Request) -> Response:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": PAGE_POLICY})
 
+    async def health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok", "running": self.running})
+
     async def models(self, request: Request) -> Response:
         one = {"id": self.name, "object": "model", "created": self.started, "owned_by": "llmkit"}
         limits = {"max_model_len": self.writer.longest, "max_tokens": self.limits.new_tokens}
@@ -190,7 +216,7 @@ class Server:
     async def completions(self, request: Request) -> Response:
         asked = await read_request(request, Completion, self.limits)
         prompts = [asked.prompt] if isinstance(asked.prompt, str) or is_ids(asked.prompt) else asked.prompt
-        ids = [await self.run(self.writer.encode, one) if isinstance(one, str) else one for one in prompts]
+        ids = [await self.encode(self.writer.encode, one) if isinstance(one, str) else one for one in prompts]
         self.check(asked, ids, asked.max_tokens)
         before = [self.writer.tokenizer.decode(prompt) if isinstance(prompt, list) else prompt for prompt in prompts]
         return await self.answer(request, asked, ids, asked.max_tokens, before=before if asked.echo else None)
@@ -204,7 +230,7 @@ class Server:
             parts = [message.content] if isinstance(message.content, str) else [part.text for part in message.content]
             role = "system" if message.role == "developer" else message.role
             messages.append({"role": role, "content": "".join(parts)})
-        ids = await self.run(self.writer.encode_chat, messages)
+        ids = await self.encode(self.writer.encode_chat, messages)
         room = max(1, min(self.limits.new_tokens, self.writer.longest - len(ids)))
         tokens = asked.max_tokens or asked.max_completion_tokens or room
         self.check(asked, [ids], tokens)
@@ -242,7 +268,7 @@ class Server:
     def check(self, asked: Asked, prompts: list[list[int]], max_tokens: int) -> None:
         """Refuse what this model or these limits do not allow."""
         longest, size = self.writer.longest, len(self.writer.tokenizer)
-        if asked.model != self.name:
+        if asked.model not in (None, self.name):
             message = f"the model {asked.model} is not here; this server has {self.name}"
             raise Refused(404, message, param="model", code="model_not_found")
         if max_tokens > self.limits.new_tokens:
@@ -261,9 +287,7 @@ class Server:
         self, rows: list[list[int]], options: dict[str, Any], before: list[str] | None
     ) -> AsyncIterator[Any]:
         """First the Texts, then (which of them, its next piece); what is not read to its end is not written further."""
-        if self.running >= self.limits.at_once:
-            raise Refused(429, f"{self.running} requests are being answered", code="rate_limit_exceeded")
-        self.running += 1
+        self.enter()
         texts: list[Text] = []
         try:
             texts = await self.run(lambda: self.writer.write(rows, **options))

@@ -12,6 +12,7 @@ import numpy as np
 from llmkit.corpus import build
 from llmkit.corpus.units import VERSION
 from llmkit.data.batches import Batches, Mixture, corpus_batches, open_rows, samples_in
+from llmkit.data.chat import default_template
 from llmkit.data.sft import encode_sft
 from llmkit.data.tokenizer import Tokenizer, load_tokenizer
 from llmkit.data.tokens import open_split
@@ -31,6 +32,7 @@ class Data:
     fingerprint: str
     about: str
     shares: dict[str, tuple[float, int]] = field(default_factory=dict)  # of a mixture: source -> (share, samples)
+    chats: bool = False  # its records went through the chat template
 
     @property
     def token_bytes(self) -> np.ndarray:
@@ -94,7 +96,7 @@ def open_sft(config: Config, world: World, base: Path, start_id: int | None = No
     """
     tokenizer = load_tokenizer(base)
     tokenizer.add_specials(config.data.special_tokens)
-    if config.data.chat_template:  # it goes into every checkpoint: what answers must be what was trained
+    if config.data.chat_template:
         try:
             tokenizer.chat_template = Path(config.data.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -106,6 +108,10 @@ def open_sft(config: Config, world: World, base: Path, start_id: int | None = No
     report = encode_sft(config.data, tokenizer, out, **how)  # reads what is there
     folder = Path(report["folder"])
     splits = report["splits"]
+    chats = report["format"] != "prompt/completion"
+    if chats:  # it goes into every checkpoint: what answers must be what was trained
+        tokenizer.chat_template = default_template(tokenizer)
+    how_read = f"{report['format']} {'through the chat template' if chats else 'as they are, no chat template'}"
     lost = [f"{splits['train'][why]} {why}" for why in ("too long", "without a target") if why in splits["train"]]
     lost += [f"{number} bad: {reason}" for reason, number in report["bad"].items()]
     return Data(
@@ -113,7 +119,8 @@ def open_sft(config: Config, world: World, base: Path, start_id: int | None = No
         lambda split, size, **order: open_rows(folder, split, size, start_id, **order),
         {split: part["rows"] for split, part in splits.items()},
         report["key"],
-        f"{config.data.path}: {splits['train']['examples']} train and {splits['val']['examples']} val examples in "
-        f"{splits['train']['rows']} rows, {count(splits['train']['targets'])} targets"
+        f"{config.data.path}: {how_read}; {splits['train']['examples']} train and {splits['val']['examples']} val "
+        f"examples in {splits['train']['rows']} rows, {count(splits['train']['targets'])} targets"
         + (f" ({'; '.join(lost)})" if lost else ""),
+        chats=chats,
     )

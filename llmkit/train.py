@@ -82,7 +82,7 @@ def train(
     if config.train.deterministic:
         make_deterministic(world.device)
     if dry_run and isinstance(config.data, CorpusData) and needs_build(config.data):
-        say(f"{config.data.dir} is not built yet (llmkit data build), so this is all that is known:")
+        say(f"{config.data.dir} is not built, or with other settings (llmkit data build): this is all that is known")
         figures = plan_config(config)
         for key, value in plan_rows(figures).items():
             say(f"{key:>16}  {value}")
@@ -139,7 +139,7 @@ def take_steps(job: Job, run: Run | None, header: dict[str, str], say: Callable[
     try:
         if progress.step == 0 and config.eval.every:
             evaluate(job, model, progress, watch)
-            watch.flush()
+            watch.flush(progress.step)
         stop = early_stop(job, progress)
         while progress.step < job.max_steps and not stop:
             # One step: the gradient of (sum of losses / targets of the whole step), however it is cut up.
@@ -177,7 +177,7 @@ def take_steps(job: Job, run: Run | None, header: dict[str, str], say: Callable[
                 stop = evaluate(job, model, progress, watch) or stop
             if saving or stop:
                 save(job, model, optimizers, progress, watch)
-            watch.flush()
+            watch.flush(progress.step)
     finally:
         gc.enable()
         gc.unfreeze()
@@ -340,7 +340,9 @@ def save(
     """Write a checkpoint, but never a diverged state."""
     stop_if_diverged(job, progress)
     val_loss = watch.pending.get("val_loss")
-    watch.flush()  # before the checkpoint: a kill in between must not lose what the resumed run will not log again
+    watch.flush(
+        progress.step
+    )  # before the checkpoint: a kill in between must not lose what the resumed run will not log again
     interval_loss = job.world.sum(progress.tensors["interval_loss"].item())
     if watch.run is None:
         return
@@ -393,4 +395,4 @@ def finish(job: Job, run: Run, header: dict, progress: Progress, watch: Watch, s
         "files": f"{run.folder}/: checkpoints/, metrics.jsonl, loss.png, report.md",
     }
     write_report(run, header, summary)
-    return summary
+    return summary | {"next": job.what_next()}

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from llmkit.job import Job
 from llmkit.parallel import peak_flops, peak_memory
-from llmkit.run import Run, progress_line
+from llmkit.run import Run, printable, progress_line
 
 
 @dataclass
@@ -30,13 +30,12 @@ class Watch:
     bar: tqdm | None = None
     writer: Any = None
     pending: dict[str, Any] = field(default_factory=dict)
-    last_val: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         self.begin = self.mark = time.perf_counter()
         self.marked_step = self.first_step
         if self.run and sys.stderr.isatty():
-            self.bar = tqdm(total=self.job.max_steps, bar_format="{desc}")
+            self.bar = tqdm(total=self.job.max_steps, initial=self.first_step, unit="step", leave=False)
         if self.run and self.job.config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -74,20 +73,18 @@ class Watch:
     def log(self, **values: Any) -> None:
         self.pending |= values
 
-    def flush(self) -> None:
-        """Write the step's events as one line, and show them."""
+    def flush(self, step: int) -> None:
+        """Write the events of a step as one line, and show them."""
         record, self.pending = self.pending, {}
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
         if self.run is None or not record:
             return
         self.run.append(record)
-        self.last_val = record if "val_loss" in record else self.last_val
-        line = progress_line(record, self.job.max_steps, self.last_val or None)
-        if self.bar is not None:
-            self.bar.set_description_str(line)
-        else:
-            self.say(line)
-        if "sample" in record:
-            self.say(f"--- sample\n{record['sample']}\n---")
+        with tqdm.external_write_mode():  # lines stand above the bar
+            self.say(progress_line(record, self.job.max_steps))
+            if "sample" in record:
+                self.say(f"--- sample\n{printable(record['sample'])}\n---")
         if self.writer is not None:
             for key, value in record.items():
                 if isinstance(value, int | float) and key not in ("step", "tokens"):

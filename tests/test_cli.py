@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import llmkit, sentences, tiny_config
+
+from llmkit.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,7 @@ def test_the_quickstart_arc(place):
     assert "the newest run" in tuned and "runs/tiny-lora" in tuned
     measured = llmkit("eval", "runs/tiny-lora", "--perplexity", "--data", "pairs.jsonl", "--json", cwd=place)
     after = json.loads(measured.stdout)
+    assert "as they are, no chat template" in tuned and "llmkit generate runs/tiny-lora 'a prompt as in" in tuned
     assert after["perplexity"] < 0.7 * before["perplexity"] and after["window"] == before["window"]
 
     text = [
@@ -62,6 +66,26 @@ def test_the_quickstart_arc(place):
 def test_bare_finetune_takes_the_newest_whole_run_and_its_data(place):
     said = llmkit("finetune", "--lora", "--dry-run", "-o", "run_dir=runs/other", cwd=place).stdout
     assert "model: runs/tiny, the newest run" in said and "data: data/tiny" in said and "lora, r 16" in said
+
+
+def test_a_batch_of_more_rows_than_there_are_is_noted_and_a_config_names_its_run(place):
+    config = {"init_from": "runs/tiny", "data": {"kind": "sft", "path": "chats.jsonl"}, "train": {"max_steps": 2}}
+    (place / "mine.yaml").write_text(yaml.safe_dump(config))
+    turns = [{"role": "user", "content": "the river"}, {"role": "assistant", "content": "is small"}]
+    (place / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 9)
+    said = llmkit("finetune", "mine.yaml", "--lora", cwd=place).stdout
+    assert "a batch of 16 rows is more than the" in said and "messages through the chat template" in said
+    assert "llmkit chat runs/mine" in said
+    llmkit("export", "runs/mine", "chats", cwd=place)
+    assert "<|im_start|>" in load_tokenizer(place / "chats").chat_template
+    shutil.rmtree(place / "runs" / "mine")
+
+
+def test_doctor_knows_every_extra_that_is_no_tool_of_ours(place):
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    said = json.loads(llmkit("doctor", "--json", cwd=place).stdout)
+    extras = extras["optional-dependencies"].keys() - {"test", "llama-cpp"}
+    assert {f"extra {name}" for name in extras} == {key for key in said if key.startswith("extra ")}
 
 
 def test_pretrain_builds_the_data_that_is_missing(place):

@@ -508,6 +508,11 @@ def test_what_does_not_go_together_is_refused_before_anything_is_trained(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_rows_of_pairs_are_never_packed(command, tuned):
+    flags = ("finetune", "--full", "--from", "runs/t5", "--data", "pairs.jsonl", "-o", "run_dir=runs/packed")
+    assert "a row of its own" in command(*flags, "-o", "data.packing=true", code=USAGE)
+
+
 def test_a_bert_answers_and_writes_nothing(command, tuned):
     flags = ("finetune", "--full", "--from", "runs/bert", "--data", "pairs.jsonl")
     assert "it writes no text" in command(*flags, code=USAGE)

@@ -760,6 +760,8 @@ def test_export_to_gguf(saved, dtype, kind, tmp_path, capsys):
     shown = run_here(capsys, "export", saved, tmp_path / "out", "--format", "gguf", "--dtype", dtype)
     assert shown["files"] == "model.gguf"
     assert Read(tmp_path / "out" / "model.gguf").types["blk.0.ffn_up.weight"] == kind
+    shown = run_here(capsys, "export", saved, tmp_path / "mine.gguf", "--format", "gguf", "--dtype", dtype)
+    assert shown["files"] == "mine.gguf" and Read(tmp_path / "mine.gguf").types["blk.0.ffn_up.weight"] == kind
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

@@ -26,6 +26,7 @@ from llmkit.data.vocabulary import train_tokenizer
 from llmkit.errors import ENVIRONMENT, MODEL
 from llmkit.generate import Sampling
 from llmkit.models import bert, build_model, folder, llama
+from llmkit.run import printable
 from llmkit.talk import Writer
 
 POSITIONS, LONG = 4096, 2000  # tokens of context, and of an answer that takes seconds
@@ -341,13 +342,20 @@ def test_a_prompt_may_fill_all_but_one_position(client):
     assert answer.choices[0].finish_reason == "length" and answer.usage.total_tokens - POSITIONS in (0, 1)
 
 
+def test_a_request_need_not_name_the_model_and_health_is_told(server, client):
+    status, said = server.request({"prompt": "a", "max_tokens": 3, "temperature": 0})
+    named = complete(client, "a", max_tokens=3, temperature=0)
+    assert status == 200 and json.loads(said)["choices"][0]["text"] == named.choices[0].text
+    assert json.loads(server.request(None, "/health", "GET")[1]) == {"status": "ok", "running": 0}
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 COMPLETIONS = {  # changes to a good request -> status, and what the message names
     "another_model": ({"model": "gpt-4"}, 404, "gpt-4"),
     "logprobs": ({"logprobs": 1}, 400, "logprobs"),
     "best_of": ({"best_of": 2}, 400, "best_of"),
-    "penalty": ({"presence_penalty": 0.5}, 400, "presence_penalty"),
+    "penalty": ({"presence_penalty": 0.5}, 400, "presence_penalty: Value error, only 0 is supported"),
     "too_many_tokens": ({"max_tokens": 2049}, 400, "max_tokens"),
     "no_tokens": ({"max_tokens": 0}, 400, "max_tokens"),
     "text_for_a_number": ({"max_tokens": "5"}, 400, "max_tokens"),
@@ -752,7 +760,8 @@ def test_chat_through_a_pipe(model, writer):
     first = reply("What is it?")
     second = reply("What is it?", first, "And the river?")
     last = reply("What is it?", first, "Bye")
-    assert done.stdout == f"> {first}\n> > {second}\n> > > {first}\n> {last}\n> \n" and not done.stderr
+    assert done.stdout == printable(f"> {first}\n> > {second}\n> > > {first}\n> {last}\n> \n")
+    assert "no chat template" in done.stderr and done.stderr.count("\n") == 1
     assert len({first, second, last}) == 3
 
 

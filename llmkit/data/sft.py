@@ -19,20 +19,25 @@ from llmkit.run import file_sha256, write_atomically
 from llmkit.schema import SftData
 from llmkit.types import IGNORE_INDEX
 
-VERSION = 2  # of the encoding: another one encodes again
+VERSION = 3  # of the encoding: another one encodes again
 ROW_ARRAYS = ("ids", "targets", "segments", "positions")  # the files of a split, in the order that batches reads them
 PAIR_ARRAYS = ("sources", "segments", "answers")  # of a split for an encoder and a decoder
 Example = tuple[str, list[int], list[bool]]  # id, token ids, which of them are targets
 
 
+def format_of(path: Path) -> str | None:
+    """Which of chat.FORMATS the records of a file are: the first good one decides; None where there is none."""
+    good = ((line, record) for line, record in read_records(path) if not isinstance(record, BadRecord))
+    return next((detect_format(record, f"{path}:{line}") for line, record in good), None)
+
+
 def examples(path: Path, tokenizer: Tokenizer, template: str, bad: Counter) -> Iterator[Example]:
     """Every good record of a JSON, JSONL (.gz, .zst), CSV or Parquet file, encoded; reasons of bad ones go to `bad`."""
-    form = None
+    form = format_of(path)
     for line, record in read_records(path):
         if isinstance(record, BadRecord):
             bad[record.reason] += 1
             continue
-        form = form or detect_format(record, f"{path}:{line}")
         try:
             ids, targets = encode_example(tokenizer, template, to_turns(record, form))
         except ValueError as error:
@@ -93,7 +98,10 @@ def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pai
         held = set(order[: max(1, round(len(train) * data.val_fraction))].tolist()) if len(train) > 1 else set()
         val = [one for i, one in enumerate(train) if i in held]
         train = [one for i, one in enumerate(train) if i not in held]
-    report = {"key": key, "folder": str(out), "files": [str(path) for path in sources], "bad": dict(bad), "splits": {}}
+    report = {
+        "key": key, "folder": str(out), "files": [str(path) for path in sources], "bad": dict(bad),
+        "format": format_of(sources[0]), "splits": {},
+    }  # fmt: skip
     for split, encoded in (("train", train), ("val", val)):
         write = write_pairs if pairs else write_rows
         report["splits"][split] = write(out / split, encoded, data, tokenizer.eos_id)
@@ -123,7 +131,7 @@ def write_rows(out: Path, encoded: list, data: SftData, pad: int) -> dict[str, A
             continue
         fitting.append((name, ids, targets))
     lengths = np.array([len(ids) for _, ids, _ in fitting], dtype=np.int64)
-    rows = pack(lengths, size) if data.packing else [[i] for i in range(len(fitting))]
+    rows = pack(lengths, size) if data.packing is not False else [[i] for i in range(len(fitting))]
     ids, targets = np.full((len(rows), size), pad, np.int32), np.zeros((len(rows), size), bool)
     segments, positions = np.full((len(rows), size), -1, np.int32), np.zeros((len(rows), size), np.int32)
     for r, members in enumerate(rows):
