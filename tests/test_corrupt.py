@@ -409,7 +409,7 @@ def test_perplexity_is_a_number_of_its_own_for_every_batch_size(command, name):
 def test_a_file_of_texts_is_corrupted_and_measured(command, trained, name):
     measured = command("eval", f"runs/{name}", "--perplexity", "--data", trained / "text" / "00.txt")
     before = command("eval", f"runs/{name}/checkpoints/step-000010", "--perplexity", "--data", trained / "text/00.txt")
-    assert measured["data"].endswith("corrupted") and measured["loss"] < before["loss"]
+    assert "of which only" in measured["data"] and measured["loss"] < before["loss"]
 
 
 ANSWERS = {"the model ": "river", "the loss ": "small"}

@@ -143,8 +143,7 @@ def from_pieces(
             raise ValueError("it has symbols with spaces of their own")
         # Nor where a letter in it is unknown, which is less likely still: no token is looked for across a cut.
         names = [piece.piece for piece in pieces if piece.type not in text]
-        if apart := breaks(names, [piece.piece for piece in pieces if piece.type in text]):
-            cuts.append(pre_tokenizers.Split(Regex("|".join(apart)), "merged_with_previous"))
+        cuts += breaks(names, [piece.piece for piece in pieces if piece.type in text])
         cuts.append(pre_tokenizers.Split(SPACE, "merged_with_next"))  # pieces never reach over a word's end
     elif kind == BPE:
         ids = {piece.piece: i for i, piece in enumerate(pieces)}
@@ -182,14 +181,15 @@ def shield(rust: Rust) -> Rust:
         return rust
     spec["model"]["vocab"] = [(piece, UNLIKELY if piece in controls else x) for piece, x in spec["model"]["vocab"]]
     shielded = Rust.from_str(json.dumps(spec))
-    if apart := breaks(sorted(controls), [piece for piece, _ in spec["model"]["vocab"] if piece not in controls]):
-        cuts = [pre_tokenizers.Split(Regex("|".join(apart)), "merged_with_previous")]
-        shielded.pre_tokenizer = pre_tokenizers.Sequence([rust.pre_tokenizer] * bool(rust.pre_tokenizer) + cuts)
+    cuts = breaks(sorted(controls), [piece for piece, _ in spec["model"]["vocab"] if piece not in controls])
+    if cuts:
+        own = [rust.pre_tokenizer] if rust.pre_tokenizer else []
+        shielded.pre_tokenizer = pre_tokenizers.Sequence([*own, *cuts])
     return shielded
 
 
-def breaks(names: list[str], pieces: list[str]) -> list[str]:
-    """Regexes that match each name up to a place over which no piece reaches, so that a cut there changes nothing.
+def breaks(names: list[str], pieces: list[str]) -> list[pre_tokenizers.PreTokenizer]:
+    """A cut in each name where one is spelt out, at a place over which no piece reaches: it changes nothing else.
 
     Unknown letters that stand together are one token, so a place beside one of them is taken where there is one.
     """
@@ -200,7 +200,7 @@ def breaks(names: list[str], pieces: list[str]) -> list[str]:
         places = [i for i in range(1, len(name)) if name[i - 1 : i + 1] not in reached]
         places.sort(key=lambda i: (name[i - 1] in known) == (name[i] in known))
         found += [f"{re.escape(name[:i])}(?={re.escape(name[i:])})" for i in places[:1]]
-    return found
+    return [pre_tokenizers.Split(Regex("|".join(found)), "merged_with_previous")] if found else []
 
 
 def from_llama2c(path: Path, size: int) -> Rust:

@@ -157,7 +157,8 @@ def measure(
     elif kind == "causal":
         batches = windows(tokens, window, stride, batch_size)
     else:
-        batches, what = mended(tokens, model.config, tokenizer, window, batch_size, objective), f"{what}, corrupted"
+        batches = mended(tokens, model.config, tokenizer, window, batch_size, objective)
+        what += ", of which only masked tokens count" if kind == "masked" else ", of which only cut-out spans count"
     with autocast(device, precision):
         result = perplexity(
             model, batches, device=device, token_bytes=tokenizer.token_bytes if kind == "causal" else None,
