@@ -287,6 +287,7 @@ def load(
             )  # fmt: skip
         return load_model(located.folder, device=device, dtype=dtype), tokenizer
     base = located.base
+    tokenizer.ends = load_tokenizer(base).ends
     expected = lora.base_sha256(located.folder)
     if expected and weights_sha256(base) != expected:
         raise UserError("the adapter was trained on other weights than its base has now", at=base, code=MODEL)

@@ -69,6 +69,15 @@ def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[st
     return choice, options
 
 
+def choose_packing(config: Config, model_config: Any) -> Config:
+    """The config with data.packing decided: examples share rows, but for an encoder and a decoder."""
+    if config.data.kind != "sft" or config.data.packing is not None:
+        return config
+    return config.model_copy(
+        update={"data": config.data.model_copy(update={"packing": model_config.kind != "seq2seq"})}
+    )
+
+
 def model_problems(config: Config, model_config: Any) -> list[UserError]:
     """Shapes that do not fit each other or the data."""
     section = "model" if config.model else "init_from"

@@ -16,7 +16,7 @@ from llmkit.parallel import DTYPES
 def export_hf(located: Located, out: Path, dtype: str) -> None:
     """config.json, model.safetensors and tokenizer.json for transformers; an adapter is merged in fp32 first."""
     model, tokenizer = load(located, merge=True)
-    save_model(model, out, eos_token_id=tokenizer.eos_id, bos_token_id=tokenizer.bos_id, dtype=DTYPES[dtype])
+    save_model(model, out, eos_token_ids=tokenizer.answer_ends, bos_token_id=tokenizer.bos_id, dtype=DTYPES[dtype])
     tokenizer.save(out)
 
 

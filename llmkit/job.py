@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from llmkit import checkpoint
-from llmkit.choices import check_choices, choose_objective, in_words, model_problems, read_model_config
+from llmkit.choices import check_choices, choose_objective, choose_packing, in_words, model_problems, read_model_config
 from llmkit.data.batches import GOLDEN, MASK, Batches, mix
 from llmkit.data.tokenizer import Tokenizer, load_tokenizer
 from llmkit.errors import DATA, ENVIRONMENT, UserError, raise_all
@@ -104,7 +104,7 @@ class Job:
         if size > rows:
             return (
                 f"a batch of {size} rows is more than the {count(rows)} there are: a step reads each {size / rows:.1f} "
-                "times. Lower train.global_batch_size, or data.seq_len, which makes more rows"
+                "times. Lower train.global_batch_size"
             )
         return None
 
@@ -156,9 +156,14 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
                 got=config.init_from, fix=f"llmkit export {config.init_from} merged --format hf, and start from that",
             )  # fmt: skip
         base = located.folder
+        if base.resolve().is_relative_to(Path(config.run_dir).resolve()):  # --fresh would delete it
+            raise UserError(
+                "the run would write where the model lies that it begins with", at=config.where("init_from"),
+                got=f"run_dir: {config.run_dir}, init_from: {config.init_from}", fix="name another run_dir",
+            )  # fmt: skip
     model_config = read_model_config(config, options)
     objective, options["objective"] = choose_objective(config, model_config)
-    config = config.model_copy(update={"objective": objective})
+    config = choose_packing(config.model_copy(update={"objective": objective}), model_config)
     errors = model_problems(config, model_config)
     warmup, fixed = options["schedule"].get("warmup_steps", 0), config.train.max_steps
     if fixed and warmup >= fixed:

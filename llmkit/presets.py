@@ -76,8 +76,11 @@ def finetune_config(
         )
 
     start = model or own.get("init_from")
+    name = f"{Path(start or 'model').name}-{method}"
+    if path not in (None, LOCAL):  # a config names its run, as in pretraining, unless it says another method
+        name = path.stem if own_peft.get("name", "full") == method else f"{path.stem}-{method}"
     defaults: dict[str, Any] = {
-        **({"run_dir": f"runs/{Path(start or 'model').name}-{method}"} if path in (None, LOCAL) else {}),
+        "run_dir": f"runs/{name}",
         "optimizer": {"name": "adamw", "lr": 2e-5 if method == "full" else 2e-4, "weight_decay": 0.0},
         "schedule": {"name": "cosine"},
         "train": {"epochs": 3, "global_batch_size": 16},

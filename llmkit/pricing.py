@@ -23,7 +23,7 @@ MEMORY_SHARE = 0.85  # of the device that a derived micro-batch may plan to fill
 
 
 def plan_config(config: Config) -> dict[str, Any]:
-    """The figures of `llmkit plan`: plain numbers, bytes and FLOPs. Nothing is read but configs."""
+    """The figures of `llmkit plan`: plain numbers, bytes and FLOPs. Of files only configs and a tokenizer are read."""
     world = World(start_world().device)
     options = check_choices(config)
     model_config = read_model_config(config, options)

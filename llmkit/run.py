@@ -221,7 +221,7 @@ def printable(text: str) -> str:
     >>> printable("a\\x1b[31mb\\n")
     'a\ufffd[31mb\\n'
     """
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)", "\ufffd", text)
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def progress_line(record: dict[str, Any], total: int) -> str:

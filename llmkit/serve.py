@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -53,7 +54,7 @@ class Limits:
 def only_zero(penalty: float) -> float:
     """OpenAI's two penalties are not built; clients send their default."""
     if penalty:
-        raise ValueError("only 0 is supported; repetition_penalty is there instead")
+        raise PydanticCustomError("unbuilt", "only 0 is supported; there is repetition_penalty instead")
     return penalty
 
 
@@ -102,7 +103,6 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart]
-    name: str | None = None
 
 
 class ChatCompletion(Asked):
@@ -168,11 +168,11 @@ class Server:
             raise Refused(429, f"{self.running} requests are being answered", code="rate_limit_exceeded")
         self.running += 1
 
-    async def encode(self, function: Callable[[Any], list[int]], text: Any) -> list[int]:
-        """Ids of a text or a conversation; a request counts while it waits for them too."""
+    async def encode(self, function: Callable[[], Any]) -> Any:
+        """What a request is in ids; it counts as one while it waits for them too."""
         self.enter()
         try:
-            return await self.run(function, text)
+            return await self.run(function)
         finally:
             self.running -= 1
 
@@ -216,8 +216,10 @@ class Server:
     async def completions(self, request: Request) -> Response:
         asked = await read_request(request, Completion, self.limits)
         prompts = [asked.prompt] if isinstance(asked.prompt, str) or is_ids(asked.prompt) else asked.prompt
-        ids = [await self.encode(self.writer.encode, one) if isinstance(one, str) else one for one in prompts]
-        self.check(asked, ids, asked.max_tokens)
+        self.check(asked, len(prompts), asked.max_tokens)
+        to_ids = lambda one: self.writer.encode(one) if isinstance(one, str) else one  # noqa: E731
+        ids = await self.encode(lambda: list(map(to_ids, prompts)))
+        self.check_prompts(ids)
         before = [self.writer.tokenizer.decode(prompt) if isinstance(prompt, list) else prompt for prompt in prompts]
         return await self.answer(request, asked, ids, asked.max_tokens, before=before if asked.echo else None)
 
@@ -230,10 +232,11 @@ class Server:
             parts = [message.content] if isinstance(message.content, str) else [part.text for part in message.content]
             role = "system" if message.role == "developer" else message.role
             messages.append({"role": role, "content": "".join(parts)})
-        ids = await self.encode(self.writer.encode_chat, messages)
+        self.check(asked, 1, asked.max_tokens or asked.max_completion_tokens or 1)
+        ids = await self.encode(lambda: self.writer.encode_chat(messages))
+        self.check_prompts([ids])
         room = max(1, min(self.limits.new_tokens, self.writer.longest - len(ids)))
         tokens = asked.max_tokens or asked.max_completion_tokens or room
-        self.check(asked, [ids], tokens)
         return await self.answer(request, asked, [ids], tokens, chat=True)
 
     async def answer(
@@ -265,16 +268,21 @@ class Server:
             await pieces.aclose()
         return JSONResponse(frame.whole(said, texts))
 
-    def check(self, asked: Asked, prompts: list[list[int]], max_tokens: int) -> None:
-        """Refuse what this model or these limits do not allow."""
-        longest, size = self.writer.longest, len(self.writer.tokenizer)
+    def check(self, asked: Asked, prompts: int, max_tokens: int) -> None:
+        """Refuse what these limits do not allow, before any work is done for it."""
         if asked.model not in (None, self.name):
             message = f"the model {asked.model} is not here; this server has {self.name}"
             raise Refused(404, message, param="model", code="model_not_found")
         if max_tokens > self.limits.new_tokens:
             raise Refused(400, f"max_tokens is over this server's {self.limits.new_tokens}", param="max_tokens")
-        if len(prompts) * asked.n > self.limits.choices:
+        if asked.stream_options and not asked.stream:
+            raise Refused(400, "stream_options is given without stream", param="stream_options")
+        if prompts * asked.n > self.limits.choices:
             raise Refused(400, f"over {self.limits.choices} answers in one request", param="n")
+
+    def check_prompts(self, prompts: list[list[int]]) -> None:
+        """Refuse what this model can't read."""
+        longest, size = self.writer.longest, len(self.writer.tokenizer)
         if not prompts or not all(prompts):
             raise Refused(400, "a prompt is empty", param="prompt")
         if any(not 0 <= token < size for prompt in prompts for token in prompt):
@@ -384,7 +392,8 @@ def serve(writer: Writer, name: str, host: str, port: int, limits: Limits, say: 
         ) from None  # fmt: skip
     server = Server(writer, name, limits)
     server.warm_up()
-    say(f"http://{host}:{port}  a page to chat; /v1/completions, /v1/chat/completions  (Ctrl-C ends)")
+    address = f"[{host}]" if ":" in host else host
+    say(f"http://{address}:{port}  a page to chat; /v1/completions, /v1/chat/completions  (Ctrl-C ends)")
     config = uvicorn.Config(server.app(hosts), log_level="warning", timeout_graceful_shutdown=1)
     running = uvicorn.Server(config)
     leave = running.handle_exit

@@ -108,10 +108,11 @@ def open_sft(config: Config, world: World, base: Path, start_id: int | None = No
     report = encode_sft(config.data, tokenizer, out, **how)  # reads what is there
     folder = Path(report["folder"])
     splits = report["splits"]
-    chats = report["format"] != "prompt/completion"
+    forms = report.get("formats", ["records"])
+    chats = forms != ["prompt/completion"]
     if chats:  # it goes into every checkpoint: what answers must be what was trained
         tokenizer.chat_template = default_template(tokenizer)
-    how_read = f"{report['format']} {'through the chat template' if chats else 'as they are, no chat template'}"
+    how_read = f"{' and '.join(forms)} {'through the chat template' if chats else 'as they are, no chat template'}"
     lost = [f"{splits['train'][why]} {why}" for why in ("too long", "without a target") if why in splits["train"]]
     lost += [f"{number} bad: {reason}" for reason, number in report["bad"].items()]
     return Data(

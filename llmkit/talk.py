@@ -85,7 +85,7 @@ class Writer:
         """
         if not all(stop):
             raise UserError("a stop string is empty", fix="leave it out")
-        ends = frozenset([self.tokenizer.eos_id, *([self.tokenizer.chat_end] if chat else [])])
+        ends = frozenset([*self.tokenizer.answer_ends, *([self.tokenizer.chat_end] if chat else [])])
         steps = generate(
             self.model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=ends, seed=seed,
             compiled=self.compiled,

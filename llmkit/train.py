@@ -352,7 +352,7 @@ def save(
         if config.peft:
             lora.save_adapter(model, folder, base=str(job.base.resolve()), base_sha256=job.base_sha256)
         else:
-            save_model(model, folder, eos_token_id=tokenizer.eos_id, bos_token_id=tokenizer.bos_id)
+            save_model(model, folder, eos_token_ids=tokenizer.answer_ends, bos_token_id=tokenizer.bos_id)
         tokenizer.save(folder)
 
     with watch.pause():

@@ -75,10 +75,16 @@ def test_a_batch_of_more_rows_than_there_are_is_noted_and_a_config_names_its_run
     (place / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 9)
     said = llmkit("finetune", "mine.yaml", "--lora", cwd=place).stdout
     assert "a batch of 16 rows is more than the" in said and "messages through the chat template" in said
-    assert "llmkit chat runs/mine" in said
-    llmkit("export", "runs/mine", "chats", cwd=place)
+    assert "llmkit chat runs/mine-lora" in said
+    llmkit("export", "runs/mine-lora", "chats", cwd=place)
     assert "<|im_start|>" in load_tokenizer(place / "chats").chat_template
-    shutil.rmtree(place / "runs" / "mine")
+    shutil.rmtree(place / "runs" / "mine-lora")
+
+
+def test_a_run_never_deletes_the_model_that_it_begins_with(place):
+    options = ["--full", "--data", "pairs.jsonl", "--from", "runs/tiny", "-o", "run_dir=runs/tiny", "--fresh"]
+    assert "where the model lies" in llmkit("finetune", *options, cwd=place, code=2).stderr
+    assert (place / "runs/tiny/checkpoints").is_dir()
 
 
 def test_doctor_knows_every_extra_that_is_no_tool_of_ours(place):

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 import yaml
 from conftest import SHARED, needs_shared, sentences, tiny_config
+from tokenizers import Tokenizer as Rust
+from tokenizers import models, pre_tokenizers
 
 from llmkit.cli import main
 from llmkit.corpus.build import build_corpus, read_manifest
@@ -255,6 +258,20 @@ def test_only_answers_are_targets(tokenizer):
     assert tokenizer.decode(ids) == compile_template(CHATML).render(messages=messages, add_generation_prompt=False)
     prompt = encode_chat(tokenizer, [{"role": "user", "content": "two"}])
     assert tokenizer.decode(prompt) == "<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_ids_of_a_chat_are_transformers_whatever_is_put_before_a_text(scheme, tmp_path):
+    letters = [("\u2581", -2.0), *((letter, -3.0) for letter in "abcduser\n:"), ("\u2581ab", -2.5), ("ab", -2.5)]
+    rust = Rust(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("<|u|>", 0.0), *letters], unk_id=0))
+    rust.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    rust.add_special_tokens(["<unk>", "</s>", "<|u|>"])
+    template = "{% for message in messages %}<|u|>{{ message.content }}</s>\n{% endfor %}"
+    Tokenizer(rust, 1, chat_template=template).save(tmp_path)
+    messages = [{"role": "user", "content": "ab cd"}, {"role": "assistant", "content": "ab ab"}] * 2
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids, _ = encode_example(load_tokenizer(tmp_path), template, messages)
+    assert ids == theirs.apply_chat_template(messages)["input_ids"]
 
 
 def test_control_tokens_in_messages_stay_text(tokenizer):

@@ -157,6 +157,38 @@ def test_a_control_token_of_unknown_letters_stays_text(options, tmp_path):
     pair.agree([*SPELT_OUT, "the </s> model", "%<s>", "<<unk>>", "<s", "s>"])
 
 
+def of_words() -> Rust:
+    rust = Rust(models.WordLevel({"a": 0, "b": 1, "</s>": 2, "<unk>": 3, "<>": 4}, unk_token="<unk>"))
+    rust.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return rust
+
+
+def without_merges() -> Rust:
+    vocab = {token: i for i, token in enumerate(["</s>", "<unk>", *"</s>ab ", "</", "s>"])}
+    return Rust(models.BPE(vocab, [("<", "/"), ("s", ">")], unk_token="<unk>", ignore_merges=True))
+
+
+@pytest.mark.parametrize("make", [of_words, without_merges])
+def test_a_control_token_that_a_model_knows_as_a_word_stays_text(make, tmp_path):
+    rust = make()
+    rust.add_special_tokens(["</s>", "<unk>"])
+    rust.save(str(tmp_path / "tokenizer.json"))
+    one = load_tokenizer(tmp_path)
+    for text in ["</s>", "a </s> b", "a</s>b", "</s></s>"]:
+        assert one.eos_id not in one.encode(text)
+    for text in ["a b", "<> a", "b / s"]:
+        assert one.encode(text) == rust.encode(text, add_special_tokens=False).ids
+    one.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").sha256 == one.sha256
+
+
+@pytest.mark.parametrize("prefix", [False, True], ids=["bare", "prefix"])
+def test_a_control_token_after_a_symbol_stays_text(prefix, tmp_path):
+    model = trained(user_defined_symbols=["<tool>"], model_type="bpe", add_dummy_prefix=prefix)
+    pair = Pair(tmp_path, model)
+    pair.agree(["<tool></s>", "</s>", "a<tool><s>b", "<unk><tool><unk>"])
+
+
 @pytest.mark.parametrize("letters", ["abs", "abs<>/"])
 def test_a_control_token_in_the_best_place_of_a_unigram_stays_text(letters, tmp_path):
     vocab = [("</s>", 0.0), ("<unk>", 0.0), ("<tool>", 0.0), ("\u2581", -2.0), *((letter, -3.0) for letter in letters)]

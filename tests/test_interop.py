@@ -118,7 +118,7 @@ def ours_of(model: torch.nn.Module, ids: list[int]) -> tuple[list[int], torch.Te
 def saved(bpe, tmp_path_factory) -> Path:
     """A model's folder."""
     path = tmp_path_factory.mktemp("saved")
-    folder.save_model(randomized("llama"), path, eos_token_id=bpe.eos_id)
+    folder.save_model(randomized("llama"), path, eos_token_ids=[bpe.eos_id])
     bpe.save(path)
     return path
 

@@ -296,7 +296,7 @@ def trained(request, tokenizer, tmp_path):
     config = type(CONFIGS[request.param])(**vars(CONFIGS[request.param]) | {"vocab_size": len(tokenizer)})
     model = build_model(config).eval()
     randomize(model.parameters())
-    folder.save_model(model, tmp_path / "base", eos_token_id=tokenizer.eos_id)
+    folder.save_model(model, tmp_path / "base", eos_token_ids=[tokenizer.eos_id])
     tokenizer.save(tmp_path / "base")
     lora.apply(model, r=4, rslora=True)
     randomize((p for p in model.parameters() if p.requires_grad), seed=5)

@@ -26,7 +26,6 @@ from llmkit.data.vocabulary import train_tokenizer
 from llmkit.errors import ENVIRONMENT, MODEL
 from llmkit.generate import Sampling
 from llmkit.models import bert, build_model, folder, llama
-from llmkit.run import printable
 from llmkit.talk import Writer
 
 POSITIONS, LONG = 4096, 2000  # tokens of context, and of an answer that takes seconds
@@ -57,7 +56,7 @@ def model(tmp_path_factory) -> Path:
         for name, weight in made.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight.normal_(0, 0.015, generator=generator)
-    folder.save_model(made, path, eos_token_id=words.eos_id)
+    folder.save_model(made, path, eos_token_ids=[words.eos_id])
     words.save(path)
     return path
 
@@ -355,8 +354,10 @@ COMPLETIONS = {  # changes to a good request -> status, and what the message nam
     "another_model": ({"model": "gpt-4"}, 404, "gpt-4"),
     "logprobs": ({"logprobs": 1}, 400, "logprobs"),
     "best_of": ({"best_of": 2}, 400, "best_of"),
-    "penalty": ({"presence_penalty": 0.5}, 400, "presence_penalty: Value error, only 0 is supported"),
+    "penalty": ({"presence_penalty": 0.5}, 400, "presence_penalty: only 0 is supported"),
     "too_many_tokens": ({"max_tokens": 2049}, 400, "max_tokens"),
+    "a_flood": ({"prompt": ["a"] * 9000}, 400, "over 8 answers"),
+    "usage_of_no_stream": ({"stream": False, "stream_options": {"include_usage": True}}, 400, "stream_options"),
     "no_tokens": ({"max_tokens": 0}, 400, "max_tokens"),
     "text_for_a_number": ({"max_tokens": "5"}, 400, "max_tokens"),
     "too_many_answers": ({"n": 9}, 400, "n"),
@@ -379,6 +380,7 @@ COMPLETIONS = {  # changes to a good request -> status, and what the message nam
 CHATS = {
     "another_model": ({"model": "gpt-4"}, 404, "gpt-4"),
     "no_messages": ({"messages": []}, 400, "messages"),
+    "name": ({"messages": [{"role": "user", "content": "a", "name": "Ada"}]}, 400, "name"),
     "unknown_role": ({"messages": [{"role": "boss", "content": "a"}]}, 400, "role"),
     "picture": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
@@ -760,8 +762,8 @@ def test_chat_through_a_pipe(model, writer):
     first = reply("What is it?")
     second = reply("What is it?", first, "And the river?")
     last = reply("What is it?", first, "Bye")
-    assert done.stdout == printable(f"> {first}\n> > {second}\n> > > {first}\n> {last}\n> \n")
-    assert "no chat template" in done.stderr and done.stderr.count("\n") == 1
+    assert done.stdout == f"> {first}\n> > {second}\n> > > {first}\n> {last}\n> \n"
+    assert "no chat template: it is asked in ChatML" in done.stderr and done.stderr.count("\n") == 1
     assert len({first, second, last}) == 3
 
 

@@ -18,6 +18,8 @@ from tokenizers import Tokenizer as Rust
 from llmkit.data.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer, byte_letters, load_tokenizer
 from llmkit.data.vocabulary import BERT_SPECIALS, KINDS, PATTERNS, SPECIALS, extend_bpe, train_tokenizer
 from llmkit.errors import UserError
+from llmkit.models import build_model, llama
+from llmkit.models.folder import save_model
 
 
 def prose(seed: int, letters: str, number: int = 4000) -> str:
@@ -262,6 +264,28 @@ def test_roles_that_a_file_names_are_kept(made, tmp_path):
     assert one.roles == {"pad_token": "<|endoftext|>", "mask_token": "<tool>"}
     one.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").roles == one.roles
+
+
+def test_all_that_ends_an_answer_is_told_to_transformers_and_read_from_it(made, tmp_path):
+    config = llama.Config(vocab_size=400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    one = load_saved(made["bpe"], tmp_path / "plain", config)
+    assert one.answer_ends == [one.eos_id] and not (tmp_path / "plain" / "generation_config.json").exists()
+    one.chat_template = "{{ messages }}"
+    again = load_saved(one, tmp_path / "chats", config)
+    assert again.answer_ends == [one.eos_id, one.chat_end]
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "chats")
+    assert theirs.eos_token_id == again.answer_ends
+    file = tmp_path / "chats" / "generation_config.json"
+    plain = one.encode("a")[0]
+    file.write_text(json.dumps({"eos_token_id": [one.specials["<tool>"], plain, 10**6]}))
+    assert load_tokenizer(tmp_path / "chats").answer_ends == [one.eos_id, one.chat_end, one.specials["<tool>"]]
+
+
+def load_saved(one: Tokenizer, path: Path, config: llama.Config) -> Tokenizer:
+    """A tokenizer that was saved beside a model."""
+    one.save(path)
+    save_model(build_model(config), path, eos_token_ids=one.answer_ends)
+    return load_tokenizer(path)
 
 
 def test_chat_tokens_are_there(kind, made):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmkit.commands.show import AsJson, ConfigArg, Override, progress_to, show
+from llmkit.commands.show import AsJson, ConfigArg, Override, on_screen, progress_to, show
 
 SAMPLE = "def main(argv=None):\n    return 0\n"
 
@@ -106,13 +106,13 @@ def inspect_documents(data: Any, id: str | None, dropped: int, kept: int, rule: 
             show(found, as_json)
         else:
             show({k: v for k, v in found.items() if k not in ("scores", "text")} | found["scores"], as_json)
-            print(f"\n{found['text'][:2000]}")
+            print(f"\n{on_screen(found['text'][:2000])}")
         return
     samples = [*sample_documents(data, dropped, kept=False, rule=rule), *sample_documents(data, kept, kept=True)]
     if as_json:
         show({"documents": samples}, as_json)
     for one in samples if not as_json else ():
-        print(f"--- {one['id']}: {one['why']}\n{one['text'][:1000]}\n")
+        print(f"--- {one['id']}: {one['why']}\n{on_screen(one['text'][:1000])}\n")
 
 
 @tokenizer_app.command("train")

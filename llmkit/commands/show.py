@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from llmkit.run import printable
+
 ConfigArg = Annotated[Path, typer.Argument(help="A YAML file.")]
 Override = Annotated[list[str], typer.Option("-o", help="Override a key: section.key=value. May be repeated.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
@@ -16,6 +18,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for
 def progress_to(as_json: bool):
     """Where lines about progress go: standard output belongs to the JSON object when one is asked for."""
     return lambda line: print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+
+def on_screen(text: str) -> str:
+    """Text of a model or a stranger as a terminal may have it; a file or a pipe gets it as it is."""
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def show(figures: dict[str, Any], as_json: bool) -> None:

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmkit.commands.show import AsJson, show
-from llmkit.run import printable
+from llmkit.commands.show import AsJson, on_screen, show
 
 Model = Annotated[str, typer.Argument(help="A run, checkpoint, adapter or Hugging Face folder.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1)]
@@ -62,7 +61,7 @@ def generate(
     continues = writer.continues and not chat
     print(texts[0] if continues else "", end="", flush=True)
     for piece in written[0]:
-        print(printable(piece), end="", flush=True)
+        print(on_screen(piece), end="", flush=True)
     print()
     if written[0].ended == "length" and len(written[0].tokens) < max_new_tokens:
         to_stderr(f"(the model's {writer.longest} positions are full after {len(written[0].tokens)} tokens)")
@@ -70,7 +69,7 @@ def generate(
 
 def print_texts(rows: list[dict]) -> None:
     for row in rows:
-        print(f"--- {row['prompt']}\n{printable(row['text'])}")
+        print(f"--- {on_screen(row['prompt'])}\n{on_screen(row['text'])}")
 
 
 def to_stderr(line: str) -> None:
@@ -91,6 +90,7 @@ def chat(
     precision: Precision = "auto",
 ) -> None:
     """Talk with a model: a line is a message, /new begins again, /exit or Ctrl-D ends."""
+    from llmkit.data.chat import CHATML, default_template
     from llmkit.errors import UserError
     from llmkit.generate import Sampling, room_for
     from llmkit.talk import open_writer
@@ -98,7 +98,8 @@ def chat(
     sampling = Sampling(temperature, top_k or None, top_p, min_p, repetition_penalty)
     writer = open_writer(model, precision=precision, compile=compile, say=to_stderr)
     if writer.tokenizer.chat_template is None:
-        to_stderr("this model has no chat template: it is asked through a plain one, which it may not know")
+        way = "in ChatML" if default_template(writer.tokenizer) == CHATML else "in plain text"
+        to_stderr(f"this model has no chat template: it is asked {way}, which it may not know")
     begin = [{"role": "system", "content": system}] if system else []
     messages = list(begin)
     while True:
@@ -128,7 +129,7 @@ def chat(
         options = {"sampling": sampling, "max_new_tokens": max_new_tokens, "seed": seed, "chat": True}
         try:
             for piece in writer.write([ids], **options)[0]:
-                print(printable(piece), end="", flush=True)
+                print(on_screen(piece), end="", flush=True)
                 answer += piece
         except KeyboardInterrupt:  # enough of this answer
             pass

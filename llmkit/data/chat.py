@@ -149,16 +149,19 @@ def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[in
 # ---- tokens and targets ---------------------------------------------------------------------------------------------
 
 
-def encode_marked(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a rendered template: its control tokens become ids, guarded ones inside messages stay text."""
-    if not tokenizer.specials:
-        return tokenizer.encode(text.replace(GUARD, ""))
+def encode_marked(tokenizer: Tokenizer, text: str, *, begins: bool = True) -> list[int]:
+    """Ids of a rendered template: its control tokens become ids, guarded ones inside messages stay text.
+
+    begins  nothing stands before the text
+    """
     ids: list[int] = []
-    for piece in re.split("(" + "|".join(map(re.escape, tokenizer.specials)) + ")", text):
+    pieces = re.split("(" + "|".join(map(re.escape, tokenizer.specials)) + ")", text) if tokenizer.specials else [text]
+    for place, piece in enumerate(pieces):
         if piece in tokenizer.specials:
             ids.append(tokenizer.specials[piece])
         elif piece:
-            ids += tokenizer.encode(piece.replace(GUARD, ""))
+            encode = tokenizer.encode if begins and place == 0 else tokenizer.encode_inside
+            ids += encode(piece.replace(GUARD, ""))
     return ids
 
 
@@ -195,7 +198,7 @@ def encode_example(tokenizer: Tokenizer, template: str, turns: Any) -> tuple[lis
         tail = said[len(said.rstrip()) :] if said.rstrip().endswith(tuple(tokenizer.specials)) else ""
         pieces = ((before[len(done) :], False), (said.removesuffix(tail) if tail else said, answers), (tail, False))
         for piece, target in pieces:
-            new = encode_marked(tokenizer, piece)
+            new = encode_marked(tokenizer, piece, begins=not ids)
             ids += new
             targets += [target] * len(new)
         done = upto

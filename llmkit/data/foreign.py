@@ -17,7 +17,6 @@ from llmkit.errors import ENVIRONMENT, MODEL, UserError
 SPACE = "\u2581"  # what SentencePiece writes for a space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # kinds of pieces in sentencepiece_model.proto
 UNIGRAM, BPE = 1, 2  # its kinds of models
-UNLIKELY = -1e6  # a log-probability below that of any text in pieces
 LLAMA2C_CONTROL = ("<unk>", "<s>", "</s>")
 EXTRA_IDS = 100  # sentinels that T5's tokenizers have beside the pieces of the file
 
@@ -134,22 +133,25 @@ def from_pieces(
     """
     symbols = sorted((piece.piece for piece in pieces if piece.type == USER_DEFINED), key=len, reverse=True)
     cuts = [pre_tokenizers.Split(Regex("|".join(map(re.escape, symbols))), "isolated")] if symbols else []
+    # What is no text (control tokens, bytes) must not be found in a text that spells it out.
+    is_text = [piece.type in (NORMAL, USER_DEFINED) for piece in pieces]
+    names = [piece.piece for piece, text in zip(pieces, is_text, strict=True) if not text]
     if kind == UNIGRAM:
-        # What is no text (control tokens, bytes) must not win against the pieces of its letters where it is spelt out.
-        text = (NORMAL, USER_DEFINED)
-        vocab = [(piece.piece, piece.score if piece.type in text else UNLIKELY) for piece in pieces]
+        least = min((piece.score for piece in pieces if piece.type == NORMAL), default=0.0)
+        vocab = [(piece.piece, piece.score if text else least) for piece, text in zip(pieces, is_text, strict=True)]
         rust = Rust(models.Unigram(vocab, unknown, byte_fallback))
         if any(SPACE in symbol for symbol in symbols):
             raise ValueError("it has symbols with spaces of their own")
-        # Nor where a letter in it is unknown, which is less likely still: no token is looked for across a cut.
-        names = [piece.piece for piece in pieces if piece.type not in text]
-        cuts += breaks(names, [piece.piece for piece in pieces if piece.type in text])
-        cuts.append(pre_tokenizers.Split(SPACE, "merged_with_next"))  # pieces never reach over a word's end
+        cuts += [
+            apart(names, dict(vocab)),
+            pre_tokenizers.Split(SPACE, "merged_with_next"),
+        ]  # no piece goes over a word's end
     elif kind == BPE:
         ids = {piece.piece: i for i, piece in enumerate(pieces)}
         bpe = {"unk_token": pieces[unknown].piece, "fuse_unk": True, "byte_fallback": byte_fallback}
         # With symbols of its own the text is cut at them, and they are what they are without any merges.
         rust = Rust(models.BPE(vocab=ids, merges=merges_of(pieces), ignore_merges=bool(symbols), **bpe))
+        cuts += [apart(names, ids)] if symbols else []
     else:
         raise ValueError("it is neither a unigram nor a BPE model")
     if cuts:
@@ -169,38 +171,45 @@ def from_pieces(
 
 
 def shield(rust: Rust) -> Rust:
-    """The same tokenizer, in which a text that spells out a control token of a unigram vocabulary stays text.
+    """The same tokenizer, in which a text that spells out a control token stays text; for other texts nothing changes.
 
-    Files of transformers give those tokens the best score of all, since its own tokenizers never look for them there.
+    transformers' own tokenizers never look for one there, since they take it for the token itself; so most files of
+    unigram models give control tokens the best score of all, and other kinds of models may know them as words.
     """
-    spec = json.loads(rust.to_str())
-    controls = {token["content"] for token in spec["added_tokens"] if token["special"]}
-    if spec["model"]["type"] != "Unigram" or all(
-        score <= UNLIKELY for piece, score in spec["model"]["vocab"] if piece in controls
-    ):
+    rust.encode_special_tokens = True
+    own = rust.get_vocab(with_added_tokens=False)
+    controls = {token.content: i for i, token in rust.get_added_tokens_decoder().items() if token.special}
+    found = any(
+        i in rust.encode(text, add_special_tokens=False).ids
+        for name, i in controls.items() if name != getattr(rust.model, "unk_token", None)
+        for text in (name, f"a {name}", f"a{name}a")
+    )  # fmt: skip
+    always = isinstance(rust.model, models.Unigram) or getattr(rust.model, "ignore_merges", False)
+    names = [name for name in controls if name in own]
+    if not names or not (found or always):
         return rust
-    spec["model"]["vocab"] = [(piece, UNLIKELY if piece in controls else x) for piece, x in spec["model"]["vocab"]]
-    shielded = Rust.from_str(json.dumps(spec))
-    cuts = breaks(sorted(controls), [piece for piece, _ in spec["model"]["vocab"] if piece not in controls])
-    if cuts:
-        own = [rust.pre_tokenizer] if rust.pre_tokenizer else []
-        shielded.pre_tokenizer = pre_tokenizers.Sequence([*own, *cuts])
-    return shielded
+    cut, steps = apart(names, own), [rust.pre_tokenizer] if rust.pre_tokenizer else []
+    if not steps or cut.__getstate__() not in steps[0].__getstate__():  # else it was saved so
+        rust.pre_tokenizer = pre_tokenizers.Sequence([*steps, cut])
+    return rust
 
 
-def breaks(names: list[str], pieces: list[str]) -> list[pre_tokenizers.PreTokenizer]:
-    """A cut in each name where one is spelt out, at a place over which no piece reaches: it changes nothing else.
+def apart(names: Iterable[str], vocab: Iterable[Any]) -> pre_tokenizers.PreTokenizer:
+    """A cut inside each name where a text spells it out, so that no token is the whole of it.
 
-    Unknown letters that stand together are one token, so a place beside one of them is taken where there is one.
+    The place is one over which no other token reaches, if there is one: its letters then make what they always make.
+    Unknown letters that stand together are one token, so a place between two of them is the last choice.
     """
-    reached = {piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1)}
-    known = {piece for piece in pieces if len(piece) == 1}
+    names = [name for name in names if len(name) > 1]
+    tokens = set(vocab) - set(names)
+    reached = {token[i : i + 2] for token in tokens for i in range(len(token) - 1)}
     found = []
     for name in names:
-        places = [i for i in range(1, len(name)) if name[i - 1 : i + 1] not in reached]
-        places.sort(key=lambda i: (name[i - 1] in known) == (name[i] in known))
-        found += [f"{re.escape(name[:i])}(?={re.escape(name[i:])})" for i in places[:1]]
-    return [pre_tokenizers.Split(Regex("|".join(found)), "merged_with_previous")] if found else []
+        known = [letter in tokens for letter in name]
+        worth = lambda i, name=name, known=known: (name[i - 1 : i + 1] in reached, known[i - 1] == known[i])  # noqa: E731
+        place = min(range(1, len(name)), key=worth)
+        found.append(f"{re.escape(name[:place])}(?={re.escape(name[place:])})")
+    return pre_tokenizers.Split(Regex("|".join(found)), "merged_with_previous")
 
 
 def from_llama2c(path: Path, size: int) -> Rust:

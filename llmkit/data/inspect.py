@@ -8,6 +8,7 @@ from typing import Any
 from llmkit.data.documents import read_texts
 from llmkit.data.records import READERS, suffix_of
 from llmkit.data.tokenizer import Tokenizer
+from llmkit.run import printable
 from llmkit.types import IGNORE_INDEX, Batch
 
 MEASURED = 2_000_000  # characters of a source that `tokenizer show` encodes
@@ -40,7 +41,7 @@ def paint(rows: list[list[dict[str, Any]]], *, colour: bool) -> str:
                 elif before is not None or token["target"]:
                     text += "[[" if token["target"] else "]]"
                 before = token["target"]
-            text += token["text"]
+            text += printable(token["text"]) if colour else token["text"]
         text += RESET if colour else ("]]" if before else "")
         painted.append(f"--- row {number}: {len(row)} tokens, {targets} targets\n{text}")
     return "\n".join(painted)
@@ -50,7 +51,7 @@ def paint_tokens(texts: list[str], *, colour: bool) -> str:
     """Tokens side by side, in alternating shades, or parted by | without colour."""
     if not colour:
         return "|".join(texts)
-    return "".join(f"{SHADES[i % 2]}{text}" for i, text in enumerate(texts)) + RESET
+    return "".join(f"{SHADES[i % 2]}{printable(text)}" for i, text in enumerate(texts)) + RESET
 
 
 def is_path(text: str) -> bool:

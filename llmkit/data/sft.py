@@ -19,25 +19,25 @@ from llmkit.run import file_sha256, write_atomically
 from llmkit.schema import SftData
 from llmkit.types import IGNORE_INDEX
 
-VERSION = 3  # of the encoding: another one encodes again
+VERSION = 2  # of the encoding: another one encodes again
 ROW_ARRAYS = ("ids", "targets", "segments", "positions")  # the files of a split, in the order that batches reads them
 PAIR_ARRAYS = ("sources", "segments", "answers")  # of a split for an encoder and a decoder
 Example = tuple[str, list[int], list[bool]]  # id, token ids, which of them are targets
 
 
-def format_of(path: Path) -> str | None:
-    """Which of chat.FORMATS the records of a file are: the first good one decides; None where there is none."""
-    good = ((line, record) for line, record in read_records(path) if not isinstance(record, BadRecord))
-    return next((detect_format(record, f"{path}:{line}") for line, record in good), None)
+def examples(path: Path, tokenizer: Tokenizer, template: str, bad: Counter, forms: set[str]) -> Iterator[Example]:
+    """Every good record of a JSON, JSONL (.gz, .zst), CSV or Parquet file, encoded.
 
-
-def examples(path: Path, tokenizer: Tokenizer, template: str, bad: Counter) -> Iterator[Example]:
-    """Every good record of a JSON, JSONL (.gz, .zst), CSV or Parquet file, encoded; reasons of bad ones go to `bad`."""
-    form = format_of(path)
+    bad    is told the reasons of those that are not
+    forms  is told which of chat.FORMATS they are: the first good one decides
+    """
+    form = None
     for line, record in read_records(path):
         if isinstance(record, BadRecord):
             bad[record.reason] += 1
             continue
+        form = form or detect_format(record, f"{path}:{line}")
+        forms.add(form)
         try:
             ids, targets = encode_example(tokenizer, template, to_turns(record, form))
         except ValueError as error:
@@ -89,10 +89,10 @@ def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pai
     if report_path.exists():
         return json.loads(report_path.read_text())
     out.mkdir(parents=True, exist_ok=True)
-    bad: Counter[str] = Counter()
-    train = list(examples(sources[0], tokenizer, template, bad))
+    bad, forms = Counter(), set()
+    train = list(examples(sources[0], tokenizer, template, bad, forms))
     if data.val_path:
-        val = list(examples(sources[1], tokenizer, template, bad))
+        val = list(examples(sources[1], tokenizer, template, bad, forms))
     else:
         order = np.random.default_rng(seed).permutation(len(train))
         held = set(order[: max(1, round(len(train) * data.val_fraction))].tolist()) if len(train) > 1 else set()
@@ -100,7 +100,7 @@ def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pai
         train = [one for i, one in enumerate(train) if i not in held]
     report = {
         "key": key, "folder": str(out), "files": [str(path) for path in sources], "bad": dict(bad),
-        "format": format_of(sources[0]), "splits": {},
+        "formats": sorted(forms), "splits": {},
     }  # fmt: skip
     for split, encoded in (("train", train), ("val", val)):
         write = write_pairs if pairs else write_rows

@@ -46,6 +46,7 @@ class Tokenizer:
     eos_id: int
     bos: str | None = None  # the token that begins a text, where the tokenizer has one
     chat_template: str | None = None
+    ends: list[int] = field(default_factory=list)  # further tokens that end an answer, as generation_config.json says
     named: dict[str, str] = field(default_factory=dict)  # some of ROLES, as the files beside it name them
 
     def __len__(self) -> int:
@@ -93,16 +94,37 @@ class Tokenizer:
         """The token that ends a turn in ChatML, else the end of text."""
         return self.specials.get(CHAT_END, self.eos_id)
 
+    @property
+    def answer_ends(self) -> list[int]:
+        """Tokens that end an answer: the end of text, what ends a turn where there is a chat template, and `ends`."""
+        turn = [self.chat_end] if self.chat_template else []
+        return list(dict.fromkeys([self.eos_id, *turn, *self.ends]))
+
     def add_specials(self, tokens: list[str]) -> None:
         """More control tokens, at the end of the vocabulary."""
         self.rust.add_special_tokens([token for token in tokens if token not in self.specials])
-        for known in ("specials", "size", "sha256", "prefix", "fast", "token_bytes"):
+        for known in ("specials", "size", "sha256", "prefix", "inside", "fast", "token_bytes"):
             self.__dict__.pop(known, None)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: a control token spelt out in it stays text."""
         self.rust.encode_special_tokens = True
         return self.rust.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def inside(self) -> Rust:
+        """The tokenizer for text that follows other text: some put a space before what begins one, and only there."""
+        spec = json.loads(self.rust.to_str())
+        steps = spec["pre_tokenizer"] or {}
+        first = [one for one in steps.get("pretokenizers", [steps]) if one.get("prepend_scheme") == "first"]
+        for step in first:
+            step["prepend_scheme"] = "never"
+        return Rust.from_str(json.dumps(spec)) if first else self.rust
+
+    def encode_inside(self, text: str) -> list[int]:
+        """`encode` of a text that follows a control token."""
+        self.inside.encode_special_tokens = True
+        return self.inside.encode(text, add_special_tokens=False).ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text that a model is to go on with: `prefix` and the text, or the end token where both are empty."""
@@ -253,7 +275,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if not path.is_file():
         raise UserError("there is no tokenizer", at=path, fix="name a tokenizer.json, or a folder with one", code=MODEL)
     beside: dict = {}
-    for name in ("config.json", "tokenizer_config.json"):  # the latter wins
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):  # the latter wins
         file = path.with_name(name)
         if file.is_file():
             try:
@@ -265,13 +287,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
                 raise UserError(f"{name} can't be read: {error}", at=file, code=MODEL) from None
     try:
         is_json = path.suffix == ".json" and path.name not in ("vocab.json", "encoder.json")
-        rust = shield(Rust.from_file(str(path))) if is_json else read(path, beside, PATTERNS["qwen2"])
+        rust = Rust.from_file(str(path)) if is_json else read(path, beside, PATTERNS["qwen2"])
     except UserError:
         raise
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"the tokenizer can't be read: {error}", at=path, code=MODEL) from None
     rust.no_truncation()  # some files carry the settings of whoever saved them, and would cut every text
     rust.no_padding()
+    rust = shield(rust) if is_json else rust
     says = {role: beside.get(role) for role in ("eos_token", "bos_token", *ROLES)}
     says = {role: token.get("content") if isinstance(token, dict) else token for role, token in says.items()}
     known = rust.get_vocab(with_added_tokens=True)
@@ -290,4 +313,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     begins = BOS_NAMES if ".model" in path.name else ()  # what such a file calls it, nothing else says
     usual = next((name for name in begins if rust.token_to_id(name) is not None), None)
     bos = named.pop("bos_token", usual)
-    return Tokenizer(rust, eos_id, bos, template if isinstance(template, str) else None, named)
+    ends = beside.get("eos_token_id")
+    made = Tokenizer(rust, eos_id, bos, template if isinstance(template, str) else None, named=named)
+    made.ends = [i for i in (ends if isinstance(ends, list) else [ends]) if i in made.specials.values()]
+    return made

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Rust
 
+from llmkit.data.foreign import shield
 from llmkit.data.tokenizer import CHAT_END, CHAT_START, EOS, PATTERNS, Tokenizer
 from llmkit.errors import DATA, UserError, did_you_mean
 
 SPECIALS = (EOS, CHAT_START, CHAT_END)  # the chat markers are reserved, so that fine-tuning need not grow the model
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # in the order of Devlin et al.'s vocabularies
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # SentencePiece's names for what no other token stands for
-UNLIKELY = -1e6  # a log-probability below that of any text in bytes
 # Private code points, which stand in for the tokens of a BPE that is extended; the two planes' last are no characters.
 PRIVATE, MOST_LETTERS = 0xF0000, 65_534 + 2 + 65_534
 
@@ -104,10 +104,8 @@ def train_unigram(
 ) -> Tokenizer:
     """The unigram language model (Kudo 2018, arXiv:1804.10959), over bytes, so that nothing is unknown."""
     rust = train_bytes(models.Unigram(), trainers.UnigramTrainer, texts, vocab_size, pattern, steps, specials)
-    spec = json.loads(rust.to_str())
-    for entry in spec["model"]["vocab"][: len(SPECIALS) + len(specials)]:
-        entry[1] = UNLIKELY  # they are pieces like others, and would win wherever they are spelt out
-    return Tokenizer(Rust.from_str(json.dumps(spec)), rust.token_to_id(EOS))
+    rust = Rust.from_str(rust.to_str())  # the scores as a file will have them, to the last bit
+    return Tokenizer(shield(rust), rust.token_to_id(EOS))
 
 
 def train_wordpiece(
@@ -198,4 +196,4 @@ def extend_bpe(base: Tokenizer, texts: Iterable[str], vocab_size: int) -> Tokeni
             vocab[left + right] = last
             last += 1
         spec["model"]["merges"].append([left, right])
-    return Tokenizer(Rust.from_str(json.dumps(spec)), base.eos_id, base.bos, base.chat_template, base.named)
+    return Tokenizer(Rust.from_str(json.dumps(spec)), base.eos_id, base.bos, base.chat_template, base.ends, base.named)

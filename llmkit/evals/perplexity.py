@@ -208,7 +208,8 @@ def read_data(path: Path, model_config: Any, tokenizer: Tokenizer, window: int, 
         raise UserError(f"{model_config.model_type} writes no answers", at=path, fix="name a file of texts", code=DATA)
     if records:
         bad: Counter[str] = Counter()
-        rows = [(ids, targets) for _, ids, targets in examples(path, tokenizer, default_template(tokenizer), bad)]
+        read = examples(path, tokenizer, default_template(tokenizer), bad, set())
+        rows = [(ids, targets) for _, ids, targets in read]
         skipped = f", {sum(bad.values())} bad records left out" if bad else ""
         if model_config.kind == "causal":
             cut = [(ids[: window + 1], targets[: window + 1]) for ids, targets in rows]

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import ModuleType
@@ -186,16 +186,24 @@ def save_model(
     model: nn.Module,
     folder: Path,
     *,
-    eos_token_id: int | None = None,
+    eos_token_ids: Sequence[int] = (),
     bos_token_id: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write config.json and model.safetensors; `dtype` None keeps the parameters' own."""
+    """Write config.json and model.safetensors, and generation_config.json where several tokens end an answer.
+
+    dtype  of the weights; None: the parameters' own
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in disk_weights(model)}
-    config = hf_config(model.config) | {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+    ends = {"bos_token_id": bos_token_id, "eos_token_id": next(iter(eos_token_ids), None)}
+    config = hf_config(model.config) | ends
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if len(eos_token_ids) > 1:
+        generation = ends | {"eos_token_id": list(eos_token_ids)}
+        generation |= {key: config[key] for key in ("pad_token_id", "decoder_start_token_id") if key in config}
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in weights.items():
