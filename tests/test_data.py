@@ -264,7 +264,8 @@ def test_only_answers_are_targets(tokenizer):
 def test_ids_of_a_chat_are_transformers_whatever_is_put_before_a_text(scheme, tmp_path):
     letters = [("\u2581", -2.0), *((letter, -3.0) for letter in "abcduser\n:"), ("\u2581ab", -2.5), ("ab", -2.5)]
     rust = Rust(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("<|u|>", 0.0), *letters], unk_id=0))
-    rust.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    steps = [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme=scheme)]
+    rust.pre_tokenizer = pre_tokenizers.Sequence(steps)
     rust.add_special_tokens(["<unk>", "</s>", "<|u|>"])
     template = "{% for message in messages %}<|u|>{{ message.content }}</s>\n{% endfor %}"
     Tokenizer(rust, 1, chat_template=template).save(tmp_path)

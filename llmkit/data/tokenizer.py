@@ -115,8 +115,7 @@ class Tokenizer:
     def inside(self) -> Rust:
         """The tokenizer for text that follows other text: some put a space before what begins one, and only there."""
         spec = json.loads(self.rust.to_str())
-        steps = spec["pre_tokenizer"] or {}
-        first = [one for one in steps.get("pretokenizers", [steps]) if one.get("prepend_scheme") == "first"]
+        first = [step for step in steps_of(spec["pre_tokenizer"] or {}) if step.get("prepend_scheme") == "first"]
         for step in first:
             step["prepend_scheme"] = "never"
         return Rust.from_str(json.dumps(spec)) if first else self.rust
@@ -216,6 +215,12 @@ class Tokenizer:
         if self.chat_template:
             config["chat_template"] = self.chat_template
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def steps_of(spec: dict) -> Iterator[dict]:
+    """The steps of a tokenizer.json's pre-tokenizer, sequences within sequences flattened."""
+    for step in spec.get("pretokenizers", [spec]):
+        yield from steps_of(step) if "pretokenizers" in step else [step]
 
 
 def split_pattern(spec: dict) -> str | None:
