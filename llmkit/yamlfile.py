@@ -148,7 +148,7 @@ def merge(base: dict, over: dict, *, deep: bool = True) -> dict:
 
     Another `name` or `kind` drops the options of the one it replaces, another length of training the old length.
     """
-    dropped = set(LENGTHS) - over.keys() if any(key in over for key in LENGTHS) else set()
+    dropped = set(LENGTHS) - over.keys() if any(over.get(key) is not None for key in LENGTHS) else set()
     result = {key: value for key, value in base.items() if key not in dropped}
     for key, value in over.items():
         old = result.get(key)

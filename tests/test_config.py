@@ -118,6 +118,7 @@ def test_overrides_reach_lists_and_new_sections(tmp_path):
     assert config.data.sources[0].limit == 5
     assert config.peft.name == "lora"
     assert (config.train.max_steps, config.train.epochs) == (None, 2)
+    assert load(tmp_path, text, "train.max_steps=7", "train.epochs=null").train.max_steps == 7
     for wrong in ("nonsense", "data.sources.7.limit=5", "run_dir.a=1"):
         assert problems(tmp_path, text, wrong)
 
