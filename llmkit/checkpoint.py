@@ -256,6 +256,8 @@ def locate(model: str | Path) -> Located:
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         in_checkpoint = path.name == "model" and (path.parent / MANIFEST).is_file()
         return Located(path.resolve(), run_of(path.resolve().parent) if in_checkpoint else None)
+    if path.suffix == ".gguf":
+        raise UserError("GGUF is written, not read", at=path, fix="name the folder that it was made from", code=MODEL)
     on_hub = str(model).count("/") == 1 and not path.exists() and not str(model).startswith((".", "runs/"))
     raise UserError(
         f"there is no model at {path}", expected="a run, a checkpoint, an adapter or a Hugging Face folder", code=MODEL,

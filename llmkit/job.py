@@ -98,6 +98,15 @@ class Job:
             write = []  # an encoder writes nothing, and a decoder beside it nothing yet but cut-out spans
         return [f"llmkit eval {run} --perplexity", *write]
 
+    def evaluated(self) -> str:
+        """When the val split is measured, and how much of it."""
+        every, most, rows = self.config.eval.every, self.config.eval.max_batches, self.data.samples["val"]
+        if not every:
+            return "never"
+        read = min(rows, most * self.config.train.global_batch_size) if most else rows
+        part = "" if read == rows else "; `llmkit eval` reads all"
+        return f"every {every} steps and at checkpoints, {read} of {rows} val rows{part}"
+
     def note(self) -> str | None:
         """What a run may not be meant to be."""
         rows, size = self.data.samples["train"], self.config.train.global_batch_size
@@ -134,6 +143,7 @@ class Job:
             "schedule": in_words(config.schedule.name, self.options["schedule"]),
             "compute": f"{count(plan.flops_per_token)} FLOPs a token, "
             f"{plan.flops_per_token * self.max_steps * self.tokens_per_step:.1e} in all",
+            "eval": self.evaluated(),
             **({"note": note} if (note := self.note()) else {}),
             "memory": f"{plan.peak_memory / 2**30:.2f} GiB estimated at the peak",
         }

@@ -178,7 +178,7 @@ def refuse_another(folder: Path, config: dict[str, Any]) -> None:
         raise UserError(
             "this run directory holds a run with another config", at=saved,
             got="; ".join(f"{key}: {after.get(key)} (was {before.get(key)})" for key in changed[:5]),
-            fix="choose another run_dir, or delete the old run with --fresh",
+            fix="choose another (-o run_dir=runs/NAME), or delete the old run with --fresh",
         )  # fmt: skip
 
 

@@ -243,11 +243,11 @@ def test_transformers_finds_the_role_of_each_control_token(kind, made, tmp_path)
     made[kind].save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     roles = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]", "cls_token": "[CLS]"}
-    roles = {**roles, "sep_token": "[SEP]"} if kind == "wordpiece" else dict.fromkeys(roles)
+    plain = dict.fromkeys(roles) | {"pad_token": EOS}
+    roles = {**roles, "sep_token": "[SEP]"} if kind == "wordpiece" else plain
     assert {role: getattr(theirs, role) for role in roles} == roles and theirs.eos_token == made[kind].eos
-    if kind == "wordpiece":
-        ids = theirs(["a cat", "a"], padding=True).input_ids
-        assert len(ids[0]) == len(ids[1]) and ids[1][-1] == made[kind].specials["[PAD]"]
+    ids = theirs(["a cat", "a"], padding=True).input_ids
+    assert len(ids[0]) == len(ids[1]) and ids[1][-1] == made[kind].specials[roles["pad_token"]]
 
 
 def test_roles_that_a_file_names_are_kept(made, tmp_path):

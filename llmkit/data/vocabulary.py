@@ -15,6 +15,7 @@ from llmkit.data.tokenizer import CHAT_END, CHAT_START, EOS, PATTERNS, Tokenizer
 from llmkit.errors import DATA, UserError, did_you_mean
 
 SPECIALS = (EOS, CHAT_START, CHAT_END)  # the chat markers are reserved, so that fine-tuning need not grow the model
+PAD = {"pad_token": EOS}  # for transformers; it ends no turn of a chat
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # in the order of Devlin et al.'s vocabularies
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # SentencePiece's names for what no other token stands for
 # Private code points, which stand in for the tokens of a BPE that is extended; the two planes' last are no characters.
@@ -96,7 +97,7 @@ def train_bytes(
 def train_bpe(texts: Iterator[str], vocab_size: int, pattern: str, steps: list, specials: Sequence[str]) -> Tokenizer:
     """Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) of bytes, as GPT-2's."""
     rust = train_bytes(models.BPE(), trainers.BpeTrainer, texts, vocab_size, pattern, steps, specials)
-    return Tokenizer(rust, rust.token_to_id(EOS))
+    return Tokenizer(rust, rust.token_to_id(EOS), named=PAD)
 
 
 def train_unigram(
@@ -105,7 +106,7 @@ def train_unigram(
     """The unigram language model (Kudo 2018, arXiv:1804.10959), over bytes, so that nothing is unknown."""
     rust = train_bytes(models.Unigram(), trainers.UnigramTrainer, texts, vocab_size, pattern, steps, specials)
     rust = Rust.from_str(rust.to_str())  # the scores as a file will have them, to the last bit
-    return Tokenizer(shield(rust), rust.token_to_id(EOS))
+    return Tokenizer(shield(rust), rust.token_to_id(EOS), named=PAD)
 
 
 def train_wordpiece(
@@ -141,7 +142,7 @@ def train_char(texts: Iterator[str], vocab_size: int, pattern: str, steps: list,
         rust.normalizer = normalizer
     rust.pre_tokenizer = pre_tokenizers.Split(Regex("[^\n]*\n|[^\n]+"), "isolated")  # a line is as good as any piece
     rust.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    return Tokenizer(rust, vocab[EOS])
+    return Tokenizer(rust, vocab[EOS], named=PAD)
 
 
 KINDS: dict[str, Callable[..., Tokenizer]] = {
