@@ -213,7 +213,9 @@ def runs(
 
 @app.command()
 def init(
-    kind: Annotated[str, typer.Argument(help="pretrain, finetune, corpus, or another shipped config.")],
+    kind: Annotated[
+        str, typer.Argument(help="pretrain, finetune, corpus, tiny-llama, gpt2-124m ...: a wrong name lists all.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Write it here instead of printing it.")] = None,
 ) -> None:
     """Print a commented example config."""
