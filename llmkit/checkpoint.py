@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llmkit.data.tokenizer import Tokenizer, load_tokenizer
+from llmkit.data.tokenizer import Tokenizer, load_tokenizer, says_beside
 from llmkit.errors import ENVIRONMENT, MODEL, UserError
 from llmkit.models.folder import load_model, read_config, weight_files
 from llmkit.peft import lora
@@ -289,7 +289,7 @@ def load(
             )  # fmt: skip
         return load_model(located.folder, device=device, dtype=dtype), tokenizer
     base = located.base
-    tokenizer.ends = load_tokenizer(base).ends
+    tokenizer.note_ends(says_beside(base / "tokenizer.json"))
     expected = lora.base_sha256(located.folder)
     if expected and weights_sha256(base) != expected:
         raise UserError("the adapter was trained on other weights than its base has now", at=base, code=MODEL)

@@ -155,7 +155,7 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """Plan a run of a model's Config; see `memory` for the options.
 
-    seq_len  tokens of a row; FLOPs are given for one of them
+    seq_len   tokens of a row; FLOPs are given for one of them
     lengths   what an encoder and a decoder make of such a row
     new_rows  of the embedding that an adapter trains
 

@@ -340,9 +340,8 @@ def save(
     """Write a checkpoint, but never a diverged state."""
     stop_if_diverged(job, progress)
     val_loss = watch.pending.get("val_loss")
-    watch.flush(
-        progress.step
-    )  # before the checkpoint: a kill in between must not lose what the resumed run will not log again
+    # Before the checkpoint: a kill in between must not lose what the resumed run will not log again.
+    watch.flush(progress.step)
     interval_loss = job.world.sum(progress.tensors["interval_loss"].item())
     if watch.run is None:
         return

@@ -22,8 +22,8 @@ FLOORS = [
     {"choices"},
     {"pricing"},
     {"evals", "job", "presets", "export", "imports", "talk"},
-    {"watch", "serve"},
-    {"train"},
+    {"watch", "protocol"},
+    {"train", "serve"},
     {"commands"},
     {"cli"},
 ]

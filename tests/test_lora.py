@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from llmkit.checkpoint import Located, weights_sha256
+from llmkit.checkpoint import Located, load, weights_sha256
 from llmkit.data.vocabulary import train_tokenizer
 from llmkit.errors import MODEL, UserError
 from llmkit.export import export_hf, export_peft
@@ -317,6 +317,13 @@ def test_an_exported_adapter_opens_in_transformers_with_equal_logits(trained, to
     assert ids[0].tolist() == tokenizer.encode(text)
     equal(model(ids), theirs(ids).logits)
     assert theirs.config.eos_token_id == their_tokenizer.eos_token_id == tokenizer.eos_id
+
+
+def test_an_adapter_ends_its_answers_as_its_base_does(trained, tokenizer, tmp_path):
+    ends = [tokenizer.eos_id, tokenizer.chat_end]
+    assert load(Located(trained[0]))[1].answer_ends == ends[:1] != ends
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    assert load(Located(trained[0]))[1].answer_ends == ends
 
 
 @torch.no_grad()

@@ -8,8 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from llmkit.run import printable
-
 ConfigArg = Annotated[Path, typer.Argument(help="A YAML file.")]
 Override = Annotated[list[str], typer.Option("-o", help="Override a key: section.key=value. May be repeated.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
@@ -22,6 +20,8 @@ def progress_to(as_json: bool):
 
 def on_screen(text: str) -> str:
     """Text of a model or a stranger as a terminal may have it; a file or a pipe gets it as it is."""
+    from llmkit.run import printable
+
     return printable(text) if sys.stdout.isatty() else text
 
 

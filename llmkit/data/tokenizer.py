@@ -100,6 +100,11 @@ class Tokenizer:
         turn = [self.chat_end] if self.chat_template else []
         return list(dict.fromkeys([self.eos_id, *turn, *self.ends]))
 
+    def note_ends(self, beside: dict) -> None:
+        """Take up the `ends` that the files beside a model name: an id or several."""
+        ends = beside.get("eos_token_id")
+        self.ends = [i for i in (ends if isinstance(ends, list) else [ends]) if i in self.specials.values()]
+
     def add_specials(self, tokens: list[str]) -> None:
         """More control tokens, at the end of the vocabulary."""
         self.rust.add_special_tokens([token for token in tokens if token not in self.specials])
@@ -270,15 +275,8 @@ def fetch_tokenizer(name: str) -> Tokenizer:
     return Tokenizer(rust, eos_id)
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer.json, a SentencePiece .model or a vocab.json with merges.txt, or a folder that holds one of them.
-
-    The end token and the chat template come from the files beside it.
-    """
-    if path.is_dir():
-        path = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else find(path) or path
-    if not path.is_file():
-        raise UserError("there is no tokenizer", at=path, fix="name a tokenizer.json, or a folder with one", code=MODEL)
+def says_beside(path: Path) -> dict:
+    """What the JSON files beside a tokenizer say of it."""
     beside: dict = {}
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):  # the latter wins
         file = path.with_name(name)
@@ -290,6 +288,19 @@ def load_tokenizer(path: Path) -> Tokenizer:
                 beside |= says
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{name} can't be read: {error}", at=file, code=MODEL) from None
+    return beside
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json, a SentencePiece .model or a vocab.json with merges.txt, or a folder that holds one of them.
+
+    The end token and the chat template come from the files beside it.
+    """
+    if path.is_dir():
+        path = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else find(path) or path
+    if not path.is_file():
+        raise UserError("there is no tokenizer", at=path, fix="name a tokenizer.json, or a folder with one", code=MODEL)
+    beside = says_beside(path)
     try:
         is_json = path.suffix == ".json" and path.name not in ("vocab.json", "encoder.json")
         rust = Rust.from_file(str(path)) if is_json else read(path, beside, PATTERNS["qwen2"])
@@ -318,7 +329,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
     begins = BOS_NAMES if ".model" in path.name else ()  # what such a file calls it, nothing else says
     usual = next((name for name in begins if rust.token_to_id(name) is not None), None)
     bos = named.pop("bos_token", usual)
-    ends = beside.get("eos_token_id")
     made = Tokenizer(rust, eos_id, bos, template if isinstance(template, str) else None, named=named)
-    made.ends = [i for i in (ends if isinstance(ends, list) else [ends]) if i in made.specials.values()]
+    made.note_ends(beside)
     return made
