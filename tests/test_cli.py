@@ -1,7 +1,15 @@
 """The real command line, end to end, and what it says when something is wrong."""
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
 import shutil
+import struct
+import subprocess
+import sys
+import termios
 import tomllib
 from pathlib import Path
 
@@ -92,6 +100,25 @@ def test_doctor_knows_every_extra_that_is_no_tool_of_ours(place):
     said = json.loads(llmkit("doctor", "--json", cwd=place).stdout)
     extras = extras["optional-dependencies"].keys() - {"test", "llama-cpp"}
     assert {f"extra {name}" for name in extras} == {key for key in said if key.startswith("extra ")}
+
+
+def test_on_a_terminal_a_bar_runs_below_the_lines(place):
+    terminal, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    command = [sys.executable, "-m", "llmkit.cli", "pretrain", "tiny.yaml", "-o", "run_dir=runs/seen"]
+    with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=side, text=True) as process:
+        os.close(side)
+        drawn = b""
+        with contextlib.suppress(OSError):  # the other end is closed
+            while some := os.read(terminal, 4096):
+                drawn += some
+        said = process.stdout.read()
+    os.close(terminal)
+    assert process.returncode == 0 and b"0/20" in drawn and b"step/s" in drawn and b"loss" not in drawn
+    lines = [line for line in said.splitlines() if line.startswith("step ")]
+    assert [line.split("/")[0] for line in lines] == [f"step {step}" for step in (0, 5, 10, 15, 20)]
+    assert ["val" in line for line in lines] == [True, False, True, False, True]
+    shutil.rmtree(place / "runs" / "seen")
 
 
 def test_pretrain_builds_the_data_that_is_missing(place):
