@@ -21,6 +21,8 @@ class UserError(Exception):
       fix: did you mean max_steps?
     """
 
+    code = USAGE  # the exit code of the process
+
     def __init__(
         self,
         what: str,
@@ -29,11 +31,12 @@ class UserError(Exception):
         got: object = None,
         expected: object = None,
         fix: str | None = None,
-        code: int = USAGE,
+        code: int | None = None,
         others: Iterable[UserError] = (),
     ):
         super().__init__(what)
-        self.what, self.at, self.got, self.expected, self.fix, self.code = what, at, got, expected, fix, code
+        self.what, self.at, self.got, self.expected, self.fix = what, at, got, expected, fix
+        self.code = type(self).code if code is None else code
         self.others = list(others)
 
     def __str__(self) -> str:
@@ -42,6 +45,24 @@ class UserError(Exception):
         lines = [f"error: {self.what}"]
         lines += [f"  {name + ':':<{width}} {value}" for name, value in rows.items() if value is not None]
         return "\n\n".join(["\n".join(lines), *map(str, self.others)])
+
+
+class DataError(UserError):
+    """Something is wrong with texts, records, or data that was built from them."""
+
+    code = DATA
+
+
+class ModelError(UserError):
+    """Something is wrong with a model's folder, its tokenizer, a checkpoint or an adapter."""
+
+    code = MODEL
+
+
+class MachineError(UserError):
+    """The machine lacks something: a package, a compiler, memory, disk space, a port."""
+
+    code = ENVIRONMENT
 
 
 def raise_all(errors: list[UserError]) -> None:

@@ -31,29 +31,32 @@ import torch
 from llmkit.models import CONFIGS, build_model
 from llmkit.models.folder import load_model, save_model
 from llmkit.objectives.lm import sum_of_losses
-from llmkit.optim import OPTIMIZERS, clip
-from llmkit.parallel import (
+from llmkit.parallel.compile import apply_checkpointing, compile_blocks
+from llmkit.parallel.device import (
     DTYPES,
-    apply_checkpointing,
     autocast,
-    compile_blocks,
     device_name,
     keep_freed_memory,
     matmul_rate,
     peak_flops,
     peak_memory,
-    start_world,
     to_device,
 )
+from llmkit.parallel.world import start_world
 from llmkit.peft import lora
-from llmkit.plan import Lengths, flops_per_row
+from llmkit.training.cost import Lengths, flops_per_row
+from llmkit.training.optim import OPTIMIZERS, clip
 from llmkit.types import Batch
 
 
 def shape(hidden: int, layers: int, heads: int, vocab: int, **more: int) -> dict[str, int]:
     return {
-        "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocab, **more
-    }  # fmt: skip
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": vocab,
+        **more,
+    }
 
 
 # (device, --shape) -> rows of (name, family, config, tokens a row, rows a step)
@@ -63,18 +66,28 @@ SHAPES = {
         ("Llama 6 x 384", "llama", shape(384, 6, 6, 8192, intermediate_size=1024), 256, 16),
     ],
     ("cpu", "lora"): [
-        ("LoRA on Llama 12 x 768", "llama",
-         shape(768, 12, 12, 32000, num_key_value_heads=4, intermediate_size=2048), 512, 4),
+        (
+            "LoRA on Llama 12 x 768",
+            "llama",
+            shape(768, 12, 12, 32000, num_key_value_heads=4, intermediate_size=2048),
+            512,
+            4,
+        )
     ],
     ("cuda", "small"): [
         ("GPT-2 124M", "gpt2", shape(768, 12, 12, 50257), 1024, 16),
         ("Llama 12 x 768", "llama", shape(768, 12, 12, 32000, intermediate_size=2048), 1024, 16),
     ],
     ("cuda", "lora"): [
-        ("LoRA on Llama 16 x 2048", "llama",
-         shape(2048, 16, 32, 32000, num_key_value_heads=8, intermediate_size=8192), 2048, 4),
+        (
+            "LoRA on Llama 16 x 2048",
+            "llama",
+            shape(2048, 16, 32, 32000, num_key_value_heads=8, intermediate_size=8192),
+            2048,
+            4,
+        )
     ],
-}  # fmt: skip
+}
 OURS = {"name": "llmkit, bf16 autocast, compiled", "who": "llmkit", "precision": "bf16", "compile": True}
 PEERS = [
     {"name": "transformers, bf16 autocast", "who": "peer", "precision": "bf16", "compile": False},
@@ -148,9 +161,10 @@ def contestant(spec: dict, answer) -> None:
         # On a CPU every step is a measurement; on a GPU a whole turn is one, because waiting after each step costs.
         answer(seconds=[run(1) for _ in range(steps)] if device.type == "cpu" else [run(steps)])
     answer(
-        losses=[losses[0].item(), losses[-1].item()], memory=peak_memory(device),
+        losses=[losses[0].item(), losses[-1].item()],
+        memory=peak_memory(device),
         compile_seconds=warm_up[0] - warm_up[-1] if spec["compile"] else None,
-    )  # fmt: skip
+    )
 
 
 def make_batches(spec: dict) -> list[Batch]:
@@ -166,7 +180,7 @@ def make_batches(spec: dict) -> list[Batch]:
 
 
 def our_step(spec: dict, device: torch.device):
-    """One step, call by call what `llmkit.train.train` does with a batch."""
+    """One step, call by call what `llmkit.training.loop.train` does with a batch."""
     precision, folder = spec["precision"], Path(spec["folder"])
     model = load_model(folder / "base", device=device, dtype=DTYPES[precision] if spec["lora"] else torch.float32)
     if spec["lora"]:
@@ -243,8 +257,12 @@ class Process:
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", json.dumps(spec)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=env,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=env,
+        )
 
     def read(self) -> dict:
         """The next answer; empty after an error."""
@@ -303,9 +321,15 @@ def compare(row: tuple, args: argparse.Namespace, folder: Path, measure_rates) -
     name, family, config, seq_len, rows = row
     is_lora = name.startswith("LoRA")
     common = {
-        "device": args.device, "same_malloc": args.same_malloc, "family": family, "seq_len": seq_len, "rows": rows,
-        "config": config | {"max_position_embeddings": seq_len}, "lora": is_lora, "folder": str(folder),
-    }  # fmt: skip
+        "device": args.device,
+        "same_malloc": args.same_malloc,
+        "family": family,
+        "seq_len": seq_len,
+        "rows": rows,
+        "config": config | {"max_position_embeddings": seq_len},
+        "lora": is_lora,
+        "folder": str(folder),
+    }
     preparation = Process(common | {"who": "weights"})
     preparation.finish()
     if preparation.error:
@@ -335,11 +359,15 @@ def compare(row: tuple, args: argparse.Namespace, folder: Path, measure_rates) -
             merged[key] = max(result[key] for result in good)
         ours = [merged]
     return {
-        "name": name, "lora": is_lora, "parameters": parameters,
+        "name": name,
+        "lora": is_lora,
+        "parameters": parameters,
         "flops_per_token": flops_per_row(model, Lengths(seq_len)) / seq_len,
-        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad), "seq_len": seq_len, "rows": rows,
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "seq_len": seq_len,
+        "rows": rows,
         "contestants": [ours[0], *theirs],
-    }  # fmt: skip
+    }
 
 
 def table(result: dict, rates: dict[str, float], peak: float) -> str:
@@ -389,9 +417,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps in a turn (4)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
     parser.add_argument(
-        "--same-malloc", action="store_true",
+        "--same-malloc",
+        action="store_true",
         help="on a CPU llmkit lets glibc keep freed memory (parallel.keep_freed_memory); let the peers do so, too",
-    )  # fmt: skip
+    )
     args = parser.parse_args()
     device = torch.device(args.device)
     measured: dict[str, list[float]] = {"bf16": [], "fp32": []}

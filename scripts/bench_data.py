@@ -43,7 +43,7 @@ SINGLE = {f"{name}_NUM_THREADS": "1" for name in ("RAYON", "OMP", "OPENBLAS", "M
 def texts_of(sources: list[str]) -> Iterator[str]:
     """Texts of the files named, else all docstrings of each module of this Python's library."""
     if sources:
-        from llmkit.data.documents import read_texts
+        from llmkit.readers.documents import read_texts
 
         yield from read_texts(sources)
         return
@@ -52,8 +52,11 @@ def texts_of(sources: list[str]) -> Iterator[str]:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, ValueError):
             continue
-        found = (ast.get_docstring(node) for node in ast.walk(tree)
-                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)))  # fmt: skip
+        found = (
+            ast.get_docstring(node)
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        )
         yield "\n\n".join(text for text in found if text)
 
 
@@ -116,13 +119,16 @@ def config_of(place: Path, source: Path, tokenizer: Path, workers: int) -> Path:
     """The config of the chain, in a new folder."""
     config = {
         "data": {
-            "kind": "corpus", "dir": str(place / "data"), "workers": workers,
+            "kind": "corpus",
+            "dir": str(place / "data"),
+            "workers": workers,
             "sources": [{"name": "web", "path": str(source), "profile": "web"}],
             "pii": {"kinds": ["email", "phone", "ip", "card", "iban", "ssn", "secret"]},
             "tokenizer": {"path": str(tokenizer)},
         },
-        "model": {"name": "gpt2"}, "train": {"max_steps": 1},
-    }  # fmt: skip
+        "model": {"name": "gpt2"},
+        "train": {"max_steps": 1},
+    }
     path = place / "config.yaml"
     path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
     return path
@@ -143,7 +149,7 @@ def build(source: Path, tokenizer: Path, workers: int = 1) -> tuple[float, float
     """(wall, CPU) seconds and the manifest of `llmkit data build`."""
     with tempfile.TemporaryDirectory() as place:
         config = config_of(Path(place), source, tokenizer, workers)
-        wall, cpu, last = timed([sys.executable, "-m", "llmkit.cli", "data", "build", str(config), "--json"])
+        wall, cpu, last = timed([sys.executable, "-m", "llmkit", "data", "build", str(config), "--json"])
         return wall, cpu, json.loads(last)
 
 
@@ -178,10 +184,13 @@ def run_peer(source: Path, place: Path, tokenizer: Path) -> None:
     minhash = MinhashConfig(hash_config=hashes, n_grams=5, num_buckets=14, hashes_per_bucket=8)
     run(
         JsonlReader(str(source.parent), glob_pattern=source.name, recursive=False),
-        filters.GopherRepetitionFilter(), filters.GopherQualityFilter(),
-        filters.C4QualityFilter(filter_no_terminal_punct=False), filters.FineWebQualityFilter(), PIIFormatter(),
+        filters.GopherRepetitionFilter(),
+        filters.GopherQualityFilter(),
+        filters.C4QualityFilter(filter_no_terminal_punct=False),
+        filters.FineWebQualityFilter(),
+        PIIFormatter(),
         JsonlWriter(at("filtered")),
-    )  # fmt: skip
+    )
     run(JsonlReader(at("filtered")), MinhashDedupSignature(at("signatures"), config=minhash))
     run(MinhashDedupBuckets(at("signatures"), at("buckets"), config=minhash), tasks=minhash.num_buckets)
     run(MinhashDedupCluster(at("buckets"), at("removed"), config=minhash))
@@ -235,8 +244,15 @@ def measure_memory(documents: list[str], sizes: list[float], tokenizer: Path, pl
         size = write_jsonl(source, documents, megabytes)
         wall, cpu, manifest = build(source, tokenizer, workers=2)
         source.unlink()
-        rows.append({"MB": size, "peak MB": manifest["peak_mb"], "wall seconds": wall, "MB per CPU-second": size / cpu,
-                     "documents": manifest["counts"]["read"]})  # fmt: skip
+        rows.append(
+            {
+                "MB": size,
+                "peak MB": manifest["peak_mb"],
+                "wall seconds": wall,
+                "MB per CPU-second": size / cpu,
+                "documents": manifest["counts"]["read"],
+            }
+        )
     return rows
 
 
@@ -244,8 +260,8 @@ def measure_dedup(documents: list[str], pairs: int) -> dict:
     """Recall and precision on copies in which a random share of the words is changed, by true Jaccard similarity."""
     import numpy as np
 
-    from llmkit.data.dedup import band_keys, least_agreement, minhash, near_clusters, sketch
-    from llmkit.data.words import Text, hash_ngrams
+    from llmkit.corpus.dedup import band_keys, least_agreement, minhash, near_clusters, sketch
+    from llmkit.corpus.words import Text, hash_ngrams
 
     draw = random.Random(1)
     originals = [text for text in documents if len(text.split()) > 100]
@@ -253,8 +269,11 @@ def measure_dedup(documents: list[str], pairs: int) -> dict:
     for _ in range(pairs):
         text = draw.choice(originals)
         words = [f"{word}{draw.randrange(30)}" for word in text.split()]  # an original of its own
-        copy = [f"other{draw.randrange(10**6)}" if draw.random() < share else word
-                for share in [draw.uniform(0, 0.15)] for word in words]  # fmt: skip
+        copy = [
+            f"other{draw.randrange(10**6)}" if draw.random() < share else word
+            for share in [draw.uniform(0, 0.15)]
+            for word in words
+        ]
         texts += [Text(" ".join(words)), Text(" ".join(copy))]
     signatures = [minhash(text) for text in texts]
     bands = np.array([band_keys(signature, 8) for signature in signatures]).T.copy()
@@ -269,8 +288,13 @@ def measure_dedup(documents: list[str], pairs: int) -> dict:
         similar, hits = similar + (likeness > 0.8), hits + (likeness > 0.8 and joined)
         found, right = found + joined, right + (joined and likeness > 0.5)
     strangers = sum(int(clusters[i] != i) for i in range(0, len(texts), 2))  # originals joined to something before them
-    return {"pairs": pairs, "above .8": similar, "recall above .8": hits / similar,
-            "joined": int(found) + strangers, "precision at .5": right / (found + strangers)}  # fmt: skip
+    return {
+        "pairs": pairs,
+        "above .8": similar,
+        "recall above .8": hits / similar,
+        "joined": int(found) + strangers,
+        "precision at .5": right / (found + strangers),
+    }
 
 
 def main() -> None:
@@ -317,8 +341,8 @@ def main() -> None:
 
 def plain_tokenizer(given: Path | None, documents: list[str], place: Path) -> Path:
     """A tokenizer.json for both contestants: the given one without the truncation that it may carry, or a new one."""
-    from llmkit.data.tokenizer import load_tokenizer
-    from llmkit.data.vocabulary import train_tokenizer
+    from llmkit.tokenizer.tokenizer import load_tokenizer
+    from llmkit.tokenizer.train import train_tokenizer
 
     made = load_tokenizer(given) if given else train_tokenizer(documents, vocab_size=32_000)
     made.save(place / "tokenizer")

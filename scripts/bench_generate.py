@@ -21,15 +21,21 @@ from statistics import median
 
 import torch
 
-from llmkit.generate import Sampling, compile_decoding, stream
+from llmkit.inference.generate import Sampling, compile_decoding, stream
 from llmkit.models import CONFIGS, build_model
 from llmkit.models.folder import load_model, save_model
-from llmkit.parallel import device_name, start_world
+from llmkit.parallel.device import device_name
+from llmkit.parallel.world import start_world
 
 SHAPE = {  # llama2.c's stories110M
-    "vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
-    "num_attention_heads": 12, "max_position_embeddings": 1024, "tie_word_embeddings": True,
-}  # fmt: skip
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}
 Write = Callable[[], list[int]]
 
 

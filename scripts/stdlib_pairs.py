@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from llmkit.data.documents import list_files
+from llmkit.readers.documents import list_files
 
 EXCLUDED = next(iter(yaml.safe_load(Path("configs/quickstart.yaml").read_text())["data"]["sources"]))["exclude"]
 LONGEST = 700  # characters of prompt and body together: they fit the 256 tokens that the model reads

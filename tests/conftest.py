@@ -66,7 +66,7 @@ def tiny_config(folder: Path, **sections) -> dict:
 
 def llmkit(*arguments: object, cwd: Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess:
     """Run the real command line; its exit code is asserted, and tracebacks are never allowed."""
-    command = [sys.executable, "-m", "llmkit.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "llmkit", *map(str, arguments)]
     done = subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
     )

@@ -14,10 +14,10 @@ import pytest
 import zstandard
 from conftest import SHARED, needs_shared
 
-from llmkit.data import records
-from llmkit.data.documents import list_files, read_file, read_texts
-from llmkit.data.records import BadRecord, number_lines, read_records, spans_of
 from llmkit.errors import UserError
+from llmkit.readers import records
+from llmkit.readers.documents import list_files, read_file, read_texts
+from llmkit.readers.records import BadRecord, number_lines, read_records, spans_of
 from llmkit.types import Document
 
 ZIPPED, CHUNKED = "Content-Encoding: gzip\r\n", "Transfer-Encoding: chunked\r\n"

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import SHARED, needs_shared
 
-from llmkit.data.clean import STEPS, clean
-from llmkit.data.decode import decode
+from llmkit.corpus.clean import STEPS, clean
 from llmkit.errors import UserError
+from llmkit.readers.decode import decode
 from llmkit.types import Document
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

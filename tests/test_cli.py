@@ -17,7 +17,7 @@ import pytest
 import yaml
 from conftest import llmkit, sentences, tiny_config
 
-from llmkit.data.tokenizer import load_tokenizer
+from llmkit.tokenizer.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_doctor_knows_every_extra_that_is_no_tool_of_ours(place):
 def test_on_a_terminal_a_bar_runs_below_the_lines(place):
     terminal, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    command = [sys.executable, "-m", "llmkit.cli", "pretrain", "tiny.yaml", "-o", "run_dir=runs/seen"]
+    command = [sys.executable, "-m", "llmkit", "pretrain", "tiny.yaml", "-o", "run_dir=runs/seen"]
     with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=side, text=True) as process:
         os.close(side)
         drawn = b""
@@ -149,7 +149,7 @@ def test_tokenizer_commands(place):
 @pytest.mark.parametrize("kind", ["pretrain", "finetune", "quickstart", "gpt2-124m", "llama-1b", "corpus"])
 def test_init_prints_configs_that_load(tmp_path, kind):
     llmkit("init", kind, "--out", "c.yaml", cwd=tmp_path)
-    from llmkit.config import load_config
+    from llmkit.config.load import load_config
 
     assert load_config(tmp_path / "c.yaml")
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.config import load_config
+from llmkit.config.load import load_config
+from llmkit.config.schema import Config
+from llmkit.config.yaml import merge, parse_yaml, set_override
 from llmkit.errors import UserError
 from llmkit.models import FAMILIES
-from llmkit.pricing import plan_config
-from llmkit.schema import Config
-from llmkit.yamlfile import merge, parse_yaml, set_override
+from llmkit.training.plan import plan_config
 
 GOOD = "model: {name: llama}\ndata: {kind: corpus, dir: x}\ntrain: {max_steps: 10}\n"
 

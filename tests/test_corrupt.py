@@ -13,18 +13,19 @@ import yaml
 from conftest import llmkit, metrics, sentences, tiny_config
 from safetensors.torch import load_file
 
-from llmkit import checkpoint, cli
-from llmkit.config import load_config
+from llmkit.commands import app as cli
+from llmkit.config.load import load_config
+from llmkit.config.schema import SftData
 from llmkit.data.batches import Batches, pair_batches
 from llmkit.data.corrupt import masking, span_corruption, span_lengths
 from llmkit.data.sft import encode_sft, to_pairs
-from llmkit.data.tokenizer import Tokenizer, load_tokenizer
-from llmkit.data.vocabulary import train_tokenizer
 from llmkit.errors import DATA, MODEL, USAGE, UserError
 from llmkit.evals.perplexity import read_data
 from llmkit.models import t5
-from llmkit.schema import SftData
-from llmkit.train import train
+from llmkit.storage.locate import load, locate
+from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llmkit.tokenizer.train import train_tokenizer
+from llmkit.training.loop import train
 from llmkit.types import IGNORE_INDEX, Batch
 
 TEXT = sentences(0, 200)
@@ -448,7 +449,7 @@ def test_a_t5_learns_to_answer(command, tuned):
 
 @torch.no_grad()
 def test_what_was_exported_opens_in_transformers_with_equal_logits(tuned):
-    model, tokenizer = checkpoint.load(checkpoint.locate(str(tuned)))
+    model, tokenizer = load(locate(str(tuned)))
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tuned).eval()
     ids = torch.tensor([tokenizer.encode_source("the model ")])
     written = torch.tensor([[0, *tokenizer.encode("river")]])
@@ -463,7 +464,7 @@ def test_what_was_exported_opens_in_transformers_with_equal_logits(tuned):
 @torch.no_grad()
 def test_an_exported_bert_opens_in_transformers_with_equal_logits(command, trained):
     command("export", "runs/bert", "exported-bert")
-    model, tokenizer = checkpoint.load(checkpoint.locate(str(trained / "runs/bert")))
+    model, tokenizer = load(locate(str(trained / "runs/bert")))
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(trained / "exported-bert").eval()
     ids = torch.tensor([[tokenizer.specials["[CLS]"], *tokenizer.encode("The model reads the river.")]])
     torch.testing.assert_close(model.eval()(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)

@@ -12,17 +12,18 @@ from conftest import SHARED, needs_shared, sentences, tiny_config
 from tokenizers import Tokenizer as Rust
 from tokenizers import models, pre_tokenizers
 
-from llmkit.cli import main
+from llmkit.commands.app import main
+from llmkit.config.schema import Config, SftData
 from llmkit.corpus.build import build_corpus, read_manifest
 from llmkit.data.batches import Batches, corpus_batches, packed_batches, permute
-from llmkit.data.chat import CHATML, compile_template, encode_chat, encode_example, to_turns
 from llmkit.data.inspect import CONTEXT, RESET, TARGET, inspect_rows, paint
+from llmkit.data.layouts import to_turns
 from llmkit.data.sft import encode_sft, pack
-from llmkit.data.tokenizer import Tokenizer, load_tokenizer
 from llmkit.data.tokens import ShardWriter, TokenStream, open_split, token_dtype
-from llmkit.data.vocabulary import train_tokenizer
 from llmkit.errors import UserError
-from llmkit.schema import Config, SftData
+from llmkit.tokenizer.chat_template import CHATML, compile_template, encode_chat, encode_example
+from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llmkit.tokenizer.train import train_tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
 
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from llmkit.data.dedup import (
+from llmkit.corpus.dedup import (
     band_keys,
     exact_key,
     first_of_equals,
@@ -17,7 +17,7 @@ from llmkit.data.dedup import (
     near_clusters,
     sketch,
 )
-from llmkit.data.words import Text, split_words
+from llmkit.corpus.words import Text, split_words
 
 
 def minhash_bands(text: str, *, rows: int = 8, **options) -> np.ndarray:

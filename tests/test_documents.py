@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from llmkit.data import documents, records
-from llmkit.data.documents import list_files, read_dataset, read_file, read_texts, root_of
-from llmkit.data.records import BadRecord, decode, read_records
 from llmkit.errors import UserError
+from llmkit.readers import documents, records
+from llmkit.readers.documents import list_files, read_dataset, read_file, read_texts, root_of
+from llmkit.readers.records import BadRecord, decode, read_records
 from llmkit.types import Document
 
 LINES = b"".join(b'{"text": "line %d"}\n' % i for i in range(1, 2001))

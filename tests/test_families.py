@@ -31,9 +31,9 @@ from llmkit.models import (
 from llmkit.models.layers import rope_table
 from llmkit.models.mixtral import balance_loss
 from llmkit.objectives.lm import sum_of_losses
-from llmkit.parallel import why_eager
+from llmkit.parallel.compile import why_eager
 from llmkit.peft import lora
-from llmkit.plan import Lengths, flops_per_row, parameters_by_part
+from llmkit.training.cost import Lengths, flops_per_row, parameters_by_part
 from llmkit.types import IGNORE_INDEX
 
 LENGTH = 24  # of the texts: over every window, and over the context that rope scaling begins with

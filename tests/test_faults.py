@@ -21,15 +21,15 @@ import pytest
 import yaml
 from conftest import llmkit, sentences, tiny_config
 
-from llmkit.cli import main
-from llmkit.config import load_config
+from llmkit.commands.app import main
+from llmkit.config.load import load_config
+from llmkit.config.schema import CorpusData
 from llmkit.corpus.build import build_corpus, read_manifest
-from llmkit.data.tokenizer import load_tokenizer
 from llmkit.data.tokens import open_split
-from llmkit.data.vocabulary import train_tokenizer
 from llmkit.errors import DATA, ENVIRONMENT, MODEL, UserError
-from llmkit.schema import CorpusData
-from llmkit.train import train
+from llmkit.tokenizer.tokenizer import load_tokenizer
+from llmkit.tokenizer.train import train_tokenizer
+from llmkit.training.loop import train
 
 quiet = {"say": lambda line: None}
 SMALL = 8000  # bytes of a work unit, so that little text makes many
@@ -38,7 +38,7 @@ SMALL = 8000  # bytes of a work unit, so that little text makes many
 WRAPPER = """
 import sys
 import llmkit.corpus.build, llmkit.corpus.units
-from llmkit.cli import main
+from llmkit.commands.app import main
 llmkit.corpus.units.UNIT_BYTES = int(sys.argv[1])
 if sys.argv[2] == "any space":
     llmkit.corpus.build.check_space = lambda *_: None

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.data.filters import PROFILES, RULES, bounds_of, measure, measure_repeats, outside, why
-from llmkit.data.words import Text
+from llmkit.corpus.filters import PROFILES, RULES, bounds_of, measure, measure_repeats, outside, why
+from llmkit.corpus.words import Text
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

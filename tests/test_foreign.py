@@ -14,9 +14,9 @@ from conftest import SHARED, llmkit, needs_shared, sentences
 from tokenizers import Tokenizer as Rust
 from tokenizers import decoders, models, pre_tokenizers
 
-from llmkit.data.tokenizer import Tokenizer, load_tokenizer
-from llmkit.data.vocabulary import CHAT_END, CHAT_START, EOS, train_tokenizer
 from llmkit.errors import ENVIRONMENT, MODEL, UserError
+from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llmkit.tokenizer.train import CHAT_END, CHAT_START, EOS, train_tokenizer
 
 # ---- texts ----------------------------------------------------------------------------------------------------------
 

@@ -8,10 +8,8 @@ import torch
 import transformers
 from test_families import CAUSAL, OURS, SIZES, equal, made, opened_by_transformers, tokens
 
-from llmkit.data.tokenizer import Tokenizer
-from llmkit.data.vocabulary import train_tokenizer
 from llmkit.errors import DATA, UserError
-from llmkit.generate import (
+from llmkit.inference.generate import (
     Sampling,
     compile_decoding,
     decode_one_token,
@@ -22,10 +20,12 @@ from llmkit.generate import (
     sample,
     stream,
     text_pieces,
-)  # fmt: skip
+)
+from llmkit.inference.writer import Writer
 from llmkit.models import build_model, folder, gpt2, llama
 from llmkit.models.attention import KVCache
-from llmkit.talk import Writer
+from llmkit.tokenizer.tokenizer import Tokenizer
+from llmkit.tokenizer.train import train_tokenizer
 
 # ---- probabilities --------------------------------------------------------------------------------------------------
 

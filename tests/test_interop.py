@@ -14,15 +14,15 @@ import torch
 from conftest import llmkit, sentences
 from safetensors.torch import load_file
 
-from llmkit import cli
-from llmkit.data.foreign import from_llama2c
-from llmkit.data.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer, load_tokenizer
-from llmkit.data.vocabulary import train_tokenizer
+from llmkit.commands import app as cli
 from llmkit.errors import ENVIRONMENT, MODEL, UserError
-from llmkit.generate import Sampling, stream, text_pieces
-from llmkit.gguf import write_gguf
-from llmkit.imports import import_llama2c
+from llmkit.formats.gguf import write_gguf
+from llmkit.formats.llama2c import import_llama2c
+from llmkit.inference.generate import Sampling, stream, text_pieces
 from llmkit.models import CONFIGS, build_model, folder
+from llmkit.tokenizer.foreign import from_llama2c
+from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer, load_tokenizer
+from llmkit.tokenizer.train import train_tokenizer
 
 TEXT = (
     sentences(1, 200)

@@ -8,12 +8,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from llmkit.checkpoint import Located, load, weights_sha256
-from llmkit.data.vocabulary import train_tokenizer
 from llmkit.errors import MODEL, UserError
-from llmkit.export import export_hf, export_peft
+from llmkit.formats.hf import export_hf, export_peft
 from llmkit.models import build_model, folder, gpt2, llama
 from llmkit.peft import lora
+from llmkit.storage.locate import Located, load, weights_sha256
+from llmkit.tokenizer.train import train_tokenizer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 32, "num_attention_heads": 4}
 CONFIGS = {

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from llmkit.models import build_model, gpt2, llama
-from llmkit.optim import Muon, adamw, clip, constant, cosine, linear, muon, orthogonalize, set_lr, wsd
+from llmkit.training.optim import Muon, adamw, clip, muon, orthogonalize, set_lr
+from llmkit.training.schedules import constant, cosine, linear, wsd
 
 SMALL = {"vocab_size": 17, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 each_family = pytest.mark.parametrize("family", [gpt2, llama], ids=["gpt2", "llama"])

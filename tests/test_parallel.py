@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmkit.parallel import choose_precision, make_deterministic
+from llmkit.parallel.device import choose_precision, make_deterministic
 
 CPU = torch.device("cpu")
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 def test_auto_is_bf16_where_the_cpu_multiplies_it(tmp_path, monkeypatch, flags, auto):
     if flags:
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nbugs\t\t: avx512_bf16\nflags\t\t: {flags}\n")
-    monkeypatch.setattr("llmkit.parallel.CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("llmkit.parallel.device.CPUINFO", tmp_path / "cpuinfo")
     assert choose_precision("auto", CPU) == auto
     assert [choose_precision(asked, CPU) for asked in ("bf16", "fp16", "fp32")] == ["bf16", "fp16", "fp32"]
 

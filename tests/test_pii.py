@@ -9,11 +9,11 @@ import pytest
 import yaml
 from conftest import sentences, tiny_config
 
-from llmkit.config import load_config
+from llmkit.config.load import load_config
+from llmkit.config.schema import CorpusData, Pii
 from llmkit.corpus.build import build_corpus
-from llmkit.data.pii import KINDS, find, scrub
+from llmkit.corpus.pii import KINDS, find, scrub
 from llmkit.errors import UserError
-from llmkit.schema import CorpusData, Pii
 
 pytest.importorskip("re2")
 

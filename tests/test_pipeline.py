@@ -17,27 +17,27 @@ import torch
 import yaml
 from conftest import WORDS, llmkit, sentences, tiny_config
 
-from llmkit.checkpoint import locate
-from llmkit.cli import main
-from llmkit.config import load_config
+from llmkit.commands.app import main
+from llmkit.config.load import load_config
+from llmkit.config.schema import CorpusData
 from llmkit.corpus.build import build_corpus, read_manifest
 from llmkit.corpus.decide import TRAIN
+from llmkit.corpus.dedup import exact_key
 from llmkit.corpus.encode import split_text
+from llmkit.corpus.filters import PROFILES
 from llmkit.corpus.lookup import explain_document, sample_documents
+from llmkit.corpus.words import split_words
 from llmkit.data.batches import SLOTS, Mixture, corpus_batches, samples_in
-from llmkit.data.dedup import exact_key
-from llmkit.data.filters import PROFILES
-from llmkit.data.tokenizer import load_tokenizer
 from llmkit.data.tokens import ShardWriter, TokenStream, open_split, token_dtype
-from llmkit.data.vocabulary import train_tokenizer
-from llmkit.data.words import split_words
 from llmkit.errors import DATA, UserError
 from llmkit.evals.perplexity import measure
-from llmkit.job import prepare
 from llmkit.models import build_model, llama
-from llmkit.parallel import start_world
-from llmkit.schema import CorpusData
-from llmkit.train import train
+from llmkit.parallel.world import start_world
+from llmkit.storage.locate import locate
+from llmkit.tokenizer.tokenizer import load_tokenizer
+from llmkit.tokenizer.train import train_tokenizer
+from llmkit.training.loop import train
+from llmkit.training.prepare import prepare
 from llmkit.types import IGNORE_INDEX
 
 quiet = {"say": lambda line: None}

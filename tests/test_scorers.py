@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import sentences
 
-from llmkit.data.scorers import (
+from llmkit.corpus.scorers import (
     NgramSet,
     check_languages,
     classifier,
@@ -20,9 +20,9 @@ from llmkit.data.scorers import (
     ngrams_of,
     word_list,
 )
-from llmkit.data.vocabulary import train_tokenizer
-from llmkit.data.words import Text, split_words
+from llmkit.corpus.words import Text, split_words
 from llmkit.errors import UserError
+from llmkit.tokenizer.train import train_tokenizer
 
 
 def score(text: str, path: str, label: str) -> float:

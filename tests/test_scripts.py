@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import sentences, tiny_config
 
+from llmkit.config.schema import Config
 from llmkit.corpus.build import build_corpus
-from llmkit.schema import Config
 
 ROOT = Path(__file__).parents[1]
 MODULE = '''

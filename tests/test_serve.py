@@ -20,13 +20,13 @@ import pytest
 import torch
 from conftest import sentences
 
-from llmkit import cli
-from llmkit.data.tokenizer import load_tokenizer
-from llmkit.data.vocabulary import train_tokenizer
+from llmkit.commands import app as cli
 from llmkit.errors import ENVIRONMENT, MODEL
-from llmkit.generate import Sampling
+from llmkit.inference.generate import Sampling
+from llmkit.inference.writer import Writer
 from llmkit.models import bert, build_model, folder, llama
-from llmkit.talk import Writer
+from llmkit.tokenizer.tokenizer import load_tokenizer
+from llmkit.tokenizer.train import train_tokenizer
 
 POSITIONS, LONG = 4096, 2000  # tokens of context, and of an answer that takes seconds
 
@@ -130,7 +130,7 @@ def serving(model: Path, log: Path, *options: object) -> Serving:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "llmkit.cli", "serve", model, "--port", port, "--name", "tiny", *options]
+    command = [sys.executable, "-m", "llmkit", "serve", model, "--port", port, "--name", "tiny", *options]
     with log.open("w") as file:
         process = subprocess.Popen(
             [*map(str, command), "--no-compile", "--precision", "fp32"], stdout=file, stderr=file
@@ -752,7 +752,7 @@ def run_here(capsys, *arguments: object, code: int = 0) -> str:
 def test_chat_through_a_pipe(model, writer):
     typed = "What is it?\n\nAnd the river?\n   \n/new\nWhat is it?\nBye"
     options = ["--system", "Be brief", "--max-new-tokens", "20", "--seed", "11", "--temperature", "1", "--top-k", "0"]
-    command = [sys.executable, "-m", "llmkit.cli", "chat", str(model), *options, *EXACT]
+    command = [sys.executable, "-m", "llmkit", "chat", str(model), *options, *EXACT]
     done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     system = {"role": "system", "content": "Be brief"}
@@ -861,7 +861,7 @@ def test_a_port_that_is_taken_is_one_error(model, capsys):
 
 
 def test_without_the_packages_serving_is_one_error_that_names_them(model, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "llmkit.serve", None)
-    monkeypatch.delattr("llmkit.serve", raising=False)
+    monkeypatch.setitem(sys.modules, "llmkit.inference.server", None)
+    monkeypatch.delattr("llmkit.inference.server", raising=False)
     said = run_here(capsys, "serve", model, code=ENVIRONMENT)
     assert "llmkit[serve]" in said

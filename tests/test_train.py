@@ -15,17 +15,18 @@ import yaml
 from conftest import llmkit, metrics, tiny_config
 from safetensors.torch import load_file
 
-from llmkit import checkpoint
-from llmkit.config import load_config
-from llmkit.data.chat import encode_chat
-from llmkit.data.tokenizer import load_tokenizer
+from llmkit.config.load import load_config
 from llmkit.errors import UserError
-from llmkit.job import prepare
 from llmkit.models import llama
 from llmkit.models.folder import read_config
-from llmkit.parallel import start_world
-from llmkit.run import open_run
-from llmkit.train import fresh_tensors, note_finite, train
+from llmkit.parallel.world import start_world
+from llmkit.storage import checkpoint
+from llmkit.storage.locate import locate
+from llmkit.storage.run import open_run
+from llmkit.tokenizer.chat_template import encode_chat
+from llmkit.tokenizer.tokenizer import load_tokenizer
+from llmkit.training.loop import fresh_tensors, note_finite, train
+from llmkit.training.prepare import prepare
 from llmkit.types import IGNORE_INDEX
 
 
@@ -129,7 +130,10 @@ def test_the_loss_falls(corpus, tmp_path, model, optimizer):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_trains_close_to_fp32(corpus, tmp_path, monkeypatch, precision):
-    for place in ("llmkit.parallel.matmul_rate", "llmkit.train.matmul_rate"):  # a minute in fp16 on a CPU
+    for place in (
+        "llmkit.parallel.device.matmul_rate",
+        "llmkit.training.loop.matmul_rate",
+    ):  # a minute in fp16 on a CPU
         monkeypatch.setattr(place, lambda *_: 1e15)
     losses = {}
     for name in ("fp32", precision):
@@ -141,7 +145,7 @@ def test_low_precision_trains_close_to_fp32(corpus, tmp_path, monkeypatch, preci
 
 
 def test_the_fp16_scale_halves_after_a_bad_step_and_doubles_after_enough_good_ones(monkeypatch):
-    monkeypatch.setattr("llmkit.train.SCALE_GROWTH", 3)
+    monkeypatch.setattr("llmkit.training.loop.SCALE_GROWTH", 3)
     steps_found_inf = [1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
     scales = {}
     for precision in ("fp16", "bf16"):
@@ -193,7 +197,7 @@ def long_config(corpus: Path, optimizer: str) -> str:
 def test_kill_9_and_the_same_command_give_the_same_bits(corpus, tmp_path, optimizer):
     (tmp_path / "c.yaml").write_text(long_config(corpus, optimizer))
     llmkit("pretrain", "c.yaml", "-o", "run_dir=calm", cwd=tmp_path)
-    command = [sys.executable, "-m", "llmkit.cli", "pretrain", "c.yaml", "-o", "run_dir=killed"]
+    command = [sys.executable, "-m", "llmkit", "pretrain", "c.yaml", "-o", "run_dir=killed"]
     for step in (60, 140):
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (tmp_path / f"killed/checkpoints/step-{step:06d}").exists():
@@ -234,7 +238,7 @@ def test_another_config_is_refused_and_fresh_starts_over(corpus, tmp_path):
 
 def test_sigterm_saves_and_says_so(corpus, tmp_path):
     (tmp_path / "c.yaml").write_text(long_config(corpus, "adamw").replace("max_steps: 240", "max_steps: 100000"))
-    command = [sys.executable, "-m", "llmkit.cli", "pretrain", "c.yaml", "-o", "run_dir=r"]
+    command = [sys.executable, "-m", "llmkit", "pretrain", "c.yaml", "-o", "run_dir=r"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "r/checkpoints/step-000020").exists():
         time.sleep(0.01)
@@ -263,7 +267,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(corpus, tmp_path, capsys,
     warning = capsys.readouterr().err
     assert "warning" in warning and str(victim) in warning
     with pytest.raises(UserError) as caught:
-        checkpoint.locate(tmp_path / "run/checkpoints/step-000020")
+        locate(tmp_path / "run/checkpoints/step-000020")
     assert caught.value.code == 4
 
 
@@ -335,12 +339,12 @@ def test_early_stopping_and_the_best_checkpoint_is_kept(corpus, tmp_path):
     best = min(evaluated, key=evaluated.get)
     assert {f.name for f in checkpoint.listed(where)} == {f"step-{best:06d}", f"step-{summary['steps']:06d}"}
     assert len([step for step in evaluated if step > best]) == 3
-    assert checkpoint.locate(where).folder.parent.name == f"step-{best:06d}"
+    assert locate(where).folder.parent.name == f"step-{best:06d}"
 
 
 def test_deterministic_is_asked_for_when_the_config_says_so(corpus, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("llmkit.train.make_deterministic", asked.append)
+    monkeypatch.setattr("llmkit.training.loop.make_deterministic", asked.append)
     for wanted in (False, True):
         run(corpus, tmp_path / str(wanted), train=steps(1, deterministic=wanted))
         assert len(asked) == wanted
@@ -409,7 +413,7 @@ def test_lora_trains_only_the_adapter_and_resumes(corpus, tmp_path):
     assert all(torch.equal(one[key], two[key]) for key in one)
     losses = [record["val_loss"] for record in metrics(tmp_path / "once") if "val_loss" in record]
     assert losses[-1] < losses[0] - 0.5
-    located = checkpoint.locate(tmp_path / "once")
+    located = locate(tmp_path / "once")
     assert located.is_adapter and read_config(located.base).hidden_size == 32
     with pytest.raises(UserError, match="init_from is an adapter"):
         train(load_config(tmp_path / "c.yaml", [f"init_from={tmp_path / 'once'}", "run_dir=x"]), say=print)

@@ -13,20 +13,20 @@ import yaml
 from conftest import llmkit, sentences, tiny_config
 from tokenizers.processors import TemplateProcessing
 
-from llmkit import checkpoint
-from llmkit.checkpoint import locate
-from llmkit.config import load_config
+from llmkit.config.load import load_config
+from llmkit.config.schema import CorpusData
 from llmkit.corpus.build import build_corpus, read_manifest
-from llmkit.data.chat import encode_example
-from llmkit.data.tokenizer import load_tokenizer
-from llmkit.data.vocabulary import train_tokenizer
 from llmkit.errors import DATA, LOCKED, MODEL, UserError
 from llmkit.evals.perplexity import measure
-from llmkit.generate import Sampling, stream
+from llmkit.files import lock
+from llmkit.inference.generate import Sampling, stream
 from llmkit.models import build_model, llama
-from llmkit.run import lock
-from llmkit.schema import CorpusData
-from llmkit.train import train
+from llmkit.storage import checkpoint
+from llmkit.storage.locate import locate
+from llmkit.tokenizer.chat_template import encode_example
+from llmkit.tokenizer.tokenizer import load_tokenizer
+from llmkit.tokenizer.train import train_tokenizer
+from llmkit.training.loop import train
 
 quiet = {"say": lambda line: None}
 

@@ -15,11 +15,11 @@ from conftest import SHARED, llmkit, needs_shared, sentences
 from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Rust
 
-from llmkit.data.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer, byte_letters, load_tokenizer
-from llmkit.data.vocabulary import BERT_SPECIALS, KINDS, PATTERNS, SPECIALS, extend_bpe, train_tokenizer
 from llmkit.errors import UserError
 from llmkit.models import build_model, llama
 from llmkit.models.folder import save_model
+from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer, byte_letters, load_tokenizer
+from llmkit.tokenizer.train import BERT_SPECIALS, KINDS, PATTERNS, SPECIALS, extend_bpe, train_tokenizer
 
 
 def prose(seed: int, letters: str, number: int = 4000) -> str:

@@ -1,1 +1,1 @@
-"""Groups of commands, and how results are printed."""
+"""The command line: one thin function a command, grouped by file. They print results and decide nothing."""

@@ -25,7 +25,7 @@ def data_build(
     as_json: AsJson = False,
 ) -> None:
     """Clean, filter, deduplicate and tokenize the sources of CONFIG."""
-    from llmkit.config import load_config
+    from llmkit.config.load import load_config
     from llmkit.corpus.build import build_corpus, try_corpus
 
     loaded = load_config(config, o)
@@ -48,7 +48,7 @@ def data_report(
     folder: Annotated[Path, typer.Argument(help="The data.dir of a build, or its config.")], as_json: AsJson = False
 ) -> None:
     """Print the report of a finished build again."""
-    from llmkit.config import load_config
+    from llmkit.config.load import load_config
     from llmkit.corpus.build import check_corpus, read_manifest
 
     if folder.is_file():
@@ -71,7 +71,7 @@ def data_inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show the rows that training will see, targets in colour; or documents, and what became of them."""
-    from llmkit.config import load_config
+    from llmkit.config.load import load_config
     from llmkit.errors import UserError
 
     loaded = load_config(config, o)
@@ -83,8 +83,8 @@ def data_inspect(
         inspect_documents(loaded.data, id, dropped, kept, rule, as_json)
         return
     from llmkit.data.inspect import inspect_rows, paint
-    from llmkit.job import prepare
-    from llmkit.parallel import start_world
+    from llmkit.parallel.world import start_world
+    from llmkit.training.prepare import prepare
 
     job = prepare(loaded, start_world(), say=progress_to(as_json))
     shown = inspect_rows(job.batches("train", rows or 2).batch_at(0), job.data.tokenizer)
@@ -129,10 +129,10 @@ def tokenizer_train(
     as_json: AsJson = False,
 ) -> None:
     """Train a tokenizer on files, or teach an existing one further tokens."""
-    from llmkit.data.documents import read_texts
-    from llmkit.data.tokenizer import load_tokenizer
-    from llmkit.data.vocabulary import extend_bpe, train_tokenizer
     from llmkit.errors import UserError
+    from llmkit.readers.documents import read_texts
+    from llmkit.tokenizer.tokenizer import load_tokenizer
+    from llmkit.tokenizer.train import extend_bpe, train_tokenizer
 
     bad: list = []
     texts = read_texts(sources, text_key, bad)
@@ -165,8 +165,8 @@ def tokenizer_show(
 ) -> None:
     """Show how a tokenizer cuts a text, and how well it compresses each of some sources."""
     from llmkit.data.inspect import compression, is_path, paint_tokens
-    from llmkit.data.tokenizer import fetch_tokenizer, load_tokenizer
-    from llmkit.run import table
+    from llmkit.screen import table
+    from llmkit.tokenizer.tokenizer import fetch_tokenizer, load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
     rows = compression(loaded, fetch_tokenizer(beside) if beside else None, texts, text_key)

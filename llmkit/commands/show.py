@@ -20,7 +20,7 @@ def progress_to(as_json: bool):
 
 def on_screen(text: str) -> str:
     """Text of a model or a stranger as a terminal may have it; a file or a pipe gets it as it is."""
-    from llmkit.run import printable
+    from llmkit.screen import printable
 
     return printable(text) if sys.stdout.isatty() else text
 

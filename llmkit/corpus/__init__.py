@@ -1,1 +1,1 @@
-"""The build of a corpus: sources through work units and passes to token shards, a manifest and a report."""
+"""Raw text to token shards: cleaning, filters, deduplication, and the passes of a build."""

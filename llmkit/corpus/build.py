@@ -26,21 +26,21 @@ from typing import Any
 
 import numpy as np
 
+from llmkit.config.schema import CorpusData, OnError
 from llmkit.corpus.decide import VAL, Decision, checks_of, count_fates, decide, draw
 from llmkit.corpus.encode import encode_unit, kept_texts, split_text
 from llmkit.corpus.engine import Pool, open_pool
+from llmkit.corpus.filters import RULES
 from llmkit.corpus.measure import Stopwatch, measure_unit, peak_mb, size_of
 from llmkit.corpus.report import make_funnel, report
+from llmkit.corpus.scorers import check_languages, classifier, word_list
 from llmkit.corpus.units import VERSION, Unit, hash_of, load_array, make_units, passed_over
-from llmkit.data.filters import RULES
-from llmkit.data.records import number_lines
-from llmkit.data.scorers import check_languages, classifier, word_list
-from llmkit.data.tokenizer import Tokenizer, load_tokenizer
 from llmkit.data.tokens import changed, token_dtype
-from llmkit.data.vocabulary import extend_bpe, train_tokenizer
-from llmkit.errors import DATA, ENVIRONMENT, UserError, did_you_mean, raise_all
-from llmkit.run import lock, write_atomically
-from llmkit.schema import CorpusData, OnError
+from llmkit.errors import DataError, MachineError, UserError, did_you_mean, raise_all
+from llmkit.files import lock, write_atomically
+from llmkit.readers.records import number_lines
+from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llmkit.tokenizer.train import extend_bpe, train_tokenizer
 
 PACKED = (".jsonl.gz", ".jsonl.zst", ".zip", ".parquet")
 UNPACKED = 2  # bytes of text in a byte of a packed file, at least, for the estimate of disk space
@@ -79,9 +79,10 @@ def check_corpus(data: CorpusData, where: Where = lambda key: None) -> None:
     """Refuse what can't be built."""
     if not isinstance(data, CorpusData):
         raise UserError(
-            "only a corpus is built beforehand", got=f"data.kind: {data.kind}",
+            "only a corpus is built beforehand",
+            got=f"data.kind: {data.kind}",
             fix="`llmkit finetune` encodes fine-tuning data by itself",
-        )  # fmt: skip
+        )
     if not data.sources:
         raise UserError("there is nothing to build", expected="data.sources", fix="name at least one source")
     check_rules(data, where)
@@ -107,10 +108,13 @@ def build_corpus(
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            raise UserError(
-                "the disk is full", at=folder, got=f"{shutil.disk_usage(folder).free:,} bytes free", code=ENVIRONMENT,
-                expected=f"about {space_needed(folder, units):,} more", fix="free some; the same command goes on",
-            ) from None  # fmt: skip
+            raise MachineError(
+                "the disk is full",
+                at=folder,
+                got=f"{shutil.disk_usage(folder).free:,} bytes free",
+                expected=f"about {space_needed(folder, units):,} more",
+                fix="free some; the same command goes on",
+            ) from None
 
 
 def try_corpus(data: CorpusData, documents: int, *, where: Where = lambda key: None) -> tuple[str, dict[str, Any]]:
@@ -190,10 +194,13 @@ def check_space(folder: Path, units: list[Unit]) -> None:
     """Refuse to begin what the disk can't hold."""
     needed, free = space_needed(folder, units), shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(
-            "the disk is too small for this build", at=folder, got=f"{free:,} bytes free",
-            expected=f"about {needed:,} bytes", fix="free some, or put data.dir on another disk", code=ENVIRONMENT,
-        )  # fmt: skip
+        raise MachineError(
+            "the disk is too small for this build",
+            at=folder,
+            got=f"{free:,} bytes free",
+            expected=f"about {needed:,} bytes",
+            fix="free some, or put data.dir on another disk",
+        )
 
 
 def build_units(data: CorpusData, units: list[Unit], named: Tokenizer | None, recipe: str) -> dict[str, Any]:
@@ -232,14 +239,21 @@ def build_units(data: CorpusData, units: list[Unit], named: Tokenizer | None, re
     totals["dropped"] = totals["read"] - totals["quarantined"] - totals["kept"]
     seconds = sum((Counter(one["seconds"]) for one in [*counts, *shards]), Counter()) + spent
     manifest = {
-        "version": VERSION, "recipe": recipe, "dtype": token_dtype(len(tokenizer)).str, "vocab_size": len(tokenizer),
+        "version": VERSION,
+        "recipe": recipe,
+        "dtype": token_dtype(len(tokenizer)).str,
+        "vocab_size": len(tokenizer),
         "tokenizer_sha256": tokenizer.sha256,
-        "split_by": "tail of every document" if decision.by_tail else "document", "counts": totals, "funnel": funnel,
-        "splits": splits, "fingerprint": hash_of([file["sha256"] for s in splits.values() for file in s["files"]]),
-        "seconds": round(time.perf_counter() - started, 2), "workers": pool.workers,
+        "split_by": "tail of every document" if decision.by_tail else "document",
+        "counts": totals,
+        "funnel": funnel,
+        "splits": splits,
+        "fingerprint": hash_of([file["sha256"] for s in splits.values() for file in s["files"]]),
+        "seconds": round(time.perf_counter() - started, 2),
+        "workers": pool.workers,
         "cpu_seconds": {stage: round(value, 2) for stage, value in seconds.items()},
         "peak_mb": round(max(peak_mb(), *(one["peak_mb"] for one in [*counts, *shards])), 1),
-    }  # fmt: skip
+    }
     write_atomically(folder / "val_documents.txt", "".join(f"{id}\n" for shard in shards for id in shard["held_out"]))
     write_atomically(folder / "report.md", report(manifest, counts, shards, decision))
     write_atomically(folder / "report.json", json.dumps(manifest | {"units": counts}, indent=1))
@@ -307,21 +321,24 @@ def stop_on_bad_records(data: CorpusData, counts: list[dict], where: str) -> Non
     most = 0.0 if data.on_error.mode == "fail" else data.on_error.max_bad_fraction
     if bad and bad > most * read:
         reasons = sum((Counter(one["bad"]) for one in counts), Counter())
-        raise UserError(
-            f"{bad} of {read} records can't be read", at=where,
+        raise DataError(
+            f"{bad} of {read} records can't be read",
+            at=where,
             got=", ".join(f"{number} {reason}" for reason, number in reasons.most_common(8)),
-            fix="mend the files, or raise data.on_error.max_bad_fraction", code=DATA,
-        )  # fmt: skip
+            fix="mend the files, or raise data.on_error.max_bad_fraction",
+        )
 
 
 def nothing_left(folder: Path, funnel: dict[str, Any]) -> UserError:
     dropped = sum((Counter(row["dropped"]) for row in funnel.values()), Counter())
     if not dropped:
-        return UserError("the sources hold no document", at=folder, fix="look at data.sources", code=DATA)
-    return UserError(
-        "no document is left", at=folder, got=", ".join(f"{n} {rule}" for rule, n in dropped.most_common()),
-        fix="loosen the profile or data.filter.rules", code=DATA,
-    )  # fmt: skip
+        return DataError("the sources hold no document", at=folder, fix="look at data.sources")
+    return DataError(
+        "no document is left",
+        at=folder,
+        got=", ".join(f"{n} {rule}" for rule, n in dropped.most_common()),
+        fix="loosen the profile or data.filter.rules",
+    )
 
 
 def make_tokenizer(
@@ -370,9 +387,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError("it is none")
         return manifest
     except FileNotFoundError:
-        raise UserError(
-            "there is no built data", at=folder, fix="name data.sources, or run `llmkit data build CONFIG`", code=DATA
+        raise DataError(
+            "there is no built data", at=folder, fix="name data.sources, or run `llmkit data build CONFIG`"
         ) from None
     except ValueError as error:
         fix = "delete it and build again"
-        raise UserError(f"the manifest can't be read: {error}", at=path, fix=fix, code=DATA) from None
+        raise DataError(f"the manifest can't be read: {error}", at=path, fix=fix) from None

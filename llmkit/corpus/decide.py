@@ -12,18 +12,28 @@ from pathlib import Path
 
 import numpy as np
 
+from llmkit.config.schema import CorpusData, NearDedup
+from llmkit.corpus.dedup import first_of_equals, least_agreement, longest_of, near_clusters
+from llmkit.corpus.filters import RULES, Bounds, bounds_of, outside, why
+from llmkit.corpus.scorers import evaluation_ngrams
 from llmkit.corpus.units import Unit, load_array, save_array
-from llmkit.data.dedup import first_of_equals, least_agreement, longest_of, near_clusters
-from llmkit.data.filters import RULES, Bounds, bounds_of, outside, why
-from llmkit.data.scorers import evaluation_ngrams
-from llmkit.data.words import GOLDEN, mix
-from llmkit.schema import CorpusData, NearDedup
+from llmkit.corpus.words import GOLDEN, mix
 
 TRAIN, VAL = 0, 1
 FATES = (
-    "train", "val", "empty", "language", *RULES, "listed_words", "classifier", "pii", "exact duplicate",
-    "near duplicate", "contaminated", "repeated paragraphs",
-)  # fmt: skip
+    "train",
+    "val",
+    "empty",
+    "language",
+    *RULES,
+    "listed_words",
+    "classifier",
+    "pii",
+    "exact duplicate",
+    "near duplicate",
+    "contaminated",
+    "repeated paragraphs",
+)
 FATE = {name: number for number, name in enumerate(FATES)}
 PAIRS = 100_000  # whose sketches are compared at a time
 FEW = 4  # documents that whole ones would give to val: below this, every document gives its tail
@@ -156,9 +166,10 @@ def join_near(ledger: Ledger, units: list[Unit], parts: Path, near: NearDedup) -
     """Put near duplicates together, and drop all but the longest; returns (clusters, documents in the largest)."""
     kept, least = ledger.kept, least_agreement(near.bands, near.rows)
     together = near_clusters(
-        len(kept), (keys_of_band(units, parts, ledger.starts, band)[kept] for band in range(near.bands)),
+        len(kept),
+        (keys_of_band(units, parts, ledger.starts, band)[kept] for band in range(near.bands)),
         lambda left, right: agreement(units, parts, ledger.starts, kept[left], kept[right]) >= least,
-    )  # fmt: skip
+    )
     ledger.heads[kept] = ledger.heads[kept[together]]
     if near.keep == "longest":
         ledger.stand_ins[kept] = kept[longest_of(together, ledger.lengths[kept])]
@@ -230,10 +241,12 @@ def find_contaminated(ledger: Ledger, units: list[Unit], data: CorpusData, parts
     if evals.action == "drop":
         ledger.fates[flagged] = FATE["contaminated"]
     return {
-        "evaluation texts": texts, f"shorter than {evals.ngram} words, not looked for": short,
-        "contaminated documents": len(flagged), "n-grams found": int(rare.sum()),
+        "evaluation texts": texts,
+        f"shorter than {evals.ngram} words, not looked for": short,
+        "contaminated documents": len(flagged),
+        "n-grams found": int(rare.sum()),
         "common n-grams ignored": len(unique) - int(rare.sum()),
-    }  # fmt: skip
+    }
 
 
 def find_repeated_paragraphs(ledger: Ledger, units: list[Unit], parts: Path) -> list[np.ndarray]:

@@ -10,14 +10,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from llmkit.config.schema import CorpusData
 from llmkit.corpus.decide import FATES, VAL, reason
+from llmkit.corpus.dedup import cut_paragraphs
 from llmkit.corpus.measure import Stopwatch, peak_mb
 from llmkit.corpus.units import Unit, atomic_zst, load_array, read_zst
-from llmkit.data.dedup import cut_paragraphs
-from llmkit.data.tokenizer import CHECKED, Tokenizer, load_tokenizer
 from llmkit.data.tokens import ShardWriter, changed, describe, token_dtype
-from llmkit.run import write_atomically
-from llmkit.schema import CorpusData
+from llmkit.files import write_atomically
+from llmkit.tokenizer.tokenizer import CHECKED, Tokenizer, load_tokenizer
 
 EXAMPLES = 3  # of every reason to drop, in the report
 CHECKED_CHARACTERS = 500  # of the first CHECKED documents of each unit: the fast encoder must agree on them

@@ -21,8 +21,8 @@ from typing import Any
 from tqdm import tqdm
 
 from llmkit import __version__
-from llmkit.errors import ENVIRONMENT, UserError
-from llmkit.schema import CorpusData
+from llmkit.config.schema import CorpusData
+from llmkit.errors import MachineError
 
 # A local worker died; on Dask one did again and again, or the scheduler. By name: Dask may not be installed.
 LOST = ("BrokenProcessPool", "KilledWorker", "FutureCancelledError", "CancelledError")
@@ -52,10 +52,11 @@ class Pool:
             except Exception as error:
                 if type(error).__name__ not in LOST:
                     raise
-                raise UserError(
-                    "a worker process died", got="killed, most likely for want of memory", code=ENVIRONMENT,
+                raise MachineError(
+                    "a worker process died",
+                    got="killed, most likely for want of memory",
                     fix="lower data.workers; the same command goes on where this one stopped",
-                ) from None  # fmt: skip
+                ) from None
 
 
 @contextmanager
@@ -100,28 +101,31 @@ def join_cluster(address: str) -> Iterator[Any]:
         from distributed import Client
     except ImportError:
         fix = "pip install 'llmkit[cluster]'"
-        raise UserError("data.cluster needs the dask package", fix=fix, code=ENVIRONMENT) from None
+        raise MachineError("data.cluster needs the dask package", fix=fix) from None
     try:
         client = Client(address, timeout="10s")
     except (OSError, ValueError) as error:
-        raise UserError(
-            "no Dask scheduler answers", at=address, got=str(error)[:200], code=ENVIRONMENT,
+        raise MachineError(
+            "no Dask scheduler answers",
+            at=address,
+            got=str(error)[:200],
             fix="start one with `dask scheduler`, and workers with `dask worker ADDRESS --nthreads 1`",
-        ) from None  # fmt: skip
+        ) from None
     with client:
         try:
             found = client.run(about_worker)
         except ImportError:
             found = {"a worker": ("no llmkit", "")}
         if not found:
-            raise UserError("the cluster has no workers", at=address, fix="dask worker ADDRESS", code=ENVIRONMENT)
+            raise MachineError("the cluster has no workers", at=address, fix="dask worker ADDRESS")
         wrong = {worker: about for worker, about in found.items() if about != about_worker()}
         if wrong:  # paths in a config count from the folder in which a command starts
-            raise UserError(
-                "workers have another llmkit, or run in another folder", at=address, code=ENVIRONMENT,
+            raise MachineError(
+                "workers have another llmkit, or run in another folder",
+                at=address,
                 expected=" in ".join(about_worker()),
                 got=", ".join(f"{worker}: {' in '.join(about)}" for worker, about in wrong.items()),
-            )  # fmt: skip
+            )
         yield client
 
 

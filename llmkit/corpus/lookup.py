@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from llmkit.config.schema import CorpusData
 from llmkit.corpus.build import decided_in, is_built, make_recipe
 from llmkit.corpus.decide import FATES, VAL, checks_of, reason
 from llmkit.corpus.units import Unit, load_array, read_zst
-from llmkit.data.words import Text, hash_ngrams
-from llmkit.errors import DATA, UserError, did_you_mean
-from llmkit.schema import CorpusData
+from llmkit.corpus.words import Text, hash_ngrams
+from llmkit.errors import DataError, UserError, did_you_mean
 
 
 def built_units(data: CorpusData) -> tuple[list[Unit], Path]:
@@ -21,10 +21,11 @@ def built_units(data: CorpusData) -> tuple[list[Unit], Path]:
     units, _, recipe = make_recipe(data)
     if not is_built(Path(data.dir), recipe):
         other = (Path(data.dir) / "manifest.json").is_file()
-        raise UserError(
-            "data.dir holds a build of another config" if other else "this data is not built", at=data.dir, code=DATA,
+        raise DataError(
+            "data.dir holds a build of another config" if other else "this data is not built",
+            at=data.dir,
             fix="give the same -o as `llmkit data build`, or build again" if other else "llmkit data build CONFIG",
-        )  # fmt: skip
+        )
     return units, decided_in(Path(data.dir), recipe)
 
 
@@ -43,7 +44,7 @@ def explain_document(data: CorpusData, id: str) -> dict[str, Any]:
     names, source = [unit.source["name"] for unit in units], id.partition("/")[0]
     fix = "ids are printed by --kept and --dropped; bad records are in quarantine.jsonl"
     fix = fix if source in names else did_you_mean(source, names) or fix
-    raise UserError("no document has this id", at=data.dir, got=id, fix=fix, code=DATA)
+    raise DataError("no document has this id", at=data.dir, got=id, fix=fix)
 
 
 def describe(

@@ -18,24 +18,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.recfunctions import repack_fields
 
+from llmkit.config.schema import CorpusData, NearDedup
+from llmkit.corpus.clean import STEPS, clean, whitespace
+from llmkit.corpus.dedup import band_keys, exact_key, minhash, paragraph_hashes, sketch
+from llmkit.corpus.filters import measure
+from llmkit.corpus.pii import scrub
+from llmkit.corpus.scorers import classifier, classifier_score, evaluation_ngrams, language_of, listed_per_1k, word_list
 from llmkit.corpus.units import Unit, atomic_zst, measured_rules, read_unit, read_zst, save_array
-from llmkit.data.clean import STEPS, clean, whitespace
-from llmkit.data.decode import GUESSED_ENCODINGS
-from llmkit.data.dedup import band_keys, exact_key, minhash, paragraph_hashes, sketch
-from llmkit.data.filters import measure
-from llmkit.data.pii import scrub
-from llmkit.data.records import BadRecord
-from llmkit.data.scorers import (
-    classifier,
-    classifier_score,
-    evaluation_ngrams,
-    language_of,
-    listed_per_1k,
-    word_list,
-)
-from llmkit.data.words import Text, hash_ngrams
-from llmkit.run import half_of, write_atomically
-from llmkit.schema import CorpusData, NearDedup
+from llmkit.corpus.words import Text, hash_ngrams
+from llmkit.files import half_of, write_atomically
+from llmkit.readers.decode import GUESSED_ENCODINGS
+from llmkit.readers.records import BadRecord
 from llmkit.types import Document
 
 ROWS = 4096  # of scores that are kept as Python objects before they are packed
@@ -144,9 +137,7 @@ def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
     columns, finders = columns_of(data, profile), finders_of(data)
     dtype = np.dtype([*(field for column in columns for field in column.fields), ("pii", "<f8")])
     kinds = tuple(kind for kind in data.pii.kinds if kind != "phone" or profile != "code")
-    tally: dict[str, Any] = {
-        "read": 0, "quarantined": 0, "warnings": Counter(), "bad": Counter(), "pii": Counter(),
-    }  # fmt: skip
+    tally: dict[str, Any] = {"read": 0, "quarantined": 0, "warnings": Counter(), "bad": Counter(), "pii": Counter()}
     documents = read_clean(unit, data, parts, tally, watch)
     if profile == "web" and data.clean.boilerplate_min_docs:
         least, tidy = data.clean.boilerplate_min_docs, data.clean.whitespace
@@ -183,9 +174,13 @@ def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
     left = [parts / f"{unit.part}.{name}" for name in ("jsonl.zst", "bad.jsonl", *(f"{name}.npy" for name in files))]
     languages = Counter(code.decode() for code in table["language"].tolist()) if data.filter.language else {}
     counts = tally | {
-        "unit": unit.name, "source": unit.source["name"], "languages": languages, "seconds": watch.seconds,
-        "peak_mb": peak_mb(), "files": {path.name: size_of(path) for path in left},
-    }  # fmt: skip
+        "unit": unit.name,
+        "source": unit.source["name"],
+        "languages": languages,
+        "seconds": watch.seconds,
+        "peak_mb": peak_mb(),
+        "files": {path.name: size_of(path) for path in left},
+    }
     write_atomically(done, json.dumps(counts))
     return json.loads(json.dumps(counts))
 
@@ -193,9 +188,12 @@ def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
 def read_clean(unit: Unit, data: CorpusData, parts: Path, tally: dict, watch: Stopwatch) -> Iterator[Document]:
     """A unit's documents, cleaned; bad records go to .bad.jsonl with their file, line and offset."""
     wanted = {
-        "html": data.clean.html, "encoding": data.clean.fix_encoding, "unicode": data.clean.unicode,
-        "control": data.clean.control, "whitespace": data.clean.whitespace,
-    }  # fmt: skip
+        "html": data.clean.html,
+        "encoding": data.clean.fix_encoding,
+        "unicode": data.clean.unicode,
+        "control": data.clean.control,
+        "whitespace": data.clean.whitespace,
+    }
     steps = [step for step in STEPS if wanted[step]]
     half = half_of(parts / f"{unit.part}.bad.jsonl")
     with half.open("w", encoding="utf-8") as quarantine:

@@ -8,7 +8,7 @@ from typing import Any
 from llmkit.corpus.decide import FATE, VAL, Decision, count_fates
 from llmkit.corpus.encode import EXAMPLES
 from llmkit.corpus.units import Unit
-from llmkit.run import count
+from llmkit.screen import count
 
 WARN_DROP = 0.25  # a rule that drops more of a source than this is worth a look
 
@@ -108,12 +108,14 @@ def sizes_of(manifest: dict[str, Any], counts: list[dict], shards: list[dict]) -
     whole = anew == len(counts) + len(shards)
     speed = f"{size / 1e6 / max(total, 1e-9):.2f} MB of kept text per CPU-second" if whole else "the rest was there"
     return [
-        *lines, "",
+        *lines,
+        "",
         f"Split by {manifest['split_by']}; vocabulary {manifest['vocab_size']}. {manifest['seconds']:.2f} s with "
         f"{manifest['workers']} workers, {total:.1f} s of CPU, {speed} "
         f"({', '.join(f'{stage} {seconds:.1f}' for stage, seconds in stages)}); at most "
-        f"{manifest['peak_mb']:.0f} MB of memory in a process.", "",
-    ]  # fmt: skip
+        f"{manifest['peak_mb']:.0f} MB of memory in a process.",
+        "",
+    ]
 
 
 def findings(decision: Decision) -> list[str]:

@@ -19,13 +19,13 @@ import numpy as np
 import orjson
 import zstandard
 
-from llmkit.data.documents import dataset_files, list_files, read_dataset, read_file, root_of
-from llmkit.data.filters import PROFILES
-from llmkit.data.records import BadRecord, Span, spans_of
-from llmkit.data.scorers import evaluation_files
-from llmkit.errors import DATA, UserError
-from llmkit.run import half_of, stamps_in, stamps_of
-from llmkit.schema import CorpusData, Source
+from llmkit.config.schema import CorpusData, Source
+from llmkit.corpus.filters import PROFILES
+from llmkit.corpus.scorers import evaluation_files
+from llmkit.errors import DataError, UserError
+from llmkit.files import half_of, stamps_in, stamps_of
+from llmkit.readers.documents import dataset_files, list_files, read_dataset, read_file, root_of
+from llmkit.readers.records import BadRecord, Span, spans_of
 from llmkit.types import Document
 
 UNIT_BYTES = 32 * 2**20  # of source files in one work unit
@@ -63,13 +63,20 @@ def measuring_key(data: CorpusData, source: Source) -> str:
     filters, pii, near, evals = data.filter, data.pii, data.dedup.near, data.decontaminate
     libraries = [version(name) for name in ("ftfy", "resiliparse", "py3langid", "fastwarc")]
     return hash_of(
-        VERSION, libraries, source.model_dump(exclude={"weight", "max_epochs"}), data.clean.model_dump(),
-        measured_rules(data, source.profile), bool(filters.language),
+        VERSION,
+        libraries,
+        source.model_dump(exclude={"weight", "max_epochs"}),
+        data.clean.model_dump(),
+        measured_rules(data, source.profile),
+        bool(filters.language),
         filters.words and stamps_of(path for path in [Path(filters.words.path).expanduser()] if path.is_file()),
         filters.classifier and (filters.classifier.label, stamps_in(Path(filters.classifier.path).expanduser())),
-        pii.kinds, pii.action if pii.kinds else None, near and (near.ngram, near.bands, near.rows),
-        data.dedup.paragraphs, evals and (evals.ngram, stamps_of(evaluation_files(evals.files))),
-    )  # fmt: skip
+        pii.kinds,
+        pii.action if pii.kinds else None,
+        near and (near.ngram, near.bands, near.rows),
+        data.dedup.paragraphs,
+        evals and (evals.ngram, stamps_of(evaluation_files(evals.files))),
+    )
 
 
 def make_units(data: CorpusData) -> list[Unit]:
@@ -145,9 +152,14 @@ def read_unit(unit: Unit) -> Iterator[Document | BadRecord]:
         )
     else:
         found = read_dataset(
-            source.hf, source=source.name, config=source.config, split=source.split, streaming=source.streaming,
-            text_key=source.text_key, revision=source.revision,
-        )  # fmt: skip
+            source.hf,
+            source=source.name,
+            config=source.config,
+            split=source.split,
+            streaming=source.streaming,
+            text_key=source.text_key,
+            revision=source.revision,
+        )
     for taken, one in enumerate(found):
         if source.limit is not None and taken >= source.limit:
             return
@@ -188,8 +200,8 @@ def read_zst(path: Path) -> Iterator[dict[str, Any]]:
                 *lines, rest = (rest + block).split(b"\n")
                 yield from map(orjson.loads, lines)
         except zstandard.ZstdError as error:
-            raise UserError(
-                f"a file of this build is damaged: {error}", at=path, fix="delete it and build again", code=DATA
+            raise DataError(
+                f"a file of this build is damaged: {error}", at=path, fix="delete it and build again"
             ) from None
 
 

@@ -1,1 +1,1 @@
-"""Text to tokens to batches. Nothing here knows of models, and only `batches` is near torch's world."""
+"""Token shards and encoded records to batches."""

@@ -136,9 +136,14 @@ class Batches:
 
 
 def corpus_batches(
-    streams: Sequence[TokenStream], seq_len: int, global_batch_size: int, *, mixture: Mixture | None = None,
-    document_mask: bool = False, **order: Any,
-) -> Batches:  # fmt: skip
+    streams: Sequence[TokenStream],
+    seq_len: int,
+    global_batch_size: int,
+    *,
+    mixture: Mixture | None = None,
+    document_mask: bool = False,
+    **order: Any,
+) -> Batches:
     """Sample i of a stream is the seq_len + 1 tokens at i * seq_len: every token is an input once an epoch.
 
     mixture        of the samples of the streams; None: there is but one stream

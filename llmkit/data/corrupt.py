@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from llmkit.data.tokenizer import ROLES, Tokenizer
-from llmkit.errors import DATA, UserError
+from llmkit.errors import DataError
+from llmkit.tokenizer.tokenizer import ROLES, Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
 
 Corrupt = Callable[[Batch, Sequence[int]], Batch]  # a batch and the numbers of its rows -> what the model gets
@@ -42,10 +42,11 @@ def masking(
     """
     mask_id = tokenizer.rust.token_to_id(tokenizer.roles.get("mask_token", ""))
     if mask_id is None:
-        raise UserError(
-            "the tokenizer has no mask token", expected=" or ".join(ROLES["mask_token"]), code=DATA,
+        raise DataError(
+            "the tokenizer has no mask token",
+            expected=" or ".join(ROLES["mask_token"]),
             fix="data.tokenizer: {train: wordpiece}, or special_tokens: ['<mask>'] for another kind",
-        )  # fmt: skip
+        )
     control, plain = np.array(sorted(tokenizer.specials.values())), np.ones(len(tokenizer), bool)
     plain[control] = False
     words = np.flatnonzero(plain)
@@ -96,14 +97,15 @@ def span_corruption(
     def corrupt(batch: Batch, numbers: Sequence[int]) -> Batch:
         length = batch.input_ids.shape[1]
         if length < 2:
-            raise UserError("spans can't be cut out of rows of one token", fix="raise data.seq_len", code=DATA)
+            raise DataError("spans can't be cut out of rows of one token", fix="raise data.seq_len")
         noise, spans = span_lengths(length, noise_fraction, mean_span)
         if spans > len(sentinels):
-            raise UserError(
-                "the tokenizer has too few sentinels for the spans of a row", got=f"{len(sentinels)} <extra_id_...>",
-                expected=f"{spans} for {length} tokens", fix="data.tokenizer.extra_ids: 100, or a lower data.seq_len",
-                code=DATA,
-            )  # fmt: skip
+            raise DataError(
+                "the tokenizer has too few sentinels for the spans of a row",
+                got=f"{len(sentinels)} <extra_id_...>",
+                expected=f"{spans} for {length} tokens",
+                fix="data.tokenizer.extra_ids: 100, or a lower data.seq_len",
+            )
         inputs, labels = [], []
         marks = np.array(sentinels[:spans])
         for ids, number in zip(batch.input_ids, numbers, strict=True):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmkit.data.documents import read_texts
-from llmkit.data.records import READERS, suffix_of
-from llmkit.data.tokenizer import Tokenizer
-from llmkit.run import printable
+from llmkit.readers.documents import read_texts
+from llmkit.readers.records import READERS, suffix_of
+from llmkit.screen import printable
+from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
 
 MEASURED = 2_000_000  # characters of a source that `tokenizer show` encodes

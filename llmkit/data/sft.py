@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.data.chat import default_template, detect_format, encode_example, to_turns
-from llmkit.data.records import BadRecord, read_records
-from llmkit.data.tokenizer import Tokenizer
-from llmkit.errors import DATA, UserError
-from llmkit.run import file_sha256, write_atomically
-from llmkit.schema import SftData
+from llmkit.config.schema import SftData
+from llmkit.data.layouts import detect_format, to_turns
+from llmkit.errors import DataError
+from llmkit.files import file_sha256, write_atomically
+from llmkit.readers.records import BadRecord, read_records
+from llmkit.tokenizer.chat_template import default_template, encode_example
+from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.types import IGNORE_INDEX
 
 VERSION = 2  # of the encoding: another one encodes again
@@ -99,18 +100,19 @@ def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pai
         val = [one for i, one in enumerate(train) if i in held]
         train = [one for i, one in enumerate(train) if i not in held]
     report = {
-        "key": key, "folder": str(out), "files": [str(path) for path in sources], "bad": dict(bad),
-        "formats": sorted(forms), "splits": {},
-    }  # fmt: skip
+        "key": key,
+        "folder": str(out),
+        "files": [str(path) for path in sources],
+        "bad": dict(bad),
+        "formats": sorted(forms),
+        "splits": {},
+    }
     for split, encoded in (("train", train), ("val", val)):
         write = write_pairs if pairs else write_rows
         report["splits"][split] = write(out / split, encoded, data, tokenizer.eos_id)
     if not report["splits"]["train"]["rows"]:
-        raise UserError(
-            "no example is left to train on",
-            at=data.path,
-            got=f"{sum(bad.values())} bad records: {dict(bad)}",
-            code=DATA,
+        raise DataError(
+            "no example is left to train on", at=data.path, got=f"{sum(bad.values())} bad records: {dict(bad)}"
         )
     write_atomically(report_path, json.dumps(report, indent=2))
     return report
@@ -196,5 +198,5 @@ def write_pairs(out: Path, encoded: list, data: SftData, eos_id: int) -> dict[st
 def checksum(path: Path) -> str:
     """The checksum of a file, or a UserError that it is not there."""
     if not path.is_file():
-        raise UserError("there is no such data file", at=path, code=DATA)
+        raise DataError("there is no such data file", at=path)
     return file_sha256(path)

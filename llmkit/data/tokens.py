@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.errors import DATA, UserError
-from llmkit.run import file_sha256, half_of, write_atomically
+from llmkit.errors import DataError
+from llmkit.files import file_sha256, half_of, write_atomically
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -107,10 +107,13 @@ def open_split(folder: Path, files: list[dict], dtype: np.dtype) -> TokenStream:
             if (problem := changed(path, one)) is None and path.stat().st_mtime_ns != one["mtime_ns"]:
                 problem = "another checksum" if file_sha256(path) != one["sha256"] else None  # a copy keeps its content
             if problem:
-                raise UserError(
-                    "a token shard is not what was built", at=path, expected=f"{one['bytes']} bytes as in the manifest",
-                    got=problem, fix=f"delete {folder} and build again", code=DATA,
-                )  # fmt: skip
+                raise DataError(
+                    "a token shard is not what was built",
+                    at=path,
+                    expected=f"{one['bytes']} bytes as in the manifest",
+                    got=problem,
+                    fix=f"delete {folder} and build again",
+                )
     return TokenStream([folder / entry["path"] for entry in files], dtype)
 
 

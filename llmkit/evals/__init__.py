@@ -1,1 +1,1 @@
-"""Measures of a trained model."""
+"""Measures of a trained model, on text and on records."""

@@ -14,20 +14,21 @@ import torch
 import yaml
 from torch import nn
 
-from llmkit import checkpoint
-from llmkit.checkpoint import Located
 from llmkit.corpus.build import read_manifest
 from llmkit.data.batches import open_rows
-from llmkit.data.chat import FORMATS, default_template
 from llmkit.data.corrupt import shift_right
-from llmkit.data.documents import read_file
-from llmkit.data.records import read_records
+from llmkit.data.layouts import FORMATS
 from llmkit.data.sft import cut_pair, examples, to_pairs
-from llmkit.data.tokenizer import CHECKED, Tokenizer
 from llmkit.data.tokens import open_split
-from llmkit.errors import DATA, UserError
+from llmkit.errors import DataError, UserError
 from llmkit.objectives import FITTING, OBJECTIVES
-from llmkit.parallel import autocast, choose_precision, start_world, to_device
+from llmkit.parallel.device import autocast, choose_precision, to_device
+from llmkit.parallel.world import start_world
+from llmkit.readers.documents import read_file
+from llmkit.readers.records import read_records
+from llmkit.storage.locate import Located, load
+from llmkit.tokenizer.chat_template import default_template
+from llmkit.tokenizer.tokenizer import CHECKED, Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch, Document
 
 
@@ -131,16 +132,17 @@ def measure(
     """
     device = start_world().device
     precision = choose_precision(precision, device)
-    model, tokenizer = checkpoint.load(located, device=device)
+    model, tokenizer = load(located, device=device)
     longest = model.config.max_position_embeddings
     config = yaml.safe_load((located.run_dir / "config.yaml").read_text()) if located.run_dir else None
     window = window or min(longest, config["data"]["seq_len"] if config else longest)
     stride = stride or window
     if not 0 < stride <= window <= longest:
         raise UserError(
-            "stride and window do not fit the model", got=f"stride {stride}, window {window}",
+            "stride and window do not fit the model",
+            got=f"stride {stride}, window {window}",
             expected=f"0 < stride <= window <= {longest}",
-        )  # fmt: skip
+        )
     kind, objective = model.config.kind, (config or {}).get("objective")
     if kind != "causal" and stride != window:
         raise UserError(f"{model.config.model_type} reads rows of their own", got=f"stride {stride}, window {window}")
@@ -148,7 +150,7 @@ def measure(
         if config and config["data"]["kind"] == "sft" and (stride < window or window != config["data"]["seq_len"]):
             raise UserError("fine-tuning rows have a length of their own", got=f"window {window}, stride {stride}")
         if config is None:
-            raise UserError("there is no text to measure on", fix="name a file with --data", code=DATA)
+            raise DataError("there is no text to measure on", fix="name a file with --data")
         tokens, rows, what = run_val_split(located.run_dir, config["data"], model.config, tokenizer, batch_size)
     else:
         tokens, rows, what = read_data(data, model.config, tokenizer, window, stride, batch_size)
@@ -161,17 +163,24 @@ def measure(
         what += ", of which only masked tokens count" if kind == "masked" else ", of which only cut-out spans count"
     with autocast(device, precision):
         result = perplexity(
-            model, batches, device=device, token_bytes=tokenizer.token_bytes if kind == "causal" else None,
+            model,
+            batches,
+            device=device,
+            token_bytes=tokenizer.token_bytes if kind == "causal" else None,
             micro_batch_size=batch_size,
-        )  # fmt: skip
-    if not result["val_tokens"]:
-        raise UserError(
-            "the text is too short to measure on", got=what, fix="name more, or a smaller window", code=DATA
         )
+    if not result["val_tokens"]:
+        raise DataError("the text is too short to measure on", got=what, fix="name more, or a smaller window")
     names = {"val_loss": "loss", "val_perplexity": "perplexity", "val_tokens": "tokens"}
     figures = {names.get(key, key): value for key, value in result.items()}
-    return {"model": str(located.folder), "data": what, **figures, "window": window, "stride": stride,
-            "precision": precision}  # fmt: skip
+    return {
+        "model": str(located.folder),
+        "data": what,
+        **figures,
+        "window": window,
+        "stride": stride,
+        "precision": precision,
+    }
 
 
 Read = tuple[np.ndarray | None, Iterable[Batch] | None, str]  # one stream of tokens or batches of rows, and what it is
@@ -187,10 +196,9 @@ def run_val_split(run_dir: Path, data: dict, model_config: Any, tokenizer: Token
     folder = Path(data["dir"])
     manifest = read_manifest(folder)
     if manifest["fingerprint"] != key or manifest.get("tokenizer_sha256") != tokenizer.sha256:
-        raise UserError(
-            "the data was built anew since this run", at=folder, fix="build it as it was, or name a file with --data",
-            code=DATA,
-        )  # fmt: skip
+        raise DataError(
+            "the data was built anew since this run", at=folder, fix="build it as it was, or name a file with --data"
+        )
     stream = open_split(folder, manifest["splits"]["val"]["files"], np.dtype(manifest["dtype"]))
     return stream.read(0, len(stream)), None, f"the val split of {folder}, in one stream"
 
@@ -199,13 +207,13 @@ def read_data(path: Path, model_config: Any, tokenizer: Tokenizer, window: int, 
     """A file of fine-tuning records or of texts; see `measure`."""
     if not path.is_file():
         what = "--data takes a file, and this is a folder" if path.is_dir() else "there is no such data file"
-        raise UserError(what, at=path, code=DATA)
+        raise DataError(what, at=path)
     first = next((record for _, record in read_records(path) if isinstance(record, dict)), {})
     records = any(all(field in first for field in fields) for fields in FORMATS.values())
     if records and stride < window:
         raise UserError("records are read whole, so a stride has no meaning", got=f"stride {stride}")
     if records and model_config.kind == "masked":
-        raise UserError(f"{model_config.model_type} writes no answers", at=path, fix="name a file of texts", code=DATA)
+        raise DataError(f"{model_config.model_type} writes no answers", at=path, fix="name a file of texts")
     if records:
         bad: Counter[str] = Counter()
         read = examples(path, tokenizer, default_template(tokenizer), bad, set())
@@ -220,7 +228,7 @@ def read_data(path: Path, model_config: Any, tokenizer: Tokenizer, window: int, 
         return None, batches, f"the answers in {path} ({len(rows)} records{skipped})"
     documents = [one for one in read_file(path, source="eval", root=path.parent) if isinstance(one, Document)]
     if not documents:
-        raise UserError("no text can be read from the file", at=path, code=DATA)
+        raise DataError("no text can be read from the file", at=path)
     tokenizer.agrees([one.text[:10_000] for one in documents[:CHECKED]])
     tokens = np.concatenate(list(tokenizer.encode_documents(one.text for one in documents)))
     return tokens, None, f"{path} ({len(documents)} documents)"

@@ -72,9 +72,18 @@ class KVCache:
     """
 
     def __init__(
-        self, windows: Sequence[Window], batch: int, kv_heads: int, capacity: int, head_dim: int, *, device="cpu",
-        dtype: torch.dtype = torch.float32, starts: Tensor | None = None, longest: int | None = None,
-    ):  # fmt: skip
+        self,
+        windows: Sequence[Window],
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        device="cpu",
+        dtype: torch.dtype = torch.float32,
+        starts: Tensor | None = None,
+        longest: int | None = None,
+    ):
         self.windows, self.starts, self.device = windows, starts, torch.device(device)
         self.longest = longest or capacity
         self.fixed = False  # one token at a time and all slots attended: what compiled blocks need
@@ -145,9 +154,15 @@ def same_segment(segments: Tensor) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0, *, causal: bool = True,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout: float = 0.0,
+    *,
+    causal: bool = True,
     scale: float | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Attention of q (B, H, T, D) over k, v (B, kv heads, S, D), heads joined again: (B, T, H * D).
 
     mask    broadcasts to (B, H, T, S): True where query t may see key s, or numbers that are added to the scores
@@ -164,9 +179,15 @@ def attend(
         blocked = recomputed(blocked_attention) if q.shape[2] >= RECOMPUTE_FROM else blocked_attention
         return blocked(q, k, v, mask, causal, scale).transpose(1, 2).flatten(2)
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None and q.shape[2] > 1,
-        enable_gqa=q.shape[1] != k.shape[1], scale=scale,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal and mask is None and q.shape[2] > 1,
+        enable_gqa=q.shape[1] != k.shape[1],
+        scale=scale,
+    )
     return out.transpose(1, 2).flatten(2)
 
 

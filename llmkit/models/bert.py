@@ -150,9 +150,13 @@ class Model(nn.Module):
         return self.bert["embeddings"].word_embeddings
 
     def encode(
-        self, input_ids: Tensor, *, positions: Tensor | None = None, segments: Tensor | None = None,
+        self,
+        input_ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Hidden states (B, T, hidden) of the last block: what classifiers and embeddings of texts are made from."""
         length = input_ids.shape[1]
         if positions is None:
@@ -164,9 +168,15 @@ class Model(nn.Module):
         return x
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, *, reduction: str = "sum",
-        positions: Tensor | None = None, segments: Tensor | None = None, token_type_ids: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        reduction: str = "sum",
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
         """Logits (B, T, V) of what stands at each place; with labels (B, T) their losses: see `linear_cross_entropy`.
 
         segments  (B, T): tokens see those of the same number only, in packed rows and beside padding
@@ -182,12 +192,17 @@ class Model(nn.Module):
 # ---- Hugging Face's folder ------------------------------------------------------------------------------------------
 
 FIXED = {  # fields that change the mathematics, and the only value that is built here
-    "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False,
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
     "tie_word_embeddings": True,
-}  # fmt: skip
+}
 DEFAULTS = {
-    "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "vocab_size": 30522, "intermediate_size": 3072,
-}  # fmt: skip
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "vocab_size": 30522,
+    "intermediate_size": 3072,
+}
 UNUSED = re.compile(
     r"bert\.pooler\..*|cls\.seq_relationship\..*|cls\.predictions\.decoder\..*|bert\.embeddings\.position_ids"
 )

@@ -129,9 +129,14 @@ class Model(CausalLM):
 # ---- Hugging Face's config.json -------------------------------------------------------------------------------------
 
 FIXED = {  # fields that change the mathematics, and the only value that is built here
-    "activation": "gelu", "alibi": False, "multi_query": True, "parallel_attn": True, "new_decoder_architecture": False,
-    "num_ln_in_parallel_attn": None, "apply_residual_connection_post_layernorm": False,
-}  # fmt: skip
+    "activation": "gelu",
+    "alibi": False,
+    "multi_query": True,
+    "parallel_attn": True,
+    "new_decoder_architecture": False,
+    "num_ln_in_parallel_attn": None,
+    "apply_residual_connection_post_layernorm": False,
+}
 DEFAULTS = {"hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71}
 
 

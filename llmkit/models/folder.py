@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmkit.errors import MODEL, UserError, did_you_mean, raise_all
+from llmkit.errors import ModelError, did_you_mean, raise_all
 from llmkit.models import FAMILIES, build_model, family_of, shape_problems
 
 MAX_CONFIG_BYTES = 2**20
@@ -37,29 +37,33 @@ def read_config(folder: Path):
     path = folder / "config.json"
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise UserError("config.json is too large to be one", at=path, code=MODEL)
+            raise ModelError("config.json is too large to be one", at=path)
         hf = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(hf, dict):
             raise ValueError("not an object")
     except FileNotFoundError:
-        raise UserError(f"{folder} is not a model: it has no config.json", at=folder, code=MODEL) from None
+        raise ModelError(f"{folder} is not a model: it has no config.json", at=folder) from None
     except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"config.json can't be read: {error}", at=path, code=MODEL) from None
+        raise ModelError(f"config.json can't be read: {error}", at=path) from None
     name = hf.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(
-            "this model family is not supported", at=path, got=name, expected=" or ".join(FAMILIES),
-            fix=did_you_mean(str(name), FAMILIES), code=MODEL,
-        )  # fmt: skip
+        raise ModelError(
+            "this model family is not supported",
+            at=path,
+            got=name,
+            expected=" or ".join(FAMILIES),
+            fix=did_you_mean(str(name), FAMILIES),
+        )
     family = FAMILIES[name]
     options = family.DEFAULTS | family.from_hf(hf)
     known = {field.name for field in fields(family.Config)}
     errors = [
-        UserError(f"{name} with this {key} is not supported", at=path, got=value, expected=expected, code=MODEL)
+        ModelError(f"{name} with this {key} is not supported", at=path, got=value, expected=expected)
         for key, value in options.items()
         if (key in family.FIXED or (key not in known and not HARMLESS.fullmatch(key)))
-        and (expected := family.FIXED.get(key, "no such field")) != value and (value or expected)
-    ]  # fmt: skip
+        and (expected := family.FIXED.get(key, "no such field")) != value
+        and (value or expected)
+    ]
     raise_all(errors)
     try:
         wanted = json.dumps({key: value for key, value in options.items() if key in known})
@@ -67,12 +71,12 @@ def read_config(folder: Path):
         problems = shape_problems(config)
     except ValidationError as error:
         found = [(".".join(map(str, one["loc"])), one["msg"], one["input"]) for one in error.errors()]
-        raise_all([UserError(f"config.json: {key}: {why}", at=path, got=got, code=MODEL) for key, why, got in found])
+        raise_all([ModelError(f"config.json: {key}: {why}", at=path, got=got) for key, why, got in found])
     except (TypeError, ZeroDivisionError):
-        raise UserError("config.json has a value of the wrong type", at=path, code=MODEL) from None
+        raise ModelError("config.json has a value of the wrong type", at=path) from None
     if config.vocab_size is None:
         problems.append(("vocab_size", "is missing"))
-    raise_all([UserError(f"config.json: {key} {reason}", at=path, code=MODEL) for key, reason in problems])
+    raise_all([ModelError(f"config.json: {key} {reason}", at=path) for key, reason in problems])
     return config
 
 
@@ -84,10 +88,10 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"the weight index can't be read: {error}", at=index, code=MODEL) from None
+        raise ModelError(f"the weight index can't be read: {error}", at=index) from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise UserError("a weight file must lie in the model's folder", at=index, got=name, code=MODEL)
+            raise ModelError("a weight file must lie in the model's folder", at=index, got=name)
     return [folder / name for name in names]
 
 
@@ -96,9 +100,9 @@ def open_weights(path: Path):
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
-        raise UserError("the weights are missing", at=path, code=MODEL) from None
+        raise ModelError("the weights are missing", at=path) from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"the weights can't be read: {error}", at=path, code=MODEL) from None
+        raise ModelError(f"the weights can't be read: {error}", at=path) from None
 
 
 def disk_views(config, name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -146,8 +150,11 @@ def check_weights(model: nn.Module, folder: Path, files: list[Path]) -> list[str
 
     Returns the names of those that are missing and may begin anew.
     """
-    places = {disk: tuple(view.shape) for name, p in model.named_parameters()
-              for disk, view in disk_views(model.config, name, p).items()}  # fmt: skip
+    places = {
+        disk: tuple(view.shape)
+        for name, p in model.named_parameters()
+        for disk, view in disk_views(model.config, name, p).items()
+    }
     errors, seen = [], set()
     for path in files:
         with open_weights(path) as file:
@@ -155,17 +162,16 @@ def check_weights(model: nn.Module, folder: Path, files: list[Path]) -> list[str
                 seen.add(name)
                 shape = tuple(file.get_slice(disk_name).get_shape())
                 if name not in places:
-                    errors.append(UserError(f"the model has no place for {disk_name}", at=path, code=MODEL))
+                    errors.append(ModelError(f"the model has no place for {disk_name}", at=path))
                 elif shape != places[name]:
                     errors.append(
-                        UserError(f"{disk_name} has the wrong shape", at=path, got=shape, expected=places[name],
-                                  code=MODEL)
-                    )  # fmt: skip
+                        ModelError(f"{disk_name} has the wrong shape", at=path, got=shape, expected=places[name])
+                    )
     missing = [name for name in places if name not in seen]
     family = family_of(model.config)
     may_lack = [name for name in missing if name in getattr(family, "COPIES", {}) or is_fresh(family, name)]
     if missing != may_lack and not errors:
-        errors.append(UserError(f"{len(missing)} weights are missing, {missing[0]} among them", at=folder, code=MODEL))
+        errors.append(ModelError(f"{len(missing)} weights are missing, {missing[0]} among them", at=folder))
     raise_all(errors[:10])
     return missing
 
@@ -232,6 +238,6 @@ def hf_config(config) -> dict:
     """A Config as config.json says it."""
     family = family_of(config)
     options = {key: value for key, value in asdict(config).items() if key != "init"}
-    return family.to_hf(options) | family.FIXED | {
-        "model_type": config.model_type, "architectures": [config.architecture],
-    }  # fmt: skip
+    return (
+        family.to_hf(options) | family.FIXED | {"model_type": config.model_type, "architectures": [config.architecture]}
+    )

@@ -44,9 +44,15 @@ class Config(llama.Shape):
 
 FIXED = {"use_bidirectional_attention": None}
 DEFAULTS = {
-    "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "num_attention_heads": 16,
-    "num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6,
-}  # fmt: skip
+    "hidden_size": 3072,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+}
 
 
 def from_hf(hf: dict) -> dict:

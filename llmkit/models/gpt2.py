@@ -135,13 +135,19 @@ class Model(CausalLM):
 # ---- Hugging Face's folder ------------------------------------------------------------------------------------------
 
 NAMES = {  # ours -> Hugging Face's
-    "hidden_size": "n_embd", "intermediate_size": "n_inner", "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head", "max_position_embeddings": "n_positions",
-}  # fmt: skip
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_inner",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
 FIXED = {  # fields that change the mathematics, and the only value that is built here
-    "activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False, "add_cross_attention": False,
-}  # fmt: skip
+    "activation_function": "gelu_new",
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+}
 DEFAULTS = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}  # transformers', where files may be silent
 UNUSED = re.compile(r"(.*\.)?attn\.(masked_)?bias")  # constants that old files store
 

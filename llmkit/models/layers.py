@@ -100,9 +100,14 @@ def linear_rope(frequencies: Tensor, theta: float, *, factor: float) -> tuple[Te
 
 
 def llama3_rope(
-    frequencies: Tensor, theta: float, *, factor: float, low_freq_factor: float, high_freq_factor: float,
+    frequencies: Tensor,
+    theta: float,
+    *,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
     original_max_position_embeddings: int,
-) -> tuple[Tensor, float]:  # fmt: skip
+) -> tuple[Tensor, float]:
     """Only slow channels, those that turn less than low_freq_factor times in the old context, are slowed down.
 
     Between low_freq_factor and high_freq_factor turns the factor fades out (Llama 3.1's model card and code, 2024).
@@ -113,9 +118,15 @@ def llama3_rope(
 
 
 def yarn_rope(
-    frequencies: Tensor, theta: float, *, factor: float, original_max_position_embeddings: int,
-    beta_fast: float = 32.0, beta_slow: float = 1.0, attention_factor: float | None = None,
-) -> tuple[Tensor, float]:  # fmt: skip
+    frequencies: Tensor,
+    theta: float,
+    *,
+    factor: float,
+    original_max_position_embeddings: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    attention_factor: float | None = None,
+) -> tuple[Tensor, float]:
     """YaRN (Peng et al. 2023, arXiv:2309.00071): as Llama 3's, faded over channel numbers; scores grow sharper too."""
     pairs = len(frequencies)
 
@@ -131,8 +142,10 @@ def yarn_rope(
 
 
 ROPE_SCALING: dict[str, Callable[..., tuple[Tensor, float]]] = {
-    "linear": linear_rope, "llama3": llama3_rope, "yarn": yarn_rope,
-}  # fmt: skip
+    "linear": linear_rope,
+    "llama3": llama3_rope,
+    "yarn": yarn_rope,
+}
 
 
 def rope_problem(scaling: dict) -> str | None:
@@ -155,9 +168,14 @@ def rope_problem(scaling: dict) -> str | None:
 
 @torch.no_grad()
 def init_weights(
-    model: nn.Module, scheme: str, std: float, residual: Iterable[str], depth: int, generator: torch.Generator,
+    model: nn.Module,
+    scheme: str,
+    std: float,
+    residual: Iterable[str],
+    depth: int,
+    generator: torch.Generator,
     own: dict[str, float],
-) -> None:  # fmt: skip
+) -> None:
     """Fill every parameter of a fresh model; the one place where weights begin.
 
     scheme    normal  matrices ~ N(0, std^2) (GPT-2, Radford et al. 2019)

@@ -160,9 +160,12 @@ class Model(CausalLM):
 
 FIXED = {"pretraining_tp": 1, "rope_interleaved": False}  # what changes the mathematics; only these values are built
 DEFAULTS = {  # transformers', where ours differ and a config.json may be silent
-    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
     "rms_norm_eps": 1e-6,
-}  # fmt: skip
+}
 UNUSED = re.compile(r".*rotary_emb\.inv_freq")  # constants that old files store
 
 

@@ -47,9 +47,15 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, reduction: str, chunk: int,
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        reduction: str,
+        chunk: int,
         chunk_loss: ChunkLoss,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         ctx.reduction, ctx.chunk, ctx.chunk_loss, ctx.dtype = reduction, chunk, chunk_loss, weight.dtype
         wants_grad = any(ctx.needs_input_grad[:3])
         if wants_grad and reduction == "sum":

@@ -25,6 +25,4 @@ class Config(llama.Shape):
 
 
 FIXED: dict = {}
-DEFAULTS = llama.DEFAULTS | {
-    "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131_072,
-}  # fmt: skip
+DEFAULTS = llama.DEFAULTS | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131_072}

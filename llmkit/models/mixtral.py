@@ -129,5 +129,8 @@ def on_disk(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if last == "down_proj":
         return {f"{path}.{e}.w2.weight": expert for e, expert in enumerate(tensor)}
     halves = [expert.chunk(2) for expert in tensor]
-    return {f"{path}.{e}.{w}.weight": half for e, pair in enumerate(halves)
-            for w, half in zip(("w1", "w3"), pair, strict=True)}  # fmt: skip
+    return {
+        f"{path}.{e}.{w}.weight": half
+        for e, pair in enumerate(halves)
+        for w, half in zip(("w1", "w3"), pair, strict=True)
+    }

@@ -74,10 +74,18 @@ def init_stds(config: Config) -> dict[str, float]:
     """
     width, inner = config.hidden_size**-0.5, config.intermediate_size**-0.5
     return {
-        "shared": 1.0, "q": width * config.head_dim**-0.5, "k": width, "v": width,
-        "o": (config.num_attention_heads * config.head_dim) ** -0.5, "relative_attention_bias": width,
-        "wi": width, "wi_0": width, "wi_1": width, "wo": inner, "lm_head": width,
-    }  # fmt: skip
+        "shared": 1.0,
+        "q": width * config.head_dim**-0.5,
+        "k": width,
+        "v": width,
+        "o": (config.num_attention_heads * config.head_dim) ** -0.5,
+        "relative_attention_bias": width,
+        "wi": width,
+        "wi_0": width,
+        "wi_1": width,
+        "wo": inner,
+        "lm_head": width,
+    }
 
 
 class Context(NamedTuple):
@@ -261,9 +269,16 @@ class Model(nn.Module):
         return self.encoder(self.shared(input_ids), [context] * len(self.encoder.block))
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, *, decoder_input_ids: Tensor | None = None,
-        reduction: str = "sum", segments: Tensor | None = None, cache: KVCache | None = None, logits_to_keep: int = 0,
-    ) -> Tensor:  # fmt: skip
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        decoder_input_ids: Tensor | None = None,
+        reduction: str = "sum",
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
         """Logits (B, T, V) of what follows decoder_input_ids (B, T); with labels (B, T) their losses.
 
         input_ids  (B, S), what the encoder reads
@@ -295,9 +310,13 @@ class Model(nn.Module):
 # ---- Hugging Face's folder ------------------------------------------------------------------------------------------
 
 NAMES = {  # ours -> Hugging Face's
-    "hidden_size": "d_model", "intermediate_size": "d_ff", "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads", "head_dim": "d_kv", "max_position_embeddings": "n_positions",
-}  # fmt: skip
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "head_dim": "d_kv",
+    "max_position_embeddings": "n_positions",
+}
 FIXED: dict = {"is_encoder_decoder": True}
 DEFAULTS = {"dropout_rate": 0.1, "feed_forward_proj": "relu", "head_dim": 64, "intermediate_size": 2048}
 UNUSED = re.compile(
@@ -318,5 +337,6 @@ def from_hf(hf: dict) -> dict:
 def to_hf(options: dict) -> dict:
     """A config.json for transformers."""
     return {NAMES.get(key, key): value for key, value in options.items()} | {
-        "pad_token_id": options["decoder_start_token_id"], "scale_decoder_outputs": options["tie_word_embeddings"],
-    }  # fmt: skip
+        "pad_token_id": options["decoder_start_token_id"],
+        "scale_decoder_outputs": options["tie_word_embeddings"],
+    }

@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llmkit.data.corrupt import Corrupt, masking, span_corruption
-from llmkit.data.tokenizer import Tokenizer
 from llmkit.errors import UserError
 from llmkit.models.mixtral import balance_loss
+from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.types import IGNORE_INDEX
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -60,9 +60,14 @@ def seq2seq(tokenizer: Tokenizer, seed: int, start_id: int) -> Objective:
 
 
 def mlm(
-    tokenizer: Tokenizer, seed: int, start_id: int, *, mask_fraction: Fraction = 0.15, random_fraction: Share = 0.1,
+    tokenizer: Tokenizer,
+    seed: int,
+    start_id: int,
+    *,
+    mask_fraction: Fraction = 0.15,
+    random_fraction: Share = 0.1,
     keep_fraction: Share = 0.1,
-) -> Objective:  # fmt: skip
+) -> Objective:
     """Masked language modelling, BERT's pretraining: see `corrupt.masking`."""
     if random_fraction + keep_fraction > 1:
         raise UserError("objective.random_fraction and keep_fraction are over 1 together")
@@ -71,9 +76,13 @@ def mlm(
 
 
 def spans(
-    tokenizer: Tokenizer, seed: int, start_id: int, *, noise_fraction: Fraction = 0.15,
+    tokenizer: Tokenizer,
+    seed: int,
+    start_id: int,
+    *,
+    noise_fraction: Fraction = 0.15,
     mean_span: Annotated[float, Field(ge=1)] = 3.0,
-) -> Objective:  # fmt: skip
+) -> Objective:
     """Span corruption, T5's pretraining: see `corrupt.span_corruption`."""
     options = {"noise_fraction": noise_fraction, "mean_span": mean_span, "start_id": start_id}
     return Objective(sum_of_losses, span_corruption(tokenizer, seed, **options))

@@ -20,7 +20,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmkit.errors import MODEL, UserError, raise_all
+from llmkit.errors import ModelError, UserError, raise_all
 from llmkit.models import folder as model_folder
 from llmkit.models import gpt2
 from llmkit.models.layers import tables
@@ -96,11 +96,13 @@ def apply(
         if target_modules is None or any(f".{name}".endswith(f".{target}") for target in target_modules)
     }
     candidates = sorted({name.rsplit(".", 1)[-1] for name in linears})
-    raise_all([
-        UserError("peft.target_modules matches no linear of the blocks", got=target, expected=", ".join(candidates))
-        for target in target_modules or []
-        if not any(f".{name}".endswith(f".{target}") for name in linears)
-    ])  # fmt: skip
+    raise_all(
+        [
+            UserError("peft.target_modules matches no linear of the blocks", got=target, expected=", ".join(candidates))
+            for target in target_modules or []
+            if not any(f".{name}".endswith(f".{target}") for name in linears)
+        ]
+    )
     model.requires_grad_(False)
     for index, module in enumerate(chosen.values()):
         device = module.weight.device
@@ -143,13 +145,24 @@ TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "masked": None}  # PE
 PREFIX, ROWS = "base_model.model.", "token_adapter.trainable_tokens_delta"
 # Fields of an adapter_config.json that would change what the adapter does, and the only values that are built here.
 PLAIN = {
-    "bias": ("none",), "use_dora": (False,), "lora_bias": (False,), "modules_to_save": (None, []),
-    "layers_to_transform": (None, []), "layers_pattern": (None, []), "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None), "exclude_modules": (None, []), "target_parameters": (None, []),
-    "layer_replication": (None,), "alora_invocation_tokens": (None,),
-    "use_qalora": (False,), "use_bdlora": (None, False), "megatron_config": (None,), "arrow_config": (None,),
+    "bias": ("none",),
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "modules_to_save": (None, []),
+    "layers_to_transform": (None, []),
+    "layers_pattern": (None, []),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "exclude_modules": (None, []),
+    "target_parameters": (None, []),
+    "layer_replication": (None,),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False,),
+    "use_bdlora": (None, False),
+    "megatron_config": (None,),
+    "arrow_config": (None,),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # others change the base itself
-}  # fmt: skip
+}
 
 
 def save_adapter(model: nn.Module, folder: Path, *, base: str, base_sha256: str) -> None:
@@ -213,19 +226,19 @@ def read_adapter_config(folder: Path) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = config["peft_type"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise UserError(f"adapter_config.json can't be read: {error}", at=path, code=MODEL) from None
+        raise ModelError(f"adapter_config.json can't be read: {error}", at=path) from None
     errors = [
-        UserError(f"the adapter's {key} is not supported", at=path, got=config[key], code=MODEL)
+        ModelError(f"the adapter's {key} is not supported", at=path, got=config[key])
         for key, plain in PLAIN.items()
         if key in config and config[key] not in plain
     ]
     if kind != "LORA":
-        errors.insert(0, UserError("only LoRA adapters are supported", at=path, got=kind, code=MODEL))
+        errors.insert(0, ModelError("only LoRA adapters are supported", at=path, got=kind))
     try:
         OPTIONS.validate_json(json.dumps(config), strict=True)
     except ValidationError as error:
         errors += [
-            UserError(f"adapter_config.json: {one['loc'][0]}: {one['msg']}", at=path, got=one["input"], code=MODEL)
+            ModelError(f"adapter_config.json: {one['loc'][0]}: {one['msg']}", at=path, got=one["input"])
             for one in error.errors()
         ]
     raise_all(errors)
@@ -248,12 +261,14 @@ def load_rows(model: nn.Module, indices: dict[str, list[int]] | None, tensors: d
         or set(indices) != set(known)
         or any(r is None or r.shape != (len(ids), width) for r in rows.values())
     ):
-        raise UserError(
-            "the adapter's trained rows do not fit this model", at=folder, got=", ".join(indices),
-            expected=", ".join(known), code=MODEL,
-        )  # fmt: skip
+        raise ModelError(
+            "the adapter's trained rows do not fit this model",
+            at=folder,
+            got=", ".join(indices),
+            expected=", ".join(known),
+        )
     if len(ids) != len(set(ids)) or not all(0 <= i < model.config.vocab_size + len(ids) for i in ids):
-        raise UserError("the adapter's trained rows make no sense", at=folder, got=str(ids)[:80], code=MODEL)
+        raise ModelError("the adapter's trained rows make no sense", at=folder, got=str(ids)[:80])
     resize_embeddings(model, max(ids) + 1, {})
     train_rows(model, list(ids))
     for name, (_, module) in known.items():
@@ -272,14 +287,21 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     load_rows(model, config.get("trainable_token_indices"), tensors, folder)
     try:
         apply(
-            model, r=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0),
-            target_modules=config.get("target_modules"), rslora=config.get("use_rslora", False),
-        )  # fmt: skip
+            model,
+            r=config["r"],
+            alpha=config["lora_alpha"],
+            dropout=config.get("lora_dropout", 0.0),
+            target_modules=config.get("target_modules"),
+            rslora=config.get("use_rslora", False),
+        )
     except UserError as error:
-        raise UserError(
-            "the adapter does not fit this model", at=folder / "adapter_config.json", got=error.got,
-            expected=error.expected, fix="name the base it was trained on", code=MODEL,
-        ) from None  # fmt: skip
+        raise ModelError(
+            "the adapter does not fit this model",
+            at=folder / "adapter_config.json",
+            got=error.got,
+            expected=error.expected,
+            fix="name the base it was trained on",
+        ) from None
     for name, module in model.named_modules():
         if isinstance(module, LoRA):
             for part in ("lora_A", "lora_B"):
@@ -287,15 +309,16 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
                 target = getattr(module, part)
                 if key not in tensors or tensors[key].shape != target.shape:
                     got = tuple(tensors[key].shape) if key in tensors else "nothing"
-                    raise UserError(
-                        f"the adapter does not fit this model at {name}.{part}", at=path, got=got,
-                        expected=tuple(target.shape), fix="name the base it was trained on", code=MODEL,
-                    )  # fmt: skip
+                    raise ModelError(
+                        f"the adapter does not fit this model at {name}.{part}",
+                        at=path,
+                        got=got,
+                        expected=tuple(target.shape),
+                        fix="name the base it was trained on",
+                    )
                 target.copy_(tensors.pop(key))
     for _, module in model.named_modules():
         if isinstance(module, TrainedRows):
             module.token_rows.requires_grad_(True)
     if tensors:
-        raise UserError(
-            "the adapter has tensors for which the model has no place", at=path, got=next(iter(tensors)), code=MODEL
-        )
+        raise ModelError("the adapter has tensors for which the model has no place", at=path, got=next(iter(tensors)))

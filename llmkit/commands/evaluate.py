@@ -1,0 +1,51 @@
+"""The command that measures a model: eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmkit.commands.show import AsJson, progress_to, show
+
+
+def evaluate(
+    model: Annotated[str | None, typer.Argument(help="A run, checkpoint, adapter or folder.")] = None,
+    perplexity: Annotated[bool, typer.Option("--perplexity", help="Loss, perplexity and bits per byte.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Texts or records; default: the val split.")] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Tokens of context at the most.")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; default: the window.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    precision: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model."""
+    from llmkit.errors import UserError
+
+    if not perplexity:
+        raise UserError("nothing to measure is named", fix="llmkit eval MODEL --perplexity")
+    from llmkit.evals.perplexity import measure
+    from llmkit.storage.locate import locate
+
+    located = locate(model or unnamed_run(progress_to(as_json)))
+    show(measure(located, data=data, window=window, stride=stride, batch_size=batch_size, precision=precision), as_json)
+
+
+def unnamed_run(say) -> Path:
+    """The run of ./llmkit.yaml, else the one that last wrote, when no model is named."""
+    from llmkit.config.load import load_config
+    from llmkit.errors import UserError
+    from llmkit.storage.run import list_runs
+    from llmkit.training.presets import LOCAL
+
+    if LOCAL.is_file():
+        say(f"config: {LOCAL}")
+        return Path(load_config(LOCAL).run_dir)
+    found = [run for run in list_runs(Path("runs")) if (run / "checkpoints").is_dir()]
+    if not found:
+        raise UserError(
+            "no model is named, and there is no run under ./runs", fix="llmkit eval MODEL --perplexity --data FILE"
+        )
+    say(f"newest run: {found[-1]}")
+    return found[-1]

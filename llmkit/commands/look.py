@@ -1,0 +1,58 @@
+"""Commands that look around: runs, init, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmkit.commands.show import AsJson, show
+
+
+def runs(
+    names: Annotated[list[Path], typer.Argument(help="Run directories; default: all under ./runs.")] = [],
+    plot: Annotated[Path | None, typer.Option(help="Write their losses in one picture (PNG).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List and compare runs."""
+    from llmkit.errors import UserError
+    from llmkit.screen import table
+    from llmkit.storage.run import list_runs, plot_runs, summarize
+
+    folders = names or list_runs(Path("runs"))
+    missing = [str(folder) for folder in folders if not (folder / "config.yaml").is_file()]
+    if missing or not folders:
+        raise UserError("there is no run", at=", ".join(missing) or "./runs", fix="llmkit pretrain CONFIG makes one")
+    rows = [summarize(folder) for folder in folders]
+    show({"runs": rows}, as_json) if as_json else print(table(rows))
+    if plot:
+        plot_runs(folders, plot)
+
+
+def init(
+    kind: Annotated[
+        str, typer.Argument(help="pretrain, finetune, corpus, tiny-llama, gpt2-124m ...: a wrong name lists all.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Write it here instead of printing it.")] = None,
+) -> None:
+    """Print a commented example config."""
+    from llmkit.training.presets import example
+
+    text = example(kind)
+    if out is None:
+        print(text, end="")
+    else:
+        from llmkit.errors import UserError
+
+        if out.exists():
+            raise UserError("the file is there already", at=out, fix="name another one")
+        out.write_text(text, encoding="utf-8")
+        print(f"written: {out}")
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """What this machine can do, and what is missing."""
+    from llmkit.parallel.doctor import examine
+
+    show(examine(), as_json)

@@ -1,0 +1,90 @@
+"""Commands that train: pretrain, finetune, and plan, which prices a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmkit.commands.show import AsJson, ConfigArg, Override, progress_to, show
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the header, and stop.")]
+
+
+Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in the run directory.")]
+
+
+Nproc = Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine, one a device.")]
+
+
+def pretrain(
+    config: ConfigArg,
+    o: Override = [],
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    nproc: Nproc = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model as CONFIG says. The same line again resumes; data that is not built yet is built first."""
+    from llmkit.config.load import load_config
+
+    run_training(load_config(config, o), dry_run=dry_run, fresh=fresh, nproc=nproc, as_json=as_json)
+
+
+def finetune(
+    config: Annotated[Path | None, typer.Argument(help="A YAML file; default: ./llmkit.yaml.")] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Train a LoRA adapter.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Train all weights.")] = False,
+    method: Annotated[str | None, typer.Option(help="Another PEFT method, by name.")] = None,
+    from_: Annotated[str | None, typer.Option("--from", help="The model to start from.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Prompts and answers: JSONL, JSON, CSV or Parquet.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter.")] = None,
+    o: Override = [],
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    nproc: Nproc = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a model on prompts and answers, with --lora or --full."""
+    from llmkit.training.presets import finetune_config
+
+    chosen = [name for name, given in (("lora", lora), ("full", full), (method, method is not None)) if given]
+    made = finetune_config(config, chosen, model=from_, data=data, rank=rank, overrides=o, say=progress_to(as_json))
+    run_training(made, dry_run=dry_run, fresh=fresh, nproc=nproc, as_json=as_json)
+
+
+def run_training(config: Any, *, dry_run: bool, fresh: bool, nproc: int, as_json: bool) -> None:
+    """Train here, or in `nproc` processes, and print the summary."""
+    if nproc > 1:
+        from llmkit.parallel.world import launch
+
+        summary = launch(train_rank, nproc, config, as_json=as_json, fresh=fresh, dry_run=dry_run)
+    else:
+        from llmkit.training.loop import train
+
+        summary = train(config, fresh=fresh, dry_run=dry_run, say=progress_to(as_json))
+    if as_json:
+        show(summary, as_json)
+    elif not dry_run:
+        commands = summary.pop("next")
+        show(summary, as_json)
+        print("\nnext: " + "\n      ".join(commands))
+
+
+def train_rank(config: Any, *, as_json: bool, **options: Any) -> dict[str, Any]:
+    """What every process of `--nproc` runs."""
+    from llmkit.training.loop import train
+
+    return train(config, say=progress_to(as_json), **options)
+
+
+def plan(config: ConfigArg, o: Override = [], as_json: AsJson = False) -> None:
+    """Parameters, FLOPs and memory of CONFIG, without making weights. Exit code 5: it will not fit here."""
+    from llmkit.config.load import load_config
+    from llmkit.training.plan import plan_config, plan_rows
+
+    figures = plan_config(load_config(config, o))
+    show(figures if as_json else plan_rows(figures), as_json)
+    if not figures["fits"]:
+        raise typer.Exit(5)

@@ -1,0 +1,101 @@
+"""What pydantic found wrong, in the user's words: file and line, what was written, what was meant."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from llmkit.config.schema import Config
+from llmkit.config.yaml import nearest
+from llmkit.errors import UserError, did_you_mean
+
+# What people type out of habit, and where it lives here.
+ELSEWHERE = {
+    "lr": "optimizer.lr",
+    "learning_rate": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "betas": "optimizer.betas",
+    "warmup_steps": "schedule.warmup_steps",
+    "warmup": "schedule.warmup_steps",
+    "min_lr_ratio": "schedule.min_lr_ratio",
+    "batch_size": "train.global_batch_size",
+    "grad_clip": "train.max_grad_norm",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "num_train_epochs": "train.epochs",
+    "gradient_accumulation_steps": "train.global_batch_size (accumulation is derived from it)",
+    "block_size": "data.seq_len",
+    "sequence_len": "data.seq_len",
+    "seq_len": "data.seq_len",
+    "vocab_size": "data.tokenizer.vocab_size",
+    "lora_r": "peft.r",
+    "lora_alpha": "peft.alpha",
+    "output_dir": "run_dir",
+    "n_layer": "model.num_hidden_layers",
+    "n_head": "model.num_attention_heads",
+    "n_embd": "model.hidden_size",
+    "eval_steps": "eval.every",
+    "save_steps": "checkpoint.every",
+    "logging_steps": "log.every",
+}
+
+
+def explain_all(
+    error: ValidationError, schema: type[BaseModel], origins: dict[tuple, str], prefix: tuple = ()
+) -> list[UserError]:
+    """Every problem of a validation; the failed branches of one union become one problem."""
+    found: dict[str, UserError] = {}
+    for problem in error.errors(include_url=False):
+        one = explain(problem, schema, origins, prefix)
+        if one.what in found and one.expected:
+            found[one.what].expected = f"{found[one.what].expected} or {one.expected}"
+        else:
+            found[one.what] = one
+    return list(found.values())
+
+
+def explain(problem: dict, schema: type[BaseModel], origins: dict[tuple, str], prefix: tuple = ()) -> UserError:
+    """One pydantic error in the user's words."""
+    loc = [part for part in problem["loc"] if part not in ("corpus", "sft", "[key]")]
+    known = fields_at(schema, loc[:-1])
+    if problem["type"] not in ("extra_forbidden", "missing", "union_tag_invalid", "union_tag_not_found"):
+        while len(loc) > 1 and (*prefix, *loc) not in origins:  # the branches of a union end in type names
+            loc.pop()
+    path = (*prefix, *loc)
+    key, at = ".".join(map(str, path)), nearest(origins, path)
+    if problem["type"] == "extra_forbidden":
+        word = str(path[-1])
+        hint = did_you_mean(word, known) or (f"this lives in {ELSEWHERE[word]}" if word in ELSEWHERE else None)
+        if hint is None:
+            homes = [name for name, section in Config.model_fields.items() if word in fields_at(Config, [name])]
+            hint = f"did you mean {homes[0]}.{word}?" if homes else f"known keys: {', '.join(sorted(known))}"
+        return UserError(f"{key} is not a key", at=at, got=word, fix=hint)
+    if problem["type"] == "missing":
+        return UserError(f"{key} is missing", at=at, fix=f"add `{path[-1]}:`")
+    if problem["type"] == "union_tag_invalid":
+        return UserError(f"{key}.kind is unknown", at=at, got=problem["ctx"]["tag"], expected="corpus or sft")
+    if problem["type"] == "union_tag_not_found":
+        return UserError(f"{key}.kind is missing", at=at, expected="kind: corpus or kind: sft")
+    expected = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    expected = re.sub(r"dictionary or instance of \w+|dictionary", "a section", expected)
+    expected = {"boolean": "true or false", "False": "false"}.get(expected, expected)
+    return UserError(f"{key} is not valid", at=at, got=repr(problem["input"]), expected=expected)
+
+
+def fields_at(schema: type[BaseModel], loc: list) -> set[str]:
+    """The keys that a section knows, found by walking the schema."""
+    models: list[Any] = [schema]
+    for part in loc:
+        inner = []
+        for model in models:
+            field = getattr(model, "model_fields", {}).get(part) if isinstance(part, str) else None
+            inner += flatten(field.annotation) if field else ([model] if isinstance(part, int) else [])
+        models = inner
+    return {name for model in models for name in getattr(model, "model_fields", {})}
+
+
+def flatten(annotation: Any) -> list[Any]:
+    """The classes inside `X | None`, `list[X]` and their like."""
+    inner = [leaf for arg in get_args(annotation) for leaf in flatten(arg)]
+    return inner or [annotation]

@@ -1,0 +1,184 @@
+"""Loading a config and checking it. No torch here, so a wrong key is named in under a second."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pydantic import ValidationError, create_model
+
+from llmkit.config.explain import explain_all
+from llmkit.config.schema import RECIPES, Choice, Config, CorpusData, Pii, Section, SftData, TokenizerSection
+from llmkit.config.yaml import LENGTHS, merge, read_yaml, set_override
+from llmkit.errors import UserError, did_you_mean, raise_all
+
+
+def load_config(path: Path | None, overrides: list[str] = (), defaults: dict | None = None) -> Config:
+    """Read, override and check a config against the schema.
+
+    path       a YAML file, or None for a config made of `defaults` and `overrides` alone
+    overrides  "section.key=value" strings, applied in order
+    defaults   values that the file may replace (what `finetune --lora` brings along)
+    """
+    values, origins = read_yaml(path) if path else ({}, {(): "the command line"})
+    values = merge(defaults or {}, values)
+    for override in overrides:
+        values = set_override(values, origins, override)
+    recipe = RECIPES.get(values["recipe"], {}) if isinstance(values.get("recipe"), str) else {}
+    if values.get("init_from"):
+        recipe = {section: value for section, value in recipe.items() if section != "model"}
+    values = merge(recipe, values)
+    if path and "run_dir" not in values:
+        values["run_dir"] = f"runs/{path.stem}"
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise_all(explain_all(error, Config, origins))
+    config._origins = origins
+    raise_all(list(conflicts(config)))
+    return config
+
+
+def conflicts(config: Config) -> Iterator[UserError]:
+    """What no single key shows: keys that contradict each other."""
+    lengths = [name for name in LENGTHS if getattr(config.train, name) is not None]
+    if len(lengths) != 1:
+        yield UserError(
+            "train needs exactly one length",
+            at=config.where(f"train.{lengths[-1]}" if lengths else "train"),
+            got=" and ".join(lengths) or "none",
+            expected="max_steps, max_tokens or epochs",
+        )
+    micro = config.train.micro_batch_size
+    if isinstance(micro, int) and config.train.global_batch_size % micro:
+        yield UserError(
+            "train.global_batch_size is not a multiple of train.micro_batch_size",
+            at=config.where("train.global_batch_size"),
+            got=f"{config.train.global_batch_size} and {micro}",
+        )
+    if config.model is None and config.init_from is None:
+        yield UserError(
+            "there is no model",
+            at=config.where(""),
+            expected="a `model:` section, or `init_from:` with a model's folder",
+        )
+    if config.model is not None and config.init_from is not None:
+        yield UserError(
+            "model and init_from are both given",
+            at=config.where("model"),
+            fix="delete the model section: init_from has one",
+        )
+    if config.resize_embeddings and config.init_from is None:
+        yield UserError(
+            "resize_embeddings needs a model to start from",
+            at=config.where("resize_embeddings"),
+            fix="name one as init_from, or delete it",
+        )
+    if isinstance(config.data, SftData):
+        if config.init_from is None:
+            yield UserError(
+                "data.kind: sft needs a trained model to start from",
+                at=config.where("data.kind"),
+                fix="name one as init_from",
+            )
+        yield from useless(config, "data", config.data, "val_path", ["val_fraction"])
+    if isinstance(config.data, CorpusData):
+        yield from source_conflicts(config, config.data)
+        yield from tokenizer_conflicts(config, config.data.tokenizer)
+
+
+def source_conflicts(config: Config, data: CorpusData) -> Iterator[UserError]:
+    """Of what is read, and what is looked for in it."""
+    pii = data.pii
+    if not pii.kinds and pii != Pii():
+        yield UserError(
+            "data.pii looks for nothing", at=config.where("data.pii"), expected="kinds: [email, phone, ...]"
+        )
+    if pii.action == "drop" and pii.drop_above != Pii().drop_above:
+        yield UserError(
+            "data.pii.drop_above means nothing beside action: drop, which drops at the first finding",
+            at=config.where("data.pii.drop_above"),
+            fix="delete it",
+        )
+    names = [source.name for source in data.sources]
+    without = [source.name for source in data.sources if source.weight is None]
+    if without and len(without) < len(names):
+        yield UserError(
+            "some sources have a weight and some have none",
+            at=config.where("data.sources"),
+            got=f"none: {', '.join(without)}",
+            fix="give all of them one, or none",
+        )
+    yield from useless(config, "data", data, "cluster", ["workers"])
+    for i, source in enumerate(data.sources):
+        if (source.path is None) == (source.hf is None):
+            yield UserError(
+                f"source {source.name} needs either path or hf",
+                at=config.where(f"data.sources.{i}"),
+                got="both" if source.path else "neither",
+            )
+        place = f"data.sources.{i}"
+        yield from useless(config, place, source, "path", ["config", "revision", "split", "streaming"])
+        yield from useless(config, place, source, "hf", ["include", "exclude"])
+        if source.name in names[:i]:
+            yield UserError("two sources share a name", at=config.where(f"data.sources.{i}"), got=source.name)
+
+
+def tokenizer_conflicts(config: Config, tokenizer: TokenizerSection) -> Iterator[UserError]:
+    """Ways to a tokenizer that exclude each other, and options that mean nothing to the chosen one."""
+    ways = [name for name in ("train", "path", "extend") if getattr(tokenizer, name) is not None]
+    if len(ways) != 1:
+        yield UserError(
+            "data.tokenizer needs one of train, path and extend",
+            at=config.where("data.tokenizer"),
+            got=" and ".join(ways) or "none",
+            expected="{train: bpe, vocab_size: 32000} or {path: tokenizer.json}",
+        )
+    learning = ["pattern", "normalize", "special_tokens", "extra_ids"]
+    yield from useless(config, "data.tokenizer", tokenizer, "path", ["vocab_size", "sample_mb", *learning])
+    yield from useless(config, "data.tokenizer", tokenizer, "extend", learning)
+    if tokenizer.train in ("wordpiece", "char") and tokenizer.pattern != "gpt2":
+        yield UserError(
+            f"data.tokenizer.pattern means nothing to {tokenizer.train}",
+            at=config.where("data.tokenizer.pattern"),
+            fix="delete it",
+        )
+
+
+def useless(config: Config, place: str, section: Section, given: str, keys: list[str]) -> Iterator[UserError]:
+    """Keys that would be ignored because `given` is there; values at their defaults mean nothing and pass."""
+    for key in keys:
+        default = type(section).model_fields[key].default
+        if getattr(section, given) is not None and getattr(section, key) != default:
+            yield UserError(
+                f"{place}.{key} means nothing beside {given}", at=config.where(f"{place}.{key}"), fix="delete it"
+            )
+
+
+def check_options(
+    table: dict[str, Callable], section: str, choice: Choice, config: Config
+) -> tuple[dict[str, Any], list[UserError]]:
+    """Check a "choose one" section against what it names.
+
+    table   name -> function or dataclass; its keyword-only parameters are the options
+    Returns every option with defaults filled in, and what was wrong.
+    """
+    if choice.name not in table:
+        hint = did_you_mean(choice.name, table) or f"one of: {', '.join(table)}"
+        at = config.where(f"{section}.name")
+        return {}, [UserError(f"{section}.name is unknown", at=at, got=choice.name, fix=hint)]
+    chosen = table[choice.name]
+    parameters = inspect.signature(chosen).parameters.values()
+    hints = get_type_hints(chosen, include_extras=True)
+    fields: dict[str, Any] = {
+        p.name: (hints[p.name], ... if p.default is p.empty else p.default)
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY
+    }
+    schema = create_model(choice.name, __config__=Section.model_config, **fields)
+    try:
+        return schema.model_validate(choice.options).model_dump(), []
+    except ValidationError as error:
+        return {}, explain_all(error, schema, config._origins, prefix=(section,))

@@ -1,0 +1,262 @@
+"""Quality filters: one function a rule, which measures a text; a document is dropped outside the rule's thresholds.
+
+What was measured is stored, so that other thresholds cost no new reading: measuring and deciding are two things.
+
+Sources of the thresholds: Gopher (Rae et al. 2021, arXiv:2112.11446, appendix A), FineWeb (Penedo et al. 2024,
+arXiv:2406.17557), C4 (Raffel et al. 2019, arXiv:1910.10683), and The Stack's rules for code (arXiv:2211.15533).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from itertools import filterfalse
+from typing import Any
+
+import numpy as np
+
+from llmkit.corpus.words import GOLDEN, Text, mix
+
+STOP_WORDS = {  # a text with fewer than two of every language's is hardly prose; English: Gopher's own list
+    "en": "the be to of and that have with",
+    "de": "der die das und zu den ist nicht von mit ein sich auf",
+    "fr": "le la les de et un une est que dans des pour pas",
+    "es": "el la los de y que en un es por con para una",
+    "it": "il la di e che un per non con sono una del",
+    "pt": "o a de e que um para com em os uma não",
+    "nl": "de het een en van is dat niet met op te zijn",
+}
+LANGUAGES_OF: dict[str, list[str]] = {}  # stop word -> languages
+for _language, _words in STOP_WORDS.items():
+    for _word in _words.split():
+        LANGUAGES_OF.setdefault(_word, []).append(_language)
+
+SENTENCE_END = re.compile(r"[.!?。！？](?:(?<=[。！？])|[\"'”’)\]]*(?:\s|$))")
+LINE_ENDS = (".", "!", "?", '"', "'", "”", "’", ":", ";", ")", "…", "。", "！", "？", "」", "』")
+BULLETS = ("-", "*", "•", "‣", "◦", "▪", "●", "·")
+ELLIPSES = ("...", "…")
+LETTER = re.compile(r"[^\W\d_]")
+FOREIGN_LETTER = re.compile(r"[^\W\d_a-zA-Z]")
+GENERATED = re.compile(r"auto-?generated|automatically generated|@generated|do not (edit|modify)", re.IGNORECASE)
+
+
+def ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+@lru_cache(maxsize=1)  # a rule for each n asks for the same text
+def measure_repeats(text: Text) -> dict[int, float]:
+    """{n: share of the bytes of words that n-grams of words repeat}, Gopher's two measures; 0 is left out.
+
+    n = 2..4   in all occurrences of the most frequent n-gram, if it stands twice or more (of equals, the longest)
+    n = 5..10  in occurrences after the first, of any n-gram; overlaps count once
+
+    An n-gram can be repeated only where its first n-1 words are, so few places are left after n = 2 or 3.
+
+    >>> measure_repeats(Text("a b c a b d"))
+    {2: 0.6666666666666666}
+    """
+    words, hashes = text.folded, text.hashes
+    sizes = np.fromiter(map(len, words), np.int64, len(words))  # in bytes
+    ends = np.append(0, np.cumsum(sizes))  # word i is ends[i]..ends[i + 1]
+    starts, grams, found = np.arange(len(words)), hashes, {}
+    for n in range(2, 11):
+        inside = starts <= len(words) - n
+        starts = starts[inside]
+        grams = mix(grams[inside] * GOLDEN + hashes[starts + n - 1])
+        # A gram's hash with its place in the low bits: sorting that is far quicker than argsort, and as stable.
+        low = np.uint64((1 << len(starts).bit_length()) - 1)
+        keys = np.sort((grams & ~low) | np.arange(len(starts), dtype=np.uint64))
+        same = (keys[1:] ^ keys[:-1]) <= low  # equal to the one before
+        if not same.any():
+            break
+        order = (keys & low).astype(np.int64)
+        later = np.concatenate([[False], same])  # occurrences after the first
+        repeated = later.copy()
+        repeated[:-1] |= same
+        if n <= 4:
+            firsts = np.flatnonzero(~later[repeated])
+            counts = np.diff(firsts, append=np.count_nonzero(repeated))
+            where = starts[order[repeated][firsts]]
+            share = ((ends[where + n] - ends[where]) * counts)[counts == counts.max()].max()
+        else:
+            covered = np.zeros(len(words), dtype=bool)
+            for i in range(n):
+                covered[starts[order[later]] + i] = True
+            share = sizes[covered].sum()
+        found[n] = min(1.0, float(share / ends[-1]))  # the most frequent one can overlap itself
+        keep = np.sort(order[repeated])
+        starts, grams = starts[keep], grams[keep]
+    return found
+
+
+def copied(items: list[str]) -> float:
+    """Share of items that stood before."""
+    return ratio(len(items) - len(set(items)), len(items))
+
+
+def copied_characters(items: list[str]) -> float:
+    """Share of the items' characters in those that stood before."""
+    total = sum(map(len, items))
+    return ratio(total - sum(map(len, set(items))), total)
+
+
+def stop_words(text: Text) -> float | None:
+    """The most distinct stop words of any one language, counted up to 2.
+
+    None for scripts without spaces, and where over 3 % of the letters are not ASCII: a language without a list here.
+    """
+    found: dict[str, set[str]] = {language: set() for language in STOP_WORDS}
+    for word in text.words:  # prose is done after a line or two
+        word = word.strip(".,;:!?\"'()").lower()
+        for language in LANGUAGES_OF.get(word, ()):
+            found[language].add(word)
+            if len(found[language]) == 2:
+                return 2
+    foreign = not text.spaced or len(FOREIGN_LETTER.findall(text.text)) > 0.03 * text.letters
+    return None if foreign else max(map(len, found.values()))
+
+
+def mean_word_length(text: Text) -> float | None:
+    return ratio(text.letters, len(text.words)) if text.spaced else None
+
+
+def alphabetic_words(text: Text) -> float | None:
+    """Share of words with a letter; where words are characters, many of them are marks over others."""
+    if not text.spaced:
+        return None
+    plain = sum(map(str.isalpha, text.words))
+    mixed = sum(map(bool, map(LETTER.search, filterfalse(str.isalpha, text.words))))  # loops in C: this is a hot spot
+    return ratio(plain + mixed, len(text.words))
+
+
+def repeated_ngrams(text: Text, n: int) -> float | None:
+    return measure_repeats(text).get(n, 0.0) if text.spaced else None  # five characters recur in any text
+
+
+def short_lines(text: Text) -> float | None:
+    return ratio(sum(len(line) <= 30 for line in text.lines), len(text.lines)) if text.spaced else None
+
+
+def count_share(lines: list[str], test: Callable[[str], bool]) -> float:
+    return ratio(sum(map(test, lines)), len(lines))
+
+
+# A rule measures a text; None: it says nothing of such a text.
+RULES: dict[str, Callable[[Text], float | None]] = {
+    "words": lambda t: len(t.words),
+    "mean_word_length": mean_word_length,
+    "hashes_per_word": lambda t: ratio(t.text.count("#"), len(t.words)),
+    "ellipses_per_word": lambda t: ratio(sum(map(t.text.count, ELLIPSES)), len(t.words)),
+    "bullet_lines": lambda t: count_share(t.lines, lambda line: line.startswith(BULLETS)),
+    "ellipsis_lines": lambda t: count_share(t.lines, lambda line: line.endswith(ELLIPSES)),
+    "alphabetic_words": alphabetic_words,
+    "stop_words": stop_words,
+    "duplicate_lines": lambda t: copied(t.lines),
+    "duplicate_line_characters": lambda t: copied_characters(t.lines),
+    "duplicate_paragraphs": lambda t: copied(t.paragraphs),
+    "duplicate_paragraph_characters": lambda t: copied_characters(t.paragraphs),
+    **{f"top_{n}_gram": lambda t, n=n: repeated_ngrams(t, n) for n in (2, 3, 4)},
+    **{f"duplicate_{n}_grams": lambda t, n=n: repeated_ngrams(t, n) for n in range(5, 11)},
+    "punctuated_lines": lambda t: count_share(t.lines, lambda line: line.endswith(LINE_ENDS)),
+    "short_lines": short_lines,
+    # Blank lines do not count: FineWeb set its threshold on text that has none.
+    "newlines_per_word": lambda t: ratio(max(0, len(t.lines) - 1), len(t.words)),
+    "words_per_line": lambda t: ratio(len(t.words), len(t.lines)),
+    "sentences": lambda t: len(SENTENCE_END.findall(t.text)),
+    "characters": lambda t: len(t.text),
+    "lorem_ipsum": lambda t: t.text.lower().count("lorem ipsum"),
+    "mean_line_length": lambda t: ratio(len(t.text), t.text.count("\n") + 1),
+    "longest_line": lambda t: max(map(len, t.text.split("\n"))),
+    "alphanumeric": lambda t: ratio(sum(map(str.isalnum, t.text)), len(t.text)),
+    "generated": lambda t: len(GENERATED.findall(t.text[:500])),
+}
+
+Bounds = dict[str, dict[str, float]]  # rule -> {low, high}, both inclusive; cheap rules first
+GOPHER: Bounds = {
+    "words": {"low": 50, "high": 100_000},
+    "mean_word_length": {"low": 3, "high": 10},
+    "hashes_per_word": {"high": 0.1},
+    "ellipses_per_word": {"high": 0.1},
+    "bullet_lines": {"high": 0.9},
+    "ellipsis_lines": {"high": 0.3},
+    "alphabetic_words": {"low": 0.8},
+    "stop_words": {"low": 2},
+    "duplicate_lines": {"high": 0.30},
+    "duplicate_line_characters": {"high": 0.10},  # the latter is FineWeb's
+    "duplicate_paragraphs": {"high": 0.30},
+    "duplicate_paragraph_characters": {"high": 0.20},
+}
+REPETITION: Bounds = {  # Gopher's too
+    "top_2_gram": {"high": 0.20},
+    "top_3_gram": {"high": 0.18},
+    "top_4_gram": {"high": 0.16},
+    **{f"duplicate_{n}_grams": {"high": round(0.20 - 0.01 * n, 2)} for n in range(5, 11)},
+}
+PROFILES: dict[str, Bounds] = {
+    "none": {},
+    "web": GOPHER
+    | {
+        "punctuated_lines": {"low": 0.12},
+        "short_lines": {"high": 0.67},
+        "newlines_per_word": {"high": 0.3},  # FineWeb
+        # C4, whose 5 sentences dropped sound short articles: 10 of 13 that we read.
+        "words_per_line": {"low": 3},
+        "sentences": {"low": 3},
+        "lorem_ipsum": {"high": 0},
+    }
+    | REPETITION,
+    "docs": {  # manuals: lists, tables and the same warnings again are their nature
+        "words": {"low": 20},
+        "alphabetic_words": {"low": 0.5},
+        "lorem_ipsum": {"high": 0},
+        "duplicate_paragraph_characters": {"high": 0.5},
+        "top_2_gram": {"high": 0.35},
+        "duplicate_10_grams": {"high": 0.5},
+    },
+    "code": {
+        "mean_line_length": {"high": 100},
+        "longest_line": {"high": 1000},
+        "alphanumeric": {"low": 0.25},
+        "generated": {"high": 0},
+    },
+    "books": {  # plays repeat names, poems have short lines: only what is no running text at all
+        "words": {"low": 200},
+        "mean_word_length": {"low": 3, "high": 12},
+        "alphabetic_words": {"low": 0.8},
+        "stop_words": {"low": 2},
+        "duplicate_line_characters": {"high": 0.3},
+        "duplicate_10_grams": {"high": 0.3},
+    },
+}
+
+
+def bounds_of(profile: str, overrides: dict[str, Any]) -> Bounds:
+    """The profile's thresholds with {rule: {low, high}} over them; {rule: False} turns one off: no bounds."""
+    bounds = dict(PROFILES[profile])
+    for rule, change in overrides.items():
+        bounds[rule] = {} if change is False else bounds.get(rule, {}) | change
+    return bounds
+
+
+def measure(text: Text, rules: Iterable[str]) -> list[float]:
+    """What each rule measures, to four digits; nan where it says nothing of such a text."""
+    values = [RULES[rule](text) for rule in rules]
+    return [math.nan if value is None else round(value, 4) for value in values]
+
+
+def outside(values: np.ndarray | float, limits: dict[str, float]) -> np.ndarray:
+    """Where values are too low or too high; nan never is."""
+    return (values < limits.get("low", -math.inf)) | (values > limits.get("high", math.inf))
+
+
+def why(rule: str, value: float, limits: dict[str, float]) -> str:
+    """In words what is wrong with a value outside its limits.
+
+    >>> why("words", 4, {"low": 20})
+    'words 4 < 20'
+    """
+    low = value < limits.get("low", -math.inf)
+    return f"{rule} {value:.4g} {'<' if low else '>'} {limits['low' if low else 'high']:g}"

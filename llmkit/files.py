@@ -1,0 +1,63 @@
+"""Write files atomically, lock folders, and fingerprint what is read."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TextIO
+
+from llmkit.errors import LOCKED, MachineError, UserError
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stamps_of(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """What tells whether files have changed: their names, sizes and times."""
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
+
+
+def stamps_in(folder: Path) -> list[tuple[str, int, int]]:
+    """Of every file in a folder; nothing of what is no folder."""
+    return stamps_of(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+
+
+def half_of(path: Path) -> Path:
+    """Where a file is written before it is renamed: another place for every process, on any machine."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """The file has its old or its new content at every moment."""
+    half = half_of(path)
+    with half.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    half.replace(path)
+
+
+def lock(folder: Path, taken: str, *, fix: str) -> TextIO:
+    """Make a folder and hold it for this process until the returned file is closed; UserError `taken` if one has it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise MachineError(f"the folder can't be made: {error.strerror}", at=folder) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops a dead holder's lock
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise UserError(taken, at=folder, got=holder, fix=fix, code=LOCKED) from None
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file

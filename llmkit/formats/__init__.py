@@ -1,0 +1,1 @@
+"""Other formats that models are written to and read from."""

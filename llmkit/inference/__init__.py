@@ -1,0 +1,1 @@
+"""Text from a model: generation, a writer for commands, and an OpenAI-compatible server."""

@@ -1,0 +1,1 @@
+"""Ranks, devices, recomputation and compilation: the only package that touches torch.distributed."""

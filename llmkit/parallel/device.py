@@ -1,0 +1,150 @@
+"""Devices: precision, memory, speed."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmkit.errors import UserError
+from llmkit.types import Batch
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+# Dense bf16 peak of one GPU in FLOP/s, by a part of its name: the vendors' data sheets, without sparsity.
+PEAKS = {
+    "H200": 989.4e12,
+    "H100": 989.4e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "L4": 121e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "T4": 65e12,
+}
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """A batch as the keyword arguments of a model's forward; the copy to a GPU does not wait."""
+    tensors = {name: torch.from_numpy(array) for name, array in batch.arrays().items()}
+    if device.type == "cuda":
+        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return tensors
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free, for the next ones: page faults took 5-11 % of a step.
+
+    The numbers are M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h; other C libraries are left alone.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):
+            mallopt(parameter, value)
+
+
+# ---- precision ------------------------------------------------------------------------------------------------------
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = ""
+    with contextlib.suppress(OSError), CPUINFO.open(encoding="utf-8") as file:
+        flags = next((line for line in file if line.startswith("flags")), "")
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def choose_precision(asked: str, device: torch.device) -> str:
+    """bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU; what was asked for is never changed."""
+    if asked not in ("auto", *DTYPES):
+        raise UserError("the precision is unknown", got=asked, expected="auto, bf16, fp16 or fp32")
+    if asked != "auto":
+        return asked
+    if has_fast_bf16(device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" else "fp32"
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def autocast(device: torch.device, precision: str):
+    """Matrix products in the precision's dtype; norms, softmax and losses stay in fp32."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Ask CUDA for the same sums in the same order; CPU runs are so already."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+# ---- what the machine can do ----------------------------------------------------------------------------------------
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of one large matrix product, measured: the ceiling that a training step is compared with."""
+    size = 8192 if device.type == "cuda" else 256 if dtype == torch.float16 else 1024  # CPUs crawl in fp16
+    # A generator of its own: a resumed run must not find the global one moved.
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = torch.randn(2, size, size, device=device, generator=generator).to(dtype)
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    best = 0.0
+    for _ in range(2):
+        a @ b
+    wait()
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        start = time.perf_counter()
+        for _ in range(4):
+            a @ b
+        wait()
+        best = max(best, 4 * 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """The FLOP/s that MFU is a share of, and where the figure comes from."""
+    if device.type == "cuda" and precision != "fp32":
+        name = torch.cuda.get_device_name(device)
+        known = next((peak for part, peak in PEAKS.items() if part in name), None)
+        if known:
+            return known, f"{name}'s data sheet"
+    return matmul_rate(device, DTYPES[precision]), "measured matrix product"
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError), CPUINFO.open(encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that the device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the highest point so far: allocated on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,56 @@
+"""Format numbers, times, tables and text for a terminal."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+# ---- on screen ------------------------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal would obey: escape and other control characters, but for tabs and line ends.
+
+    >>> printable("a\\x1b[31mb\\n")
+    'a\ufffd[31mb\\n'
+    """
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
+def count(number: float) -> str:
+    """A number as people say it.
+
+    >>> count(412_345), count(7.25e9), count(930)
+    ('412k', '7.25B', '930')
+    """
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            short = f"{number / size:.3g}"
+            return f"{float(short):g}{unit}"
+    return f"{number:.0f}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss, or as days or years where there are many.
+
+    >>> clock(3725), clock(3e5), clock(7e9)
+    ('1:02:05', '3.47 days', '222 years')
+    """
+    whole = int(seconds)
+    for unit, name, least in ((365.25 * 86400, "years", 1), (86400, "days", 2)):
+        if seconds >= least * unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows with the same keys as aligned columns."""
+    cells = [list(rows[0]), *[[cell(value) for value in row.values()] for row in rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,212 @@
+"""Checkpoints: written whole or not at all, verified before they are believed, read without a pickle.
+
+checkpoints/step-000500/
+    model/         a Hugging Face folder, or a PEFT adapter
+    trainer/       tensors.safetensors (optimizer state by parameter name) and state.json (counters)
+    MANIFEST.json  size and sha256 of every file, written last
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llmkit.errors import MachineError, ModelError, UserError
+from llmkit.files import file_sha256
+
+MANIFEST = "MANIFEST.json"
+
+
+HELD = "HELD_BY"  # a checkpoint's list of the runs whose adapters are nothing without it
+
+
+def sync(path: Path) -> None:
+    """Make a file or a folder's entries survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    write_model: Callable[[Path], None],
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    *,
+    about: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write checkpoints/step-N; older ones go only once it is safely there.
+
+    write_model  fills the folder that it is given
+    about        goes into the manifest beside the files: val_loss (which makes the best one), hashes, world size
+    keep         how many of the newest stay; beside them the best by val loss, and the bases of adapters
+    """
+    folder = run_dir / "checkpoints" / f"step-{step:06d}"
+    half = folder.with_name(folder.name + ".tmp")
+    try:
+        if half.exists():
+            shutil.rmtree(half)
+        (half / "trainer").mkdir(parents=True)
+        write_model(half / "model")
+        (half / "trainer" / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        save_file(tensors, half / "trainer" / "tensors.safetensors")
+        shutil.copymode(half / "trainer" / "state.json", half / "trainer" / "tensors.safetensors")
+        files = sorted(path for path in half.rglob("*") if path.is_file())
+        entries = []
+        for path in files:
+            sync(path)
+            entries.append(
+                {"file": str(path.relative_to(half)), "size": path.stat().st_size, "sha256": file_sha256(path)}
+            )
+        manifest = {"step": step, **about, "files": entries}
+        (half / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for path in (half / MANIFEST, half / "model", half / "trainer", half):
+            sync(path)
+        if folder.exists():  # an unreadable one that was passed over when the run resumed
+            shutil.rmtree(folder)
+        half.rename(folder)
+        sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(half, ignore_errors=True)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
+        free = shutil.disk_usage(run_dir).free
+        raise MachineError(
+            f"the checkpoint can't be written: {error}",
+            at=folder,
+            got=f"{free / 2**20:.0f} MiB free" if full else None,
+            fix="free some space and type the same command: older checkpoints are intact" if full else None,
+        ) from None
+    for abandoned in listed(run_dir):
+        if step_of(abandoned) > step:  # damaged, and passed over when the run resumed before it
+            shutil.rmtree(abandoned)
+    best_one = best(run_dir)
+    for old in listed(run_dir)[:-keep]:
+        if old != best_one and not is_held(old):
+            shutil.rmtree(old)
+    return folder
+
+
+def hold(model: Path, by: Path) -> None:
+    """Keep a checkpoint, whose model an adapter is trained on, for as long as the adapter's run is there."""
+    if (model.parent / MANIFEST).is_file():
+        with contextlib.suppress(OSError), (model.parent / HELD).open("a+", encoding="utf-8") as file:
+            file.seek(0)
+            if str(by.resolve()) not in file.read().splitlines():
+                file.write(f"{by.resolve()}\n")
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a run still needs this checkpoint as its base."""
+    names = folder / HELD
+    return names.is_file() and any(Path(name).is_dir() for name in names.read_text(encoding="utf-8").splitlines())
+
+
+def listed(run_dir: Path) -> list[Path]:
+    """Checkpoints that were completed, oldest first; whether they are still intact is `verify`'s question."""
+    found = (run_dir / "checkpoints").glob("step-*")
+    return sorted((path for path in found if path.name.removeprefix("step-").isdigit()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, or a UserError with what is wrong with it."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return manifest | {"files": list(manifest["files"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"the checkpoint's manifest can't be read: {error}", at=folder / MANIFEST) from None
+
+
+def verify(folder: Path) -> None:
+    """Raise a UserError that names the first file which is not what was written."""
+    for entry in read_manifest(folder)["files"]:
+        path = folder / entry["file"]
+        if not path.is_file():
+            raise ModelError("a file of the checkpoint is missing", at=path)
+        if path.stat().st_size != entry["size"] or file_sha256(path) != entry["sha256"]:
+            raise ModelError("a file of the checkpoint has changed since it was written", at=path)
+
+
+def newest_good(run_dir: Path) -> Path | None:
+    """The newest checkpoint that verifies, or None where there is none; every damaged one is named in a warning."""
+    found = listed(run_dir)
+    for folder in reversed(found):
+        try:
+            verify(folder)
+            return folder
+        except UserError as error:
+            print(f"warning: {error.what}: {error.at}", file=sys.stderr)
+    if found:
+        raise ModelError(
+            "every checkpoint of this run is damaged",
+            at=run_dir / "checkpoints",
+            got=f"{len(found)} of them",
+            fix="put a good copy back, or start over with --fresh",
+        )
+    return None
+
+
+def best(run_dir: Path) -> Path | None:
+    """The checkpoint with the lowest val loss, else the newest."""
+    scored = []
+    for folder in listed(run_dir):
+        with contextlib.suppress(UserError):
+            loss = read_manifest(folder).get("val_loss")
+            scored.append((float("inf") if loss is None else loss, -step_of(folder), folder))
+    return min(scored)[2] if scored else None
+
+
+def load_trainer(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save` was given, of a checkpoint that verifies."""
+    tensors = load_file(folder / "trainer" / "tensors.safetensors")
+    return tensors, json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
+
+
+# ---- optimizer state as named tensors -------------------------------------------------------------------------------
+
+
+def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Every optimizer's state under optimizer/<parameter name>/<state name>."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"optimizer/{names[parameter]}/{key}": value.detach().cpu().contiguous()
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    """Give every parameter its state back. A parameter without one is an error: nothing is silently reset."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, name, part = key.split("/")
+            by_name.setdefault(name, {})[part] = value
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name = names[parameter]
+                if name not in by_name:
+                    raise ModelError("the checkpoint has no optimizer state for a parameter", got=name)
+                optimizer.state[parameter] = {part: value.to(parameter.device) for part, value in by_name[name].items()}

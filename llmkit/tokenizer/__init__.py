@@ -1,0 +1,1 @@
+"""Tokenizers: load, encode, train, and render chat templates."""

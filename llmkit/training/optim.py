@@ -1,0 +1,171 @@
+"""Optimizers and schedules. A step whose gradients are not finite changes nothing, decided on the device."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+
+
+# ---- Muon -----------------------------------------------------------------------------------------------------------
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients, from Jordan's post on Muon, 2024
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
+    """The nearest (semi-)orthogonal matrices, roughly: singular values of (n, rows, columns) end in about [0.7, 1.2].
+
+    A Newton-Schulz iteration in bf16, on the wide orientation, for a batch of matrices of one shape at once.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalized by Newton-Schulz: torch.optim.Muon's mathematics, batched over matrices of one shape.
+
+    adjust_lr  match_rms_adamw  0.2 * sqrt(max(rows, columns)): AdamW's lr and weight decay carry over
+                                (Moonlight, Liu et al. 2025, arXiv:2502.16982)
+               original         sqrt(max(1, rows / columns)) (Jordan)
+    """
+
+    def __init__(
+        self, params: Iterable, lr: float, weight_decay: float, momentum: float, adjust_lr: str = "match_rms_adamw"
+    ):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "adjust_lr": adjust_lr})
+        self.found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape].append(p)
+            for shape, params in by_shape.items():
+                rows, columns = shape[-2:]  # before them, the experts
+                for p in params:
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffers = [self.state[p]["momentum_buffer"] for p in params]
+                grads = [p.grad for p in params]
+                if self.found_inf is not None:  # keep nan out of the momentum, and leave the weights alone below
+                    grads = [
+                        torch.where(self.found_inf > 0, buffer, g) for g, buffer in zip(grads, buffers, strict=True)
+                    ]
+                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+                nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
+                stacked = torch.stack(nesterov)
+                update = orthogonalize(stacked.flatten(0, -3)).to(params[0].dtype).view_as(stacked)
+                scale = {
+                    "original": math.sqrt(max(1, rows / columns)),
+                    "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns)),
+                }[group["adjust_lr"]]
+                keep, gain = 1 - group["lr"] * group["weight_decay"], -group["lr"] * scale
+                if self.found_inf is not None:
+                    skip = self.found_inf > 0
+                    keep, gain = torch.where(skip, 1.0, keep), torch.where(skip, 0.0, gain)
+                torch._foreach_mul_(params, keep)
+                torch._foreach_add_(params, list(torch.unbind(update * gain)))
+
+
+# ---- optimizers: (model, options) -> a list of torch optimizers ------------------------------------------------------
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adamw_groups(params: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
+    """Decay for matrices, none for norms and biases."""
+    params = list(params)
+    matrices, vectors = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(
+    model: nn.Module,
+    *,
+    lr: Positive = 3e-4,
+    betas: Annotated[list[Ratio], Field(min_length=2, max_length=2)] = [0.9, 0.95],
+    eps: Positive = 1e-8,
+    weight_decay: NotNegative = 0.1,
+) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), torch's fused kernel."""
+    groups = adamw_groups(trainable(model).values(), weight_decay)
+    return [torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=True)]
+
+
+def muon(
+    model: nn.Module,
+    *,
+    lr: Positive = 3e-3,
+    momentum: Ratio = 0.95,
+    adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw",
+    adamw_lr: Positive | None = None,
+    betas: Annotated[list[Ratio], Field(min_length=2, max_length=2)] = [0.9, 0.95],
+    eps: Positive = 1e-8,
+    weight_decay: NotNegative = 0.1,
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for embeddings, head, norms and biases.
+
+    adamw_lr  learning rate of the latter; None: lr
+    """
+    inner = (module for module in model.blocks.modules() if not isinstance(module, nn.Embedding))
+    found = (p for module in inner for p in module.parameters(recurse=False))
+    blocks = {id(p) for p in found if p.dim() >= 2 and p.requires_grad}
+    params = list(trainable(model).values())
+    matrices, rest = [p for p in params if id(p) in blocks], [p for p in params if id(p) not in blocks]
+    optimizers: list[torch.optim.Optimizer] = [Muon(matrices, lr, weight_decay, momentum, adjust_lr)]
+    if rest:
+        groups = adamw_groups(rest, weight_decay)
+        optimizers.append(torch.optim.AdamW(groups, lr=adamw_lr or lr, betas=tuple(betas), eps=eps, fused=True))
+    return optimizers
+
+
+OPTIMIZERS: dict[str, Callable[..., list[torch.optim.Optimizer]]] = {"adamw": adamw, "muon": muon}
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> float:
+    """Set every group's lr to `factor` of what it began with; returns the first, for the log."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+    return optimizers[0].param_groups[0]["lr"]
+
+
+def clip(params: list[nn.Parameter], max_norm: float | None, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo the loss scale and clip gradients in place; nothing is read back to the host.
+
+    Returns the norm before clipping and found_inf, 1.0 when any gradient is not finite: what the optimizers take
+    as the order to change nothing.
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / scale
+    found_inf = (~torch.isfinite(norm)).float()
+    factor = 1 / scale
+    if max_norm is not None:
+        factor = factor * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    torch._foreach_mul_(grads, factor)
+    return norm, found_inf

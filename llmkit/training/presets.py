@@ -1,0 +1,118 @@
+"""What commands bring along when the user names little: the defaults of `finetune`, and the example configs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmkit.config.load import load_config
+from llmkit.config.schema import Config
+from llmkit.config.yaml import read_yaml
+from llmkit.errors import UserError, did_you_mean
+from llmkit.storage import checkpoint
+from llmkit.storage.locate import locate, model_config
+from llmkit.storage.run import list_runs
+
+LOCAL = Path("llmkit.yaml")
+LONGEST = 1024  # tokens of an example, unless the config says otherwise
+HERE = Path(__file__).parents[1]
+EXAMPLES = HERE / "configs" if (HERE / "configs").is_dir() else HERE.parent / "configs"  # installed, or a checkout
+KINDS = {"pretrain": "llama-150m", "finetune": "lora"}  # what `init` calls them -> a file in configs/
+
+
+def example(kind: str) -> str:
+    """The text of an example config, by kind or by name."""
+    names = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
+    name = KINDS.get(kind, kind)
+    if name not in names:
+        known = [*KINDS, *names]
+        fix = did_you_mean(kind, known) or f"one of: {', '.join(known)}"
+        raise UserError("there is no such example", got=kind, fix=fix)
+    return (EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def finetune_config(
+    path: Path | None,
+    methods: list[str],
+    *,
+    model: str | None,
+    data: Path | None,
+    rank: int | None,
+    overrides: list[str],
+    say: Callable[[str], None],
+) -> Config:
+    """The config of `llmkit finetune`: these defaults, under a file's values, under the flags.
+
+    Without a file: ./llmkit.yaml, else the newest run that holds a whole model, with its own data.
+    """
+    if path is None and LOCAL.is_file():
+        path = LOCAL
+        say(f"config: {LOCAL}")
+    own = read_yaml(path)[0] if path else {}
+    own_peft = own["peft"] if isinstance(own.get("peft"), dict) else {}
+    if len(methods) > 1:
+        raise UserError("finetune takes one method", got=" and ".join(methods), fix="name --lora, --full or --method")
+    if not methods and not own_peft.get("name"):
+        raise UserError("finetune needs a method", fix="add --lora, or --full to train all weights")
+    method = methods[0] if methods else own_peft["name"]
+
+    newest = None
+    if path is None and model is None:
+        whole = [run for run in list_runs(Path("runs")) if checkpoint.listed(run) and not is_adapter_run(run)]
+        newest = whole[-1] if whole else None
+        if newest:
+            say(f"model: {newest}, the newest run")
+            model = str(newest)
+    section = yaml.safe_load((newest / "config.yaml").read_text())["data"] if newest and data is None else None
+    if section:
+        say(f"data: {section.get('dir') or section.get('path')}, what that run trained on")
+    if path is None and (model is None or (data is None and section is None)):
+        missing = [name for name, there in (("a model", model), ("data", data or section)) if there is None]
+        raise UserError(
+            f"finetune needs {' and '.join(missing)}: there is no {LOCAL} and no run under ./runs",
+            fix=f"llmkit finetune --{method} --from MODEL --data pairs.jsonl",
+        )
+
+    start = model or own.get("init_from")
+    name = f"{Path(start or 'model').name}-{method}"
+    if path not in (None, LOCAL):  # a config names its run, as in pretraining, unless it says another method
+        name = path.stem if own_peft.get("name", "full") == method else f"{path.stem}-{method}"
+    defaults: dict[str, Any] = {
+        "run_dir": f"runs/{name}",
+        "optimizer": {"name": "adamw", "lr": 2e-5 if method == "full" else 2e-4, "weight_decay": 0.0},
+        "schedule": {"name": "cosine"},
+        "train": {"epochs": 3, "global_batch_size": 16},
+        "eval": {"every": 50},
+        "checkpoint": {"every": 100},
+    }
+    if method != "full":
+        defaults["peft"] = {"name": method}
+    if section:
+        defaults["data"] = section
+    elif data is not None or "data" in own:
+        defaults["data"] = {"kind": "sft"}
+        if start is not None:
+            defaults["data"]["seq_len"] = min(LONGEST, trained_length(start))
+    flags = [f"init_from={model}"] if model else []
+    flags += [f"data.path={data}"] if data else []
+    if methods:
+        same = own_peft.get("name") == method
+        flags += ["peft=null"] if method == "full" else ([] if same else [f"peft.name={method}"])
+    flags += [f"peft.r={rank}"] if rank else []
+    return load_config(path, [*flags, *overrides], defaults)
+
+
+def trained_length(model: str) -> int:
+    """Tokens that a model read at a time when it was trained, else its longest position."""
+    located = locate(model)
+    if located.run_dir:
+        return yaml.safe_load((located.run_dir / "config.yaml").read_text())["data"]["seq_len"]
+    return model_config(located).max_position_embeddings
+
+
+def is_adapter_run(run: Path) -> bool:
+    """Whether a run trained an adapter, not a whole model."""
+    return bool((yaml.safe_load((run / "config.yaml").read_text()) or {}).get("peft"))
