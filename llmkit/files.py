@@ -18,24 +18,24 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def stamps_of(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+def file_stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
     """What tells whether files have changed: their names, sizes and times."""
     return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
 
 
-def stamps_in(folder: Path) -> list[tuple[str, int, int]]:
+def folder_stamps(folder: Path) -> list[tuple[str, int, int]]:
     """Of every file in a folder; nothing of what is no folder."""
-    return stamps_of(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    return file_stamps(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
 
 
-def half_of(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Where a file is written before it is renamed: another place for every process, on any machine."""
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """The file has its old or its new content at every moment."""
-    half = half_of(path)
+    half = temporary_path(path)
     with half.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()

@@ -311,7 +311,7 @@ def session(specs: list[dict], rounds: int, steps: int) -> list[dict]:
     return results
 
 
-def steps_of(result: dict) -> list[float]:
+def flatten_steps(result: dict) -> list[float]:
     """Seconds of every measured step."""
     return [second for turn in result["turns"] for second in turn]
 
@@ -348,7 +348,7 @@ def compare(row: tuple, args: argparse.Namespace, folder: Path, measure_rates) -
         if "turns" in first and "turns" in second:
             pairs = zip(first["turns"], second["turns"], strict=True)
             second["ratio"] = median(median(b) / median(a) for a, b in pairs)
-        good = [(median(steps_of(one)), spec) for one, spec in zip(theirs, peers, strict=False) if "turns" in one]
+        good = [(median(flatten_steps(one)), spec) for one, spec in zip(theirs, peers, strict=False) if "turns" in one]
         if is_lora and len(theirs) == len(LORA_PEERS) and good:  # the fastest once more, compiled
             fastest = min(good, key=lambda pair: pair[0])[1]
             peers.append(fastest | {"name": f"{fastest['name']}, compiled", "compile": True})
@@ -388,7 +388,7 @@ def table(result: dict, rates: dict[str, float], peak: float) -> str:
             error = " ".join(one["error"].split())[:200].replace("|", "/")
             lines.append(f"| {one['name']} | failed: {error} | | | | | | |")
             continue
-        speed, slowest, fastest = (tokens / how(steps_of(one)) for how in (median, max, min))
+        speed, slowest, fastest = (tokens / how(flatten_steps(one)) for how in (median, max, min))
         flops = speed * result["flops_per_token"]
         first, last = one["losses"]
         parity = "" if expected is None or abs(first - expected) <= PARITY else " (NOT llmkit's)"

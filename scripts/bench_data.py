@@ -261,11 +261,11 @@ def measure_dedup(documents: list[str], pairs: int) -> dict:
     import numpy as np
 
     from llmkit.corpus.dedup import band_keys, least_agreement, minhash, near_clusters, sketch
-    from llmkit.corpus.words import Text, hash_ngrams
+    from llmkit.corpus.words import TextFeatures, hash_ngrams
 
     draw = random.Random(1)
     originals = [text for text in documents if len(text.split()) > 100]
-    texts: list[Text] = []
+    texts: list[TextFeatures] = []
     for _ in range(pairs):
         text = draw.choice(originals)
         words = [f"{word}{draw.randrange(30)}" for word in text.split()]  # an original of its own
@@ -274,7 +274,7 @@ def measure_dedup(documents: list[str], pairs: int) -> dict:
             for share in [draw.uniform(0, 0.15)]
             for word in words
         ]
-        texts += [Text(" ".join(words)), Text(" ".join(copy))]
+        texts += [TextFeatures(" ".join(words)), TextFeatures(" ".join(copy))]
     signatures = [minhash(text) for text in texts]
     bands = np.array([band_keys(signature, 8) for signature in signatures]).T.copy()
     sketches = np.array([sketch(signature) for signature in signatures])

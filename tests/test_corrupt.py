@@ -18,11 +18,11 @@ from llmkit.config.load import load_config
 from llmkit.config.schema import SftData
 from llmkit.data.batches import Batches, pair_batches
 from llmkit.data.corrupt import masking, span_corruption, span_lengths
-from llmkit.data.sft import encode_sft, to_pairs
+from llmkit.data.sft import encode_sft, split_into_pairs
 from llmkit.errors import DATA, MODEL, USAGE, UserError
 from llmkit.evals.perplexity import read_data
 from llmkit.models import t5
-from llmkit.storage.locate import load, locate
+from llmkit.storage.locate import load_located, locate
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llmkit.tokenizer.train import train_tokenizer
 from llmkit.training.loop import train
@@ -45,7 +45,7 @@ def sentinels() -> Tokenizer:
     return train_tokenizer([TEXT], vocab_size=400, special_tokens=[f"<extra_id_{i}>" for i in range(100)])
 
 
-def rows_of(tokenizer: Tokenizer, rows: int, length: int, seed: int = 0) -> Batch:
+def table_rows(tokenizer: Tokenizer, rows: int, length: int, seed: int = 0) -> Batch:
     """Rows of plain tokens; labels that no objective of an encoder keeps."""
     plain = sorted(set(range(len(tokenizer))) - set(tokenizer.specials.values()))
     ids = np.random.default_rng(seed).choice(plain, (rows, length))
@@ -62,7 +62,7 @@ def same(one: Batch, other: Batch) -> bool:
 @pytest.mark.parametrize("length", [1, 2, 3, 10, 97, 512])
 @pytest.mark.parametrize("fraction", [0.01, 0.15, 0.5, 0.99])
 def test_the_exact_share_of_a_row_is_a_label_and_says_what_stood_there(words, length, fraction):
-    batch = rows_of(words, 20, length)
+    batch = table_rows(words, 20, length)
     masked = masking(words, 1, **SHARES | {"mask_fraction": fraction})(batch, range(20))
     chosen = masked.labels != IGNORE_INDEX
     assert set(chosen.sum(1)) == {max(1, round(fraction * length))}
@@ -71,7 +71,7 @@ def test_the_exact_share_of_a_row_is_a_label_and_says_what_stood_there(words, le
 
 
 def test_control_tokens_are_never_masked_nor_put_in(words):
-    batch = rows_of(words, 50, 40)
+    batch = table_rows(words, 50, 40)
     control = sorted(words.specials.values())
     batch.input_ids[:, ::4] = np.resize(control, (50, 10))
     batch.input_ids[7] = words.specials["[SEP]"]  # nothing else: nothing to tell
@@ -85,7 +85,7 @@ def test_control_tokens_are_never_masked_nor_put_in(words):
 
 @pytest.mark.parametrize(("random", "keep"), [(0.1, 0.1), (0.0, 0.0), (0.5, 0.5), (1.0, 0.0), (0.0, 1.0), (0.2, 0.3)])
 def test_chosen_tokens_become_the_mask_any_token_or_stay_in_these_shares(words, random, keep):
-    batch = rows_of(words, 400, 100)
+    batch = table_rows(words, 400, 100)
     options = {"mask_fraction": 0.5, "random_fraction": random, "keep_fraction": keep}
     masked = masking(words, 1, **options)(batch, range(400))
     chosen = masked.labels != IGNORE_INDEX  # 20,000 of them: a share's standard deviation is under 0.004
@@ -100,7 +100,9 @@ def test_chosen_tokens_become_the_mask_any_token_or_stay_in_these_shares(words, 
 
 def test_another_kind_of_tokenizer_may_have_a_mask_token():
     made = train_tokenizer([TEXT], vocab_size=300, special_tokens=["<mask>"])
-    masked = masking(made, 1, mask_fraction=0.5, random_fraction=0.0, keep_fraction=0.0)(rows_of(made, 2, 10), [0, 1])
+    masked = masking(made, 1, mask_fraction=0.5, random_fraction=0.0, keep_fraction=0.0)(
+        table_rows(made, 2, 10), [0, 1]
+    )
     assert (masked.input_ids == made.specials["<mask>"]).sum(1).tolist() == [5, 5]
 
 
@@ -111,7 +113,7 @@ def test_without_a_mask_token_there_is_nothing_to_mask_with(sentinels):
 
 
 def test_packed_rows_keep_their_documents(words):
-    batch = rows_of(words, 2, 6)
+    batch = table_rows(words, 2, 6)
     batch.positions, batch.segments = np.arange(12).reshape(2, 6), np.arange(12).reshape(2, 6) // 4
     masked = masking(words, 1, **SHARES)(batch, [0, 1])
     assert (masked.positions == batch.positions).all() and (masked.segments == batch.segments).all()
@@ -130,7 +132,7 @@ def corruption(request, words, sentinels):
 
 def test_a_row_is_corrupted_alike_however_the_batch_is_cut(corruption):
     tokenizer, made = corruption
-    batch, corrupt = rows_of(tokenizer, 8, 40), made(3)
+    batch, corrupt = table_rows(tokenizer, 8, 40), made(3)
     whole = corrupt(batch, range(8))
     for size in (1, 3):
         parts = [corrupt(part, range(8)[i * size : (i + 1) * size]) for i, part in enumerate(batch.split(size))]
@@ -142,7 +144,7 @@ def test_a_row_is_corrupted_alike_however_the_batch_is_cut(corruption):
 
 def test_another_number_or_seed_corrupts_otherwise_and_the_batch_given_is_left_as_it_was(corruption):
     tokenizer, made = corruption
-    batch = rows_of(tokenizer, 8, 40)
+    batch = table_rows(tokenizer, 8, 40)
     before = batch.input_ids.copy()
     found = [made(seed)(batch, range(first, first + 8)).labels for seed, first in [(3, 0), (3, 8), (4, 0)]]
     assert all((one != other).any(1).all() for one, other in [(found[0], found[1]), (found[0], found[2])])
@@ -152,7 +154,7 @@ def test_another_number_or_seed_corrupts_otherwise_and_the_batch_given_is_left_a
 
 def test_ranks_together_corrupt_the_global_batch(corruption):
     tokenizer, made = corruption
-    data = rows_of(tokenizer, 50, 40).input_ids
+    data = table_rows(tokenizer, 50, 40).input_ids
     options = {"seed": 1, "corrupt": made(3)}
 
     def rows(samples: list[int]) -> Batch:
@@ -169,7 +171,7 @@ def test_ranks_together_corrupt_the_global_batch(corruption):
 # ---- spans cut out --------------------------------------------------------------------------------------------------
 
 
-def mended(inputs: list[int], labels: list[int], sentinels: list[int], eos: int) -> list[int]:
+def corrupted_rows(inputs: list[int], labels: list[int], sentinels: list[int], eos: int) -> list[int]:
     """The row that was corrupted: each sentinel replaced by what the labels say stood there."""
     assert inputs[-1] == labels[-1] == eos
     spans: dict[int, list[int]] = {}
@@ -188,12 +190,12 @@ def test_mending_gives_the_row_again_and_counts_are_t5s(sentinels, length, noise
     noise = min(max(int(np.round(length * noise_fraction)), 1), length - 1)
     spans = min(max(int(np.round(noise / mean_span)), 1), length - noise)
     assert span_lengths(length, noise_fraction, mean_span) == (noise, spans)
-    batch, first = rows_of(sentinels, 10, length, seed=length), 1000 * length
+    batch, first = table_rows(sentinels, 10, length, seed=length), 1000 * length
     options = {"noise_fraction": noise_fraction, "mean_span": mean_span}
     cut = span_corruption(sentinels, 1, **options, start_id=7)(batch, range(first, first + 10))
     assert cut.input_ids.shape == (10, length - noise + spans + 1) and cut.labels.shape == (10, noise + spans + 1)
     for row, inputs, labels in zip(batch.input_ids, cut.input_ids.tolist(), cut.labels.tolist(), strict=True):
-        assert mended(inputs, labels, ids, sentinels.eos_id) == row.tolist()
+        assert corrupted_rows(inputs, labels, ids, sentinels.eos_id) == row.tolist()
         for side in (inputs, labels):
             assert [token for token in side if token in ids] == ids[:spans]
         places = [place for place, token in enumerate(inputs) if token in ids]
@@ -204,7 +206,7 @@ def test_mending_gives_the_row_again_and_counts_are_t5s(sentinels, length, noise
 
 
 def test_spans_are_as_long_as_asked_on_average_and_of_all_lengths(sentinels):
-    cut = span_corruption(sentinels, 1, **SPANS)(rows_of(sentinels, 200, 512), range(200))
+    cut = span_corruption(sentinels, 1, **SPANS)(table_rows(sentinels, 200, 512), range(200))
     marks = {sentinels.rust.token_to_id(f"<extra_id_{i}>") for i in range(100)}
     lengths = [len(span) for row in cut.labels.tolist() for span in split_at(row[:-1], marks)]
     assert np.mean(lengths) == pytest.approx(77 / 26) and {1, 2, 3, 4, 5, 6, 7, 8} <= set(lengths)
@@ -221,12 +223,12 @@ def split_at(row: list[int], marks: set[int]) -> list[list[int]]:
 def test_too_few_sentinels_are_refused_with_both_numbers(words):
     few = train_tokenizer([TEXT], vocab_size=300, special_tokens=["<extra_id_0>", "<extra_id_1>", "<extra_id_3>"])
     corrupt = span_corruption(few, 1, **SPANS)
-    corrupt(rows_of(few, 1, 40), [0])  # two spans
+    corrupt(table_rows(few, 1, 40), [0])  # two spans
     with pytest.raises(UserError, match="too few sentinels") as caught:
-        corrupt(rows_of(few, 1, 64), [0])
+        corrupt(table_rows(few, 1, 64), [0])
     assert (caught.value.code, caught.value.got) == (DATA, "2 <extra_id_...>")
     with pytest.raises(UserError, match="too few sentinels"):
-        span_corruption(words, 1, **SPANS)(rows_of(words, 1, 20), [0])
+        span_corruption(words, 1, **SPANS)(table_rows(words, 1, 20), [0])
 
 
 # ---- prompts and answers --------------------------------------------------------------------------------------------
@@ -243,7 +245,7 @@ PAIRS = {
 
 @pytest.mark.parametrize(("ids", "targets", "expected"), PAIRS.values(), ids=PAIRS)
 def test_every_answer_is_asked_for_by_all_that_stands_before_it(ids, targets, expected):
-    assert list(to_pairs(ids, [letter == "x" for letter in targets], 1)) == expected
+    assert list(split_into_pairs(ids, [letter == "x" for letter in targets], 1)) == expected
 
 
 CHAT = [{"role": "user", "content": "the one"}, {"role": "assistant", "content": "river"},
@@ -264,7 +266,7 @@ def encoded(tokenizer, folder: Path, records: list[dict], **options) -> tuple[di
     return report, batches
 
 
-def in_words(tokenizer, batch: Batch) -> list[tuple[str, str]]:
+def describe_choice(tokenizer, batch: Batch) -> list[tuple[str, str]]:
     """Each row's prompt and answer, without the padding."""
     return [(tokenizer.decode(ids[seen == 0]), tokenizer.decode(labels[labels != IGNORE_INDEX]))
             for ids, seen, labels in zip(batch.input_ids, batch.segments, batch.labels, strict=True)]  # fmt: skip
@@ -277,10 +279,10 @@ def test_prompts_are_the_encoders_and_answers_the_decoders(sentinels, tmp_path):
     ]
     report, batches = encoded(sentinels, tmp_path, records)
     end = sentinels.eos
-    assert in_words(sentinels, batches["train"]) == [
+    assert describe_choice(sentinels, batches["train"]) == [
         (f"the {end}", f"river of tokens{end}"), (f"a large one {end}", f"is{end}"),
     ]  # fmt: skip
-    assert in_words(sentinels, batches["val"]) == [(f"the {end}", f"loss{end}")]
+    assert describe_choice(sentinels, batches["val"]) == [(f"the {end}", f"loss{end}")]
     train = batches["train"]
     assert set(train.segments.ravel()) == {0, -1} and train.positions is None
     assert (np.diff(train.segments, axis=1) <= 0).all()  # padding stands behind
@@ -292,7 +294,7 @@ def test_prompts_are_the_encoders_and_answers_the_decoders(sentinels, tmp_path):
 
 
 def test_every_answer_of_a_conversation_has_a_row(sentinels, tmp_path):
-    rows = in_words(sentinels, encoded(sentinels, tmp_path, [{"messages": CHAT}])[1]["train"])
+    rows = describe_choice(sentinels, encoded(sentinels, tmp_path, [{"messages": CHAT}])[1]["train"])
     begin = "<|im_start|>user\nthe one<|im_end|>\n<|im_start|>assistant\n"
     assert [prompt for prompt, _ in rows] == [
         f"{begin}<|endoftext|>",
@@ -306,21 +308,21 @@ def test_too_long_prompts_and_answers_are_cut_or_dropped(sentinels, tmp_path):
                {"prompt": "a ", "completion": "one"}]  # fmt: skip
     report, batches = encoded(sentinels, tmp_path, records, seq_len=16, too_long="truncate")
     assert (report["splits"]["train"]["too long"], len(batches["train"].labels)) == (2, 3)
-    (_, long_answer), (long_prompt, answer), _ = in_words(sentinels, batches["train"])
+    (_, long_answer), (long_prompt, answer), _ = describe_choice(sentinels, batches["train"])
     assert ("river " * 30).startswith(long_answer) and len(sentinels.encode(long_answer)) == 16
     assert long_prompt.endswith(sentinels.eos) and (batches["train"].segments[1] == 0).sum() == 16
     assert answer == f"is{sentinels.eos}"
     report, batches = encoded(sentinels, tmp_path, records, seq_len=16, too_long="drop")
     assert report["splits"]["train"]["too long"] == 2
-    assert in_words(sentinels, batches["train"]) == [(f"a {sentinels.eos}", f"one{sentinels.eos}")]
+    assert describe_choice(sentinels, batches["train"]) == [(f"a {sentinels.eos}", f"one{sentinels.eos}")]
 
 
 def test_records_are_measured_in_the_rows_that_they_are_trained_in(sentinels, tmp_path):
     records = [{"prompt": "the ", "completion": "river " * 30}, {"prompt": "river " * 30, "completion": "is"},
                {"prompt": "a ", "completion": "one"}]  # fmt: skip
-    trained = in_words(sentinels, encoded(sentinels, tmp_path, records, seq_len=16)[1]["train"])
+    trained = describe_choice(sentinels, encoded(sentinels, tmp_path, records, seq_len=16)[1]["train"])
     _, batches, _ = read_data(tmp_path / "train.jsonl", t5.Config(decoder_start_token_id=3), sentinels, 16, 16, 2)
-    assert sorted(pair for batch in batches for pair in in_words(sentinels, batch)) == sorted(trained)
+    assert sorted(pair for batch in batches for pair in describe_choice(sentinels, batch)) == sorted(trained)
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
@@ -449,7 +451,7 @@ def test_a_t5_learns_to_answer(command, tuned):
 
 @torch.no_grad()
 def test_what_was_exported_opens_in_transformers_with_equal_logits(tuned):
-    model, tokenizer = load(locate(str(tuned)))
+    model, tokenizer = load_located(locate(str(tuned)))
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tuned).eval()
     ids = torch.tensor([tokenizer.encode_source("the model ")])
     written = torch.tensor([[0, *tokenizer.encode("river")]])
@@ -464,7 +466,7 @@ def test_what_was_exported_opens_in_transformers_with_equal_logits(tuned):
 @torch.no_grad()
 def test_an_exported_bert_opens_in_transformers_with_equal_logits(command, trained):
     command("export", "runs/bert", "exported-bert")
-    model, tokenizer = load(locate(str(trained / "runs/bert")))
+    model, tokenizer = load_located(locate(str(trained / "runs/bert")))
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(trained / "exported-bert").eval()
     ids = torch.tensor([[tokenizer.specials["[CLS]"], *tokenizer.encode("The model reads the river.")]])
     torch.testing.assert_close(model.eval()(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)

@@ -21,7 +21,7 @@ from llmkit.data.layouts import to_turns
 from llmkit.data.sft import encode_sft, pack
 from llmkit.data.tokens import ShardWriter, TokenStream, open_split, token_dtype
 from llmkit.errors import UserError
-from llmkit.tokenizer.chat_template import CHATML, compile_template, encode_chat, encode_example
+from llmkit.tokenizer.chat_template import CHATML_TEMPLATE, compile_template, encode_chat, encode_example
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llmkit.tokenizer.train import train_tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
@@ -151,7 +151,7 @@ def section(folder, **changes):
     return Config.model_validate(tiny_config(folder) | {"data": tiny_config(folder)["data"] | changes}).data
 
 
-def files_of(folder):
+def source_files(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in (folder / "tokens").rglob("*") if p.is_file()}
 
 
@@ -189,7 +189,7 @@ def test_build_is_the_same_for_any_workers_and_survives_a_repeat(corpus, tmp_pat
     build_corpus(one, say=print)
     assert len(list((tmp_path / "one" / "tokens" / "train" / "text").glob("*.bin"))) > 2
     build_corpus(section(corpus, dir=str(tmp_path / "two"), workers=2), say=print)
-    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    assert source_files(tmp_path / "one") == source_files(tmp_path / "two")
     before = (tmp_path / "one" / "manifest.json").stat().st_mtime_ns
     build_corpus(one, say=print)
     assert (tmp_path / "one" / "manifest.json").stat().st_mtime_ns == before
@@ -246,7 +246,7 @@ def test_unknown_rule_is_refused(corpus, tmp_path):
 
 
 def test_only_answers_are_targets(tokenizer):
-    ids, targets = encode_example(tokenizer, CHATML, ("the river ", "is small"))
+    ids, targets = encode_example(tokenizer, CHATML_TEMPLATE, ("the river ", "is small"))
     assert tokenizer.decode([i for i, t in zip(ids, targets, strict=True) if t]) == "is small<|endoftext|>"
     messages = [
         {"role": role, "content": content}
@@ -254,9 +254,11 @@ def test_only_answers_are_targets(tokenizer):
             ("system", "user", "assistant", "user", "assistant"), ("one", "two", "three", "four", "five"), strict=True
         )
     ]
-    ids, targets = encode_example(tokenizer, CHATML, messages)
+    ids, targets = encode_example(tokenizer, CHATML_TEMPLATE, messages)
     assert tokenizer.decode([i for i, t in zip(ids, targets, strict=True) if t]) == "three<|im_end|>five<|im_end|>"
-    assert tokenizer.decode(ids) == compile_template(CHATML).render(messages=messages, add_generation_prompt=False)
+    assert tokenizer.decode(ids) == compile_template(CHATML_TEMPLATE).render(
+        messages=messages, add_generation_prompt=False
+    )
     prompt = encode_chat(tokenizer, [{"role": "user", "content": "two"}])
     assert tokenizer.decode(prompt) == "<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n"
 
@@ -278,7 +280,7 @@ def test_ids_of_a_chat_are_transformers_whatever_is_put_before_a_text(scheme, tm
 
 def test_control_tokens_in_messages_stay_text(tokenizer):
     messages = [{"role": "user", "content": "say <|im_end|>"}, {"role": "assistant", "content": "<|endoftext|>"}]
-    ids, _ = encode_example(tokenizer, CHATML, messages)
+    ids, _ = encode_example(tokenizer, CHATML_TEMPLATE, messages)
     assert ids.count(tokenizer.specials["<|im_end|>"]) == 2 and tokenizer.eos_id not in ids
     assert "say <|im_end|>" in tokenizer.decode(ids)
 
@@ -350,10 +352,10 @@ def encoded(tokenizer, folder, texts: list[tuple[str, str]], **options) -> tuple
     (folder / "val.jsonl").write_text(json.dumps({"prompt": "the ", "completion": "loss"}))
     files = {"path": str(folder / "train.jsonl"), "val_path": str(folder / "val.jsonl")}
     report = encode_sft(SftData(kind="sft", seq_len=16, **files, **options), tokenizer, folder / "out", seed=0)
-    return report, rows_of(report, "train")
+    return report, table_rows(report, "train")
 
 
-def rows_of(report: dict, split: str) -> list[Batch]:
+def table_rows(report: dict, split: str) -> list[Batch]:
     return list(packed_batches(Path(report["folder"]), split, 1, seed=0).in_order())
 
 
@@ -390,7 +392,7 @@ def test_val_path_is_the_val_split_and_nothing_is_held_out(tokenizer, tmp_path):
     texts = [("the ", word) for word in WORDS_FOR]
     report, rows = encoded(tokenizer, tmp_path, texts, packing=False)
     assert answers(tokenizer, rows) == [f"{word}<|endoftext|>" for word in WORDS_FOR]
-    assert answers(tokenizer, rows_of(report, "val")) == ["loss<|endoftext|>"]
+    assert answers(tokenizer, table_rows(report, "val")) == ["loss<|endoftext|>"]
 
 
 def test_inspect_paints_answers_and_dims_prompts(tokenizer, tmp_path):

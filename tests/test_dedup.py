@@ -17,11 +17,11 @@ from llmkit.corpus.dedup import (
     near_clusters,
     sketch,
 )
-from llmkit.corpus.words import Text, split_words
+from llmkit.corpus.words import TextFeatures, split_words
 
 
 def minhash_bands(text: str, *, rows: int = 8, **options) -> np.ndarray:
-    return band_keys(minhash(Text(text), rows=rows, **options), rows)
+    return band_keys(minhash(TextFeatures(text), rows=rows, **options), rows)
 
 
 def shares_a_key(one: str, other: str) -> bool:
@@ -107,7 +107,7 @@ def test_agreeing_rows_estimate_the_similarity_and_part_chance_meetings():
             copy = list(words)
             for place in draw.sample(range(400), edits):
                 copy[place] = f"x{draw.randrange(10**9)}"
-            one, other = (sketch(minhash(Text(" ".join(text)))) for text in (words, copy))
+            one, other = (sketch(minhash(TextFeatures(" ".join(text)))) for text in (words, copy))
             agreed.append((one == other).mean())
         assert sum(agreed) / 20 == pytest.approx(jaccard, abs=0.04)
     assert 0.55 < least_agreement(14, 8) < 0.7

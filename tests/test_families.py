@@ -31,7 +31,7 @@ from llmkit.models import (
 from llmkit.models.layers import rope_table
 from llmkit.models.mixtral import balance_loss
 from llmkit.objectives.lm import sum_of_losses
-from llmkit.parallel.compile import why_eager
+from llmkit.parallel.compile import compile_obstacle
 from llmkit.peft import lora
 from llmkit.training.cost import Lengths, flops_per_row, parameters_by_part
 from llmkit.types import IGNORE_INDEX
@@ -675,8 +675,8 @@ def test_experts_compile_in_bf16_and_run_eager_otherwise():
     with torch.autocast("cpu", torch.bfloat16):
         expected = mlp(x)[0]
         torch.testing.assert_close(torch.compile(mlp, fullgraph=True, backend="aot_eager")(x)[0], expected)
-    assert "bf16" in why_eager(model, torch.device("cpu"), "fp32")
-    assert "bf16" not in (why_eager(model, torch.device("cpu"), "bf16") or "")
+    assert "bf16" in compile_obstacle(model, torch.device("cpu"), "fp32")
+    assert "bf16" not in (compile_obstacle(model, torch.device("cpu"), "bf16") or "")
 
 
 # ---- published sizes ------------------------------------------------------------------------------------------------

@@ -458,7 +458,7 @@ def test_added_tokens_of_a_sentencepiece_model(tmp_path):
     (tmp_path / "added").mkdir()
     (tmp_path / "added" / "added_tokens.json").write_text(json.dumps({CHAT_START: size, CHAT_END: size + 1}))
     pair = Pair(tmp_path / "added", model)
-    assert pair.ours.specials[CHAT_END] == pair.ours.chat_end == size + 1
+    assert pair.ours.specials[CHAT_END] == pair.ours.end_of_turn_id == size + 1
     pair.agree([*TEXTS, "<|im_start|>a<|im_end|>"])
 
 

@@ -12,7 +12,7 @@ from llmkit.errors import MODEL, UserError
 from llmkit.formats.hf import export_hf, export_peft
 from llmkit.models import build_model, folder, gpt2, llama
 from llmkit.peft import lora
-from llmkit.storage.locate import Located, load, weights_sha256
+from llmkit.storage.locate import Located, load_located, weights_sha256
 from llmkit.tokenizer.train import train_tokenizer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 32, "num_attention_heads": 4}
@@ -320,10 +320,10 @@ def test_an_exported_adapter_opens_in_transformers_with_equal_logits(trained, to
 
 
 def test_an_adapter_ends_its_answers_as_its_base_does(trained, tokenizer, tmp_path):
-    ends = [tokenizer.eos_id, tokenizer.chat_end]
-    assert load(Located(trained[0]))[1].answer_ends == ends[:1] != ends
+    ends = [tokenizer.eos_id, tokenizer.end_of_turn_id]
+    assert load_located(Located(trained[0]))[1].stop_ids == ends[:1] != ends
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    assert load(Located(trained[0]))[1].answer_ends == ends
+    assert load_located(Located(trained[0]))[1].stop_ids == ends
 
 
 @torch.no_grad()

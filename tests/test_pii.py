@@ -12,7 +12,7 @@ from conftest import sentences, tiny_config
 from llmkit.config.load import load_config
 from llmkit.config.schema import CorpusData, Pii
 from llmkit.corpus.build import build_corpus
-from llmkit.corpus.pii import KINDS, find, scrub
+from llmkit.corpus.pii import PII_KINDS, find, scrub
 from llmkit.errors import UserError
 
 pytest.importorskip("re2")
@@ -35,12 +35,12 @@ INNOCENT = [
 @pytest.mark.parametrize(("kind", "value"), PLANTED)
 def test_what_is_personal_is_found_alone_and_amid_text(kind, value):
     for text in (value, f"Grüße: {value}.", f"({value}, and so on)", f"a\n{value}\nb"):
-        assert [(k, text.encode()[a:b].decode()) for a, b, k in find(text.encode(), KINDS)] == [(kind, value)], text
+        assert [(k, text.encode()[a:b].decode()) for a, b, k in find(text.encode(), PII_KINDS)] == [(kind, value)], text
 
 
 @pytest.mark.parametrize("value", INNOCENT)
 def test_what_only_looks_so_is_left_alone(value):
-    assert scrub(f"see {value} there", KINDS, "replace") == (f"see {value} there", {})
+    assert scrub(f"see {value} there", PII_KINDS, "replace") == (f"see {value} there", {})
 
 
 @pytest.mark.parametrize("action", ["replace", "tag"])
@@ -49,15 +49,15 @@ def test_a_text_is_clean_after_one_pass_and_the_rest_is_untouched(action):
     planted = draw.choices(PLANTED, k=60)
     around = [f" wörd{i}\u3000and, so; on " for i in range(61)]
     text = around[0] + "".join(value + words for (_, value), words in zip(planted, around[1:], strict=True))
-    cleaned, counts = scrub(text, KINDS, action)
-    assert counts.total() == 60 and all(counts[kind] == sum(k == kind for k, _ in planted) for kind in KINDS)
+    cleaned, counts = scrub(text, PII_KINDS, action)
+    assert counts.total() == 60 and all(counts[kind] == sum(k == kind for k, _ in planted) for kind in PII_KINDS)
     assert all(words in cleaned for words in around) and not any(value in cleaned for _, value in PLANTED)
-    assert scrub(cleaned, KINDS, action) == (cleaned, {})
+    assert scrub(cleaned, PII_KINDS, action) == (cleaned, {})
 
 
 @pytest.mark.parametrize("before", ["12 ", "AB12 ", "7-", "1.2 34 "])
 def test_a_false_start_hides_nothing_behind_it(before):
-    assert scrub(f"{before}4111 1111 1111 1111", KINDS, "tag")[0] == f"{before}<CARD>"
+    assert scrub(f"{before}4111 1111 1111 1111", PII_KINDS, "tag")[0] == f"{before}<CARD>"
 
 
 def test_only_the_kinds_that_are_asked_for():
@@ -68,7 +68,7 @@ def test_only_the_kinds_that_are_asked_for():
 def test_hostile_text_takes_linear_time(unit):
     def seconds(size: int) -> float:
         text, start = unit * (size // len(unit)), time.process_time()
-        scrub(text, KINDS, "tag")
+        scrub(text, PII_KINDS, "tag")
         return time.process_time() - start
 
     assert seconds(400_000) < 8 * max(seconds(100_000), 0.05)
@@ -76,7 +76,7 @@ def test_hostile_text_takes_linear_time(unit):
 
 def test_the_config_knows_every_kind():
     (kinds,) = get_args(Pii.model_fields["kinds"].annotation)
-    assert set(get_args(kinds)) == set(KINDS)
+    assert set(get_args(kinds)) == set(PII_KINDS)
 
 
 @pytest.mark.parametrize("section", [{"action": "tag"}, {"kinds": ["ip"], "action": "drop", "drop_above": 3}])

@@ -20,7 +20,7 @@ from llmkit.corpus.scorers import (
     ngrams_of,
     word_list,
 )
-from llmkit.corpus.words import Text, split_words
+from llmkit.corpus.words import TextFeatures, split_words
 from llmkit.errors import UserError
 from llmkit.tokenizer.train import train_tokenizer
 
@@ -118,12 +118,14 @@ def test_bad_word_lists(tmp_path, content, what):
 
 def test_listed_per_thousand_words_by_hand(tmp_path):
     path = write(tmp_path / "list.txt", "bad\nvery bad\n\u732b\n")
-    text = Text("A bad, BAD day; the next was very bad.")
+    text = TextFeatures("A bad, BAD day; the next was very bad.")
     assert listed_per_1k(text, word_list(path)) == round(1000 * (3 + 1) / 9, 4)
-    assert listed_per_1k(Text("badly unbad very good"), word_list(path)) == 0
-    assert listed_per_1k(Text(""), word_list(path)) == listed_per_1k(Text("very"), word_list(path)) == 0
-    assert listed_per_1k(Text("\u732b\u3067\u3059"), word_list(path)) == round(1000 / 3, 4)  # characters for words
-    assert listed_per_1k(Text("bad " + "good " * 999), word_list(path)) == 1
+    assert listed_per_1k(TextFeatures("badly unbad very good"), word_list(path)) == 0
+    assert listed_per_1k(TextFeatures(""), word_list(path)) == listed_per_1k(TextFeatures("very"), word_list(path)) == 0
+    assert listed_per_1k(TextFeatures("\u732b\u3067\u3059"), word_list(path)) == round(
+        1000 / 3, 4
+    )  # characters for words
+    assert listed_per_1k(TextFeatures("bad " + "good " * 999), word_list(path)) == 1
 
 
 def test_ngrams_of_evaluation_files(tmp_path):

@@ -44,7 +44,7 @@ def model(tmp_path_factory) -> Path:
     ids, size = torch.tensor(words.encode(text)), len(words)
     follow = torch.full((size, size), 0.002).index_put((ids[:-1], ids[1:]), torch.tensor(1.0), accumulate=True)
     line_end = words.encode(".\n")[-1]
-    follow[line_end, words.chat_end] = follow[line_end, words.eos_id] = 0.08 * follow[line_end].sum()
+    follow[line_end, words.end_of_turn_id] = follow[line_end, words.eos_id] = 0.08 * follow[line_end].sum()
     config = llama.Config(
         vocab_size=size, hidden_size=size, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         intermediate_size=64, max_position_embeddings=POSITIONS,

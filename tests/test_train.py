@@ -25,7 +25,7 @@ from llmkit.storage.locate import locate
 from llmkit.storage.run import open_run
 from llmkit.tokenizer.chat_template import encode_chat
 from llmkit.tokenizer.tokenizer import load_tokenizer
-from llmkit.training.loop import fresh_tensors, note_finite, train
+from llmkit.training.loop import initial_counters, train, update_loss_scale
 from llmkit.training.prepare import prepare
 from llmkit.types import IGNORE_INDEX
 
@@ -149,10 +149,10 @@ def test_the_fp16_scale_halves_after_a_bad_step_and_doubles_after_enough_good_on
     steps_found_inf = [1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
     scales = {}
     for precision in ("fp16", "bf16"):
-        tensors = fresh_tensors(torch.device("cpu"), precision)
+        tensors = initial_counters(torch.device("cpu"), precision)
         scales[precision] = []
         for found_inf in steps_found_inf:
-            note_finite(tensors, torch.tensor(float(found_inf)), precision)
+            update_loss_scale(tensors, torch.tensor(float(found_inf)), precision)
             scales[precision].append(tensors["scale"].item())
         assert tensors["skipped"] == 3 and tensors["bad_in_a_row"] == 0 and tensors["good_in_a_row"] == 7
     assert scales["fp16"] == [2**15, 2**14, 2**14, 2**14, 2**13, 2**13, 2**13, 2**14, 2**14, 2**14, 2**15, 2**15]
@@ -245,7 +245,7 @@ def test_sigterm_saves_and_says_so(corpus, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 143 and "a checkpoint is saved" in errors and "Traceback" not in errors
-    last = checkpoint.listed(tmp_path / "r")[-1]
+    last = checkpoint.list_checkpoints(tmp_path / "r")[-1]
     checkpoint.verify(last)
     assert metrics(tmp_path / "r")[-1]["step"] == int(last.name.removeprefix("step-"))
 
@@ -263,7 +263,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(corpus, tmp_path, capsys,
     else:
         content[len(content) // 2] ^= 1
         victim.write_bytes(content if damage == "bit" else content[:-1])
-    assert checkpoint.newest_good(tmp_path / "run").name == "step-000010"
+    assert checkpoint.newest_intact_checkpoint(tmp_path / "run").name == "step-000010"
     warning = capsys.readouterr().err
     assert "warning" in warning and str(victim) in warning
     with pytest.raises(UserError) as caught:
@@ -302,7 +302,7 @@ def test_divergence_exits_6_after_max_bad_steps_and_the_weights_stay_finite(corp
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     errors = llmkit("pretrain", "c.yaml", "-o", "run_dir=r", cwd=tmp_path, code=6).stderr
     assert "not finite in 3 steps in a row" in errors and "lr 1e+30" in errors
-    saved = checkpoint.listed(tmp_path / "r")
+    saved = checkpoint.list_checkpoints(tmp_path / "r")
     assert saved
     for folder in saved:
         assert all(torch.isfinite(t).all() for t in load_file(folder / "model" / "model.safetensors").values())
@@ -319,10 +319,10 @@ def test_a_full_disk_leaves_older_checkpoints_and_goes_on(corpus, tmp_path, monk
     with pytest.raises(UserError) as caught:
         run(corpus, tmp_path, train=steps(20))
     assert caught.value.code == 5 and "MiB free" in caught.value.got
-    assert [folder.name for folder in checkpoint.listed(where)] == ["step-000010"]
+    assert [folder.name for folder in checkpoint.list_checkpoints(where)] == ["step-000010"]
     monkeypatch.setattr(checkpoint, "save_file", real)
     run(corpus, tmp_path, train=steps(20))
-    assert checkpoint.newest_good(where).name == "step-000020"
+    assert checkpoint.newest_intact_checkpoint(where).name == "step-000020"
 
 
 # ---- options that something must observe ----------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def test_early_stopping_and_the_best_checkpoint_is_kept(corpus, tmp_path):
     assert "stopped early" in summary["ended"] and summary["steps"] < 400
     evaluated = {r["step"]: r["val_loss"] for r in metrics(where) if "val_loss" in r and r["step"]}
     best = min(evaluated, key=evaluated.get)
-    assert {f.name for f in checkpoint.listed(where)} == {f"step-{best:06d}", f"step-{summary['steps']:06d}"}
+    assert {f.name for f in checkpoint.list_checkpoints(where)} == {f"step-{best:06d}", f"step-{summary['steps']:06d}"}
     assert len([step for step in evaluated if step > best]) == 3
     assert locate(where).folder.parent.name == f"step-{best:06d}"
 

@@ -168,7 +168,7 @@ def test_the_summary_names_the_best_checkpoint_that_exists(tmp_path):
     folder, values = place(tmp_path, eval={"every": 4}, checkpoint={"every": 10, "keep": 1})
     summary = train(load(folder, values), **quiet)
     best = Path(summary["best_checkpoint"])
-    assert best == checkpoint.best(folder / "run") and best.is_dir()
+    assert best == checkpoint.best_checkpoint(folder / "run") and best.is_dir()
     assert summary["best_val_loss"] == round(checkpoint.read_manifest(best)["val_loss"], 4)
 
 
@@ -195,7 +195,7 @@ def test_a_checkpoint_copied_elsewhere_is_a_model(tmp_path):
     folder, values = place(tmp_path)
     train(load(folder, values), **quiet)
     copy = tmp_path / "far/away/copy"
-    shutil.copytree(checkpoint.best(folder / "run"), copy)
+    shutil.copytree(checkpoint.best_checkpoint(folder / "run"), copy)
     (tmp_path / "one.txt").write_text(sentences(3, 20))
     assert locate(copy).run_dir is None
     figures = [measure(locate(path), data=tmp_path / "one.txt", window=32)["loss"] for path in (copy, folder / "run")]
@@ -205,17 +205,17 @@ def test_a_checkpoint_copied_elsewhere_is_a_model(tmp_path):
 def test_the_base_of_an_adapter_outlives_its_own_run(tmp_path):
     folder, values = place(tmp_path, checkpoint={"every": 10, "keep": 1})
     train(load(folder, values), **quiet)
-    base = checkpoint.best(folder / "run")
+    base = checkpoint.best_checkpoint(folder / "run")
     values_lora = {key: value for key, value in values.items() if key != "model"}
     tuned = values_lora | {"run_dir": str(folder / "lora"), "init_from": str(folder / "run"), "peft": {"name": "lora"}}
     train(load(folder, tuned), **quiet)
     before = measure(locate(folder / "lora"))["loss"]
     values["train"]["max_steps"] = 60
     train(load(folder, values), **quiet)
-    assert base.is_dir() and len(checkpoint.listed(folder / "run")) <= 3
+    assert base.is_dir() and len(checkpoint.list_checkpoints(folder / "run")) <= 3
     assert measure(locate(folder / "lora"))["loss"] == before
     shutil.rmtree(folder / "lora")
-    assert not checkpoint.is_held(base)
+    assert not checkpoint.has_dependent_runs(base)
 
 
 def test_a_dry_run_writes_nothing_and_refuses_what_the_run_would(tmp_path):
@@ -232,7 +232,7 @@ def test_a_dry_run_writes_nothing_and_refuses_what_the_run_would(tmp_path):
 def test_files_for_others_are_readable_by_others(tmp_path):
     folder, values = place(tmp_path)
     train(load(folder, values), **quiet)
-    files = [path for path in checkpoint.best(folder / "run").rglob("*") if path.is_file()]
+    files = [path for path in checkpoint.best_checkpoint(folder / "run").rglob("*") if path.is_file()]
     assert len({path.stat().st_mode for path in files}) == 1
 
 

@@ -19,7 +19,7 @@ from llmkit.errors import UserError
 from llmkit.models import build_model, llama
 from llmkit.models.folder import save_model
 from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer, byte_letters, load_tokenizer
-from llmkit.tokenizer.train import BERT_SPECIALS, KINDS, PATTERNS, SPECIALS, extend_bpe, train_tokenizer
+from llmkit.tokenizer.train import BERT_SPECIALS, PATTERNS, SPECIALS, TRAINERS, extend_bpe, train_tokenizer
 
 
 def prose(seed: int, letters: str, number: int = 4000) -> str:
@@ -52,7 +52,7 @@ def chance(seed: int, number: int) -> list[str]:
     return ["".join(draw.choices(letters, k=draw.randint(1, 40))) for _ in range(number)]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=TRAINERS)
 def kind(request) -> str:
     return request.param
 
@@ -60,7 +60,9 @@ def kind(request) -> str:
 @pytest.fixture(scope="module")
 def made() -> dict[str, Tokenizer]:
     """One of each kind."""
-    return {kind: train_tokenizer([LATIN, FOREIGN], kind, vocab_size=500, special_tokens=["<tool>"]) for kind in KINDS}
+    return {
+        kind: train_tokenizer([LATIN, FOREIGN], kind, vocab_size=500, special_tokens=["<tool>"]) for kind in TRAINERS
+    }
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -81,7 +83,7 @@ def test_training_again_gives_the_same(kind, made):
     assert {one.sha256 for one in again} == {made[kind].sha256}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINERS)
 def test_a_tokenizer_has_the_same_checksum_when_it_is_read_again(kind, made, tmp_path):
     made[kind].save(tmp_path)
     assert load_tokenizer(tmp_path).sha256 == made[kind].sha256
@@ -269,28 +271,28 @@ def test_roles_that_a_file_names_are_kept(made, tmp_path):
 def test_all_that_ends_an_answer_is_told_to_transformers_and_read_from_it(made, tmp_path):
     config = llama.Config(vocab_size=400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     one = load_saved(made["bpe"], tmp_path / "plain", config)
-    assert one.answer_ends == [one.eos_id] and not (tmp_path / "plain" / "generation_config.json").exists()
+    assert one.stop_ids == [one.eos_id] and not (tmp_path / "plain" / "generation_config.json").exists()
     one.chat_template = "{{ messages }}"
     again = load_saved(one, tmp_path / "chats", config)
-    assert again.answer_ends == [one.eos_id, one.chat_end]
+    assert again.stop_ids == [one.eos_id, one.end_of_turn_id]
     theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "chats")
-    assert theirs.eos_token_id == again.answer_ends
+    assert theirs.eos_token_id == again.stop_ids
     file = tmp_path / "chats" / "generation_config.json"
     plain = one.encode("a")[0]
     file.write_text(json.dumps({"eos_token_id": [one.specials["<tool>"], plain, 10**6]}))
-    assert load_tokenizer(tmp_path / "chats").answer_ends == [one.eos_id, one.chat_end, one.specials["<tool>"]]
+    assert load_tokenizer(tmp_path / "chats").stop_ids == [one.eos_id, one.end_of_turn_id, one.specials["<tool>"]]
 
 
 def load_saved(one: Tokenizer, path: Path, config: llama.Config) -> Tokenizer:
     """A tokenizer that was saved beside a model."""
     one.save(path)
-    save_model(build_model(config), path, eos_token_ids=one.answer_ends)
+    save_model(build_model(config), path, eos_token_ids=one.stop_ids)
     return load_tokenizer(path)
 
 
 def test_chat_tokens_are_there(kind, made):
     if kind != "wordpiece":
-        assert made[kind].eos == EOS and made[kind].chat_end == made[kind].specials[CHAT_END]
+        assert made[kind].eos == EOS and made[kind].end_of_turn_id == made[kind].specials[CHAT_END]
         assert made[kind].specials[CHAT_START] == 1
 
 
@@ -435,14 +437,16 @@ def extended(base) -> Tokenizer:
     return extend_bpe(base, [FOREIGN[: len(FOREIGN) // 2], FOREIGN[len(FOREIGN) // 2 :]], 800)
 
 
-def merges_of(one: Tokenizer) -> list[tuple[str, str]]:
+def infer_merges(one: Tokenizer) -> list[tuple[str, str]]:
     return [tuple(merge) for merge in json.loads(one.rust.to_str())["model"]["merges"]]
 
 
 def test_old_tokens_keep_their_ids(base, extended):
     old, new = (one.rust.get_vocab(with_added_tokens=True) for one in (base, extended))
     assert old.items() <= new.items() and sorted(new.values()) == list(range(800)) and len(old) == 500
-    assert extended.specials == base.specials and merges_of(extended)[: len(merges_of(base))] == merges_of(base)
+    assert extended.specials == base.specials and infer_merges(extended)[: len(infer_merges(base))] == infer_merges(
+        base
+    )
     assert (extended.eos_id, extended.bos, extended.chat_template) == (base.eos_id, "<tool>", "{{ messages }}")
     for text in [*HARD, LATIN, FOREIGN]:
         assert extended.decode(base.encode(text)) == text
@@ -450,7 +454,7 @@ def test_old_tokens_keep_their_ids(base, extended):
 
 def test_new_tokens_are_old_ones_joined(base, extended):
     ids = extended.rust.get_vocab()
-    joined = {left + right: (left, right) for left, right in merges_of(extended)[len(merges_of(base)) :]}
+    joined = {left + right: (left, right) for left, right in infer_merges(extended)[len(infer_merges(base)) :]}
     letters = {letter: byte for byte, letter in enumerate(byte_letters())}
     for i in range(len(base), len(extended)):
         left, right = joined[extended.rust.id_to_token(i)]
@@ -461,7 +465,7 @@ def test_new_tokens_are_old_ones_joined(base, extended):
 
 
 def test_text_without_new_pairs_is_encoded_as_before_and_other_text_shorter(base, extended):
-    new = set(merges_of(extended)[len(merges_of(base)) :])
+    new = set(infer_merges(extended)[len(infer_merges(base)) :])
     words = [*chance(5, 1000), *LATIN.split(), *FOREIGN.split()[:2000]]
     changed = 0
     for word in words:
@@ -480,7 +484,7 @@ def test_the_first_new_pair_is_the_most_frequent(base, extended):
     for half in (FOREIGN[: len(FOREIGN) // 2], FOREIGN[len(FOREIGN) // 2 :]):
         for piece, _ in base.rust.pre_tokenizer.pre_tokenize_str(half):
             counts.update(itertools.pairwise(token.value for token in base.rust.model.tokenize(piece)))
-    assert counts[merges_of(extended)[len(merges_of(base))]] == max(counts.values())
+    assert counts[infer_merges(extended)[len(infer_merges(base))]] == max(counts.values())
 
 
 def test_pairs_are_counted_over_all_texts():

@@ -19,12 +19,12 @@ def export(
 ) -> None:
     """Write a model for transformers, vLLM, peft or llama.cpp."""
     from llmkit.errors import UserError
-    from llmkit.formats.hf import FORMATS
+    from llmkit.formats.hf import EXPORTERS
     from llmkit.storage.locate import locate
 
-    if format not in FORMATS:
-        raise UserError("--format is unknown", got=format, expected=" or ".join(FORMATS))
-    write, dtypes = FORMATS[format]
+    if format not in EXPORTERS:
+        raise UserError("--format is unknown", got=format, expected=" or ".join(EXPORTERS))
+    write, dtypes = EXPORTERS[format]
     if dtype not in dtypes:
         fix = "export q8_0 or bf16: llama.cpp's llama-quantize makes others of it" if format == "gguf" else None
         raise UserError(f"--dtype is unknown to {format}", got=dtype, expected=" or ".join(dtypes), fix=fix)

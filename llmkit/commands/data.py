@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmkit.commands.show import AsJson, ConfigArg, Override, on_screen, progress_to, show
+from llmkit.commands.show import AsJson, ConfigArg, Override, progress_printer, show, terminal_text
 
 SAMPLE = "def main(argv=None):\n    return 0\n"
 
@@ -34,7 +34,7 @@ def data_build(
         text, funnel = try_corpus(section, dry_run, where=loaded.where)
         show({"funnel": funnel}, as_json) if as_json else print(text)
         return
-    manifest = build_corpus(section, say=progress_to(as_json), where=loaded.where)
+    manifest = build_corpus(section, say=progress_printer(as_json), where=loaded.where)
     if as_json:
         show(manifest, as_json)
     else:
@@ -86,7 +86,7 @@ def data_inspect(
     from llmkit.parallel.world import start_world
     from llmkit.training.prepare import prepare
 
-    job = prepare(loaded, start_world(), say=progress_to(as_json))
+    job = prepare(loaded, start_world(), say=progress_printer(as_json))
     shown = inspect_rows(job.batches("train", rows or 2).batch_at(0), job.data.tokenizer)
     if as_json:
         show({"rows": shown}, as_json)
@@ -106,13 +106,13 @@ def inspect_documents(data: Any, id: str | None, dropped: int, kept: int, rule: 
             show(found, as_json)
         else:
             show({k: v for k, v in found.items() if k not in ("scores", "text")} | found["scores"], as_json)
-            print(f"\n{on_screen(found['text'][:2000])}")
+            print(f"\n{terminal_text(found['text'][:2000])}")
         return
     samples = [*sample_documents(data, dropped, kept=False, rule=rule), *sample_documents(data, kept, kept=True)]
     if as_json:
         show({"documents": samples}, as_json)
     for one in samples if not as_json else ():
-        print(f"--- {one['id']}: {one['why']}\n{on_screen(one['text'][:1000])}\n")
+        print(f"--- {one['id']}: {one['why']}\n{terminal_text(one['text'][:1000])}\n")
 
 
 @tokenizer_app.command("train")

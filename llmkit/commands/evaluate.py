@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmkit.commands.show import AsJson, progress_to, show
+from llmkit.commands.show import AsJson, progress_printer, show
 
 
 def evaluate(
@@ -28,7 +28,7 @@ def evaluate(
     from llmkit.evals.perplexity import measure
     from llmkit.storage.locate import locate
 
-    located = locate(model or unnamed_run(progress_to(as_json)))
+    located = locate(model or unnamed_run(progress_printer(as_json)))
     show(measure(located, data=data, window=window, stride=stride, batch_size=batch_size, precision=precision), as_json)
 
 

@@ -13,12 +13,12 @@ Override = Annotated[list[str], typer.Option("-o", help="Override a key: section
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
 
 
-def progress_to(as_json: bool):
+def progress_printer(as_json: bool):
     """Where lines about progress go: standard output belongs to the JSON object when one is asked for."""
     return lambda line: print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
-def on_screen(text: str) -> str:
+def terminal_text(text: str) -> str:
     """Text of a model or a stranger as a terminal may have it; a file or a pipe gets it as it is."""
     from llmkit.screen import printable
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmkit.commands.show import AsJson, ConfigArg, Override, progress_to, show
+from llmkit.commands.show import AsJson, ConfigArg, Override, progress_printer, show
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the header, and stop.")]
 
@@ -50,7 +50,9 @@ def finetune(
     from llmkit.training.presets import finetune_config
 
     chosen = [name for name, given in (("lora", lora), ("full", full), (method, method is not None)) if given]
-    made = finetune_config(config, chosen, model=from_, data=data, rank=rank, overrides=o, say=progress_to(as_json))
+    made = finetune_config(
+        config, chosen, model=from_, data=data, rank=rank, overrides=o, say=progress_printer(as_json)
+    )
     run_training(made, dry_run=dry_run, fresh=fresh, nproc=nproc, as_json=as_json)
 
 
@@ -63,7 +65,7 @@ def run_training(config: Any, *, dry_run: bool, fresh: bool, nproc: int, as_json
     else:
         from llmkit.training.loop import train
 
-        summary = train(config, fresh=fresh, dry_run=dry_run, say=progress_to(as_json))
+        summary = train(config, fresh=fresh, dry_run=dry_run, say=progress_printer(as_json))
     if as_json:
         show(summary, as_json)
     elif not dry_run:
@@ -76,7 +78,7 @@ def train_rank(config: Any, *, as_json: bool, **options: Any) -> dict[str, Any]:
     """What every process of `--nproc` runs."""
     from llmkit.training.loop import train
 
-    return train(config, say=progress_to(as_json), **options)
+    return train(config, say=progress_printer(as_json), **options)
 
 
 def plan(config: ConfigArg, o: Override = [], as_json: AsJson = False) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmkit.commands.show import AsJson, on_screen, show
+from llmkit.commands.show import AsJson, show, terminal_text
 
 Model = Annotated[str, typer.Argument(help="A run, checkpoint, adapter or Hugging Face folder.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1)]
@@ -61,7 +61,7 @@ def generate(
     continues = writer.continues and not chat
     print(texts[0] if continues else "", end="", flush=True)
     for piece in written[0]:
-        print(on_screen(piece), end="", flush=True)
+        print(terminal_text(piece), end="", flush=True)
     print()
     if written[0].ended == "length" and len(written[0].tokens) < max_new_tokens:
         to_stderr(f"(the model's {writer.longest} positions are full after {len(written[0].tokens)} tokens)")
@@ -69,7 +69,7 @@ def generate(
 
 def print_texts(rows: list[dict]) -> None:
     for row in rows:
-        print(f"--- {on_screen(row['prompt'])}\n{on_screen(row['text'])}")
+        print(f"--- {terminal_text(row['prompt'])}\n{terminal_text(row['text'])}")
 
 
 def to_stderr(line: str) -> None:
@@ -91,14 +91,14 @@ def chat(
 ) -> None:
     """Talk with a model: a line is a message, /new begins again, /exit or Ctrl-D ends."""
     from llmkit.errors import UserError
-    from llmkit.inference.generate import Sampling, room_for
+    from llmkit.inference.generate import Sampling, tokens_left
     from llmkit.inference.writer import open_writer
-    from llmkit.tokenizer.chat_template import CHATML, default_template
+    from llmkit.tokenizer.chat_template import CHATML_TEMPLATE, default_template
 
     sampling = Sampling(temperature, top_k or None, top_p, min_p, repetition_penalty)
     writer = open_writer(model, precision=precision, compile=compile, say=to_stderr)
     if writer.tokenizer.chat_template is None:
-        way = "in ChatML" if default_template(writer.tokenizer) == CHATML else "in plain text"
+        way = "in ChatML" if default_template(writer.tokenizer) == CHATML_TEMPLATE else "in plain text"
         to_stderr(f"this model has no chat template: it is asked {way}, which it may not know")
     begin = [{"role": "system", "content": system}] if system else []
     messages = list(begin)
@@ -118,7 +118,7 @@ def chat(
         messages.append({"role": "user", "content": line})
         try:
             ids, dropped = writer.encode_recent(messages, max_new_tokens)
-            room_for(writer.model, [ids], max_new_tokens)
+            tokens_left(writer.model, [ids], max_new_tokens)
         except UserError as error:  # the conversation goes on without this message
             to_stderr(str(error))
             messages.pop()
@@ -129,7 +129,7 @@ def chat(
         options = {"sampling": sampling, "max_new_tokens": max_new_tokens, "seed": seed, "chat": True}
         try:
             for piece in writer.write([ids], **options)[0]:
-                print(on_screen(piece), end="", flush=True)
+                print(terminal_text(piece), end="", flush=True)
                 answer += piece
         except KeyboardInterrupt:  # enough of this answer
             pass

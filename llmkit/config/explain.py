@@ -12,7 +12,7 @@ from llmkit.config.yaml import nearest
 from llmkit.errors import UserError, did_you_mean
 
 # What people type out of habit, and where it lives here.
-ELSEWHERE = {
+KEY_ALIASES = {
     "lr": "optimizer.lr",
     "learning_rate": "optimizer.lr",
     "weight_decay": "optimizer.weight_decay",
@@ -66,7 +66,7 @@ def explain(problem: dict, schema: type[BaseModel], origins: dict[tuple, str], p
     key, at = ".".join(map(str, path)), nearest(origins, path)
     if problem["type"] == "extra_forbidden":
         word = str(path[-1])
-        hint = did_you_mean(word, known) or (f"this lives in {ELSEWHERE[word]}" if word in ELSEWHERE else None)
+        hint = did_you_mean(word, known) or (f"this lives in {KEY_ALIASES[word]}" if word in KEY_ALIASES else None)
         if hint is None:
             homes = [name for name, section in Config.model_fields.items() if word in fields_at(Config, [name])]
             hint = f"did you mean {homes[0]}.{word}?" if homes else f"known keys: {', '.join(sorted(known))}"

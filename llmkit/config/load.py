@@ -83,7 +83,7 @@ def conflicts(config: Config) -> Iterator[UserError]:
                 at=config.where("data.kind"),
                 fix="name one as init_from",
             )
-        yield from useless(config, "data", config.data, "val_path", ["val_fraction"])
+        yield from ignored_keys(config, "data", config.data, "val_path", ["val_fraction"])
     if isinstance(config.data, CorpusData):
         yield from source_conflicts(config, config.data)
         yield from tokenizer_conflicts(config, config.data.tokenizer)
@@ -111,7 +111,7 @@ def source_conflicts(config: Config, data: CorpusData) -> Iterator[UserError]:
             got=f"none: {', '.join(without)}",
             fix="give all of them one, or none",
         )
-    yield from useless(config, "data", data, "cluster", ["workers"])
+    yield from ignored_keys(config, "data", data, "cluster", ["workers"])
     for i, source in enumerate(data.sources):
         if (source.path is None) == (source.hf is None):
             yield UserError(
@@ -120,8 +120,8 @@ def source_conflicts(config: Config, data: CorpusData) -> Iterator[UserError]:
                 got="both" if source.path else "neither",
             )
         place = f"data.sources.{i}"
-        yield from useless(config, place, source, "path", ["config", "revision", "split", "streaming"])
-        yield from useless(config, place, source, "hf", ["include", "exclude"])
+        yield from ignored_keys(config, place, source, "path", ["config", "revision", "split", "streaming"])
+        yield from ignored_keys(config, place, source, "hf", ["include", "exclude"])
         if source.name in names[:i]:
             yield UserError("two sources share a name", at=config.where(f"data.sources.{i}"), got=source.name)
 
@@ -137,8 +137,8 @@ def tokenizer_conflicts(config: Config, tokenizer: TokenizerSection) -> Iterator
             expected="{train: bpe, vocab_size: 32000} or {path: tokenizer.json}",
         )
     learning = ["pattern", "normalize", "special_tokens", "extra_ids"]
-    yield from useless(config, "data.tokenizer", tokenizer, "path", ["vocab_size", "sample_mb", *learning])
-    yield from useless(config, "data.tokenizer", tokenizer, "extend", learning)
+    yield from ignored_keys(config, "data.tokenizer", tokenizer, "path", ["vocab_size", "sample_mb", *learning])
+    yield from ignored_keys(config, "data.tokenizer", tokenizer, "extend", learning)
     if tokenizer.train in ("wordpiece", "char") and tokenizer.pattern != "gpt2":
         yield UserError(
             f"data.tokenizer.pattern means nothing to {tokenizer.train}",
@@ -147,7 +147,7 @@ def tokenizer_conflicts(config: Config, tokenizer: TokenizerSection) -> Iterator
         )
 
 
-def useless(config: Config, place: str, section: Section, given: str, keys: list[str]) -> Iterator[UserError]:
+def ignored_keys(config: Config, place: str, section: Section, given: str, keys: list[str]) -> Iterator[UserError]:
     """Keys that would be ignored because `given` is there; values at their defaults mean nothing and pass."""
     for key in keys:
         default = type(section).model_fields[key].default

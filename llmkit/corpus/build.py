@@ -27,14 +27,14 @@ from typing import Any
 import numpy as np
 
 from llmkit.config.schema import CorpusData, OnError
-from llmkit.corpus.decide import VAL, Decision, checks_of, count_fates, decide, draw
+from llmkit.corpus.decide import VAL, Decision, count_fates, decide, draw, limits_of
 from llmkit.corpus.encode import encode_unit, kept_texts, split_text
 from llmkit.corpus.engine import Pool, open_pool
 from llmkit.corpus.filters import RULES
 from llmkit.corpus.measure import Stopwatch, measure_unit, peak_mb, size_of
 from llmkit.corpus.report import make_funnel, report
 from llmkit.corpus.scorers import check_languages, classifier, word_list
-from llmkit.corpus.units import VERSION, Unit, hash_of, load_array, make_units, passed_over
+from llmkit.corpus.units import VERSION, Unit, count_unknown_files, load_array, make_units, short_hash
 from llmkit.data.tokens import changed, token_dtype
 from llmkit.errors import DataError, MachineError, UserError, did_you_mean, raise_all
 from llmkit.files import lock, write_atomically
@@ -129,13 +129,13 @@ def try_corpus(data: CorpusData, documents: int, *, where: Where = lambda key: N
         trial = data.model_copy(update={"sources": sources, "cluster": None, "on_error": anything})
         units, parts = make_units(trial), Path(place)
         with open_pool(trial, len(units)) as pool:
-            counts = measure_all(pool, units, trial, parts)
+            counts = measure_units(pool, units, trial, parts)
         decision = decide(units, trial, parts, parts / "decided")
     funnel = make_funnel(units, counts, decision)
     return report({"funnel": funnel}, counts, [], decision), funnel
 
 
-def measure_all(pool: Pool, units: list[Unit], data: CorpusData, parts: Path) -> list[dict[str, Any]]:
+def measure_units(pool: Pool, units: list[Unit], data: CorpusData, parts: Path) -> list[dict[str, Any]]:
     """Pass A over all units; returns their counts."""
     sizes = [unit.bytes for unit in units]
     return pool.map(measure_unit, [(unit, data, parts) for unit in units], "read, clean, measure", sizes)
@@ -147,10 +147,10 @@ def make_recipe(data: CorpusData) -> tuple[list[Unit], Tokenizer | None, str]:
     path = data.tokenizer.path or data.tokenizer.extend
     named = load_tokenizer(Path(path)) if path else None
     settings = data.model_dump(exclude={"dir", "sources", "workers", "cluster", "seq_len", "document_mask"})
-    return units, named, hash_of(VERSION, [unit.part for unit in units], settings, named and named.sha256)
+    return units, named, short_hash(VERSION, [unit.part for unit in units], settings, named and named.sha256)
 
 
-def decided_in(folder: Path, recipe: str) -> Path:
+def decision_folder(folder: Path, recipe: str) -> Path:
     """Where pass B of a recipe leaves the fates: a build that is cut off must not touch those of the finished one."""
     return folder / "parts" / f"decided-{recipe}"
 
@@ -209,15 +209,15 @@ def build_units(data: CorpusData, units: list[Unit], named: Tokenizer | None, re
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     with open_pool(data, len(units)) as pool:
-        counts = measure_all(pool, units, data, parts)
+        counts = measure_units(pool, units, data, parts)
         stop_on_bad_records(data, counts, write_quarantine(units, parts, folder))
         watch = Stopwatch()
-        decided = decided_in(folder, recipe)
+        decided = decision_folder(folder, recipe)
         decision = decide(units, data, parts, decided)
         watch.lap("deciding")
         funnel = make_funnel(units, counts, decision)
         for source in data.sources:
-            funnel[source.name]["passed over"] = passed_over(source)
+            funnel[source.name]["passed over"] = count_unknown_files(source)
         if decision.documents == 0:
             raise nothing_left(folder, funnel)
         tokenizer, tokenizer_folder = make_tokenizer(data, parts, decided, units, decision, named)
@@ -248,7 +248,7 @@ def build_units(data: CorpusData, units: list[Unit], named: Tokenizer | None, re
         "counts": totals,
         "funnel": funnel,
         "splits": splits,
-        "fingerprint": hash_of([file["sha256"] for s in splits.values() for file in s["files"]]),
+        "fingerprint": short_hash([file["sha256"] for s in splits.values() for file in s["files"]]),
         "seconds": round(time.perf_counter() - started, 2),
         "workers": pool.workers,
         "cpu_seconds": {stage: round(value, 2) for stage, value in seconds.items()},
@@ -266,12 +266,12 @@ def build_units(data: CorpusData, units: list[Unit], named: Tokenizer | None, re
 def encoding_key(data: CorpusData, decided: Path, unit: Unit, decision: Decision, tokenizer: Tokenizer) -> str:
     """A hash of all that a unit's shards and the reasons beside them depend on."""
     fates, cut = (load_array(decided / f"{unit.part}.{name}.npy") for name in ("fate", "cut"))
-    checks = checks_of(data, unit.source["profile"])
+    checks = limits_of(data, unit.source["profile"])
     met = {name: checks.get(name) for name in count_fates(fates["fate"])}  # other thresholds that drop nothing else
     if "language" in met:
         met["language"] |= {"keep": data.filter.language.keep}
     splitting = (data.split.val_fraction if decision.by_tail else None, decision.by_tail)
-    return hash_of(unit.part, checksum(fates["fate"]), checksum(cut), met, tokenizer.sha256, splitting)
+    return short_hash(unit.part, checksum(fates["fate"]), checksum(cut), met, tokenizer.sha256, splitting)
 
 
 def checksum(array: np.ndarray) -> str:
@@ -349,7 +349,7 @@ def make_tokenizer(
     splitting = (data.split.val_fraction, decision.by_tail)
     section = data.tokenizer
     settings = (section.model_dump(), named and named.sha256, data.seed, splitting)
-    made_of = named.sha256 if section.path else hash_of([unit.part for unit in units], flags, settings)
+    made_of = named.sha256 if section.path else short_hash([unit.part for unit in units], flags, settings)
     folder = parts / f"tokenizer-{made_of[:16]}"
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder), folder

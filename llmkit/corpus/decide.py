@@ -14,7 +14,7 @@ import numpy as np
 
 from llmkit.config.schema import CorpusData, NearDedup
 from llmkit.corpus.dedup import first_of_equals, least_agreement, longest_of, near_clusters
-from llmkit.corpus.filters import RULES, Bounds, bounds_of, outside, why
+from llmkit.corpus.filters import RULES, Bounds, outside, profile_limits, why
 from llmkit.corpus.scorers import evaluation_ngrams
 from llmkit.corpus.units import Unit, load_array, save_array
 from llmkit.corpus.words import GOLDEN, mix
@@ -36,8 +36,8 @@ FATES = (
 )
 FATE = {name: number for number, name in enumerate(FATES)}
 PAIRS = 100_000  # whose sketches are compared at a time
-FEW = 4  # documents that whole ones would give to val: below this, every document gives its tail
-MOST_CUT = 0.8  # of a document in paragraphs that stood before: what is left would be scraps
+MIN_VAL_DOCUMENTS = 4  # documents that whole ones would give to val: below this, every document gives its tail
+MAX_CUT_FRACTION = 0.8  # of a document in paragraphs that stood before: what is left would be scraps
 
 
 @dataclass
@@ -56,12 +56,12 @@ class Decision:
         return sum(int((fates <= VAL).sum()) for fates in self.fates)
 
 
-def checks_of(data: CorpusData, profile: str) -> Bounds:
+def limits_of(data: CorpusData, profile: str) -> Bounds:
     """Limits by fate, in the order in which they are looked at."""
     checks = {"empty": {"low": 1}}
     if data.filter.language:
         checks["language"] = {"low": data.filter.language.min_score}
-    checks |= bounds_of(profile, data.filter.rules)
+    checks |= profile_limits(profile, data.filter.rules)
     if data.filter.words:
         checks["listed_words"] = {"high": data.filter.words.max_per_1k}
     if data.filter.classifier:
@@ -84,7 +84,7 @@ def values_of(table: np.ndarray, fate: str, data: CorpusData) -> np.ndarray:
 def judge(table: np.ndarray, data: CorpusData, profile: str) -> np.ndarray:
     """(documents,) uint8: the first check that drops each, or TRAIN."""
     fates = np.full(len(table), TRAIN, np.uint8)
-    for fate, limits in checks_of(data, profile).items():
+    for fate, limits in limits_of(data, profile).items():
         bad = outside(values_of(table, fate, data), limits) if limits else np.zeros(len(table), bool)
         fates[bad & (fates == TRAIN)] = FATE[fate]
     return fates
@@ -98,7 +98,7 @@ def reason(row: np.ndarray, fate: int, data: CorpusData, profile: str) -> str:
         if code not in wanted.keep:
             return f"language {code}, not {', '.join(wanted.keep)}"
         return f"language {code} {row['language_score']:.2f} < {wanted.min_score:g}"
-    limits = checks_of(data, profile).get(name)
+    limits = limits_of(data, profile).get(name)
     return why(name, float(values_of(row[None], name, data)[0]), limits) if limits and name != "empty" else name
 
 
@@ -124,7 +124,7 @@ def decide(units: list[Unit], data: CorpusData, parts: Path, decided: Path) -> D
 
     Memory holds the ledger, and what was found in some documents: n-grams of evaluation files, long paragraphs.
     """
-    ledger = judge_all(units, data, parts)
+    ledger = open_ledger(units, data, parts)
     clusters, largest = join_near(ledger, units, parts, data.dedup.near) if data.dedup.near else (0, 0)
     contamination = find_contaminated(ledger, units, data, parts)
     cuts = find_repeated_paragraphs(ledger, units, parts) if data.dedup.paragraphs else None
@@ -141,7 +141,7 @@ def decide(units: list[Unit], data: CorpusData, parts: Path, decided: Path) -> D
     return Decision(by_tail, np.split(ledger.fates, ledger.starts[1:-1]), clusters, largest, contamination, cut)
 
 
-def judge_all(units: list[Unit], data: CorpusData, parts: Path) -> Ledger:
+def open_ledger(units: list[Unit], data: CorpusData, parts: Path) -> Ledger:
     """Open the ledger: every document judged by itself, and exact duplicates put together."""
     starts = np.cumsum([0, *(load_array(parts / f"{unit.part}.scores.npy", mmap_mode="r").shape[0] for unit in units)])
     number = int(starts[-1])
@@ -167,7 +167,7 @@ def join_near(ledger: Ledger, units: list[Unit], parts: Path, near: NearDedup) -
     kept, least = ledger.kept, least_agreement(near.bands, near.rows)
     together = near_clusters(
         len(kept),
-        (keys_of_band(units, parts, ledger.starts, band)[kept] for band in range(near.bands)),
+        (band_column(units, parts, ledger.starts, band)[kept] for band in range(near.bands)),
         lambda left, right: agreement(units, parts, ledger.starts, kept[left], kept[right]) >= least,
     )
     ledger.heads[kept] = ledger.heads[kept[together]]
@@ -182,7 +182,7 @@ def join_near(ledger: Ledger, units: list[Unit], parts: Path, near: NearDedup) -
 def hold_out(ledger: Ledger, data: CorpusData) -> bool:
     """Give whole clusters to val; True where there are so few documents that the tail of each has to do."""
     kept = ledger.kept
-    if len(kept) * data.split.val_fraction < FEW:
+    if len(kept) * data.split.val_fraction < MIN_VAL_DOCUMENTS:
         return True
     drawn = draw(ledger.keys[ledger.heads[kept]], data.seed) < data.split.val_fraction
     ledger.fates[kept[drawn]] = VAL
@@ -194,7 +194,7 @@ def draw(keys: np.ndarray, seed: int) -> np.ndarray:
     return mix(keys + np.array([seed], np.uint64) * GOLDEN) / 2.0**64
 
 
-def keys_of_band(units: list[Unit], parts: Path, starts: np.ndarray, band: int) -> np.ndarray:
+def band_column(units: list[Unit], parts: Path, starts: np.ndarray, band: int) -> np.ndarray:
     """One band's keys of all documents. Mapped and let go at once, so that only these bytes come into memory."""
     keys = np.empty(starts[-1], np.uint64)
     for i, unit in enumerate(units):
@@ -261,7 +261,7 @@ def find_repeated_paragraphs(ledger: Ledger, units: list[Unit], parts: Path) -> 
         cut[here[np.unique(keys[here], return_index=True)[1]]] = False  # the first of equals stays
         if dropping:
             gone = np.bincount(documents[cut], weights=sizes[cut], minlength=len(ledger.fates))
-            ledger.fates[gone > MOST_CUT * ledger.lengths] = FATE["repeated paragraphs"]
+            ledger.fates[gone > MAX_CUT_FRACTION * ledger.lengths] = FATE["repeated paragraphs"]
     return np.split(cut, np.cumsum([len(one) for one in found])[:-1])
 
 

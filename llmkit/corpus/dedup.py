@@ -12,7 +12,7 @@ from functools import cache
 
 import numpy as np
 
-from llmkit.corpus.words import GOLDEN, Text, hash_ngrams, mix
+from llmkit.corpus.words import GOLDEN, TextFeatures, hash_ngrams, mix
 
 SURE = 0.9  # of the similarity at which bands find pairs: fewer agreeing rows than this were a chance meeting
 BLOCK = 2048  # n-grams hashed at a time: (112, 2048) 32-bit values stay in the cache
@@ -31,7 +31,7 @@ def hash_functions(number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return a | np.uint32(1), b
 
 
-def minhash(text: Text, *, ngram: int = 5, bands: int = 14, rows: int = 8, seed: int = 0) -> np.ndarray:
+def minhash(text: TextFeatures, *, ngram: int = 5, bands: int = 14, rows: int = 8, seed: int = 0) -> np.ndarray:
     """The MinHash signature of a text's word n-grams: uint32 (bands * rows,).
 
     A row is the least a x + b mod 2^32 over the n-grams x. Two texts of Jaccard similarity s agree in a row with

@@ -24,7 +24,7 @@ CHECKED_CHARACTERS = 500  # of the first CHECKED documents of each unit: the fas
 
 
 @lru_cache(maxsize=1)  # one after another, a tokenizer for each unit made a worker grow by 5 MB a unit
-def tokenizer_of_worker(folder: Path) -> Tokenizer:
+def cached_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a build, whose folder is named after all that made it."""
     return load_tokenizer(folder)
 
@@ -67,7 +67,7 @@ def encode_unit(
         if not any(changed(folder / one["path"], one) for file in files for one in (file, file["index"])):
             return result | {"seconds": {}, "peak_mb": 0.0}
     watch, profile = Stopwatch(), unit.source["profile"]
-    tokenizer = tokenizer_of_worker(tokenizer_folder)
+    tokenizer = cached_tokenizer(tokenizer_folder)
     scores = load_array(parts / f"{unit.part}.scores.npy")
     held_out: list[str] = []
     examples: dict[str, list] = {}

@@ -25,7 +25,7 @@ from llmkit.config.schema import CorpusData
 from llmkit.errors import MachineError
 
 # A local worker died; on Dask one did again and again, or the scheduler. By name: Dask may not be installed.
-LOST = ("BrokenProcessPool", "KilledWorker", "FutureCancelledError", "CancelledError")
+WORKER_DIED = ("BrokenProcessPool", "KilledWorker", "FutureCancelledError", "CancelledError")
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Pool:
             try:
                 return [future.result() for future in futures]
             except Exception as error:
-                if type(error).__name__ not in LOST:
+                if type(error).__name__ not in WORKER_DIED:
                     raise
                 raise MachineError(
                     "a worker process died",
@@ -75,7 +75,7 @@ def open_pool(data: CorpusData, units: int) -> Iterator[Pool]:
         yield Pool(None, 1)
     else:
         spawn, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
-        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=follow_leader) as executor:
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=exit_with_parent) as executor:
             try:
                 yield Pool(executor, workers)
             except BaseException:  # an error or Ctrl-C: nobody waits for units that nobody wants; none is half done
@@ -84,7 +84,7 @@ def open_pool(data: CorpusData, units: int) -> Iterator[Pool]:
                 raise
 
 
-def follow_leader() -> None:
+def exit_with_parent() -> None:
     """In a worker: leave Ctrl-C, which reaches every process of a terminal, to the leader, and end when it ends.
 
     One that outlived a killed leader would write into what the next build writes.

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.corpus.words import GOLDEN, Text, mix
+from llmkit.corpus.words import GOLDEN, TextFeatures, mix
 
 STOP_WORDS = {  # a text with fewer than two of every language's is hardly prose; English: Gopher's own list
     "en": "the be to of and that have with",
@@ -47,7 +47,7 @@ def ratio(part: float, whole: float) -> float:
 
 
 @lru_cache(maxsize=1)  # a rule for each n asks for the same text
-def measure_repeats(text: Text) -> dict[int, float]:
+def measure_repeats(text: TextFeatures) -> dict[int, float]:
     """{n: share of the bytes of words that n-grams of words repeat}, Gopher's two measures; 0 is left out.
 
     n = 2..4   in all occurrences of the most frequent n-gram, if it stands twice or more (of equals, the longest)
@@ -92,18 +92,18 @@ def measure_repeats(text: Text) -> dict[int, float]:
     return found
 
 
-def copied(items: list[str]) -> float:
+def duplicate_fraction(items: list[str]) -> float:
     """Share of items that stood before."""
     return ratio(len(items) - len(set(items)), len(items))
 
 
-def copied_characters(items: list[str]) -> float:
+def duplicate_character_fraction(items: list[str]) -> float:
     """Share of the items' characters in those that stood before."""
     total = sum(map(len, items))
     return ratio(total - sum(map(len, set(items))), total)
 
 
-def stop_words(text: Text) -> float | None:
+def stop_words(text: TextFeatures) -> float | None:
     """The most distinct stop words of any one language, counted up to 2.
 
     None for scripts without spaces, and where over 3 % of the letters are not ASCII: a language without a list here.
@@ -119,11 +119,11 @@ def stop_words(text: Text) -> float | None:
     return None if foreign else max(map(len, found.values()))
 
 
-def mean_word_length(text: Text) -> float | None:
+def mean_word_length(text: TextFeatures) -> float | None:
     return ratio(text.letters, len(text.words)) if text.spaced else None
 
 
-def alphabetic_words(text: Text) -> float | None:
+def alphabetic_words(text: TextFeatures) -> float | None:
     """Share of words with a letter; where words are characters, many of them are marks over others."""
     if not text.spaced:
         return None
@@ -132,11 +132,11 @@ def alphabetic_words(text: Text) -> float | None:
     return ratio(plain + mixed, len(text.words))
 
 
-def repeated_ngrams(text: Text, n: int) -> float | None:
+def repeated_ngrams(text: TextFeatures, n: int) -> float | None:
     return measure_repeats(text).get(n, 0.0) if text.spaced else None  # five characters recur in any text
 
 
-def short_lines(text: Text) -> float | None:
+def short_lines(text: TextFeatures) -> float | None:
     return ratio(sum(len(line) <= 30 for line in text.lines), len(text.lines)) if text.spaced else None
 
 
@@ -145,7 +145,7 @@ def count_share(lines: list[str], test: Callable[[str], bool]) -> float:
 
 
 # A rule measures a text; None: it says nothing of such a text.
-RULES: dict[str, Callable[[Text], float | None]] = {
+RULES: dict[str, Callable[[TextFeatures], float | None]] = {
     "words": lambda t: len(t.words),
     "mean_word_length": mean_word_length,
     "hashes_per_word": lambda t: ratio(t.text.count("#"), len(t.words)),
@@ -154,10 +154,10 @@ RULES: dict[str, Callable[[Text], float | None]] = {
     "ellipsis_lines": lambda t: count_share(t.lines, lambda line: line.endswith(ELLIPSES)),
     "alphabetic_words": alphabetic_words,
     "stop_words": stop_words,
-    "duplicate_lines": lambda t: copied(t.lines),
-    "duplicate_line_characters": lambda t: copied_characters(t.lines),
-    "duplicate_paragraphs": lambda t: copied(t.paragraphs),
-    "duplicate_paragraph_characters": lambda t: copied_characters(t.paragraphs),
+    "duplicate_lines": lambda t: duplicate_fraction(t.lines),
+    "duplicate_line_characters": lambda t: duplicate_character_fraction(t.lines),
+    "duplicate_paragraphs": lambda t: duplicate_fraction(t.paragraphs),
+    "duplicate_paragraph_characters": lambda t: duplicate_character_fraction(t.paragraphs),
     **{f"top_{n}_gram": lambda t, n=n: repeated_ngrams(t, n) for n in (2, 3, 4)},
     **{f"duplicate_{n}_grams": lambda t, n=n: repeated_ngrams(t, n) for n in range(5, 11)},
     "punctuated_lines": lambda t: count_share(t.lines, lambda line: line.endswith(LINE_ENDS)),
@@ -233,7 +233,7 @@ PROFILES: dict[str, Bounds] = {
 }
 
 
-def bounds_of(profile: str, overrides: dict[str, Any]) -> Bounds:
+def profile_limits(profile: str, overrides: dict[str, Any]) -> Bounds:
     """The profile's thresholds with {rule: {low, high}} over them; {rule: False} turns one off: no bounds."""
     bounds = dict(PROFILES[profile])
     for rule, change in overrides.items():
@@ -241,7 +241,7 @@ def bounds_of(profile: str, overrides: dict[str, Any]) -> Bounds:
     return bounds
 
 
-def measure(text: Text, rules: Iterable[str]) -> list[float]:
+def measure(text: TextFeatures, rules: Iterable[str]) -> list[float]:
     """What each rule measures, to four digits; nan where it says nothing of such a text."""
     values = [RULES[rule](text) for rule in rules]
     return [math.nan if value is None else round(value, 4) for value in values]

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from llmkit.config.schema import CorpusData
-from llmkit.corpus.build import decided_in, is_built, make_recipe
-from llmkit.corpus.decide import FATES, VAL, checks_of, reason
+from llmkit.corpus.build import decision_folder, is_built, make_recipe
+from llmkit.corpus.decide import FATES, VAL, limits_of, reason
 from llmkit.corpus.units import Unit, load_array, read_zst
-from llmkit.corpus.words import Text, hash_ngrams
+from llmkit.corpus.words import TextFeatures, hash_ngrams
 from llmkit.errors import DataError, UserError, did_you_mean
 
 
@@ -26,7 +26,7 @@ def built_units(data: CorpusData) -> tuple[list[Unit], Path]:
             at=data.dir,
             fix="give the same -o as `llmkit data build`, or build again" if other else "llmkit data build CONFIG",
         )
-    return units, decided_in(Path(data.dir), recipe)
+    return units, decision_folder(Path(data.dir), recipe)
 
 
 def explain_document(data: CorpusData, id: str) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def describe(
     parts, profile = Path(data.dir) / "parts", unit.source["profile"]
     row = load_array(parts / f"{unit.part}.scores.npy")[number]
     fate, stand_in = load_array(decided / f"{unit.part}.fate.npy")[number]
-    checks, scores = checks_of(data, profile), {}
+    checks, scores = limits_of(data, profile), {}
     for name in row.dtype.names[2:]:  # after the key and the size
         limits = ", ".join(f"{word} {value:g}" for word, value in (checks.get(name) or {}).items())
         value = row[name].decode() if name == "language" else f"{row[name]:.4g}"
@@ -73,7 +73,7 @@ def describe(
 
 def shared_words(data: CorpusData, parts: Path, unit: Unit, number: int, text: str) -> str:
     """The first n-gram of a document that an evaluation file has too."""
-    hits, cut, n = load_array(parts / f"{unit.part}.hits.npy"), Text(text), data.decontaminate.ngram
+    hits, cut, n = load_array(parts / f"{unit.part}.hits.npy"), TextFeatures(text), data.decontaminate.ngram
     grams = hits["gram"][hits["document"] == number]
     first = int(np.flatnonzero(np.isin(hash_ngrams(cut.hashes, n), grams))[0])
     return b" ".join(cut.folded[first : first + n]).decode("utf-8", "replace")

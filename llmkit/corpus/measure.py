@@ -25,8 +25,8 @@ from llmkit.corpus.filters import measure
 from llmkit.corpus.pii import scrub
 from llmkit.corpus.scorers import classifier, classifier_score, evaluation_ngrams, language_of, listed_per_1k, word_list
 from llmkit.corpus.units import Unit, atomic_zst, measured_rules, read_unit, read_zst, save_array
-from llmkit.corpus.words import Text, hash_ngrams
-from llmkit.files import half_of, write_atomically
+from llmkit.corpus.words import TextFeatures, hash_ngrams
+from llmkit.files import temporary_path, write_atomically
 from llmkit.readers.decode import GUESSED_ENCODINGS
 from llmkit.readers.records import BadRecord
 from llmkit.types import Document
@@ -76,7 +76,7 @@ class Column(NamedTuple):
 
     stage: str
     fields: list[tuple]
-    measure: Callable[[Text], Sequence[Any]]
+    measure: Callable[[TextFeatures], Sequence[Any]]
 
 
 def columns_of(data: CorpusData, profile: str) -> list[Column]:
@@ -104,20 +104,20 @@ def columns_of(data: CorpusData, profile: str) -> list[Column]:
     return columns
 
 
-def identify(text: Text) -> Sequence[Any]:
+def identify(text: TextFeatures) -> Sequence[Any]:
     """A text's exact key, in two halves, and its size in bytes."""
     return np.frombuffer(exact_key(text.text), "<u8"), len(text.text.encode("utf-8", "replace"))
 
 
-def sign(text: Text, near: NearDedup) -> Sequence[Any]:
+def sign(text: TextFeatures, near: NearDedup) -> Sequence[Any]:
     """A text's MinHash keys and its sketch."""
     signature = minhash(text, ngram=near.ngram, bands=near.bands, rows=near.rows)
     return band_keys(signature, near.rows), sketch(signature)
 
 
-def finders_of(data: CorpusData) -> dict[str, Callable[[Text], Iterable[tuple]]]:
+def finders_of(data: CorpusData) -> dict[str, Callable[[TextFeatures], Iterable[tuple]]]:
     """What is noted of some documents alone, by the file that it goes to: see FOUND."""
-    finders: dict[str, Callable[[Text], Iterable[tuple]]] = {}
+    finders: dict[str, Callable[[TextFeatures], Iterable[tuple]]] = {}
     if evals := data.decontaminate:
         wanted = evaluation_ngrams(evals.files, evals.ngram)[0]
         finders["hits"] = lambda text: zip(np.unique(wanted.found_in(hash_ngrams(text.hashes, evals.ngram))).tolist())
@@ -150,7 +150,7 @@ def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
             body, personal = scrub(document.text, kinds, data.pii.action) if kinds else (document.text, Counter())
             tally["pii"].update(personal)
             watch.lap("personal data")
-            text, row = Text(body), []
+            text, row = TextFeatures(body), []
             for column in columns:
                 row += column.measure(text)
                 watch.lap(column.stage)
@@ -195,7 +195,7 @@ def read_clean(unit: Unit, data: CorpusData, parts: Path, tally: dict, watch: St
         "whitespace": data.clean.whitespace,
     }
     steps = [step for step in STEPS if wanted[step]]
-    half = half_of(parts / f"{unit.part}.bad.jsonl")
+    half = temporary_path(parts / f"{unit.part}.bad.jsonl")
     with half.open("w", encoding="utf-8") as quarantine:
         for one in read_unit(unit):
             watch.lap("reading")

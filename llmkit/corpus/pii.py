@@ -37,7 +37,7 @@ SHAPES: dict[str, str] = {
     "ip": r"(?:\d{1,3}\.){3}\d{1,3}|[0-9A-Fa-f]{1,4}(?:::?[0-9A-Fa-f]{1,4}){2,7}",
     "phone": r"\+\d{1,3}(?:[ .-]?\(?\d{1,4}\)?){2,6}|\(\d{3}\) ?\d{3}[ .-]\d{4}|\d{3}[ .-]\d{3}[ .-]\d{4}",
 }
-KINDS = tuple(SHAPES)
+PII_KINDS = tuple(SHAPES)
 # Values that nobody owns, so that nothing is found in a text that was cleaned before: RFC 2606 and RFC 5737 reserve
 # example.com and 192.0.2.0/24, NANP 555-0100 to 555-0199; no SSN, card or IBAN begins with zeros.
 RESERVED = {
@@ -117,7 +117,7 @@ def pattern(kinds: tuple[str, ...]):
     except ImportError:
         fix = "pip install 'llmkit[pii]'"
         raise MachineError("data.pii needs the google-re2 package", fix=fix) from None
-    return re2.compile("|".join(f"(?P<{kind}>{SHAPES[kind]})" for kind in KINDS if kind in kinds).encode())
+    return re2.compile("|".join(f"(?P<{kind}>{SHAPES[kind]})" for kind in PII_KINDS if kind in kinds).encode())
 
 
 def find(text: bytes, kinds: tuple[str, ...]) -> Iterator[tuple[int, int, str]]:
@@ -135,7 +135,7 @@ def find(text: bytes, kinds: tuple[str, ...]) -> Iterator[tuple[int, int, str]]:
             at = end
             continue
         # It only looked so: another kind may begin in the same place, and any behind its first word.
-        others = tuple(one for one in kinds if KINDS.index(one) > KINDS.index(kind))
+        others = tuple(one for one in kinds if PII_KINDS.index(one) > PII_KINDS.index(kind))
         nested = next(find(text[start:end], others), None) if others and not inside else None
         if nested:
             yield start + nested[0], start + nested[1], nested[2]

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.corpus.words import Text, hash_ngrams, hash_words, split_words
+from llmkit.corpus.words import TextFeatures, hash_ngrams, hash_words, split_words
 from llmkit.errors import DataError, MachineError, ModelError, UserError
-from llmkit.files import stamps_in, stamps_of
+from llmkit.files import file_stamps, folder_stamps
 from llmkit.readers.decode import decode
 from llmkit.readers.documents import list_files
 from llmkit.readers.records import READERS, BadRecord, read_records, read_text, suffix_of
@@ -101,7 +101,7 @@ def ngrams_of(words: list[bytes], n: int) -> np.ndarray:
     return hash_ngrams(hash_words(words), n)
 
 
-def listed_per_1k(text: Text, listed: dict[int, NgramSet]) -> float:
+def listed_per_1k(text: TextFeatures, listed: dict[int, NgramSet]) -> float:
     """How many words and phrases of a list stand in a thousand words."""
     found = sum(len(grams.found_in(hash_ngrams(text.hashes, n))) for n, grams in listed.items())
     return round(1000 * found / max(1, len(text.hashes)), 4)
@@ -120,7 +120,7 @@ def evaluation_ngrams(patterns: Sequence[str], n: int) -> tuple[NgramSet, int, i
 
     Questions, choices and answers are looked for one by one: no corpus has them joined as a benchmark joins them.
     """
-    return read_evaluation(tuple(stamps_of(evaluation_files(patterns))), n)
+    return read_evaluation(tuple(file_stamps(evaluation_files(patterns))), n)
 
 
 @lru_cache(maxsize=1)  # a worker takes many units
@@ -159,7 +159,7 @@ Classifier = tuple[Any, Any, int]  # model, tokenizer, the label's column
 def classifier(path: str, label: str) -> Classifier:
     """A local sequence classifier; no code of the folder's ever runs."""
     folder = Path(path).expanduser()
-    return load_classifier(folder, label, tuple(stamps_in(folder)))
+    return load_classifier(folder, label, tuple(folder_stamps(folder)))
 
 
 @lru_cache(maxsize=1)

@@ -23,7 +23,7 @@ from llmkit.config.schema import CorpusData, Source
 from llmkit.corpus.filters import PROFILES
 from llmkit.corpus.scorers import evaluation_files
 from llmkit.errors import DataError, UserError
-from llmkit.files import half_of, stamps_in, stamps_of
+from llmkit.files import file_stamps, folder_stamps, temporary_path
 from llmkit.readers.documents import dataset_files, list_files, read_dataset, read_file, root_of
 from llmkit.readers.records import BadRecord, Span, spans_of
 from llmkit.types import Document
@@ -48,7 +48,7 @@ class Unit:
         return f"{self.name}-{self.key}"
 
 
-def hash_of(*values: Any) -> str:
+def short_hash(*values: Any) -> str:
     """16 letters that change with any of the values."""
     return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
@@ -62,20 +62,20 @@ def measuring_key(data: CorpusData, source: Source) -> str:
     """A hash of all that measuring a source depends on. No threshold is in it: another one only decides anew."""
     filters, pii, near, evals = data.filter, data.pii, data.dedup.near, data.decontaminate
     libraries = [version(name) for name in ("ftfy", "resiliparse", "py3langid", "fastwarc")]
-    return hash_of(
+    return short_hash(
         VERSION,
         libraries,
         source.model_dump(exclude={"weight", "max_epochs"}),
         data.clean.model_dump(),
         measured_rules(data, source.profile),
         bool(filters.language),
-        filters.words and stamps_of(path for path in [Path(filters.words.path).expanduser()] if path.is_file()),
-        filters.classifier and (filters.classifier.label, stamps_in(Path(filters.classifier.path).expanduser())),
+        filters.words and file_stamps(path for path in [Path(filters.words.path).expanduser()] if path.is_file()),
+        filters.classifier and (filters.classifier.label, folder_stamps(Path(filters.classifier.path).expanduser())),
         pii.kinds,
         pii.action if pii.kinds else None,
         near and (near.ngram, near.bands, near.rows),
         data.dedup.paragraphs,
-        evals and (evals.ngram, stamps_of(evaluation_files(evals.files))),
+        evals and (evals.ngram, file_stamps(evaluation_files(evals.files))),
     )
 
 
@@ -85,24 +85,24 @@ def make_units(data: CorpusData) -> list[Unit]:
     for source in data.sources:
         key, section = measuring_key(data, source), source.model_dump()
         try:
-            files = files_of(source, Path(data.dir))
+            files = source_files(source, Path(data.dir))
         except UserError as error:
             error.fix = error.fix or f"correct the source {source.name} in the config"
             raise
         if files is None:
-            stamps = stamps_in(Path(source.hf).expanduser())
+            stamps = folder_stamps(Path(source.hf).expanduser())
             size = sum(size for _, size, _ in stamps)
-            units.append(Unit(f"{source.name}-000", section, "", (), size, hash_of(key, stamps)))
+            units.append(Unit(f"{source.name}-000", section, "", (), size, short_hash(key, stamps)))
             continue
         root, paths = files
-        for number, (pieces, size) in enumerate(cut(paths, whole=source.limit is not None)):
-            stamps = stamps_of({Path(path) for path, _ in pieces})
-            made_of = hash_of(key, stamps, pieces)
+        for number, (pieces, size) in enumerate(group_files(paths, whole=source.limit is not None)):
+            stamps = file_stamps({Path(path) for path, _ in pieces})
+            made_of = short_hash(key, stamps, pieces)
             units.append(Unit(f"{source.name}-{number:03d}", section, str(root), tuple(pieces), size, made_of))
     return units
 
 
-def files_of(source: Source, built: Path) -> tuple[Path, list[Path]] | None:
+def source_files(source: Source, built: Path) -> tuple[Path, list[Path]] | None:
     """(root, files) of a source, without what a build left in `built`; None where the `datasets` library reads it."""
     if source.hf:
         found = dataset_files(source.hf, source.config, source.split)
@@ -117,7 +117,7 @@ def files_of(source: Source, built: Path) -> tuple[Path, list[Path]] | None:
     return root_of(source.path), found
 
 
-def passed_over(source: Source) -> dict[str, int]:
+def count_unknown_files(source: Source) -> dict[str, int]:
     """How many files of a source are of no known kind, by suffix."""
     found: Counter[str] = Counter()
     if source.path:
@@ -125,7 +125,7 @@ def passed_over(source: Source) -> dict[str, int]:
     return dict(found)
 
 
-def cut(files: list[Path], whole: bool) -> Iterator[tuple[list[tuple[str, Span | None]], int]]:
+def group_files(files: list[Path], whole: bool) -> Iterator[tuple[list[tuple[str, Span | None]], int]]:
     """(pieces, bytes) of each unit: small files together, large ones in spans; `whole`: all in one, to be counted."""
     pieces, total = [], 0
     for path in files:
@@ -174,7 +174,7 @@ class atomic_zst:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.half = path, half_of(path)
+        self.path, self.half = path, temporary_path(path)
 
     def __enter__(self) -> Callable[[dict], None]:
         self.raw = self.half.open("wb")
@@ -207,7 +207,7 @@ def read_zst(path: Path) -> Iterator[dict[str, Any]]:
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """A .npy file that appears whole."""
-    half = half_of(path)
+    half = temporary_path(path)
     with half.open("wb") as file:
         np.save(file, array, allow_pickle=False)
         file.flush()

@@ -53,7 +53,7 @@ def hash_ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
     return mix(grams)
 
 
-class Text:
+class TextFeatures:
     """A text and its cuts, each made when something first asks, once for all who do."""
 
     def __init__(self, text: str):

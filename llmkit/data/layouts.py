@@ -10,7 +10,7 @@ ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assi
 KNOWN_ROLES = ("system", "user", "assistant", "tool")
 
 
-FORMATS = {  # format -> the fields that tell it
+LAYOUTS = {  # format -> the fields that tell it
     "prompt/completion": ("prompt", "completion"),
     "messages": ("messages",),
     "conversations": ("conversations",),
@@ -18,18 +18,18 @@ FORMATS = {  # format -> the fields that tell it
 }
 
 
-def detect_format(record: dict, at: str) -> str:
+def detect_layout(record: dict, at: str) -> str:
     """Which of FORMATS a first record is."""
-    for name, fields in FORMATS.items():
+    for name, fields in LAYOUTS.items():
         if all(field in record for field in fields):
             return name
-    known = [field for fields in FORMATS.values() for field in fields]
+    known = [field for fields in LAYOUTS.values() for field in fields]
     hints = [hint for key in record if (hint := did_you_mean(key, known))]
     raise DataError(
         "this is no fine-tuning record",
         at=at,
         got=f"the fields {', '.join(map(str, record))}",
-        expected=" or ".join("{" + ", ".join(fields) + "}" for fields in FORMATS.values()),
+        expected=" or ".join("{" + ", ".join(fields) + "}" for fields in LAYOUTS.values()),
         fix=hints[0] if hints else None,
     )
 

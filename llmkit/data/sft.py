@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llmkit.config.schema import SftData
-from llmkit.data.layouts import detect_format, to_turns
+from llmkit.data.layouts import detect_layout, to_turns
 from llmkit.errors import DataError
 from llmkit.files import file_sha256, write_atomically
 from llmkit.readers.records import BadRecord, read_records
@@ -37,7 +37,7 @@ def examples(path: Path, tokenizer: Tokenizer, template: str, bad: Counter, form
         if isinstance(record, BadRecord):
             bad[record.reason] += 1
             continue
-        form = form or detect_format(record, f"{path}:{line}")
+        form = form or detect_layout(record, f"{path}:{line}")
         forms.add(form)
         try:
             ids, targets = encode_example(tokenizer, template, to_turns(record, form))
@@ -150,10 +150,10 @@ def write_rows(out: Path, encoded: list, data: SftData, pad: int) -> dict[str, A
     return dict(counts) | {"rows": len(rows), "tokens": int(lengths.sum()), "targets": int(targets.sum())}
 
 
-def to_pairs(ids: list[int], targets: list[bool], eos_id: int) -> Iterator[tuple[list[int], list[int]]]:
+def split_into_pairs(ids: list[int], targets: list[bool], eos_id: int) -> Iterator[tuple[list[int], list[int]]]:
     """For every answer of an example all that stands before it, with an end token, and the answer.
 
-    >>> list(to_pairs([5, 6, 7, 1], [False, False, True, True], 1))
+    >>> list(split_into_pairs([5, 6, 7, 1], [False, False, True, True], 1))
     [([5, 6, 1], [7, 1])]
     """
     for start in range(len(ids)):
@@ -162,7 +162,7 @@ def to_pairs(ids: list[int], targets: list[bool], eos_id: int) -> Iterator[tuple
             yield [*ids[:start], eos_id], ids[start:stop]
 
 
-def cut_pair(source: list[int], answer: list[int], size: int) -> tuple[list[int], list[int]]:
+def truncate_pair(source: list[int], answer: list[int], size: int) -> tuple[list[int], list[int]]:
     """At most `size` tokens of each; the end token of the text stays."""
     return (source if len(source) <= size else [*source[: size - 1], source[-1]]), answer[:size]
 
@@ -175,12 +175,12 @@ def write_pairs(out: Path, encoded: list, data: SftData, eos_id: int) -> dict[st
     """
     counts, fitting = Counter(examples=len(encoded)), []
     for _, ids, targets in encoded:
-        for source, answer in to_pairs(ids, targets, eos_id):
+        for source, answer in split_into_pairs(ids, targets, eos_id):
             if max(len(source), len(answer)) > data.seq_len:
                 counts["too long"] += 1
                 if data.too_long == "drop":
                     continue
-                source, answer = cut_pair(source, answer, data.seq_len)
+                source, answer = truncate_pair(source, answer, data.seq_len)
             fitting.append((source, answer))
     longest = [max(map(len, side)) for side in zip(*fitting, strict=True)] or [0, 0]
     sources = np.full((len(fitting), longest[0]), eos_id, np.int32)

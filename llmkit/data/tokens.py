@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from llmkit.errors import DataError
-from llmkit.files import file_sha256, half_of, write_atomically
+from llmkit.files import file_sha256, temporary_path, write_atomically
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -35,7 +35,7 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.half = half_of(self.path)
+        self.half = temporary_path(self.path)
         self.file = self.half.open("wb")
         return self
 

@@ -17,8 +17,8 @@ from torch import nn
 from llmkit.corpus.build import read_manifest
 from llmkit.data.batches import open_rows
 from llmkit.data.corrupt import shift_right
-from llmkit.data.layouts import FORMATS
-from llmkit.data.sft import cut_pair, examples, to_pairs
+from llmkit.data.layouts import LAYOUTS
+from llmkit.data.sft import examples, split_into_pairs, truncate_pair
 from llmkit.data.tokens import open_split
 from llmkit.errors import DataError, UserError
 from llmkit.objectives import FITTING, OBJECTIVES
@@ -26,7 +26,7 @@ from llmkit.parallel.device import autocast, choose_precision, to_device
 from llmkit.parallel.world import start_world
 from llmkit.readers.documents import read_file
 from llmkit.readers.records import read_records
-from llmkit.storage.locate import Located, load
+from llmkit.storage.locate import Located, load_located
 from llmkit.tokenizer.chat_template import default_template
 from llmkit.tokenizer.tokenizer import CHECKED, Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch, Document
@@ -54,7 +54,7 @@ def perplexity(
     targets = text_bytes = 0
     for batch in batches:
         for micro in batch.split(micro_batch_size):
-            full = fill_up(micro, micro_batch_size)
+            full = pad_rows(micro, micro_batch_size)
             losses += model(**to_device(full, device), reduction="none").double().sum()
             scored = micro.labels[micro.labels != IGNORE_INDEX]
             targets += len(scored)
@@ -68,7 +68,7 @@ def perplexity(
     return result
 
 
-def fill_up(batch: Batch, rows: int) -> Batch:
+def pad_rows(batch: Batch, rows: int) -> Batch:
     """Repeat the last row, without labels, up to `rows`: one shape for compiled blocks, and the same sums."""
     missing = rows - len(batch.input_ids)
     padded = {name: np.concatenate([a, a[-1:].repeat(missing, axis=0)]) for name, a in batch.arrays().items()}
@@ -132,7 +132,7 @@ def measure(
     """
     device = start_world().device
     precision = choose_precision(precision, device)
-    model, tokenizer = load(located, device=device)
+    model, tokenizer = load_located(located, device=device)
     longest = model.config.max_position_embeddings
     config = yaml.safe_load((located.run_dir / "config.yaml").read_text()) if located.run_dir else None
     window = window or min(longest, config["data"]["seq_len"] if config else longest)
@@ -159,7 +159,7 @@ def measure(
     elif kind == "causal":
         batches = windows(tokens, window, stride, batch_size)
     else:
-        batches = mended(tokens, model.config, tokenizer, window, batch_size, objective)
+        batches = corrupted_rows(tokens, model.config, tokenizer, window, batch_size, objective)
         what += ", of which only masked tokens count" if kind == "masked" else ", of which only cut-out spans count"
     with autocast(device, precision):
         result = perplexity(
@@ -209,7 +209,7 @@ def read_data(path: Path, model_config: Any, tokenizer: Tokenizer, window: int, 
         what = "--data takes a file, and this is a folder" if path.is_dir() else "there is no such data file"
         raise DataError(what, at=path)
     first = next((record for _, record in read_records(path) if isinstance(record, dict)), {})
-    records = any(all(field in first for field in fields) for fields in FORMATS.values())
+    records = any(all(field in first for field in fields) for fields in LAYOUTS.values())
     if records and stride < window:
         raise UserError("records are read whole, so a stride has no meaning", got=f"stride {stride}")
     if records and model_config.kind == "masked":
@@ -223,7 +223,7 @@ def read_data(path: Path, model_config: Any, tokenizer: Tokenizer, window: int, 
             cut = [(ids[: window + 1], targets[: window + 1]) for ids, targets in rows]
             batches = answer_rows(cut, tokenizer.eos_id, batch_size)
         else:
-            pairs = [pair for ids, targets in rows for pair in to_pairs(ids, targets, tokenizer.eos_id)]
+            pairs = [pair for ids, targets in rows for pair in split_into_pairs(ids, targets, tokenizer.eos_id)]
             batches = pair_rows(pairs, window, model_config.decoder_start_token_id, batch_size)
         return None, batches, f"the answers in {path} ({len(rows)} records{skipped})"
     documents = [one for one in read_file(path, source="eval", root=path.parent) if isinstance(one, Document)]
@@ -234,7 +234,7 @@ def read_data(path: Path, model_config: Any, tokenizer: Tokenizer, window: int, 
     return tokens, None, f"{path} ({len(documents)} documents)"
 
 
-def mended(
+def corrupted_rows(
     tokens: np.ndarray, model_config: Any, tokenizer: Tokenizer, window: int, batch_size: int, objective: dict | None
 ) -> Iterator[Batch]:
     """Rows of `window` tokens, corrupted as in training; the same ones every time. What is left over is not read."""
@@ -250,7 +250,7 @@ def mended(
 
 def pair_rows(pairs: list[tuple[list[int], list[int]]], window: int, start_id: int, batch_size: int) -> Iterator[Batch]:
     """Texts and answers of at most `window` tokens each, padded to their batch's longest."""
-    pairs = sorted((cut_pair(source, answer, window) for source, answer in pairs), key=lambda pair: len(pair[0]))
+    pairs = sorted((truncate_pair(source, answer, window) for source, answer in pairs), key=lambda pair: len(pair[0]))
     for start in range(0, len(pairs), batch_size):
         sources, answers = zip(*pairs[start : start + batch_size], strict=True)
         ids = np.full((len(sources), max(map(len, sources))), start_id, dtype=np.int64)

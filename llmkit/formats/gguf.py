@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmkit.errors import MachineError, ModelError
-from llmkit.files import half_of
+from llmkit.files import temporary_path
 from llmkit.models.layers import rope_frequencies
 from llmkit.tokenizer.foreign import SPACE
 from llmkit.tokenizer.tokenizer import PATTERNS, Tokenizer, split_pattern
@@ -55,7 +55,7 @@ def write_gguf(model: nn.Module, tokenizer: Tokenizer, path: Path, dtype: str, n
     if (chosen := getattr(config, "hidden_act", activation)) != activation:
         raise ModelError("llama.cpp knows one activation for this family", got=chosen, expected=activation)
     refuse_unknown(config, architecture)
-    half = half_of(path)
+    half = temporary_path(path)
     writer = gguf.GGUFWriter(half, architecture)
     try:
         writer.add_name(name or path.stem)
@@ -192,8 +192,8 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
     if tokenizer.bos_id is not None:
         writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_add_bos_token(bool(tokenizer.prefix))
-    if tokenizer.chat_end != tokenizer.eos_id:
-        writer.add_eot_token_id(tokenizer.chat_end)
+    if tokenizer.end_of_turn_id != tokenizer.eos_id:
+        writer.add_eot_token_id(tokenizer.end_of_turn_id)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
 

@@ -10,13 +10,13 @@ from llmkit.errors import ModelError, UserError
 from llmkit.formats.gguf import TYPES, write_gguf
 from llmkit.models.folder import save_model
 from llmkit.parallel.device import DTYPES
-from llmkit.storage.locate import Located, load
+from llmkit.storage.locate import Located, load_located
 
 
 def export_hf(located: Located, out: Path, dtype: str) -> None:
     """config.json, model.safetensors and tokenizer.json for transformers; an adapter is merged in fp32 first."""
-    model, tokenizer = load(located, merge=True)
-    save_model(model, out, eos_token_ids=tokenizer.answer_ends, bos_token_id=tokenizer.bos_id, dtype=DTYPES[dtype])
+    model, tokenizer = load_located(located, merge=True)
+    save_model(model, out, eos_token_ids=tokenizer.stop_ids, bos_token_id=tokenizer.bos_id, dtype=DTYPES[dtype])
     tokenizer.save(out)
 
 
@@ -31,13 +31,13 @@ def export_peft(located: Located, out: Path, dtype: str) -> None:
 
 def export_gguf(located: Located, out: Path, dtype: str) -> None:
     """A file for llama.cpp, OUT itself or OUT/model.gguf; an adapter is merged in fp32 first."""
-    model, tokenizer = load(located, merge=True)
+    model, tokenizer = load_located(located, merge=True)
     file = out if out.suffix == ".gguf" else out / "model.gguf"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_gguf(model, tokenizer, file, dtype, name=out.stem)
 
 
-FORMATS: dict[str, tuple[Callable[[Located, Path, str], None], tuple[str, ...]]] = {  # and the dtypes it can be in
+EXPORTERS: dict[str, tuple[Callable[[Located, Path, str], None], tuple[str, ...]]] = {  # and the dtypes it can be in
     "hf": (export_hf, tuple(DTYPES)),
     "peft": (export_peft, tuple(DTYPES)),
     "gguf": (export_gguf, tuple(TYPES)),

@@ -60,7 +60,7 @@ def import_llama2c(path: Path, tokenizer: Path, out: Path) -> None:
     for name in [name for name in found if name.endswith(("q_proj.weight", "k_proj.weight"))]:
         found[name] = pairs_apart(found[name], config.head_dim)
     model.load_state_dict({name: tensor.contiguous() for name, tensor in found.items()}, assign=True)
-    save_model(model, out, eos_token_ids=words.answer_ends, bos_token_id=words.bos_id)
+    save_model(model, out, eos_token_ids=words.stop_ids, bos_token_id=words.bos_id)
     words.save(out)
 
 

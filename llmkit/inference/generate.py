@@ -113,7 +113,7 @@ def decode_one_token(model: nn.Module, tokens: list[int], cache: KVCache) -> Ten
     return model(ids, cache=cache, logits_to_keep=1)[:, -1]
 
 
-def room_for(model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
+def tokens_left(model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
     """How many tokens may be written after each prompt; a UserError for one that leaves no position to write at."""
     longest, limit = max(map(len, prompts)), model.config.max_position_embeddings
     if longest >= limit:
@@ -150,7 +150,7 @@ def generate(
     """
     if model.config.kind == "masked":
         raise ModelError(f"{model.config.model_type} reads in both directions, and writes no text")
-    rooms = room_for(model, prompts, max_new_tokens)
+    rooms = tokens_left(model, prompts, max_new_tokens)
     read = max(map(len, prompts)) if model.config.kind == "causal" else 1
     capacity = read + max(rooms) - 1
     compiled = compiled and len(prompts) == 1 and model.config.kind == "causal"  # each other shape compiles anew

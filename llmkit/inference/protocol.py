@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from llmkit.errors import UserError
-from llmkit.inference.writer import Text
+from llmkit.inference.writer import GeneratedText
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Zero = Annotated[float, AfterValidator(only_zero)]
 
 
-class Asked(BaseModel):
+class SamplingRequest(BaseModel):
     """What both kinds of requests share: OpenAI's fields, and vLLM's for the rest of the sampling.
 
     A field that is not here is refused, for to ignore it would answer another question.
@@ -65,7 +65,7 @@ class Asked(BaseModel):
     user: str | None = None  # who asks: nothing depends on it
 
 
-class Completion(Asked):
+class CompletionRequest(SamplingRequest):
     """POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
@@ -85,7 +85,7 @@ class Message(BaseModel):
     content: str | list[TextPart]
 
 
-class ChatCompletion(Asked):
+class ChatCompletionRequest(SamplingRequest):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -94,7 +94,7 @@ class ChatCompletion(Asked):
     response_format: dict[Literal["type"], Literal["text"]] | None = None
 
 
-class Refused(Exception):
+class RequestError(Exception):
     """A request that is answered with an error, in OpenAI's shape."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
@@ -108,32 +108,32 @@ class Refused(Exception):
         return JSONResponse({"error": error}, self.status, headers)
 
 
-async def read_request(request: Request, kind: type[Asked], limits: Limits) -> Asked:
+async def read_request(request: Request, kind: type[SamplingRequest], limits: Limits) -> SamplingRequest:
     """The body as a request of this kind; what is too long is never read to its end."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refused(415, "the body must be application/json")
+        raise RequestError(415, "the body must be application/json")
     body = b""
     async for part in request.stream():
         body += part
         if len(body) > limits.body_bytes:
-            raise Refused(413, f"the body is over {limits.body_bytes} bytes")
+            raise RequestError(413, f"the body is over {limits.body_bytes} bytes")
     try:
         return TypeAdapter(kind).validate_json(body)
     except ValidationError as error:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"]) or None
         what = "is not supported" if first["type"] == "extra_forbidden" else first["msg"]
-        raise Refused(400, f"{param or 'the body'}: {what}", param=param) from None
+        raise RequestError(400, f"{param or 'the body'}: {what}", param=param) from None
 
 
-def is_ids(prompt: Any) -> bool:
+def is_token_ids(prompt: Any) -> bool:
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
-class Frame:
+class ResponseFormatter:
     """What OpenAI's clients expect around the text."""
 
     def __init__(self, model: str, chat: bool, prompt_tokens: int):
@@ -144,7 +144,7 @@ class Frame:
             "model": model,
         }
 
-    def whole(self, answers: list[str], texts: list[Text]) -> dict[str, Any]:
+    def whole(self, answers: list[str], texts: list[GeneratedText]) -> dict[str, Any]:
         """The answer in one piece."""
         said = [{"message": {"role": "assistant", "content": a}} if self.chat else {"text": a} for a in answers]
         choices = [
@@ -159,7 +159,7 @@ class Frame:
         return event(json.dumps({**self.shared, "object": kind, "choices": choices, **more}))
 
     async def events(
-        self, pieces: AsyncIterator[tuple[int, str]], texts: list[Text], with_usage: bool
+        self, pieces: AsyncIterator[tuple[int, str]], texts: list[GeneratedText], with_usage: bool
     ) -> AsyncIterator[bytes]:
         """The answer as it is written, as server-sent events."""
         open_one: int | None = None  # the answer that is being written
@@ -182,7 +182,7 @@ class Frame:
         finally:
             await pieces.aclose()
 
-    def usage(self, texts: list[Text]) -> dict[str, int]:
+    def usage(self, texts: list[GeneratedText]) -> dict[str, int]:
         written = sum(len(text.tokens) for text in texts)
         return {
             "prompt_tokens": self.prompt_tokens,

@@ -26,8 +26,17 @@ from starlette.routing import Route
 
 from llmkit.errors import MachineError, UserError
 from llmkit.inference.generate import Sampling
-from llmkit.inference.protocol import Asked, ChatCompletion, Completion, Frame, Limits, Refused, is_ids, read_request
-from llmkit.inference.writer import Text, Writer
+from llmkit.inference.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    Limits,
+    RequestError,
+    ResponseFormatter,
+    SamplingRequest,
+    is_token_ids,
+    read_request,
+)
+from llmkit.inference.writer import GeneratedText, Writer
 
 PAGE = Path(__file__).with_name("server.html")
 # The page loads nothing from elsewhere and talks to this server alone.
@@ -50,7 +59,7 @@ class Server:
     def enter(self) -> None:
         """Count a request as one that is being answered, or refuse it."""
         if self.running >= self.limits.at_once:
-            raise Refused(429, f"{self.running} requests are being answered", code="rate_limit_exceeded")
+            raise RequestError(429, f"{self.running} requests are being answered", code="rate_limit_exceeded")
         self.running += 1
 
     async def encode(self, function: Callable[[], Any]) -> Any:
@@ -80,11 +89,11 @@ class Server:
             routes=routes,
             middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
             exception_handlers={
-                Refused: lambda request, error: error.response(),
-                UserError: lambda request, error: Refused(400, str(error.what)).response(),
+                RequestError: lambda request, error: error.response(),
+                UserError: lambda request, error: RequestError(400, str(error.what)).response(),
                 ClientDisconnect: lambda request, error: Response(status_code=499),  # nobody reads it
-                Exception: lambda request, error: Refused(500, f"{type(error).__name__}: {error}").response(),
-                HTTPException: lambda request, error: Refused(error.status_code, error.detail).response(),
+                Exception: lambda request, error: RequestError(500, f"{type(error).__name__}: {error}").response(),
+                HTTPException: lambda request, error: RequestError(error.status_code, error.detail).response(),
             },
         )
 
@@ -100,8 +109,8 @@ class Server:
         return JSONResponse({"object": "list", "data": [one | limits]})
 
     async def completions(self, request: Request) -> Response:
-        asked = await read_request(request, Completion, self.limits)
-        prompts = [asked.prompt] if isinstance(asked.prompt, str) or is_ids(asked.prompt) else asked.prompt
+        asked = await read_request(request, CompletionRequest, self.limits)
+        prompts = [asked.prompt] if isinstance(asked.prompt, str) or is_token_ids(asked.prompt) else asked.prompt
         self.check(asked, len(prompts), asked.max_tokens)
         to_ids = lambda one: self.writer.encode(one) if isinstance(one, str) else one  # noqa: E731
         ids = await self.encode(lambda: list(map(to_ids, prompts)))
@@ -110,9 +119,9 @@ class Server:
         return await self.answer(request, asked, ids, asked.max_tokens, before=before if asked.echo else None)
 
     async def chat_completions(self, request: Request) -> Response:
-        asked = await read_request(request, ChatCompletion, self.limits)
+        asked = await read_request(request, ChatCompletionRequest, self.limits)
         if asked.max_tokens and asked.max_completion_tokens:
-            raise Refused(400, "max_tokens and max_completion_tokens are both given", param="max_tokens")
+            raise RequestError(400, "max_tokens and max_completion_tokens are both given", param="max_tokens")
         messages = []
         for message in asked.messages:
             parts = [message.content] if isinstance(message.content, str) else [part.text for part in message.content]
@@ -128,7 +137,7 @@ class Server:
     async def answer(
         self,
         request: Request,
-        asked: Asked,
+        asked: SamplingRequest,
         prompts: list[list[int]],
         max_tokens: int,
         *,
@@ -147,7 +156,7 @@ class Server:
         stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
         seed = random.getrandbits(31) if asked.seed is None else asked.seed % 2**31
         options = {"sampling": sampling, "max_new_tokens": max_tokens, "stop": stop, "seed": seed, "chat": chat}
-        frame = Frame(self.name, chat, sum(map(len, prompts)))
+        frame = ResponseFormatter(self.name, chat, sum(map(len, prompts)))
         pieces = self.pieces(rows, options, before and [text for text in before for _ in range(asked.n)])
         texts = await anext(pieces)  # errors come before the first byte of an answer
         if asked.stream:
@@ -163,35 +172,35 @@ class Server:
             await pieces.aclose()
         return JSONResponse(frame.whole(said, texts))
 
-    def check(self, asked: Asked, prompts: int, max_tokens: int) -> None:
+    def check(self, asked: SamplingRequest, prompts: int, max_tokens: int) -> None:
         """Refuse what these limits do not allow, before any work is done for it."""
         if asked.model not in (None, self.name):
             message = f"the model {asked.model} is not here; this server has {self.name}"
-            raise Refused(404, message, param="model", code="model_not_found")
+            raise RequestError(404, message, param="model", code="model_not_found")
         if max_tokens > self.limits.new_tokens:
-            raise Refused(400, f"max_tokens is over this server's {self.limits.new_tokens}", param="max_tokens")
+            raise RequestError(400, f"max_tokens is over this server's {self.limits.new_tokens}", param="max_tokens")
         if asked.stream_options and not asked.stream:
-            raise Refused(400, "stream_options is given without stream", param="stream_options")
+            raise RequestError(400, "stream_options is given without stream", param="stream_options")
         if prompts * asked.n > self.limits.choices:
-            raise Refused(400, f"over {self.limits.choices} answers in one request", param="n")
+            raise RequestError(400, f"over {self.limits.choices} answers in one request", param="n")
 
     def check_prompts(self, prompts: list[list[int]]) -> None:
         """Refuse what this model can't read."""
         longest, size = self.writer.longest, len(self.writer.tokenizer)
         if not prompts or not all(prompts):
-            raise Refused(400, "a prompt is empty", param="prompt")
+            raise RequestError(400, "a prompt is empty", param="prompt")
         if any(not 0 <= token < size for prompt in prompts for token in prompt):
-            raise Refused(400, f"a token id is not below {size}", param="prompt")
+            raise RequestError(400, f"a token id is not below {size}", param="prompt")
         if (most := max(map(len, prompts))) >= longest:
             message = f"the prompt has {most} tokens, and the model at most {longest} positions"
-            raise Refused(400, message, code="context_length_exceeded")
+            raise RequestError(400, message, code="context_length_exceeded")
 
     async def pieces(
         self, rows: list[list[int]], options: dict[str, Any], before: list[str] | None
     ) -> AsyncIterator[Any]:
         """First the Texts, then (which of them, its next piece); what is not read to its end is not written further."""
         self.enter()
-        texts: list[Text] = []
+        texts: list[GeneratedText] = []
         try:
             texts = await self.run(lambda: self.writer.write(rows, **options))
             yield texts

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from llmkit.errors import DataError, MachineError, ModelError, UserError
-from llmkit.inference.generate import Sampling, compile_decoding, generate, room_for, text_pieces
-from llmkit.parallel.compile import why_eager
+from llmkit.inference.generate import Sampling, compile_decoding, generate, text_pieces, tokens_left
+from llmkit.parallel.compile import compile_obstacle
 from llmkit.parallel.device import DTYPES, choose_precision
 from llmkit.parallel.world import start_world
-from llmkit.storage.locate import load, locate
+from llmkit.storage.locate import load_located, locate
 from llmkit.tokenizer.chat_template import encode_chat
 from llmkit.tokenizer.tokenizer import Tokenizer
 
@@ -23,7 +23,7 @@ COMPILE_SECONDS, SECONDS_PER_BYTE, SECONDS_PER_TOKEN = 8.0, 1 / 13e9 - 1 / 24e9,
 
 
 @dataclass
-class Text:
+class GeneratedText:
     """What a model writes, in pieces, as it is written; how it ended is known once all of it was read."""
 
     pieces: Iterator[str] | None = None
@@ -86,14 +86,14 @@ class Writer:
         stop: Sequence[str] = (),
         seed: int = 0,
         chat: bool = False,
-    ) -> list[Text]:
+    ) -> list[GeneratedText]:
         """What follows each prompt (ids), up to the end token, a stop string, or the length.
 
         All are written side by side, while any of them is read; where no one reads on, none is written further.
         """
         if not all(stop):
             raise UserError("a stop string is empty", fix="leave it out")
-        ends = frozenset([*self.tokenizer.answer_ends, *([self.tokenizer.chat_end] if chat else [])])
+        ends = frozenset([*self.tokenizer.stop_ids, *([self.tokenizer.end_of_turn_id] if chat else [])])
         steps = generate(
             self.model,
             prompts,
@@ -104,14 +104,14 @@ class Writer:
             compiled=self.compiled,
         )
         drawn = [row_of(number, some) for number, some in enumerate(itertools.tee(steps, len(prompts)))]
-        texts = [Text() for _ in prompts]
-        rooms = room_for(self.model, prompts, max_new_tokens)
+        texts = [GeneratedText() for _ in prompts]
+        rooms = tokens_left(self.model, prompts, max_new_tokens)
         for text, prompt, tokens, room in zip(texts, prompts, drawn, rooms, strict=True):
             text.pieces = self.pieces(text, prompt if self.continues else [], tokens, room, stop)
         return texts
 
     def pieces(
-        self, text: Text, prompt: list[int], tokens: Iterator[int], room: int, stop: Sequence[str]
+        self, text: GeneratedText, prompt: list[int], tokens: Iterator[int], room: int, stop: Sequence[str]
     ) -> Iterator[str]:
         """The printable pieces of a text, which notes its tokens and how it ended."""
         cut = True
@@ -147,10 +147,10 @@ def open_writer(
     """
     device = start_world().device
     precision = choose_precision(precision, device)
-    loaded, tokenizer = load(locate(model), device=device, dtype=DTYPES[precision], merge=True)
+    loaded, tokenizer = load_located(locate(model), device=device, dtype=DTYPES[precision], merge=True)
     if loaded.config.kind == "masked":
         raise ModelError(f"{loaded.config.model_type} reads in both directions, and writes no text", at=model)
-    reason = why_eager(loaded, device, precision)
+    reason = compile_obstacle(loaded, device, precision)
     if compile and reason:
         raise MachineError(f"--compile can't be done: {reason}")
     if compile is None:

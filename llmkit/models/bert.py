@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.models.attention import attend, attention_mask
-from llmkit.models.layers import ACTIVATIONS, rows_of
+from llmkit.models.layers import ACTIVATIONS, table_rows
 from llmkit.models.loss import ChunkLoss, Logits, linear_cross_entropy
 
 RESIDUAL = ()  # a norm follows every sum, so that nothing grows with depth
@@ -183,7 +183,7 @@ class Model(nn.Module):
         """
         hidden = self.encode(input_ids, positions=positions, segments=segments, token_type_ids=token_type_ids)
         head = self.cls["predictions"]
-        hidden, weight = head.transform(hidden), rows_of(self.wte)
+        hidden, weight = head.transform(hidden), table_rows(self.wte)
         if labels is None:
             return self.to_logits(hidden, weight, head.bias)
         return linear_cross_entropy(hidden, weight, labels, reduction, chunk_loss=self.chunk_loss, bias=head.bias)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.models.attention import KVCache, LayerCache, Masks, attention_mask
-from llmkit.models.layers import rows_of, tables
+from llmkit.models.layers import table_rows, token_tables
 from llmkit.models.loss import ChunkLoss, Logits, linear_cross_entropy
 
 
@@ -75,7 +75,7 @@ class CausalLM(nn.Module):
         if cache is not None:
             cache.length += length
         hidden = self.norm(x[:, -logits_to_keep:])
-        weight = rows_of(tables(self)[-1])
+        weight = table_rows(token_tables(self)[-1])
         if labels is None:
             result = self.to_logits(hidden, weight)
         else:

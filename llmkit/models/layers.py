@@ -48,12 +48,12 @@ class RowLinear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def tables(model: nn.Module) -> list[nn.Module]:
+def token_tables(model: nn.Module) -> list[nn.Module]:
     """The modules whose rows stand for tokens: the embedding, and the head where it has a matrix of its own."""
     return [model.wte] if getattr(model, "lm_head", None) is None else [model.wte, model.lm_head]
 
 
-def rows_of(table: nn.Module) -> Tensor:
+def table_rows(table: nn.Module) -> Tensor:
     """The rows (V, h) of an embedding or a head; those that are trained apart are put in."""
     return table.all_rows() if hasattr(table, "all_rows") else table.weight
 

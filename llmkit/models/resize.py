@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llmkit.models.layers import tables
+from llmkit.models.layers import token_tables
 
 
 @torch.no_grad()
@@ -16,7 +16,7 @@ def resize_embeddings(model: nn.Module, size: int, sources: dict[int, list[int]]
              are none, which keeps the others' probabilities almost as they were (Hewitt 2021). Rows that no token had,
              as padded vocabularies have them, are written over; all others stay
     """
-    for module in tables(model):
+    for module in token_tables(model):
         old = module.weight
         mean = old[[i for i in range(len(old)) if i not in sources]].float().mean(0)
         rows = torch.cat((old, mean.to(old.dtype).expand(max(0, size - len(old)), -1)))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.models.attention import KVCache, LayerCache, attend, attention_mask, visible
-from llmkit.models.layers import ACTIVATIONS, RMSNorm, rows_of, tables
+from llmkit.models.layers import ACTIVATIONS, RMSNorm, table_rows, token_tables
 from llmkit.models.loss import ChunkLoss, Logits, linear_cross_entropy
 
 RESIDUAL = ("o", "wo")
@@ -301,7 +301,7 @@ class Model(nn.Module):
         hidden = self.decoder(self.shared(decoder_ids), contexts)[:, -logits_to_keep:]
         if self.lm_head is None:
             hidden = hidden * self.config.hidden_size**-0.5  # as in the first version, whose head is the embedding
-        weight = rows_of(tables(self)[-1])
+        weight = table_rows(token_tables(self)[-1])
         if labels is None:
             return self.to_logits(hidden, weight)
         return linear_cross_entropy(hidden, weight, labels, reduction, chunk_loss=self.chunk_loss)

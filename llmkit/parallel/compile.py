@@ -27,7 +27,7 @@ def apply_checkpointing(model: nn.Module, mode: str | int) -> int:
     return len(chosen)
 
 
-def can_compile(device: torch.device) -> str | None:
+def missing_compiler(device: torch.device) -> str | None:
     """None, or the reason why torch.compile has nothing to work with here."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "no triton"
@@ -35,16 +35,16 @@ def can_compile(device: torch.device) -> str | None:
     return None if any(shutil.which(name) for name in names) else f"no {language} compiler"
 
 
-def why_eager(model: nn.Module, device: torch.device, precision: str) -> str | None:
+def compile_obstacle(model: nn.Module, device: torch.device, precision: str) -> str | None:
     """None, or the reason why this model can't be compiled here."""
     if hasattr(model.config, "num_local_experts") and precision != "bf16":
         return "products of experts compile in bf16 only"
-    return can_compile(device)
+    return missing_compiler(device)
 
 
 def compile_blocks(model: nn.Module, asked: str | bool, device: torch.device, precision: str) -> str:
     """Compile the loss, and every block on its own: they share one program. Returns what the header says."""
-    reason = why_eager(model, device, precision)
+    reason = compile_obstacle(model, device, precision)
     if asked is False:
         return "off"
     if reason and asked is True:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from llmkit.parallel.compile import can_compile
+from llmkit.parallel.compile import missing_compiler
 from llmkit.parallel.device import DTYPES, choose_precision, device_name, matmul_rate, total_memory
 from llmkit.parallel.world import start_world
 
@@ -28,7 +28,7 @@ EXTRAS = {  # of pyproject.toml, and a module that each brings
 def examine() -> dict[str, str]:
     """What `llmkit doctor` prints: what this machine can do, and what is missing."""
     device = start_world().device
-    reason = can_compile(device)
+    reason = missing_compiler(device)
     figures = {
         "python": platform.python_version(),
         "torch": torch.__version__,

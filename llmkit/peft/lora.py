@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from llmkit.errors import ModelError, UserError, raise_all
 from llmkit.models import folder as model_folder
 from llmkit.models import gpt2
-from llmkit.models.layers import tables
+from llmkit.models.layers import token_tables
 from llmkit.models.resize import resize_embeddings
 
 
@@ -54,7 +54,7 @@ def adapted(base: type[nn.Module], change: type = LoRA) -> type[nn.Module]:
 
 def train_rows(model: nn.Module, token_ids: list[int]) -> None:
     """Let these rows of the embedding, and of a head with a matrix of its own, be trained, and nothing else of them."""
-    for module in tables(model):
+    for module in token_tables(model):
         module.token_ids = torch.tensor(token_ids, device=module.weight.device)
         module.token_rows = nn.Parameter(module.weight.detach()[token_ids].float())
         module.__class__ = adapted(module.__class__, TrainedRows)
@@ -144,7 +144,7 @@ def merge(model: nn.Module) -> None:
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "masked": None}  # PEFT's names for kinds of models
 PREFIX, ROWS = "base_model.model.", "token_adapter.trainable_tokens_delta"
 # Fields of an adapter_config.json that would change what the adapter does, and the only values that are built here.
-PLAIN = {
+SUPPORTED_VALUES = {
     "bias": ("none",),
     "use_dora": (False,),
     "lora_bias": (False,),
@@ -229,7 +229,7 @@ def read_adapter_config(folder: Path) -> dict:
         raise ModelError(f"adapter_config.json can't be read: {error}", at=path) from None
     errors = [
         ModelError(f"the adapter's {key} is not supported", at=path, got=config[key])
-        for key, plain in PLAIN.items()
+        for key, plain in SUPPORTED_VALUES.items()
         if key in config and config[key] not in plain
     ]
     if kind != "LORA":
@@ -250,7 +250,9 @@ def load_rows(model: nn.Module, indices: dict[str, list[int]] | None, tensors: d
     if not indices:
         return
     known = {
-        name.rpartition(".")[2]: (name, module) for name, module in model.named_modules() if module in tables(model)
+        name.rpartition(".")[2]: (name, module)
+        for name, module in model.named_modules()
+        if module in token_tables(model)
     }
     shared = {tuple(ids) for ids in indices.values()}
     width = model.config.hidden_size

@@ -14,7 +14,7 @@ from typing import Any
 from llmkit.errors import DataError, UserError, did_you_mean
 from llmkit.readers.records import (
     BROKEN,
-    FORMATS,
+    DOCUMENT_FORMATS,
     MAX_DOCUMENT_BYTES,
     READERS,
     BadRecord,
@@ -288,7 +288,7 @@ def read_dataset(
 
 def split_files(folder: Path, split: str) -> list[Path]:
     """The data files whose path names the split (train-00000.parquet, test/a.jsonl), or all as train."""
-    kinds = [f"*{suffix}" for suffix in READERS if suffix not in FORMATS]
+    kinds = [f"*{suffix}" for suffix in READERS if suffix not in DOCUMENT_FORMATS]
     files = list_files(str(folder), kinds, ["dataset_info.json", "dataset_infos.json"])
     words = {file: set(re.split(r"[^a-z0-9]+", file.relative_to(folder).as_posix().lower())) for file in files}
     known = {"train", "test", "validation", "valid", "val", "dev", "eval"}

@@ -194,7 +194,7 @@ def read_text(path: Path) -> Iterator[Record]:
     """A whole file as one record {text, format, encoding}."""
     with open_bytes(path) as file:
         data = file.read(MAX_DOCUMENT_BYTES + 1)
-    form = FORMATS.get(suffix_of(path), "text")
+    form = DOCUMENT_FORMATS.get(suffix_of(path), "text")
     try:
         if len(data) > MAX_DOCUMENT_BYTES:
             raise ValueError(f"over {MAX_DOCUMENT_BYTES:,} bytes: split it, or make it a .jsonl of documents")
@@ -397,7 +397,7 @@ def read_warc(path: Path) -> Iterator[Record]:
         yield 1, BadRecord(str(path), 1, 0, "no WARC record in it")
 
 
-FORMATS = {  # of the files that are one document: what `clean` needs to know
+DOCUMENT_FORMATS = {  # of the files that are one document: what `clean` needs to know
     suffix + packed: kind
     for kind, suffixes in {"text": TEXT_SUFFIXES, "html": HTML_SUFFIXES, "code": CODE_SUFFIXES}.items()
     for suffix in suffixes
@@ -411,7 +411,7 @@ READERS: dict[str, Callable[..., Iterator[Record]]] = {
     ".warc.zst": read_warc,
     ".wet.gz": read_warc,
     **{suffix + packed: reader for suffix, reader in LINES.items() for packed in ("", ".gz", ".zst")},
-    **dict.fromkeys(FORMATS, read_text),
+    **dict.fromkeys(DOCUMENT_FORMATS, read_text),
 }
 
 

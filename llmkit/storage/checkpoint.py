@@ -29,7 +29,7 @@ from llmkit.files import file_sha256
 MANIFEST = "MANIFEST.json"
 
 
-HELD = "HELD_BY"  # a checkpoint's list of the runs whose adapters are nothing without it
+DEPENDENTS = "HELD_BY"  # a checkpoint's list of the runs whose adapters are nothing without it
 
 
 def sync(path: Path) -> None:
@@ -92,32 +92,32 @@ def save(
             got=f"{free / 2**20:.0f} MiB free" if full else None,
             fix="free some space and type the same command: older checkpoints are intact" if full else None,
         ) from None
-    for abandoned in listed(run_dir):
+    for abandoned in list_checkpoints(run_dir):
         if step_of(abandoned) > step:  # damaged, and passed over when the run resumed before it
             shutil.rmtree(abandoned)
-    best_one = best(run_dir)
-    for old in listed(run_dir)[:-keep]:
-        if old != best_one and not is_held(old):
+    best_one = best_checkpoint(run_dir)
+    for old in list_checkpoints(run_dir)[:-keep]:
+        if old != best_one and not has_dependent_runs(old):
             shutil.rmtree(old)
     return folder
 
 
-def hold(model: Path, by: Path) -> None:
+def add_dependent_run(model: Path, by: Path) -> None:
     """Keep a checkpoint, whose model an adapter is trained on, for as long as the adapter's run is there."""
     if (model.parent / MANIFEST).is_file():
-        with contextlib.suppress(OSError), (model.parent / HELD).open("a+", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), (model.parent / DEPENDENTS).open("a+", encoding="utf-8") as file:
             file.seek(0)
             if str(by.resolve()) not in file.read().splitlines():
                 file.write(f"{by.resolve()}\n")
 
 
-def is_held(folder: Path) -> bool:
+def has_dependent_runs(folder: Path) -> bool:
     """Whether a run still needs this checkpoint as its base."""
-    names = folder / HELD
+    names = folder / DEPENDENTS
     return names.is_file() and any(Path(name).is_dir() for name in names.read_text(encoding="utf-8").splitlines())
 
 
-def listed(run_dir: Path) -> list[Path]:
+def list_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoints that were completed, oldest first; whether they are still intact is `verify`'s question."""
     found = (run_dir / "checkpoints").glob("step-*")
     return sorted((path for path in found if path.name.removeprefix("step-").isdigit()), key=step_of)
@@ -146,9 +146,9 @@ def verify(folder: Path) -> None:
             raise ModelError("a file of the checkpoint has changed since it was written", at=path)
 
 
-def newest_good(run_dir: Path) -> Path | None:
+def newest_intact_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint that verifies, or None where there is none; every damaged one is named in a warning."""
-    found = listed(run_dir)
+    found = list_checkpoints(run_dir)
     for folder in reversed(found):
         try:
             verify(folder)
@@ -165,10 +165,10 @@ def newest_good(run_dir: Path) -> Path | None:
     return None
 
 
-def best(run_dir: Path) -> Path | None:
+def best_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint with the lowest val loss, else the newest."""
     scored = []
-    for folder in listed(run_dir):
+    for folder in list_checkpoints(run_dir):
         with contextlib.suppress(UserError):
             loss = read_manifest(folder).get("val_loss")
             scored.append((float("inf") if loss is None else loss, -step_of(folder), folder))

@@ -13,8 +13,8 @@ from llmkit.errors import ModelError
 from llmkit.files import file_sha256
 from llmkit.models.folder import load_model, read_config, weight_files
 from llmkit.peft import lora
-from llmkit.storage.checkpoint import MANIFEST, best, verify
-from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer, says_beside
+from llmkit.storage.checkpoint import MANIFEST, best_checkpoint, verify
+from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_configs
 
 # ---- MODEL: what the commands take ----------------------------------------------------------------------------------
 
@@ -50,7 +50,7 @@ def locate(model: str | Path) -> Located:
     """A run (its best checkpoint), a checkpoint, an adapter or a Hugging Face folder."""
     path = Path(model)
     if (path / "config.yaml").is_file() and not (path / "config.json").is_file():
-        chosen = best(path)
+        chosen = best_checkpoint(path)
         if chosen is None:
             raise ModelError("this run has no checkpoint yet", at=path)
         verify(chosen)
@@ -82,7 +82,7 @@ def weights_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(file_sha256(path) for path in weight_files(folder)).encode()).hexdigest()
 
 
-def load(
+def load_located(
     located: Located, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, merge: bool = False
 ) -> tuple[nn.Module, Tokenizer]:
     """The model and its tokenizer, an adapter's base included; `merge` folds the adapter in, in fp32."""
@@ -94,7 +94,7 @@ def load(
             )
         return load_model(located.folder, device=device, dtype=dtype), tokenizer
     base = located.base
-    tokenizer.note_ends(says_beside(base / "tokenizer.json"))
+    tokenizer.set_extra_stop_ids(read_tokenizer_configs(base / "tokenizer.json"))
     expected = lora.base_sha256(located.folder)
     if expected and weights_sha256(base) != expected:
         raise ModelError("the adapter was trained on other weights than its base has now", at=base)

@@ -37,7 +37,7 @@ WRITTEN = (
 )  # what --fresh deletes
 
 
-FREE_TO_CHANGE = {  # keys that a run may take up again with another value
+CHANGEABLE_KEYS = {  # keys that a run may take up again with another value
     "run_dir",
     "train.max_steps",
     "train.max_tokens",
@@ -99,7 +99,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def open_run(folder: Path, config: dict[str, Any], *, fresh: bool = False, info: dict[str, Any] | None = None) -> Run:
     """Make or take up a run directory and lock it.
 
-    config  the resolved config; a run that was started with another one is refused, but for FREE_TO_CHANGE
+    config  the resolved config; a run that was started with another one is refused, but for CHANGEABLE_KEYS
     fresh   delete what an earlier run left there
     """
     held = lock(
@@ -130,14 +130,14 @@ def open_run(folder: Path, config: dict[str, Any], *, fresh: bool = False, info:
 
 
 def refuse_another(folder: Path, config: dict[str, Any]) -> None:
-    """Raise where this folder holds a run, with checkpoints, of another config in more than FREE_TO_CHANGE."""
+    """Raise where this folder holds a run, with checkpoints, of another config in more than CHANGEABLE_KEYS."""
     saved = folder / "config.yaml"
     if not saved.exists() or not (folder / "checkpoints").exists():  # a run that saved nothing binds nobody
         return
     before = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
     after = flatten(config)
     differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    changed = [key for key in differing if key not in FREE_TO_CHANGE and key.split(".")[0] not in FREE_TO_CHANGE]
+    changed = [key for key in differing if key not in CHANGEABLE_KEYS and key.split(".")[0] not in CHANGEABLE_KEYS]
     changed.sort(key=lambda key: key not in before or key not in after)  # another value says more than another section
     if changed:
         raise UserError(

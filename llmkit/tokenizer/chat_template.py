@@ -13,7 +13,7 @@ from llmkit.errors import DataError
 from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, Tokenizer
 
 # ChatML, for tokenizers that bring no template of their own.
-CHATML = (
+CHATML_TEMPLATE = (
     "{% for message in messages %}"
     f"{CHAT_START}{{{{ message.role }}}}\n{{{{ message.content }}}}{CHAT_END}\n"
     "{% endfor %}"
@@ -22,7 +22,7 @@ CHATML = (
 
 
 # For tokenizers that reserve no chat markers (GPT-2's): plain text, ended by the end token.
-PLAIN = (
+PLAIN_TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'assistant' %}{{ message.content }}{{ eos_token }}{% else %}"
     "{{ message.content }}\n{% endif %}{% endfor %}"
 )
@@ -31,7 +31,7 @@ PLAIN = (
 MAX_LOOPS, MAX_RENDERED = 2, 10_000_000  # nested loops and characters that an honest template never reaches
 
 
-GUARD = "\ue000"  # a private-use letter that breaks up control tokens spelt out in somebody's message
+BREAK = "\ue000"  # a private-use letter that breaks up control tokens spelt out in somebody's message
 
 
 # ---- templates ------------------------------------------------------------------------------------------------------
@@ -87,19 +87,19 @@ def render(tokenizer: Tokenizer, template: str, messages: list[dict[str, str]], 
 
 def default_template(tokenizer: Tokenizer) -> str:
     """The tokenizer's own template, else ChatML where its markers are reserved, else plain text."""
-    return tokenizer.chat_template or (CHATML if CHAT_START in tokenizer.specials else PLAIN)
+    return tokenizer.chat_template or (CHATML_TEMPLATE if CHAT_START in tokenizer.specials else PLAIN_TEMPLATE)
 
 
 def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
     """Ids of a conversation, ready for the assistant's answer; ValueError where the template can't express it."""
-    safe = [{**message, "content": guard(tokenizer, message["content"])} for message in messages]
-    return encode_marked(tokenizer, render(tokenizer, default_template(tokenizer), safe, prompt=True))
+    safe = [{**message, "content": break_special_tokens(tokenizer, message["content"])} for message in messages]
+    return encode_rendered(tokenizer, render(tokenizer, default_template(tokenizer), safe, prompt=True))
 
 
 # ---- tokens and targets ---------------------------------------------------------------------------------------------
 
 
-def encode_marked(tokenizer: Tokenizer, text: str, *, begins: bool = True) -> list[int]:
+def encode_rendered(tokenizer: Tokenizer, text: str, *, begins: bool = True) -> list[int]:
     """Ids of a rendered template: its control tokens become ids, guarded ones inside messages stay text.
 
     begins  nothing stands before the text
@@ -111,15 +111,15 @@ def encode_marked(tokenizer: Tokenizer, text: str, *, begins: bool = True) -> li
             ids.append(tokenizer.specials[piece])
         elif piece:
             encode = tokenizer.encode if begins and place == 0 else tokenizer.encode_inside
-            ids += encode(piece.replace(GUARD, ""))
+            ids += encode(piece.replace(BREAK, ""))
     return ids
 
 
-def guard(tokenizer: Tokenizer, text: str) -> str:
-    """Break up control tokens that a message spells out, so that `encode_marked` sees none."""
-    text = text.replace(GUARD, "")
+def break_special_tokens(tokenizer: Tokenizer, text: str) -> str:
+    """Break up control tokens that a message spells out, so that `encode_rendered` sees none."""
+    text = text.replace(BREAK, "")
     for special in tokenizer.specials:
-        text = text.replace(special, special[0] + GUARD + special[1:])
+        text = text.replace(special, special[0] + BREAK + special[1:])
     return text
 
 
@@ -131,7 +131,7 @@ def encode_example(tokenizer: Tokenizer, template: str, turns: Any) -> tuple[lis
     if isinstance(turns, tuple):
         prompt, completion = tokenizer.encode_prompt(turns[0]), tokenizer.encode(turns[1])
         return [*prompt, *completion, tokenizer.eos_id], [False] * len(prompt) + [True] * (len(completion) + 1)
-    messages = [{**turn, "content": guard(tokenizer, turn["content"])} for turn in turns]
+    messages = [{**turn, "content": break_special_tokens(tokenizer, turn["content"])} for turn in turns]
     ids: list[int] = []
     targets: list[bool] = []
     done = ""
@@ -148,7 +148,7 @@ def encode_example(tokenizer: Tokenizer, template: str, turns: Any) -> tuple[lis
         tail = said[len(said.rstrip()) :] if said.rstrip().endswith(tuple(tokenizer.specials)) else ""
         pieces = ((before[len(done) :], False), (said.removesuffix(tail) if tail else said, answers), (tail, False))
         for piece, target in pieces:
-            new = encode_marked(tokenizer, piece, begins=not ids)
+            new = encode_rendered(tokenizer, piece, begins=not ids)
             ids += new
             targets += [target] * len(new)
         done = upto

@@ -21,13 +21,13 @@ LLAMA2C_CONTROL = ("<unk>", "<s>", "</s>")
 EXTRA_IDS = 100  # sentinels that T5's tokenizers have beside the pieces of the file
 
 
-def find(folder: Path) -> Path | None:
-    """The file of a folder that `read` takes, where there is no tokenizer.json."""
+def find_tokenizer_file(folder: Path) -> Path | None:
+    """The file of a folder that `read_foreign_tokenizer` takes, where there is no tokenizer.json."""
     names = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "encoder.json")
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def read(path: Path, beside: dict[str, Any], qwen2: str) -> Rust:
+def read_foreign_tokenizer(path: Path, beside: dict[str, Any], qwen2: str) -> Rust:
     """A .model of SentencePiece, or a vocab.json with its merges.txt.
 
     beside  what config.json and tokenizer_config.json in the same folder say
@@ -148,15 +148,15 @@ def from_pieces(
         if any(SPACE in symbol for symbol in symbols):
             raise ValueError("it has symbols with spaces of their own")
         cuts += [
-            apart(names, dict(vocab)),
+            split_inside_names(names, dict(vocab)),
             pre_tokenizers.Split(SPACE, "merged_with_next"),
         ]  # no piece goes over a word's end
     elif kind == BPE:
         ids = {piece.piece: i for i, piece in enumerate(pieces)}
         bpe = {"unk_token": pieces[unknown].piece, "fuse_unk": True, "byte_fallback": byte_fallback}
         # With symbols of its own the text is cut at them, and they are what they are without any merges.
-        rust = Rust(models.BPE(vocab=ids, merges=merges_of(pieces), ignore_merges=bool(symbols), **bpe))
-        cuts += [apart(names, ids)] if symbols else []
+        rust = Rust(models.BPE(vocab=ids, merges=infer_merges(pieces), ignore_merges=bool(symbols), **bpe))
+        cuts += [split_inside_names(names, ids)] if symbols else []
     else:
         raise ValueError("it is neither a unigram nor a BPE model")
     if cuts:
@@ -175,7 +175,7 @@ def from_pieces(
     return rust
 
 
-def shield(rust: Rust) -> Rust:
+def prevent_special_token_injection(rust: Rust) -> Rust:
     """The same tokenizer, in which a text that spells out a control token stays text; for other texts nothing changes.
 
     transformers' own tokenizers never look for one there, since they take it for the token itself; so most files of
@@ -194,13 +194,13 @@ def shield(rust: Rust) -> Rust:
     names = [name for name in controls if name in own]
     if not names or not (found or always):
         return rust
-    cut, steps = apart(names, own), [rust.pre_tokenizer] if rust.pre_tokenizer else []
+    cut, steps = split_inside_names(names, own), [rust.pre_tokenizer] if rust.pre_tokenizer else []
     if not steps or cut.__getstate__() not in steps[0].__getstate__():  # else it was saved so
         rust.pre_tokenizer = pre_tokenizers.Sequence([*steps, cut])
     return rust
 
 
-def apart(names: Iterable[str], vocab: Iterable[Any]) -> pre_tokenizers.PreTokenizer:
+def split_inside_names(names: Iterable[str], vocab: Iterable[Any]) -> pre_tokenizers.PreTokenizer:
     """A cut inside each name where a text spells it out, so that no token is the whole of it.
 
     The place is one over which no other token reaches, if there is one: its letters then make what they always make.
@@ -245,7 +245,7 @@ def from_llama2c(path: Path, size: int) -> Rust:
     return rust
 
 
-def merges_of(pieces: Iterable[Piece]) -> list[tuple[str, str]]:
+def infer_merges(pieces: Iterable[Piece]) -> list[tuple[str, str]]:
     """The merges that a BPE model's scores stand for: every way to make a piece of two, the best scores first."""
     scores = {piece.piece: (i, piece.score) for i, piece in enumerate(pieces) if piece.type in (NORMAL, USER_DEFINED)}
     found = []

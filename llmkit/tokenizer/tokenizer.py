@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer as Rust
 
 from llmkit.errors import ModelError, UserError
-from llmkit.tokenizer.foreign import find, read, shield
+from llmkit.tokenizer.foreign import find_tokenizer_file, prevent_special_token_injection, read_foreign_tokenizer
 
 EOS, CHAT_START, CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", CHAT_END, "[SEP]")  # of other people's tokenizers
@@ -93,17 +93,17 @@ class Tokenizer:
         return self.rust.token_to_id(self.bos) if self.bos else None
 
     @property
-    def chat_end(self) -> int:
+    def end_of_turn_id(self) -> int:
         """The token that ends a turn in ChatML, else the end of text."""
         return self.specials.get(CHAT_END, self.eos_id)
 
     @property
-    def answer_ends(self) -> list[int]:
+    def stop_ids(self) -> list[int]:
         """Tokens that end an answer: the end of text, what ends a turn where there is a chat template, and `ends`."""
-        turn = [self.chat_end] if self.chat_template else []
+        turn = [self.end_of_turn_id] if self.chat_template else []
         return list(dict.fromkeys([self.eos_id, *turn, *self.ends]))
 
-    def note_ends(self, beside: dict) -> None:
+    def set_extra_stop_ids(self, beside: dict) -> None:
         """Take up the `ends` that the files beside a model name: an id or several."""
         ends = beside.get("eos_token_id")
         self.ends = [i for i in (ends if isinstance(ends, list) else [ends]) if i in self.specials.values()]
@@ -123,7 +123,7 @@ class Tokenizer:
     def inside(self) -> Rust:
         """The tokenizer for text that follows other text: some put a space before what begins one, and only there."""
         spec = json.loads(self.rust.to_str())
-        first = [step for step in steps_of(spec["pre_tokenizer"] or {}) if step.get("prepend_scheme") == "first"]
+        first = [step for step in flatten_steps(spec["pre_tokenizer"] or {}) if step.get("prepend_scheme") == "first"]
         for step in first:
             step["prepend_scheme"] = "never"
         return Rust.from_str(json.dumps(spec)) if first else self.rust
@@ -225,10 +225,10 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def steps_of(spec: dict) -> Iterator[dict]:
+def flatten_steps(spec: dict) -> Iterator[dict]:
     """The steps of a tokenizer.json's pre-tokenizer, sequences within sequences flattened."""
     for step in spec.get("pretokenizers", [spec]):
-        yield from steps_of(step) if "pretokenizers" in step else [step]
+        yield from flatten_steps(step) if "pretokenizers" in step else [step]
 
 
 def split_pattern(spec: dict) -> str | None:
@@ -268,7 +268,7 @@ def fetch_tokenizer(name: str) -> Tokenizer:
     if Path(name).exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
         return load_tokenizer(Path(name).expanduser())
     try:
-        rust = shield(Rust.from_pretrained(name))
+        rust = prevent_special_token_injection(Rust.from_pretrained(name))
     except Exception as error:  # tokenizers raises bare Exception
         reason = str(error).partition("\n")[0][:200]
         raise ModelError(
@@ -278,7 +278,7 @@ def fetch_tokenizer(name: str) -> Tokenizer:
     return Tokenizer(rust, eos_id)
 
 
-def says_beside(path: Path) -> dict:
+def read_tokenizer_configs(path: Path) -> dict:
     """What the JSON files beside a tokenizer say of it."""
     beside: dict = {}
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):  # the latter wins
@@ -300,20 +300,20 @@ def load_tokenizer(path: Path) -> Tokenizer:
     The end token and the chat template come from the files beside it.
     """
     if path.is_dir():
-        path = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else find(path) or path
+        path = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else find_tokenizer_file(path) or path
     if not path.is_file():
         raise ModelError("there is no tokenizer", at=path, fix="name a tokenizer.json, or a folder with one")
-    beside = says_beside(path)
+    beside = read_tokenizer_configs(path)
     try:
         is_json = path.suffix == ".json" and path.name not in ("vocab.json", "encoder.json")
-        rust = Rust.from_file(str(path)) if is_json else read(path, beside, PATTERNS["qwen2"])
+        rust = Rust.from_file(str(path)) if is_json else read_foreign_tokenizer(path, beside, PATTERNS["qwen2"])
     except UserError:
         raise
     except Exception as error:  # tokenizers raises bare Exception
         raise ModelError(f"the tokenizer can't be read: {error}", at=path) from None
     rust.no_truncation()  # some files carry the settings of whoever saved them, and would cut every text
     rust.no_padding()
-    rust = shield(rust) if is_json else rust
+    rust = prevent_special_token_injection(rust) if is_json else rust
     says = {role: beside.get(role) for role in ("eos_token", "bos_token", *ROLES)}
     says = {role: token.get("content") if isinstance(token, dict) else token for role, token in says.items()}
     known = rust.get_vocab(with_added_tokens=True)
@@ -335,5 +335,5 @@ def load_tokenizer(path: Path) -> Tokenizer:
     usual = next((name for name in begins if rust.token_to_id(name) is not None), None)
     bos = named.pop("bos_token", usual)
     made = Tokenizer(rust, eos_id, bos, template if isinstance(template, str) else None, named=named)
-    made.note_ends(beside)
+    made.set_extra_stop_ids(beside)
     return made

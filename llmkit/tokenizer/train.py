@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Rust
 
 from llmkit.errors import DataError, UserError, did_you_mean
-from llmkit.tokenizer.foreign import shield
+from llmkit.tokenizer.foreign import prevent_special_token_injection
 from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, PATTERNS, Tokenizer
 
 SPECIALS = (EOS, CHAT_START, CHAT_END)  # the chat markers are reserved, so that fine-tuning need not grow the model
@@ -52,7 +52,7 @@ def train_tokenizer(
     >>> made.decode(made.encode("a cat"))
     'a cat'
     """
-    for what, name, known in [("kind", kind, KINDS), *(("normalizer", name, NORMALIZERS) for name in normalize)]:
+    for what, name, known in [("kind", kind, TRAINERS), *(("normalizer", name, NORMALIZERS) for name in normalize)]:
         if name not in known:
             fix = did_you_mean(name, known) or f"one of: {', '.join(known)}"
             raise UserError(f"the tokenizer's {what} is unknown", got=name, fix=fix)
@@ -61,7 +61,9 @@ def train_tokenizer(
     if kind in ("wordpiece", "char") and pattern != "gpt2":
         raise UserError(f"a pattern means nothing to {kind}", got=pattern, fix="leave it out")
     steps = [NORMALIZERS[name]() for name in normalize]
-    made = KINDS[kind](plain(texts, [*SPECIALS, *special_tokens]), vocab_size, pattern, steps, special_tokens)
+    made = TRAINERS[kind](
+        without_special_tokens(texts, [*SPECIALS, *special_tokens]), vocab_size, pattern, steps, special_tokens
+    )
     if len(made) > vocab_size:
         raise UserError(
             "vocab_size is too small for what every text needs",
@@ -72,7 +74,7 @@ def train_tokenizer(
     return made
 
 
-def plain(texts: Iterable[str], specials: Sequence[str]) -> Iterator[str]:
+def without_special_tokens(texts: Iterable[str], specials: Sequence[str]) -> Iterator[str]:
     """Texts without control tokens that are spelt out in them: no merge must ever make one."""
     for text in texts:
         for token in specials:
@@ -121,7 +123,7 @@ def train_unigram(
     """The unigram language model (Kudo 2018, arXiv:1804.10959), over bytes, so that nothing is unknown."""
     rust = train_bytes(models.Unigram(), trainers.UnigramTrainer, texts, vocab_size, pattern, steps, specials)
     rust = Rust.from_str(rust.to_str())  # the scores as a file will have them, to the last bit
-    return Tokenizer(shield(rust), rust.token_to_id(EOS), named=PAD)
+    return Tokenizer(prevent_special_token_injection(rust), rust.token_to_id(EOS), named=PAD)
 
 
 def train_wordpiece(
@@ -162,7 +164,7 @@ def train_char(texts: Iterator[str], vocab_size: int, pattern: str, steps: list,
     return Tokenizer(rust, vocab[EOS], named=PAD)
 
 
-KINDS: dict[str, Callable[..., Tokenizer]] = {
+TRAINERS: dict[str, Callable[..., Tokenizer]] = {
     "bpe": train_bpe,
     "unigram": train_unigram,
     "wordpiece": train_wordpiece,
@@ -189,7 +191,7 @@ def extend_bpe(base: Tokenizer, texts: Iterable[str], vocab_size: int) -> Tokeni
         )
     names = {i: token for token, i in spec["model"]["vocab"].items()}
     words: Counter[tuple[int, ...]] = Counter()
-    for text in plain(texts, list(base.specials)):
+    for text in without_special_tokens(texts, list(base.specials)):
         text = base.rust.normalizer.normalize_str(text) if base.rust.normalizer else text
         pieces = Counter(piece for piece, _ in base.rust.pre_tokenizer.pre_tokenize_str(text))
         for piece, number in pieces.items():

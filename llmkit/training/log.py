@@ -18,7 +18,7 @@ from llmkit.training.prepare import Job
 
 
 @dataclass
-class Watch:
+class MetricsLogger:
     """The clock of the steps, without evaluations and checkpoints, and the way from events to file and screen."""
 
     job: Job

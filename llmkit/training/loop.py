@@ -31,7 +31,7 @@ from llmkit.peft import METHODS, lora
 from llmkit.screen import clock
 from llmkit.storage import checkpoint
 from llmkit.storage.run import Run, open_run, plot_runs, refuse_another, write_report
-from llmkit.training.log import Watch
+from llmkit.training.log import MetricsLogger
 from llmkit.training.optim import OPTIMIZERS, clip, set_lr
 from llmkit.training.plan import plan_config, plan_rows
 from llmkit.training.prepare import Job, prepare
@@ -56,7 +56,7 @@ class Progress:
         return {key: value for key, value in vars(self).items() if key != "tensors"}
 
 
-def fresh_tensors(device: torch.device, precision: str) -> dict[str, Tensor]:
+def initial_counters(device: torch.device, precision: str) -> dict[str, Tensor]:
     """Counters that live on the device."""
     names = ("interval_loss", "skipped", "bad_in_a_row", "good_in_a_row")
     tensors = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
@@ -104,7 +104,7 @@ def train(
 def take_steps(job: Job, run: Run | None, header: dict[str, str], say: Callable[[str], None]) -> dict[str, Any]:
     """Make the model, take up the newest good checkpoint, and go on to the last step; the order is important."""
     config, world, device = job.config, job.world, job.world.device
-    resumed = checkpoint.newest_good(Path(config.run_dir))
+    resumed = checkpoint.newest_intact_checkpoint(Path(config.run_dir))
     model = make_model(job, resumed)
     recomputed = apply_checkpointing(model, config.train.gradient_checkpointing)
     compiled = compile_blocks(model, config.train.compile, device, job.precision)
@@ -112,21 +112,21 @@ def take_steps(job: Job, run: Run | None, header: dict[str, str], say: Callable[
 
     optimizers = OPTIMIZERS[config.optimizer.name](model, **job.options["optimizer"])
     trained = [p for p in model.parameters() if p.requires_grad]
-    progress = Progress(tensors=fresh_tensors(device, job.precision))
+    progress = Progress(tensors=initial_counters(device, job.precision))
     if resumed:
         restore(resumed, job, model, optimizers, progress)
         say(f"{'resumed':>10}  {resumed}")
     if run:
         run.begin(progress.step if resumed else None)
         if config.peft:
-            checkpoint.hold(job.base, run.folder)
+            checkpoint.add_dependent_run(job.base, run.folder)
     peak, source = peak_flops(device, job.precision)
     rate = matmul_rate(device, DTYPES[job.precision])
     say(f"{'peak':>10}  {peak / 1e12:.3g} TFLOP/s ({source}); matrix products reach {rate / 1e12:.3g}")
     say("")
 
     batches = job.batches("train", config.train.global_batch_size)
-    watch = Watch(job, run, peak, progress.step, say)
+    watch = MetricsLogger(job, run, peak, progress.step, say)
     signals = Signals()
     gc.collect()
     gc.freeze()
@@ -155,7 +155,7 @@ def take_steps(job: Job, run: Run | None, header: dict[str, str], say: Callable[
                 optimizer.found_inf = found_inf  # not finite: change nothing, decided on the device
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            note_finite(progress.tensors, found_inf, job.precision)
+            update_loss_scale(progress.tensors, found_inf, job.precision)
             progress.step += 1
             progress.interval_targets += targets
 
@@ -245,7 +245,7 @@ def restore(
         progress.tensors["interval_loss"].zero_()  # rank 0 took up the sum over all ranks
 
 
-def note_finite(tensors: dict[str, Tensor], found_inf: Tensor, precision: str) -> None:
+def update_loss_scale(tensors: dict[str, Tensor], found_inf: Tensor, precision: str) -> None:
     """Count skipped steps, and move fp16's loss scale: half after a bad step, double after enough good ones."""
     tensors["skipped"] += found_inf
     tensors["bad_in_a_row"] = (tensors["bad_in_a_row"] + found_inf) * found_inf
@@ -276,7 +276,9 @@ def stop_if_diverged(job: Job, progress: Progress) -> None:
 # ---- around the steps -----------------------------------------------------------------------------------------------
 
 
-def log_step(job: Job, progress: Progress, watch: Watch, lr: float, norm: Tensor, metrics: dict[str, Tensor]) -> None:
+def log_step(
+    job: Job, progress: Progress, watch: MetricsLogger, lr: float, norm: Tensor, metrics: dict[str, Tensor]
+) -> None:
     """Read the interval's loss from the device, the only wait for it, and log it."""
     tensors, world = progress.tensors, job.world
     loss = world.sum(tensors["interval_loss"].item()) / progress.interval_targets
@@ -295,7 +297,7 @@ def log_step(job: Job, progress: Progress, watch: Watch, lr: float, norm: Tensor
     stop_if_diverged(job, progress)
 
 
-def evaluate(job: Job, model: nn.Module, progress: Progress, watch: Watch) -> str | None:
+def evaluate(job: Job, model: nn.Module, progress: Progress, watch: MetricsLogger) -> str | None:
     """Measure the val split, write a sample, and say whether to stop early (the reason) or not (None)."""
     config, device, world = job.config, job.world.device, job.world
     with watch.pause():
@@ -340,7 +342,9 @@ def sample(job: Job, model: nn.Module) -> str:
     return tokenizer.decode(new if job.model_config.kind == "seq2seq" else [*prompt, *new])
 
 
-def save(job: Job, model: nn.Module, optimizers: list[torch.optim.Optimizer], progress: Progress, watch: Watch) -> None:
+def save(
+    job: Job, model: nn.Module, optimizers: list[torch.optim.Optimizer], progress: Progress, watch: MetricsLogger
+) -> None:
     """Write a checkpoint, but never a diverged state."""
     stop_if_diverged(job, progress)
     val_loss = watch.pending.get("val_loss")
@@ -355,7 +359,7 @@ def save(job: Job, model: nn.Module, optimizers: list[torch.optim.Optimizer], pr
         if config.peft:
             lora.save_adapter(model, folder, base=str(job.base.resolve()), base_sha256=job.base_sha256)
         else:
-            save_model(model, folder, eos_token_ids=tokenizer.answer_ends, bos_token_id=tokenizer.bos_id)
+            save_model(model, folder, eos_token_ids=tokenizer.stop_ids, bos_token_id=tokenizer.bos_id)
         tokenizer.save(folder)
 
     with watch.pause():
@@ -381,11 +385,13 @@ def save(job: Job, model: nn.Module, optimizers: list[torch.optim.Optimizer], pr
         )
 
 
-def finish(job: Job, run: Run, header: dict, progress: Progress, watch: Watch, stop: str | None) -> dict[str, Any]:
+def finish(
+    job: Job, run: Run, header: dict, progress: Progress, watch: MetricsLogger, stop: str | None
+) -> dict[str, Any]:
     """The picture, the report and the summary of a run that is done."""
     plot_runs([run.folder], run.folder / "loss.png")
     records = run.metrics()
-    kept = checkpoint.best(run.folder)  # of all evaluations the best one that has a checkpoint
+    kept = checkpoint.best_checkpoint(run.folder)  # of all evaluations the best one that has a checkpoint
     best = next((r for r in records if kept and "val_loss" in r and r["step"] == checkpoint.step_of(kept)), {})
     speeds = sorted(r["tokens_per_second"] for r in records if "tokens_per_second" in r)
     summary = {"steps": progress.step, "tokens": progress.step * job.tokens_per_step}
@@ -405,4 +411,4 @@ def finish(job: Job, run: Run, header: dict, progress: Progress, watch: Watch, s
         "files": f"{run.folder}/: checkpoints/, metrics.jsonl, loss.png, report.md",
     }
     write_report(run, header, summary)
-    return summary | {"next": job.what_next()}
+    return summary | {"next": job.next_commands()}

@@ -16,7 +16,7 @@ from llmkit.parallel.world import World, start_world
 from llmkit.screen import clock, count
 from llmkit.tokenizer.tokenizer import load_tokenizer
 from llmkit.training.cost import Lengths, make_plan
-from llmkit.training.resolve import check_choices, choose_objective, in_words, model_problems, read_model_config
+from llmkit.training.resolve import check_choices, choose_objective, describe_choice, model_problems, read_model_config
 
 CPU_MICRO_TOKENS, GPU_MICRO_TOKENS = 8192, 65_536  # more tokens in a forward bring no more speed
 EXPECTED_MFU = 0.5  # of the matrix rate, in `plan`: what steps on CPUs and GPUs reach, give or take a fifth
@@ -51,8 +51,8 @@ def plan_config(config: Config) -> dict[str, Any]:
         "precision": precision,
         "device": device_name(world.device),
         "device_memory": total_memory(world.device),
-        "optimizer": in_words(config.optimizer.name, options["optimizer"]),
-        "schedule": in_words(config.schedule.name, options["schedule"]),
+        "optimizer": describe_choice(config.optimizer.name, options["optimizer"]),
+        "schedule": describe_choice(config.schedule.name, options["schedule"]),
         "peak_memory": plan.peak_memory,
         "memory_by_part": plan.memory,
         "fits": plan.peak_memory <= total_memory(world.device),

@@ -31,7 +31,7 @@ from llmkit.training.resolve import (
     check_choices,
     choose_objective,
     choose_packing,
-    in_words,
+    describe_choice,
     model_problems,
     read_model_config,
 )
@@ -96,7 +96,7 @@ class Job:
         """Each source's share of the samples and how often it is read."""
         return [f"{name} {share:.1%} x {self.epochs_of(name):.2f}" for name, (share, _) in self.data.shares.items()]
 
-    def what_next(self) -> list[str]:
+    def next_commands(self) -> list[str]:
         """Commands that one may type after the run."""
         run, kind, is_sft = self.config.run_dir, self.model_config.kind, self.config.data.kind == "sft"
         prompt = shlex.quote(self.config.eval.sample_prompt or "Once upon a time")
@@ -143,13 +143,13 @@ class Job:
             "length": f"{self.max_steps} steps, {count(self.max_steps * self.tokens_per_step)} tokens, "
             f"{self.max_steps * config.train.global_batch_size / self.data.samples['train']:.2f} epochs",
             **(
-                {"objective": in_words(config.objective.name, self.options["objective"])}
+                {"objective": describe_choice(config.objective.name, self.options["objective"])}
                 if self.options["objective"]
                 else {}
             ),
-            "optimizer": in_words(config.optimizer.name, self.options["optimizer"]),
-            **({"peft": in_words(config.peft.name, self.options["peft"])} if config.peft else {}),
-            "schedule": in_words(config.schedule.name, self.options["schedule"]),
+            "optimizer": describe_choice(config.optimizer.name, self.options["optimizer"]),
+            **({"peft": describe_choice(config.peft.name, self.options["peft"])} if config.peft else {}),
+            "schedule": describe_choice(config.schedule.name, self.options["schedule"]),
             "compute": f"{count(plan.flops_per_token)} FLOPs a token, "
             f"{plan.flops_per_token * self.max_steps * self.tokens_per_step:.1e} in all",
             "eval": self.evaluated(),
@@ -244,7 +244,7 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
                 fix="lower data.seq_len, add text, or raise the val fraction",
             )
 
-    train = config.train if fresh else as_before(config)
+    train = config.train if fresh else reuse_resolved_values(config)
     if train.max_steps:
         max_steps = train.max_steps
     elif train.max_tokens:
@@ -287,7 +287,7 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
     job = Job(
         resolved, world, model_config, base, new_tokens, data, objective, options, plan, max_steps, precision, micro
     )
-    raise_all(list(read_too_often(job)))
+    raise_all(list(check_max_epochs(job)))
     return job
 
 
@@ -316,7 +316,7 @@ def added_tokens(config: Config, base: Path, tokenizer: Tokenizer) -> dict[int, 
     return {i: [] if token in tokenizer.specials else old.encode(tokenizer.decode([i])) for i, token in new.items()}
 
 
-def read_too_often(job: Job) -> Iterator[UserError]:
+def check_max_epochs(job: Job) -> Iterator[UserError]:
     """Sources that the run would read for more epochs than the config allows."""
     sources = job.config.data.sources if isinstance(job.config.data, CorpusData) else []
     for i, source in enumerate(sources):
@@ -333,10 +333,10 @@ def read_too_often(job: Job) -> Iterator[UserError]:
             )
 
 
-def as_before(config: Config) -> Train:
+def reuse_resolved_values(config: Config) -> Train:
     """The train section, with what is "auto" in it as this run resolved it before its checkpoints."""
     saved = Path(config.run_dir) / "config.yaml"
-    if not saved.is_file() or not checkpoint.listed(Path(config.run_dir)):
+    if not saved.is_file() or not checkpoint.list_checkpoints(Path(config.run_dir)):
         return config.train
     before = (yaml.safe_load(saved.read_text(encoding="utf-8")) or {}).get("train", {})
     same = {

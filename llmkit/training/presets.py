@@ -20,15 +20,15 @@ LOCAL = Path("llmkit.yaml")
 LONGEST = 1024  # tokens of an example, unless the config says otherwise
 HERE = Path(__file__).parents[1]
 EXAMPLES = HERE / "configs" if (HERE / "configs").is_dir() else HERE.parent / "configs"  # installed, or a checkout
-KINDS = {"pretrain": "llama-150m", "finetune": "lora"}  # what `init` calls them -> a file in configs/
+EXAMPLE_NAMES = {"pretrain": "llama-150m", "finetune": "lora"}  # what `init` calls them -> a file in configs/
 
 
 def example(kind: str) -> str:
     """The text of an example config, by kind or by name."""
     names = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
-    name = KINDS.get(kind, kind)
+    name = EXAMPLE_NAMES.get(kind, kind)
     if name not in names:
-        known = [*KINDS, *names]
+        known = [*EXAMPLE_NAMES, *names]
         fix = did_you_mean(kind, known) or f"one of: {', '.join(known)}"
         raise UserError("there is no such example", got=kind, fix=fix)
     return (EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8")
@@ -61,7 +61,7 @@ def finetune_config(
 
     newest = None
     if path is None and model is None:
-        whole = [run for run in list_runs(Path("runs")) if checkpoint.listed(run) and not is_adapter_run(run)]
+        whole = [run for run in list_runs(Path("runs")) if checkpoint.list_checkpoints(run) and not is_adapter_run(run)]
         newest = whole[-1] if whole else None
         if newest:
             say(f"model: {newest}, the newest run")

@@ -101,6 +101,6 @@ def model_problems(config: Config, model_config: Any) -> list[UserError]:
     return errors
 
 
-def in_words(name: str, options: dict[str, Any]) -> str:
+def describe_choice(name: str, options: dict[str, Any]) -> str:
     """A choice and its options on one line."""
     return ", ".join([name, *(f"{key} {value}" for key, value in options.items() if value is not None)])
