@@ -71,7 +71,7 @@ def test_pages_give_the_text_that_readability_expects():
             continue
         found = words_of(run(decode(source.read_bytes(), html=True)[0], "html", format="html"))
         scores.append(2 * (found & wanted).total() / (found.total() + wanted.total()))
-    assert len(scores) == 37 and sum(scores) / len(scores) >= 0.98
+    assert len(scores) >= 68 and sum(scores) / len(scores) >= 0.93  # the rules were chosen on 37 of these pages
 
 
 def words_of(text: str) -> Counter[str]:

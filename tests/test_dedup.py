@@ -42,7 +42,7 @@ def test_words():
 
 def test_signatures_are_the_same_in_every_process():
     code = (
-        "from llmkit.data.dedup import *; print(band_keys(minhash(Text('the cat sat on the mat again')), 8).tolist())"
+        "from llmkit.corpus.dedup import *; print(band_keys(minhash(TextFeatures('the cat sat on the mat again')), 8).tolist())"
     )
     runs = [
         subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True)

@@ -278,7 +278,7 @@ def test_sizes_are_bounded(tmp_path, monkeypatch):
 def test_memory_does_not_grow_with_the_file(tmp_path):
     path = write(tmp_path / "a.jsonl.gz", gzip.compress(b"a" * 300_000_000, 1))  # a bomb: one line of 300 MB
     code = (
-        "import resource, sys; from pathlib import Path; from llmkit.data.documents import read_records;"
+        "import resource, sys; from pathlib import Path; from llmkit.readers.documents import read_records;"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "print(*(r.reason for _, r in read_records(Path(sys.argv[1]))));"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
@@ -350,7 +350,7 @@ def test_missing_local_datasets_never_touch_the_network(name):
 
 
 def test_the_hub_offline_is_one_clear_error():
-    code = "from llmkit.data.documents import read_dataset as r; list(r('nobody/nothing', source='s', streaming=True))"
+    code = "from llmkit.readers.documents import read_dataset as r; list(r('nobody/nothing', source='s', streaming=True))"
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert "llmkit.errors.UserError: error: the dataset can't be read" in done.stderr
+    assert "llmkit.errors.DataError: error: the dataset can't be read" in done.stderr
