@@ -1,11 +1,12 @@
-"""Training speed against transformers and peft: same shapes, weights, tokens and optimizer, measured side by side.
+"""Compare training speed with transformers and peft: same shapes, weights, tokens and optimizer.
 
     python scripts/bench.py                                  # every shape, on the GPU if there is one
     python scripts/bench.py --shape lora --rounds 5 --json out.json
 
-Every contestant is a process of its own. A peer is measured in a session with llmkit: both stay alive and take turns
-(llmkit, peer, peer, llmkit, ...), so that what else the machine does hits both, and each ratio comes from one session.
-Two processes at a time, no more: many live ones slow each other down. A contestant that fails is a row with its error.
+Every contestant is a process of its own. Each peer is measured in a session with llmkit: both processes stay alive and
+take turns (llmkit, peer, peer, llmkit, ...), so that other load on the machine affects both. Each ratio comes from one
+session. Only two processes are alive at a time, because more would slow each other down. A contestant that fails is a
+row with its error.
 """
 
 from __future__ import annotations
@@ -44,49 +45,31 @@ from llmkit.parallel.device import (
 )
 from llmkit.parallel.world import start_world
 from llmkit.peft import lora
+from llmkit.peft.adapter import load_adapter, save_adapter
 from llmkit.training.cost import Lengths, flops_per_row
 from llmkit.training.optim import OPTIMIZERS, clip
 from llmkit.types import Batch
 
 
 def shape(hidden: int, layers: int, heads: int, vocab: int, **more: int) -> dict[str, int]:
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "vocab_size": vocab,
-        **more,
-    }
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocab}
+    return sizes | more
 
 
-# (device, --shape) -> rows of (name, family, config, tokens a row, rows a step)
+LORA_CPU = shape(768, 12, 12, 32000, num_key_value_heads=4, intermediate_size=2048)
+LORA_CUDA = shape(2048, 16, 32, 32000, num_key_value_heads=8, intermediate_size=8192)
+# (device, --shape) -> rows of (name, family, config, tokens per row, rows per step)
 SHAPES = {
     ("cpu", "small"): [
         ("GPT-2 6 x 384", "gpt2", shape(384, 6, 6, 8192), 256, 16),
         ("Llama 6 x 384", "llama", shape(384, 6, 6, 8192, intermediate_size=1024), 256, 16),
     ],
-    ("cpu", "lora"): [
-        (
-            "LoRA on Llama 12 x 768",
-            "llama",
-            shape(768, 12, 12, 32000, num_key_value_heads=4, intermediate_size=2048),
-            512,
-            4,
-        )
-    ],
+    ("cpu", "lora"): [("LoRA on Llama 12 x 768", "llama", LORA_CPU, 512, 4)],
     ("cuda", "small"): [
         ("GPT-2 124M", "gpt2", shape(768, 12, 12, 50257), 1024, 16),
         ("Llama 12 x 768", "llama", shape(768, 12, 12, 32000, intermediate_size=2048), 1024, 16),
     ],
-    ("cuda", "lora"): [
-        (
-            "LoRA on Llama 16 x 2048",
-            "llama",
-            shape(2048, 16, 32, 32000, num_key_value_heads=8, intermediate_size=8192),
-            2048,
-            4,
-        )
-    ],
+    ("cuda", "lora"): [("LoRA on Llama 16 x 2048", "llama", LORA_CUDA, 2048, 4)],
 }
 OURS = {"name": "llmkit, bf16 autocast, compiled", "who": "llmkit", "precision": "bf16", "compile": True}
 PEERS = [
@@ -94,71 +77,72 @@ PEERS = [
     {"name": "transformers, bf16 autocast, compiled", "who": "peer", "precision": "bf16", "compile": True},
     {"name": "transformers, fp32", "who": "peer", "precision": "fp32", "compile": False},
 ]
-LORA_PEERS = [  # peft makes adapters fp32 unless told otherwise
+LORA_PEERS = [  # by default peft makes adapters fp32
     {"name": "peft, bf16, fp32 adapters", "who": "peer", "precision": "bf16", "compile": False, "fp32_adapters": True},
     {"name": "peft, bf16, bf16 adapters", "who": "peer", "precision": "bf16", "compile": False, "fp32_adapters": False},
 ]
-WARM_UP = 3  # steps before the clock: compilation, the optimizer's state, then one like all others
-BATCHES = 4  # different ones, made before the clock and taken in turn
-PARITY = 2e-3  # first losses further apart than this mean that not the same thing was trained
+WARM_UP = 3  # steps that are not measured: compilation, the optimizer's state, then a normal one
+BATCHES = 4  # different batches, made before the measurement and used in turn
+PARITY = 2e-3  # a larger difference of the first losses means that the models are not the same
 
 
-# ---- a contestant: one process, told over a pipe what to do ---------------------------------------------------------
+# ---- a contestant: one process, controlled over a pipe --------------------------------------------------------------
 
 
 def worker(spec: dict) -> None:
-    """Answer JSON lines with JSON lines: {"steps": n} trains n steps; the end of the input asks for the summary."""
+    """Answer JSON lines with JSON lines: {"steps": n} trains n steps, the end of the input asks for the summary."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not end up among the answers
+    os.dup2(2, 1)  # keeps the output of libraries out of the answers
 
     def answer(**values) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
     try:
-        (write_weights if spec["who"] == "weights" else contestant)(spec, answer)
+        (write_weights if spec["who"] == "weights" else run_contestant)(spec, answer)
     except Exception as error:
         traceback.print_exc()
         answer(error=f"{type(error).__name__}: {error}")
 
 
 def write_weights(spec: dict, answer) -> None:
-    """Write the initial weights that every contestant loads. Not in the parent: its peak would become theirs."""
+    """Write the initial weights that every contestant loads. The parent's own peak memory must stay small."""
     model = build_model(CONFIGS[spec["family"]](**spec["config"]), seed=0)
     folder = Path(spec["folder"])
     save_model(model, folder / "base", dtype=torch.bfloat16 if spec["lora"] else torch.float32)
     if spec["lora"]:
-        lora.apply(model, r=16, alpha=32.0)
-        lora.save_adapter(model, folder / "adapter", base=str(folder / "base"), base_sha256="")
+        lora.apply(model, lora.Options(r=16, alpha=32.0))
+        save_adapter(model, folder / "adapter", "lora", lora.Options(), base=str(folder / "base"), base_sha256="")
     answer(written=True)
 
 
-def contestant(spec: dict, answer) -> None:
+def run_contestant(spec: dict, answer) -> None:
+    """Warm up, train as many steps as each line of standard input asks for, then answer with the summary."""
     device = torch.device(spec["device"])
     if spec["who"] == "llmkit":
         device = start_world().device
     elif spec["same_malloc"] and device.type == "cpu":
         keep_freed_memory()
     batches = make_batches(spec)
-    step = (our_step if spec["who"] == "llmkit" else their_step)(spec, device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    step = (build_our_step if spec["who"] == "llmkit" else build_peer_step)(spec, device)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     losses = []
 
     def run(steps: int) -> float:
-        wait()
+        synchronize()
         start = time.perf_counter()
         for _ in range(steps):
             losses.append(step(to_device(batches[len(losses) % BATCHES], device)))
-        wait()
+        synchronize()
         return (time.perf_counter() - start) / steps
 
     warm_up = [run(1) for _ in range(WARM_UP)]
     gc.collect()
     gc.freeze()
-    gc.disable()  # as llmkit's loop does, for everybody
+    gc.disable()  # as llmkit's training loop does, here for every contestant
     answer(ready=True)
     for line in sys.stdin:
         steps = json.loads(line)["steps"]
-        # On a CPU every step is a measurement; on a GPU a whole turn is one, because waiting after each step costs.
+        # On a GPU a whole turn is one measurement, because synchronizing after each step costs time.
         answer(seconds=[run(1) for _ in range(steps)] if device.type == "cpu" else [run(steps)])
     answer(
         losses=[losses[0].item(), losses[-1].item()],
@@ -168,23 +152,23 @@ def contestant(spec: dict, answer) -> None:
 
 
 def make_batches(spec: dict) -> list[Batch]:
-    """The same tokens for everybody: half noise, half a rule that a few steps can begin to learn."""
+    """Return the same batches for every contestant: half noise, half a rule that a few steps can begin to learn."""
     rng = np.random.default_rng(0)
-    made = []
+    batches = []
     for _ in range(BATCHES):
         tokens = rng.integers(spec["config"]["vocab_size"], size=(spec["rows"], spec["seq_len"] + 1))
         follows = rng.random(tokens[:, 1:].shape) < 0.5
         tokens[:, 1:] = np.where(follows, (tokens[:, :-1] * 7 + 3) % 257, tokens[:, 1:])
-        made.append(Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy()))
-    return made
+        batches.append(Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy()))
+    return batches
 
 
-def our_step(spec: dict, device: torch.device):
-    """One step, call by call what `llmkit.training.loop.train` does with a batch."""
+def build_our_step(spec: dict, device: torch.device):
+    """Return a function that trains on a batch with the same calls as `llmkit.training.loop.train`."""
     precision, folder = spec["precision"], Path(spec["folder"])
     model = load_model(folder / "base", device=device, dtype=DTYPES[precision] if spec["lora"] else torch.float32)
     if spec["lora"]:
-        lora.load_adapter(model, folder / "adapter")
+        load_adapter(model, folder / "adapter")
     apply_checkpointing(model, "none")
     compile_blocks(model, "auto" if spec["compile"] else False, device, precision)
     optimizers = OPTIMIZERS["adamw"](model)
@@ -205,8 +189,8 @@ def our_step(spec: dict, device: torch.device):
     return step
 
 
-def their_step(spec: dict, device: torch.device):
-    """A step of transformers' model, with the usual loop around it and the same AdamW."""
+def build_peer_step(spec: dict, device: torch.device):
+    """Return a function that trains transformers' model on a batch, in the usual way and with the same AdamW."""
     import transformers
 
     folder, dtype = Path(spec["folder"]), torch.bfloat16 if spec["lora"] else torch.float32
@@ -219,8 +203,8 @@ def their_step(spec: dict, device: torch.device):
         model = peft.PeftModel.from_pretrained(
             model, folder / "adapter", is_trainable=True, autocast_adapter_dtype=spec["fp32_adapters"]
         )
-        wanted = torch.float32 if spec["fp32_adapters"] else torch.bfloat16
-        assert {p.dtype for p in model.parameters() if p.requires_grad} == {wanted}
+        expected = torch.float32 if spec["fp32_adapters"] else torch.bfloat16
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {expected}
     model.train()
     optimizers = OPTIMIZERS["adamw"](model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -230,7 +214,7 @@ def their_step(spec: dict, device: torch.device):
     def step(batch: dict):
         labels = batch["labels"]
         with torch.autocast(device.type, torch.bfloat16, enabled=cast):
-            # transformers shifts `labels` itself; `shift_labels` says that these are shifted already
+            # transformers shifts `labels` itself, unless they are given as `shift_labels`
             loss = forward(input_ids=batch["input_ids"], labels=labels, shift_labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -246,10 +230,10 @@ def their_step(spec: dict, device: torch.device):
 
 
 class Process:
-    """A contestant's process; its first error ends what can be asked of it."""
+    """A contestant's process. After its first error it answers nothing more."""
 
     def __init__(self, spec: dict):
-        # A compiler cache of this run alone, so that the first session's compilation is a cold one.
+        # A compiler cache for this run alone, so that the first session compiles with a cold cache.
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{spec['folder']}/inductor", "HF_HUB_OFFLINE": "1"}
         if spec["device"] == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""
@@ -265,7 +249,7 @@ class Process:
         )
 
     def read(self) -> dict:
-        """The next answer; empty after an error."""
+        """Return the next answer, {} after an error."""
         if self.error:
             return {}
         line = self.process.stdout.readline()
@@ -274,13 +258,14 @@ class Process:
         return {} if self.error else answer
 
     def ask(self, **values) -> dict:
-        with contextlib.suppress(BrokenPipeError):  # a dead process: `read` finds out why
+        """Send a line and return the answer to it."""
+        with contextlib.suppress(BrokenPipeError):  # if the process died, `read` finds out why
             if not self.error:
                 print(json.dumps(values), file=self.process.stdin, flush=True)
         return self.read()
 
     def finish(self) -> dict:
-        """The last answer; what the process printed is shown if it failed."""
+        """End the process and return its last answer. If it failed, print its output."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         answer = self.read()
@@ -291,8 +276,8 @@ class Process:
         return answer
 
 
-def session(specs: list[dict], rounds: int, steps: int) -> list[dict]:
-    """The contestants' results; they begin one after the other and then take turns: A B, B A, A B, ..."""
+def run_session(specs: list[dict], rounds: int, steps: int) -> list[dict]:
+    """Return the contestants' results. They start one after the other and then take turns: A B, B A, A B, ..."""
     processes = []
     for spec in specs:
         processes.append(Process(spec))
@@ -304,20 +289,19 @@ def session(specs: list[dict], rounds: int, steps: int) -> list[dict]:
             turns[i].append(processes[i].ask(steps=steps).get("seconds"))
     results = []
     for spec, process, seconds in zip(specs, processes, turns, strict=True):
-        end = process.finish()
-        results.append({"name": spec["name"], "precision": spec["precision"], "turns": seconds, **end})
-        if process.error:
-            results[-1] = {"name": spec["name"], "error": process.error}
+        summary = process.finish()
+        result = {"precision": spec["precision"], "turns": seconds, **summary}
+        results.append({"name": spec["name"], **({"error": process.error} if process.error else result)})
     return results
 
 
 def flatten_steps(result: dict) -> list[float]:
-    """Seconds of every measured step."""
+    """Return the seconds of every measured step."""
     return [second for turn in result["turns"] for second in turn]
 
 
 def compare(row: tuple, args: argparse.Namespace, folder: Path, measure_rates) -> dict:
-    """A session of every peer with llmkit on one shape. The machine's rates are measured before each."""
+    """Run a session of every peer with llmkit on one shape, and measure the machine's rates before each session."""
     name, family, config, seq_len, rows = row
     is_lora = name.startswith("LoRA")
     common = {
@@ -337,26 +321,26 @@ def compare(row: tuple, args: argparse.Namespace, folder: Path, measure_rates) -
     model = build_model(CONFIGS[family](**common["config"]), device="meta", seed=None)
     parameters = sum(p.numel() for p in model.parameters())
     if is_lora:
-        lora.apply(model, r=16)
+        lora.apply(model, lora.Options(r=16))
     ours, theirs, peers = [], [], list(LORA_PEERS if is_lora else PEERS)
-    for peer in peers:  # grows below
+    for peer in peers:  # the loop appends to it
         print(f"{name}: {peer['name']} ...", file=sys.stderr, flush=True)
         measure_rates()
-        first, second = session([common | OURS, common | peer], args.rounds, args.steps)
+        first, second = run_session([common | OURS, common | peer], args.rounds, args.steps)
         ours.append(first)
         theirs.append(second)
         if "turns" in first and "turns" in second:
             pairs = zip(first["turns"], second["turns"], strict=True)
             second["ratio"] = median(median(b) / median(a) for a, b in pairs)
-        good = [(median(flatten_steps(one)), spec) for one, spec in zip(theirs, peers, strict=False) if "turns" in one]
-        if is_lora and len(theirs) == len(LORA_PEERS) and good:  # the fastest once more, compiled
-            fastest = min(good, key=lambda pair: pair[0])[1]
+        done = [(median(flatten_steps(one)), spec) for one, spec in zip(theirs, peers, strict=False) if "turns" in one]
+        if is_lora and len(theirs) == len(LORA_PEERS) and done:  # measure the fastest again, compiled
+            fastest = min(done, key=lambda pair: pair[0])[1]
             peers.append(fastest | {"name": f"{fastest['name']}, compiled", "compile": True})
-    good = [result for result in ours if "turns" in result]
-    if good:
-        merged = good[0] | {"turns": [turn for result in good for turn in result["turns"]]}
-        for key in ("memory", "compile_seconds"):  # the first compilation is the cold one, and the longest
-            merged[key] = max(result[key] for result in good)
+    done = [result for result in ours if "turns" in result]
+    if done:
+        merged = done[0] | {"turns": [turn for result in done for turn in result["turns"]]}
+        for key in ("memory", "compile_seconds"):  # the first compilation has a cold cache and takes longest
+            merged[key] = max(result[key] for result in done)
         ours = [merged]
     return {
         "name": name,
@@ -370,15 +354,15 @@ def compare(row: tuple, args: argparse.Namespace, folder: Path, measure_rates) -
     }
 
 
-def table(result: dict, rates: dict[str, float], peak: float) -> str:
-    """A shape's results in Markdown."""
+def format_table(result: dict, rates: dict[str, float], peak: float) -> str:
+    """Return the results for one shape as a Markdown table."""
     tokens = result["rows"] * result["seq_len"]
     formula = "4 N + 6 N_lora + 12 L h T" if result["lora"] else "6 N + 12 L h T"
     lines = [
         f"\n### {result['name']}\n\n{result['parameters'] / 1e6:.1f}M parameters, {result['trained'] / 1e6:.1f}M "
-        f"trained; a step has {result['rows']} rows of {result['seq_len']} tokens; a token takes "
-        f"{result['flops_per_token'] / 1e9:.3f} GFLOP ({formula}, `llmkit.plan.flops_per_row`).\n",
-        "| contestant | tokens/s, median (min-max) | llmkit / it | MFU | of its matrix rate | peak MiB "
+        f"trained. A step has {result['rows']} rows of {result['seq_len']} tokens. A token takes "
+        f"{result['flops_per_token'] / 1e9:.3f} GFLOP ({formula}, `llmkit.training.cost.flops_per_row`).\n",
+        "| contestant | tokens/s, median (min-max) | llmkit / it | MFU | share of matrix rate | peak MiB "
         "| loss: first, last step | compiled in |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -388,10 +372,10 @@ def table(result: dict, rates: dict[str, float], peak: float) -> str:
             error = " ".join(one["error"].split())[:200].replace("|", "/")
             lines.append(f"| {one['name']} | failed: {error} | | | | | | |")
             continue
-        speed, slowest, fastest = (tokens / how(flatten_steps(one)) for how in (median, max, min))
+        speed, slowest, fastest = (tokens / statistic(flatten_steps(one)) for statistic in (median, max, min))
         flops = speed * result["flops_per_token"]
         first, last = one["losses"]
-        parity = "" if expected is None or abs(first - expected) <= PARITY else " (NOT llmkit's)"
+        parity = "" if expected is None or abs(first - expected) <= PARITY else " (DIFFERS from llmkit's)"
         ratio = f"{one['ratio']:.2f}" if "ratio" in one else ""
         compiled = "" if one["compile_seconds"] is None else f"{one['compile_seconds']:.0f} s"
         lines.append(
@@ -402,7 +386,7 @@ def table(result: dict, rates: dict[str, float], peak: float) -> str:
     return "\n".join(lines)
 
 
-def installed(package: str) -> str:
+def package_version(package: str) -> str:
     try:
         return f"{package} {version(package)}"
     except PackageNotFoundError:
@@ -415,12 +399,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=["small", "lora", "all"], default="all")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant in a session (3)")
     parser.add_argument("--steps", type=int, default=4, help="steps in a turn (4)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
-    parser.add_argument(
-        "--same-malloc",
-        action="store_true",
-        help="on a CPU llmkit lets glibc keep freed memory (parallel.keep_freed_memory); let the peers do so, too",
-    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to a file")
+    malloc_help = "let the peers keep freed memory on a CPU, as llmkit does (parallel.device.keep_freed_memory)"
+    parser.add_argument("--same-malloc", action="store_true", help=malloc_help)
     args = parser.parse_args()
     device = torch.device(args.device)
     measured: dict[str, list[float]] = {"bf16": [], "fp32": []}
@@ -436,19 +417,19 @@ def main() -> None:
                 with tempfile.TemporaryDirectory(prefix="llmkit-bench-") as folder:
                     results.append(compare(row, args, Path(folder), measure_rates))
 
-    rates = {precision: max(found) for precision, found in measured.items()}  # what else ran can only lower them
+    rates = {precision: max(found) for precision, found in measured.items()}  # other load can only lower them
     peak, source = peak_flops(device, "bf16") if args.device == "cuda" else (rates["bf16"], "the best of these")
-    packages = ", ".join(installed(name) for name in ("torch", "transformers", "peft"))
-    threads = f", {torch.get_num_threads()} threads" if args.device == "cuda" else ""  # a CPU's name has them
+    packages = ", ".join(package_version(name) for name in ("torch", "transformers", "peft"))
+    threads = f", {torch.get_num_threads()} threads" if args.device == "cuda" else ""  # a CPU's name includes them
     spread = "; ".join(f"{key} {min(all_) / 1e12:.3g}-{max(all_) / 1e12:.3g}" for key, all_ in measured.items())
     malloc = "llmkit's and the peers' processes" if args.same_malloc else "llmkit's processes alone"
     header = [
         f"{device_name(device)}{threads}; {packages}; {datetime.date.today()}; "
-        f"{args.rounds} turns of {args.steps} steps a session\n",
-        f"Matrix products in TFLOP/s, before each session: {spread}. MFU is against {peak / 1e12:.4g} ({source}). "
+        f"{args.rounds} turns of {args.steps} steps per session\n",
+        f"Matrix products in TFLOP/s, before each session: {spread}. MFU is relative to {peak / 1e12:.4g} ({source}). "
         + (f"Freed memory is kept in {malloc}." if args.device == "cpu" else ""),
     ]
-    print("\n".join(header + [table(result, rates, peak) for result in results]))
+    print("\n".join(header + [format_table(result, rates, peak) for result in results]))
     if args.json:
         record = {"header": header, "options": vars(args), "rates": measured, "peak": peak, "results": results}
         args.json.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")

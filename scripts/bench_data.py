@@ -1,4 +1,4 @@
-"""The data pipeline against datatrove, over workers, over sizes of input, and on planted duplicates.
+"""Measure the data pipeline: against datatrove, by workers, by size of the input, and on planted duplicates.
 
     pip install "datatrove[processing]==0.10.0" orjson spacy          # the peer; without it, its row is an error
     python scripts/bench_data.py                                      # documents: docstrings of this Python's library
@@ -6,11 +6,12 @@
     python scripts/bench_data.py TEXTS... --only memory --sizes 200 2000
 
 chain    llmkit and datatrove read the same documents (about 3,000 characters each, 3 % of them copies), apply the
-         rules of Gopher, C4 and FineWeb, take out personal data, drop near duplicates (5-grams, 14 x 8) and write
-         token shards; a process each, in turns, CPU seconds of all of it, imports included, medians
+         rules of Gopher, C4 and FineWeb, remove personal data, drop near duplicates (5-grams, 14 x 8) and write
+         token shards. Each runs in its own process, in turns. The result is the median of the CPU seconds, with
+         imports.
 workers  wall time with one worker and with two
-memory   the most any process had, over inputs made larger by copies with a quarter of their words changed
-dedup    recall and precision of near duplicates on planted copies whose true similarity is computed
+memory   the highest peak memory of a process, for inputs enlarged by copies with a quarter of their words changed
+dedup    recall and precision for near duplicates, on planted copies whose true similarity is computed
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
-DOCUMENT = 3000  # characters, roughly
-COPIES = 0.03  # of the documents, half of them with a word in 200 changed
-SINGLE = {f"{name}_NUM_THREADS": "1" for name in ("RAYON", "OMP", "OPENBLAS", "MKL")}
+DOCUMENT_CHARACTERS = 3000  # roughly
+COPIES = 0.03  # of the documents, half of them with one word in 200 changed
+ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("RAYON", "OMP", "OPENBLAS", "MKL")}
 
 
 # ---- documents ------------------------------------------------------------------------------------------------------
 
 
-def texts_of(sources: list[str]) -> Iterator[str]:
-    """Texts of the files named, else all docstrings of each module of this Python's library."""
+def read_sources(sources: list[str]) -> Iterator[str]:
+    """Yield the texts of the given files, or else the docstrings of each module of this Python's library."""
     if sources:
         from llmkit.readers.documents import read_texts
 
@@ -52,22 +53,18 @@ def texts_of(sources: list[str]) -> Iterator[str]:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, ValueError):
             continue
-        found = (
-            ast.get_docstring(node)
-            for node in ast.walk(tree)
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        )
-        yield "\n\n".join(text for text in found if text)
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        yield "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
 
 
-def documents_of(sources: list[str], megabytes: float) -> list[str]:
-    """Pieces of the texts, cut between paragraphs, with some copies among them, shuffled."""
+def make_documents(sources: list[str], megabytes: float) -> list[str]:
+    """Return shuffled documents: the texts, split between paragraphs, and some copies."""
     pieces, size = [], 0
-    for text in texts_of(sources):
+    for text in read_sources(sources):
         paragraph = "\n\n" if text.count("\n\n") * 8 > text.count("\n") else "\n"
         piece: list[str] = []
         for part in [*text.split(paragraph), None]:
-            if part is None or sum(map(len, piece)) > DOCUMENT:
+            if part is None or sum(map(len, piece)) > DOCUMENT_CHARACTERS:
                 pieces.append(paragraph.join(piece))
                 piece = []
             if part and part.strip():
@@ -75,32 +72,32 @@ def documents_of(sources: list[str], megabytes: float) -> list[str]:
     pieces = [piece for piece in pieces if piece]
     draw = random.Random(0)
     for number, text in enumerate(draw.sample(pieces, int(len(pieces) * COPIES))):
-        pieces.append(changed(text, 200, "changed", draw) if number % 2 else text)
+        pieces.append(change_words(text, 200, draw) if number % 2 else text)
     draw.shuffle(pieces)
-    taken = []
+    documents = []
     for piece in pieces:
         size += len(piece.encode())
         if size > megabytes * 1e6:
             break
-        taken.append(piece)
-    return taken
+        documents.append(piece)
+    return documents
 
 
-def changed(text: str, every: int, by: str, draw: random.Random) -> str:
-    """A copy of a text in which one word of `every` is another."""
+def change_words(text: str, every: int, draw: random.Random) -> str:
+    """Return the text with one word in `every` changed."""
     words = text.split(" ")
     for start in range(0, len(words), every):
-        words[draw.randrange(start, min(start + every, len(words)))] = by
+        words[draw.randrange(start, min(start + every, len(words)))] = "changed"
     return " ".join(words)
 
 
 def write_jsonl(path: Path, documents: list[str], megabytes: float | None = None) -> float:
-    """Documents as JSON Lines; repeated with a quarter of the words changed up to some size. Returns megabytes."""
+    """Write documents as JSON Lines and return their megabytes. Add changed copies up to a size, if one is given."""
     size = 0
     with path.open("w", encoding="utf-8") as file:
         for turn in itertools.count():
             for number, text in enumerate(documents):
-                if turn:  # every fourth word, so that no copy is a near duplicate
+                if turn:  # change every fourth word, so that no copy is a near duplicate
                     words = text.split(" ")
                     words[turn % 4 :: 4] = [f"{word}{turn}" for word in words[turn % 4 :: 4]]
                     text = " ".join(words)
@@ -115,8 +112,8 @@ def write_jsonl(path: Path, documents: list[str], megabytes: float | None = None
 # ---- contestants ----------------------------------------------------------------------------------------------------
 
 
-def config_of(place: Path, source: Path, tokenizer: Path, workers: int) -> Path:
-    """The config of the chain, in a new folder."""
+def write_config(place: Path, source: Path, tokenizer: Path, workers: int) -> Path:
+    """Write the config of the chain to a folder, and return its path."""
     config = {
         "data": {
             "kind": "corpus",
@@ -130,14 +127,14 @@ def config_of(place: Path, source: Path, tokenizer: Path, workers: int) -> Path:
         "train": {"max_steps": 1},
     }
     path = place / "config.yaml"
-    path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+    path.write_text(json.dumps(config), encoding="utf-8")  # JSON is valid YAML
     return path
 
 
-def timed(command: list[str]) -> tuple[float, float, str]:
-    """(wall, CPU) seconds of a command with its children, and the last line that it printed."""
+def time_command(command: list[str]) -> tuple[float, float, str]:
+    """Return the (wall, CPU) seconds of a command with its children, and the last line that it printed."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run(command, env=os.environ | SINGLE, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=os.environ | ONE_THREAD, capture_output=True, text=True, check=False)
     wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1])
@@ -145,23 +142,23 @@ def timed(command: list[str]) -> tuple[float, float, str]:
     return wall, cpu, done.stdout.strip().splitlines()[-1]
 
 
-def build(source: Path, tokenizer: Path, workers: int = 1) -> tuple[float, float, dict]:
-    """(wall, CPU) seconds and the manifest of `llmkit data build`."""
+def time_llmkit(source: Path, tokenizer: Path, workers: int = 1) -> tuple[float, float, dict]:
+    """Return the (wall, CPU) seconds and the manifest of `llmkit data build`."""
     with tempfile.TemporaryDirectory() as place:
-        config = config_of(Path(place), source, tokenizer, workers)
-        wall, cpu, last = timed([sys.executable, "-m", "llmkit", "data", "build", str(config), "--json"])
+        config = write_config(Path(place), source, tokenizer, workers)
+        wall, cpu, last = time_command([sys.executable, "-m", "llmkit", "data", "build", str(config), "--json"])
         return wall, cpu, json.loads(last)
 
 
-def datatrove(source: Path, tokenizer: Path, python: str) -> tuple[float, float, dict]:
-    """(wall, CPU) seconds of the same chain by datatrove, and its counts."""
+def time_datatrove(source: Path, tokenizer: Path, python: str) -> tuple[float, float, dict]:
+    """Return the (wall, CPU) seconds of the same chain in datatrove, and its counts."""
     with tempfile.TemporaryDirectory() as place:
-        wall, cpu, last = timed([python, __file__, "--peer", str(source), place, str(tokenizer)])
+        wall, cpu, last = time_command([python, __file__, "--peer", str(source), place, str(tokenizer)])
         return wall, cpu, json.loads(last)
 
 
-def run_peer(source: Path, place: Path, tokenizer: Path) -> None:
-    """What the peer's process does: the stages of datatrove's own examples/fineweb.py that need no download."""
+def run_datatrove(source: Path, place: Path, tokenizer: Path) -> None:
+    """Run the stages of datatrove's own examples/fineweb.py that need no download, in the peer's process."""
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline import filters
     from datatrove.pipeline.dedup import MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
@@ -202,23 +199,25 @@ def run_peer(source: Path, place: Path, tokenizer: Path) -> None:
     print(json.dumps({"documents": counts[0].get("documents", 0), "tokens": counts[-1].get("tokens", 0)}))
 
 
-# ---- what is measured -----------------------------------------------------------------------------------------------
+# ---- measurements ---------------------------------------------------------------------------------------------------
 
 
 def measure_chain(source: Path, size: float, tokenizer: Path, rounds: int, python: str) -> dict:
-    """Both chains in turns: MB of text per CPU-second."""
+    """Run both chains in turns, and return their MB of text per CPU-second."""
     times: dict[str, list[float]] = {"llmkit": [], "datatrove": []}
     kept, errors = {}, {}
     for turn in range(rounds):
         for name in ("llmkit", "datatrove") if turn % 2 == 0 else ("datatrove", "llmkit"):
             try:
-                result = build(source, tokenizer) if name == "llmkit" else datatrove(source, tokenizer, python)
+                if name == "llmkit":
+                    _, cpu, manifest = time_llmkit(source, tokenizer)
+                    kept[name] = manifest["counts"]["kept"]
+                else:
+                    _, cpu, counts = time_datatrove(source, tokenizer, python)
+                    kept[name] = counts["documents"]
+                times[name].append(cpu)
             except RuntimeError as error:
                 errors[name] = str(error)
-                continue
-            times[name].append(result[1])
-            found = result[2]
-            kept[name] = found["counts"]["kept"] if name == "llmkit" else found["documents"]
     row = {"MB": size, "kept": kept, "errors": errors, "CPU seconds": times}
     speeds = {name: size / median(found) for name, found in times.items() if found}
     row["MB per CPU-second"] = speeds
@@ -228,21 +227,21 @@ def measure_chain(source: Path, size: float, tokenizer: Path, rounds: int, pytho
 
 
 def measure_workers(source: Path, size: float, tokenizer: Path, rounds: int) -> dict:
-    """Wall seconds with one worker and with two, in turns."""
+    """Return the wall seconds with one worker and with two, measured in turns."""
     walls: dict[int, list[float]] = {1: [], 2: []}
     for turn in range(rounds):
         for workers in (1, 2) if turn % 2 == 0 else (2, 1):
-            walls[workers].append(build(source, tokenizer, workers)[0])
+            walls[workers].append(time_llmkit(source, tokenizer, workers)[0])
     return {"MB": size, "wall seconds": walls, "ratio": median(walls[1]) / median(walls[2])}
 
 
 def measure_memory(documents: list[str], sizes: list[float], tokenizer: Path, place: Path) -> list[dict]:
-    """The most memory of any process of a build with two workers, by size of the input."""
+    """Return the highest peak memory of a process in a build with two workers, for each size of the input."""
     rows = []
     for megabytes in sizes:
         source = place / "large.jsonl"
         size = write_jsonl(source, documents, megabytes)
-        wall, cpu, manifest = build(source, tokenizer, workers=2)
+        wall, cpu, manifest = time_llmkit(source, tokenizer, workers=2)
         source.unlink()
         rows.append(
             {
@@ -257,10 +256,10 @@ def measure_memory(documents: list[str], sizes: list[float], tokenizer: Path, pl
 
 
 def measure_dedup(documents: list[str], pairs: int) -> dict:
-    """Recall and precision on copies in which a random share of the words is changed, by true Jaccard similarity."""
+    """Return recall and precision on copies with a random share of changed words, by their true Jaccard similarity."""
     import numpy as np
 
-    from llmkit.corpus.dedup import band_keys, least_agreement, minhash, near_clusters, sketch
+    from llmkit.corpus.dedup import band_keys, min_agreement, minhash, near_clusters, sketch
     from llmkit.corpus.words import TextFeatures, hash_ngrams
 
     draw = random.Random(1)
@@ -268,7 +267,7 @@ def measure_dedup(documents: list[str], pairs: int) -> dict:
     texts: list[TextFeatures] = []
     for _ in range(pairs):
         text = draw.choice(originals)
-        words = [f"{word}{draw.randrange(30)}" for word in text.split()]  # an original of its own
+        words = [f"{word}{draw.randrange(30)}" for word in text.split()]  # makes each original unique
         copy = [
             f"other{draw.randrange(10**6)}" if draw.random() < share else word
             for share in [draw.uniform(0, 0.15)]
@@ -279,27 +278,27 @@ def measure_dedup(documents: list[str], pairs: int) -> dict:
     bands = np.array([band_keys(signature, 8) for signature in signatures]).T.copy()
     sketches = np.array([sketch(signature) for signature in signatures])
     clusters = near_clusters(
-        len(texts), bands, lambda one, other: (sketches[one] == sketches[other]).mean(axis=1) >= least_agreement(14, 8)
+        len(texts), bands, lambda one, other: (sketches[one] == sketches[other]).mean(axis=1) >= min_agreement(14, 8)
     )
-    found = similar = hits = right = 0
+    joined = similar = hits = correct = 0
     for i in range(0, len(texts), 2):
         one, other = (set(hash_ngrams(text.hashes, 5).tolist()) for text in texts[i : i + 2])
-        likeness, joined = len(one & other) / len(one | other), bool(clusters[i] == clusters[i + 1])
-        similar, hits = similar + (likeness > 0.8), hits + (likeness > 0.8 and joined)
-        found, right = found + joined, right + (joined and likeness > 0.5)
-    strangers = sum(int(clusters[i] != i) for i in range(0, len(texts), 2))  # originals joined to something before them
+        similarity, is_joined = len(one & other) / len(one | other), bool(clusters[i] == clusters[i + 1])
+        similar, hits = similar + (similarity > 0.8), hits + (similarity > 0.8 and is_joined)
+        joined, correct = joined + is_joined, correct + (is_joined and similarity > 0.5)
+    joined += sum(int(clusters[i] != i) for i in range(0, len(texts), 2))  # originals joined to an earlier text
     return {
         "pairs": pairs,
         "above .8": similar,
         "recall above .8": hits / similar,
-        "joined": int(found) + strangers,
-        "precision at .5": right / (found + strangers),
+        "joined": joined,
+        "precision at .5": correct / joined,
     }
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--peer"]:
-        run_peer(*(Path(argument) for argument in sys.argv[2:5]))
+        run_datatrove(*(Path(argument) for argument in sys.argv[2:5]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="*", help="files, folders or globs")
@@ -308,48 +307,44 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", choices=["chain", "workers", "memory", "dedup"])
     parser.add_argument("--sizes", nargs="*", type=float, default=[200, 2000], help="megabytes, for memory")
-    parser.add_argument("--pairs", type=int, default=2000, help="of planted copies, for dedup")
-    parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has datatrove")
-    parser.add_argument("--json", type=Path, help="write the rows here too")
-    chosen = parser.parse_args()
-    wanted = chosen.only or ["chain", "workers", "memory", "dedup"]
-    documents = documents_of(chosen.texts, chosen.mb)
-    rows: dict[str, object] = {"versions": {name: version_of(name) for name in ("llmkit", "numpy", "tokenizers")}}
+    parser.add_argument("--pairs", type=int, default=2000, help="number of planted copies, for dedup")
+    parser.add_argument("--peer-python", default=sys.executable, help="a Python interpreter that has datatrove")
+    parser.add_argument("--json", type=Path, help="write the rows to a file too")
+    args = parser.parse_args()
+    documents = make_documents(args.texts, args.mb)
+    rows: dict[str, object] = {"versions": {name: package_version(name) for name in ("llmkit", "numpy", "tokenizers")}}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        tokenizer = plain_tokenizer(chosen.tokenizer, documents, place)
-        source = place / "input.jsonl"
+        tokenizer = save_tokenizer(args.tokenizer, documents, place)
+        source, large = place / "input.jsonl", place / "workers.jsonl"
         size = write_jsonl(source, documents)
         print(f"{len(documents)} documents, {size:.1f} MB of text", flush=True)
-        if "chain" in wanted:
-            rows["chain"] = measure_chain(source, size, tokenizer, chosen.rounds, chosen.peer_python)
-            print(json.dumps({"chain": rows["chain"]}, indent=1), flush=True)
-        if "workers" in wanted:
-            large = place / "workers.jsonl"
-            rows["workers"] = measure_workers(large, write_jsonl(large, documents, 200), tokenizer, chosen.rounds)
-            large.unlink()
-            print(json.dumps({"workers": rows["workers"]}, indent=1), flush=True)
-        if "memory" in wanted:
-            rows["memory"] = measure_memory(documents, chosen.sizes, tokenizer, place)
-            print(json.dumps({"memory": rows["memory"]}, indent=1), flush=True)
-        if "dedup" in wanted:
-            rows["dedup"] = measure_dedup(documents, chosen.pairs)
-            print(json.dumps({"dedup": rows["dedup"]}, indent=1), flush=True)
-    if chosen.json:
-        chosen.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        measurements = {
+            "chain": lambda: measure_chain(source, size, tokenizer, args.rounds, args.peer_python),
+            "workers": lambda: measure_workers(large, write_jsonl(large, documents, 200), tokenizer, args.rounds),
+            "memory": lambda: measure_memory(documents, args.sizes, tokenizer, place),
+            "dedup": lambda: measure_dedup(documents, args.pairs),
+        }
+        for name, measure in measurements.items():
+            if name in (args.only or measurements):
+                rows[name] = measure()
+                print(json.dumps({name: rows[name]}, indent=1), flush=True)
+                large.unlink(missing_ok=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
-def plain_tokenizer(given: Path | None, documents: list[str], place: Path) -> Path:
-    """A tokenizer.json for both contestants: the given one without the truncation that it may carry, or a new one."""
+def save_tokenizer(given: Path | None, documents: list[str], place: Path) -> Path:
+    """Write a tokenizer.json for both contestants: the given one without its truncation option, or a new one."""
     from llmkit.tokenizer.tokenizer import load_tokenizer
     from llmkit.tokenizer.train import train_tokenizer
 
-    made = load_tokenizer(given) if given else train_tokenizer(documents, vocab_size=32_000)
-    made.save(place / "tokenizer")
+    tokenizer = load_tokenizer(given) if given else train_tokenizer(documents)
+    tokenizer.save(place / "tokenizer")
     return place / "tokenizer" / "tokenizer.json"
 
 
-def version_of(name: str) -> str:
+def package_version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:

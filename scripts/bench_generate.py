@@ -1,10 +1,10 @@
-"""Speed of writing one text against transformers' generate: same weights, prompt and greedy tokens, in turns.
+"""Compare the speed of writing one text with transformers' generate: same weights, prompt and greedy tokens.
 
     python scripts/bench_generate.py                    # a Llama of 110M parameters, bf16, 64 + 128 tokens
     python scripts/bench_generate.py --rounds 9 --peers plain
 
-Each contestant writes once before the clock (what compiles does so there, and says how long), then all take turns,
-forwards and backwards. The time is that of the whole call, reading the prompt included.
+The first call of each contestant, which compiles, is reported apart. Then all take turns, forwards and backwards. The
+time is that of the whole call, including the reading of the prompt.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from statistics import median
 
 import torch
 
-from llmkit.inference.generate import Sampling, compile_decoding, stream
+from llmkit.inference.generate import compile_decoding, stream
+from llmkit.inference.sampling import Sampling
 from llmkit.models import CONFIGS, build_model
 from llmkit.models.folder import load_model, save_model
 from llmkit.parallel.device import device_name
@@ -39,7 +40,8 @@ SHAPE = {  # llama2.c's stories110M
 Write = Callable[[], list[int]]
 
 
-def ours(folder: Path, prompt: list[int], new: int, device: torch.device, compiled: bool) -> Write:
+def build_ours(folder: Path, prompt: list[int], new: int, device: torch.device, compiled: bool) -> Write:
+    """Return a function that writes `new` tokens with llmkit."""
     model = load_model(folder, device=device, dtype=torch.bfloat16).eval()
     if compiled:
         compile_decoding(model)
@@ -47,16 +49,18 @@ def ours(folder: Path, prompt: list[int], new: int, device: torch.device, compil
     return lambda: list(stream(model, prompt, max_new_tokens=new, sampling=greedy, compiled=compiled))
 
 
-def theirs(folder: Path, prompt: list[int], new: int, device: torch.device, compiled: bool) -> Write:
+def build_theirs(folder: Path, prompt: list[int], new: int, device: torch.device, compiled: bool) -> Write:
+    """Return a function that writes `new` tokens with transformers."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
-    how = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    options["eos_token_id"] = None
     if compiled:
-        how["cache_implementation"] = "static"
+        options["cache_implementation"] = "static"
         model.forward = torch.compile(model.forward, fullgraph=True)
     ids = torch.tensor([prompt], device=device)
-    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **how)[0, len(prompt) :].tolist()
+    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
 
 
 def main() -> None:
@@ -69,19 +73,19 @@ def main() -> None:
     args = parser.parse_args()
     device = start_world().device
     prompt = torch.randint(SHAPE["vocab_size"], (args.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
-    made = {"llmkit, compiled": (ours, True), "llmkit": (ours, False)}
+    contestants = {"llmkit, compiled": (build_ours, True), "llmkit": (build_ours, False)}
     if args.peers in ("plain", "all"):
-        made["transformers"] = (theirs, False)
+        contestants["transformers"] = (build_theirs, False)
     if args.peers in ("compiled", "all"):
-        made["transformers, static cache, compiled"] = (theirs, True)
+        contestants["transformers, static cache, compiled"] = (build_theirs, True)
     writers: dict[str, Write] = {}
     first: dict[str, float] = {}
     texts: dict[str, list[int]] = {}
     with tempfile.TemporaryDirectory(prefix="llmkit-bench-") as folder:
         config = CONFIGS["llama"](**SHAPE | {"num_hidden_layers": args.layers})
         save_model(build_model(config), Path(folder), dtype=torch.bfloat16)
-        for name, (make, compiled) in made.items():
-            writers[name] = make(Path(folder), prompt, args.new, device, compiled)
+        for name, (build, compiled) in contestants.items():
+            writers[name] = build(Path(folder), prompt, args.new, device, compiled)
             start = time.perf_counter()
             texts[name] = writers[name]()
             first[name] = time.perf_counter() - start
@@ -93,7 +97,7 @@ def main() -> None:
             again = write()
             seconds[name].append(time.perf_counter() - start)
             assert again == texts[name], f"{name} wrote another text than before"
-    best = next(iter(writers))
+    reference = "llmkit, compiled"
     print(
         f"{device_name(device)}, {os.cpu_count()} cores; torch {version('torch')}, transformers "
         f"{version('transformers')}; {datetime.date.today()}; {args.prompt} + {args.new} tokens, bf16, batch 1\n"
@@ -102,8 +106,8 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for name, took in seconds.items():
         speeds = [args.new / one for one in took]
-        ratio = median(theirs / mine for theirs, mine in zip(took, seconds[best], strict=True))
-        agree = sum(a == b for a, b in zip(texts[name], texts[best], strict=True))
+        ratio = median(theirs / ours for theirs, ours in zip(took, seconds[reference], strict=True))
+        agree = sum(a == b for a, b in zip(texts[name], texts[reference], strict=True))
         print(
             f"| {name} | {median(speeds):.1f} ({min(speeds):.1f}-{max(speeds):.1f}) | {ratio:.2f} "
             f"| {first[name]:.1f} s | {agree} of {args.new} |"

@@ -1,11 +1,11 @@
-"""Fingerprint training: show that a change of the code leaves every trained bit as it was.
+"""Fingerprint training runs, to show that a change of the code leaves every trained bit the same.
 
     python scripts/fingerprint.py before.json                        # on the old code
     python scripts/fingerprint.py after.json --against before.json   # on the new one, on the same machine
 
 Trains small models of all families with fixed seeds through the command line: eager and compiled, fp32 and bf16, one
-rank and two, killed and resumed, with LoRA and without. The fingerprint of a run is its metrics (clocks and memory
-left out) and a checksum of the tensors of every checkpoint. Figures of two machines, or two versions of torch, differ.
+rank and two, killed and resumed, with LoRA and without. The fingerprint of a run is its metrics (without clocks and
+memory) and a checksum of the tensors of every checkpoint. It differs between machines and between versions of torch.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def write_data(folder: Path) -> None:
 
 
 def corpus(name: str, **options) -> dict:
-    """Return the data section of a corpus that is built into a folder of its own."""
+    """Return the data section of a corpus that is built in its own folder."""
     tokenizer = {"train": "bpe", "vocab_size": 300} | options.pop("tokenizer", {})
     sources = [{"name": "text", "path": "text", "weight": 3}, {"name": "more", "path": "more", "weight": 1}]
     return {
@@ -65,8 +65,8 @@ def corpus(name: str, **options) -> dict:
 
 
 def pretraining(model: dict, data: dict | None = None, **sections) -> dict:
-    """Return a config of 20 steps; sections replace or extend the usual ones."""
-    usual = {
+    """Return a config of 20 steps. `sections` extend or override the default ones."""
+    defaults = {
         "model": model,
         "data": data or corpus("bpe"),
         "optimizer": {"name": "adamw", "lr": 1e-2},
@@ -75,15 +75,15 @@ def pretraining(model: dict, data: dict | None = None, **sections) -> dict:
         "checkpoint": {"every": 10},
         "log": {"every": 5},
     }
-    return {key: usual.get(key, {}) | sections.get(key, {}) for key in usual | sections}
+    return {key: defaults.get(key, {}) | sections.get(key, {}) for key in defaults | sections}
 
 
 def finetuning(base: str, peft: dict | None, data: dict | None = None, **sections) -> dict:
-    """Return a config that goes on from another run."""
+    """Return a config that fine-tunes the model of another run."""
     section = {"kind": "sft", "path": "pairs.jsonl", "seq_len": 48} | (data or {})
-    made = pretraining({}, section, **sections)
-    del made["model"], made["eval"]["sample_prompt"]
-    return made | {"init_from": f"runs/{base}", "peft": peft}
+    config = pretraining({}, section, **sections)
+    del config["model"], config["eval"]["sample_prompt"]
+    return config | {"init_from": f"runs/{base}", "peft": peft}
 
 
 RUNS = {
@@ -113,7 +113,7 @@ RUNS = {
 
 
 def llmkit(*arguments: str, cwd: Path) -> str:
-    """Run a command of the llmkit that is installed beside this Python; returns what it printed."""
+    """Run a command of the llmkit that is installed beside this Python, and return what it printed."""
     program = shutil.which("llmkit", path=str(Path(sys.executable).parent))
     done = subprocess.run(
         [program, *arguments], cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -124,7 +124,7 @@ def llmkit(*arguments: str, cwd: Path) -> str:
 
 
 def tensors_sha256(path: Path) -> str:
-    """Return a checksum of a safetensors file's names, types and values, whatever the order in the file."""
+    """Return a checksum of a safetensors file's names, types and values, independent of their order in the file."""
     digest = hashlib.sha256()
     with safe_open(path, framework="pt") as file:
         for name in sorted(file.keys()):
@@ -135,7 +135,7 @@ def tensors_sha256(path: Path) -> str:
 
 
 def fingerprint(run: Path) -> dict:
-    """Return the metrics of a run without clocks, and a checksum for each of its tensor files."""
+    """Return the metrics of a run without clocks, and a checksum of each of its tensor files."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     metrics = [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines]
     files = sorted((run / "checkpoints").rglob("*.safetensors"))
@@ -143,10 +143,10 @@ def fingerprint(run: Path) -> dict:
 
 
 def train(name: str, folder: Path) -> dict:
-    """Train one of RUNS in a folder with the data, and fingerprint it."""
+    """Train one of RUNS in the folder with the data, and return its fingerprint."""
     config = folder / f"{name}.yaml"
     config.write_text(yaml.safe_dump(RUNS[name] | {"run_dir": f"runs/{name}"}))
-    if name == "resumed":  # from its first checkpoint: the metrics behind it are written again
+    if name == "resumed":  # from its first checkpoint: the metrics after it are written again
         llmkit("pretrain", config.name, "-o", "checkpoint.keep=2", cwd=folder)
         shutil.rmtree(folder / "runs" / name / "checkpoints" / "step-000020")
     llmkit("pretrain", config.name, *(["--nproc", "2"] if name == "two-ranks" else []), cwd=folder)
@@ -154,8 +154,8 @@ def train(name: str, folder: Path) -> dict:
     return fingerprint(folder / "runs" / name)
 
 
-def differences(before: dict, after: dict) -> list[str]:
-    """Name every run, step and file in which two sets of fingerprints differ."""
+def list_differences(before: dict, after: dict) -> list[str]:
+    """Return the names of the runs, steps and files in which two sets of fingerprints differ."""
     found = [f"{name}: only in one of the two" for name in sorted(before.keys() ^ after.keys())]
     for name in sorted(before.keys() & after.keys()):
         old, new = before[name], after[name]
@@ -173,16 +173,16 @@ def differences(before: dict, after: dict) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the fingerprints, as JSON")
-    parser.add_argument("--against", type=Path, help="earlier fingerprints, with which these must agree")
-    parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS), help="some of the runs")
+    parser.add_argument("--against", type=Path, help="earlier fingerprints, which these must equal")
+    parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS), help="the runs to train")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_data(folder)
         found = {}
-        for wave in (lambda one: "init_from" not in one, lambda one: "init_from" in one):  # bases first
-            names = [name for name in arguments.only if wave(RUNS[name])]
-            for first in names[:1]:  # it builds the data that the others read
+        for is_finetuning in (False, True):  # pretraining first: fine-tuning needs its runs
+            names = [name for name in arguments.only if ("init_from" in RUNS[name]) == is_finetuning]
+            for first in names[:1]:  # alone, because it builds the data that the others read
                 found[first] = train(first, folder)
             with ThreadPoolExecutor(2) as pool:
                 found |= zip(names[1:], pool.map(lambda name: train(name, folder), names[1:]), strict=True)
@@ -191,8 +191,9 @@ def main() -> None:
     files = sum(len(one["tensors"]) for one in found.values())
     print(f"{len(found)} runs, {steps} lines of metrics, {files} files of tensors: {arguments.out}")
     if arguments.against:
-        wrong = differences(json.loads(arguments.against.read_text()), found)
-        sys.exit("\n".join(["not the same:", *wrong]) if wrong else print(f"all the same as in {arguments.against}"))
+        if wrong := list_differences(json.loads(arguments.against.read_text()), found):
+            sys.exit("\n".join(["these differ:", *wrong]))
+        print(f"all equal to {arguments.against}")
 
 
 if __name__ == "__main__":

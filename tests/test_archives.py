@@ -17,7 +17,7 @@ from conftest import SHARED, needs_shared
 from llmkit.errors import UserError
 from llmkit.readers import records
 from llmkit.readers.documents import list_files, read_file, read_texts
-from llmkit.readers.records import BadRecord, number_lines, read_records, spans_of
+from llmkit.readers.records import BadRecord, count_lines_before, read_records, spans_of
 from llmkit.types import Document
 
 ZIPPED, CHUNKED = "Content-Encoding: gzip\r\n", "Transfer-Encoding: chunked\r\n"
@@ -184,7 +184,8 @@ def test_chunks_end_as_they_should_or_the_page_is_bad(tmp_path, body, text):
 
 def test_a_million_chunks_take_no_time():
     started = time.process_time()
-    assert records.unpack(b"1\r\nx\r\n" * 300_000 + b"0\r\n\r\n", [("Transfer-Encoding", "chunked")]) == b"x" * 300_000
+    body = b"1\r\nx\r\n" * 300_000 + b"0\r\n\r\n"
+    assert records.decode_body(body, [("Transfer-Encoding", "chunked")]) == b"x" * 300_000
     assert time.process_time() - started < 5
 
 
@@ -408,7 +409,7 @@ FILES = {
 
 def absolute(path: Path, spans: list) -> list[tuple[int, object]]:
     """(line from the start of the file, record) of every piece, as a build's report counts."""
-    before = number_lines(path, [span[0] for span in spans if span])
+    before = count_lines_before(path, [span[0] for span in spans if span])
     found = []
     for span in spans:
         for number, record in read_records(path, span):
@@ -446,8 +447,8 @@ def test_lines_before_any_place(tmp_path):
     places = list(range(len(LINES) + 1))
     random.Random(0).shuffle(places)  # in any order
     begun = {at: LINES[:at].count(b"\n") + (at > 0 and LINES[at - 1 : at] != b"\n") for at in places}
-    assert number_lines(path, places) == begun
-    assert number_lines(path, []) == {}
+    assert count_lines_before(path, places) == begun
+    assert count_lines_before(path, []) == {}
 
 
 def test_too_long_a_line_is_bad_once_whatever_the_pieces(tmp_path, monkeypatch):
@@ -463,7 +464,7 @@ def test_ids_of_pieces_differ_and_lead_back_to_their_line(tmp_path):
     spans = spans_of(path, 100)
     found = [one for span in spans for one in read_file(path, source="s", root=tmp_path, span=span)]
     assert [one.text for one in found] == texts_in(path) and len({one.id for one in found}) == 50
-    before = number_lines(path, [span[0] for span in spans])
+    before = count_lines_before(path, [span[0] for span in spans])
     for line, one in enumerate(found, 1):
         place, number = one.id.removeprefix("s/a.jsonl").rsplit(":", 1)
         assert before[int(place[1:] or 0)] + int(number) == line and (place == "") == (line < 9)

@@ -164,7 +164,7 @@ def test_cleaning_twice_changes_nothing_more(text):
 
 def test_steps_are_chosen_by_name():
     assert run("e\u0301  ", "unicode") == "\u00e9  "
-    with pytest.raises(UserError, match="unicod is no cleaning step") as error:
+    with pytest.raises(UserError, match="unknown cleaning step: unicod") as error:
         run("x", "unicod")
     assert error.value.fix == "did you mean unicode?"
 

@@ -11,8 +11,8 @@ from llmkit.corpus.dedup import (
     band_keys,
     exact_key,
     first_of_equals,
-    least_agreement,
     longest_of,
+    min_agreement,
     minhash,
     near_clusters,
     sketch,
@@ -42,7 +42,8 @@ def test_words():
 
 def test_signatures_are_the_same_in_every_process():
     code = (
-        "from llmkit.corpus.dedup import *; print(band_keys(minhash(TextFeatures('the cat sat on the mat again')), 8).tolist())"
+        "from llmkit.corpus.dedup import *;"
+        "print(band_keys(minhash(TextFeatures('the cat sat on the mat again')), 8).tolist())"
     )
     runs = [
         subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True)
@@ -110,7 +111,7 @@ def test_agreeing_rows_estimate_the_similarity_and_part_chance_meetings():
             one, other = (sketch(minhash(TextFeatures(" ".join(text)))) for text in (words, copy))
             agreed.append((one == other).mean())
         assert sum(agreed) / 20 == pytest.approx(jaccard, abs=0.04)
-    assert 0.55 < least_agreement(14, 8) < 0.7
+    assert 0.55 < min_agreement(14, 8) < 0.7
     keys = np.array([[7, 7, 7, 8]], np.uint64)  # 0, 1 and 2 met by chance or not: 1 is the odd one
     joined = near_clusters(4, iter(keys), lambda left, right: (left != 1) & (right != 1))
     assert joined.tolist() == [0, 1, 0, 3]

@@ -71,9 +71,9 @@ def test_root(tree):
 
 
 @pytest.mark.parametrize("path, what", [
-    ("missing.txt", "no such file"), ("dangling.txt", "the link leads nowhere"), ("empty.txt", "the file is empty"),
-    ("fifo.txt", "not a regular file"), ("h.exe", "no reader"), ("missing/*.txt", "no such file or folder"),
-    ("*.rs", "no file to read"),
+    ("missing.txt", "no such file"), ("dangling.txt", "the link points to a missing file"),
+    ("empty.txt", "the file is empty"), ("fifo.txt", "not a regular file"), ("h.exe", "no reader"),
+    ("missing/*.txt", "no such file or folder"), ("*.rs", "no file to read"),
 ])  # fmt: skip
 def test_bad_paths(tree, path, what):
     with pytest.raises(UserError, match=what) as error:
@@ -259,7 +259,7 @@ def test_invalid_utf8_in_parquet_costs_one_row(tmp_path):
 def test_bad_csv_rows(tmp_path):
     good, bad = read(write(tmp_path / "a.csv", b'text,n\na,1\nb\n"c\nc",3\ncaf\xe9,4\nd,5,6\n"e"e,7\nf,8\n"open,9'))
     assert [one.text for one in good] == ["a", "c\nc", "caf\u00e9", "f"]
-    assert [one.line for one in bad] == [3, 7, 8, 10] and "1 fields under a header of 2" in bad[0].reason
+    assert [one.line for one in bad] == [3, 7, 8, 10] and "1 fields, but the header has 2" in bad[0].reason
 
 
 def test_sizes_are_bounded(tmp_path, monkeypatch):
@@ -337,7 +337,7 @@ def test_folders_of_data_files_and_their_splits(tmp_path):
     for split, text in (("train", "a"), ("test", "b")):
         assert [d.text for d in read_dataset(str(tmp_path), source="s", split=split)] == [text]
     assert [d.text for d in read_dataset(str(tmp_path), source="s", config="data")] == ["a"]
-    with pytest.raises(UserError, match="no data file is of the split dev"):
+    with pytest.raises(UserError, match="no data file for the split dev"):
         list(read_dataset(str(tmp_path), source="s", split="dev"))
     write(tmp_path / "plain" / "x.csv", "text\na")
     assert [d.text for d in read_dataset(str(tmp_path / "plain"), source="s")] == ["a"]
@@ -345,12 +345,12 @@ def test_folders_of_data_files_and_their_splits(tmp_path):
 
 @pytest.mark.parametrize("name", ["./missing", "/no/such/folder"])
 def test_missing_local_datasets_never_touch_the_network(name):
-    with pytest.raises(UserError, match="a local dataset is a folder"):
+    with pytest.raises(UserError, match="a local dataset must be a folder"):
         list(read_dataset(name, source="s"))
 
 
 def test_the_hub_offline_is_one_clear_error():
-    code = "from llmkit.readers.documents import read_dataset as r; list(r('nobody/nothing', source='s', streaming=True))"
+    code = "from llmkit.readers.documents import read_dataset as r; list(r('no/where', source='s', streaming=True))"
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert "llmkit.errors.DataError: error: the dataset can't be read" in done.stderr

@@ -33,6 +33,7 @@ from llmkit.models.mixtral import balance_loss
 from llmkit.objectives.lm import sum_of_losses
 from llmkit.parallel.compile import compile_obstacle
 from llmkit.peft import lora
+from llmkit.peft.adapter import load_adapter, save_adapter
 from llmkit.training.cost import Lengths, flops_per_row, parameters_by_part
 from llmkit.types import IGNORE_INDEX
 
@@ -319,7 +320,7 @@ ROTARY = {
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
 @pytest.mark.parametrize("family", ROTARY)
 def test_every_spelling_of_rotary_positions_means_what_transformers_means(family, rope, tmp_path):
-    known = {field.name for field in fields(FAMILIES[family].Config)}
+    known = {field.name for field in fields(FAMILIES[family].config)}
     size = {key: value for key, value in BASE.items() if key in known}
     write_config(tmp_path, model_type=family, **size, **rope)
     ours = folder.read_config(tmp_path)
@@ -579,7 +580,7 @@ def test_a_bare_bert_gets_a_new_head_and_keeps_its_encoder(tmp_path, capsys):
     assert not any(name.startswith(("bert.", "cls.")) for name in load_file(tmp_path / "model.safetensors"))
     ours = folder.load_model(tmp_path).eval()
     equal(ours.encode(tokens()), theirs.bert(tokens()).last_hidden_state)
-    assert "begin anew" in capsys.readouterr().err
+    assert "initialised" in capsys.readouterr().err
     head = ours.cls["predictions"]
     assert head.bias.abs().max() == 0 and (head.transform.LayerNorm.weight == 1).all()
 
@@ -808,16 +809,17 @@ def test_peft_opens_our_adapter_with_equal_logits(name, tmp_path):
     ours = made(OURS[name])
     folder.save_model(ours, tmp_path / "base")
     plain = logits(ours)
-    lora.apply(ours, r=4, alpha=8.0)
+    options = lora.Options(r=4, alpha=8.0)
+    lora.apply(ours, options)
     generator = torch.Generator().manual_seed(5)
     for parameter in (p for p in ours.parameters() if p.requires_grad):
         parameter.normal_(0.0, 0.2, generator=generator)
-    lora.save_adapter(ours, tmp_path / "adapter", base=str(tmp_path / "base"), base_sha256="")
+    save_adapter(ours, tmp_path / "adapter", "lora", options, base=str(tmp_path / "base"), base_sha256="")
     theirs = peft.PeftModel.from_pretrained(opened_by_transformers(tmp_path / "base"), tmp_path / "adapter").eval()
     kinds = {"causal": peft.PeftModelForCausalLM, "seq2seq": peft.PeftModelForSeq2SeqLM, "masked": peft.PeftModel}
     assert isinstance(theirs, kinds[ours.config.kind])
     equal(logits(theirs), logits(ours))
     assert (logits(ours) - plain).abs().max() > 1e-2
     again = folder.load_model(tmp_path / "base").eval()
-    lora.load_adapter(again, tmp_path / "adapter")
+    load_adapter(again, tmp_path / "adapter")
     assert torch.equal(logits(again), logits(ours))

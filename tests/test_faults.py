@@ -76,7 +76,7 @@ def one_block(err: str) -> bool:
     lines = [line for line in err.splitlines() if line.strip()]
     starts = [line for line in lines if line.startswith("error: ")]
     rows = all(line.startswith("  ") for line in lines[1:])
-    return len(starts) == 1 and lines[0] == starts[0] and rows and "bug of llmkit" not in err
+    return len(starts) == 1 and lines[0] == starts[0] and rows and "bug in llmkit" not in err
 
 
 def run_main(capsys, *arguments: object, code: int) -> str:
@@ -238,7 +238,7 @@ def leave_free(disk: Path, kilobytes: int) -> Path:
 def test_a_full_disk_is_one_error_and_costs_nothing_that_was_there(tmp_path, disk, capsys, monkeypatch, kilobytes,
                                                                     workers):  # fmt: skip
     monkeypatch.setattr("llmkit.corpus.units.UNIT_BYTES", 20_000)
-    monkeypatch.setattr("llmkit.corpus.build.SPACE", 0)
+    monkeypatch.setattr("llmkit.corpus.build.DISK_BYTES_PER_TEXT_BYTE", 0)
     config = place(tmp_path, dir=str(disk / "data"), workers=workers)
     run_main(capsys, "data", "build", config, code=0)
     before, manifest = tokens_of(disk / "data"), (disk / "data/manifest.json").read_bytes()
@@ -257,7 +257,7 @@ def test_a_full_disk_is_one_error_and_costs_nothing_that_was_there(tmp_path, dis
 
 
 def test_a_full_disk_says_how_much_is_needed_and_where(tmp_path, disk, capsys, monkeypatch):
-    monkeypatch.setattr("llmkit.corpus.build.SPACE", 0)
+    monkeypatch.setattr("llmkit.corpus.build.DISK_BYTES_PER_TEXT_BYTE", 0)
     config = place(tmp_path, dir=str(disk / "data"))
     leave_free(disk, 40)
     err = run_main(capsys, "data", "build", config, code=ENVIRONMENT)
@@ -280,7 +280,7 @@ def test_a_file_that_may_not_grow_is_one_error_and_the_next_build_goes_on(undist
 
 def test_too_small_a_disk_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
     config = place(tmp_path)
-    monkeypatch.setattr("llmkit.corpus.build.SPACE", 1e12)
+    monkeypatch.setattr("llmkit.corpus.build.DISK_BYTES_PER_TEXT_BYTE", 1e12)
     err = run_main(capsys, "data", "build", config, code=ENVIRONMENT)
     assert "the disk is too small" in err and err.count("bytes") == 2 and str(tmp_path / "data") in err
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["lock"]

@@ -10,17 +10,17 @@ from test_families import CAUSAL, OURS, SIZES, equal, made, opened_by_transforme
 
 from llmkit.errors import DATA, UserError
 from llmkit.inference.generate import (
-    Sampling,
+    apply_repetition_penalty,
     compile_decoding,
     decode_one_token,
+    decode_until_stop,
     generate,
     logits_to_probs,
-    penalize,
     prefill,
     sample,
     stream,
-    text_pieces,
 )
+from llmkit.inference.sampling import Sampling
 from llmkit.inference.writer import Writer
 from llmkit.models import build_model, folder, gpt2, llama
 from llmkit.models.attention import KVCache
@@ -91,7 +91,7 @@ def test_every_step_of_sampling_is_transformers(options):
         if name in options:
             expected = processor(options[name])(read, expected)
     seen = torch.zeros(5, 60, dtype=torch.bool).scatter(1, read, True)
-    drawn_from = penalize(logits, seen, options.get("repetition_penalty", 1.0))
+    drawn_from = apply_repetition_penalty(logits, seen, options.get("repetition_penalty", 1.0))
     ids, probs = logits_to_probs(drawn_from, Sampling(**NEUTRAL | options))
     got = torch.zeros(5, 60).scatter(1, ids, probs)
     torch.testing.assert_close(got, expected.softmax(-1), rtol=1e-5, atol=1e-6)
@@ -343,7 +343,7 @@ def tokenizer(request) -> Tokenizer:
 def test_pieces_are_whole_characters_and_make_the_text(tokenizer):
     ids = tokenizer.encode(TEXT)
     assert len(ids) > len(EVERYDAY)
-    pieces = list(text_pieces(tokenizer, [], ids))
+    pieces = list(decode_until_stop(tokenizer, [], ids))
     assert "".join(pieces) == TEXT == tokenizer.decode(ids)
     assert len(pieces) > 40 and "\ufffd" not in "".join(pieces).replace(" \ufffd ", "")
 
@@ -351,17 +351,17 @@ def test_pieces_are_whole_characters_and_make_the_text(tokenizer):
 @pytest.mark.parametrize("begin", [0, 1, 9, 24, 33, 60])
 def test_pieces_go_on_where_the_prompt_ends(tokenizer, begin):
     prompt, ids = tokenizer.encode(TEXT[:begin]), tokenizer.encode(TEXT[begin:])
-    assert "".join(text_pieces(tokenizer, prompt, ids)) == TEXT[begin:]
+    assert "".join(decode_until_stop(tokenizer, prompt, ids)) == TEXT[begin:]
 
 
 def test_a_text_that_ends_in_half_a_character_ends_before_it(tokenizer):
     ids = tokenizer.encode("ab🎉")
-    assert "".join(text_pieces(tokenizer, [], ids[:-1])) == "ab"
+    assert "".join(decode_until_stop(tokenizer, [], ids[:-1])) == "ab"
 
 
 def test_bytes_that_are_no_character_stop_nothing(tokenizer):
     [newline], party, rest = tokenizer.encode("\t"), tokenizer.encode("🎉"), tokenizer.encode("river")
-    text = "".join(text_pieces(tokenizer, [], [*rest, newline, party[0], *rest]))
+    text = "".join(decode_until_stop(tokenizer, [], [*rest, newline, party[0], *rest]))
     assert text.startswith("river") and text.endswith("river")
 
 
@@ -369,7 +369,7 @@ def test_any_tokens_have_a_text(tokenizer):
     draw, late = random.Random(5), "ByteFallback" in tokenizer.rust.to_str()
     for _ in range(200):
         ids = draw.choices(range(len(tokenizer)), k=12)
-        whole, pieces = tokenizer.decode(ids), "".join(text_pieces(tokenizer, [], ids))
+        whole, pieces = tokenizer.decode(ids), "".join(decode_until_stop(tokenizer, [], ids))
         assert whole.startswith(pieces) or (late and "\ufffd" in whole)  # a byte may take back those before it
 
 
@@ -383,7 +383,7 @@ STOPS = [
 def test_a_text_ends_before_the_first_stop_string_however_tokens_cut_it(tokenizer, stop):
     places = [place for word in stop if (place := TEXT.find(word)) >= 0]
     expected = TEXT[: min(places)] if places else TEXT
-    assert "".join(text_pieces(tokenizer, [], tokenizer.encode(TEXT), stop)) == expected
+    assert "".join(decode_until_stop(tokenizer, [], tokenizer.encode(TEXT), stop)) == expected
 
 
 def test_what_may_begin_a_stop_string_waits_and_comes_when_it_does_not():
@@ -392,14 +392,14 @@ def test_what_may_begin_a_stop_string_waits_and_comes_when_it_does_not():
     for _ in range(300):
         text, stop = ("".join(draw.choices("ab", k=k)) for k in (12, draw.randint(1, 5)))
         expected = text[: text.find(stop)] if stop in text else text
-        assert "".join(text_pieces(letters, [], letters.encode(text), [stop])) == expected
-    assert list(text_pieces(letters, [], letters.encode("abaca"), ["abc"])) == ["ab", "ac", "a"]
+        assert "".join(decode_until_stop(letters, [], letters.encode(text), [stop])) == expected
+    assert list(decode_until_stop(letters, [], letters.encode("abaca"), ["abc"])) == ["ab", "ac", "a"]
 
 
 def test_no_token_is_drawn_after_a_stop_string():
     letters = train_tokenizer(["abc"], "char", vocab_size=270)
     drawn = iter(letters.encode("aabbabcc"))
-    assert "".join(text_pieces(letters, [], drawn, ["bb"])) == "aa"
+    assert "".join(decode_until_stop(letters, [], drawn, ["bb"])) == "aa"
     assert letters.decode(drawn) == "abcc"
 
 

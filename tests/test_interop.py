@@ -18,7 +18,8 @@ from llmkit.commands import app as cli
 from llmkit.errors import ENVIRONMENT, MODEL, UserError
 from llmkit.formats.gguf import write_gguf
 from llmkit.formats.llama2c import import_llama2c
-from llmkit.inference.generate import Sampling, stream, text_pieces
+from llmkit.inference.generate import decode_until_stop, stream
+from llmkit.inference.sampling import Sampling
 from llmkit.models import CONFIGS, build_model, folder
 from llmkit.tokenizer.foreign import from_llama2c
 from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer, load_tokenizer
@@ -591,7 +592,7 @@ def test_an_imported_folder_is_one_that_every_command_takes(of_c, words, tmp_pat
     ids = one.encode_prompt("the river")
     assert ids[0] == one.bos_id == 1 and one.eos_id == 2
     written = list(stream(of_c, ids, max_new_tokens=5, sampling=Sampling(temperature=0), stop=frozenset([2])))
-    assert said["text"] == "".join(text_pieces(one, ids, written)) and said["tokens"] == len(written)
+    assert said["text"] == "".join(decode_until_stop(one, ids, written)) and said["tokens"] == len(written)
 
 
 def test_the_tokenizer_of_llama2c_joins_pieces_by_their_scores(words):
@@ -623,7 +624,7 @@ def test_bytes_that_are_no_letter_do_not_end_a_text(before, wrong, words):
     rust = from_llama2c(words, 400)
     one = Tokenizer(rust, 2, "<s>")
     tokens = [*(rust.token_to_id(f"<0x{byte:02X}>") for byte in before + wrong), *one.encode("the river")]
-    said = "".join(text_pieces(one, [1], tokens))
+    said = "".join(decode_until_stop(one, [1], tokens))
     assert said.endswith(" the river") and said.startswith(before.decode()) and "\ufffd" in said
 
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from llmkit.errors import MODEL, UserError
 from llmkit.formats.hf import export_hf, export_peft
 from llmkit.models import build_model, folder, gpt2, llama
-from llmkit.peft import lora
+from llmkit.peft import bitfit, lora
+from llmkit.peft.adapter import load_adapter, save_adapter
 from llmkit.storage.locate import Located, load_located, weights_sha256
 from llmkit.tokenizer.train import train_tokenizer
 
@@ -49,10 +50,14 @@ def base_of(name: str) -> torch.nn.Module:
     return model
 
 
+def options_of(**options) -> lora.Options:
+    return lora.Options(**{"r": 4, "alpha": 12.0} | options)
+
+
 def adapted_of(name: str, **options) -> torch.nn.Module:
     """A base with an adapter that has learnt something: B is no longer zero."""
     model = base_of(name)
-    lora.apply(model, **{"r": 4, "alpha": 12.0} | options)
+    lora.apply(model, options_of(**options))
     randomize((p for p in model.parameters() if p.requires_grad), seed=5)
     return model
 
@@ -76,7 +81,8 @@ def base_folder(tmp_path):
 def test_peft_opens_our_adapter_with_equal_logits(name, rslora, targets, base_folder, tmp_path):
     base = base_folder(name)
     ours = adapted_of(name, rslora=rslora, target_modules=targets)
-    lora.save_adapter(ours, tmp_path / "adapter", base=str(base), base_sha256="")
+    options = options_of(rslora=rslora, target_modules=targets)
+    save_adapter(ours, tmp_path / "adapter", "lora", options, base=str(base), base_sha256="")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
     plain = theirs.eval()(tokens()).logits
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
@@ -103,7 +109,7 @@ def test_we_open_pefts_adapter_with_equal_logits(name, rslora, targets, base_fol
     base = base_folder(name)
     theirs = peft_adapter(base, tmp_path / "adapter", name, rslora, targets)
     ours = folder.load_model(base).eval()
-    lora.load_adapter(ours, tmp_path / "adapter")
+    load_adapter(ours, tmp_path / "adapter")
     equal(ours(tokens()), theirs(tokens()).logits)
 
 
@@ -111,10 +117,11 @@ def test_we_open_pefts_adapter_with_equal_logits(name, rslora, targets, base_fol
 @torch.no_grad()
 def test_an_adapter_survives_saving_and_loading(name, tmp_path):
     ours, again = adapted_of(name, rslora=True), base_of(name)
-    lora.save_adapter(ours, tmp_path, base="base", base_sha256="")
-    lora.load_adapter(again, tmp_path)
+    save_adapter(ours, tmp_path, "lora", options_of(rslora=True), base="base", base_sha256="")
+    load_adapter(again, tmp_path)
     assert torch.equal(ours(tokens()), again(tokens()))
-    assert again.lora == ours.lora
+    save_adapter(again, tmp_path / "again", "lora", options_of(rslora=True), base="base", base_sha256="")
+    assert (tmp_path / "again" / "adapter_config.json").read_text() == (tmp_path / "adapter_config.json").read_text()
 
 
 # ---- apply and merge ------------------------------------------------------------------------------------------------
@@ -125,7 +132,7 @@ def test_an_adapter_survives_saving_and_loading(name, tmp_path):
 def test_a_fresh_adapter_changes_no_logits(name):
     model = base_of(name)
     before = model(tokens())
-    lora.apply(model, r=4)
+    lora.apply(model, lora.Options(r=4))
     assert torch.equal(model(tokens()), before)
 
 
@@ -147,7 +154,6 @@ def test_merging_restores_classes_names_and_gradients(name):
     ]
     assert list(model.state_dict()) == list(plain.state_dict())
     assert all(p.requires_grad for p in model.parameters())
-    assert not hasattr(model, "lora")
 
 
 @each_family
@@ -181,7 +187,7 @@ def test_a_target_is_a_whole_name_or_the_whole_end_of_one():
 
 def test_a_target_that_matches_nothing_is_refused_with_the_candidates():
     with pytest.raises(UserError) as caught:
-        lora.apply(base_of("llama"), target_modules=["q_proj", "c_attn", "proj"])
+        lora.apply(base_of("llama"), lora.Options(target_modules=["q_proj", "c_attn", "proj"]))
     assert "c_attn" in str(caught.value)
     assert caught.value.expected == "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     assert [error.got for error in caught.value.others] == ["proj"]
@@ -190,7 +196,7 @@ def test_a_target_that_matches_nothing_is_refused_with_the_candidates():
 def test_a_seed_fixes_the_factors_and_no_two_layers_share_them():
     def factors(seed: int) -> list[torch.Tensor]:
         model = base_of("llama")
-        lora.apply(model, seed, r=4)
+        lora.apply(model, lora.Options(r=4), seed)
         return [module.lora_A for module in model.modules() if isinstance(module, lora.LoRA)]
 
     first, again, other = factors(0), factors(0), factors(1)
@@ -199,12 +205,54 @@ def test_a_seed_fixes_the_factors_and_no_two_layers_share_them():
     assert not torch.equal(first[0], first[1])
 
 
+@torch.no_grad()
+def test_a_disabled_adapter_computes_what_the_base_computes():
+    base, model = base_of("llama"), adapted_of("llama")
+    before = model(tokens())
+    with lora.disabled(model):
+        assert torch.equal(model(tokens()), base(tokens()))
+    assert torch.equal(model(tokens()), before) and not torch.equal(before, base(tokens()))
+
+
+# ---- BitFit, the second method --------------------------------------------------------------------------------------
+
+
+def bitfit_of() -> torch.nn.Module:
+    model = base_of("gpt2")
+    bitfit.apply(model, bitfit.Options())
+    randomize((p for p in model.parameters() if p.requires_grad), seed=5)
+    return model
+
+
+def test_bitfit_trains_every_bias_and_nothing_else():
+    trained = {name for name, p in bitfit_of().named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in base_of("gpt2").named_parameters() if name.endswith("bias")}
+    with pytest.raises(UserError, match="has none"):
+        bitfit.apply(base_of("llama"), bitfit.Options())
+
+
+@torch.no_grad()
+def test_bitfit_is_disabled_merged_saved_and_loaded_as_lora_is(tmp_path):
+    base, model = base_of("gpt2"), bitfit_of()
+    before = model(tokens())
+    with bitfit.disabled(model):
+        assert torch.equal(model(tokens()), base(tokens()))
+    assert torch.equal(model(tokens()), before) and not torch.equal(before, base(tokens()))
+    save_adapter(model, tmp_path, "bitfit", bitfit.Options(), base="base", base_sha256="")
+    again = base_of("gpt2")
+    method = load_adapter(again, tmp_path)
+    assert torch.equal(again(tokens()), before)
+    method.merge(again)
+    assert torch.equal(again(tokens()), before) and list(again.state_dict()) == list(base.state_dict())
+    assert all(p.requires_grad for p in again.parameters())
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def saved(tmp_path):
-    lora.save_adapter(adapted_of("llama"), tmp_path, base="base", base_sha256="")
+    save_adapter(adapted_of("llama"), tmp_path, "lora", options_of(), base="base", base_sha256="")
     return tmp_path
 
 
@@ -215,7 +263,7 @@ def rewrite(path, **changes) -> None:
 
 def refused(path, *words: str, name: str = "llama") -> None:
     with pytest.raises(UserError) as caught:
-        lora.load_adapter(base_of(name), path)
+        load_adapter(base_of(name), path)
     assert caught.value.code == MODEL
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
@@ -298,10 +346,11 @@ def trained(request, tokenizer, tmp_path):
     randomize(model.parameters())
     folder.save_model(model, tmp_path / "base", eos_token_ids=[tokenizer.eos_id])
     tokenizer.save(tmp_path / "base")
-    lora.apply(model, r=4, rslora=True)
+    options = lora.Options(r=4, rslora=True)
+    lora.apply(model, options)
     randomize((p for p in model.parameters() if p.requires_grad), seed=5)
     digest = weights_sha256(tmp_path / "base")
-    lora.save_adapter(model, tmp_path / "adapter", base=str(tmp_path / "base"), base_sha256=digest)
+    save_adapter(model, tmp_path / "adapter", "lora", options, base=str(tmp_path / "base"), base_sha256=digest)
     tokenizer.save(tmp_path / "adapter")
     return tmp_path / "adapter", model
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 import transformers
 
-from llmkit.evals.perplexity import perplexity, windows
+from llmkit.evals.perplexity import windows
 from llmkit.models import build_model, folder, llama
+from llmkit.objectives.lm import perplexity
 from llmkit.types import IGNORE_INDEX, Batch
 
 VOCAB, CPU = 61, torch.device("cpu")

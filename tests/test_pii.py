@@ -12,7 +12,7 @@ from conftest import sentences, tiny_config
 from llmkit.config.load import load_config
 from llmkit.config.schema import CorpusData, Pii
 from llmkit.corpus.build import build_corpus
-from llmkit.corpus.pii import PII_KINDS, find, scrub
+from llmkit.corpus.pii import PII_KINDS, find_pii, scrub
 from llmkit.errors import UserError
 
 pytest.importorskip("re2")
@@ -35,7 +35,8 @@ INNOCENT = [
 @pytest.mark.parametrize(("kind", "value"), PLANTED)
 def test_what_is_personal_is_found_alone_and_amid_text(kind, value):
     for text in (value, f"Grüße: {value}.", f"({value}, and so on)", f"a\n{value}\nb"):
-        assert [(k, text.encode()[a:b].decode()) for a, b, k in find(text.encode(), PII_KINDS)] == [(kind, value)], text
+        raw = text.encode()
+        assert [(k, raw[a:b].decode()) for a, b, k in find_pii(raw, PII_KINDS)] == [(kind, value)], text
 
 
 @pytest.mark.parametrize("value", INNOCENT)

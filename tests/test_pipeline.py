@@ -37,7 +37,7 @@ from llmkit.storage.locate import locate
 from llmkit.tokenizer.tokenizer import load_tokenizer
 from llmkit.tokenizer.train import train_tokenizer
 from llmkit.training.loop import train
-from llmkit.training.prepare import prepare
+from llmkit.training.prepare import describe, prepare
 from llmkit.types import IGNORE_INDEX
 
 quiet = {"say": lambda line: None}
@@ -514,8 +514,8 @@ def test_lines_that_stand_on_many_web_pages_go(tmp_path, tokenizer):
         assert rest == pages(20)[i - 1] and "Sign in" not in web
         assert web == rest.replace("Sign in to read more\n", "")
     report = (tmp_path / "data/report.md").read_text()
-    assert "20 lines taken out that stand on many pages: 'Sign in to read more' on 20 pages" in report
-    assert report.count("taken out") == 1
+    assert "20 lines removed that many pages share: 'Sign in to read more' on 20 pages" in report
+    assert report.count("that many pages share") == 1
     for least, there in ((21, 20), (None, 20), (19, 0)):
         changed = data.model_copy(update={"clean": data.clean.model_copy(update={"boilerplate_min_docs": least})})
         build_corpus(changed, **quiet)
@@ -817,9 +817,9 @@ def test_too_many_epochs_of_a_source_name_the_figures(tmp_path, tokenizer):
 
 def test_epochs_without_weights_are_those_of_everything(tmp_path, tokenizer):
     path = mixed(tmp_path, tokenizer, [None, None])
-    job = prepare(load_config(path), start_world(), **quiet)
-    epochs = 20 * 8 / job.data.samples["train"]
-    assert "mixture" not in job.header()
+    run = prepare(load_config(path), start_world(), **quiet)
+    epochs = 20 * 8 / run.data.samples["train"]
+    assert "mixture" not in describe(run)
     prepare(load_config(path, [f"data.sources.0.max_epochs={epochs + 0.01}"]), start_world(), **quiet)
     with pytest.raises(UserError, match="source a would be read for more epochs"):
         prepare(load_config(path, [f"data.sources.0.max_epochs={epochs - 0.01}"]), start_world(), **quiet)
@@ -841,13 +841,13 @@ def test_a_source_without_one_sample_is_an_error(tmp_path, tokenizer, rules):
 
 
 def test_the_header_shows_the_mixture_and_training_draws_it(tmp_path, tokenizer):
-    job = prepare(load_config(mixed(tmp_path, tokenizer, [1.0, 3.0])), start_world(), **quiet)
-    (a, b) = (job.data.shares[name][1] for name in "ab")
-    assert job.header()["mixture"] == f"a 25.0% x {40 / a:.2f}, b 75.0% x {120 / b:.2f}"
-    decode, seen = job.data.tokenizer.decode, {"a": 0, "b": 0}
+    run = prepare(load_config(mixed(tmp_path, tokenizer, [1.0, 3.0])), start_world(), **quiet)
+    (a, b) = (run.data.shares[name][1] for name in "ab")
+    assert describe(run)["mixture"] == f"a 25.0% x {40 / a:.2f}, b 75.0% x {120 / b:.2f}"
+    decode, seen = run.data.tokenizer.decode, {"a": 0, "b": 0}
     known = {name: "\n".join(texts(20, i * 100)) for i, name in enumerate("ab")}
     for step in range(5):
-        for row in job.batches("train", 8).batch_at(step).input_ids:
+        for row in run.batches("train", 8).batch_at(step).input_ids:
             longest = max(decode(row).split("<|endoftext|>"), key=len).strip()
             seen[next(name for name in known if longest in known[name])] += 1
     assert seen == {"a": 10, "b": 30}
@@ -872,7 +872,7 @@ def test_a_build_that_found_its_parts_claims_no_speed(tmp_path, tokenizer):
     (tmp_path / "data/manifest.json").unlink()
     build_corpus(data, **quiet)
     again = (tmp_path / "data/report.md").read_text()
-    assert "per CPU-second" not in again and "the rest was there" in again and "rules" not in again
+    assert "per CPU-second" not in again and "the rest was reused" in again and "rules" not in again
 
 
 @pytest.mark.parametrize("keys", [{"streaming": True}, {"revision": "main"}])
@@ -880,7 +880,7 @@ def test_options_that_mean_nothing_to_local_files_are_refused(tmp_path, tokenize
     (tmp_path / "rows").mkdir()
     source(tmp_path / "rows", "train", texts(3))
     data = corpus_of(tmp_path, tokenizer, [{"name": "rows", "hf": str(tmp_path / "rows"), **keys}])
-    with pytest.raises(UserError, match="mean nothing to local files"):
+    with pytest.raises(UserError, match="have no effect on local files"):
         build_corpus(data, **quiet)
 
 

@@ -12,13 +12,13 @@ from conftest import sentences
 from llmkit.corpus.scorers import (
     NgramSet,
     check_languages,
-    classifier,
     classifier_score,
-    evaluation_ngrams,
-    language_of,
+    detect_language,
     listed_per_1k,
+    load_classifier,
+    load_word_list,
     ngrams_of,
-    word_list,
+    read_evaluation_ngrams,
 )
 from llmkit.corpus.words import TextFeatures, split_words
 from llmkit.errors import UserError
@@ -26,7 +26,7 @@ from llmkit.tokenizer.train import train_tokenizer
 
 
 def score(text: str, path: str, label: str) -> float:
-    return classifier_score(text, classifier(path, label))
+    return classifier_score(text, load_classifier(path, label))
 
 
 def write(path: Path, content: str | bytes) -> str:
@@ -57,22 +57,22 @@ SAID = {
 
 @pytest.mark.parametrize("code", SAID)
 def test_language_of_a_sentence(code):
-    found, probability = language_of(SAID[code])
+    found, probability = detect_language(SAID[code])
     assert found == code and 0.5 < probability <= 1
 
 
 def test_language_of_most_of_a_long_text():
     for first, then in (("de", "fr"), ("en", "ja"), ("zh", "es")):
-        assert language_of(SAID[first] * 3)[0] == first
-        assert language_of(SAID[first] * 3 + SAID[then] * 200)[0] == then
-        assert language_of(SAID[then] * 200 + SAID[first] * 3)[0] == then
-    assert language_of("x = 1\n" * 20 + SAID["ru"] * 200)[0] == "ru"
+        assert detect_language(SAID[first] * 3)[0] == first
+        assert detect_language(SAID[first] * 3 + SAID[then] * 200)[0] == then
+        assert detect_language(SAID[then] * 200 + SAID[first] * 3)[0] == then
+    assert detect_language("x = 1\n" * 20 + SAID["ru"] * 200)[0] == "ru"
 
 
 def test_any_text_has_a_language_and_the_same_one_again():
     for text in ("", " \n", "\0", "1234 5678", "\U0001f600" * 50, "a" * 100_000):
-        code, probability = language_of(text)
-        assert 0 < probability <= 1 and language_of(text) == (code, probability)
+        code, probability = detect_language(text)
+        assert 0 < probability <= 1 and detect_language(text) == (code, probability)
         check_languages([code])
 
 
@@ -94,16 +94,16 @@ def test_an_ngram_set_is_a_set(members, others):
     near = inside ^ np.uint64(2**63)  # of the same place in the table
     asked = draw.permutation(np.concatenate([inside, inside, near, draw.integers(0, 2**64, others, np.uint64)]))
     wanted = set(inside.tolist())
-    found = NgramSet(np.concatenate([inside, inside])).found_in(asked)
+    found = NgramSet(np.concatenate([inside, inside])).find_in(asked)
     assert found.tolist() == [gram for gram in asked.tolist() if gram in wanted]
     assert len(found) == 2 * members
 
 
 def test_words_and_phrases_of_a_list_by_length(tmp_path):
     path = write(tmp_path / "list.txt", "# a comment\nDamn\n\nhell\ndamn\n go to   hell!\r\nthe Devil's own\n#hell\n")
-    found = word_list(path)
+    found = load_word_list(path)
     assert {n: len(grams.grams) for n, grams in found.items()} == {1: 2, 3: 1, 4: 1}
-    assert len(found[3].found_in(ngrams_of(split_words("Go, to HELL"), 3))) == 1
+    assert len(found[3].find_in(ngrams_of(split_words("Go, to HELL"), 3))) == 1
 
 
 @pytest.mark.parametrize("content, what", [
@@ -112,20 +112,19 @@ def test_words_and_phrases_of_a_list_by_length(tmp_path):
 def test_bad_word_lists(tmp_path, content, what):
     path = str(tmp_path / "list.txt") if content is None else write(tmp_path / "list.txt", content)
     with pytest.raises(UserError, match=what) as error:
-        word_list(path)
+        load_word_list(path)
     assert error.value.code == 3 and error.value.at == path
 
 
 def test_listed_per_thousand_words_by_hand(tmp_path):
     path = write(tmp_path / "list.txt", "bad\nvery bad\n\u732b\n")
     text = TextFeatures("A bad, BAD day; the next was very bad.")
-    assert listed_per_1k(text, word_list(path)) == round(1000 * (3 + 1) / 9, 4)
-    assert listed_per_1k(TextFeatures("badly unbad very good"), word_list(path)) == 0
-    assert listed_per_1k(TextFeatures(""), word_list(path)) == listed_per_1k(TextFeatures("very"), word_list(path)) == 0
-    assert listed_per_1k(TextFeatures("\u732b\u3067\u3059"), word_list(path)) == round(
-        1000 / 3, 4
-    )  # characters for words
-    assert listed_per_1k(TextFeatures("bad " + "good " * 999), word_list(path)) == 1
+    assert listed_per_1k(text, load_word_list(path)) == round(1000 * (3 + 1) / 9, 4)
+    assert listed_per_1k(TextFeatures("badly unbad very good"), load_word_list(path)) == 0
+    assert all(listed_per_1k(TextFeatures(text), load_word_list(path)) == 0 for text in ("", "very"))
+    unspaced = TextFeatures("\u732b\u3067\u3059")  # characters for words
+    assert listed_per_1k(unspaced, load_word_list(path)) == round(1000 / 3, 4)
+    assert listed_per_1k(TextFeatures("bad " + "good " * 999), load_word_list(path)) == 1
 
 
 def test_ngrams_of_evaluation_files(tmp_path):
@@ -136,29 +135,29 @@ def test_ngrams_of_evaluation_files(tmp_path):
     ]  # fmt: skip
     write(tmp_path / "q.jsonl", "\n".join(map(json.dumps, questions)) + "\n")
     write(tmp_path / "more.json", json.dumps([{"q": "one two three four five"}]))
-    grams, texts, short = evaluation_ngrams((str(tmp_path / "*.jsonl"), str(tmp_path / "more.json")), 3)
+    grams, texts, short = read_evaluation_ngrams((str(tmp_path / "*.jsonl"), str(tmp_path / "more.json")), 3)
     assert (texts, short) == (6, 2)  # Jane and B
     strings = ["Who wrote the book about the whale?", "Herman Melville did", "one two three four five"]
     wanted = {gram for string in strings for gram in ngrams_of(split_words(string), 3).tolist()}
     assert set(grams.grams.tolist()) == wanted and len(wanted) == 5 + 1 + 3
-    assert len(grams.found_in(ngrams_of(split_words("it was HERMAN, melville did it"), 3))) == 1
-    assert not len(grams.found_in(ngrams_of(split_words("whale herman melville jane one two four"), 3)))
+    assert len(grams.find_in(ngrams_of(split_words("it was HERMAN, melville did it"), 3))) == 1
+    assert not len(grams.find_in(ngrams_of(split_words("whale herman melville jane one two four"), 3)))
 
 
 def test_an_evaluation_file_that_is_broken_is_a_user_error(tmp_path):
     write(tmp_path / "q.jsonl", '{"q": "one two three"}\n{broken\n')
     with pytest.raises(UserError, match="can't be read"):
-        evaluation_ngrams((str(tmp_path / "q.jsonl"),), 3)
+        read_evaluation_ngrams((str(tmp_path / "q.jsonl"),), 3)
 
 
 def test_evaluation_files_with_nothing_long_enough(tmp_path):
-    grams, texts, short = evaluation_ngrams((write(tmp_path / "q.jsonl", '{"q": "too short"}'),), 13)
-    assert (texts, short) == (1, 1) and not len(grams.found_in(np.arange(1000, dtype=np.uint64)))
+    grams, texts, short = read_evaluation_ngrams((write(tmp_path / "q.jsonl", '{"q": "too short"}'),), 13)
+    assert (texts, short) == (1, 1) and not len(grams.find_in(np.arange(1000, dtype=np.uint64)))
 
 
 def test_a_missing_evaluation_file_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        evaluation_ngrams((str(tmp_path / "none.jsonl"),), 13)
+        read_evaluation_ngrams((str(tmp_path / "none.jsonl"),), 13)
 
 
 def test_evaluation_files_in_a_zip_are_refused(tmp_path):
@@ -167,11 +166,11 @@ def test_evaluation_files_in_a_zip_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "q.zip", "w") as archive:
         archive.writestr("q.jsonl", '{"q": "one two three four"}')
     with pytest.raises(UserError, match="in a zip"):
-        evaluation_ngrams((str(tmp_path / "q.zip"),), 3)
+        read_evaluation_ngrams((str(tmp_path / "q.zip"),), 3)
 
 
 def test_a_text_file_is_one_evaluation_text(tmp_path):
-    assert evaluation_ngrams((write(tmp_path / "q.txt", "one two three four"),), 3)[1:] == (1, 0)
+    assert read_evaluation_ngrams((write(tmp_path / "q.txt", "one two three four"),), 3)[1:] == (1, 0)
 
 
 # ---- classifier -----------------------------------------------------------------------------------------------------
@@ -267,7 +266,7 @@ def test_unknown_labels_and_missing_folders(folder, tmp_path):
         score(SHORT, folder, "great")
     assert (error.value.got, error.value.expected) == ("great", "bad, fair, good")
     for path in (tmp_path / "none", tmp_path):
-        with pytest.raises(UserError, match="there is no classifier") as error:
+        with pytest.raises(UserError, match="no classifier in this folder") as error:
             score(SHORT, str(path), "good")
         assert error.value.code == 4
 
@@ -322,10 +321,10 @@ def test_code_in_a_classifiers_folder_never_runs(tmp_path, kind):
 
 
 def test_a_classifier_is_loaded_once_and_again_when_its_folder_changes(folder):
-    one = classifier(folder, "good")
-    assert classifier(folder, "good") is one
+    one = load_classifier(folder, "good")
+    assert load_classifier(folder, "good") is one
     (Path(folder) / "note.txt").write_text("changed")
-    assert classifier(folder, "good") is not one
+    assert load_classifier(folder, "good") is not one
 
 
 def test_the_same_score_in_any_order(folder):

@@ -22,7 +22,7 @@ from conftest import sentences
 
 from llmkit.commands import app as cli
 from llmkit.errors import ENVIRONMENT, MODEL
-from llmkit.inference.generate import Sampling
+from llmkit.inference.sampling import Sampling
 from llmkit.inference.writer import Writer
 from llmkit.models import bert, build_model, folder, llama
 from llmkit.tokenizer.tokenizer import load_tokenizer
@@ -763,7 +763,7 @@ def test_chat_through_a_pipe(model, writer):
     second = reply("What is it?", first, "And the river?")
     last = reply("What is it?", first, "Bye")
     assert done.stdout == f"> {first}\n> > {second}\n> > > {first}\n> {last}\n> \n"
-    assert "no chat template: it is asked in ChatML" in done.stderr and done.stderr.count("\n") == 1
+    assert "no chat template: messages are formatted as ChatML" in done.stderr and done.stderr.count("\n") == 1
     assert len({first, second, last}) == 3
 
 

@@ -19,7 +19,8 @@ from llmkit.corpus.build import build_corpus, read_manifest
 from llmkit.errors import DATA, LOCKED, MODEL, UserError
 from llmkit.evals.perplexity import measure
 from llmkit.files import lock
-from llmkit.inference.generate import Sampling, stream
+from llmkit.inference.generate import stream
+from llmkit.inference.sampling import Sampling
 from llmkit.models import build_model, llama
 from llmkit.storage import checkpoint
 from llmkit.storage.locate import locate

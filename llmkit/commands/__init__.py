@@ -1,1 +1,1 @@
-"""The command line: one thin function a command, grouped by file. They print results and decide nothing."""
+"""Define the command line: one thin function per command, which reads options and prints results."""

@@ -1,4 +1,4 @@
-"""The command line's entry point: every command by name, and what happens to an error."""
+"""Define the entry point of the command line: the table of commands, and the handling of errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The entry point: a user's mistake is one block and an exit code, never a traceback."""
+    """Run the command line. Print a user's mistake as one block with an exit code, never as a traceback."""
     from llmkit.errors import BUG, ENVIRONMENT, INTERRUPTED, UserError
 
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(error, file=sys.stderr)
         code = error.code
     except KeyboardInterrupt:
-        print("interrupted; a run or a build of data goes on when its command is given again", file=sys.stderr)
+        print("interrupted; repeat the command to resume a training run or a data build", file=sys.stderr)
         code = INTERRUPTED[2]
     except BrokenPipeError:
         sys.stderr.close()
@@ -63,13 +63,13 @@ def main(arguments: list[str] | None = None) -> None:
             fix = "lower train.micro_batch_size, or set train.gradient_checkpointing: full"
             print(UserError("the device is out of memory", fix=fix), file=sys.stderr)
             code = ENVIRONMENT
-        elif hasattr(error, "exit_code") and hasattr(error, "show"):  # the command line itself
+        elif hasattr(error, "exit_code") and hasattr(error, "show"):  # click's own errors, such as a missing argument
             error.show()
             code = error.exit_code
         elif debug:
             raise
         else:
             print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-            print("  this is a bug of llmkit; --debug shows where", file=sys.stderr)
+            print("  this is a bug in llmkit; --debug shows the traceback", file=sys.stderr)
             code = BUG
     sys.exit(code or 0)

@@ -1,4 +1,4 @@
-"""Commands between formats: export and import."""
+"""Define the commands `export` and `import`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from llmkit.commands.show import AsJson, show
+from llmkit.commands.show import AsJson, ModelArg, show
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A run, checkpoint, adapter or Hugging Face folder.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write; for GGUF a file if it ends in .gguf.")],
+    model: ModelArg,
+    out: Annotated[Path, typer.Argument(help="The folder to write, or a file that ends in .gguf.")],
     format: Annotated[str, typer.Option(help="hf: a merged folder; peft: an adapter; gguf: for llama.cpp.")] = "hf",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; q8_0 in GGUF.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16, or q8_0 in GGUF.")] = "fp32",
     as_json: AsJson = False,
 ) -> None:
     """Write a model for transformers, vLLM, peft or llama.cpp."""
@@ -26,9 +26,9 @@ def export(
         raise UserError("--format is unknown", got=format, expected=" or ".join(EXPORTERS))
     write, dtypes = EXPORTERS[format]
     if dtype not in dtypes:
-        fix = "export q8_0 or bf16: llama.cpp's llama-quantize makes others of it" if format == "gguf" else None
-        raise UserError(f"--dtype is unknown to {format}", got=dtype, expected=" or ".join(dtypes), fix=fix)
-    refuse_to_mix(out)
+        fix = "export bf16 or q8_0, then convert it with llama.cpp's llama-quantize" if format == "gguf" else None
+        raise UserError(f"--dtype is unknown to --format {format}", got=dtype, expected=" or ".join(dtypes), fix=fix)
+    check_is_new(out)
     write(locate(model), out, dtype)
     show_written(out, as_json)
 
@@ -36,28 +36,30 @@ def export(
 def import_(
     file: Annotated[Path, typer.Argument(help="A .bin checkpoint of llama2.c.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    tokenizer: Annotated[Path, typer.Option(help="Its tokenizer.bin, or a tokenizer.json or .model.")],
+    tokenizer: Annotated[Path, typer.Option(help="The checkpoint's tokenizer.bin, or a tokenizer.json or .model.")],
     as_json: AsJson = False,
 ) -> None:
-    """Make somebody else's checkpoint into a Hugging Face folder, which every command takes."""
+    """Convert a llama2.c checkpoint to a Hugging Face folder, which every command accepts."""
     from llmkit.errors import UserError
     from llmkit.formats.llama2c import import_llama2c
 
     for path in (file, tokenizer):
         if not path.exists():
             raise UserError("there is no such file", at=path)
-    refuse_to_mix(out)
+    check_is_new(out)
     import_llama2c(file, tokenizer, out)
     show_written(out, as_json)
 
 
-def refuse_to_mix(out: Path) -> None:
+def check_is_new(out: Path) -> None:
+    """Raise UserError if the output exists already and is not an empty folder."""
     from llmkit.errors import UserError
 
     if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise UserError("the folder to write is not empty", at=out, fix="name a new one")
+        raise UserError("the output exists already and is not empty", at=out, fix="choose another path")
 
 
 def show_written(out: Path, as_json: bool) -> None:
+    """Print the names of the files that were written."""
     files = [out] if out.is_file() else sorted(out.iterdir())
     show({"written": str(out), "files": ", ".join(path.name for path in files)}, as_json)

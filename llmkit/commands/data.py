@@ -1,4 +1,4 @@
-"""`llmkit data` and `llmkit tokenizer`: thin functions, whose imports wait until they run."""
+"""Define the commands `llmkit data` and `llmkit tokenizer`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from llmkit.commands.show import AsJson, ConfigArg, Override, progress_printer, show, terminal_text
+from llmkit.config.defaults import PATTERN, VOCAB_SIZE
 
 SAMPLE = "def main(argv=None):\n    return 0\n"
+TextKey = Annotated[str, typer.Option(help="Name of the text field in JSONL, CSV and Parquet.")]
 
-data_app = typer.Typer(help="Build and look at training data.", no_args_is_help=True, rich_markup_mode=None)
-tokenizer_app = typer.Typer(help="Train and look at tokenizers.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(help="Build and inspect training data.", no_args_is_help=True, rich_markup_mode=None)
+tokenizer_app = typer.Typer(help="Train and inspect tokenizers.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @data_app.command("build")
@@ -39,8 +41,8 @@ def data_build(
         show(manifest, as_json)
     else:
         print((Path(section.dir) / "report.md").read_text(encoding="utf-8"))
-        same = "".join(f" -o {shlex.quote(override)}" for override in o)  # without them it is another build
-        print(f"next: llmkit data inspect {config}{same} --dropped 20\n      llmkit pretrain {config}{same}")
+        overrides = "".join(f" -o {shlex.quote(override)}" for override in o)  # without them it is another build
+        print(f"next: llmkit data inspect {config}{overrides} --dropped 20\n      llmkit pretrain {config}{overrides}")
 
 
 @data_app.command("report")
@@ -63,20 +65,20 @@ def data_report(
 def data_inspect(
     config: ConfigArg,
     o: Override = [],
-    rows: Annotated[int | None, typer.Option(min=1, help="How many rows of the first batch; 2 if not said.")] = None,
-    id: Annotated[str | None, typer.Option(help="A document: why it was kept or dropped.")] = None,
-    dropped: Annotated[int, typer.Option(min=0, help="Show so many documents that were dropped.")] = 0,
-    kept: Annotated[int, typer.Option(min=0, help="Show so many documents that were kept.")] = 0,
-    rule: Annotated[str | None, typer.Option(help="With --dropped: by this rule.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Show this many rows of the first batch; default: 2.")] = None,
+    id: Annotated[str | None, typer.Option(help="Show why this document was kept or dropped.")] = None,
+    dropped: Annotated[int, typer.Option(min=0, help="Show this many dropped documents.")] = 0,
+    kept: Annotated[int, typer.Option(min=0, help="Show this many kept documents.")] = 0,
+    rule: Annotated[str | None, typer.Option(help="With --dropped: only documents dropped by this rule.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the rows that training will see, targets in colour; or documents, and what became of them."""
+    """Show rows as training will see them, with targets in colour, or documents and why they were kept or dropped."""
     from llmkit.config.load import load_config
     from llmkit.errors import UserError
 
     loaded = load_config(config, o)
     if rule and not dropped:
-        raise UserError("--rule picks among what was dropped", fix=f"add --dropped 20 to --rule {rule}")
+        raise UserError("--rule needs --dropped", fix=f"--dropped 20 --rule {rule}")
     if (id is not None) + bool(dropped or kept) + (rows is not None) > 1:
         raise UserError("--rows, --id and --dropped or --kept show different things", fix="choose one of them")
     if id or dropped or kept:
@@ -86,8 +88,8 @@ def data_inspect(
     from llmkit.parallel.world import start_world
     from llmkit.training.prepare import prepare
 
-    job = prepare(loaded, start_world(), say=progress_printer(as_json))
-    shown = inspect_rows(job.batches("train", rows or 2).batch_at(0), job.data.tokenizer)
+    run = prepare(loaded, start_world(), say=progress_printer(as_json))
+    shown = inspect_rows(run.batches("train", rows or 2).batch_at(0), run.data.tokenizer)
     if as_json:
         show({"rows": shown}, as_json)
     else:
@@ -95,7 +97,7 @@ def data_inspect(
 
 
 def inspect_documents(data: Any, id: str | None, dropped: int, kept: int, rule: str | None, as_json: bool) -> None:
-    """Print one document's story, or samples of what was dropped and kept."""
+    """Print what happened to one document, or samples of the dropped and the kept ones."""
     from llmkit.corpus.build import check_corpus
     from llmkit.corpus.lookup import explain_document, sample_documents
 
@@ -111,8 +113,9 @@ def inspect_documents(data: Any, id: str | None, dropped: int, kept: int, rule: 
     samples = [*sample_documents(data, dropped, kept=False, rule=rule), *sample_documents(data, kept, kept=True)]
     if as_json:
         show({"documents": samples}, as_json)
-    for one in samples if not as_json else ():
-        print(f"--- {one['id']}: {one['why']}\n{terminal_text(one['text'][:1000])}\n")
+        return
+    for sample in samples:
+        print(f"--- {sample['id']}: {sample['why']}\n{terminal_text(sample['text'][:1000])}\n")
 
 
 @tokenizer_app.command("train")
@@ -120,15 +123,15 @@ def tokenizer_train(
     sources: Annotated[list[str], typer.Argument(help="Files, folders or globs.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("tokenizer"),
     kind: Annotated[str, typer.Option(help="bpe, unigram, wordpiece or char.")] = "bpe",
-    extend: Annotated[Path | None, typer.Option(help="Give this BPE more tokens instead.")] = None,
-    vocab_size: Annotated[int, typer.Option(min=259, help="Of the result, everything counted.")] = 32_000,
-    pattern: Annotated[str, typer.Option(help="How text is cut: gpt2, llama3, qwen2 or a regex.")] = "gpt2",
-    normalize: Annotated[list[str], typer.Option(help="lowercase, nfc, nfd, nfkc, strip_accents; repeat.")] = [],
-    special: Annotated[list[str], typer.Option(help="A further special token; may be repeated.")] = [],
-    text_key: Annotated[str, typer.Option(help="The text's field in JSONL, CSV and Parquet.")] = "text",
+    extend: Annotated[Path | None, typer.Option(help="Add tokens to this BPE instead of training a new one.")] = None,
+    vocab_size: Annotated[int, typer.Option(min=259, help="Tokens of the result, all kinds counted.")] = VOCAB_SIZE,
+    pattern: Annotated[str, typer.Option(help="How text is split: gpt2, llama3, qwen2 or a regex.")] = PATTERN,
+    normalize: Annotated[list[str], typer.Option(help="lowercase, nfc, nfd, nfkc, strip_accents; repeatable.")] = [],
+    special: Annotated[list[str], typer.Option(help="A further special token. May be repeated.")] = [],
+    text_key: TextKey = "text",
     as_json: AsJson = False,
 ) -> None:
-    """Train a tokenizer on files, or teach an existing one further tokens."""
+    """Train a tokenizer on files, or add tokens to an existing one."""
     from llmkit.errors import UserError
     from llmkit.readers.documents import read_texts
     from llmkit.tokenizer.tokenizer import load_tokenizer
@@ -137,33 +140,36 @@ def tokenizer_train(
     bad: list = []
     texts = read_texts(sources, text_key, bad)
     if extend:
-        options = {
+        given = {
             "--kind": kind != "bpe",
-            "--pattern": pattern != "gpt2",
+            "--pattern": pattern != PATTERN,
             "--normalize": normalize,
             "--special": special,
         }
-        if useless := [name for name, given in options.items() if given]:
-            raise UserError(f"{useless[0]} means nothing beside --extend", fix="the base decides that")
-        made = extend_bpe(load_tokenizer(extend), texts, vocab_size)
+        if useless := [option for option, is_given in given.items() if is_given]:
+            raise UserError(f"{useless[0]} has no effect with --extend", fix="leave it out: the base tokenizer decides")
+        tokenizer = extend_bpe(load_tokenizer(extend), texts, vocab_size)
     else:
         options = {"vocab_size": vocab_size, "pattern": pattern, "normalize": normalize, "special_tokens": special}
-        made = train_tokenizer(texts, kind, **options)
-    made.save(out)
-    unread = {"not read": f"{len(bad)} records, the first {bad[0].path}:{bad[0].line}: {bad[0].reason}"} if bad else {}
-    fewer = {} if len(made) == vocab_size else {"asked for": f"{vocab_size}; the texts have no more to learn"}
-    show({"written": f"{out}/tokenizer.json", "vocabulary": len(made)} | fewer | unread, as_json)
+        tokenizer = train_tokenizer(texts, kind, **options)
+    tokenizer.save(out)
+    result = {"written": f"{out}/tokenizer.json", "vocabulary": len(tokenizer)}
+    if len(tokenizer) != vocab_size:
+        result["asked for"] = f"{vocab_size}, but there was nothing more to learn from the texts"
+    if bad:
+        result["not read"] = f"{len(bad)} records, the first {bad[0].path}:{bad[0].line}: {bad[0].reason}"
+    show(result, as_json)
 
 
 @tokenizer_app.command("show")
 def tokenizer_show(
     tokenizer: Annotated[Path, typer.Argument(help="A tokenizer.json, or a folder with one.")],
     texts: Annotated[list[str], typer.Argument(help="Text, or files, folders and globs.")] = [SAMPLE],
-    beside: Annotated[str | None, typer.Option(help="Another one to compare: a path, or a hub id as gpt2.")] = None,
-    text_key: Annotated[str, typer.Option(help="The text's field in JSONL, CSV and Parquet.")] = "text",
+    beside: Annotated[str | None, typer.Option(help="A tokenizer to compare: a path, or a hub id like gpt2.")] = None,
+    text_key: TextKey = "text",
     as_json: AsJson = False,
 ) -> None:
-    """Show how a tokenizer cuts a text, and how well it compresses each of some sources."""
+    """Show how a tokenizer splits texts, and how well it compresses each text or file."""
     from llmkit.data.inspect import compression, is_path, paint_tokens
     from llmkit.screen import table
     from llmkit.tokenizer.tokenizer import fetch_tokenizer, load_tokenizer

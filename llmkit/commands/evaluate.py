@@ -1,4 +1,4 @@
-"""The command that measures a model: eval."""
+"""Define the command `eval`."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from typing import Annotated
 
 import typer
 
-from llmkit.commands.show import AsJson, progress_printer, show
+from llmkit.commands.show import AsJson, Precision, progress_printer, show
 
 
 def evaluate(
     model: Annotated[str | None, typer.Argument(help="A run, checkpoint, adapter or folder.")] = None,
     perplexity: Annotated[bool, typer.Option("--perplexity", help="Loss, perplexity and bits per byte.")] = False,
     data: Annotated[Path | None, typer.Option(help="Texts or records; default: the val split.")] = None,
-    window: Annotated[int | None, typer.Option(min=1, help="Tokens of context at the most.")] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Tokens in a sliding window.")] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; default: the window.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    precision: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
+    precision: Precision = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Measure a model."""
     from llmkit.errors import UserError
 
     if not perplexity:
-        raise UserError("nothing to measure is named", fix="llmkit eval MODEL --perplexity")
+        raise UserError("nothing to measure was chosen", fix="llmkit eval MODEL --perplexity")
     from llmkit.evals.perplexity import measure
     from llmkit.storage.locate import locate
 
-    located = locate(model or unnamed_run(progress_printer(as_json)))
+    located = locate(model or find_default_run(progress_printer(as_json)))
     show(measure(located, data=data, window=window, stride=stride, batch_size=batch_size, precision=precision), as_json)
 
 
-def unnamed_run(say) -> Path:
-    """The run of ./llmkit.yaml, else the one that last wrote, when no model is named."""
+def find_default_run(say) -> Path:
+    """Return the run of ./llmkit.yaml, or else the newest run, to evaluate when no model is named."""
     from llmkit.config.load import load_config
     from llmkit.errors import UserError
-    from llmkit.storage.run import list_runs
+    from llmkit.storage.report import list_runs
     from llmkit.training.presets import LOCAL
 
     if LOCAL.is_file():

@@ -1,4 +1,4 @@
-"""Commands that look around: runs, init, doctor."""
+"""Define the commands `runs`, `init` and `doctor`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from llmkit.commands.show import AsJson, show
 
 def runs(
     names: Annotated[list[Path], typer.Argument(help="Run directories; default: all under ./runs.")] = [],
-    plot: Annotated[Path | None, typer.Option(help="Write their losses in one picture (PNG).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot their losses to this PNG file.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List and compare runs."""
     from llmkit.errors import UserError
     from llmkit.screen import table
-    from llmkit.storage.run import list_runs, plot_runs, summarize
+    from llmkit.storage.report import list_runs, plot_runs, summarize
 
     folders = names or list_runs(Path("runs"))
     missing = [str(folder) for folder in folders if not (folder / "config.yaml").is_file()]
@@ -32,9 +32,9 @@ def runs(
 
 def init(
     kind: Annotated[
-        str, typer.Argument(help="pretrain, finetune, corpus, tiny-llama, gpt2-124m ...: a wrong name lists all.")
+        str, typer.Argument(help="pretrain, finetune, corpus, tiny-llama, gpt2-124m ...; a wrong name lists all.")
     ],
-    out: Annotated[Path | None, typer.Option(help="Write it here instead of printing it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write it to this file instead of printing it.")] = None,
 ) -> None:
     """Print a commented example config."""
     from llmkit.training.presets import example
@@ -46,13 +46,13 @@ def init(
         from llmkit.errors import UserError
 
         if out.exists():
-            raise UserError("the file is there already", at=out, fix="name another one")
+            raise UserError("the file exists already", at=out, fix="choose another name")
         out.write_text(text, encoding="utf-8")
         print(f"written: {out}")
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """What this machine can do, and what is missing."""
+    """Show what this machine can do, and what is missing."""
     from llmkit.parallel.doctor import examine
 
     show(examine(), as_json)

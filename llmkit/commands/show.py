@@ -1,4 +1,4 @@
-"""What all commands share: their arguments' words, and how results come on the screen."""
+"""Declare the options that several commands share, and print results."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from typing import Annotated, Any
 import typer
 
 ConfigArg = Annotated[Path, typer.Argument(help="A YAML file.")]
+ModelArg = Annotated[str, typer.Argument(help="A run, checkpoint, adapter or Hugging Face folder.")]
+Precision = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
 Override = Annotated[list[str], typer.Option("-o", help="Override a key: section.key=value. May be repeated.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
 
 
 def progress_printer(as_json: bool):
-    """Where lines about progress go: standard output belongs to the JSON object when one is asked for."""
+    """Return a function that prints progress lines, to standard error if standard output is to hold only JSON."""
     return lambda line: print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
 def terminal_text(text: str) -> str:
-    """Text of a model or a stranger as a terminal may have it; a file or a pipe gets it as it is."""
+    """Replace the control characters of an untrusted text if it goes to a terminal, not if it goes to a file."""
     from llmkit.screen import printable
 
     return printable(text) if sys.stdout.isatty() else text
 
 
 def show(figures: dict[str, Any], as_json: bool) -> None:
-    """A result: JSON as it is, or rows in which underscores are spaces."""
+    """Print a result as JSON, or as a table of names (underscores become spaces) and values."""
     if as_json:
         import json
 

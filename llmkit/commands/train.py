@@ -1,4 +1,4 @@
-"""Commands that train: pretrain, finetune, and plan, which prices a config."""
+"""Define the commands `pretrain`, `finetune` and `plan`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ import typer
 from llmkit.commands.show import AsJson, ConfigArg, Override, progress_printer, show
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the header, and stop.")]
-
-
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in the run directory.")]
-
-
-Nproc = Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine, one a device.")]
+Nproc = Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine, one per device.")]
 
 
 def pretrain(
@@ -26,7 +22,7 @@ def pretrain(
     nproc: Nproc = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Train a model as CONFIG says. The same line again resumes; data that is not built yet is built first."""
+    """Train the model of CONFIG. The same command resumes an interrupted run. Missing data is built first."""
     from llmkit.config.load import load_config
 
     run_training(load_config(config, o), dry_run=dry_run, fresh=fresh, nproc=nproc, as_json=as_json)
@@ -50,22 +46,21 @@ def finetune(
     from llmkit.training.presets import finetune_config
 
     chosen = [name for name, given in (("lora", lora), ("full", full), (method, method is not None)) if given]
-    made = finetune_config(
+    loaded = finetune_config(
         config, chosen, model=from_, data=data, rank=rank, overrides=o, say=progress_printer(as_json)
     )
-    run_training(made, dry_run=dry_run, fresh=fresh, nproc=nproc, as_json=as_json)
+    run_training(loaded, dry_run=dry_run, fresh=fresh, nproc=nproc, as_json=as_json)
 
 
 def run_training(config: Any, *, dry_run: bool, fresh: bool, nproc: int, as_json: bool) -> None:
-    """Train here, or in `nproc` processes, and print the summary."""
+    """Train in this process or in `nproc` processes, and print the summary."""
+    options = {"as_json": as_json, "fresh": fresh, "dry_run": dry_run}
     if nproc > 1:
         from llmkit.parallel.world import launch
 
-        summary = launch(train_rank, nproc, config, as_json=as_json, fresh=fresh, dry_run=dry_run)
+        summary = launch(train_rank, nproc, config, **options)
     else:
-        from llmkit.training.loop import train
-
-        summary = train(config, fresh=fresh, dry_run=dry_run, say=progress_printer(as_json))
+        summary = train_rank(config, **options)
     if as_json:
         show(summary, as_json)
     elif not dry_run:
@@ -75,14 +70,14 @@ def run_training(config: Any, *, dry_run: bool, fresh: bool, nproc: int, as_json
 
 
 def train_rank(config: Any, *, as_json: bool, **options: Any) -> dict[str, Any]:
-    """What every process of `--nproc` runs."""
+    """Train in one process of `--nproc`, and return the summary."""
     from llmkit.training.loop import train
 
     return train(config, say=progress_printer(as_json), **options)
 
 
 def plan(config: ConfigArg, o: Override = [], as_json: AsJson = False) -> None:
-    """Parameters, FLOPs and memory of CONFIG, without making weights. Exit code 5: it will not fit here."""
+    """Estimate parameters, FLOPs and memory of CONFIG without creating weights. Exit code 5: it does not fit here."""
     from llmkit.config.load import load_config
     from llmkit.training.plan import plan_config, plan_rows
 

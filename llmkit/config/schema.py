@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
+from llmkit.config.defaults import PATTERN, VOCAB_SIZE
 from llmkit.config.yaml import nearest
 
 Count = Annotated[int, Field(ge=1)]
@@ -142,8 +143,8 @@ class TokenizerSection(Section):
     train: Literal["bpe", "unigram", "wordpiece", "char"] | None = None
     path: str | None = None
     extend: str | None = None
-    vocab_size: Annotated[int, Field(ge=259)] = 32_000  # of the result, everything counted
-    pattern: str = "gpt2"  # how text is cut before merging: gpt2, llama3, qwen2 or a regex; for bpe and unigram
+    vocab_size: Annotated[int, Field(ge=259)] = VOCAB_SIZE  # of the result, everything counted
+    pattern: str = PATTERN  # how text is cut before merging: gpt2, llama3, qwen2 or a regex; for bpe and unigram
     normalize: list[Literal["lowercase", "nfc", "nfd", "nfkc", "strip_accents"]] = []
     special_tokens: list[str] = []  # beside <|endoftext|> and the chat markers
     extra_ids: Annotated[int, Field(ge=0, le=1000)] = 0  # sentinels <extra_id_0> ... for span corruption; T5 has 100

@@ -1,1 +1,1 @@
-"""Raw text to token shards: cleaning, filters, deduplication, and the passes of a build."""
+"""Turn raw text into token shards: clean, filter and deduplicate documents in the passes of a build."""

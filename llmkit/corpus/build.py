@@ -1,12 +1,12 @@
-"""The build: sources -> clean, kept, unique documents -> tokenizer -> token shards, a manifest and a report.
+"""Build a corpus: sources -> clean, unique documents -> tokenizer -> token shards, a manifest and a report.
 
-Work units go through the passes one after another, in as many processes as there are workers:
+Every pass runs over all work units, in as many processes as there are workers:
     A  measure   read, clean, scrub, score, sign          -> parts/<unit>.jsonl.zst, .scores.npy, .bands.npy ...
-    B  decide    thresholds, duplicates, contamination    -> parts/<unit>.fate.npy; no text is read
-    C  tokenizer train one on a sample, or take one       -> parts/tokenizer-<key>/
-    D  encode    what is kept                             -> tokens/{train,val}/<source>/<unit>.bin + .idx, dropped/
-A unit's files appear whole or not at all and are named after everything that made them, so that a build which was
-killed, or whose later settings changed, redoes only what it must; the result does not depend on the workers.
+    B  decide    thresholds, duplicates, contamination    -> parts/decided-<recipe>/<unit>.fate.npy; reads no text
+    C  tokenizer train one on a sample, or load one       -> parts/tokenizer-<key>/
+    D  encode    the kept documents                       -> tokens/{train,val}/<source>/<unit>.bin + .idx, dropped/
+A unit's files are written atomically and named after a hash of all their inputs. A build that was killed, or whose
+settings changed, therefore repeats only what it must. The result does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -27,32 +27,33 @@ from typing import Any
 import numpy as np
 
 from llmkit.config.schema import CorpusData, OnError
-from llmkit.corpus.decide import VAL, Decision, count_fates, decide, draw, limits_of
-from llmkit.corpus.encode import encode_unit, kept_texts, split_text
+from llmkit.corpus.decide import VAL, Decision, collect_limits, count_fates, decide, uniform_hash
+from llmkit.corpus.encode import encode_unit, read_decided, split_text
 from llmkit.corpus.engine import Pool, open_pool
 from llmkit.corpus.filters import RULES
-from llmkit.corpus.measure import Stopwatch, measure_unit, peak_mb, size_of
-from llmkit.corpus.report import make_funnel, report
-from llmkit.corpus.scorers import check_languages, classifier, word_list
+from llmkit.corpus.measure import StageTimer, file_size, measure_unit, peak_mb
+from llmkit.corpus.report import make_funnel, render_report
+from llmkit.corpus.scorers import check_languages, load_classifier, load_word_list
 from llmkit.corpus.units import VERSION, Unit, count_unknown_files, load_array, make_units, short_hash
+from llmkit.data.splits import read_manifest
 from llmkit.data.tokens import changed, token_dtype
 from llmkit.errors import DataError, MachineError, UserError, did_you_mean, raise_all
 from llmkit.files import lock, write_atomically
-from llmkit.readers.records import number_lines
+from llmkit.readers.records import count_lines_before
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llmkit.tokenizer.train import extend_bpe, train_tokenizer
 
-PACKED = (".jsonl.gz", ".jsonl.zst", ".zip", ".parquet")
-UNPACKED = 2  # bytes of text in a byte of a packed file, at least, for the estimate of disk space
-MARKUP = (".html", ".htm", ".xhtml", ".warc", ".warc.gz", ".warc.zst")
-SPACE = 0.8  # bytes on disk for a byte of text: clean texts 0.4 (packed), tokens 0.5; a little is always dropped
+# For the estimate of disk space.
+COMPRESSED_SUFFIXES = (".jsonl.gz", ".jsonl.zst", ".zip", ".parquet")
+MIN_COMPRESSION_RATIO = 2  # bytes of text in a byte of a compressed file
+MARKUP_SUFFIXES = (".html", ".htm", ".xhtml", ".warc", ".warc.gz", ".warc.zst")
+DISK_BYTES_PER_TEXT_BYTE = 0.8  # compressed clean texts 0.4, tokens 0.5, less what is dropped
+
+Locator = Callable[[str], str | None]  # returns the file and line of a key of the config
 
 
-Where = Callable[[str], str | None]  # the file and line of a key of the config
-
-
-def check_rules(data: CorpusData, where: Where) -> None:
-    """Refuse rules that do not exist, and thresholds that are neither low nor high."""
+def check_rules(data: CorpusData, where: Locator) -> None:
+    """Raise UserError if data.filter.rules has unknown rules, or thresholds other than low and high."""
     errors = []
     for rule, limits in data.filter.rules.items():
         if rule not in RULES:
@@ -61,50 +62,47 @@ def check_rules(data: CorpusData, where: Where) -> None:
             errors.append(UserError("data.filter.rules has an unknown rule", at=at, got=rule, fix=hint))
         elif limits is not False and limits.keys() - {"low", "high"}:
             wrong, at = ", ".join(limits.keys() - {"low", "high"}), where(f"data.filter.rules.{rule}")
-            errors.append(UserError(f"data.filter.rules.{rule} takes low and high", at=at, got=wrong))
+            errors.append(UserError(f"data.filter.rules.{rule} takes only low and high", at=at, got=wrong))
     raise_all(errors)
 
 
-def check_scorers(data: CorpusData, where: Where) -> None:
-    """Refuse languages, word lists and classifiers that are not there; loads them, so only where they are needed."""
+def check_scorers(data: CorpusData, where: Locator) -> None:
+    """Raise UserError if a language, word list or classifier is missing. This loads them, so it runs only if needed."""
     if data.filter.language:
         check_languages(data.filter.language.keep, where("data.filter.language.keep"))
     if data.filter.words:
-        word_list(data.filter.words.path)
+        load_word_list(data.filter.words.path)
     if data.filter.classifier:
-        classifier(data.filter.classifier.path, data.filter.classifier.label)
+        load_classifier(data.filter.classifier.path, data.filter.classifier.label)
 
 
-def check_corpus(data: CorpusData, where: Where = lambda key: None) -> None:
-    """Refuse what can't be built."""
+def check_corpus(data: CorpusData, where: Locator = lambda key: None) -> None:
+    """Raise UserError if the data section can't be built."""
     if not isinstance(data, CorpusData):
-        raise UserError(
-            "only a corpus is built beforehand",
-            got=f"data.kind: {data.kind}",
-            fix="`llmkit finetune` encodes fine-tuning data by itself",
-        )
+        fix = "`llmkit finetune` encodes fine-tuning data by itself"
+        raise UserError("only corpus data has to be built", got=f"data.kind: {data.kind}", fix=fix)
     if not data.sources:
         raise UserError("there is nothing to build", expected="data.sources", fix="name at least one source")
     check_rules(data, where)
 
 
 def build_corpus(
-    data: CorpusData, *, say: Callable[[str], None] = print, where: Where = lambda key: None
+    data: CorpusData, *, say: Callable[[str], None] = print, where: Locator = lambda key: None
 ) -> dict[str, Any]:
-    """Build data.dir from data.sources, or return the manifest of the same build that is already there."""
+    """Build data.dir from data.sources, unless the same build is there already, and return its manifest."""
     check_corpus(data, where)
     folder = Path(data.dir)
-    units, named, recipe = make_recipe(data)
+    units, given_tokenizer, recipe = make_recipe(data)
     if is_built(folder, recipe):
-        say(f"data is built: {folder}/manifest.json")
+        say(f"data is already built: {folder}/manifest.json")
         return read_manifest(folder)
     check_scorers(data, where)
     if (folder / "manifest.json").exists():
-        say(f"{folder} holds another build, which this one replaces")
+        say(f"replacing another build in {folder}")
     with lock(folder, "another process is building this data", fix="wait for it, or choose another data.dir"):
         check_space(folder, units)
         try:
-            return build_units(data, units, named, recipe)
+            return run_passes(data, units, given_tokenizer, recipe)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -112,51 +110,49 @@ def build_corpus(
                 "the disk is full",
                 at=folder,
                 got=f"{shutil.disk_usage(folder).free:,} bytes free",
-                expected=f"about {space_needed(folder, units):,} more",
-                fix="free some; the same command goes on",
+                expected=f"about {space_needed(folder, units):,} more bytes",
+                fix="free some space and run the same command again: it resumes",
             ) from None
 
 
-def try_corpus(data: CorpusData, documents: int, *, where: Where = lambda key: None) -> tuple[str, dict[str, Any]]:
-    """(report, funnel) of a build of each source's first documents, up to pass B; it leaves nothing behind."""
+def try_corpus(data: CorpusData, documents: int, *, where: Locator = lambda key: None) -> tuple[str, dict[str, Any]]:
+    """Run passes A and B on the first documents of each source; return (report, funnel), and leave no files."""
     check_corpus(data, where)
     check_scorers(data, where)
-    sources = [
-        source.model_copy(update={"limit": min(documents, source.limit or documents)}) for source in data.sources
-    ]
-    with tempfile.TemporaryDirectory() as place:
-        anything = OnError(max_bad_fraction=1.0)
-        trial = data.model_copy(update={"sources": sources, "cluster": None, "on_error": anything})
-        units, parts = make_units(trial), Path(place)
+    sources = [one.model_copy(update={"limit": min(documents, one.limit or documents)}) for one in data.sources]
+    with tempfile.TemporaryDirectory() as folder:
+        on_error = OnError(max_bad_fraction=1.0)
+        trial = data.model_copy(update={"sources": sources, "cluster": None, "on_error": on_error})
+        units, parts = make_units(trial), Path(folder)
         with open_pool(trial, len(units)) as pool:
             counts = measure_units(pool, units, trial, parts)
         decision = decide(units, trial, parts, parts / "decided")
     funnel = make_funnel(units, counts, decision)
-    return report({"funnel": funnel}, counts, [], decision), funnel
+    return render_report({"funnel": funnel}, counts, [], decision), funnel
 
 
 def measure_units(pool: Pool, units: list[Unit], data: CorpusData, parts: Path) -> list[dict[str, Any]]:
-    """Pass A over all units; returns their counts."""
+    """Run pass A over all units and return their counts."""
     sizes = [unit.bytes for unit in units]
     return pool.map(measure_unit, [(unit, data, parts) for unit in units], "read, clean, measure", sizes)
 
 
 def make_recipe(data: CorpusData) -> tuple[list[Unit], Tokenizer | None, str]:
-    """The work units, the tokenizer that is named if one is, and a hash of all that the build depends on."""
+    """Return the work units, the tokenizer that the config names if any, and a hash of all inputs of the build."""
     units = make_units(data)
     path = data.tokenizer.path or data.tokenizer.extend
-    named = load_tokenizer(Path(path)) if path else None
+    given = load_tokenizer(Path(path)) if path else None
     settings = data.model_dump(exclude={"dir", "sources", "workers", "cluster", "seq_len", "document_mask"})
-    return units, named, short_hash(VERSION, [unit.part for unit in units], settings, named and named.sha256)
+    return units, given, short_hash(VERSION, [unit.part for unit in units], settings, given and given.sha256)
 
 
 def decision_folder(folder: Path, recipe: str) -> Path:
-    """Where pass B of a recipe leaves the fates: a build that is cut off must not touch those of the finished one."""
+    """Return the folder for the fates of a recipe; an interrupted build must not touch those of the finished one."""
     return folder / "parts" / f"decided-{recipe}"
 
 
 def needs_build(data: CorpusData) -> bool:
-    """Whether `build_corpus` would have something to do; raises what it would raise before it begins."""
+    """Return whether `build_corpus` would build anything; raise the errors that it raises before it begins."""
     if not data.sources:
         return False
     check_corpus(data)
@@ -167,7 +163,7 @@ def needs_build(data: CorpusData) -> bool:
 
 
 def is_built(folder: Path, recipe: str) -> bool:
-    """Whether the folder holds a finished build of this recipe, the tokenizer included."""
+    """Return whether the folder holds a finished, unchanged build of this recipe with its tokenizer."""
     if not (folder / "manifest.json").exists():
         return False
     tokenizer, manifest = folder / "tokenizer", read_manifest(folder)
@@ -180,18 +176,19 @@ def is_built(folder: Path, recipe: str) -> bool:
 
 
 def space_needed(folder: Path, units: list[Unit]) -> int:
-    """Bytes that a build will still write, at the least: text files alone tell, markup and limits leave little."""
+    """Estimate how many bytes a build will still write at least. Units of markup or with a limit count as 0."""
     needed = 0
     for unit in units:
         names = [path.lower() for path, _ in unit.pieces]
-        if unit.source["limit"] is None and not any(name.endswith(MARKUP) for name in names):
-            needed += int(SPACE * unit.bytes * (UNPACKED if any(name.endswith(PACKED) for name in names) else 1))
-    there = sum(max(0, size_of(folder / "parts" / f"{unit.part}.jsonl.zst")) for unit in units)
-    return max(0, needed - there)
+        if unit.source["limit"] is None and not any(name.endswith(MARKUP_SUFFIXES) for name in names):
+            ratio = MIN_COMPRESSION_RATIO if any(name.endswith(COMPRESSED_SUFFIXES) for name in names) else 1
+            needed += int(DISK_BYTES_PER_TEXT_BYTE * unit.bytes * ratio)
+    written = sum(max(0, file_size(folder / "parts" / f"{unit.part}.jsonl.zst")) for unit in units)
+    return max(0, needed - written)
 
 
 def check_space(folder: Path, units: list[Unit]) -> None:
-    """Refuse to begin what the disk can't hold."""
+    """Raise MachineError if the disk has too little free space for the build."""
     needed, free = space_needed(folder, units), shutil.disk_usage(folder).free
     if free < needed:
         raise MachineError(
@@ -199,45 +196,42 @@ def check_space(folder: Path, units: list[Unit]) -> None:
             at=folder,
             got=f"{free:,} bytes free",
             expected=f"about {needed:,} bytes",
-            fix="free some, or put data.dir on another disk",
+            fix="free some space, or put data.dir on another disk",
         )
 
 
-def build_units(data: CorpusData, units: list[Unit], named: Tokenizer | None, recipe: str) -> dict[str, Any]:
-    """All passes over all units; returns the manifest. What an earlier build has done and still fits is only read."""
+def run_passes(data: CorpusData, units: list[Unit], given: Tokenizer | None, recipe: str) -> dict[str, Any]:
+    """Run all passes over all units, reusing the files of earlier builds that still fit; return the manifest."""
     folder, started = Path(data.dir), time.perf_counter()
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     with open_pool(data, len(units)) as pool:
         counts = measure_units(pool, units, data, parts)
-        stop_on_bad_records(data, counts, write_quarantine(units, parts, folder))
-        watch = Stopwatch()
+        check_bad_records(data, counts, write_quarantine(units, parts, folder))
+        timer = StageTimer()
         decided = decision_folder(folder, recipe)
         decision = decide(units, data, parts, decided)
-        watch.lap("deciding")
+        timer.lap("deciding")
         funnel = make_funnel(units, counts, decision)
         for source in data.sources:
             funnel[source.name]["passed over"] = count_unknown_files(source)
         if decision.documents == 0:
-            raise nothing_left(folder, funnel)
-        tokenizer, tokenizer_folder = make_tokenizer(data, parts, decided, units, decision, named)
-        watch.lap("tokenizer")
-        spent = watch.seconds
+            raise no_documents_error(folder, funnel)
+        tokenizer, tokenizer_folder = make_tokenizer(data, parts, decided, units, decision, given)
+        timer.lap("tokenizer")
+        main_seconds = timer.seconds
         keys = [encoding_key(data, decided, unit, decision, tokenizer) for unit in units]
-        jobs = [
-            (unit, data, decided, tokenizer_folder, decision.by_tail, key)
-            for unit, key in zip(units, keys, strict=True)
-        ]
+        common = (data, decided, tokenizer_folder, decision.by_tail)
+        jobs = [(unit, *common, key) for unit, key in zip(units, keys, strict=True)]
         shards = pool.map(encode_unit, jobs, "encode", [unit.bytes for unit in units])
 
     splits: dict[str, Any] = {}
     for split in ("train", "val"):
-        made = [shard[split] for shard in shards]
-        splits[split] = {name: sum(one[name] for one in made) for name in ("documents", "tokens", "bytes")}
+        splits[split] = {name: sum(s[split][name] for s in shards) for name in ("documents", "tokens", "bytes")}
         splits[split]["files"] = [file | {"source": s["source"]} for s in shards for file in s[split]["files"]]
     totals = {name: sum(row[name] for row in funnel.values()) for name in ("read", "quarantined", "kept")}
     totals["dropped"] = totals["read"] - totals["quarantined"] - totals["kept"]
-    seconds = sum((Counter(one["seconds"]) for one in [*counts, *shards]), Counter()) + spent
+    seconds = sum((Counter(one["seconds"]) for one in [*counts, *shards]), Counter()) + main_seconds
     manifest = {
         "version": VERSION,
         "recipe": recipe,
@@ -255,31 +249,32 @@ def build_units(data: CorpusData, units: list[Unit], named: Tokenizer | None, re
         "peak_mb": round(max(peak_mb(), *(one["peak_mb"] for one in [*counts, *shards])), 1),
     }
     write_atomically(folder / "val_documents.txt", "".join(f"{id}\n" for shard in shards for id in shard["held_out"]))
-    write_atomically(folder / "report.md", report(manifest, counts, shards, decision))
+    write_atomically(folder / "report.md", render_report(manifest, counts, shards, decision))
     write_atomically(folder / "report.json", json.dumps(manifest | {"units": counts}, indent=1))
     tokenizer.save(folder / "tokenizer")
     write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-    delete_earlier(folder, units, [tokenizer_folder, decided], keys)
+    delete_stale_files(folder, units, [tokenizer_folder, decided], keys)
     return manifest
 
 
 def encoding_key(data: CorpusData, decided: Path, unit: Unit, decision: Decision, tokenizer: Tokenizer) -> str:
-    """A hash of all that a unit's shards and the reasons beside them depend on."""
+    """Hash all inputs of a unit's shards and of its list of dropped documents."""
     fates, cut = (load_array(decided / f"{unit.part}.{name}.npy") for name in ("fate", "cut"))
-    checks = limits_of(data, unit.source["profile"])
-    met = {name: checks.get(name) for name in count_fates(fates["fate"])}  # other thresholds that drop nothing else
-    if "language" in met:
-        met["language"] |= {"keep": data.filter.language.keep}
+    limits = collect_limits(data, unit.source["profile"])
+    # Only the limits that dropped something: others may change without a new encoding.
+    applied = {name: limits.get(name) for name in count_fates(fates["fate"])}
+    if "language" in applied:
+        applied["language"] |= {"keep": data.filter.language.keep}
     splitting = (data.split.val_fraction if decision.by_tail else None, decision.by_tail)
-    return short_hash(unit.part, checksum(fates["fate"]), checksum(cut), met, tokenizer.sha256, splitting)
+    return short_hash(unit.part, checksum(fates["fate"]), checksum(cut), applied, tokenizer.sha256, splitting)
 
 
 def checksum(array: np.ndarray) -> str:
     return hashlib.blake2b(array.tobytes(), digest_size=16).hexdigest()
 
 
-def delete_earlier(folder: Path, units: list[Unit], made: list[Path], keys: list[str]) -> None:
-    """Delete what earlier builds left and no manifest names any more: nothing that only lies there."""
+def delete_stale_files(folder: Path, units: list[Unit], keep: list[Path], keys: list[str]) -> None:
+    """Delete the files of earlier builds that the manifest no longer uses, but no file that a build did not write."""
     current = {unit.part for unit in units} | {f"{unit.name}-{key}" for unit, key in zip(units, keys, strict=True)}
     known = set(keys)
     for path in itertools.chain(folder.glob("parts/*"), (folder / "tokens").rglob("*"), folder.glob("dropped/*")):
@@ -287,16 +282,16 @@ def delete_earlier(folder: Path, units: list[Unit], made: list[Path], keys: list
         if stem and path.is_file():
             if stem[1] not in current or path.name.endswith(".tmp") or (stem[3] and stem[3] not in known):
                 path.unlink()
-        elif re.match(r"(tokenizer|decided)-[0-9a-f]{16}(\.tmp)?$", path.name) and path not in made:
+        elif re.match(r"(tokenizer|decided)-[0-9a-f]{16}(\.tmp)?$", path.name) and path not in keep:
             shutil.rmtree(path)
 
 
 def write_quarantine(units: list[Unit], parts: Path, folder: Path) -> str:
-    """Join what the units could not read in quarantine.jsonl, with lines counted from the start of each file.
+    """Join the units' bad records in quarantine.jsonl, with lines counted from the start of each file.
 
-    Returns where the first of it stands.
+    Return the place of the first bad record, for an error message.
     """
-    cut = {Path(path): [] for unit in units for path, span in unit.pieces if span}
+    span_starts = {Path(path): [] for unit in units for path, span in unit.pieces if span}
     found = []
     for unit in units:
         starts = {path: span[0] for path, span in unit.pieces if span and not path.lower().endswith(".parquet")}
@@ -304,35 +299,37 @@ def write_quarantine(units: list[Unit], parts: Path, folder: Path) -> str:
             record = json.loads(line)
             start = starts.get(record["path"], 0)
             if start:
-                cut[Path(record["path"])].append(start)
+                span_starts[Path(record["path"])].append(start)
             found.append((record, start))
-    before = {str(path): number_lines(path, starts) for path, starts in cut.items() if starts}
+    lines_before = {str(path): count_lines_before(path, starts) for path, starts in span_starts.items() if starts}
     for record, start in found:
-        record["line"] += before[record["path"]][start] if start else 0
+        record["line"] += lines_before[record["path"]][start] if start else 0
     write_atomically(folder / "quarantine.jsonl", "".join(json.dumps(record) + "\n" for record, _ in found))
-    return (
-        f"{found[0][0]['path']}:{found[0][0]['line']} and others, all in {folder / 'quarantine.jsonl'}" if found else ""
-    )
+    if not found:
+        return ""
+    first = found[0][0]
+    return f"{first['path']}:{first['line']} and others, all in {folder / 'quarantine.jsonl'}"
 
 
-def stop_on_bad_records(data: CorpusData, counts: list[dict], where: str) -> None:
-    """Raise when records could not be read and the config does not allow that many."""
+def check_bad_records(data: CorpusData, counts: list[dict], first_place: str) -> None:
+    """Raise DataError if there are more unreadable records than the config allows."""
     bad, read = (sum(one[name] for one in counts) for name in ("quarantined", "read"))
-    most = 0.0 if data.on_error.mode == "fail" else data.on_error.max_bad_fraction
-    if bad and bad > most * read:
+    max_fraction = 0.0 if data.on_error.mode == "fail" else data.on_error.max_bad_fraction
+    if bad and bad > max_fraction * read:
         reasons = sum((Counter(one["bad"]) for one in counts), Counter())
         raise DataError(
             f"{bad} of {read} records can't be read",
-            at=where,
+            at=first_place,
             got=", ".join(f"{number} {reason}" for reason, number in reasons.most_common(8)),
-            fix="mend the files, or raise data.on_error.max_bad_fraction",
+            fix="repair the files, or raise data.on_error.max_bad_fraction",
         )
 
 
-def nothing_left(folder: Path, funnel: dict[str, Any]) -> UserError:
+def no_documents_error(folder: Path, funnel: dict[str, Any]) -> DataError:
+    """Return the error for a build without documents, which says whether the rules dropped them."""
     dropped = sum((Counter(row["dropped"]) for row in funnel.values()), Counter())
     if not dropped:
-        return DataError("the sources hold no document", at=folder, fix="look at data.sources")
+        return DataError("the sources hold no document", at=folder, fix="check data.sources")
     return DataError(
         "no document is left",
         at=folder,
@@ -342,15 +339,15 @@ def nothing_left(folder: Path, funnel: dict[str, Any]) -> UserError:
 
 
 def make_tokenizer(
-    data: CorpusData, parts: Path, decided: Path, units: list[Unit], decision: Decision, named: Tokenizer | None
+    data: CorpusData, parts: Path, decided: Path, units: list[Unit], decision: Decision, given: Tokenizer | None
 ) -> tuple[Tokenizer, Path]:
-    """The tokenizer of the build and where it lies: the named one, or one that learns from a sample of train."""
+    """Return the tokenizer of the build and its folder: the given one, or one trained on a sample of train."""
     flags = [checksum(fates) for fates in decision.fates]
     splitting = (data.split.val_fraction, decision.by_tail)
     section = data.tokenizer
-    settings = (section.model_dump(), named and named.sha256, data.seed, splitting)
-    made_of = named.sha256 if section.path else short_hash([unit.part for unit in units], flags, settings)
-    folder = parts / f"tokenizer-{made_of[:16]}"
+    settings = (section.model_dump(), given and given.sha256, data.seed, splitting)
+    key = given.sha256 if section.path else short_hash([unit.part for unit in units], flags, settings)
+    folder = parts / f"tokenizer-{key[:16]}"
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder), folder
 
@@ -359,37 +356,21 @@ def make_tokenizer(
         size = sum(int(one[fates <= VAL].sum(dtype="u8")) for one, fates in zip(sizes, decision.fates, strict=True))
         share = section.sample_mb * 1e6 / max(1, size)
         for unit in units:
-            taken = draw(load_array(parts / f"{unit.part}.scores.npy")["key"][:, 0], data.seed + 1) < share
-            for (_, fate, text), wanted in zip(kept_texts(unit, data, parts, decided), taken.tolist(), strict=True):
-                if wanted and text:
+            keys = load_array(parts / f"{unit.part}.scores.npy")["key"][:, 0]
+            drawn = (uniform_hash(keys, data.seed + 1) < share).tolist()
+            for (_, fate, text), in_sample in zip(read_decided(unit, data, parts, decided), drawn, strict=True):
+                if in_sample and text:
                     yield split_text(text, fate, *splitting)[0]
 
     if section.path:
-        tokenizer = named
+        tokenizer = given
     elif section.extend:
-        tokenizer = extend_bpe(named, sample(), section.vocab_size)
+        tokenizer = extend_bpe(given, sample(), section.vocab_size)
     else:
         options = section.model_dump(include={"vocab_size", "pattern", "normalize"})
         options["special_tokens"] = [*section.special_tokens, *(f"<extra_id_{i}>" for i in range(section.extra_ids))]
         tokenizer = train_tokenizer(sample(), section.train, **options)
-    half = folder.with_name(folder.name + ".tmp")
-    tokenizer.save(half)
-    half.rename(folder)
-    return load_tokenizer(folder), folder  # as everyone else will read it: Unigram's scores lose a digit on the way
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished build."""
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict) or not {"recipe", "splits", "tokenizer_sha256"} <= manifest.keys():
-            raise ValueError("it is none")
-        return manifest
-    except FileNotFoundError:
-        raise DataError(
-            "there is no built data", at=folder, fix="name data.sources, or run `llmkit data build CONFIG`"
-        ) from None
-    except ValueError as error:
-        fix = "delete it and build again"
-        raise DataError(f"the manifest can't be read: {error}", at=path, fix=fix) from None
+    temporary = folder.with_name(folder.name + ".tmp")
+    tokenizer.save(temporary)
+    temporary.rename(folder)
+    return load_tokenizer(folder), folder  # reloaded, because saving rounds the scores of a Unigram tokenizer

@@ -1,7 +1,7 @@
-"""Exact and near duplicates. Signatures are made per document, in parallel; clusters from all of them at once.
+"""Find exact and near duplicates: signatures per document, in parallel, then clusters over all documents at once.
 
-Near duplicates: MinHash over word n-grams (Broder 1997), banded (Leskovec et al., Mining of Massive Datasets, 3.4);
-bands bring pairs together, and all rows of their signatures must then agree often enough to join them.
+Near duplicates: MinHash over word n-grams (Broder 1997), banded (Leskovec et al., Mining of Massive Datasets, 3.4).
+Documents that share the key of a band are candidates. They are joined if enough rows of their signatures agree.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ import numpy as np
 
 from llmkit.corpus.words import GOLDEN, TextFeatures, hash_ngrams, mix
 
-SURE = 0.9  # of the similarity at which bands find pairs: fewer agreeing rows than this were a chance meeting
-BLOCK = 2048  # n-grams hashed at a time: (112, 2048) 32-bit values stay in the cache
+AGREEMENT_MARGIN = 0.9  # share of the banding threshold: candidates with fewer agreeing rows met by chance
+BLOCK = 2048  # n-grams per step of minhash: (112, 2048) 32-bit values fit in the cache
 
 
 def exact_key(text: str) -> bytes:
-    """16 bytes (blake2b) that are equal for texts that differ in white space and case alone."""
+    """Return 16 bytes (blake2b), equal for texts that differ only in white space and case."""
     return hashlib.blake2b(" ".join(text.casefold().split()).encode("utf-8", "replace"), digest_size=16).digest()
 
 
 @cache
 def hash_functions(number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(a, b), both (number, 1): permutations x -> a x + b of the integers mod 2^32, a odd."""
+    """Return (a, b), both (number, 1), of random permutations x -> a x + b of the integers mod 2^32, a odd."""
     draws = mix(mix(np.array([seed], np.uint64) + GOLDEN) + GOLDEN * np.arange(2 * number, dtype=np.uint64))
     a, b = (draws >> np.uint64(32)).astype(np.uint32).reshape(2, number, 1)
     return a | np.uint32(1), b
 
 
 def minhash(text: TextFeatures, *, ngram: int = 5, bands: int = 14, rows: int = 8, seed: int = 0) -> np.ndarray:
-    """The MinHash signature of a text's word n-grams: uint32 (bands * rows,).
+    """Return the MinHash signature of a text's word n-grams: uint32 (bands * rows,).
 
-    A row is the least a x + b mod 2^32 over the n-grams x. Two texts of Jaccard similarity s agree in a row with
+    A row is the minimum of a x + b mod 2^32 over the n-grams x. Two texts of Jaccard similarity s agree in a row with
     probability s, so they share a band's key with probability 1 - (1 - s^rows)^bands:
 
         s                  .5    .6    .7    .8    .9
         14 bands, 8 rows   .05   .21   .57   .92   .9996
 
-    A text of fewer than `ngram` words is one gram; one without any word is like none but its equals.
+    A text of fewer than `ngram` words is one n-gram. Texts without words match only if their exact keys are equal.
     """
     hashes = text.hashes
     if not len(hashes):
@@ -57,31 +57,32 @@ def minhash(text: TextFeatures, *, ngram: int = 5, bands: int = 14, rows: int = 
 
 
 def band_keys(signature: np.ndarray, rows: int) -> np.ndarray:
-    """One key a band, a hash of its rows: uint64 (bands,)."""
+    """Hash the rows of each band to one key: uint64 (bands,)."""
     return hash_ngrams(signature.astype(np.uint64), rows)[::rows]
 
 
 def sketch(signature: np.ndarray) -> np.ndarray:
-    """A byte of each row, uint8 (bands * rows,): enough to count in how many rows two signatures agree."""
+    """Return one byte of each row, uint8 (bands * rows,): enough to count the rows in which two signatures agree."""
     return signature.astype(np.uint8)
 
 
-def least_agreement(bands: int, rows: int) -> float:
-    """The share of rows in which near duplicates agree at least: SURE of where the curve of `minhash` is steepest.
+def min_agreement(bands: int, rows: int) -> float:
+    """Return the minimum share of rows in which near duplicates agree.
 
-    For 14 x 8 it is .65: a pair of similarity .8 is lost once in 100,000 times, one of .5 passes once in 200.
+    This is AGREEMENT_MARGIN times the banding threshold (1 / bands)^(1 / rows), where the curve in `minhash` is steep.
+    For 14 x 8 it is .65: it loses a pair of similarity .8 once in 100,000 times and passes one of .5 once in 200.
     """
-    return SURE * (1 / bands) ** (1 / rows)
+    return AGREEMENT_MARGIN * (1 / bands) ** (1 / rows)
 
 
 def near_clusters(
     documents: int, bands: Iterable[np.ndarray], alike: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 ) -> np.ndarray:
-    """Clusters of near duplicates: for each document the smallest index of its cluster.
+    """Cluster near duplicates: return the smallest index in each document's cluster (documents,).
 
-    bands  one after another, the keys of all documents (documents,): they are sorted, and documents with equal keys
-           are joined (union-find). Needs about 40 bytes a document, however many bands there are
-    alike  (left, right) indices of pairs -> whether each is to be joined; None: all are
+    bands  the keys (documents,) of one band after another: documents with equal keys are joined (union-find).
+           Needs about 40 bytes per document, for any number of bands
+    alike  (left, right) indices of pairs -> mask of the pairs to join; None: join all
 
     >>> near_clusters(4, np.array([[1, 3, 3, 5], [2, 2, 9, 6]], dtype=np.uint64)).tolist()
     [0, 0, 0, 3]
@@ -97,24 +98,24 @@ def near_clusters(
         order = np.argsort(keys, kind="stable")
         equal = keys[order[1:]] == keys[order[:-1]]
         left, right = order[:-1][equal], order[1:][equal]
-        if alike is not None and len(left):  # with the first of the same key too: the one before may be the odd one
+        if alike is not None and len(left):  # pair it with the first of this key too: the one before may differ
             first = np.maximum.accumulate(np.where(np.append(True, ~equal), np.arange(len(order)), 0))[1:][equal]
             left, right = np.concatenate([left, order[first]]), np.concatenate([right, right])
-        apart = parent[left] != parent[right]  # most pairs were joined by an earlier band
+        apart = parent[left] != parent[right]  # an earlier band joined most pairs
         left, right = left[apart], right[apart]
         if alike is not None and len(left):
-            yes = alike(left, right)
-            left, right = left[yes], right[yes]
-        for one, other in zip(left.tolist(), right.tolist(), strict=True):
-            one, other = root(one), root(other)
-            parent[max(one, other)] = min(one, other)
-        while (parent[parent] != parent).any():  # point everyone at the root
+            similar = alike(left, right)
+            left, right = left[similar], right[similar]
+        for a, b in zip(left.tolist(), right.tolist(), strict=True):
+            a, b = root(a), root(b)
+            parent[max(a, b)] = min(a, b)
+        while (parent[parent] != parent).any():  # point every document at its root
             parent = parent[parent]
     return parent
 
 
 def longest_of(clusters: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """For each document the index of the longest in its cluster, the first of equals.
+    """Return for each document the index of the longest in its cluster, the first if several are equally long.
 
     >>> longest_of(np.array([0, 0, 2, 2]), np.array([5, 9, 7, 7])).tolist()
     [1, 1, 2, 2]
@@ -127,8 +128,8 @@ def longest_of(clusters: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return longest
 
 
-def first_of_equals(keys: np.ndarray, keys_too: np.ndarray) -> np.ndarray:
-    """For each 128-bit key, given in two halves (documents,), the index of the first that equals it.
+def first_of_equals(keys: np.ndarray, other_halves: np.ndarray) -> np.ndarray:
+    """Return for each 128-bit key, given in two halves (documents,), the index of the first equal key.
 
     >>> first_of_equals(np.array([7, 7, 7]), np.array([1, 2, 1])).tolist()
     [0, 1, 0]
@@ -138,23 +139,22 @@ def first_of_equals(keys: np.ndarray, keys_too: np.ndarray) -> np.ndarray:
         return first
     order = np.argsort(keys, kind="stable")
     same = np.append(False, keys[order[1:]] == keys[order[:-1]])
-    shared = order[np.append(same[1:], False) | same]  # few: most keys are alone
-    shared = shared[np.lexsort((keys_too[shared], keys[shared]))]
-    new = np.append(True, (keys[shared[1:]] != keys[shared[:-1]]) | (keys_too[shared[1:]] != keys_too[shared[:-1]]))
-    new = new[: len(shared)]
+    shared = order[np.append(same[1:], False) | same]  # few: most keys are unique
+    shared = shared[np.lexsort((other_halves[shared], keys[shared]))]
+    left, right = shared[:-1], shared[1:]
+    new = np.append(True, (keys[left] != keys[right]) | (other_halves[left] != other_halves[right]))[: len(shared)]
     first[shared] = shared[new][np.cumsum(new) - 1]
     return first
 
 
-def paragraph_hashes(text: str, least_words: int) -> list[tuple[int, int]]:
-    """(key, bytes) of every paragraph of at least so many words; the key is one for paragraphs equal but for white
-    space and case."""
-    long = [part for part in text.split("\n\n") if len(part.split()) >= least_words]
+def paragraph_hashes(text: str, min_words: int) -> list[tuple[int, int]]:
+    """Return (key, bytes) of every paragraph of at least `min_words` words. Keys ignore white space and case."""
+    long = [part for part in text.split("\n\n") if len(part.split()) >= min_words]
     return [(int.from_bytes(exact_key(part)[:8], "little"), len(part.encode("utf-8", "replace"))) for part in long]
 
 
-def cut_paragraphs(text: str, least_words: int, cut: np.ndarray) -> str:
-    """The text without those of its long paragraphs (see `paragraph_hashes`) for which `cut` is True."""
+def cut_paragraphs(text: str, min_words: int, cut: np.ndarray) -> str:
+    """Remove the long paragraphs (see `paragraph_hashes`) for which `cut` is True."""
     flags = iter(cut.tolist())
-    kept = [part for part in text.split("\n\n") if len(part.split()) < least_words or not next(flags)]
+    kept = [part for part in text.split("\n\n") if len(part.split()) < min_words or not next(flags)]
     return "\n\n".join(kept).strip("\n")

@@ -1,4 +1,4 @@
-"""Pass D: one unit's kept documents to token shards, what was dropped to a file with the reasons."""
+"""Pass D: encode the kept documents of a unit into token shards, and list the dropped ones with the reasons."""
 
 from __future__ import annotations
 
@@ -11,53 +11,52 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.config.schema import CorpusData
-from llmkit.corpus.decide import FATES, VAL, reason
+from llmkit.corpus.decide import FATES, VAL, explain_fate
 from llmkit.corpus.dedup import cut_paragraphs
-from llmkit.corpus.measure import Stopwatch, peak_mb
-from llmkit.corpus.units import Unit, atomic_zst, load_array, read_zst
+from llmkit.corpus.measure import StageTimer, peak_mb
+from llmkit.corpus.units import Unit, load_array, open_zst_writer, read_zst
 from llmkit.data.tokens import ShardWriter, changed, describe, token_dtype
 from llmkit.files import write_atomically
 from llmkit.tokenizer.tokenizer import CHECKED, Tokenizer, load_tokenizer
 
-EXAMPLES = 3  # of every reason to drop, in the report
-CHECKED_CHARACTERS = 500  # of the first CHECKED documents of each unit: the fast encoder must agree on them
+MAX_EXAMPLES = 3  # dropped documents shown in the report for each reason
+CHECKED_CHARACTERS = 500  # of the first CHECKED documents of each unit, to compare the fast encoder with tokenizers
 
 
-@lru_cache(maxsize=1)  # one after another, a tokenizer for each unit made a worker grow by 5 MB a unit
+@lru_cache(maxsize=1)  # loading one for each unit made a worker grow by 5 MB a unit
 def cached_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a build, whose folder is named after all that made it."""
+    """Load the tokenizer of a build. Its folder is named after a hash of its inputs, so the cache is never stale."""
     return load_tokenizer(folder)
 
 
 def split_text(text: str, fate: int, val_fraction: float, by_tail: bool) -> tuple[str, str]:
-    """(train, val) text of a kept document: whole on one side, or, where documents are too few, its tail to val."""
+    """Split a kept document into (train, val) texts: the whole in one of them or, if by_tail, its tail in val."""
     if not by_tail:
         return ("", text) if fate == VAL else (text, "")
     cut = round(len(text) * (1 - val_fraction))
-    cut = text.rfind("\n", max(0, 2 * cut - len(text)), cut) + 1 or cut  # never twice as much as was asked for
+    cut = text.rfind("\n", max(0, 2 * cut - len(text)), cut) + 1 or cut  # val gets at most twice its share
     return text[:cut], text[cut:]
 
 
-def kept_texts(unit: Unit, data: CorpusData, parts: Path, decided: Path) -> Iterator[tuple[dict[str, Any], int, str]]:
-    """(record, fate, text) of every document; the text without what was cut from it, "" of a dropped one."""
+def read_decided(unit: Unit, data: CorpusData, parts: Path, decided: Path) -> Iterator[tuple[dict[str, Any], int, str]]:
+    """Yield (record, fate, text) of every document: text lacks the paragraphs that were cut, and is "" if dropped."""
     fates = load_array(decided / f"{unit.part}.fate.npy")["fate"]
-    cut, cuts = load_array(decided / f"{unit.part}.cut.npy"), None
+    cut, bounds = load_array(decided / f"{unit.part}.cut.npy"), None
     if len(cut):
         owner = load_array(parts / f"{unit.part}.paragraphs.npy")["document"]
-        cuts = owner.searchsorted(range(len(fates) + 1)) if len(fates) else None
-    for number, (record, fate) in enumerate(
-        zip(read_zst(parts / f"{unit.part}.jsonl.zst"), fates.tolist(), strict=True)
-    ):
+        bounds = owner.searchsorted(range(len(fates) + 1)) if len(fates) else None
+    records = read_zst(parts / f"{unit.part}.jsonl.zst")
+    for number, (record, fate) in enumerate(zip(records, fates.tolist(), strict=True)):
         text = record["text"] if fate <= VAL else ""
-        if text and cuts is not None:
-            text = cut_paragraphs(text, data.dedup.paragraphs, cut[cuts[number] : cuts[number + 1]])
+        if text and bounds is not None:
+            text = cut_paragraphs(text, data.dedup.paragraphs, cut[bounds[number] : bounds[number + 1]])
         yield record, fate, text
 
 
 def encode_unit(
     unit: Unit, data: CorpusData, decided: Path, tokenizer_folder: Path, by_tail: bool, key: str
 ) -> dict[str, Any]:
-    """Encode one unit into a shard of each split; returns files and counts. What is there already is only read."""
+    """Encode one unit into a shard of each split, unless that is done already; return files and counts."""
     folder = Path(data.dir)
     parts, name = folder / "parts", f"{unit.name}-{key}"
     done = parts / f"{unit.part}.tokens-{key}.json"
@@ -66,28 +65,28 @@ def encode_unit(
         files = [file for split in ("train", "val") for file in result[split]["files"]]
         if not any(changed(folder / one["path"], one) for file in files for one in (file, file["index"])):
             return result | {"seconds": {}, "peak_mb": 0.0}
-    watch, profile = Stopwatch(), unit.source["profile"]
+    timer, profile = StageTimer(), unit.source["profile"]
     tokenizer = cached_tokenizer(tokenizer_folder)
     scores = load_array(parts / f"{unit.part}.scores.npy")
     held_out: list[str] = []
     examples: dict[str, list] = {}
-    splits: deque[int] = deque()  # of the texts that are being encoded, in order
+    splits: deque[int] = deque()  # splits (0 train, 1 val) of the texts that are being encoded, in order
     sizes = [Counter(), Counter()]
-    first = (text[:CHECKED_CHARACTERS] for _, _, text in kept_texts(unit, data, parts, decided) if text)
-    tokenizer.agrees(list(itertools.islice(first, CHECKED)))
+    first_texts = (text[:CHECKED_CHARACTERS] for _, _, text in read_decided(unit, data, parts, decided) if text)
+    tokenizer.agrees(list(itertools.islice(first_texts, CHECKED)))
 
     with (
         ShardWriter(folder / "tokens" / "train" / unit.source["name"] / name, token_dtype(len(tokenizer))) as train,
         ShardWriter(folder / "tokens" / "val" / unit.source["name"] / name, token_dtype(len(tokenizer))) as val,
-        atomic_zst(folder / "dropped" / f"{name}.jsonl.zst") as write_dropped,
+        open_zst_writer(folder / "dropped" / f"{name}.jsonl.zst") as write_dropped,
     ):
 
         def texts() -> Iterator[str]:
-            for number, (record, fate, text) in enumerate(kept_texts(unit, data, parts, decided)):
+            for number, (record, fate, text) in enumerate(read_decided(unit, data, parts, decided)):
                 if fate > VAL:
-                    why = reason(scores[number], fate, data, profile)
+                    why = explain_fate(scores[number], fate, data, profile)
                     shown = examples.setdefault(FATES[fate], [])
-                    if len(shown) < EXAMPLES:
+                    if len(shown) < MAX_EXAMPLES:
                         shown.append({"id": record["id"], "why": why, "text": record["text"][:200]})
                     write_dropped({"id": record["id"], "why": why, "text": record["text"]})
                     continue
@@ -105,9 +104,9 @@ def encode_unit(
         files = []
         if writer.tokens:
             files = [describe(writer.path, folder) | {"tokens": writer.tokens, "index": describe(writer.index, folder)}]
-        sized = {name: sizes[split == "val"][name] for name in ("bytes", "characters")}
-        result[split] = {"documents": len(writer.ends), "tokens": writer.tokens, "files": files} | sized
-    watch.lap("encoding")
-    result |= {"seconds": watch.seconds, "peak_mb": peak_mb()}
+        text_sizes = {name: sizes[split == "val"][name] for name in ("bytes", "characters")}
+        result[split] = {"documents": len(writer.ends), "tokens": writer.tokens, "files": files} | text_sizes
+    timer.lap("encoding")
+    result |= {"seconds": timer.seconds, "peak_mb": peak_mb()}
     write_atomically(done, json.dumps(result))
     return result

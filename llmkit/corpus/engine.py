@@ -1,8 +1,8 @@
-"""Where work units run: in this process, in spawned ones, or on a Dask cluster. Results come back in order.
+"""Run work units in this process, in spawned processes or on a Dask cluster, and return their results in order.
 
-Dask beside Ray, tried with two local workers (2026-11, dask 2026.8, ray 2.60): 44 MB against 260 installed, 0.7 s
-against 3.3 to the first result, 168 MB against 472 idle; it has concurrent.futures' interface, keeps the type of our
-errors, and sends nothing home. Its 2-4 ms a task are nothing beside units of seconds.
+Why Dask and not Ray (two local workers, 2026-11, dask 2026.8, ray 2.60): 44 MB against 260 MB installed, 0.7 s against
+3.3 s to the first result, 168 MB against 472 MB of idle memory. Dask has the interface of concurrent.futures, keeps the
+type of our errors and sends no telemetry. Its overhead of 2-4 ms a task is small, since a unit takes seconds.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from llmkit import __version__
 from llmkit.config.schema import CorpusData
 from llmkit.errors import MachineError
 
-# A local worker died; on Dask one did again and again, or the scheduler. By name: Dask may not be installed.
+# Errors of a dead local worker, of a Dask worker that died repeatedly, or of a dead scheduler.
+# They are names and not classes, because Dask may not be installed.
 WORKER_DIED = ("BrokenProcessPool", "KilledWorker", "FutureCancelledError", "CancelledError")
 
 
 @dataclass
 class Pool:
-    """Workers that take units; executor None: this process is the only one."""
+    """Hold the workers that run units. Without an executor, this process is the only worker."""
 
     executor: Executor | None
     workers: int
 
-    def map(self, function: Callable, jobs: list[tuple], what: str, sizes: list[int]) -> list[Any]:
-        """function(*job) for every job; the bar counts `sizes`, bytes, as the jobs end."""
-        with tqdm(total=sum(sizes), desc=what, disable=None, leave=False, unit="B", unit_scale=True) as bar:
+    def map(self, function: Callable, jobs: list[tuple], label: str, sizes: list[int]) -> list[Any]:
+        """Return function(*job) for every job. The progress bar adds a job's size in bytes when it ends."""
+        with tqdm(total=sum(sizes), desc=label, disable=None, leave=False, unit="B", unit_scale=True) as bar:
             if self.executor is None:
                 results = []
                 for job, size in zip(jobs, sizes, strict=True):
@@ -54,23 +55,23 @@ class Pool:
                     raise
                 raise MachineError(
                     "a worker process died",
-                    got="killed, most likely for want of memory",
-                    fix="lower data.workers; the same command goes on where this one stopped",
+                    got="killed, most likely because memory ran out",
+                    fix="lower data.workers and run the same command again: it resumes where this one stopped",
                 ) from None
 
 
 @contextmanager
 def open_pool(data: CorpusData, units: int) -> Iterator[Pool]:
-    """As many workers as the config asks for, and no more than there are units."""
+    """Open a pool of as many workers as the config asks for, but at most one per unit."""
     cores = (os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()) or 1
     workers = min(cores if data.workers == "auto" else data.workers, units)
     if data.cluster:
-        with join_cluster(data.cluster) as client:
+        with connect_to_cluster(data.cluster) as client:
             executor = client.get_executor(pure=False)
             try:
                 yield Pool(executor, len(client.scheduler_info()["workers"]))
             finally:
-                executor.shutdown(wait=False)  # cancels what has not begun
+                executor.shutdown(wait=False)  # cancels pending jobs
     elif workers == 1:
         yield Pool(None, 1)
     else:
@@ -78,25 +79,25 @@ def open_pool(data: CorpusData, units: int) -> Iterator[Pool]:
         with ProcessPoolExecutor(workers, mp_context=spawn, initializer=exit_with_parent) as executor:
             try:
                 yield Pool(executor, workers)
-            except BaseException:  # an error or Ctrl-C: nobody waits for units that nobody wants; none is half done
+            except BaseException:  # an error or Ctrl-C: do not wait for units, whose files are written atomically
                 for worker in set(multiprocessing.active_children()) - others:
                     worker.kill()
                 raise
 
 
 def exit_with_parent() -> None:
-    """In a worker: leave Ctrl-C, which reaches every process of a terminal, to the leader, and end when it ends.
+    """Make this worker ignore Ctrl-C, which the terminal sends to every process, and exit when its parent does.
 
-    One that outlived a killed leader would write into what the next build writes.
+    A worker that outlives a killed parent would write into the files of the next build.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    leader = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (leader.join(), os._exit(1)), daemon=True).start()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 @contextmanager
-def join_cluster(address: str) -> Iterator[Any]:
-    """A client of a running Dask scheduler whose workers all have this llmkit, and see the same files."""
+def connect_to_cluster(address: str) -> Iterator[Any]:
+    """Connect to a running Dask scheduler; check that all workers have this llmkit version and working folder."""
     try:
         from distributed import Client
     except ImportError:
@@ -113,22 +114,22 @@ def join_cluster(address: str) -> Iterator[Any]:
         ) from None
     with client:
         try:
-            found = client.run(about_worker)
+            found = client.run(describe_process)
         except ImportError:
             found = {"a worker": ("no llmkit", "")}
         if not found:
             raise MachineError("the cluster has no workers", at=address, fix="dask worker ADDRESS")
-        wrong = {worker: about for worker, about in found.items() if about != about_worker()}
-        if wrong:  # paths in a config count from the folder in which a command starts
+        wrong = {worker: info for worker, info in found.items() if info != describe_process()}
+        if wrong:  # paths in a config are relative to the working folder
             raise MachineError(
-                "workers have another llmkit, or run in another folder",
+                "workers have another version of llmkit, or run in another folder",
                 at=address,
-                expected=" in ".join(about_worker()),
-                got=", ".join(f"{worker}: {' in '.join(about)}" for worker, about in wrong.items()),
+                expected=" in ".join(describe_process()),
+                got=", ".join(f"{worker}: {' in '.join(info)}" for worker, info in wrong.items()),
             )
         yield client
 
 
-def about_worker() -> tuple[str, str]:
-    """(version of llmkit, folder) of a process."""
+def describe_process() -> tuple[str, str]:
+    """Return (version of llmkit, working folder) of this process."""
     return __version__, str(Path.cwd())

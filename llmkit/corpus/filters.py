@@ -1,6 +1,6 @@
-"""Quality filters: one function a rule, which measures a text; a document is dropped outside the rule's thresholds.
+"""Measure texts for quality filters, one function per rule. A document outside a rule's thresholds is dropped.
 
-What was measured is stored, so that other thresholds cost no new reading: measuring and deciding are two things.
+The measured values are stored, so that new thresholds need no second pass over the texts.
 
 Sources of the thresholds: Gopher (Rae et al. 2021, arXiv:2112.11446, appendix A), FineWeb (Penedo et al. 2024,
 arXiv:2406.17557), C4 (Raffel et al. 2019, arXiv:1910.10683), and The Stack's rules for code (arXiv:2211.15533).
@@ -19,7 +19,7 @@ import numpy as np
 
 from llmkit.corpus.words import GOLDEN, TextFeatures, mix
 
-STOP_WORDS = {  # a text with fewer than two of every language's is hardly prose; English: Gopher's own list
+STOP_WORDS = {  # prose has at least two of its language; the English list is Gopher's
     "en": "the be to of and that have with",
     "de": "der die das und zu den ist nicht von mit ein sich auf",
     "fr": "le la les de et un une est que dans des pour pas",
@@ -28,10 +28,10 @@ STOP_WORDS = {  # a text with fewer than two of every language's is hardly prose
     "pt": "o a de e que um para com em os uma não",
     "nl": "de het een en van is dat niet met op te zijn",
 }
-LANGUAGES_OF: dict[str, list[str]] = {}  # stop word -> languages
-for _language, _words in STOP_WORDS.items():
-    for _word in _words.split():
-        LANGUAGES_OF.setdefault(_word, []).append(_language)
+LANGUAGES_OF = {  # stop word -> languages
+    word: [language for language, words in STOP_WORDS.items() if word in words.split()]
+    for word in " ".join(STOP_WORDS.values()).split()
+}
 
 SENTENCE_END = re.compile(r"[.!?。！？](?:(?<=[。！？])|[\"'”’)\]]*(?:\s|$))")
 LINE_ENDS = (".", "!", "?", '"', "'", "”", "’", ":", ";", ")", "…", "。", "！", "？", "」", "』")
@@ -46,16 +46,16 @@ def ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-@lru_cache(maxsize=1)  # a rule for each n asks for the same text
+@lru_cache(maxsize=1)  # the rules for different n ask for the same text
 def measure_repeats(text: TextFeatures) -> dict[int, float]:
-    """{n: share of the bytes of words that n-grams of words repeat}, Gopher's two measures; 0 is left out.
+    """Return {n: share of the words' bytes that lies in repeated word n-grams}, Gopher's two measures, without zeros.
 
-    n = 2..4   in all occurrences of the most frequent n-gram, if it stands twice or more (of equals, the longest)
-    n = 5..10  in occurrences after the first, of any n-gram; overlaps count once
+    n = 2..4   all occurrences of the most frequent n-gram, if it occurs at least twice (ties: the longest)
+    n = 5..10  all occurrences after the first of any n-gram; overlaps count once
 
-    An n-gram can be repeated only where its first n-1 words are, so few places are left after n = 2 or 3.
+    An n-gram repeats only where its first n-1 words repeat, so few positions are left after n = 2 or 3.
 
-    >>> measure_repeats(Text("a b c a b d"))
+    >>> measure_repeats(TextFeatures("a b c a b d"))
     {2: 0.6666666666666666}
     """
     words, hashes = text.folded, text.hashes
@@ -66,10 +66,10 @@ def measure_repeats(text: TextFeatures) -> dict[int, float]:
         inside = starts <= len(words) - n
         starts = starts[inside]
         grams = mix(grams[inside] * GOLDEN + hashes[starts + n - 1])
-        # A gram's hash with its place in the low bits: sorting that is far quicker than argsort, and as stable.
+        # Put the position in the low bits of the hash: sorting that is much faster than a stable argsort.
         low = np.uint64((1 << len(starts).bit_length()) - 1)
         keys = np.sort((grams & ~low) | np.arange(len(starts), dtype=np.uint64))
-        same = (keys[1:] ^ keys[:-1]) <= low  # equal to the one before
+        same = (keys[1:] ^ keys[:-1]) <= low  # equal to the key before
         if not same.any():
             break
         order = (keys & low).astype(np.int64)
@@ -86,30 +86,31 @@ def measure_repeats(text: TextFeatures) -> dict[int, float]:
             for i in range(n):
                 covered[starts[order[later]] + i] = True
             share = sizes[covered].sum()
-        found[n] = min(1.0, float(share / ends[-1]))  # the most frequent one can overlap itself
+        found[n] = min(1.0, float(share / ends[-1]))  # occurrences of the most frequent n-gram can overlap
         keep = np.sort(order[repeated])
         starts, grams = starts[keep], grams[keep]
     return found
 
 
 def duplicate_fraction(items: list[str]) -> float:
-    """Share of items that stood before."""
+    """Return the share of items that occurred before."""
     return ratio(len(items) - len(set(items)), len(items))
 
 
 def duplicate_character_fraction(items: list[str]) -> float:
-    """Share of the items' characters in those that stood before."""
+    """Return the share of all characters that lies in items that occurred before."""
     total = sum(map(len, items))
     return ratio(total - sum(map(len, set(items))), total)
 
 
 def stop_words(text: TextFeatures) -> float | None:
-    """The most distinct stop words of any one language, counted up to 2.
+    """Return the number of distinct stop words, up to 2, in the language that has the most of them.
 
-    None for scripts without spaces, and where over 3 % of the letters are not ASCII: a language without a list here.
+    Return None where fewer than 2 say nothing, because the language probably has no list here: in scripts without
+    spaces, and where over 3 % of the letters are not ASCII.
     """
     found: dict[str, set[str]] = {language: set() for language in STOP_WORDS}
-    for word in text.words:  # prose is done after a line or two
+    for word in text.words:  # prose returns after a line or two
         word = word.strip(".,;:!?\"'()").lower()
         for language in LANGUAGES_OF.get(word, ()):
             found[language].add(word)
@@ -124,34 +125,34 @@ def mean_word_length(text: TextFeatures) -> float | None:
 
 
 def alphabetic_words(text: TextFeatures) -> float | None:
-    """Share of words with a letter; where words are characters, many of them are marks over others."""
-    if not text.spaced:
+    """Return the share of words with a letter, None for scripts without spaces."""
+    if not text.spaced:  # there, words are characters, and many are combining marks
         return None
     plain = sum(map(str.isalpha, text.words))
-    mixed = sum(map(bool, map(LETTER.search, filterfalse(str.isalpha, text.words))))  # loops in C: this is a hot spot
+    mixed = sum(map(bool, map(LETTER.search, filterfalse(str.isalpha, text.words))))  # loops in C: a hot spot
     return ratio(plain + mixed, len(text.words))
 
 
 def repeated_ngrams(text: TextFeatures, n: int) -> float | None:
-    return measure_repeats(text).get(n, 0.0) if text.spaced else None  # five characters recur in any text
+    return measure_repeats(text).get(n, 0.0) if text.spaced else None  # five characters repeat in any text
 
 
 def short_lines(text: TextFeatures) -> float | None:
     return ratio(sum(len(line) <= 30 for line in text.lines), len(text.lines)) if text.spaced else None
 
 
-def count_share(lines: list[str], test: Callable[[str], bool]) -> float:
+def matching_fraction(lines: list[str], test: Callable[[str], bool]) -> float:
     return ratio(sum(map(test, lines)), len(lines))
 
 
-# A rule measures a text; None: it says nothing of such a text.
+# name in the config -> function; it returns None if the rule does not apply to a text
 RULES: dict[str, Callable[[TextFeatures], float | None]] = {
     "words": lambda t: len(t.words),
     "mean_word_length": mean_word_length,
     "hashes_per_word": lambda t: ratio(t.text.count("#"), len(t.words)),
     "ellipses_per_word": lambda t: ratio(sum(map(t.text.count, ELLIPSES)), len(t.words)),
-    "bullet_lines": lambda t: count_share(t.lines, lambda line: line.startswith(BULLETS)),
-    "ellipsis_lines": lambda t: count_share(t.lines, lambda line: line.endswith(ELLIPSES)),
+    "bullet_lines": lambda t: matching_fraction(t.lines, lambda line: line.startswith(BULLETS)),
+    "ellipsis_lines": lambda t: matching_fraction(t.lines, lambda line: line.endswith(ELLIPSES)),
     "alphabetic_words": alphabetic_words,
     "stop_words": stop_words,
     "duplicate_lines": lambda t: duplicate_fraction(t.lines),
@@ -160,9 +161,9 @@ RULES: dict[str, Callable[[TextFeatures], float | None]] = {
     "duplicate_paragraph_characters": lambda t: duplicate_character_fraction(t.paragraphs),
     **{f"top_{n}_gram": lambda t, n=n: repeated_ngrams(t, n) for n in (2, 3, 4)},
     **{f"duplicate_{n}_grams": lambda t, n=n: repeated_ngrams(t, n) for n in range(5, 11)},
-    "punctuated_lines": lambda t: count_share(t.lines, lambda line: line.endswith(LINE_ENDS)),
+    "punctuated_lines": lambda t: matching_fraction(t.lines, lambda line: line.endswith(LINE_ENDS)),
     "short_lines": short_lines,
-    # Blank lines do not count: FineWeb set its threshold on text that has none.
+    # Without blank lines: FineWeb set its threshold on text that has none.
     "newlines_per_word": lambda t: ratio(max(0, len(t.lines) - 1), len(t.words)),
     "words_per_line": lambda t: ratio(len(t.words), len(t.lines)),
     "sentences": lambda t: len(SENTENCE_END.findall(t.text)),
@@ -185,11 +186,14 @@ GOPHER: Bounds = {
     "alphabetic_words": {"low": 0.8},
     "stop_words": {"low": 2},
     "duplicate_lines": {"high": 0.30},
-    "duplicate_line_characters": {"high": 0.10},  # the latter is FineWeb's
+    "duplicate_line_characters": {"high": 0.10},  # from FineWeb
     "duplicate_paragraphs": {"high": 0.30},
     "duplicate_paragraph_characters": {"high": 0.20},
 }
-REPETITION: Bounds = {  # Gopher's too
+FINEWEB: Bounds = {"punctuated_lines": {"low": 0.12}, "short_lines": {"high": 0.67}, "newlines_per_word": {"high": 0.3}}
+# C4 itself asks for 5 sentences, which dropped good short articles: 10 of 13 that we read.
+C4: Bounds = {"words_per_line": {"low": 3}, "sentences": {"low": 3}, "lorem_ipsum": {"high": 0}}
+REPETITION: Bounds = {  # from Gopher, too
     "top_2_gram": {"high": 0.20},
     "top_3_gram": {"high": 0.18},
     "top_4_gram": {"high": 0.16},
@@ -197,18 +201,8 @@ REPETITION: Bounds = {  # Gopher's too
 }
 PROFILES: dict[str, Bounds] = {
     "none": {},
-    "web": GOPHER
-    | {
-        "punctuated_lines": {"low": 0.12},
-        "short_lines": {"high": 0.67},
-        "newlines_per_word": {"high": 0.3},  # FineWeb
-        # C4, whose 5 sentences dropped sound short articles: 10 of 13 that we read.
-        "words_per_line": {"low": 3},
-        "sentences": {"low": 3},
-        "lorem_ipsum": {"high": 0},
-    }
-    | REPETITION,
-    "docs": {  # manuals: lists, tables and the same warnings again are their nature
+    "web": GOPHER | FINEWEB | C4 | REPETITION,
+    "docs": {  # manuals have many lists and tables, and repeat their warnings
         "words": {"low": 20},
         "alphabetic_words": {"low": 0.5},
         "lorem_ipsum": {"high": 0},
@@ -222,7 +216,7 @@ PROFILES: dict[str, Bounds] = {
         "alphanumeric": {"low": 0.25},
         "generated": {"high": 0},
     },
-    "books": {  # plays repeat names, poems have short lines: only what is no running text at all
+    "books": {  # loose limits: plays repeat names and poems have short lines
         "words": {"low": 200},
         "mean_word_length": {"low": 3, "high": 12},
         "alphabetic_words": {"low": 0.8},
@@ -234,7 +228,7 @@ PROFILES: dict[str, Bounds] = {
 
 
 def profile_limits(profile: str, overrides: dict[str, Any]) -> Bounds:
-    """The profile's thresholds with {rule: {low, high}} over them; {rule: False} turns one off: no bounds."""
+    """Return the profile's thresholds, updated with {rule: {low, high}}. {rule: False} removes a rule's thresholds."""
     bounds = dict(PROFILES[profile])
     for rule, change in overrides.items():
         bounds[rule] = {} if change is False else bounds.get(rule, {}) | change
@@ -242,20 +236,20 @@ def profile_limits(profile: str, overrides: dict[str, Any]) -> Bounds:
 
 
 def measure(text: TextFeatures, rules: Iterable[str]) -> list[float]:
-    """What each rule measures, to four digits; nan where it says nothing of such a text."""
+    """Return the value of each rule, rounded to four digits, nan if the rule does not apply to the text."""
     values = [RULES[rule](text) for rule in rules]
     return [math.nan if value is None else round(value, 4) for value in values]
 
 
 def outside(values: np.ndarray | float, limits: dict[str, float]) -> np.ndarray:
-    """Where values are too low or too high; nan never is."""
+    """Return a mask of the values that are too low or too high. nan is neither."""
     return (values < limits.get("low", -math.inf)) | (values > limits.get("high", math.inf))
 
 
-def why(rule: str, value: float, limits: dict[str, float]) -> str:
-    """In words what is wrong with a value outside its limits.
+def explain(rule: str, value: float, limits: dict[str, float]) -> str:
+    """Say which limit a value violates.
 
-    >>> why("words", 4, {"low": 20})
+    >>> explain("words", 4, {"low": 20})
     'words 4 < 20'
     """
     low = value < limits.get("low", -math.inf)

@@ -1,4 +1,4 @@
-"""Scores that need something loaded first: a language model, a list of words, a classifier, evaluation files."""
+"""Score texts with resources from disk: a language identifier, a word list, evaluation files, a classifier."""
 
 from __future__ import annotations
 
@@ -16,76 +16,81 @@ from llmkit.readers.decode import decode
 from llmkit.readers.documents import list_files
 from llmkit.readers.records import READERS, BadRecord, read_records, read_text, suffix_of
 
-SLICES, SLICE = 3, 333  # a text's language shows in a few hundred characters from its start, middle and end
+SAMPLES, SAMPLE_CHARACTERS = 3, 333  # from start, middle and end of a text: enough to identify its language
 WINDOW_CHARACTERS = 10_000  # more than a window of 512 tokens holds
-WINDOWS = 4  # of a long text that a classifier reads, evenly spread
-TABLE_BITS = 24  # of the table that tells in one look that an n-gram is none of those looked for
+WINDOWS = 4  # that a classifier reads of a long text, evenly spread
+TABLE_BITS = 24  # log2 of the size of the table in NgramSet
+
+
+def sample_pieces(text: str, number: int, size: int) -> list[str]:
+    """Return pieces of `size` characters, evenly spread from the start to the end of a text."""
+    step = (len(text) - size) // (number - 1)
+    return [text[i * step : i * step + size] for i in range(number)]
 
 
 # ---- language -------------------------------------------------------------------------------------------------------
 
 
 @cache
-def identifier() -> Any:
-    """py3langid's model, a numpy file inside its package."""
+def load_language_identifier() -> Any:
+    """Load py3langid's model, a numpy file inside its package."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
-def language_of(text: str) -> tuple[str, float]:
-    """(ISO 639-1 code, probability) of the language that most of a text is in.
+def detect_language(text: str) -> tuple[str, float]:
+    """Return (ISO 639-1 code, probability) of the main language of a text.
 
-    >>> language_of("Die Katze sitzt auf der Matte und schaut aus dem Fenster.")[0]
+    >>> detect_language("Die Katze sitzt auf der Matte und schaut aus dem Fenster.")[0]
     'de'
     """
-    if len(text) > SLICES * SLICE:
-        step = (len(text) - SLICE) // (SLICES - 1)
-        text = " ".join(text[i * step : i * step + SLICE] for i in range(SLICES))
-    code, probability = identifier().classify(text)
+    if len(text) > SAMPLES * SAMPLE_CHARACTERS:
+        text = " ".join(sample_pieces(text, SAMPLES, SAMPLE_CHARACTERS))
+    code, probability = load_language_identifier().classify(text)
     return code, round(float(probability), 4)
 
 
 def check_languages(codes: list[str], at: str | None = None) -> None:
-    """Refuse codes that no text would ever get."""
-    unknown = sorted(set(codes) - set(identifier().labels))
-    if unknown:
+    """Raise UserError if `detect_language` can't return some of the codes."""
+    known = load_language_identifier().labels
+    if unknown := sorted(set(codes) - set(known)):
         short = unknown[0][:2].lower()
         raise UserError(
             "data.filter.language.keep has an unknown language",
             at=at,
             got=", ".join(unknown),
-            expected=f"codes as en, de, fr, zh: py3langid knows {len(identifier().labels)}",
-            fix=f"did you mean {short}?" if short in identifier().labels else None,
+            expected=f"ISO 639-1 codes such as en, de, fr, zh (py3langid knows {len(known)})",
+            fix=f"did you mean {short}?" if short in known else None,
         )
 
 
-# ---- n-grams to look for --------------------------------------------------------------------------------------------
+# ---- n-grams --------------------------------------------------------------------------------------------------------
 
 
 class NgramSet:
-    """A set of hashed n-grams that finds its members among millions quickly."""
+    """A set of hashed n-grams with fast lookup: a boolean table first rejects most of the non-members."""
 
     def __init__(self, grams: np.ndarray):
         self.grams = np.unique(grams)
         self.table = np.zeros(2**TABLE_BITS if len(grams) else 1, bool)
-        self.table[self.places(self.grams)] = True
+        self.table[self.slots(self.grams)] = True
 
-    def places(self, grams: np.ndarray) -> np.ndarray:
+    def slots(self, grams: np.ndarray) -> np.ndarray:
         return (grams & np.uint64(len(self.table) - 1)).astype(np.int64)
 
-    def found_in(self, grams: np.ndarray) -> np.ndarray:
-        """The members among some n-grams, as often as they are there."""
-        maybe = grams[self.table[self.places(grams)]]
+    def find_in(self, grams: np.ndarray) -> np.ndarray:
+        """Return the given n-grams that are members, repeats included."""
+        maybe = grams[self.table[self.slots(grams)]]
         places = np.searchsorted(self.grams, maybe)  # np.isin would sort all of them again
         return maybe[self.grams[np.minimum(places, len(self.grams) - 1)] == maybe] if len(maybe) else maybe
 
 
-def word_list(path: str) -> dict[int, NgramSet]:
-    """Words and phrases of a file, one a line, by their length in words; # begins a comment."""
+def load_word_list(path: str) -> dict[int, NgramSet]:
+    """Read a file of words and phrases, one per line; return them by length in words. # starts a comment line."""
     file = Path(path).expanduser()
     if not file.is_file():
-        raise DataError("there is no such word list", at=path, fix="a text file with a word or phrase a line")
+        raise DataError("no such word list", at=path, expected="a text file with one word or phrase per line")
     try:
         lines = decode(file.read_bytes())[0].splitlines()
     except ValueError as error:
@@ -102,33 +107,34 @@ def ngrams_of(words: list[bytes], n: int) -> np.ndarray:
 
 
 def listed_per_1k(text: TextFeatures, listed: dict[int, NgramSet]) -> float:
-    """How many words and phrases of a list stand in a thousand words."""
-    found = sum(len(grams.found_in(hash_ngrams(text.hashes, n))) for n, grams in listed.items())
+    """Count the words and phrases of a list per thousand words of a text."""
+    found = sum(len(grams.find_in(hash_ngrams(text.hashes, n))) for n, grams in listed.items())
     return round(1000 * found / max(1, len(text.hashes)), 4)
 
 
-def evaluation_files(patterns: Sequence[str]) -> list[Path]:
-    """The files that decontamination looks at."""
+def list_evaluation_files(patterns: Sequence[str]) -> list[Path]:
+    """List the evaluation files for decontamination. Raise DataError for a zip."""
     files = [file for pattern in patterns for file in list_files(pattern)]
     if zips := [file for file in files if file.suffix.lower() == ".zip"]:
-        raise DataError("evaluation files in a zip are not read", at=zips[0], fix="unpack it")
+        raise DataError("evaluation files in a zip are not supported", at=zips[0], fix="unpack it")
     return files
 
 
-def evaluation_ngrams(patterns: Sequence[str], n: int) -> tuple[NgramSet, int, int]:
-    """(n-grams, texts, texts that are shorter and can't be looked for) of all strings in the evaluation files.
+def read_evaluation_ngrams(patterns: Sequence[str], n: int) -> tuple[NgramSet, int, int]:
+    """Return (n-grams, texts, texts shorter than n words) of all strings in the evaluation files.
 
-    Questions, choices and answers are looked for one by one: no corpus has them joined as a benchmark joins them.
+    Questions, choices and answers are separate texts, because no corpus has them joined as in a benchmark's prompt.
+    Texts shorter than n words are not looked for.
     """
-    return read_evaluation(tuple(file_stamps(evaluation_files(patterns))), n)
+    return _read_evaluation_ngrams(tuple(file_stamps(list_evaluation_files(patterns))), n)
 
 
-@lru_cache(maxsize=1)  # a worker takes many units
-def read_evaluation(stamps: tuple[tuple[str, int, int], ...], n: int) -> tuple[NgramSet, int, int]:
+@lru_cache(maxsize=1)  # a worker measures many units
+def _read_evaluation_ngrams(stamps: tuple[tuple[str, int, int], ...], n: int) -> tuple[NgramSet, int, int]:
     grams, texts, short = [np.empty(0, np.uint64)], 0, 0
     for file in (Path(name) for name, _, _ in stamps):
         for line, record in read_records(file):
-            if isinstance(record, BadRecord):  # what can't be read can't be looked for
+            if isinstance(record, BadRecord):  # skipping it would hide contamination
                 raise DataError("an evaluation file can't be read", at=f"{file}:{line}", got=record.reason)
             whole = READERS.get(suffix_of(file), read_text) is read_text
             for string in strings_in([record["text"]] if whole else record.values()):
@@ -140,7 +146,7 @@ def read_evaluation(stamps: tuple[tuple[str, int, int], ...], n: int) -> tuple[N
 
 
 def strings_in(values: Any) -> Iterator[str]:
-    """Every string in nested lists and objects."""
+    """Yield every string in nested lists and objects."""
     for value in values:
         if isinstance(value, str):
             yield value
@@ -152,39 +158,38 @@ def strings_in(values: Any) -> Iterator[str]:
 
 # ---- classifier -----------------------------------------------------------------------------------------------------
 
+Classifier = tuple[Any, Any, int]  # model, tokenizer, the label's column in the logits
 
-Classifier = tuple[Any, Any, int]  # model, tokenizer, the label's column
 
-
-def classifier(path: str, label: str) -> Classifier:
-    """A local sequence classifier; no code of the folder's ever runs."""
+def load_classifier(path: str, label: str) -> Classifier:
+    """Load a local sequence classifier, without running code from its folder."""
     folder = Path(path).expanduser()
-    return load_classifier(folder, label, tuple(folder_stamps(folder)))
+    return _load_classifier(folder, label, tuple(folder_stamps(folder)))
 
 
 @lru_cache(maxsize=1)
-def load_classifier(folder: Path, label: str, stamps: tuple) -> Classifier:
+def _load_classifier(folder: Path, label: str, stamps: tuple) -> Classifier:
     try:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
     except ImportError:
         fix = "pip install 'llmkit[classifier]'"
         raise MachineError("data.filter.classifier needs the transformers package", fix=fix) from None
-    for needed in ("config.json", "tokenizer_config.json"):  # without the latter transformers makes one up
+    for needed in ("config.json", "tokenizer_config.json"):  # without the latter, transformers makes up a tokenizer
         if not (folder / needed).is_file():
-            raise ModelError("there is no classifier", at=folder / needed, expected="a Hugging Face folder")
+            raise ModelError("no classifier in this folder", at=folder / needed, expected="a Hugging Face folder")
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             str(folder), use_safetensors=True, output_loading_info=True, **local
         )
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **local)
-    except Exception as error:  # transformers, safetensors and torch raise all kinds
+    except Exception as error:  # transformers, safetensors and torch raise many types
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(f"the classifier can't be loaded: {reason}", at=folder) from None
     if not tokenizer.is_fast:
         raise ModelError("the classifier has no fast tokenizer", at=folder, expected="tokenizer.json")
     if missing := sorted(loading["missing_keys"]):
-        raise ModelError("the classifier lacks weights, which would be random", at=folder, got=missing[0])
+        raise ModelError("the classifier lacks weights (they would be random)", at=folder, got=missing[0])
     if label not in model.config.label2id:
         raise UserError(
             "the classifier has no such label", at=folder, got=label, expected=", ".join(model.config.label2id)
@@ -193,9 +198,10 @@ def load_classifier(folder: Path, label: str, stamps: tuple) -> Classifier:
 
 
 def classifier_score(text: str, loaded: Classifier) -> float:
-    """The highest probability of the label among a few windows of the text, each as long as the model reads.
+    """Return the highest probability of the label among up to WINDOWS windows of the text.
 
-    One label of many: softmax; a multi-label model's labels each for itself: sigmoid.
+    A window is as long as the model's context, 512 tokens at most. Single-label models use softmax, multi-label models
+    and models with one output use sigmoid.
     """
     import torch
 
@@ -203,14 +209,11 @@ def classifier_score(text: str, loaded: Classifier) -> float:
     if not text.strip():
         return 0.0
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512), 512)
-    if len(text) > 4 * WINDOWS * WINDOW_CHARACTERS:  # no need to tokenize a book to read four pages of it
-        step = (len(text) - WINDOW_CHARACTERS) // (WINDOWS - 1)
-        texts = [text[i * step : i * step + WINDOW_CHARACTERS] for i in range(WINDOWS)]
-    else:
-        texts = [text]
-    cut = tokenizer(texts, truncation=True, max_length=longest, return_overflowing_tokens=True)["input_ids"]
-    chosen = sorted({int(i) for i in np.linspace(0, len(cut) - 1, WINDOWS)})
-    with torch.inference_mode():  # one by one: the last window is shorter
-        logits = torch.cat([model(torch.tensor([cut[i]])).logits.float() for i in chosen])
-    multiple = model.config.problem_type == "multi_label_classification" or logits.shape[1] == 1
-    return round(float((logits.sigmoid() if multiple else logits.softmax(-1))[:, column].max()), 4)
+    long = len(text) > 4 * WINDOWS * WINDOW_CHARACTERS  # do not tokenize a book to read four pages of it
+    texts = sample_pieces(text, WINDOWS, WINDOW_CHARACTERS) if long else [text]
+    windows = tokenizer(texts, truncation=True, max_length=longest, return_overflowing_tokens=True)["input_ids"]
+    chosen = sorted({int(i) for i in np.linspace(0, len(windows) - 1, WINDOWS)})
+    with torch.inference_mode():  # one by one: lengths differ
+        logits = torch.cat([model(torch.tensor([windows[i]])).logits.float() for i in chosen])
+    multi_label = model.config.problem_type == "multi_label_classification" or logits.shape[1] == 1
+    return round(float((logits.sigmoid() if multi_label else logits.softmax(-1))[:, column].max()), 4)

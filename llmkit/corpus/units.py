@@ -1,6 +1,6 @@
-"""Work units: pieces of sources that one worker takes through a pass by itself, and the files it leaves behind.
+"""Cut sources into work units, which one worker processes at a time, and read and write a unit's files.
 
-A unit's files appear whole or not at all, and are named after everything that made them.
+A unit's files are written atomically and named after a hash of all their inputs.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import orjson
@@ -21,27 +23,27 @@ import zstandard
 
 from llmkit.config.schema import CorpusData, Source
 from llmkit.corpus.filters import PROFILES
-from llmkit.corpus.scorers import evaluation_files
+from llmkit.corpus.scorers import list_evaluation_files
 from llmkit.errors import DataError, UserError
 from llmkit.files import file_stamps, folder_stamps, temporary_path
 from llmkit.readers.documents import dataset_files, list_files, read_dataset, read_file, root_of
 from llmkit.readers.records import BadRecord, Span, spans_of
 from llmkit.types import Document
 
-UNIT_BYTES = 32 * 2**20  # of source files in one work unit
-VERSION = 7  # of the pipeline: another one redoes everything
+UNIT_BYTES = 32 * 2**20  # source bytes in one work unit
+VERSION = 7  # of the pipeline: increase it if the same inputs give other results, and builds start over
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of one source that a worker measures and later encodes by itself."""
+    """A work unit: a piece of one source that a worker measures and later encodes independently."""
 
     name: str  # <source>-<number>
     source: dict[str, Any]  # the Source section
-    root: str  # what documents' ids are relative to
-    pieces: tuple[tuple[str, Span | None], ...]  # files, or spans of them; empty: `datasets` reads it
-    bytes: int  # of the files
-    key: str  # a hash of everything that measuring depends on
+    root: str  # the folder to which documents' ids are relative
+    pieces: tuple[tuple[str, Span | None], ...]  # files or spans of files; empty if `datasets` reads the source
+    bytes: int  # size of the files
+    key: str  # hash of all inputs of pass A
 
     @property
     def part(self) -> str:
@@ -49,17 +51,17 @@ class Unit:
 
 
 def short_hash(*values: Any) -> str:
-    """16 letters that change with any of the values."""
+    """Return 16 hex digits of a hash of the values."""
     return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
 
 def measured_rules(data: CorpusData, profile: str) -> list[str]:
-    """The rules that a profile and the config's own thresholds look at."""
+    """Return the names of the rules that a profile or the config's own thresholds use."""
     return [*PROFILES[profile], *sorted(data.filter.rules.keys() - PROFILES[profile].keys())]
 
 
 def measuring_key(data: CorpusData, source: Source) -> str:
-    """A hash of all that measuring a source depends on. No threshold is in it: another one only decides anew."""
+    """Hash all inputs of pass A for a source. Thresholds are not among them, since they only matter to pass B."""
     filters, pii, near, evals = data.filter, data.pii, data.dedup.near, data.decontaminate
     libraries = [version(name) for name in ("ftfy", "resiliparse", "py3langid", "fastwarc")]
     return short_hash(
@@ -75,12 +77,12 @@ def measuring_key(data: CorpusData, source: Source) -> str:
         pii.action if pii.kinds else None,
         near and (near.ngram, near.bands, near.rows),
         data.dedup.paragraphs,
-        evals and (evals.ngram, file_stamps(evaluation_files(evals.files))),
+        evals and (evals.ngram, file_stamps(list_evaluation_files(evals.files))),
     )
 
 
 def make_units(data: CorpusData) -> list[Unit]:
-    """Cut every source into units of about UNIT_BYTES."""
+    """Split every source into units of about UNIT_BYTES."""
     units = []
     for source in data.sources:
         key, section = measuring_key(data, source), source.model_dump()
@@ -97,28 +99,28 @@ def make_units(data: CorpusData) -> list[Unit]:
         root, paths = files
         for number, (pieces, size) in enumerate(group_files(paths, whole=source.limit is not None)):
             stamps = file_stamps({Path(path) for path, _ in pieces})
-            made_of = short_hash(key, stamps, pieces)
-            units.append(Unit(f"{source.name}-{number:03d}", section, str(root), tuple(pieces), size, made_of))
+            unit_key = short_hash(key, stamps, pieces)
+            units.append(Unit(f"{source.name}-{number:03d}", section, str(root), tuple(pieces), size, unit_key))
     return units
 
 
 def source_files(source: Source, built: Path) -> tuple[Path, list[Path]] | None:
-    """(root, files) of a source, without what a build left in `built`; None where the `datasets` library reads it."""
+    """Return (root, files) of a source without files in the build's own folder, None if `datasets` reads the source."""
     if source.hf:
         found = dataset_files(source.hf, source.config, source.split)
         if found and (source.streaming or source.revision):
-            raise UserError("streaming and revision mean nothing to local files", at=source.hf, fix="delete them")
+            raise UserError("streaming and revision have no effect on local files", at=source.hf, fix="delete them")
         return found
     files = list_files(source.path, source.include, source.exclude)
     built = built.absolute()
     found = [file for file in files if not file.absolute().is_relative_to(built)]
     if not found:
-        raise UserError("the source holds nothing but what was built from it", at=source.path, got=f"data.dir {built}")
+        raise UserError("all files of the source are in data.dir itself", at=source.path, got=f"data.dir {built}")
     return root_of(source.path), found
 
 
 def count_unknown_files(source: Source) -> dict[str, int]:
-    """How many files of a source are of no known kind, by suffix."""
+    """Count the files of a source whose type is unknown, by suffix."""
     found: Counter[str] = Counter()
     if source.path:
         list_files(source.path, source.include, source.exclude, found)
@@ -126,7 +128,7 @@ def count_unknown_files(source: Source) -> dict[str, int]:
 
 
 def group_files(files: list[Path], whole: bool) -> Iterator[tuple[list[tuple[str, Span | None]], int]]:
-    """(pieces, bytes) of each unit: small files together, large ones in spans; `whole`: all in one, to be counted."""
+    """Yield (pieces, bytes) of each unit: small files together, large ones in spans. `whole` puts all in one unit."""
     pieces, total = [], 0
     for path in files:
         spans = [None] if whole else spans_of(path, UNIT_BYTES)
@@ -141,14 +143,14 @@ def group_files(files: list[Path], whole: bool) -> Iterator[tuple[list[tuple[str
 
 
 def read_unit(unit: Unit) -> Iterator[Document | BadRecord]:
-    """A unit's documents, at most the source's limit."""
+    """Yield a unit's documents and bad records, at most as many as the source's limit."""
     source = Source(**unit.source)
     if unit.pieces:
-        place = {"root": Path(unit.root), "include": source.include, "exclude": source.exclude}
+        options = {"root": Path(unit.root), "include": source.include, "exclude": source.exclude}
         found = (
             one
             for path, span in unit.pieces
-            for one in read_file(Path(path), source=source.name, text_key=source.text_key, span=span, **place)
+            for one in read_file(Path(path), source=source.name, text_key=source.text_key, span=span, **options)
         )
     else:
         found = read_dataset(
@@ -160,39 +162,34 @@ def read_unit(unit: Unit) -> Iterator[Document | BadRecord]:
             text_key=source.text_key,
             revision=source.revision,
         )
-    for taken, one in enumerate(found):
-        if source.limit is not None and taken >= source.limit:
-            return
-        yield one
+    yield from islice(found, source.limit)
 
 
 # ---- a unit's files -------------------------------------------------------------------------------------------------
 
 
-class atomic_zst:
-    """A writer of JSON lines into a .zst file that appears when the block ends well."""
+@contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes its place only if the block ends without an error."""
+    temporary = temporary_path(path)
+    with temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.half = path, temporary_path(path)
 
-    def __enter__(self) -> Callable[[dict], None]:
-        self.raw = self.half.open("wb")
-        self.stream = zstandard.ZstdCompressor(level=3, write_checksum=True).stream_writer(self.raw, closefd=False)
-        return lambda record: self.stream.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
-
-    def __exit__(self, kind, *_) -> None:
-        try:
-            self.stream.close()  # where a full disk may show
-            os.fsync(self.raw.fileno())
-        finally:
-            self.raw.close()
-        if kind is None:
-            self.half.replace(self.path)
+@contextmanager
+def open_zst_writer(path: Path) -> Iterator[Callable[[dict], int]]:
+    """Open a .zst file of JSON lines atomically, and return the function that writes a record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
+    with open_atomically(path) as file, compressor.stream_writer(file, closefd=False) as stream:
+        yield lambda record: stream.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
 
 def read_zst(path: Path) -> Iterator[dict[str, Any]]:
-    """The records that `atomic_zst` wrote."""
+    """Yield the records that `open_zst_writer` wrote."""
     with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
         rest = b""
         try:
@@ -200,19 +197,14 @@ def read_zst(path: Path) -> Iterator[dict[str, Any]]:
                 *lines, rest = (rest + block).split(b"\n")
                 yield from map(orjson.loads, lines)
         except zstandard.ZstdError as error:
-            raise DataError(
-                f"a file of this build is damaged: {error}", at=path, fix="delete it and build again"
-            ) from None
+            fix = "delete it and build again"
+            raise DataError(f"a file of this build is damaged: {error}", at=path, fix=fix) from None
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """A .npy file that appears whole."""
-    half = temporary_path(path)
-    with half.open("wb") as file:
+    """Write a .npy file atomically."""
+    with open_atomically(path) as file:
         np.save(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    half.replace(path)
 
 
 def load_array(path: Path, **options: Any) -> np.ndarray:

@@ -1,87 +1,41 @@
-"""Loss, perplexity and bits per byte, weighted by tokens: the same number for every batch size."""
+"""Loss, perplexity and bits per byte of a MODEL on a file, or on the val split of its run."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import yaml
-from torch import nn
 
-from llmkit.corpus.build import read_manifest
 from llmkit.data.batches import open_rows
 from llmkit.data.corrupt import shift_right
 from llmkit.data.layouts import LAYOUTS
 from llmkit.data.sft import examples, split_into_pairs, truncate_pair
-from llmkit.data.tokens import open_split
+from llmkit.data.splits import open_stream, read_manifest
 from llmkit.errors import DataError, UserError
-from llmkit.objectives import FITTING, OBJECTIVES
-from llmkit.parallel.device import autocast, choose_precision, to_device
+from llmkit.models import family_of
+from llmkit.objectives import OBJECTIVES, fitting_objectives
+from llmkit.objectives.lm import perplexity
+from llmkit.parallel.device import autocast, choose_precision
 from llmkit.parallel.world import start_world
 from llmkit.readers.documents import read_file
 from llmkit.readers.records import read_records
 from llmkit.storage.locate import Located, load_located
+from llmkit.storage.run import ABOUT, read_run_config
 from llmkit.tokenizer.chat_template import default_template
 from llmkit.tokenizer.tokenizer import CHECKED, Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch, Document
 
 
-@torch.no_grad()
-def perplexity(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    *,
-    device: torch.device,
-    token_bytes: np.ndarray | None = None,
-    micro_batch_size: int = 8,
-    total: Callable[[float], float] = lambda value: value,
-) -> dict[str, Any]:
-    """Measure a model on batches, in the autocast context of the caller.
-
-    token_bytes  bytes of text a token stands for (V,): bits per byte needs it
-    total        adds a number up over ranks
-    Returns val_loss (nats a token), val_perplexity = exp(val_loss), bits_per_byte, and the targets counted.
-    """
-    training = model.training
-    model.eval()
-    losses = torch.zeros((), dtype=torch.float64, device=device)
-    targets = text_bytes = 0
-    for batch in batches:
-        for micro in batch.split(micro_batch_size):
-            full = pad_rows(micro, micro_batch_size)
-            losses += model(**to_device(full, device), reduction="none").double().sum()
-            scored = micro.labels[micro.labels != IGNORE_INDEX]
-            targets += len(scored)
-            text_bytes += int(token_bytes[scored].sum()) if token_bytes is not None else 0
-    model.train(training)
-    nats, targets, text_bytes = total(losses.item()), int(total(targets)), int(total(text_bytes))
-    loss = nats / targets if targets else math.nan
-    result: dict[str, Any] = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700)), "val_tokens": targets}
-    if text_bytes:
-        result["bits_per_byte"] = nats / math.log(2) / text_bytes
-    return result
-
-
-def pad_rows(batch: Batch, rows: int) -> Batch:
-    """Repeat the last row, without labels, up to `rows`: one shape for compiled blocks, and the same sums."""
-    missing = rows - len(batch.input_ids)
-    padded = {name: np.concatenate([a, a[-1:].repeat(missing, axis=0)]) for name, a in batch.arrays().items()}
-    padded["labels"][rows - missing :] = IGNORE_INDEX
-    return Batch(**padded)
-
-
 def windows(tokens: np.ndarray, window: int, stride: int, batch_size: int) -> Iterator[Batch]:
-    """A text of N tokens as batches of windows in which every token but the first is a target exactly once.
+    """Yield a text of N tokens as batches of windows, in which every token but the first is a target exactly once.
 
     window  tokens of input, so of context at the most
-    stride  how far the next window moves on: stride == window reads every token once, a smaller one gives the later
-            targets at least window - stride tokens of context, at window / stride times the work
+    stride  tokens from one window to the next. stride == window reads every token once; a smaller stride gives all
+            targets after the first window at least window - stride tokens of context, for window / stride the work
 
     >>> [batch.labels.tolist() for batch in windows(np.arange(6), window=3, stride=2, batch_size=1)]
     [[[1, 2, 3]], [[-100, 4, 5]]]
@@ -122,19 +76,19 @@ def measure(
     batch_size: int = 8,
     precision: str = "auto",
 ) -> dict[str, Any]:
-    """Loss, perplexity and bits per byte of a MODEL.
+    """Measure loss, perplexity and bits per byte of a MODEL.
 
-    data    a file of texts, read as one stream of documents and end tokens; or of fine-tuning records, of which only
-            the answers count, each record in a row of its own. None: the val split that its run trained with.
-            An encoder is measured on texts that are corrupted as its objective does
-    window  tokens of context at the most, default the length that the run trained with, else the model's longest
+    data    a file of texts, read as one stream of documents and end tokens, or of fine-tuning records, each in a row of
+            its own with only the answers as targets. None: the val split of the model's run.
+            For an encoder the texts are corrupted as its objective does
+    window  tokens of context at the most; default: the run's data.seq_len, else the model's longest position
     stride  see `windows`; default: the window
     """
     device = start_world().device
     precision = choose_precision(precision, device)
     model, tokenizer = load_located(located, device=device)
     longest = model.config.max_position_embeddings
-    config = yaml.safe_load((located.run_dir / "config.yaml").read_text()) if located.run_dir else None
+    config = read_run_config(located.run_dir) if located.run_dir else None
     window = window or min(longest, config["data"]["seq_len"] if config else longest)
     stride = stride or window
     if not 0 < stride <= window <= longest:
@@ -145,10 +99,10 @@ def measure(
         )
     kind, objective = model.config.kind, (config or {}).get("objective")
     if kind != "causal" and stride != window:
-        raise UserError(f"{model.config.model_type} reads rows of their own", got=f"stride {stride}, window {window}")
+        raise UserError(f"{model.config.model_type} reads each row alone: no stride", got=f"{stride}, window {window}")
     if data is None:
         if config and config["data"]["kind"] == "sft" and (stride < window or window != config["data"]["seq_len"]):
-            raise UserError("fine-tuning rows have a length of their own", got=f"window {window}, stride {stride}")
+            raise UserError("fine-tuning rows have data.seq_len tokens", got=f"window {window}, stride {stride}")
         if config is None:
             raise DataError("there is no text to measure on", fix="name a file with --data")
         tokens, rows, what = run_val_split(located.run_dir, config["data"], model.config, tokenizer, batch_size)
@@ -183,35 +137,34 @@ def measure(
     }
 
 
-Read = tuple[np.ndarray | None, Iterable[Batch] | None, str]  # one stream of tokens or batches of rows, and what it is
+Read = tuple[np.ndarray | None, Iterable[Batch] | None, str]  # tokens, or batches of rows; and a description
 
 
 def run_val_split(run_dir: Path, data: dict, model_config: Any, tokenizer: Tokenizer, batch_size: int) -> Read:
-    """The val split that a run trained beside; UserError where data.dir holds another build by now."""
-    key = json.loads((run_dir / "run.json").read_text())["data_fingerprint"]
+    """Read the val split of a run's data; raise a DataError if data.dir holds another build by now."""
+    key = json.loads((run_dir / ABOUT).read_text())["data_fingerprint"]
     if data["kind"] == "sft":
-        start_id = getattr(model_config, "decoder_start_token_id", None)
+        start_id = family_of(model_config).start_token_id(model_config)
         batches = open_rows(run_dir / "data" / key, "val", batch_size, start_id, seed=0)
         return None, batches.in_order(), f"the val split of {data['path']}"
     folder = Path(data["dir"])
     manifest = read_manifest(folder)
-    if manifest["fingerprint"] != key or manifest.get("tokenizer_sha256") != tokenizer.sha256:
-        raise DataError(
-            "the data was built anew since this run", at=folder, fix="build it as it was, or name a file with --data"
-        )
-    stream = open_split(folder, manifest["splits"]["val"]["files"], np.dtype(manifest["dtype"]))
+    if manifest["fingerprint"] != key or manifest["tokenizer_sha256"] != tokenizer.sha256:
+        fix = "build it as it was, or name a file with --data"
+        raise DataError("the data was built anew since this run", at=folder, fix=fix)
+    stream = open_stream(folder, manifest, "val")
     return stream.read(0, len(stream)), None, f"the val split of {folder}, in one stream"
 
 
 def read_data(path: Path, model_config: Any, tokenizer: Tokenizer, window: int, stride: int, batch_size: int) -> Read:
-    """A file of fine-tuning records or of texts; see `measure`."""
+    """Read a file of fine-tuning records or of texts; see `measure`."""
     if not path.is_file():
         what = "--data takes a file, and this is a folder" if path.is_dir() else "there is no such data file"
         raise DataError(what, at=path)
     first = next((record for _, record in read_records(path) if isinstance(record, dict)), {})
     records = any(all(field in first for field in fields) for fields in LAYOUTS.values())
     if records and stride < window:
-        raise UserError("records are read whole, so a stride has no meaning", got=f"stride {stride}")
+        raise UserError("records are read whole: --stride has no meaning", got=f"stride {stride}")
     if records and model_config.kind == "masked":
         raise DataError(f"{model_config.model_type} writes no answers", at=path, fix="name a file of texts")
     if records:
@@ -237,11 +190,14 @@ def read_data(path: Path, model_config: Any, tokenizer: Tokenizer, window: int, 
 def corrupted_rows(
     tokens: np.ndarray, model_config: Any, tokenizer: Tokenizer, window: int, batch_size: int, objective: dict | None
 ) -> Iterator[Batch]:
-    """Rows of `window` tokens, corrupted as in training; the same ones every time. What is left over is not read."""
-    fitting = FITTING[model_config.kind, "corpus"]
-    choice = dict(objective) if objective and objective["name"] == fitting else {"name": fitting}
-    start_id = getattr(model_config, "decoder_start_token_id", 0)
-    corrupt = OBJECTIVES[choice.pop("name")](tokenizer, 0, start_id, **choice).corrupt
+    """Yield rows of `window` tokens, corrupted as in training and the same every time. An incomplete row is left out.
+
+    objective  of the run; if it is none for texts, the default one for this kind of model
+    """
+    fitting = fitting_objectives(model_config.kind, "corpus")
+    choice = dict(objective) if objective and objective["name"] in fitting else {"name": fitting[0]}
+    start_id = family_of(model_config).start_token_id(model_config)
+    corrupt = OBJECTIVES[choice.pop("name")].build(tokenizer, 0, start_id, **choice).corrupt
     rows = tokens[: len(tokens) // window * window].reshape(-1, window).astype(np.int64)
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
@@ -249,7 +205,7 @@ def corrupted_rows(
 
 
 def pair_rows(pairs: list[tuple[list[int], list[int]]], window: int, start_id: int, batch_size: int) -> Iterator[Batch]:
-    """Texts and answers of at most `window` tokens each, padded to their batch's longest."""
+    """Yield texts and answers of at most `window` tokens each, padded to the longest of their batch."""
     pairs = sorted((truncate_pair(source, answer, window) for source, answer in pairs), key=lambda pair: len(pair[0]))
     for start in range(0, len(pairs), batch_size):
         sources, answers = zip(*pairs[start : start + batch_size], strict=True)
@@ -262,7 +218,7 @@ def pair_rows(pairs: list[tuple[list[int], list[int]]], window: int, start_id: i
 
 
 def answer_rows(rows: list[tuple[list[int], list[bool]]], pad: int, batch_size: int) -> Iterator[Batch]:
-    """Records in rows of their own, padded on the right to their batch's longest; only answers are labels."""
+    """Yield records in rows of their own, padded on the right to the longest of their batch; answers are the labels."""
     rows = sorted((row for row in rows if len(row[0]) > 1), key=lambda row: len(row[0]))
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]

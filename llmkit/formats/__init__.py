@@ -1,1 +1,1 @@
-"""Other formats that models are written to and read from."""
+"""Export models to other programs' formats, and import them."""

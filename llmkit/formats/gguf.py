@@ -1,6 +1,6 @@
 """GGUF files for llama.cpp: weights under its names and in its layouts, and the tokenizer, in one file.
 
-What llama.cpp expects of each family was read off its loader and its own converter; the tests run the files in it.
+What differs by family is in `models.family.Gguf`; the tests run the files in llama.cpp.
 """
 
 from __future__ import annotations
@@ -15,21 +15,12 @@ from torch import Tensor, nn
 
 from llmkit.errors import MachineError, ModelError
 from llmkit.files import temporary_path
+from llmkit.models import FAMILIES, family_of
+from llmkit.models.family import Gguf
 from llmkit.models.layers import rope_frequencies
 from llmkit.tokenizer.foreign import SPACE
 from llmkit.tokenizer.tokenizer import PATTERNS, Tokenizer, split_pattern
 
-# model_type -> llama.cpp's name of the architecture, and the activation that its graph has
-ARCHITECTURES = {
-    "gpt2": ("gpt2", "gelu_pytorch_tanh"),
-    "llama": ("llama", "silu"),
-    "mistral": ("llama", "silu"),
-    "mixtral": ("llama", "silu"),
-    "qwen2": ("qwen2", "silu"),
-    "qwen3": ("qwen3", "silu"),
-    "gemma": ("gemma", "gelu_pytorch_tanh"),
-    "falcon": ("falcon", "gelu"),
-}
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # --dtype -> GGUF's tensor type
 PRE = {"gpt2": "gpt-2", "llama3": "llama-bpe", "qwen2": "qwen2"}  # a name in PATTERNS -> llama.cpp's name for it
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of tokens
@@ -38,34 +29,30 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds
 def write_gguf(model: nn.Module, tokenizer: Tokenizer, path: Path, dtype: str, name: str | None = None) -> None:
     """Write a model to one GGUF file, which appears whole or not at all.
 
-    dtype  a name in TYPES; vectors stay in fp32, and matrices whose rows no block of 32 divides go to fp16 under q8_0
-    name   what llama.cpp shows of it; None: as the file is called
+    dtype  a name in TYPES; vectors stay in fp32. Under q8_0 a matrix whose rows are no multiple of 32 becomes fp16
+    name   what llama.cpp shows as the model's name; None: the file's
 
-    Raises UserError for a family, an activation or a tokenizer that llama.cpp does not have.
+    Raises ModelError for a family, an activation or a tokenizer that llama.cpp does not have.
     """
     try:
         import gguf
     except ImportError:
         raise MachineError("GGUF needs the gguf package", fix="pip install 'llmkit[gguf]'") from None
-    config = model.config
-    architecture, activation = ARCHITECTURES.get(config.model_type, (None, None))
-    if architecture is None:
-        known = ", ".join(ARCHITECTURES)
+    config, spec = model.config, family_of(model.config).gguf
+    if spec is None:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.gguf)
         raise ModelError("GGUF is not written for this family", got=config.model_type, expected=known)
-    if (chosen := getattr(config, "hidden_act", activation)) != activation:
-        raise ModelError("llama.cpp knows one activation for this family", got=chosen, expected=activation)
-    refuse_unknown(config, architecture)
+    check_supported(config, spec)
     half = temporary_path(path)
-    writer = gguf.GGUFWriter(half, architecture)
+    writer = gguf.GGUFWriter(half, spec.architecture)
     try:
         writer.add_name(name or path.stem)
-        add_config(writer, config, gguf)
+        add_config(writer, config, spec, gguf)
         add_tokenizer(writer, tokenizer, config.vocab_size)
         writer.add_file_type(gguf.LlamaFileType[f"{'MOSTLY_' if dtype != 'fp32' else 'ALL_'}{TYPES[dtype]}"])
-        names = gguf.get_tensor_name_map(
-            next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture), config.num_hidden_layers
-        )
-        for ours, tensor in layouts(model):
+        architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == spec.architecture)
+        names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+        for ours, tensor in tensors_of(model, spec):
             named, kind = names.get_name(ours, (".weight", ".bias")) or ours, gguf.GGMLQuantizationType[TYPES[dtype]]
             if tensor.dim() < 2 or ".ffn_gate_inp" in named:
                 kind = gguf.GGMLQuantizationType.F32  # vectors, and the router
@@ -81,25 +68,27 @@ def write_gguf(model: nn.Module, tokenizer: Tokenizer, path: Path, dtype: str, n
         half.unlink(missing_ok=True)
 
 
-def refuse_unknown(config: Any, architecture: str) -> None:
-    """Raise a UserError for what a Config may have and llama.cpp's graph of its family has not."""
-    scaling = (getattr(config, "rope_scaling", None) or {}).get("rope_type")
-    wrong = {
-        "biases of attention": architecture in ("qwen3", "gemma") and config.attention_bias,
-        "biases": architecture == "falcon" and config.bias,
-        "a head of its own": architecture == "gemma" and not config.tie_word_embeddings,
-        "rope_type llama3": architecture != "llama" and scaling == "llama3",
-    }
-    for what, there in wrong.items():
-        if there:
-            raise ModelError(f"llama.cpp has no {architecture} with {what}", got=config.model_type)
-
-
 # ---- the architecture -----------------------------------------------------------------------------------------------
 
 
-def add_config(writer: Any, config: Any, gguf: Any) -> None:
-    """What llama.cpp builds its graph from."""
+def rope_type(config: Any, spec: Gguf) -> str | None:
+    """Return the name of a config's scaling of rotary positions, None without any."""
+    return (config.rope_scaling or {}).get("rope_type") if spec.rope else None
+
+
+def check_supported(config: Any, spec: Gguf) -> None:
+    """Raise a ModelError for what a config has and llama.cpp's graph of its family lacks."""
+    if spec.activation and config.hidden_act != spec.activation:
+        what = "llama.cpp knows one activation for this family"
+        raise ModelError(what, got=config.hidden_act, expected=spec.activation)
+    scaled = not spec.llama3_rope and rope_type(config, spec) == "llama3"
+    for what, is_there in (spec.unsupported(config) | {"rope_type llama3": scaled}).items():
+        if is_there:
+            raise ModelError(f"llama.cpp has no {spec.architecture} with {what}", got=config.model_type)
+
+
+def add_config(writer: Any, config: Any, spec: Gguf, gguf: Any) -> None:
+    """Write the numbers from which llama.cpp builds its graph."""
     windows = {window for window in config.windows if window is not None}
     longest = config.max_position_embeddings
     if windows and None in config.windows:
@@ -112,49 +101,37 @@ def add_config(writer: Any, config: Any, gguf: Any) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_vocab_size(config.vocab_size)
-    if hasattr(config, "rms_norm_eps"):
+    if spec.rms_norm:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     else:
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    if hasattr(config, "num_local_experts"):
-        writer.add_expert_count(config.num_local_experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-    if not hasattr(config, "rope_theta"):
+    experts, taken = family_of(config).experts(config)
+    if experts > 1:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(taken)
+    if not spec.rope:
         return
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
-    scaling = config.rope_scaling or {}
-    if scaling.get("rope_type") in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling["rope_type"]))
-        writer.add_rope_scaling_factor(scaling["factor"])
-    if scaling.get("rope_type") == "yarn":
-        if scaling.keys() - {"rope_type", "factor", "original_max_position_embeddings"}:
-            raise ModelError("YaRN's further options are not written to GGUF", got=str(scaling))
-        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+    if (kind := rope_type(config, spec)) in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(config.rope_scaling["factor"])
+    if kind == "yarn":
+        if config.rope_scaling.keys() - {"rope_type", "factor", "original_max_position_embeddings"}:
+            raise ModelError("YaRN's further options are not written to GGUF", got=str(config.rope_scaling))
+        writer.add_rope_scaling_orig_ctx_len(config.rope_scaling["original_max_position_embeddings"])
 
 
-def layouts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The weights, by our names, as llama.cpp wants them."""
+def tensors_of(model: nn.Module, spec: Gguf) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights, by our names, in llama.cpp's layout."""
     config = model.config
     for name, tensor in model.state_dict().items():
-        if name.endswith("experts.gate_up_proj"):
-            gate, up = tensor.chunk(2, dim=1)
-            yield name.replace("gate_up_proj", "gate_proj.weight"), gate
-            yield name.replace("gate_up_proj", "up_proj.weight"), up
-        elif name.endswith("experts.down_proj"):
-            yield f"{name}.weight", tensor
-        elif ARCHITECTURES[config.model_type][0] == "llama" and re.search(r"\.[qk]_proj\.", name):
-            heads = tensor.unflatten(0, (-1, 2, config.head_dim // 2))  # there a channel turns with its neighbour
-            yield name, heads.transpose(1, 2).flatten(0, 2)
-        elif config.model_type == "gemma" and name.endswith("norm.weight"):
-            yield name, tensor + 1
-        else:
-            yield name, tensor
-    scaling = getattr(config, "rope_scaling", None) or {}
-    if scaling.get("rope_type") == "llama3":  # the factor of each channel, as a tensor of its own
-        plain, scaled = (rope_frequencies(config.head_dim, config.rope_theta, by)[0] for by in (None, scaling))
+        yield from spec.layout(config, name, tensor).items()
+    if rope_type(config, spec) == "llama3":  # the factor of each channel, as a tensor of its own
+        scalings = (None, config.rope_scaling)
+        plain, scaled = (rope_frequencies(config.head_dim, config.rope_theta, scaling)[0] for scaling in scalings)
         yield "rope_freqs.weight", plain / scaled
 
 
@@ -162,7 +139,7 @@ def layouts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def add_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
-    """The vocabulary, its kinds and merges or scores, control tokens and the chat template."""
+    """Write the vocabulary, token types, merges or scores, special tokens and the chat template."""
     spec = json.loads(tokenizer.rust.to_str())
     kind, pre = kind_of(spec)
     added = tokenizer.rust.get_added_tokens_decoder()
@@ -199,7 +176,7 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
 
 
 def kind_of(spec: dict[str, Any]) -> tuple[str, str]:
-    """llama.cpp's names for what a tokenizer.json describes, and for how it cuts text."""
+    """Return llama.cpp's names for a tokenizer's model and for how it splits text."""
     bpe, pattern = spec["model"]["type"] == "BPE", split_pattern(spec["pre_tokenizer"] or {})
     plain = spec["normalizer"] is None or spec["normalizer"] == {"type": "NFC"}
     if bpe and not spec["model"].get("byte_fallback") and pattern in PATTERNS.values() and plain:
@@ -214,7 +191,7 @@ def kind_of(spec: dict[str, Any]) -> tuple[str, str]:
 
 
 def space_prefix(spec: dict[str, Any]) -> bool | None:
-    """Whether a SentencePiece BPE puts a space before every text; None where it does more with spaces, or less."""
+    """Return whether a SentencePiece BPE puts a space before every text; None if it treats spaces in another way."""
     normalizer, cut = spec["normalizer"] or {}, spec["pre_tokenizer"] or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
     prepends = {"type": "Prepend", "prepend": SPACE}

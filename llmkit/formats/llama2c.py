@@ -1,4 +1,4 @@
-"""Other people's checkpoints made into a Hugging Face folder, which every command takes."""
+"""Import llama2.c checkpoints as a Hugging Face folder, which every command accepts."""
 
 from __future__ import annotations
 
@@ -15,65 +15,66 @@ from llmkit.models.folder import save_model
 from llmkit.tokenizer.foreign import from_llama2c
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
-MAGIC, HEADER = 0x616B3432, 256  # "ak42": what llama2.c's second format begins with, and the bytes before its weights
+MAGIC, HEADER_BYTES = 0x616B3432, 256  # of version 1: "ak42", and the size of its header. Version 0 has no magic number
 
 
 def import_llama2c(path: Path, tokenizer: Path, out: Path) -> None:
-    """A .bin of llama2.c (Karpathy 2023), in its first format or version 1: fp32 weights one after another.
+    """Write a folder from a llama2.c checkpoint (Karpathy 2023) in version 0 or 1, which hold fp32 weights.
 
-    tokenizer  its tokenizer.bin, or any file that `load_tokenizer` takes
+    tokenizer  the checkpoint's tokenizer.bin, or any file that `load_tokenizer` reads
     """
     raw = path.read_bytes()
     try:
-        config, start, first = read_header(raw)
+        config, start, version = read_header(raw)
     except (struct.error, IndexError):
-        raise ModelError("the file is too short for a checkpoint of llama2.c", at=path) from None
+        raise ModelError("the file is too short for a llama2.c checkpoint", at=path) from None
     except ValueError as error:
-        raise ModelError(f"this is no checkpoint of llama2.c: {error}", at=path) from None
-    order = version0(config) if first else version1(config)
-    needed = sum(math.prod(shape) for _, shape in order)
-    if len(raw) - start != 4 * needed:
-        raise ModelError(
-            "the file has another size than its header says",
-            at=path,
-            got=f"{len(raw)} bytes",
-            expected=f"{start + 4 * needed} bytes",
-        )
+        raise ModelError(f"the llama2.c checkpoint can't be read: {error}", at=path) from None
+    layout = weight_layout(config, version)
+    sizes = [math.prod(shape) for _, shape in layout]
+    expected = start + 4 * sum(sizes)
+    if len(raw) != expected:
+        got = f"{len(raw)} bytes"
+        raise ModelError("the file's size contradicts its header", at=path, got=got, expected=f"{expected} bytes")
     if tokenizer.suffix == ".bin":
         rust = from_llama2c(tokenizer, config.vocab_size)
-        words = Tokenizer(rust, rust.token_to_id("</s>"), "<s>")
+        loaded_tokenizer = Tokenizer(rust, rust.token_to_id("</s>"), "<s>")
     else:
-        words = load_tokenizer(tokenizer)
-    if len(words) > config.vocab_size:
-        raise ModelError(
-            "the tokenizer has more tokens than the model", at=tokenizer, got=len(words), expected=config.vocab_size
-        )
+        loaded_tokenizer = load_tokenizer(tokenizer)
+    if (size := len(loaded_tokenizer)) > config.vocab_size:
+        message = "the tokenizer has more tokens than the model"
+        raise ModelError(message, at=tokenizer, got=size, expected=f"at most {config.vocab_size}")
     model = build_model(config, device="meta", seed=None)
     numbers = torch.frombuffer(bytearray(raw[start:]), dtype=torch.float32)
-    found: dict[str, Tensor] = {}
-    for (name, shape), part in zip(order, numbers.split([math.prod(shape) for _, shape in order]), strict=True):
+    state: dict[str, Tensor] = {}
+    for (name, shape), part in zip(layout, numbers.split(sizes), strict=True):
         if "{}" in name:
-            for layer, tensor in enumerate(part.view(shape)):
-                found[name.format(layer)] = tensor
+            state |= {name.format(layer): tensor for layer, tensor in enumerate(part.view(shape))}
         elif name:
-            found[name] = part.view(shape)
-    for name in [name for name in found if name.endswith(("q_proj.weight", "k_proj.weight"))]:
-        found[name] = pairs_apart(found[name], config.head_dim)
-    model.load_state_dict({name: tensor.contiguous() for name, tensor in found.items()}, assign=True)
-    save_model(model, out, eos_token_ids=words.stop_ids, bos_token_id=words.bos_id)
-    words.save(out)
+            state[name] = part.view(shape)
+    for name, tensor in state.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor = deinterleave_rotary(tensor, config.head_dim)
+        state[name] = tensor.contiguous()
+    model.load_state_dict(state, assign=True)
+    save_model(model, out, eos_token_ids=loaded_tokenizer.stop_ids, bos_token_id=loaded_tokenizer.bos_id)
+    loaded_tokenizer.save(out)
 
 
-def read_header(raw: bytes) -> tuple[llama.Config, int, bool]:
-    """The Config, where the weights begin, and whether it is the first format."""
-    first = struct.unpack_from("<I", raw)[0] != MAGIC
-    at = 0 if first else 8
-    if not first and (version := struct.unpack_from("<i", raw, 4)[0]) != 1:
-        raise ValueError(f"version {version} holds quantized weights; only fp32 ones are read")
-    width, inner, layers, heads, kv_heads, vocab, length = struct.unpack_from("<7i", raw, at)
-    tied = vocab > 0 if first else bool(raw[at + 28])
+def read_header(raw: bytes) -> tuple[llama.Config, int, int]:
+    """Return the Config, the byte at which the weights begin, and the version.
+
+    Raise ValueError if the header is invalid, struct.error or IndexError if it is too short.
+    """
+    version, begin = 0, 0
+    if struct.unpack_from("<I", raw)[0] == MAGIC:
+        version, begin = struct.unpack_from("<i", raw, 4)[0], 8
+        if version != 1:
+            raise ValueError(f"version {version} is not supported; versions 0 and 1 hold fp32 weights")
+    width, inner, layers, heads, kv_heads, vocab, length = struct.unpack_from("<7i", raw, begin)
+    tied = bool(raw[begin + 28]) if version else vocab > 0
     if heads < 1 or width % heads:
-        raise ValueError(f"{heads} heads do not divide a width of {width}")
+        raise ValueError(f"{heads} heads do not divide a hidden size of {width}")
     config = llama.Config(
         vocab_size=abs(vocab),
         hidden_size=width,
@@ -86,58 +87,42 @@ def read_header(raw: bytes) -> tuple[llama.Config, int, bool]:
     )
     for key, reason in shape_problems(config):
         raise ValueError(f"{key} {reason}")
-    return config, at + 28 if first else HEADER, first
+    return config, HEADER_BYTES if version else 28, version
 
 
-Order = list[tuple[str, tuple[int, ...]]]  # names and shapes, one after another; {}: of all layers; "": not a weight
+Layout = list[tuple[str, tuple[int, ...]]]  # names and shapes in file order; {} stands for all layers, "" is skipped
 
 
-def block_matrices(config: llama.Config) -> Order:
-    """The four matrices of attention and the three of the MLPs, each of all layers."""
+def weight_layout(config: llama.Config, version: int) -> Layout:
+    """Return the names and shapes of the weights in the order in which a version stores them.
+
+    Version 0 stores the norms among the matrices, and two tables of RoPE angles before the head.
+    """
     layers, width, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     keys = config.num_key_value_heads * config.head_dim
     block = "model.layers.{}."
-    return [
+    embedding = ("model.embed_tokens.weight", (config.vocab_size, width))
+    head = [] if config.tie_word_embeddings else [("lm_head.weight", (config.vocab_size, width))]
+    attention_norm = (f"{block}input_layernorm.weight", (layers, width))
+    mlp_norm = (f"{block}post_attention_layernorm.weight", (layers, width))
+    final_norm = ("model.norm.weight", (width,))
+    attention = [
         (f"{block}self_attn.q_proj.weight", (layers, width, width)),
         (f"{block}self_attn.k_proj.weight", (layers, keys, width)),
         (f"{block}self_attn.v_proj.weight", (layers, keys, width)),
         (f"{block}self_attn.o_proj.weight", (layers, width, width)),
+    ]
+    mlp = [
         (f"{block}mlp.gate_proj.weight", (layers, inner, width)),
         (f"{block}mlp.down_proj.weight", (layers, width, inner)),
         (f"{block}mlp.up_proj.weight", (layers, inner, width)),
     ]
+    if version == 1:
+        return [attention_norm, mlp_norm, final_norm, embedding, *attention, *mlp, *head]
+    angles = ("", (config.max_position_embeddings, config.head_dim // 2))
+    return [embedding, attention_norm, *attention, mlp_norm, *mlp, final_norm, angles, angles, *head]
 
 
-def norms(config: llama.Config) -> Order:
-    layers, width = config.num_hidden_layers, config.hidden_size
-    return [
-        ("model.layers.{}.input_layernorm.weight", (layers, width)),
-        ("model.layers.{}.post_attention_layernorm.weight", (layers, width)),
-        ("model.norm.weight", (width,)),
-    ]
-
-
-def version0(config: llama.Config) -> Order:
-    """The first format: the norms stand among the matrices, and tables of angles before the head."""
-    before, between, last = norms(config)
-    matrices = block_matrices(config)
-    table = ("", (config.max_position_embeddings, config.head_dim // 2))
-    order = [embedding(config), before, *matrices[:4], between, *matrices[4:], last, table, table]
-    return order + head(config)
-
-
-def version1(config: llama.Config) -> Order:
-    return [*norms(config), embedding(config), *block_matrices(config), *head(config)]
-
-
-def embedding(config: llama.Config) -> tuple[str, tuple[int, int]]:
-    return "model.embed_tokens.weight", (config.vocab_size, config.hidden_size)
-
-
-def head(config: llama.Config) -> Order:
-    return [] if config.tie_word_embeddings else [("lm_head.weight", (config.vocab_size, config.hidden_size))]
-
-
-def pairs_apart(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows for channels that turn with their neighbour, in the order for channels half a head apart."""
+def deinterleave_rotary(weight: Tensor, head_dim: int) -> Tensor:
+    """Reorder the rows of each head from RoPE pairs of adjacent channels to pairs half a head apart."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)

@@ -1,1 +1,1 @@
-"""Text from a model: generation, a writer for commands, and an OpenAI-compatible server."""
+"""Generate text: sampling and decoding, a writer for the commands, and an OpenAI-compatible server."""

@@ -1,4 +1,4 @@
-"""OpenAI's protocol: what its clients may ask for, and the shapes in which they expect answers and errors."""
+"""Define OpenAI's protocol: the requests that are accepted, and the format of answers and errors."""
 
 from __future__ import annotations
 
@@ -15,78 +15,79 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from llmkit.errors import UserError
+from llmkit.inference.sampling import Sampling
 from llmkit.inference.writer import GeneratedText
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for."""
+    """Hold the limits for requests."""
 
-    body_bytes: int = 1_000_000
-    new_tokens: int = 2048
-    at_once: int = 8  # requests; more are told to come back
-    choices: int = 8  # prompts times `n` of one request
+    body_bytes: int
+    new_tokens: int
+    concurrent_requests: int  # further ones get status 429
+    choices: int = 8  # number of prompts times `n`, in one request
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------
 
 
-def only_zero(penalty: float) -> float:
-    """OpenAI's two penalties are not built; clients send their default."""
+def check_zero(penalty: float) -> float:
+    """Return the penalty if it is 0, which clients send by default. OpenAI's two penalties are not implemented."""
     if penalty:
-        raise PydanticCustomError("unbuilt", "only 0 is supported; there is repetition_penalty instead")
+        raise PydanticCustomError("unsupported", "only 0 is supported, use repetition_penalty instead")
     return penalty
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-Zero = Annotated[float, AfterValidator(only_zero)]
+Zero = Annotated[float, AfterValidator(check_zero)]
 
 
-class SamplingRequest(BaseModel):
-    """What both kinds of requests share: OpenAI's fields, and vLLM's for the rest of the sampling.
-
-    A field that is not here is refused, for to ignore it would answer another question.
-    """
+class StrictModel(BaseModel):
+    """Refuse unknown fields, because ignoring one would change the meaning of the request."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    model: str | None = None  # this one, whatever it is called here
+
+
+class SamplingRequest(StrictModel):
+    """Hold the fields that both kinds of requests share: OpenAI's, and vLLM's for further sampling options."""
+
+    model: str | None = None  # None: the model of this server
     n: Annotated[int, Field(ge=1)] = 1
     stream: bool = False
     stream_options: dict[Literal["include_usage"], bool] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     seed: int | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = 0  # 0 and -1: all
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0  # the protocol's default
+    top_p: Annotated[float, Field(gt=0, le=1)] = Sampling.top_p
+    top_k: Annotated[int, Field(ge=-1)] = 0  # the protocol's default; 0 and -1: all
+    min_p: Annotated[float, Field(ge=0, le=1)] = Sampling.min_p
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = Sampling.repetition_penalty
     presence_penalty: Zero = 0
     frequency_penalty: Zero = 0
-    user: str | None = None  # who asks: nothing depends on it
+    user: str | None = None  # accepted, not used
 
 
 class CompletionRequest(SamplingRequest):
-    """POST /v1/completions."""
+    """Hold a request to POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: Annotated[int, Field(ge=1)] = 16
     echo: bool = False
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class TextPart(StrictModel):
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class Message(StrictModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart]
 
 
 class ChatCompletionRequest(SamplingRequest):
-    """POST /v1/chat/completions."""
+    """Hold a request to POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -95,7 +96,7 @@ class ChatCompletionRequest(SamplingRequest):
 
 
 class RequestError(Exception):
-    """A request that is answered with an error, in OpenAI's shape."""
+    """An error that answers a request, in OpenAI's format."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -109,7 +110,7 @@ class RequestError(Exception):
 
 
 async def read_request(request: Request, kind: type[SamplingRequest], limits: Limits) -> SamplingRequest:
-    """The body as a request of this kind; what is too long is never read to its end."""
+    """Read and check a request's body. Raise RequestError if it is invalid, or as soon as it is too large."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise RequestError(415, "the body must be application/json")
     body = b""
@@ -122,8 +123,8 @@ async def read_request(request: Request, kind: type[SamplingRequest], limits: Li
     except ValidationError as error:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"]) or None
-        what = "is not supported" if first["type"] == "extra_forbidden" else first["msg"]
-        raise RequestError(400, f"{param or 'the body'}: {what}", param=param) from None
+        problem = "is not supported" if first["type"] == "extra_forbidden" else first["msg"]
+        raise RequestError(400, f"{param or 'the body'}: {problem}", param=param) from None
 
 
 def is_token_ids(prompt: Any) -> bool:
@@ -134,7 +135,7 @@ def is_token_ids(prompt: Any) -> bool:
 
 
 class ResponseFormatter:
-    """What OpenAI's clients expect around the text."""
+    """Put texts into OpenAI's format for answers."""
 
     def __init__(self, model: str, chat: bool, prompt_tokens: int):
         self.chat, self.prompt_tokens = chat, prompt_tokens
@@ -145,42 +146,47 @@ class ResponseFormatter:
         }
 
     def whole(self, answers: list[str], texts: list[GeneratedText]) -> dict[str, Any]:
-        """The answer in one piece."""
-        said = [{"message": {"role": "assistant", "content": a}} if self.chat else {"text": a} for a in answers]
+        """Return the response body for answers that are complete."""
+        contents = [{"message": {"role": "assistant", "content": a}} if self.chat else {"text": a} for a in answers]
         choices = [
-            {"index": i, **one, "logprobs": None, "finish_reason": text.ended}
-            for i, (one, text) in enumerate(zip(said, texts, strict=True))
+            {"index": i, **content, "logprobs": None, "finish_reason": text.ended}
+            for i, (content, text) in enumerate(zip(contents, texts, strict=True))
         ]
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self.shared, "object": kind, "choices": choices, "usage": self.usage(texts)}
 
-    def chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return event(json.dumps({**self.shared, "object": kind, "choices": choices, **more}))
-
     async def events(
         self, pieces: AsyncIterator[tuple[int, str]], texts: list[GeneratedText], with_usage: bool
     ) -> AsyncIterator[bytes]:
-        """The answer as it is written, as server-sent events."""
-        open_one: int | None = None  # the answer that is being written
+        """Yield the answers as server-sent events while they are written."""
+        current: int | None = None  # index of the answer that is being written
         try:
-            async for number, piece in pieces:
-                if self.chat and number != open_one:
-                    yield self.chunk([self.part(number, {"role": "assistant", "content": ""})])
-                if open_one is not None and number != open_one:
-                    yield self.chunk([self.part(open_one, {}, texts[open_one].ended)])
-                open_one = number
+            async for index, piece in pieces:
+                if self.chat and index != current:
+                    yield self.chunk(index, {"role": "assistant", "content": ""})
+                if current is not None and index != current:
+                    yield self.chunk(current, {}, texts[current].ended)
+                current = index
                 if piece:
-                    yield self.chunk([self.part(number, {"content": piece} if self.chat else {"text": piece})])
-            if open_one is not None:
-                yield self.chunk([self.part(open_one, {}, texts[open_one].ended)])
+                    yield self.chunk(index, {"content": piece} if self.chat else {"text": piece})
+            if current is not None:
+                yield self.chunk(current, {}, texts[current].ended)
             if with_usage:
-                yield self.chunk([], usage=self.usage(texts))
+                yield self.chunk_event([], usage=self.usage(texts))
             yield event("[DONE]")
-        except UserError as error:  # in mid-answer: the status is sent already
+        except UserError as error:  # the status was sent before the answer began
             yield event(json.dumps({"error": {"message": str(error.what), "type": "server_error"}}))
         finally:
             await pieces.aclose()
+
+    def chunk(self, index: int, content: dict[str, str], ended: str | None = None) -> bytes:
+        """Return the event for a part of one answer."""
+        content = {"delta": content} if self.chat else {"text": content.get("text", "")}
+        return self.chunk_event([{"index": index, **content, "logprobs": None, "finish_reason": ended}])
+
+    def chunk_event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return event(json.dumps({**self.shared, "object": kind, "choices": choices, **more}))
 
     def usage(self, texts: list[GeneratedText]) -> dict[str, int]:
         written = sum(len(text.tokens) for text in texts)
@@ -190,10 +196,7 @@ class ResponseFormatter:
             "total_tokens": self.prompt_tokens + written,
         }
 
-    def part(self, number: int, said: dict[str, str], ended: str | None = None) -> dict[str, Any]:
-        said = {"delta": said} if self.chat else {"text": said.get("text", "")}
-        return {"index": number, **said, "logprobs": None, "finish_reason": ended}
-
 
 def event(data: str) -> bytes:
+    """Return a server-sent event."""
     return f"data: {data}\n\n".encode()

@@ -1,15 +1,16 @@
-"""A model and its tokenizer made ready to write: what `generate`, `chat` and `serve` share."""
+"""Load a model with its tokenizer and write text with it, for `generate`, `chat` and `serve`."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from llmkit.errors import DataError, MachineError, ModelError, UserError
-from llmkit.inference.generate import Sampling, compile_decoding, generate, text_pieces, tokens_left
+from llmkit.inference.generate import compile_decoding, count_new_tokens, decode_until_stop, generate
+from llmkit.inference.sampling import Sampling
 from llmkit.parallel.compile import compile_obstacle
 from llmkit.parallel.device import DTYPES, choose_precision
 from llmkit.parallel.world import start_world
@@ -17,14 +18,14 @@ from llmkit.storage.locate import load_located, locate
 from llmkit.tokenizer.chat_template import encode_chat
 from llmkit.tokenizer.tokenizer import Tokenizer
 
-# Compiling took 8 s on two cores (3 s when the compiler's cache knows the shapes), and then a token of a model of B
-# bytes takes B / 24e9 s instead of B / 13e9 and 6 ms: what both figures were for 110M parameters in bf16.
+# Measured with 110M parameters in bf16 on two cores: compiling takes 8 s (3 s with a warm compiler cache). It then
+# saves 6 ms a token, and weights are read at 24e9 bytes/s instead of 13e9.
 COMPILE_SECONDS, SECONDS_PER_BYTE, SECONDS_PER_TOKEN = 8.0, 1 / 13e9 - 1 / 24e9, 6e-3
 
 
 @dataclass
 class GeneratedText:
-    """What a model writes, in pieces, as it is written; how it ended is known once all of it was read."""
+    """Hold a text that is being written. `tokens` and `ended` are final once all pieces were read."""
 
     pieces: Iterator[str] | None = None
     tokens: list[int] = field(default_factory=list)  # drawn so far
@@ -36,44 +37,45 @@ class GeneratedText:
 
 @dataclass
 class Writer:
-    """A model ready to write."""
+    """Hold a model that is ready to write, and its tokenizer."""
 
     model: nn.Module
     tokenizer: Tokenizer
     compiled: bool
 
     @property
-    def longest(self) -> int:
-        """Tokens of a prompt and what follows it, or of either with an encoder."""
+    def max_length(self) -> int:
+        """Return the most tokens that a prompt and its continuation may have, or each of them with an encoder."""
         return self.model.config.max_position_embeddings
 
     @property
-    def continues(self) -> bool:
-        """Whether the model goes on with a prompt, as decoders do; an encoder's decoder answers it."""
+    def is_causal(self) -> bool:
+        """Return True if the model continues its prompt, False if an encoder reads the prompt."""
         return self.model.config.kind == "causal"
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text to go on with, or to answer."""
-        return self.tokenizer.encode_prompt(text) if self.continues else self.tokenizer.encode_source(text)
+        """Return the token ids of a prompt."""
+        return self.tokenizer.encode_prompt(text) if self.is_causal else self.tokenizer.encode_source(text)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Ids of a conversation through the chat template, ready for the assistant's answer."""
+        """Return the token ids of a conversation in the chat template, up to the start of the assistant's answer."""
         try:
             ids = encode_chat(self.tokenizer, messages)
         except ValueError as error:
             raise DataError(f"the chat template can't express this conversation: {error}") from None
-        return ids + ([] if self.continues else [self.tokenizer.eos_id])
+        return ids + ([] if self.is_causal else [self.tokenizer.eos_id])
 
-    def encode_recent(self, messages: list[dict[str, str]], room: int) -> tuple[list[int], int]:
-        """`encode_chat` of as much as leaves `room` tokens for an answer, or half of all; and how many are left out.
+    def encode_recent(self, messages: list[dict[str, str]], reserve: int) -> tuple[list[int], int]:
+        """Encode as many messages as leave room for an answer; return their ids and the number of messages left out.
 
-        The system's message and the last one stay; the oldest others go, a question with its answer.
+        The answer gets `reserve` tokens, but at most half of the model's positions. The oldest messages are left out in
+        pairs of question and answer. The system message and the last message always stay.
         """
-        room = min(room, self.longest // 2)
+        reserve = min(reserve, self.max_length // 2)
         begin = 1 if messages[0]["role"] == "system" else 0
         for dropped in range(0, len(messages) - begin, 2):
             ids = self.encode_chat([*messages[:begin], *messages[begin + dropped :]])
-            if len(ids) + room <= self.longest:
+            if len(ids) + reserve <= self.max_length:
                 break
         return ids, dropped
 
@@ -87,49 +89,52 @@ class Writer:
         seed: int = 0,
         chat: bool = False,
     ) -> list[GeneratedText]:
-        """What follows each prompt (ids), up to the end token, a stop string, or the length.
+        """Return a lazy text for each prompt (token ids), which ends at an end token, a stop string, or the length.
 
-        All are written side by side, while any of them is read; where no one reads on, none is written further.
+        Reading any text advances all of them in one batch. The model stops when no text is read any more.
         """
         if not all(stop):
             raise UserError("a stop string is empty", fix="leave it out")
-        ends = frozenset([*self.tokenizer.stop_ids, *([self.tokenizer.end_of_turn_id] if chat else [])])
+        stop_ids = frozenset([*self.tokenizer.stop_ids, *([self.tokenizer.end_of_turn_id] if chat else [])])
         steps = generate(
             self.model,
             prompts,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            stop=ends,
+            stop=stop_ids,
             seed=seed,
             compiled=self.compiled,
         )
-        drawn = [row_of(number, some) for number, some in enumerate(itertools.tee(steps, len(prompts)))]
+        limits = count_new_tokens(self.model, prompts, max_new_tokens)
         texts = [GeneratedText() for _ in prompts]
-        rooms = tokens_left(self.model, prompts, max_new_tokens)
-        for text, prompt, tokens, room in zip(texts, prompts, drawn, rooms, strict=True):
-            text.pieces = self.pieces(text, prompt if self.continues else [], tokens, room, stop)
+        for row, own_steps in enumerate(itertools.tee(steps, len(prompts))):
+            prompt = prompts[row] if self.is_causal else []
+            texts[row].pieces = self._write_row(texts[row], row, own_steps, prompt, limits[row], stop)
         return texts
 
-    def pieces(
-        self, text: GeneratedText, prompt: list[int], tokens: Iterator[int], room: int, stop: Sequence[str]
+    def _write_row(
+        self,
+        text: GeneratedText,
+        row: int,
+        steps: Iterator[list[int | None]],
+        prompt: list[int],
+        limit: int,
+        stop: Sequence[str],
     ) -> Iterator[str]:
-        """The printable pieces of a text, which notes its tokens and how it ended."""
-        cut = True
+        """Yield the pieces of one row's text, and record its tokens and how it ended."""
+        is_cut = True
 
-        def noted() -> Iterator[int]:
-            nonlocal cut
-            for token in tokens:
-                text.tokens.append(token)
-                yield token
-            cut = False
+        def record() -> Iterator[int]:
+            nonlocal is_cut
+            for step in steps:
+                if step[row] is None:
+                    break
+                text.tokens.append(step[row])
+                yield step[row]
+            is_cut = False
 
-        yield from text_pieces(self.tokenizer, prompt, noted(), stop)
-        text.ended = "stop" if cut or len(text.tokens) < room else "length"
-
-
-def row_of(number: int, steps: Iterable[list[int | None]]) -> Iterator[int]:
-    """The tokens of one row, up to its end."""
-    return itertools.takewhile(lambda token: token is not None, (step[number] for step in steps))
+        yield from decode_until_stop(self.tokenizer, prompt, record(), stop)
+        text.ended = "stop" if is_cut or len(text.tokens) < limit else "length"
 
 
 def open_writer(
@@ -137,13 +142,13 @@ def open_writer(
     *,
     precision: str = "auto",
     compile: bool | None = None,
-    tokens: int = 2000,
+    expected_tokens: int = 2000,
     say: Callable[[str], None] = print,
 ) -> Writer:
     """Load a MODEL to write with, an adapter merged into its base.
 
     precision  of the weights
-    compile    the decoding; None: when it pays for so many `tokens`
+    compile    the decoding; None compiles if that saves time over the expected number of tokens
     """
     device = start_world().device
     precision = choose_precision(precision, device)
@@ -152,10 +157,10 @@ def open_writer(
         raise ModelError(f"{loaded.config.model_type} reads in both directions, and writes no text", at=model)
     reason = compile_obstacle(loaded, device, precision)
     if compile and reason:
-        raise MachineError(f"--compile can't be done: {reason}")
+        raise MachineError(f"--compile is not possible here: {reason}")
     if compile is None:
         size = sum(p.numel() * p.element_size() for p in loaded.parameters())
-        gain = tokens * (size * SECONDS_PER_BYTE + SECONDS_PER_TOKEN)
+        gain = expected_tokens * (size * SECONDS_PER_BYTE + SECONDS_PER_TOKEN)
         compile = reason is None and device.type == "cpu" and precision == "bf16" and gain > COMPILE_SECONDS
     if compile:
         say("compiling: the first token takes some seconds")

@@ -14,19 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.models.attention import attend, attention_mask
-from llmkit.models.layers import ACTIVATIONS, table_rows
+from llmkit.models.family import Family
+from llmkit.models.layers import ACTIVATIONS, TokenEmbedding
 from llmkit.models.loss import ChunkLoss, Logits, linear_cross_entropy
-
-RESIDUAL = ()  # a norm follows every sum, so that nothing grows with depth
 
 
 @dataclass(kw_only=True)
 class Config:
     model_type: ClassVar[str] = "bert"
-    architecture: ClassVar[str] = "BertForMaskedLM"
     kind: ClassVar[str] = "masked"
-    gated: ClassVar[bool] = False
-    tie_word_embeddings: ClassVar[bool] = True
 
     vocab_size: int | None = None  # None: the tokenizer's
     hidden_size: int = 768
@@ -47,6 +43,14 @@ class Config:
             self.intermediate_size = 4 * self.hidden_size
 
     @property
+    def tie_word_embeddings(self) -> bool:
+        return True
+
+    @property
+    def windows(self) -> list[None]:
+        return [None] * self.num_hidden_layers
+
+    @property
     def num_key_value_heads(self) -> int:
         return self.num_attention_heads
 
@@ -59,7 +63,7 @@ class Embeddings(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.dropout = config.hidden_dropout_prob
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -136,7 +140,7 @@ class Model(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.chunk_loss, self.to_logits = ChunkLoss(), Logits()
+        self.chunk_loss, self.to_logits, self.lm_head = ChunkLoss(), Logits(), None
         blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.bert = nn.ModuleDict({"embeddings": Embeddings(config), "encoder": nn.ModuleDict({"layer": blocks})})
         self.cls = nn.ModuleDict({"predictions": Predictions(config)})
@@ -183,45 +187,44 @@ class Model(nn.Module):
         """
         hidden = self.encode(input_ids, positions=positions, segments=segments, token_type_ids=token_type_ids)
         head = self.cls["predictions"]
-        hidden, weight = head.transform(hidden), table_rows(self.wte)
+        hidden, weight = head.transform(hidden), self.wte.rows()
         if labels is None:
             return self.to_logits(hidden, weight, head.bias)
         return linear_cross_entropy(hidden, weight, labels, reduction, chunk_loss=self.chunk_loss, bias=head.bias)
 
 
-# ---- Hugging Face's folder ------------------------------------------------------------------------------------------
+# ---- the family -----------------------------------------------------------------------------------------------------
 
-FIXED = {  # fields that change the mathematics, and the only value that is built here
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-}
-DEFAULTS = {
-    "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1,
-    "vocab_size": 30522,
-    "intermediate_size": 3072,
-}
-UNUSED = re.compile(
-    r"bert\.pooler\..*|cls\.seq_relationship\..*|cls\.predictions\.decoder\..*|bert\.embeddings\.position_ids"
-)
-FRESH = re.compile(r"cls\..*")  # what files of a bare encoder lack: it begins anew
 OLD_NAMES = ((".gamma", ".weight"), (".beta", ".bias"))  # of the norms in Google's own files
 
 
-def from_hf(hf: dict) -> dict:
-    """Our options from a config.json: they have the same names."""
-    return dict(hf)
-
-
-def to_hf(options: dict) -> dict:
-    """A config.json for transformers."""
-    return options
-
-
 def from_disk_name(name: str) -> str:
-    """A bare encoder's files lack the prefix."""
+    """Return a weight's name here: old files name norms differently, a bare encoder's files lack the prefix."""
     for old, new in OLD_NAMES:
         name = name.removesuffix(old) + new if name.endswith(old) else name
     return name if name.startswith(("bert.", "cls.")) else f"bert.{name}"
+
+
+FAMILY = Family(  # no residual matrix is scaled: a norm follows every sum, so nothing grows with depth
+    config=Config,
+    build=Model,
+    architecture="BertForMaskedLM",
+    fixed_values={
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+    },
+    hf_defaults={
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+        "vocab_size": 30522,
+        "intermediate_size": 3072,
+    },
+    ignored_weights=re.compile(
+        r"bert\.pooler\..*|cls\.seq_relationship\..*|cls\.predictions\.decoder\..*|bert\.embeddings\.position_ids"
+    ),
+    may_be_missing=re.compile(r"cls\..*"),  # files of a bare encoder have no head
+    from_disk_name=from_disk_name,
+    token_biases=lambda model: [(model.cls["predictions"], "bias")],
+)

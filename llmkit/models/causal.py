@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.models.attention import KVCache, LayerCache, Masks, attention_mask
-from llmkit.models.layers import table_rows, token_tables
+from llmkit.models.layers import Head, token_tables
 from llmkit.models.loss import ChunkLoss, Logits, linear_cross_entropy
 
 
@@ -34,9 +34,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.chunk_loss, self.to_logits = ChunkLoss(), Logits()
-        self.lm_head = None
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_word_embeddings else Head(config.hidden_size, config.vocab_size)
 
     def forward(
         self,
@@ -55,7 +53,7 @@ class CausalLM(nn.Module):
         positions, segments  (B, T), for packed rows
         cache                continue after the tokens it holds
         logits_to_keep       logits of only so many of the last tokens; 0: of all
-        with_balance         return beside it how evenly the experts were used: see `mixtral.balance_loss`
+        with_balance         return beside it how evenly the experts were used: see `Family.aux_loss`
         """
         length = input_ids.shape[1]
         if cache is not None:
@@ -75,7 +73,7 @@ class CausalLM(nn.Module):
         if cache is not None:
             cache.length += length
         hidden = self.norm(x[:, -logits_to_keep:])
-        weight = table_rows(token_tables(self)[-1])
+        weight = token_tables(self)[-1].rows()
         if labels is None:
             result = self.to_logits(hidden, weight)
         else:

@@ -11,21 +11,14 @@ from torch import Tensor, nn
 from llmkit.models import llama
 from llmkit.models.attention import attend
 from llmkit.models.causal import CausalLM, Context
-from llmkit.models.layers import rope_table, rotate
-from llmkit.models.llama import UNUSED
-
-__all__ = ["DEFAULTS", "FIXED", "RESIDUAL", "UNUSED", "Config", "Model", "from_hf", "to_hf"]
-
-RESIDUAL = ("dense", "dense_4h_to_h")
+from llmkit.models.family import Family, Gguf
+from llmkit.models.layers import TokenEmbedding, rope_problems, rope_table, rotate
 
 
 @dataclass(kw_only=True)
 class Config:
     model_type: ClassVar[str] = "falcon"
-    architecture: ClassVar[str] = "FalconForCausalLM"
     kind: ClassVar[str] = "causal"
-    gated: ClassVar[bool] = False
-    num_key_value_heads: ClassVar[int] = 1
 
     vocab_size: int | None = None  # None: the tokenizer's
     hidden_size: int = 768
@@ -46,6 +39,10 @@ class Config:
     def __post_init__(self):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return 1
 
     @property
     def head_dim(self) -> int:
@@ -99,7 +96,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.h = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
@@ -126,22 +123,11 @@ class Model(CausalLM):
         return self.wte(input_ids), rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
 
 
-# ---- Hugging Face's config.json -------------------------------------------------------------------------------------
-
-FIXED = {  # fields that change the mathematics, and the only value that is built here
-    "activation": "gelu",
-    "alibi": False,
-    "multi_query": True,
-    "parallel_attn": True,
-    "new_decoder_architecture": False,
-    "num_ln_in_parallel_attn": None,
-    "apply_residual_connection_post_layernorm": False,
-}
-DEFAULTS = {"hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71}
+# ---- the family -----------------------------------------------------------------------------------------------------
 
 
 def from_hf(hf: dict) -> dict:
-    """Our options from a config.json; with one key head, its number of key heads is not read."""
+    """Return our options from a config.json; its number of key heads means nothing where there is one."""
     options = llama.from_hf(hf)
     for theirs, ours in (("ffn_hidden_size", "intermediate_size"), ("n_embed", "hidden_size")):
         if theirs in options:
@@ -151,6 +137,32 @@ def from_hf(hf: dict) -> dict:
 
 
 def to_hf(options: dict) -> dict:
-    """A config.json for transformers."""
+    """Return a config.json for transformers."""
     options = llama.to_hf(options)
     return options | {"ffn_hidden_size": options.pop("intermediate_size"), "num_kv_heads": 1}
+
+
+FALCON = llama.LLAMA | {
+    "problems": rope_problems,
+    "residual": ("dense", "dense_4h_to_h"),
+    "from_hf": from_hf,
+    "to_hf": to_hf,
+    "hf_defaults": {"hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71},
+    "gated": lambda config: False,
+    "gguf": Gguf("falcon", rms_norm=False, unsupported=lambda config: {"biases": config.bias}),
+}
+FAMILY = Family(
+    **FALCON,
+    config=Config,
+    build=Model,
+    architecture="FalconForCausalLM",
+    fixed_values={
+        "activation": "gelu",
+        "alibi": False,
+        "multi_query": True,
+        "parallel_attn": True,
+        "new_decoder_architecture": False,
+        "num_ln_in_parallel_attn": None,
+        "apply_residual_connection_post_layernorm": False,
+    },
+)

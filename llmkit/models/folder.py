@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json and safetensors, read with distrust and written so that transformers opens them."""
+"""Hugging Face folders: check and read config.json and safetensors, and write them as transformers expects."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from llmkit.errors import ModelError, did_you_mean, raise_all
 from llmkit.models import FAMILIES, build_model, family_of, shape_problems
+from llmkit.models.family import Config
 
 MAX_CONFIG_BYTES = 2**20
 # Fields of a config.json that change nothing in a forward pass: names, training habits, generation and output flags.
@@ -32,8 +32,8 @@ HARMLESS = re.compile(
 MAX_SHARD_BYTES = 5 * 10**9  # of a weight file, as transformers cuts them
 
 
-def read_config(folder: Path):
-    """The Config of a model's folder; fields that would change the mathematics are refused, never ignored."""
+def read_config(folder: Path) -> Config:
+    """Return the Config of a model's folder; refuse a field that would change the mathematics."""
     path = folder / "config.json"
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -55,19 +55,19 @@ def read_config(folder: Path):
             fix=did_you_mean(str(name), FAMILIES),
         )
     family = FAMILIES[name]
-    options = family.DEFAULTS | family.from_hf(hf)
-    known = {field.name for field in fields(family.Config)}
+    options = family.hf_defaults | family.from_hf(hf)
+    known = {field.name for field in fields(family.config)}
     errors = [
         ModelError(f"{name} with this {key} is not supported", at=path, got=value, expected=expected)
         for key, value in options.items()
-        if (key in family.FIXED or (key not in known and not HARMLESS.fullmatch(key)))
-        and (expected := family.FIXED.get(key, "no such field")) != value
+        if (key in family.fixed_values or (key not in known and not HARMLESS.fullmatch(key)))
+        and (expected := family.fixed_values.get(key, "no such field")) != value
         and (value or expected)
     ]
     raise_all(errors)
     try:
         wanted = json.dumps({key: value for key, value in options.items() if key in known})
-        config = TypeAdapter(family.Config).validate_json(wanted, strict=True)
+        config = TypeAdapter(family.config).validate_json(wanted, strict=True)
         problems = shape_problems(config)
     except ValidationError as error:
         found = [(".".join(map(str, one["loc"])), one["msg"], one["input"]) for one in error.errors()]
@@ -81,7 +81,7 @@ def read_config(folder: Path):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder; an index may only name files that lie in it."""
+    """Return the safetensors files of a folder; an index may only name files that lie in it."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]
@@ -96,7 +96,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def open_weights(path: Path):
-    """A safetensors file, opened without reading the tensors."""
+    """Open a safetensors file without reading the tensors."""
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
@@ -105,40 +105,35 @@ def open_weights(path: Path):
         raise ModelError(f"the weights can't be read: {error}", at=path) from None
 
 
-def disk_views(config, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Views of a parameter by their names in the files: most are there as they are, some transposed or in parts."""
-    family = family_of(config)
-    return family.on_disk(name, tensor) if hasattr(family, "on_disk") else {name: tensor}
-
-
-def weight_names(config, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Of the names in a file those that the model reads: (as it stands there, as `disk_views` says it)."""
+def weight_names(config: Config, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield the names in a file that the model reads: (as the file has it, as `Family.disk_views` gives it)."""
     family = family_of(config)
     for disk_name in names:
-        name = family.from_disk_name(disk_name) if hasattr(family, "from_disk_name") else disk_name
+        name = family.from_disk_name(disk_name)
         tied = config.tie_word_embeddings and name == "lm_head.weight"
-        if not tied and not family.UNUSED.fullmatch(name):
+        if not tied and not family.ignored_weights.fullmatch(name):
             yield disk_name, name
 
 
 def load_model(folder: Path, *, device="cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model with the weights of a Hugging Face folder. Names and shapes are checked before memory is taken."""
+    """Load a model from a Hugging Face folder. Names and shapes are checked before memory is taken."""
     config = read_config(folder)
+    family = family_of(config)
     model = build_model(config, device="meta", seed=None)
     files = weight_files(folder)
     missing = check_weights(model, folder, files)
     found = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
-    if anew := [name for name in missing if is_fresh(family_of(config), name)]:
-        print(f"warning: {len(anew)} weights are not in {folder} and begin anew: {', '.join(anew)}", file=sys.stderr)
-        fresh = build_model(config, seed=0).state_dict()
-        for name in anew:
-            found[name].copy_(fresh[name])
-    views = {disk: view for name, tensor in found.items() for disk, view in disk_views(config, name, tensor).items()}
+    if fresh := [name for name in missing if family.may_be_missing.fullmatch(name)]:
+        print(f"warning: {len(fresh)} weights are not in {folder}; initialised: {', '.join(fresh)}", file=sys.stderr)
+        initial = build_model(config, seed=0).state_dict()
+        for name in fresh:
+            found[name].copy_(initial[name])
+    views = {disk: view for name, tensor in found.items() for disk, view in family.disk_views(name, tensor).items()}
     for path in files:
         with open_weights(path) as file:
             for disk_name, name in weight_names(config, file.keys()):
                 views[name].copy_(file.get_tensor(disk_name))
-    for name, other in getattr(family_of(config), "COPIES", {}).items():
+    for name, other in family.missing_copies.items():
         if name in missing:
             found[name].copy_(found[other])
     model.load_state_dict(found, assign=True)
@@ -146,14 +141,15 @@ def load_model(folder: Path, *, device="cpu", dtype: torch.dtype = torch.float32
 
 
 def check_weights(model: nn.Module, folder: Path, files: list[Path]) -> list[str]:
-    """Raise a UserError for every weight that is missing, has no place, or another shape than the model's.
+    """Check names and shapes of the weights in files against a model's; raise a ModelError that lists what is wrong.
 
-    Returns the names of those that are missing and may begin anew.
+    Returns the names that are missing and may be.
     """
-    places = {
+    family = family_of(model.config)
+    shapes = {
         disk: tuple(view.shape)
         for name, p in model.named_parameters()
-        for disk, view in disk_views(model.config, name, p).items()
+        for disk, view in family.disk_views(name, p).items()
     }
     errors, seen = [], set()
     for path in files:
@@ -161,30 +157,23 @@ def check_weights(model: nn.Module, folder: Path, files: list[Path]) -> list[str
             for disk_name, name in weight_names(model.config, file.keys()):
                 seen.add(name)
                 shape = tuple(file.get_slice(disk_name).get_shape())
-                if name not in places:
+                if name not in shapes:
                     errors.append(ModelError(f"the model has no place for {disk_name}", at=path))
-                elif shape != places[name]:
-                    errors.append(
-                        ModelError(f"{disk_name} has the wrong shape", at=path, got=shape, expected=places[name])
-                    )
-    missing = [name for name in places if name not in seen]
-    family = family_of(model.config)
-    may_lack = [name for name in missing if name in getattr(family, "COPIES", {}) or is_fresh(family, name)]
-    if missing != may_lack and not errors:
+                elif shape != shapes[name]:
+                    what = f"{disk_name} has the wrong shape"
+                    errors.append(ModelError(what, at=path, got=shape, expected=shapes[name]))
+    missing = [name for name in shapes if name not in seen]
+    allowed = [name for name in missing if name in family.missing_copies or family.may_be_missing.fullmatch(name)]
+    if missing != allowed and not errors:
         errors.append(ModelError(f"{len(missing)} weights are missing, {missing[0]} among them", at=folder))
     raise_all(errors[:10])
     return missing
 
 
-def is_fresh(family: ModuleType, name: str) -> bool:
-    """Whether a weight may begin anew where the files lack it."""
-    return hasattr(family, "FRESH") and bool(family.FRESH.fullmatch(name))
-
-
 def disk_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A model's weights under the names and in the layout of its Hugging Face family."""
+    """Yield a model's weights under the names and in the layout of its family's files."""
     for name, tensor in model.state_dict().items():
-        for disk_name, view in disk_views(model.config, name, tensor.detach()).items():
+        for disk_name, view in family_of(model.config).disk_views(name, tensor.detach()).items():
             yield disk_name, view.contiguous().cpu()
 
 
@@ -196,7 +185,7 @@ def save_model(
     bos_token_id: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write config.json and model.safetensors, and generation_config.json where several tokens end an answer.
+    """Write config.json and model.safetensors, and generation_config.json if several tokens end an answer.
 
     dtype  of the weights; None: the parameters' own
     """
@@ -220,7 +209,8 @@ def save_model(
         size += tensor.nbytes
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        path = folder / ("model.safetensors" if len(shards) == 1 else shard_name(number, len(shards)))
+        name = f"model-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else "model"
+        path = folder / f"{name}.safetensors"
         save_file(shard, path, metadata={"format": "pt"})
         shutil.copymode(folder / "config.json", path)  # safetensors lets only the owner read
         index |= dict.fromkeys(shard, path.name)
@@ -230,14 +220,9 @@ def save_model(
         (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
 
 
-def shard_name(number: int, of: int) -> str:
-    return f"model-{number:05d}-of-{of:05d}.safetensors"
-
-
-def hf_config(config) -> dict:
-    """A Config as config.json says it."""
+def hf_config(config: Config) -> dict:
+    """Return a Config as config.json has it."""
     family = family_of(config)
     options = {key: value for key, value in asdict(config).items() if key != "init"}
-    return (
-        family.to_hf(options) | family.FIXED | {"model_type": config.model_type, "architectures": [config.architecture]}
-    )
+    names = {"model_type": config.model_type, "architectures": [family.architecture]}
+    return family.to_hf(options) | family.fixed_values | names

@@ -14,17 +14,14 @@ from torch import Tensor, nn
 
 from llmkit.models.attention import attend
 from llmkit.models.causal import CausalLM, Context
-
-RESIDUAL = ("c_proj",)
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+from llmkit.models.family import Family, Gguf
+from llmkit.models.layers import TokenEmbedding
 
 
 @dataclass(kw_only=True)
 class Config:
     model_type: ClassVar[str] = "gpt2"
-    architecture: ClassVar[str] = "GPT2LMHeadModel"
     kind: ClassVar[str] = "causal"
-    gated: ClassVar[bool] = False
 
     vocab_size: int | None = None  # None: the tokenizer's
     hidden_size: int = 768
@@ -104,7 +101,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wte = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.h = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
@@ -132,7 +129,7 @@ class Model(CausalLM):
         return F.dropout(x, self.config.embd_pdrop, self.training), None
 
 
-# ---- Hugging Face's folder ------------------------------------------------------------------------------------------
+# ---- the family -----------------------------------------------------------------------------------------------------
 
 NAMES = {  # ours -> Hugging Face's
     "hidden_size": "n_embd",
@@ -141,33 +138,41 @@ NAMES = {  # ours -> Hugging Face's
     "num_attention_heads": "n_head",
     "max_position_embeddings": "n_positions",
 }
-FIXED = {  # fields that change the mathematics, and the only value that is built here
-    "activation_function": "gelu_new",
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False,
-    "add_cross_attention": False,
-}
-DEFAULTS = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}  # transformers', where files may be silent
-UNUSED = re.compile(r"(.*\.)?attn\.(masked_)?bias")  # constants that old files store
 
 
 def from_hf(hf: dict) -> dict:
-    """Our options from a config.json."""
+    """Return our options from a config.json."""
     ours = {theirs: name for name, theirs in NAMES.items()}
     return {ours.get(key, key): value for key, value in hf.items()}
 
 
 def to_hf(options: dict) -> dict:
-    """A config.json for transformers."""
+    """Return a config.json for transformers."""
     return {NAMES.get(key, key): value for key, value in options.items()}
 
 
-def on_disk(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Views of a parameter as they lie in the files."""
-    return {name: tensor.T if name.endswith(TRANSPOSED) else tensor}
-
-
 def from_disk_name(name: str) -> str:
-    """The first public files lack the prefix that every other one has."""
+    """Add the prefix that the first public files lack."""
     return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+
+
+FAMILY = Family(
+    config=Config,
+    build=Model,
+    architecture="GPT2LMHeadModel",
+    residual=("c_proj",),
+    from_hf=from_hf,
+    to_hf=to_hf,
+    fixed_values={
+        "activation_function": "gelu_new",
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,
+        "add_cross_attention": False,
+    },
+    hf_defaults={"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1},
+    ignored_weights=re.compile(r"(.*\.)?attn\.(masked_)?bias"),  # constants that old files store
+    transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"),
+    from_disk_name=from_disk_name,
+    gguf=Gguf("gpt2", rms_norm=False, rope=False),
+)

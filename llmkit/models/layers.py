@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from llmkit.models.family import Family
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by Hugging Face's names
     "gelu": F.gelu,
@@ -48,14 +52,57 @@ class RowLinear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def token_tables(model: nn.Module) -> list[nn.Module]:
-    """The modules whose rows stand for tokens: the embedding, and the head where it has a matrix of its own."""
-    return [model.wte] if getattr(model, "lm_head", None) is None else [model.wte, model.lm_head]
+class TokenEmbedding(nn.Embedding):
+    """An embedding with a row per token."""
+
+    def rows(self) -> Tensor:
+        """Return the matrix (V, h), which a tied head multiplies with."""
+        return self.weight
 
 
-def table_rows(table: nn.Module) -> Tensor:
-    """The rows (V, h) of an embedding or a head; those that are trained apart are put in."""
-    return table.all_rows() if hasattr(table, "all_rows") else table.weight
+class Head(nn.Linear):
+    """A head with a matrix of its own. It is never called: the loss multiplies with `rows` in chunks."""
+
+    def __init__(self, hidden_size: int, vocab_size: int):
+        super().__init__(hidden_size, vocab_size, bias=False)
+
+    def rows(self) -> Tensor:
+        """Return the matrix (V, h)."""
+        return self.weight
+
+
+def token_tables(model: nn.Module) -> list[TokenEmbedding | Head]:
+    """Return the modules with a row per token: the embedding, and the head if it has a matrix of its own."""
+    return [model.wte] if model.lm_head is None else [model.wte, model.lm_head]
+
+
+def swap_class(module: nn.Module, change: type) -> None:
+    """Put `change` in front of a module's class: its methods see the parameters, whose names stay."""
+    module.__class__ = derived_class(change, type(module))
+
+
+def restore_class(module: nn.Module) -> None:
+    """Undo the last `swap_class`."""
+    module.__class__ = type(module).original_class
+
+
+@contextlib.contextmanager
+def original_classes(model: nn.Module, changes: tuple[type, ...]) -> Iterator[None]:
+    """Undo every `swap_class` by these changes for a while."""
+    swapped = {module: type(module) for module in model.modules() if isinstance(module, changes)}
+    for module in swapped:
+        restore_class(module)
+    try:
+        yield
+    finally:
+        for module, change in swapped.items():
+            module.__class__ = change
+
+
+@functools.cache
+def derived_class(change: type, original: type) -> type:
+    """Return one class for each pair: torch.compile and isinstance compare classes."""
+    return type(f"{change.__name__}{original.__name__}", (change, original), {"original_class": original})
 
 
 # ---- rotary positions -----------------------------------------------------------------------------------------------
@@ -148,8 +195,18 @@ ROPE_SCALING: dict[str, Callable[..., tuple[Tensor, float]]] = {
 }
 
 
-def rope_problem(scaling: dict) -> str | None:
-    """Why a `rope_scaling` can't be built, or None."""
+def rope_problems(config) -> Iterator[tuple[str, str]]:
+    """Yield what can't be built of a config's rotary positions, as (key, reason)."""
+    if config.head_dim % 2:
+        yield "head_dim", f"is {config.head_dim}, but rotary positions turn pairs of channels"
+    if config.rope_theta <= 1.0:
+        yield "rope_theta", f"is {config.rope_theta}, but must be over 1"
+    if config.rope_scaling and (problem := scaling_problem(config.rope_scaling)):
+        yield "rope_scaling", problem
+
+
+def scaling_problem(scaling: dict) -> str | None:
+    """Return why a `rope_scaling` can't be built, or None."""
     kind, options = scaling.get("rope_type"), {key: value for key, value in scaling.items() if key != "rope_type"}
     if kind not in ROPE_SCALING:
         return f"has the rope_type {kind!r}, not one of {', '.join(ROPE_SCALING)}"
@@ -167,42 +224,36 @@ def rope_problem(scaling: dict) -> str | None:
 
 
 @torch.no_grad()
-def init_weights(
-    model: nn.Module,
-    scheme: str,
-    std: float,
-    residual: Iterable[str],
-    depth: int,
-    generator: torch.Generator,
-    own: dict[str, float],
-) -> None:
+def init_weights(model: nn.Module, family: Family, generator: torch.Generator) -> None:
     """Fill every parameter of a fresh model; the one place where weights begin.
 
-    scheme    normal  matrices ~ N(0, std^2) (GPT-2, Radford et al. 2019)
-              zero    as normal, but the residual linears and an untied head are 0: blocks begin as the identity
-                      (Zhang et al. 2019, arXiv:1901.09321; the head: Yang et al. 2022, arXiv:2203.03466)
-              xavier  matrices ~ N(0, 2 / (fan_in + fan_out)) (Glorot and Bengio 2010)
-              he      matrices ~ N(0, 2 / fan_in) (He et al. 2015, arXiv:1502.01852)
-    residual  names of the matrices that write into the residual stream: scaled by 1 / sqrt(2 * depth), so that the
-              stream's variance does not grow with depth (GPT-2; each block writes twice)
-    own       spreads that the family has instead in "normal" and "zero", by the matrices' names
-    Embeddings are N(0, std^2) in every scheme, norms begin as 1, biases as 0.
+    config.init is the scheme, config.initializer_range is std:
+        normal  matrices ~ N(0, std^2) (GPT-2, Radford et al. 2019)
+        zero    as normal, but the residual matrices and an untied head are 0: blocks begin as the identity
+                (Zhang et al. 2019, arXiv:1901.09321; the head: Yang et al. 2022, arXiv:2203.03466)
+        xavier  matrices ~ N(0, 2 / (fan_in + fan_out)) (Glorot and Bengio 2010)
+        he      matrices ~ N(0, 2 / fan_in) (He et al. 2015, arXiv:1502.01852)
+    Residual matrices are scaled by 1 / sqrt(2 * depth), so that the variance of the residual stream does not grow
+    with depth (GPT-2; each block writes twice). A family's own standard deviations replace std in "normal" and "zero".
+    Embeddings are N(0, std^2) in every scheme, biases 0, norms `family.norm_init`.
     """
+    config, own_stds = model.config, family.init_stds(model.config)
     for path, module in model.named_modules():
         for kind, parameter in module.named_parameters(recurse=False):
             name = path.rsplit(".", 1)[-1] if kind in ("weight", "bias") else kind
             if kind == "bias":
                 parameter.zero_()
             elif parameter.dim() == 1:
-                parameter.fill_(getattr(module, "neutral", 1.0))
-            elif scheme == "zero" and (name in residual or name == "lm_head"):
+                parameter.fill_(family.norm_init)
+            elif config.init == "zero" and (name in family.residual or name == "lm_head"):
                 parameter.zero_()
             else:
                 fan_out, fan_in = parameter.shape[-2:]
-                spread = {"xavier": math.sqrt(2 / (fan_in + fan_out)), "he": math.sqrt(2 / fan_in)}
-                sigma = std if isinstance(module, nn.Embedding) else spread.get(scheme, std)
-                if name in own and scheme not in spread:
-                    sigma = own[name]
-                elif name in residual:
-                    sigma /= math.sqrt(2 * depth)
-                parameter.normal_(0.0, sigma, generator=generator)
+                stds = {"xavier": math.sqrt(2 / (fan_in + fan_out)), "he": math.sqrt(2 / fan_in)}
+                std = config.initializer_range
+                std = std if isinstance(module, nn.Embedding) else stds.get(config.init, std)
+                if name in own_stds and config.init not in stds:
+                    std = own_stds[name]
+                elif name in family.residual:
+                    std /= math.sqrt(2 * config.num_hidden_layers)
+                parameter.normal_(0.0, std, generator=generator)

@@ -15,23 +15,15 @@ from torch import Tensor, nn
 
 from llmkit.models.attention import Window, attend
 from llmkit.models.causal import CausalLM, Context
-from llmkit.models.layers import ACTIVATIONS, RMSNorm, rope_table, rotate
-
-RESIDUAL = ("o_proj", "down_proj")
+from llmkit.models.family import Family, Gguf
+from llmkit.models.layers import ACTIVATIONS, RMSNorm, TokenEmbedding, rope_problems, rope_table, rotate
 
 
 @dataclass(kw_only=True)
 class Shape:
-    """What Llama and its kin share; what sets one apart is a field or a constant of its own Config."""
+    """The options that Llama and its relatives share."""
 
     kind: ClassVar[str] = "causal"
-    gated: ClassVar[bool] = True
-    norm: ClassVar[type[nn.Module]] = RMSNorm
-    qk_norm: ClassVar[bool] = False  # queries and keys are normed, head by head
-    qkv_bias: ClassVar[bool] = False
-    attention_bias: ClassVar[bool] = False  # of the output projection, and of queries, keys and values
-    mlp_bias: ClassVar[bool] = False
-    embed_scale: ClassVar[float] = 1.0
 
     vocab_size: int | None = None  # None: the tokenizer's
     hidden_size: int = 768
@@ -60,32 +52,42 @@ class Shape:
 
     @property
     def windows(self) -> list[Window]:
-        """How many keys a query sees in each layer; None: all."""
+        """Return how many keys a query sees in each layer; None: all."""
         return [None] * self.num_hidden_layers
 
 
 @dataclass(kw_only=True)
 class Config(Shape):
     model_type: ClassVar[str] = "llama"
-    architecture: ClassVar[str] = "LlamaForCausalLM"
 
-    attention_bias: bool = False
+    attention_bias: bool = False  # of the output projection, and of queries, keys and values
     mlp_bias: bool = False
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What sets a relative of Llama apart, beside the options of its Config."""
+
+    norm: type[nn.Module] = RMSNorm
+    qk_norm: bool = False  # queries and keys are normed, head by head
+    qkv_bias: bool = False
+    output_bias: bool = False  # of attention's output projection
+    mlp_bias: bool = False
+    embed_scale: float = 1.0
+
+
 class Attention(nn.Module):
-    def __init__(self, config: Shape, layer: int):
+    def __init__(self, config: Shape, parts: Parts, layer: int):
         super().__init__()
         self.head_dim, self.dropout = config.head_dim, config.attention_dropout
         self.window = config.windows[layer]
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        bias = config.qkv_bias or config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=parts.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=parts.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=parts.qkv_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=parts.output_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if parts.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if parts.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         q, k, v = (
@@ -99,11 +101,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: Shape):
+    def __init__(self, config: Shape, parts: Parts):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=parts.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=parts.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=parts.mlp_bias)
         self.act = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,12 +113,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: Shape, layer: int):
+    def __init__(self, config: Shape, parts: Parts, layer: int):
         super().__init__()
-        self.input_layernorm = config.norm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = config.norm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.input_layernorm = parts.norm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, parts, layer)
+        self.post_attention_layernorm = parts.norm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, parts)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), context)
@@ -124,17 +126,18 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: Shape, block: type[nn.Module]):
+    def __init__(self, config: Shape, parts: Parts, block: type[nn.Module]):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = config.norm(config.hidden_size, config.rms_norm_eps)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(block(config, parts, i) for i in range(config.num_hidden_layers))
+        self.norm = parts.norm(config.hidden_size, config.rms_norm_eps)
 
 
 class Model(CausalLM):
-    def __init__(self, config: Shape, block: type[nn.Module] = Block):
+    def __init__(self, config: Shape, parts: Parts = Parts(), block: type[nn.Module] = Block):
         super().__init__(config)
-        self.model = Decoder(config, block)
+        self.embed_scale = parts.embed_scale
+        self.model = Decoder(config, parts, block)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -152,25 +155,29 @@ class Model(CausalLM):
         config = self.config
         rope = rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         x = self.wte(input_ids)
-        scale = torch.tensor(config.embed_scale, dtype=x.dtype)  # rounded as transformers rounds it
-        return x if config.embed_scale == 1.0 else x * scale, rope
+        scale = torch.tensor(self.embed_scale, dtype=x.dtype)  # rounded as transformers rounds it
+        return x if self.embed_scale == 1.0 else x * scale, rope
 
 
-# ---- Hugging Face's config.json -------------------------------------------------------------------------------------
+# ---- the family -----------------------------------------------------------------------------------------------------
 
-FIXED = {"pretraining_tp": 1, "rope_interleaved": False}  # what changes the mathematics; only these values are built
-DEFAULTS = {  # transformers', where ours differ and a config.json may be silent
+HF_DEFAULTS = {
     "hidden_size": 4096,
     "intermediate_size": 11008,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
     "rms_norm_eps": 1e-6,
 }
-UNUSED = re.compile(r".*rotary_emb\.inv_freq")  # constants that old files store
+
+
+def build(config: Config) -> Model:
+    """Build a Llama; its biases are options."""
+    bias = config.attention_bias
+    return Model(config, Parts(qkv_bias=bias, output_bias=bias, mlp_bias=config.mlp_bias))
 
 
 def from_hf(hf: dict) -> dict:
-    """Our options from a config.json: transformers 5 moved the rotary base and its scaling into `rope_parameters`."""
+    """Return our options from a config.json; transformers 5 has the rotary base and scaling in `rope_parameters`."""
     hf = dict(hf)
     scaling, rope = hf.pop("rope_scaling", None), hf.pop("rope_parameters", None)
     odd = [part for part in (scaling, rope) if part and not isinstance(part, dict)]
@@ -189,6 +196,32 @@ def from_hf(hf: dict) -> dict:
 
 
 def to_hf(options: dict) -> dict:
-    """A config.json that transformers 4 and 5 read alike."""
+    """Return a config.json that transformers 4 and 5 read alike."""
     rope = {"rope_type": "default", **(options["rope_scaling"] or {}), "rope_theta": options["rope_theta"]}
     return options | {"rope_parameters": rope}
+
+
+def gguf_layout(config: Shape, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Reorder the rows of queries and keys: in llama.cpp's Llama a channel turns with its neighbour."""
+    if not re.search(r"\.[qk]_proj\.", name):
+        return {name: tensor}
+    return {name: tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)}
+
+
+LLAMA = {  # what all relatives of Llama have in common
+    "problems": rope_problems,
+    "residual": ("o_proj", "down_proj"),
+    "from_hf": from_hf,
+    "to_hf": to_hf,
+    "hf_defaults": HF_DEFAULTS,
+    "ignored_weights": re.compile(r".*rotary_emb\.inv_freq"),  # constants that old files store
+    "gated": lambda config: True,
+    "gguf": Gguf("llama", "silu", llama3_rope=True, layout=gguf_layout),
+}
+FAMILY = Family(
+    **LLAMA,
+    config=Config,
+    build=build,
+    architecture="LlamaForCausalLM",
+    fixed_values={"pretraining_tp": 1, "rope_interleaved": False},
+)

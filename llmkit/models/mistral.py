@@ -7,15 +7,12 @@ from typing import ClassVar
 
 from llmkit.models import llama
 from llmkit.models.attention import Window
-from llmkit.models.llama import RESIDUAL, UNUSED, Model, from_hf, to_hf
-
-__all__ = ["DEFAULTS", "FIXED", "RESIDUAL", "UNUSED", "Config", "Model", "from_hf", "to_hf"]
+from llmkit.models.family import Family
 
 
 @dataclass(kw_only=True)
 class Config(llama.Shape):
     model_type: ClassVar[str] = "mistral"
-    architecture: ClassVar[str] = "MistralForCausalLM"
 
     sliding_window: int | None = 4096  # keys that a query sees, its own the last; None: all
 
@@ -24,5 +21,6 @@ class Config(llama.Shape):
         return [self.sliding_window] * self.num_hidden_layers
 
 
-FIXED: dict = {}
-DEFAULTS = llama.DEFAULTS | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
+HF_DEFAULTS = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
+MISTRAL = llama.LLAMA | {"hf_defaults": llama.HF_DEFAULTS | HF_DEFAULTS}
+FAMILY = Family(**MISTRAL, config=Config, build=llama.Model, architecture="MistralForCausalLM")

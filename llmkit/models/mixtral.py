@@ -5,7 +5,8 @@ The experts' weights are one tensor, so that all their products are two grouped 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -14,16 +15,13 @@ from torch import Tensor, nn
 
 from llmkit.models import llama, mistral
 from llmkit.models.causal import Context
-from llmkit.models.layers import ACTIVATIONS
-from llmkit.models.llama import RESIDUAL, UNUSED, from_hf, to_hf
-
-__all__ = ["DEFAULTS", "FIXED", "RESIDUAL", "UNUSED", "Config", "Model", "from_hf", "on_disk", "to_hf"]
+from llmkit.models.family import Family, Problem
+from llmkit.models.layers import ACTIVATIONS, rope_problems
 
 
 @dataclass(kw_only=True)
 class Config(mistral.Config):
     model_type: ClassVar[str] = "mixtral"
-    architecture: ClassVar[str] = "MixtralForCausalLM"
 
     sliding_window: int | None = None
     num_local_experts: int = 8
@@ -87,11 +85,11 @@ class SparseMLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config, layer: int):
+    def __init__(self, config: Config, parts: llama.Parts, layer: int):
         super().__init__()
-        self.input_layernorm = config.norm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = llama.Attention(config, layer)
-        self.post_attention_layernorm = config.norm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = parts.norm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = llama.Attention(config, parts, layer)
+        self.post_attention_layernorm = parts.norm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SparseMLP(config)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
@@ -100,13 +98,8 @@ class Block(nn.Module):
         return x + y, balance
 
 
-class Model(llama.Model):
-    def __init__(self, config: Config):
-        super().__init__(config, Block)
-
-
 def balance_loss(balances: Tensor) -> Tensor:
-    """How unevenly the experts are used, from the layers' statistics (L, 2, E): k when all of them are used alike.
+    """Return how unevenly the experts are used, from the layers' statistics (L, 2, E); k if all are used alike.
 
     E * sum over experts of (share of the tokens) * (mean probability), each a mean over layers: Fedus et al. 2021
     (arXiv:2101.03961, equation 4), over all layers at once as transformers does.
@@ -115,14 +108,18 @@ def balance_loss(balances: Tensor) -> Tensor:
     return balances.shape[-1] * (used.detach() * probs).sum()
 
 
-# ---- Hugging Face's folder ------------------------------------------------------------------------------------------
-
-FIXED = {"router_jitter_noise": 0.0}  # what changes the mathematics; only this value is built
-DEFAULTS = mistral.DEFAULTS | {"rms_norm_eps": 1e-5, "rope_theta": 1e6}
+# ---- the family -----------------------------------------------------------------------------------------------------
 
 
-def on_disk(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Views of a parameter as they lie in the files: the experts one by one, gate and up apart."""
+def problems(config: Config) -> Iterator[Problem]:
+    """Yield what does not fit among positions and experts."""
+    yield from rope_problems(config)
+    if config.num_experts_per_tok > config.num_local_experts:
+        yield "num_experts_per_tok", f"is {config.num_experts_per_tok}, more than {config.num_local_experts} experts"
+
+
+def to_disk(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Return views of a parameter as files have it: each expert by itself, gate and up apart."""
     path, _, last = name.replace(".mlp.", ".block_sparse_moe.").rpartition(".")
     if not path.endswith(".experts"):
         return {f"{path}.{last}": tensor}
@@ -134,3 +131,32 @@ def on_disk(name: str, tensor: Tensor) -> dict[str, Tensor]:
         for e, pair in enumerate(halves)
         for w, half in zip(("w1", "w3"), pair, strict=True)
     }
+
+
+def gguf_layout(config: Config, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Part the gate from the up projection of all experts; the rest is Llama's."""
+    if name.endswith("experts.gate_up_proj"):
+        gate, up = tensor.chunk(2, dim=1)
+        path = name.removesuffix("gate_up_proj")
+        return {f"{path}gate_proj.weight": gate, f"{path}up_proj.weight": up}
+    if name.endswith("experts.down_proj"):
+        return {f"{name}.weight": tensor}
+    return llama.gguf_layout(config, name, tensor)
+
+
+MIXTRAL = mistral.MISTRAL | {
+    "problems": problems,
+    "hf_defaults": mistral.MISTRAL["hf_defaults"] | {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
+    "gguf": replace(llama.LLAMA["gguf"], layout=gguf_layout),
+}
+FAMILY = Family(
+    **MIXTRAL,
+    config=Config,
+    build=lambda config: llama.Model(config, block=Block),
+    architecture="MixtralForCausalLM",
+    fixed_values={"router_jitter_noise": 0.0},
+    to_disk=to_disk,
+    experts=lambda config: (config.num_local_experts, config.num_experts_per_tok),
+    aux_loss_weight=lambda config: config.router_aux_loss_coef,
+    aux_loss=balance_loss,
+)

@@ -7,14 +7,12 @@ from typing import ClassVar
 
 from llmkit.models import llama
 from llmkit.models.attention import Window
-from llmkit.models.llama import RESIDUAL, UNUSED, Model, to_hf
-
-__all__ = ["DEFAULTS", "FIXED", "RESIDUAL", "UNUSED", "Config", "Model", "from_hf", "to_hf"]
+from llmkit.models.family import Family, Gguf
 
 
 @dataclass(kw_only=True)
 class Shape(llama.Shape):
-    """What Qwen2 and Qwen3 share: the upper layers may have a sliding window."""
+    """The options that Qwen2 and Qwen3 share: the upper layers may have a sliding window."""
 
     use_sliding_window: bool = False
     sliding_window: int | None = 4096
@@ -29,22 +27,32 @@ class Shape(llama.Shape):
 @dataclass(kw_only=True)
 class Config(Shape):
     model_type: ClassVar[str] = "qwen2"
-    architecture: ClassVar[str] = "Qwen2ForCausalLM"
-    qkv_bias: ClassVar[bool] = True
 
 
-FIXED: dict = {}
-DEFAULTS = llama.DEFAULTS | {"intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768}
+HF_DEFAULTS = llama.HF_DEFAULTS | {
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+}
 
 
 def from_hf(hf: dict) -> dict:
-    """Our options from a config.json; `layer_types` says again what the window's other fields say."""
+    """Return our options from a config.json; `layer_types` repeats what the window's other fields say."""
     options = llama.from_hf(hf)
     kinds = options.pop("layer_types", None)
     if kinds is None:
         return options
     full = kinds.count("full_attention") if isinstance(kinds, list) else 0
-    layers = options.get("num_hidden_layers", DEFAULTS["num_hidden_layers"])
+    layers = options.get("num_hidden_layers", HF_DEFAULTS["num_hidden_layers"])
     if full > layers or kinds != ["full_attention"] * full + ["sliding_attention"] * (layers - full):
         return options | {"layer_types": kinds}  # refused with the rest
     return options | {"max_window_layers": full}
+
+
+QWEN = llama.LLAMA | {"from_hf": from_hf, "hf_defaults": HF_DEFAULTS, "may_be_zero": ("max_window_layers",)}
+FAMILY = Family(
+    **QWEN | {"gguf": Gguf("qwen2", "silu")},
+    config=Config,
+    build=lambda config: llama.Model(config, llama.Parts(qkv_bias=True)),
+    architecture="Qwen2ForCausalLM",
+)

@@ -5,20 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llmkit.models import qwen2
-from llmkit.models.llama import RESIDUAL, UNUSED, Model, to_hf
-from llmkit.models.qwen2 import FIXED, from_hf
-
-__all__ = ["DEFAULTS", "FIXED", "RESIDUAL", "UNUSED", "Config", "Model", "from_hf", "to_hf"]
+from llmkit.models import llama, qwen2
+from llmkit.models.family import Family, Gguf
 
 
 @dataclass(kw_only=True)
 class Config(qwen2.Shape):
     model_type: ClassVar[str] = "qwen3"
-    architecture: ClassVar[str] = "Qwen3ForCausalLM"
-    qk_norm: ClassVar[bool] = True
 
     attention_bias: bool = False
 
 
-DEFAULTS = qwen2.DEFAULTS | {"head_dim": 128}
+def build(config: Config) -> llama.Model:
+    """Build a Qwen3."""
+    bias = config.attention_bias
+    return llama.Model(config, llama.Parts(qk_norm=True, qkv_bias=bias, output_bias=bias))
+
+
+QWEN3 = qwen2.QWEN | {
+    "hf_defaults": qwen2.HF_DEFAULTS | {"head_dim": 128},
+    "gguf": Gguf("qwen3", "silu", unsupported=lambda config: {"biases of attention": config.attention_bias}),
+}
+FAMILY = Family(**QWEN3, config=Config, build=build, architecture="Qwen3ForCausalLM")

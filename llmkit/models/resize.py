@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from llmkit.models import family_of
 from llmkit.models.layers import token_tables
 
 
@@ -23,8 +24,8 @@ def resize_embeddings(model: nn.Module, size: int, sources: dict[int, list[int]]
         for new, pieces in sources.items():
             rows[new] = old[pieces].float().mean(0) if pieces else mean
         module.weight = nn.Parameter(rows.contiguous(), requires_grad=old.requires_grad)
-    if hasattr(model, "cls"):  # BERT's head has a bias for each token
-        bias = model.cls["predictions"].bias
+    for module, name in family_of(model.config).token_biases(model):
+        bias = getattr(module, name)
         more = bias.new_zeros(max(0, size - len(bias)))
-        model.cls["predictions"].bias = nn.Parameter(torch.cat((bias, more)), requires_grad=bias.requires_grad)
+        setattr(module, name, nn.Parameter(torch.cat((bias, more)), requires_grad=bias.requires_grad))
     model.config.vocab_size = max(size, model.config.vocab_size)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -15,16 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.models.attention import KVCache, LayerCache, attend, attention_mask, visible
-from llmkit.models.layers import ACTIVATIONS, RMSNorm, table_rows, token_tables
+from llmkit.models.family import Family, Problem
+from llmkit.models.layers import ACTIVATIONS, Head, RMSNorm, TokenEmbedding, token_tables
 from llmkit.models.loss import ChunkLoss, Logits, linear_cross_entropy
-
-RESIDUAL = ("o", "wo")
 
 
 @dataclass(kw_only=True)
 class Config:
     model_type: ClassVar[str] = "t5"
-    architecture: ClassVar[str] = "T5ForConditionalGeneration"
     kind: ClassVar[str] = "seq2seq"
     initializer_range: ClassVar[float] = 0.02  # of what `init_stds` does not name
 
@@ -54,10 +53,6 @@ class Config:
             self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
 
     @property
-    def gated(self) -> bool:
-        return self.feed_forward_proj.startswith("gated-")
-
-    @property
     def num_key_value_heads(self) -> int:
         return self.num_attention_heads
 
@@ -65,6 +60,11 @@ class Config:
     def windows(self) -> list[None]:
         """Of the decoder's layers."""
         return [None] * self.num_decoder_layers
+
+
+def is_gated(config: Config) -> bool:
+    """Return whether the MLPs have a gate."""
+    return config.feed_forward_proj.startswith("gated-")
 
 
 def init_stds(config: Config) -> dict[str, float]:
@@ -156,7 +156,7 @@ class CrossLayer(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.gated, self.dropout = config.gated, config.dropout_rate
+        self.gated, self.dropout = is_gated(config), config.dropout_rate
         act = config.feed_forward_proj.removeprefix("gated-")
         self.act = ACTIVATIONS["gelu_pytorch_tanh" if act == "gelu" else act]
         if self.gated:
@@ -242,12 +242,10 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.chunk_loss, self.to_logits = ChunkLoss(), Logits()
-        self.shared = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.shared = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.encoder = Stack(config, config.num_hidden_layers, decodes=False)
         self.decoder = Stack(config, config.num_decoder_layers, decodes=True)
-        self.lm_head = None
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_word_embeddings else Head(config.hidden_size, config.vocab_size)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -301,13 +299,13 @@ class Model(nn.Module):
         hidden = self.decoder(self.shared(decoder_ids), contexts)[:, -logits_to_keep:]
         if self.lm_head is None:
             hidden = hidden * self.config.hidden_size**-0.5  # as in the first version, whose head is the embedding
-        weight = table_rows(token_tables(self)[-1])
+        weight = token_tables(self)[-1].rows()
         if labels is None:
             return self.to_logits(hidden, weight)
         return linear_cross_entropy(hidden, weight, labels, reduction, chunk_loss=self.chunk_loss)
 
 
-# ---- Hugging Face's folder ------------------------------------------------------------------------------------------
+# ---- the family -----------------------------------------------------------------------------------------------------
 
 NAMES = {  # ours -> Hugging Face's
     "hidden_size": "d_model",
@@ -317,26 +315,56 @@ NAMES = {  # ours -> Hugging Face's
     "head_dim": "d_kv",
     "max_position_embeddings": "n_positions",
 }
-FIXED: dict = {"is_encoder_decoder": True}
-DEFAULTS = {"dropout_rate": 0.1, "feed_forward_proj": "relu", "head_dim": 64, "intermediate_size": 2048}
-UNUSED = re.compile(
-    r"(en|de)coder\.embed_tokens\.weight|decoder\.block\.\d+\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
-)
-COPIES = {"lm_head.weight": "shared.weight"}  # what stands in for a weight that files may leave out
-SPOKEN_FOR = ("initializer_factor", "dense_act_fn", "is_gated_act")  # said by other fields too
+DERIVED_FIELDS = ("initializer_factor", "dense_act_fn", "is_gated_act")  # other fields say the same
+CROSS_KEYS_AND_VALUES = ("EncDecAttention.k.weight", "EncDecAttention.v.weight")
+
+
+def problems(config: Config) -> Iterator[Problem]:
+    """Yield what does not fit among the buckets of distances and the first token."""
+    buckets, longest = config.relative_attention_num_buckets, config.relative_attention_max_distance
+    if buckets < 4:
+        yield "relative_attention_num_buckets", f"is {buckets}, but must be at least 4"
+    elif longest <= buckets // 2:
+        yield "relative_attention_max_distance", f"must be over half of {buckets} buckets"
+    if config.vocab_size is not None and config.decoder_start_token_id >= config.vocab_size:
+        yield "decoder_start_token_id", f"is {config.decoder_start_token_id}, no id of {config.vocab_size}"
 
 
 def from_hf(hf: dict) -> dict:
-    """Our options from a config.json; transformers 5 calls every T5 tied, and means `scale_decoder_outputs`."""
+    """Return our options from a config.json; transformers 5 calls every T5 tied, and means `scale_decoder_outputs`."""
     ours = {theirs: name for name, theirs in NAMES.items()}
-    options = {ours.get(key, key): value for key, value in hf.items() if key not in SPOKEN_FOR}
+    options = {ours.get(key, key): value for key, value in hf.items() if key not in DERIVED_FIELDS}
     tied = options.pop("scale_decoder_outputs", options.get("tie_word_embeddings", True))
     return options | {"tie_word_embeddings": tied}
 
 
 def to_hf(options: dict) -> dict:
-    """A config.json for transformers."""
+    """Return a config.json for transformers."""
     return {NAMES.get(key, key): value for key, value in options.items()} | {
         "pad_token_id": options["decoder_start_token_id"],
         "scale_decoder_outputs": options["tie_word_embeddings"],
     }
+
+
+FAMILY = Family(
+    config=Config,
+    build=Model,
+    architecture="T5ForConditionalGeneration",
+    problems=problems,
+    residual=("o", "wo"),
+    init_stds=init_stds,
+    from_hf=from_hf,
+    to_hf=to_hf,
+    fixed_values={"is_encoder_decoder": True},
+    hf_defaults={"dropout_rate": 0.1, "feed_forward_proj": "relu", "head_dim": 64, "intermediate_size": 2048},
+    ignored_weights=re.compile(
+        r"(en|de)coder\.embed_tokens\.weight"
+        r"|decoder\.block\.\d+\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+    ),
+    missing_copies={"lm_head.weight": "shared.weight"},
+    gated=is_gated,
+    decoder_layers=lambda config: config.num_decoder_layers,
+    reads_source=lambda name: name.startswith("encoder.") or name.endswith(CROSS_KEYS_AND_VALUES),
+    start_token_id=lambda config: config.decoder_start_token_id,
+    may_be_zero=("decoder_start_token_id",),
+)

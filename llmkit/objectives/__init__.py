@@ -1,14 +1,16 @@
-"""What a step minimises, by name; each is made from a tokenizer, a seed and its options: see `lm.Objective`."""
+"""Objectives, by name. A new one is a function that builds it, and a line here with the models and data it fits."""
 
-from collections.abc import Callable
+from llmkit.objectives import lm
+from llmkit.objectives.objective import ObjectiveType
 
-from llmkit.objectives.lm import Objective, lm, mlm, seq2seq, spans
-
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"lm": lm, "mlm": mlm, "span_corruption": spans, "seq2seq": seq2seq}
-FITTING = {  # (a model's kind, data.kind) -> the objective that it has there
-    ("causal", "corpus"): "lm",
-    ("causal", "sft"): "lm",
-    ("masked", "corpus"): "mlm",
-    ("seq2seq", "corpus"): "span_corruption",
-    ("seq2seq", "sft"): "seq2seq",
+OBJECTIVES: dict[str, ObjectiveType] = {
+    "lm": ObjectiveType(lm.lm, (("causal", "corpus"), ("causal", "sft"))),
+    "mlm": ObjectiveType(lm.mlm, (("masked", "corpus"),)),
+    "span_corruption": ObjectiveType(lm.spans, (("seq2seq", "corpus"),), lm.corrupted_lengths),
+    "seq2seq": ObjectiveType(lm.seq2seq, (("seq2seq", "sft"),), lambda seq_len: (seq_len, seq_len)),
 }
+
+
+def fitting_objectives(kind: str, data_kind: str) -> list[str]:
+    """Return the names of the objectives for a kind of model and of data; the first one is the default."""
+    return [name for name, one in OBJECTIVES.items() if (kind, data_kind) in one.fits]

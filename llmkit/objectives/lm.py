@@ -1,62 +1,99 @@
-"""Language modelling in all its forms: they differ in which tokens the model sees, and which are labels."""
+"""Language modelling: the objectives differ in the tokens that the model sees and in the labels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated
+import math
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any
 
+import numpy as np
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from llmkit.data.corrupt import Corrupt, masking, span_corruption
+from llmkit.data.corrupt import masking, span_corruption, span_lengths
 from llmkit.errors import UserError
-from llmkit.models.mixtral import balance_loss
+from llmkit.models import family_of
+from llmkit.objectives.objective import Objective
+from llmkit.parallel.device import to_device
 from llmkit.tokenizer.tokenizer import Tokenizer
-from llmkit.types import IGNORE_INDEX
+from llmkit.types import IGNORE_INDEX, Batch
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What a step minimises.
-
-    loss     (model, micro-batch on the device) -> sum of losses over the targets, and metrics
-    corrupt  what is done to a batch first; None: nothing
-    """
-
-    loss: Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
-    corrupt: Corrupt | None = None
-
-
 def sum_of_losses(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of losses (nats) over the batch's targets; `train` divides by the step's target count.
+    """Return the sum of losses (nats) over the batch's targets; the loop divides by the step's target count.
 
-    With experts, how unevenly they are used in this micro-batch is added, as much as it would be beside a mean over
-    the targets; `added` is that part, which is no loss of a target.
+    A family's auxiliary loss of this micro-batch is added, weighted as beside a mean over the targets. The metric
+    `added` is that part, which is no loss of a target.
     """
-    if not (weight := getattr(model.config, "router_aux_loss_coef", 0.0)):
+    family = family_of(model.config)
+    if not (weight := family.aux_loss_weight(model.config)):
         return model(**batch, reduction="sum"), {}
     losses, balances = model(**batch, reduction="sum", with_balance=True)
-    balance = balance_loss(balances)
+    balance = family.aux_loss(balances)
     targets = (batch["labels"] != IGNORE_INDEX).sum()
     added = weight * targets * balance
     return losses + added, {"balance": balance.detach(), "added": added.detach()}
 
 
-# ---- objectives: (tokenizer, seed, the model's first decoder token), options -> Objective ----------------------------
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    token_bytes: np.ndarray | None = None,
+    micro_batch_size: int = 8,
+    total: Callable[[float], float] = lambda value: value,
+) -> dict[str, Any]:
+    """Measure a model on batches, in the autocast context of the caller.
+
+    token_bytes  bytes of text a token stands for (V,): bits per byte needs it
+    total        adds a number up over ranks
+    Returns val_loss (nats a token), val_perplexity = exp(val_loss), bits_per_byte, and the targets counted.
+    """
+    training = model.training
+    model.eval()
+    losses = torch.zeros((), dtype=torch.float64, device=device)
+    targets = text_bytes = 0
+    for batch in batches:
+        for micro in batch.split(micro_batch_size):
+            full = pad_rows(micro, micro_batch_size)
+            losses += model(**to_device(full, device), reduction="none").double().sum()
+            scored = micro.labels[micro.labels != IGNORE_INDEX]
+            targets += len(scored)
+            text_bytes += int(token_bytes[scored].sum()) if token_bytes is not None else 0
+    model.train(training)
+    nats, targets, text_bytes = total(losses.item()), int(total(targets)), int(total(text_bytes))
+    loss = nats / targets if targets else math.nan
+    result: dict[str, Any] = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700)), "val_tokens": targets}
+    if text_bytes:
+        result["bits_per_byte"] = nats / math.log(2) / text_bytes
+    return result
+
+
+def pad_rows(batch: Batch, rows: int) -> Batch:
+    """Repeat the last row, without labels, up to `rows`: one shape for compiled blocks, and the same sums."""
+    missing = rows - len(batch.input_ids)
+    padded = {name: np.concatenate([a, a[-1:].repeat(missing, axis=0)]) for name, a in batch.arrays().items()}
+    padded["labels"][rows - missing :] = IGNORE_INDEX
+    return Batch(**padded)
+
+
+# ---- objectives: see `ObjectiveType.build` ---------------------------------------------------------------------------
 
 
 def lm(tokenizer: Tokenizer, seed: int, start_id: int) -> Objective:
-    """The next token: pretraining and supervised fine-tuning of decoders."""
-    return Objective(sum_of_losses)
+    """Predict the next token: pretraining and supervised fine-tuning of decoders."""
+    return Objective(sum_of_losses, perplexity)
 
 
 def seq2seq(tokenizer: Tokenizer, seed: int, start_id: int) -> Objective:
-    """The answer, by a decoder, to a text that an encoder reads: fine-tuning of T5."""
-    return Objective(sum_of_losses)
+    """Predict the answer to a text that the encoder reads: fine-tuning of T5."""
+    return Objective(sum_of_losses, perplexity)
 
 
 def mlm(
@@ -68,11 +105,11 @@ def mlm(
     random_fraction: Share = 0.1,
     keep_fraction: Share = 0.1,
 ) -> Objective:
-    """Masked language modelling, BERT's pretraining: see `corrupt.masking`."""
+    """Predict masked tokens, BERT's pretraining: see `corrupt.masking`."""
     if random_fraction + keep_fraction > 1:
         raise UserError("objective.random_fraction and keep_fraction are over 1 together")
     options = {"mask_fraction": mask_fraction, "random_fraction": random_fraction, "keep_fraction": keep_fraction}
-    return Objective(sum_of_losses, masking(tokenizer, seed, **options))
+    return Objective(sum_of_losses, perplexity, masking(tokenizer, seed, **options))
 
 
 def spans(
@@ -83,6 +120,12 @@ def spans(
     noise_fraction: Fraction = 0.15,
     mean_span: Annotated[float, Field(ge=1)] = 3.0,
 ) -> Objective:
-    """Span corruption, T5's pretraining: see `corrupt.span_corruption`."""
+    """Predict the spans that are cut out, T5's pretraining: see `corrupt.span_corruption`."""
     options = {"noise_fraction": noise_fraction, "mean_span": mean_span, "start_id": start_id}
-    return Objective(sum_of_losses, span_corruption(tokenizer, seed, **options))
+    return Objective(sum_of_losses, perplexity, span_corruption(tokenizer, seed, **options))
+
+
+def corrupted_lengths(seq_len: int, *, noise_fraction: float, mean_span: float) -> tuple[int, int]:
+    """Return the tokens that the encoder reads and the decoder writes of a row whose spans are cut out."""
+    noise, number = span_lengths(seq_len, noise_fraction, mean_span)
+    return seq_len - noise + number + 1, noise + number + 1

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from llmkit.errors import MachineError
+from llmkit.models import family_of
 from llmkit.models.attention import recomputed
 
 # ---- what is done to a built model ----------------------------------------------------------------------------------
@@ -28,7 +29,7 @@ def apply_checkpointing(model: nn.Module, mode: str | int) -> int:
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """None, or the reason why torch.compile has nothing to work with here."""
+    """Return why torch.compile can't work on this machine, None if it can."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "no triton"
     language, names = ("C", ("gcc", "clang", "cc")) if device.type == "cuda" else ("C++", ("g++", "clang++", "c++"))
@@ -36,8 +37,8 @@ def missing_compiler(device: torch.device) -> str | None:
 
 
 def compile_obstacle(model: nn.Module, device: torch.device, precision: str) -> str | None:
-    """None, or the reason why this model can't be compiled here."""
-    if hasattr(model.config, "num_local_experts") and precision != "bf16":
+    """Return why this model can't be compiled here, None if it can."""
+    if family_of(model.config).experts(model.config)[0] > 1 and precision != "bf16":
         return "products of experts compile in bf16 only"
     return missing_compiler(device)
 

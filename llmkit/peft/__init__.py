@@ -1,7 +1,6 @@
-"""Methods that train a few parameters of a built model: each a file with `apply`, `merge`, and an adapter's layout."""
+"""Parameter-efficient methods, by their name in the YAML. A new one is a file that fills `Method`, and a line here."""
 
-from collections.abc import Callable
+from llmkit.peft import bitfit, lora
+from llmkit.peft.method import Method
 
-from llmkit.peft import lora
-
-METHODS: dict[str, Callable] = {"lora": lora.apply}
+METHODS: dict[str, Method] = {"lora": lora.METHOD, "bitfit": bitfit.METHOD}

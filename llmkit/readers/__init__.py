@@ -1,1 +1,1 @@
-"""Files of any kind to records and documents, as streams."""
+"""Read files of any format as streams of records and documents."""

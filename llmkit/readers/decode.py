@@ -1,4 +1,4 @@
-"""Bytes to text and JSON: what encoding they are in, and what is no text at all."""
+"""Decode bytes to text or JSON: detect the encoding, and reject binary data."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 
 import orjson
 
-BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins like UTF-16's
+BYTE_ORDER_MARKS = {  # UTF-32 first: its mark starts with that of UTF-16
     b"\xff\xfe\0\0": "utf-32",
     b"\0\0\xfe\xff": "utf-32",
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
     b"\xef\xbb\xbf": "utf-8-sig",
 }
-GUESSED_ENCODINGS = ("cp1252", "utf-8 (damaged)")  # values of meta["encoding"] that deserve a warning
+GUESSED_ENCODINGS = ("cp1252", "utf-8 (damaged)")  # values of meta["encoding"] that cause a warning
 
 
 def decode(data: bytes, html: bool = False, declared: str | None = None) -> tuple[str, str]:
-    """(text, encoding), by the byte order mark, else UTF-8, else the charset that is declared, else cp1252.
+    """Return (text, encoding): by byte order mark, else UTF-8, else the declared charset, else cp1252.
 
-    declared  by who sent the text; HTML's own <meta charset> comes after it
+    declared  charset named by the server; it takes precedence over HTML's <meta charset>
 
-    Guessing further does harm: a charset detector was wrong on 25 of 60 cp1252 files. Raises ValueError with why not.
+    A charset detector is not used: one was wrong on 25 of 60 cp1252 files. Raises ValueError with the reason.
 
     >>> decode("caf\\u00e9".encode("cp1252"))
     ('caf\\xe9', 'cp1252')
@@ -33,8 +33,8 @@ def decode(data: bytes, html: bool = False, declared: str | None = None) -> tupl
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if data.startswith(mark):
             return data.decode(encoding), encoding.removesuffix("-sig")
-    named = list(named_encodings(data, html, declared))
-    for name, encoding in named:  # those whose bytes would pass for something else
+    named = list(declared_encodings(data, html, declared))
+    for name, encoding in named:  # before UTF-8: UTF-16 has NULs and ISO-2022-JP is ASCII
         if encoding.startswith("utf-16") or (encoding == "iso2022_jp" and b"\x1b" in data):
             with suppress(UnicodeDecodeError):
                 return data.decode(encoding), name
@@ -43,40 +43,40 @@ def decode(data: bytes, html: bool = False, declared: str | None = None) -> tupl
     with suppress(UnicodeDecodeError):
         return data.decode(), "utf-8"
     if 0 in data:
-        raise ValueError("binary: NUL bytes, and not UTF-8")
+        raise ValueError("binary: NUL bytes and not UTF-8")
     for name, encoding in named:
         if not encoding.startswith("utf"):
             with suppress(UnicodeDecodeError):
                 return data.decode(encoding), name
     repaired = data.decode("utf-8", "replace")
     if len(re.findall(r"[^\x00-\x7f\ufffd]", repaired)) > repaired.count("\ufffd"):
-        return repaired, "utf-8 (damaged)"  # a few bad bytes: other encodings hardly ever form UTF-8's pairs
+        return repaired, "utf-8 (damaged)"  # other encodings hardly ever form valid UTF-8 sequences
     with suppress(UnicodeDecodeError):
         return data.decode("cp1252"), "cp1252"
-    raise ValueError("in no known encoding: neither UTF-8 nor cp1252")
+    raise ValueError("unknown encoding: neither UTF-8 nor cp1252")
 
 
-def named_encodings(data: bytes, html: bool, declared: str | None) -> Iterator[tuple[str, str]]:
-    """(name, encoding) as declared, then as HTML's <meta charset> says; names that no browser knows are passed over."""
+def declared_encodings(data: bytes, html: bool, declared: str | None) -> Iterator[tuple[str, str]]:
+    """Yield (name, encoding) of the declared charset, then of HTML's <meta charset>. Skip names unknown to browsers."""
     found = re.search(rb"(?:charset|encoding)\s*=\s*[\"']?([\w-]+)", data[:2048], re.IGNORECASE) if html else None
     for name in (declared, found and found[1].decode("ascii", "ignore")):
         if name:
             from resiliparse.parse.encoding import map_encoding_to_html5
 
-            if encoding := map_encoding_to_html5(name.lower(), False):  # so none of Python's "hex" or "utf-7"
+            if encoding := map_encoding_to_html5(name.lower(), False):  # never Python's "hex" or "utf-7"
                 yield name.lower(), encoding
 
 
 def parse_json(data: bytes) -> Any:
-    """Like json.loads, at orjson's speed; raises ValueError with a short reason."""
+    """Parse JSON with orjson, or with json where orjson fails. Raise ValueError with a short reason."""
     with suppress(orjson.JSONDecodeError):
         return orjson.loads(data)
     try:
         utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-        # Slow, but takes what Python writes and orjson refuses: lone surrogates, NaN, a byte order mark.
+        # Slow, but it accepts what Python writes and orjson rejects: lone surrogates, NaN, a byte order mark.
         return json.loads(data.decode("utf-16" if utf16 else "utf-8-sig"))
     except RecursionError:
-        raise ValueError("JSON nested too deep") from None
+        raise ValueError("JSON is nested too deeply") from None
     except UnicodeDecodeError:
         raise ValueError("invalid UTF-16" if utf16 else "invalid UTF-8") from None
     except ValueError as error:

@@ -12,11 +12,10 @@ from torch import nn
 from llmkit.errors import ModelError
 from llmkit.files import file_sha256
 from llmkit.models.folder import load_model, read_config, weight_files
-from llmkit.peft import lora
+from llmkit.peft.adapter import load_adapter, read_adapter_config, saved_base_sha256
 from llmkit.storage.checkpoint import MANIFEST, best_checkpoint, verify
+from llmkit.storage.run import is_run
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_configs
-
-# ---- MODEL: what the commands take ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -32,10 +31,10 @@ class Located:
 
     @property
     def base(self) -> Path:
-        """The folder of the full model: of the adapter's base, or itself."""
+        """The folder of the whole model: the adapter's base, or the folder itself."""
         if not self.is_adapter:
             return self.folder
-        base = Path(lora.read_adapter_config(self.folder).get("base_model_name_or_path") or "")
+        base = Path(read_adapter_config(self.folder)[0].get("base_model_name_or_path") or "")
         if not (base / "config.json").is_file():
             raise ModelError(
                 "the adapter's base model is not there",
@@ -46,18 +45,19 @@ class Located:
         return base
 
 
-def locate(model: str | Path) -> Located:
-    """A run (its best checkpoint), a checkpoint, an adapter or a Hugging Face folder."""
+def locate(model: str | Path, *, check: bool = True) -> Located:
+    """Find a run's best checkpoint, a checkpoint, an adapter or a Hugging Face folder.
+
+    check  compare a checkpoint's files with their checksums
+    """
     path = Path(model)
-    if (path / "config.yaml").is_file() and not (path / "config.json").is_file():
-        chosen = best_checkpoint(path)
-        if chosen is None:
-            raise ModelError("this run has no checkpoint yet", at=path)
-        verify(chosen)
-        return Located(chosen / "model", path)
-    if (path / MANIFEST).is_file():
-        verify(path)
-        return Located(path / "model", run_of(path))
+    checkpoint = best_checkpoint(path) if is_run(path) else path if (path / MANIFEST).is_file() else None
+    if checkpoint:
+        if check:
+            verify(checkpoint)
+        return Located(checkpoint / "model", path if checkpoint != path else run_of(path))
+    if is_run(path):
+        raise ModelError("this run has no checkpoint yet", at=path)
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         in_checkpoint = path.name == "model" and (path.parent / MANIFEST).is_file()
         return Located(path.resolve(), run_of(path.resolve().parent) if in_checkpoint else None)
@@ -72,20 +72,20 @@ def locate(model: str | Path) -> Located:
 
 
 def run_of(folder: Path) -> Path | None:
-    """The run that a checkpoint lies in; None for one that was copied elsewhere."""
+    """Return the run that a checkpoint lies in; None if it was copied elsewhere."""
     run_dir = folder.resolve().parent.parent
-    return run_dir if (run_dir / "config.yaml").is_file() else None
+    return run_dir if is_run(run_dir) else None
 
 
 def weights_sha256(folder: Path) -> str:
-    """One checksum over a folder's weight files: what an adapter remembers of its base."""
+    """Return one checksum over a folder's weight files, by which an adapter knows its base."""
     return hashlib.sha256("".join(file_sha256(path) for path in weight_files(folder)).encode()).hexdigest()
 
 
 def load_located(
     located: Located, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, merge: bool = False
 ) -> tuple[nn.Module, Tokenizer]:
-    """The model and its tokenizer, an adapter's base included; `merge` folds the adapter in, in fp32."""
+    """Load a model and its tokenizer, with an adapter on its base; `merge` folds the adapter in, in fp32."""
     tokenizer = load_tokenizer(located.folder)
     if not located.is_adapter:
         if len(tokenizer) > (size := read_config(located.folder).vocab_size):
@@ -95,17 +95,12 @@ def load_located(
         return load_model(located.folder, device=device, dtype=dtype), tokenizer
     base = located.base
     tokenizer.set_extra_stop_ids(read_tokenizer_configs(base / "tokenizer.json"))
-    expected = lora.base_sha256(located.folder)
+    expected = saved_base_sha256(located.folder)
     if expected and weights_sha256(base) != expected:
         raise ModelError("the adapter was trained on other weights than its base has now", at=base)
     model = load_model(base, device=device, dtype=torch.float32 if merge else dtype)
-    lora.load_adapter(model, located.folder)
+    method = load_adapter(model, located.folder)
     if merge:
-        lora.merge(model)
+        method.merge(model)
         model = model.to(dtype)
     return model, tokenizer
-
-
-def model_config(located: Located):
-    """The architecture's Config, without reading weights."""
-    return read_config(located.base)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Rust
 
+from llmkit.config.defaults import PATTERN, VOCAB_SIZE
 from llmkit.errors import DataError, UserError, did_you_mean
 from llmkit.tokenizer.foreign import prevent_special_token_injection
 from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, PATTERNS, Tokenizer
@@ -34,8 +35,8 @@ def train_tokenizer(
     texts: Iterable[str],
     kind: str = "bpe",
     *,
-    vocab_size: int = 32_000,
-    pattern: str = "gpt2",
+    vocab_size: int = VOCAB_SIZE,
+    pattern: str = PATTERN,
     normalize: Sequence[str] = (),
     special_tokens: Sequence[str] = (),
 ) -> Tokenizer:

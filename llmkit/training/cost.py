@@ -1,14 +1,16 @@
-"""What a run costs, in closed form: parameters, FLOPs a token, peak memory. No weights are made."""
+"""Compute what a run costs, in closed form: parameters, FLOPs a token, peak memory. No weights are allocated."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from llmkit.models import build_model
+from llmkit.models import build_model, family_of
+from llmkit.models.family import Config
+from llmkit.models.layers import Head, RMSNorm, token_tables
 from llmkit.models.loss import CHUNK_BYTES
 from llmkit.peft import METHODS
 
@@ -33,67 +35,72 @@ class Plan:
         return sum(self.memory.values())
 
 
-PARTS = (  # a part, and what is in the names of its parameters: the first that fits counts
-    ("adapter", re.compile(r"\.lora_[AB]$")),
-    ("norms", re.compile(r"(norm|LayerNorm|\bln_\w+)\.(weight|bias)$")),
-    ("head", re.compile(r"^(lm_head|cls)\.")),
-    ("embeddings", re.compile(r"\b(wte|wpe|embed_tokens|\w+_embeddings|shared|relative_attention_bias)\.")),
-    ("attention", re.compile(r"attn|attention|Attention")),
-    ("experts", re.compile(r"\bexperts\.")),
-    ("mlp", re.compile(r"")),
-)
+PARTS = ("embeddings", "attention", "mlp", "experts", "norms", "head", "adapter")
 
 
-def part_of(name: str) -> str:
-    """The part of a model that a parameter belongs to."""
-    return next(part for part, pattern in PARTS if pattern.search(name))
+def parts_of(model: nn.Module, added: frozenset[str] = frozenset()) -> dict[str, str]:
+    """Return the part, one of PARTS, that each parameter belongs to, by its name.
+
+    added  names of the parameters that a PEFT method added
+    """
+    in_blocks, parts = {id(p) for p in model.blocks.parameters()}, {}
+    for path, module in model.named_modules():
+        for last, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{last}" if path else last
+            if isinstance(module, nn.Embedding):
+                parts[name] = "embeddings"
+            elif name in added and not isinstance(module, Head):
+                parts[name] = "adapter"
+            elif isinstance(module, RMSNorm | nn.LayerNorm):
+                parts[name] = "norms"
+            elif id(parameter) not in in_blocks:
+                parts[name] = "head"
+            elif parameter.dim() == 3:
+                parts[name] = "experts"
+            else:
+                parts[name] = "attention" if re.search("attn|attention", path, re.IGNORECASE) else "mlp"
+    return parts
 
 
-def parameters_by_part(model: nn.Module) -> dict[str, int]:
-    """Parameters of embeddings, attention, MLPs, experts, norms, head, and what a PEFT method added."""
-    parts = dict.fromkeys(("embeddings", "attention", "mlp", "experts", "norms", "head", "adapter"), 0)
+def parameters_by_part(model: nn.Module, added: frozenset[str] = frozenset()) -> dict[str, int]:
+    """Return the number of parameters of each part that the model has; see `parts_of`."""
+    parts, numbers = parts_of(model, added), dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
-        parts[part_of(name)] += parameter.numel()
-    return {part: number for part, number in parts.items() if number}
+        numbers[parts[name]] += parameter.numel()
+    return {part: number for part, number in numbers.items() if number}
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of one row: what is read, and what a decoder beside an encoder writes."""
+class Lengths(NamedTuple):
+    """Tokens of one row: `source` of an encoder, or of a decoder alone; `target` of a decoder beside an encoder."""
 
     source: int
     target: int = 0
 
-    def through(self, name: str, config: Any) -> float:
-        """How many of a row's tokens go through a matrix."""
-        if part_of(name) == "experts":
-            return self.source * config.num_experts_per_tok / config.num_local_experts
-        reads = name.startswith("encoder.") or name.endswith(("EncDecAttention.k.weight", "EncDecAttention.v.weight"))
-        return self.source if reads or config.kind != "seq2seq" else self.target
-
 
 def flops_per_row(model: nn.Module, lengths: Lengths) -> float:
-    """FLOPs of forward and backward for one row: 6 for each weight of a matrix product and token, and attention.
+    """Return the FLOPs of forward and backward for one row.
 
-    4 where the weight is frozen, 6 for an adapter's. The head counts even when it is tied, the embedding's look-up
-    not; attention adds 12 L h T a token (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), causality not
-    subtracted, but windows are.
+    6 for each weight of a matrix product and token, 4 if the weight is frozen. The head counts even when it is tied,
+    the embedding's look-up does not. Attention adds 12 L h T a token (Chowdhery et al. 2022, arXiv:2204.02311,
+    appendix B); causality is not subtracted, windows are.
     """
-    config = model.config
-    seq2seq = config.kind == "seq2seq"
-    frozen = any(part_of(name) == "adapter" for name, _ in model.named_parameters())
+    config, family, parts = model.config, family_of(model.config), parts_of(model)
+    seq2seq = family.decoder_layers(config) > 0
+    experts, taken = family.experts(config)
+    frozen = any(not parameter.requires_grad for parameter in model.parameters())
+    tables = {id(parameter) for table in token_tables(model) for parameter in table.parameters()}
     predicted = lengths.target if seq2seq else lengths.source
     total = (4.0 if frozen else 6.0) * config.vocab_size * config.hidden_size * predicted
     for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2 and part_of(name) not in ("embeddings", "norms") and not name.startswith("lm_head."):
-            times = 4 if frozen and not parameter.requires_grad else 6
-            total += times * parameter.numel() * lengths.through(name, config)
+        if parameter.dim() >= 2 and parts[name] not in ("embeddings", "norms") and id(parameter) not in tables:
+            tokens = lengths.source if family.reads_source(name) else lengths.target
+            share = taken / experts if parts[name] == "experts" else 1
+            total += (6 if parameter.requires_grad else 4) * parameter.numel() * tokens * share
     width, source, target = config.num_attention_heads * config.head_dim, lengths.source, lengths.target
     if seq2seq:
         pairs = config.num_hidden_layers * source**2 + config.num_decoder_layers * target * (target + source)
     else:
-        windows = getattr(config, "windows", [None] * config.num_hidden_layers)
-        pairs = sum(source * min(source, window or source) for window in windows)
+        pairs = sum(source * min(source, window or source) for window in config.windows)
     return total + 12.0 * width * pairs
 
 
@@ -108,7 +115,7 @@ def memory(
     optimizer: str = "adamw",
     device: str = "cpu",
 ) -> dict[str, int]:
-    """Bytes at the peak of a training step, by part.
+    """Return the bytes at the peak of a training step, by part.
 
     Static: fp32 weight, gradient and optimizer state of what is trained (AdamW 16 B, Muon 12 B on block matrices),
     2 B (bf16, fp16) or 4 B of what is frozen. Activations, bytes a token and layer, h hidden, f MLP width (of all the
@@ -116,20 +123,21 @@ def memory(
     4f for GELU, 8h + 4kv more for a decoder's view of an encoder; a recomputed block keeps its input (2h) and needs
     one block at a time. In fp32 activations weigh double. The loss holds one chunk of logits.
     """
-    config = model.config
+    config, family = model.config, family_of(model.config)
     h, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-    taken = getattr(config, "num_experts_per_tok", 1)
+    taken, decoder_layers = family.experts(config)[1], family.decoder_layers(config)
     wide = 2 if precision == "fp32" else 1
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     matrices = {id(p) for p in model.blocks.parameters() if p.dim() >= 2} if optimizer == "muon" else set()
     state = sum(p.numel() * (12 if id(p) in matrices else 16) for p in trained)
-    per_layer = 12 * h + 4 * kv + ((6 if compiled else 8) if config.gated else 4) * config.intermediate_size * taken
+    per_layer = (
+        12 * h + 4 * kv + ((6 if compiled else 8) if family.gated(config) else 4) * config.intermediate_size * taken
+    )
     per_layer += 4 * h * taken if taken > 1 else 0  # each expert has rows of its own
     stacks = [(config.num_hidden_layers, lengths.source, per_layer)]
-    if config.kind == "seq2seq":
-        stacks += [(config.num_decoder_layers, lengths.target, per_layer + 8 * h)]
-        stacks += [(config.num_decoder_layers, lengths.source, 4 * kv)]
+    if decoder_layers:
+        stacks += [(decoder_layers, lengths.target, per_layer + 8 * h), (decoder_layers, lengths.source, 4 * kv)]
     layers = sum(depth for depth, _, _ in stacks[:2])
     share = (layers - checkpointed) / layers  # of the blocks that keep all
     kept = sum(depth * tokens * size for depth, tokens, size in stacks)
@@ -150,29 +158,31 @@ def memory(
 
 
 def make_plan(
-    config: Any,
+    config: Config,
     *,
     seq_len: int,
     lengths: Lengths | None = None,
-    peft: dict[str, Any] | None = None,
+    peft: tuple[str, dict[str, Any]] | None = None,
     new_rows: int = 0,
     **options: Any,
 ) -> Plan:
-    """Plan a run of a model's Config; see `memory` for the options.
+    """Plan a run of a model's Config; see `memory` for the other options.
 
     seq_len   tokens of a row; FLOPs are given for one of them
-    lengths   what an encoder and a decoder make of such a row
+    lengths   of such a row as the model reads and writes it; None: a decoder reads it
+    peft      a method's name and options
     new_rows  of the embedding that an adapter trains
 
     >>> from llmkit.models import gpt2
     >>> make_plan(gpt2.Config(vocab_size=50257), seq_len=1024, micro_batch_size=8, precision="bf16").total
     124439808
     """
-    model = build_model(config, device="meta", seed=None)
-    model.new_tokens = list(range(new_rows))
+    model, lengths = build_model(config, device="meta", seed=None), lengths or Lengths(seq_len)
+    base = {name for name, _ in model.named_parameters()}
     if peft:
-        METHODS[peft["name"]](model, **{key: value for key, value in peft.items() if key != "name"})
-    parts, lengths = parameters_by_part(model), lengths or Lengths(seq_len)
+        method = METHODS[peft[0]]
+        method.apply(model, method.options(**peft[1]), 0, list(range(new_rows)))
+    added = frozenset(name for name, _ in model.named_parameters()) - base
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     flops = flops_per_row(model, lengths) / seq_len
-    return Plan(parts, trainable, flops, memory(model, lengths=lengths, **options))
+    return Plan(parameters_by_part(model, added), trainable, flops, memory(model, lengths=lengths, **options))

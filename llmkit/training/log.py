@@ -13,16 +13,21 @@ from tqdm import tqdm
 
 from llmkit.parallel.device import peak_flops, peak_memory
 from llmkit.screen import clock, count, printable
-from llmkit.storage.run import Run
-from llmkit.training.prepare import Job
+from llmkit.storage.run import RunDirectory
+from llmkit.training.prepare import PreparedRun
 
 
 @dataclass
 class MetricsLogger:
-    """The clock of the steps, without evaluations and checkpoints, and the way from events to file and screen."""
+    """Collect the events of a step, and write them to metrics.jsonl, the screen and TensorBoard.
 
-    job: Job
-    run: Run | None
+    directory   None on all ranks but the first, which alone writes
+    peak        FLOP/s that MFU is a share of
+    first_step  the step at which this process began
+    """
+
+    run: PreparedRun
+    directory: RunDirectory | None
     peak: float
     first_step: int
     say: Callable[[str], None]
@@ -33,43 +38,44 @@ class MetricsLogger:
     def __post_init__(self):
         self.begin = self.mark = time.perf_counter()
         self.marked_step = self.first_step
-        if self.run and sys.stderr.isatty():
-            self.bar = tqdm(total=self.job.max_steps, initial=self.first_step, unit="step", leave=False)
-        if self.run and self.job.config.log.tensorboard:
+        if self.directory and sys.stderr.isatty():
+            self.bar = tqdm(total=self.run.max_steps, initial=self.first_step, unit="step", leave=False)
+        if self.directory and self.run.config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(self.run.folder / "tensorboard")
+            self.writer = SummaryWriter(self.directory.folder / "tensorboard")
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the loop began, all that it did counted."""
+        """Seconds since the loop began, evaluations and checkpoints included."""
         return time.perf_counter() - self.begin
 
     @contextlib.contextmanager
     def pause(self):
-        """Time that is not training's: it is taken out of tokens per second."""
+        """Leave the time inside out of tokens per second."""
         start = time.perf_counter()
         yield
         self.mark += time.perf_counter() - start
 
     def speed(self, step: int) -> dict[str, float]:
-        """Tokens a second, MFU and ETA since the last call."""
+        """Return tokens a second, MFU, memory and ETA since the last call."""
         now = time.perf_counter()
         seconds_a_step = (now - self.mark) / max(1, step - self.marked_step)
         self.mark, self.marked_step = now, step
-        rate = self.job.tokens_per_step / seconds_a_step
-        achieved = rate * self.job.plan.flops_per_token / self.job.world.size
+        rate = self.run.tokens_per_step / seconds_a_step
+        achieved = rate * self.run.plan.flops_per_token / self.run.world.size
         if achieved > self.peak:  # the machine was busy when its peak was measured
             with self.pause():
-                self.peak = max(achieved, peak_flops(self.job.world.device, self.job.precision)[0])
+                self.peak = max(achieved, peak_flops(self.run.world.device, self.run.precision)[0])
         return {
             "tokens_per_second": rate,
             "mfu": achieved / self.peak,
-            "memory_gb": peak_memory(self.job.world.device) / 2**30,
-            "eta_seconds": (self.job.max_steps - step) * seconds_a_step,
+            "memory_gb": peak_memory(self.run.world.device) / 2**30,
+            "eta_seconds": (self.run.max_steps - step) * seconds_a_step,
         }
 
     def log(self, **values: Any) -> None:
+        """Add values to the events of this step."""
         self.pending |= values
 
     def flush(self, step: int) -> None:
@@ -77,11 +83,11 @@ class MetricsLogger:
         record, self.pending = self.pending, {}
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
-        if self.run is None or not record:
+        if self.directory is None or not record:
             return
-        self.run.append(record)
+        self.directory.append(record)
         with tqdm.external_write_mode():  # lines stand above the bar
-            self.say(progress_line(record, self.job.max_steps))
+            self.say(progress_line(record, self.run.max_steps))
             if "sample" in record:
                 self.say(f"--- sample\n{printable(record['sample'])}\n---")
         if self.writer is not None:
@@ -96,7 +102,7 @@ class MetricsLogger:
 
 
 def progress_line(record: dict[str, Any], total: int) -> str:
-    """One step as a line: step 1200/5000 | loss 2.913 | val 2.88 ppl 17.8 | lr 2.7e-4 | ..."""
+    """Return a step on one line: step 1200/5000 | loss 2.913 | val 2.88 ppl 17.8 | lr 2.7e-4 | ..."""
     parts = [f"step {record['step']}/{total}"]
     if "loss" in record:
         parts.append(f"loss {record['loss']:.3f}")

@@ -1,4 +1,4 @@
-"""THE loop. Pretraining, fine-tuning, with LoRA or without, differ in data, objective and peft: never in here."""
+"""THE loop, `take_steps`: pretraining and fine-tuning, with PEFT or without, differ outside of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from llmkit import __version__
 from llmkit.config.schema import Config, CorpusData
 from llmkit.corpus.build import needs_build
 from llmkit.errors import DIVERGED, INTERRUPTED, ModelError, UserError
-from llmkit.evals.perplexity import perplexity
 from llmkit.inference.generate import stream
 from llmkit.models import build_model
 from llmkit.models.folder import load_model, save_model
@@ -27,22 +26,25 @@ from llmkit.models.resize import resize_embeddings
 from llmkit.parallel.compile import apply_checkpointing, compile_blocks
 from llmkit.parallel.device import DTYPES, autocast, make_deterministic, matmul_rate, peak_flops, to_device
 from llmkit.parallel.world import start_world
-from llmkit.peft import METHODS, lora
+from llmkit.peft import METHODS
+from llmkit.peft.adapter import load_adapter, save_adapter, saved_base_sha256
 from llmkit.screen import clock
 from llmkit.storage import checkpoint
-from llmkit.storage.run import Run, open_run, plot_runs, refuse_another, write_report
+from llmkit.storage.report import plot_runs, write_report
+from llmkit.storage.run import RunDirectory, check_same_config, open_run
 from llmkit.training.log import MetricsLogger
 from llmkit.training.optim import OPTIMIZERS, clip, set_lr
 from llmkit.training.plan import plan_config, plan_rows
-from llmkit.training.prepare import Job, prepare
+from llmkit.training.prepare import PreparedRun, describe, next_commands, prepare
 from llmkit.training.signals import Signals
 
 FIRST_SCALE, SCALE_GROWTH = 2.0**16, 2000  # fp16 loss scale: its start; good steps before it doubles (apex, torch)
+Optimizers = list[torch.optim.Optimizer]
 
 
 @dataclass
 class Progress:
-    """What a run has done so far: with weights, optimizer and RNG, all that a resumed one needs."""
+    """What a run has done so far: with weights, optimizer state and RNG, all that a resumed run needs."""
 
     step: int = 0
     best_val: float = math.inf
@@ -53,11 +55,12 @@ class Progress:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, float]:
+        """Return what is not on the device."""
         return {key: value for key, value in vars(self).items() if key != "tensors"}
 
 
 def initial_counters(device: torch.device, precision: str) -> dict[str, Tensor]:
-    """Counters that live on the device."""
+    """Return the counters that live on the device."""
     names = ("interval_loss", "skipped", "bad_in_a_row", "good_in_a_row")
     tensors = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
     return tensors | {"scale": torch.tensor(FIRST_SCALE if precision == "fp16" else 1.0, device=device)}
@@ -66,7 +69,7 @@ def initial_counters(device: torch.device, precision: str) -> dict[str, Tensor]:
 def train(
     config: Config, *, fresh: bool = False, dry_run: bool = False, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Train what the config says, from its newest good checkpoint if the run directory has one.
+    """Train what the config says, from its newest intact checkpoint if the run directory has one.
 
     fresh    delete what an earlier run left in the run directory
     dry_run  check everything, print the header, and stop
@@ -82,71 +85,72 @@ def train(
         for key, value in plan_rows(figures).items():
             say(f"{key:>16}  {value}")
         return figures
-    job = prepare(config, world, fresh=fresh, say=say)
-    config = job.config
-    header = job.header()
+    run = prepare(config, world, fresh=fresh, say=say)
+    folder, resolved, header = Path(run.config.run_dir), run.config.model_dump(), describe(run)
     for key, value in header.items():
         say(f"{key:>10}  {value}")
     if dry_run:
         if not fresh:
-            refuse_another(Path(config.run_dir), config.model_dump())
+            check_same_config(folder, resolved)
         return header
 
-    info = {"device": header["device"], "torch": torch.__version__, "data_fingerprint": job.data.fingerprint}
-    run = world.on_main(lambda: open_run(Path(config.run_dir), config.model_dump(), fresh=fresh, info=info))
+    info = {"device": header["device"], "torch": torch.__version__, "data_fingerprint": run.data.fingerprint}
+    directory = world.on_main(lambda: open_run(folder, resolved, fresh=fresh, info=info))
     try:
-        return take_steps(job, run, header, say)
+        return take_steps(run, directory, header, say)
     finally:
-        if run:
-            run.close()
+        if directory:
+            directory.close()
 
 
-def take_steps(job: Job, run: Run | None, header: dict[str, str], say: Callable[[str], None]) -> dict[str, Any]:
-    """Make the model, take up the newest good checkpoint, and go on to the last step; the order is important."""
-    config, world, device = job.config, job.world, job.world.device
+def take_steps(
+    run: PreparedRun, directory: RunDirectory | None, header: dict[str, str], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Make the model, restore the newest intact checkpoint, and train to the last step. The order is important."""
+    config, world, device = run.config, run.world, run.world.device
     resumed = checkpoint.newest_intact_checkpoint(Path(config.run_dir))
-    model = make_model(job, resumed)
+    model = make_model(run, resumed)
     recomputed = apply_checkpointing(model, config.train.gradient_checkpointing)
-    compiled = compile_blocks(model, config.train.compile, device, job.precision)
+    compiled = compile_blocks(model, config.train.compile, device, run.precision)
     say(f"{'blocks':>10}  {len(model.blocks)}, {recomputed} recomputed in the backward, compiled: {compiled}")
 
-    optimizers = OPTIMIZERS[config.optimizer.name](model, **job.options["optimizer"])
+    optimizers = OPTIMIZERS[config.optimizer.name](model, **run.options["optimizer"])
     trained = [p for p in model.parameters() if p.requires_grad]
-    progress = Progress(tensors=initial_counters(device, job.precision))
+    progress = Progress(tensors=initial_counters(device, run.precision))
     if resumed:
-        restore(resumed, job, model, optimizers, progress)
+        restore(resumed, run, model, optimizers, progress)
         say(f"{'resumed':>10}  {resumed}")
-    if run:
-        run.begin(progress.step if resumed else None)
+    if directory:
+        directory.begin(progress.step if resumed else None)
         if config.peft:
-            checkpoint.add_dependent_run(job.base, run.folder)
-    peak, source = peak_flops(device, job.precision)
-    rate = matmul_rate(device, DTYPES[job.precision])
+            checkpoint.add_dependent_run(run.base, directory.folder)
+    peak, source = peak_flops(device, run.precision)
+    rate = matmul_rate(device, DTYPES[run.precision])
     say(f"{'peak':>10}  {peak / 1e12:.3g} TFLOP/s ({source}); matrix products reach {rate / 1e12:.3g}")
     say("")
 
-    batches = job.batches("train", config.train.global_batch_size)
-    watch = MetricsLogger(job, run, peak, progress.step, say)
+    batches = run.batches("train", config.train.global_batch_size)
+    logger = MetricsLogger(run, directory, peak, progress.step, say)
     signals = Signals()
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection in mid-step stalls every rank
     try:
         if progress.step == 0 and config.eval.every:
-            evaluate(job, model, progress, watch)
-            watch.flush(progress.step)
-        stop = early_stop(job, progress)
-        while progress.step < job.max_steps and not stop:
+            evaluate(run, model, progress, logger)
+            logger.flush(progress.step)
+        stop = early_stop(run, progress)
+        while progress.step < run.max_steps and not stop:
             # One step: the gradient of (sum of losses / targets of the whole step), however it is cut up.
             step = progress.step
-            torch.manual_seed(job.seed_at(step))  # dropout is a function of the step too: no state to save
-            lr = set_lr(optimizers, job.factor(step))
+            torch.manual_seed(run.seed_at(step))  # dropout is a function of the step too: no state to save
+            lr = set_lr(optimizers, run.lr_factor(step))
             batch = batches.batch_at(step)
             targets = world.sum(batch.count)
             scale = progress.tensors["scale"]
-            for micro in batch.split(job.micro_batch_size):
-                with autocast(device, job.precision):
-                    loss, metrics = job.objective.loss(model, to_device(micro, device))
+            for micro in batch.split(run.micro_batch_size):
+                with autocast(device, run.precision):
+                    loss, metrics = run.objective.loss(model, to_device(micro, device))
                 (loss * (scale / targets)).backward()
                 progress.tensors["interval_loss"] += loss.detach() - metrics.pop("added", 0.0)
             world.sum_gradients(trained)
@@ -155,98 +159,89 @@ def take_steps(job: Job, run: Run | None, header: dict[str, str], say: Callable[
                 optimizer.found_inf = found_inf  # not finite: change nothing, decided on the device
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            update_loss_scale(progress.tensors, found_inf, job.precision)
+            update_loss_scale(progress.tensors, found_inf, run.precision)
             progress.step += 1
             progress.interval_targets += targets
 
-            # What happens around steps.
+            # After the step: log, evaluate, save, as often as the config says.
             done = progress.step
             if world.sum(signals.signal or 0):
                 stop = "interrupted"
-            last = done == job.max_steps or stop is not None
+            last = done == run.max_steps or stop is not None
             saving = done % config.checkpoint.every == 0 or last
             if done % config.log.every == 0 or last:
-                log_step(job, progress, watch, lr, norm, metrics)
-            # Every checkpoint has a val loss, so that the best is known, but for one made in haste after a signal.
+                log_step(run, progress, logger, lr, norm, metrics)
+            # Every checkpoint has a val loss, by which the best is known, unless a signal leaves no time for it.
             if config.eval.every and (done % config.eval.every == 0 or (saving and stop is None)):
-                stop = evaluate(job, model, progress, watch) or stop
+                stop = evaluate(run, model, progress, logger) or stop
             if saving or stop:
-                save(job, model, optimizers, progress, watch)
-            watch.flush(progress.step)
+                save(run, model, optimizers, progress, logger)
+            logger.flush(progress.step)
     finally:
         gc.enable()
         gc.unfreeze()
-        watch.close()
+        logger.close()
         signals.release()
-    if stop == "interrupted" and progress.step < job.max_steps:
-        raise UserError(
+    if stop == "interrupted" and progress.step < run.max_steps:
+        what, fix = (
             f"interrupted at step {progress.step}; a checkpoint is saved",
-            fix="type the same command again to go on",
-            code=INTERRUPTED[signals.signal or signal.SIGTERM],
+            "type the same command again to go on",
         )
-    return finish(job, run, header, progress, watch, stop) if run else {}
+        raise UserError(what, fix=fix, code=INTERRUPTED[signals.signal or signal.SIGTERM])
+    return finish(run, directory, header, progress, logger, stop) if directory else {}
 
 
-def make_model(job: Job, resumed: Path | None) -> nn.Module:
-    """The model as the last checkpoint left it, else as `init_from` gives it, else freshly initialised."""
-    config, device = job.config, job.world.device
+def make_model(run: PreparedRun, resumed: Path | None) -> nn.Module:
+    """Make the model as the last checkpoint left it, else as `init_from` has it, else freshly initialised."""
+    config, device = run.config, run.world.device
     if config.peft is None:
-        folder = resumed / "model" if resumed else job.base
+        folder = resumed / "model" if resumed else run.base
         if folder is None:
-            return build_model(job.model_config, device=device, seed=config.seed)
+            return build_model(run.model_config, device=device, seed=config.seed)
         model = load_model(folder, device=device)
-        if not resumed and job.new_tokens:
-            resize_embeddings(model, job.model_config.vocab_size, job.new_tokens)
+        if not resumed and run.new_tokens:
+            resize_embeddings(model, run.model_config.vocab_size, run.new_tokens)
         return model
-    frozen = DTYPES[job.precision]
-    model = load_model(job.base, device=device, dtype=frozen)
+    model = load_model(run.base, device=device, dtype=DTYPES[run.precision])  # what is frozen needs no fp32
     if resumed:
-        if lora.base_sha256(resumed / "model") != job.base_sha256:
-            raise ModelError(
-                "init_from has other weights now than when this run began",
-                at=config.init_from,
-                fix="name the checkpoint that it began with, or start over with --fresh",
-            )
-        lora.load_adapter(model, resumed / "model")
-    else:
-        if job.new_tokens:
-            resize_embeddings(model, job.model_config.vocab_size, job.new_tokens)
-            model.new_tokens = list(job.new_tokens)
-        METHODS[config.peft.name](model, config.seed, **job.options["peft"])
+        if saved_base_sha256(resumed / "model") != run.base_sha256:
+            what = "init_from has other weights now than when this run began"
+            fix = "name the checkpoint that it began with, or start over with --fresh"
+            raise ModelError(what, at=config.init_from, fix=fix)
+        load_adapter(model, resumed / "model")
+        return model
+    if run.new_tokens:
+        resize_embeddings(model, run.model_config.vocab_size, run.new_tokens)
+    method = METHODS[config.peft.name]
+    method.apply(model, method.options(**run.options["peft"]), config.seed, list(run.new_tokens))
     return model
 
 
-def restore(
-    folder: Path, job: Job, model: nn.Module, optimizers: list[torch.optim.Optimizer], progress: Progress
-) -> None:
-    """Take up counters, optimizer state and RNG from a checkpoint; the weights are in the model already."""
+def restore(folder: Path, run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: Progress) -> None:
+    """Restore counters and optimizer state from a checkpoint; the weights are in the model already."""
     tensors, numbers = checkpoint.load_trainer(folder)
-    about = checkpoint.read_manifest(folder)
-    if about["data_fingerprint"] != job.data.fingerprint:
-        raise ModelError(
-            "the data has changed since this run's checkpoint was written",
-            at=folder,
-            fix="choose another run_dir, or start over with --fresh",
-        )
-    if numbers["step"] > job.max_steps:
+    if checkpoint.read_manifest(folder)["data_fingerprint"] != run.data.fingerprint:
+        what, fix = "the data has changed since this run's checkpoint was written", "choose another run_dir"
+        raise ModelError(what, at=folder, fix=f"{fix}, or start over with --fresh")
+    if numbers["step"] > run.max_steps:
         raise ModelError(
             "the run is past the length that is asked for",
             at=folder,
             got=f"step {numbers['step']}",
-            expected=f"at most {job.max_steps}",
+            expected=f"at most {run.max_steps}",
             fix="raise its length, or start over with --fresh",
         )
     checkpoint.restore_optimizers(model, optimizers, tensors)
     for key, value in numbers.items():
         setattr(progress, key, value)
     for key in progress.tensors:
-        progress.tensors[key] = tensors[f"progress/{key}"].to(job.world.device)
-    if not job.world.main:
-        progress.tensors["interval_loss"].zero_()  # rank 0 took up the sum over all ranks
+        progress.tensors[key] = tensors[f"progress/{key}"].to(run.world.device)
+    if not run.world.main:
+        progress.tensors["interval_loss"].zero_()  # rank 0 restored the sum over all ranks
 
 
 def update_loss_scale(tensors: dict[str, Tensor], found_inf: Tensor, precision: str) -> None:
-    """Count skipped steps, and move fp16's loss scale: half after a bad step, double after enough good ones."""
+    """Count skipped steps. Halve fp16's loss scale after one, and double it after enough good steps."""
     tensors["skipped"] += found_inf
     tensors["bad_in_a_row"] = (tensors["bad_in_a_row"] + found_inf) * found_inf
     tensors["good_in_a_row"] = (tensors["good_in_a_row"] + 1) * (1 - found_inf)
@@ -256,17 +251,17 @@ def update_loss_scale(tensors: dict[str, Tensor], found_inf: Tensor, precision: 
         tensors["scale"] = (tensors["scale"] * factor).float()
 
 
-def stop_if_diverged(job: Job, progress: Progress) -> None:
-    """End a run whose steps are not finite again and again; its weights are those of the last good step."""
+def stop_if_diverged(run: PreparedRun, progress: Progress) -> None:
+    """Raise a UserError after too many steps in a row that are not finite. The last finite weights are kept."""
     bad = int(progress.tensors["bad_in_a_row"].item())
-    # fp16 may need 16 steps in which its scale is halved from 2^16 to 1: no sign of divergence.
-    allowed = job.config.train.max_bad_steps + (int(math.log2(FIRST_SCALE)) if job.precision == "fp16" else 0)
+    # fp16 may need 16 steps to halve its scale from 2^16 to 1: that is no divergence.
+    allowed = run.config.train.max_bad_steps + (int(math.log2(FIRST_SCALE)) if run.precision == "fp16" else 0)
     if bad >= allowed:
         first = progress.step - bad
         raise UserError(
             f"the gradients were not finite in {bad} steps in a row",
             at=f"steps {first} to {progress.step - 1}",
-            got=f"lr {job.options['optimizer']['lr']}; the weights were left as before step {first}",
+            got=f"lr {run.options['optimizer']['lr']}; the weights were left as before step {first}",
             fix="lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data of "
             f"batch_at({first}); checkpoints hold the last finite weights",
             code=DIVERGED,
@@ -277,138 +272,129 @@ def stop_if_diverged(job: Job, progress: Progress) -> None:
 
 
 def log_step(
-    job: Job, progress: Progress, watch: MetricsLogger, lr: float, norm: Tensor, metrics: dict[str, Tensor]
+    run: PreparedRun, progress: Progress, logger: MetricsLogger, lr: float, norm: Tensor, metrics: dict[str, Tensor]
 ) -> None:
     """Read the interval's loss from the device, the only wait for it, and log it."""
-    tensors, world = progress.tensors, job.world
-    loss = world.sum(tensors["interval_loss"].item()) / progress.interval_targets
+    tensors = progress.tensors
+    loss = run.world.sum(tensors["interval_loss"].item()) / progress.interval_targets
     tensors["interval_loss"].zero_()
     progress.interval_targets = 0
-    watch.log(
+    logger.log(
         step=progress.step,
-        tokens=progress.step * job.tokens_per_step,
+        tokens=progress.step * run.tokens_per_step,
         loss=loss,
         lr=lr,
         grad_norm=norm.item(),
         skipped=int(tensors["skipped"].item()),
         **{key: value.item() for key, value in metrics.items()},
-        **watch.speed(progress.step),
+        **logger.speed(progress.step),
     )
-    stop_if_diverged(job, progress)
+    stop_if_diverged(run, progress)
 
 
-def evaluate(job: Job, model: nn.Module, progress: Progress, watch: MetricsLogger) -> str | None:
-    """Measure the val split, write a sample, and say whether to stop early (the reason) or not (None)."""
-    config, device, world = job.config, job.world.device, job.world
-    with watch.pause():
-        size = job.micro_batch_size
+def evaluate(run: PreparedRun, model: nn.Module, progress: Progress, logger: MetricsLogger) -> str | None:
+    """Measure the val split, write a sample, and return the reason to stop early, None without one."""
+    config, world, size = run.config, run.world, run.micro_batch_size
+    with logger.pause():
         limit = config.eval.max_batches and config.eval.max_batches * config.train.global_batch_size
-        batches = job.batches("val", size).in_order(limit)
-        mine = itertools.islice(batches, world.rank, None, world.size)
-        with autocast(device, job.precision):
-            result = perplexity(
-                model, mine, device=device, token_bytes=job.text_bytes, micro_batch_size=size, total=world.sum
-            )
+        batches = itertools.islice(run.batches("val", size).in_order(limit), world.rank, None, world.size)
+        with autocast(world.device, run.precision):
+            options = {"device": world.device, "micro_batch_size": size, "total": world.sum}
+            result = run.objective.evaluate(model, batches, token_bytes=run.token_bytes, **options)
             if config.eval.sample_prompt is not None:
-                result["sample"] = sample(job, model)
-    watch.log(step=progress.step, tokens=progress.step * job.tokens_per_step, **result)
+                result["sample"] = sample(run, model)
+    logger.log(step=progress.step, tokens=progress.step * run.tokens_per_step, **result)
     if result["val_loss"] < progress.best_val:
         progress.best_val, progress.evals_without_gain = result["val_loss"], 0
     else:
         progress.evals_without_gain += 1
-    return early_stop(job, progress)
+    return early_stop(run, progress)
 
 
-def early_stop(job: Job, progress: Progress) -> str | None:
-    """Why to stop before the full length, if patience has run out."""
-    patience = job.config.train.early_stopping_patience
+def early_stop(run: PreparedRun, progress: Progress) -> str | None:
+    """Return why to stop before the full length, if patience has run out."""
+    patience = run.config.train.early_stopping_patience
     if patience and progress.evals_without_gain >= patience:
         return f"stopped early: {patience} evaluations without a lower val loss"
     return None
 
 
-def sample(job: Job, model: nn.Module) -> str:
-    """The continuation of eval.sample_prompt, with a generator of its own: the run's RNG does not move."""
-    tokenizer = job.data.tokenizer
-    text = job.config.eval.sample_prompt
-    prompt = tokenizer.encode_source(text) if job.model_config.kind == "seq2seq" else tokenizer.encode_prompt(text)
-    new = stream(
-        model,
-        prompt,
-        max_new_tokens=job.config.eval.sample_tokens,
-        stop=frozenset([tokenizer.eos_id]),
-        seed=job.config.seed,
-    )
-    return tokenizer.decode(new if job.model_config.kind == "seq2seq" else [*prompt, *new])
+def sample(run: PreparedRun, model: nn.Module) -> str:
+    """Continue eval.sample_prompt, with a generator of its own: the run's RNG does not move."""
+    tokenizer, text = run.data.tokenizer, run.config.eval.sample_prompt
+    seq2seq = run.model_config.kind == "seq2seq"
+    prompt = tokenizer.encode_source(text) if seq2seq else tokenizer.encode_prompt(text)
+    options = {"max_new_tokens": run.config.eval.sample_tokens, "stop": frozenset([tokenizer.eos_id])}
+    new = stream(model, prompt, seed=run.config.seed, **options)
+    return tokenizer.decode(new if seq2seq else [*prompt, *new])
 
 
-def save(
-    job: Job, model: nn.Module, optimizers: list[torch.optim.Optimizer], progress: Progress, watch: MetricsLogger
-) -> None:
+def save(run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: Progress, logger: MetricsLogger) -> None:
     """Write a checkpoint, but never a diverged state."""
-    stop_if_diverged(job, progress)
-    val_loss = watch.pending.get("val_loss")
+    stop_if_diverged(run, progress)
+    val_loss = logger.pending.get("val_loss")
     # Before the checkpoint: a kill in between must not lose what the resumed run will not log again.
-    watch.flush(progress.step)
-    interval_loss = job.world.sum(progress.tensors["interval_loss"].item())
-    if watch.run is None:
+    logger.flush(progress.step)
+    interval_loss = run.world.sum(progress.tensors["interval_loss"].item())
+    if logger.directory is None:
         return
-    tokenizer, config = job.data.tokenizer, job.config
+    tokenizer, config = run.data.tokenizer, run.config
 
     def write_model(folder: Path) -> None:
         if config.peft:
-            lora.save_adapter(model, folder, base=str(job.base.resolve()), base_sha256=job.base_sha256)
+            options = METHODS[config.peft.name].options(**run.options["peft"])
+            base = {"base": str(run.base.resolve()), "base_sha256": run.base_sha256}
+            save_adapter(model, folder, config.peft.name, options, **base)
         else:
             save_model(model, folder, eos_token_ids=tokenizer.stop_ids, bos_token_id=tokenizer.bos_id)
         tokenizer.save(folder)
 
-    with watch.pause():
+    with logger.pause():
         tensors = {f"progress/{key}": value.detach().cpu() for key, value in progress.tensors.items()}
         tensors["progress/interval_loss"] = torch.tensor(interval_loss, dtype=torch.float64)
         tensors |= checkpoint.optimizer_tensors(model, optimizers)
         about = {
             "val_loss": val_loss,
             "llmkit": __version__,
-            "world_size": job.world.size,
-            "data_fingerprint": job.data.fingerprint,
+            "world_size": run.world.size,
+            "data_fingerprint": run.data.fingerprint,
             "tokenizer_sha256": tokenizer.sha256,
             "config_sha256": hashlib.sha256(config.dump().encode()).hexdigest(),
         }
-        checkpoint.save(
-            watch.run.folder,
-            progress.step,
-            write_model,
-            tensors,
-            progress.numbers() | {"seconds": progress.seconds + watch.elapsed},
-            about=about,
-            keep=config.checkpoint.keep,
-        )
+        numbers = progress.numbers() | {"seconds": progress.seconds + logger.elapsed}
+        options = {"about": about, "keep": config.checkpoint.keep}
+        checkpoint.save(logger.directory.folder, progress.step, write_model, tensors, numbers, **options)
 
 
 def finish(
-    job: Job, run: Run, header: dict, progress: Progress, watch: MetricsLogger, stop: str | None
+    run: PreparedRun,
+    directory: RunDirectory,
+    header: dict[str, str],
+    progress: Progress,
+    logger: MetricsLogger,
+    stop: str | None,
 ) -> dict[str, Any]:
-    """The picture, the report and the summary of a run that is done."""
-    plot_runs([run.folder], run.folder / "loss.png")
-    records = run.metrics()
-    kept = checkpoint.best_checkpoint(run.folder)  # of all evaluations the best one that has a checkpoint
+    """Write the picture and the report of a run that is done, and return the summary."""
+    folder, records = directory.folder, directory.metrics()
+    plot_runs([folder], folder / "loss.png")
+    kept = checkpoint.best_checkpoint(folder)  # of all evaluations the best one that has a checkpoint
     best = next((r for r in records if kept and "val_loss" in r and r["step"] == checkpoint.step_of(kept)), {})
     speeds = sorted(r["tokens_per_second"] for r in records if "tokens_per_second" in r)
-    summary = {"steps": progress.step, "tokens": progress.step * job.tokens_per_step}
+    memory = max((r["memory_gb"] for r in records if "memory_gb" in r), default=0.0)
+    summary = {"steps": progress.step, "tokens": progress.step * run.tokens_per_step}
     if best:
         summary |= {"best_val_loss": round(best["val_loss"], 4), "perplexity": round(best["val_perplexity"], 3)}
         summary |= {"bits_per_byte": round(best["bits_per_byte"], 4)} if "bits_per_byte" in best else {}
         summary |= {"best_checkpoint": str(kept)}
     if speeds:
         summary["tokens_per_second"] = round(speeds[len(speeds) // 2])
-    memory = max((r["memory_gb"] for r in records if "memory_gb" in r), default=0.0)
     summary |= {
-        "time": clock(progress.seconds + watch.elapsed),
+        "time": clock(progress.seconds + logger.elapsed),
         "peak_memory_gib": round(memory, 2),
-        "estimated_memory_gib": round(job.plan.peak_memory / 2**30, 2),
+        "estimated_memory_gib": round(run.plan.peak_memory / 2**30, 2),
         "skipped_steps": int(progress.tensors["skipped"].item()),
         "ended": stop or "at its full length",
-        "files": f"{run.folder}/: checkpoints/, metrics.jsonl, loss.png, report.md",
+        "files": f"{folder}/: checkpoints/, metrics.jsonl, loss.png, report.md",
     }
-    write_report(run, header, summary)
-    return summary | {"next": job.next_commands()}
+    write_report(directory, header, summary)
+    return summary | {"next": next_commands(run)}

@@ -1,300 +1,210 @@
-"""A config made ready to train: every option checked, the data opened, and all that is derived settled, once."""
+"""Prepare a run: check the config, open its data, derive the rest."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+import torch
 
-from llmkit.config.schema import Choice, Config, CorpusData, Train
+from llmkit.config.schema import Choice, Config, Train
 from llmkit.data.batches import GOLDEN, MASK, Batches, mix
-from llmkit.errors import DataError, MachineError, UserError, raise_all
-from llmkit.objectives import OBJECTIVES, Objective
+from llmkit.data.splits import Splits
+from llmkit.errors import DataError, UserError, raise_all
+from llmkit.models import CONFIGS, family_of
+from llmkit.models.folder import read_config
+from llmkit.objectives import OBJECTIVES
+from llmkit.objectives.objective import Objective
 from llmkit.parallel.device import choose_precision, device_name
 from llmkit.parallel.world import World
 from llmkit.screen import count
-from llmkit.storage import checkpoint
 from llmkit.storage.locate import locate, weights_sha256
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llmkit.training.cost import Plan, make_plan
-from llmkit.training.data import Data, open_corpus, open_sft
-from llmkit.training.plan import largest_micro_batch, plan_options
+from llmkit.training.data import open_data
 from llmkit.training.resolve import (
+    Options,
     check_choices,
+    check_max_epochs,
+    check_warmup,
+    choose_micro_batch_size,
     choose_objective,
     choose_packing,
+    count_steps,
     describe_choice,
-    model_problems,
-    read_model_config,
+    describe_run,
+    find_problems,
+    reuse_resolved_values,
 )
 from llmkit.training.schedules import SCHEDULES
 
 
 @dataclass
-class Job:
-    """What `train` needs: nothing in it is still "auto"."""
+class CheckedConfig:
+    """A config whose names, options and shapes are good, before any data is opened."""
+
+    config: Config  # objective and packing are resolved
+    options: Options
+    model_config: Any  # its vocab_size may still be None
+    base: Path | None  # folder of the weights to start from
+
+
+@dataclass
+class Derived:
+    """What follows from a checked config and the size of its vocabulary and data."""
+
+    precision: str
+    micro_batch_size: int
+    max_steps: int | None  # None: in epochs of data that is not known
+    plan: Plan
+
+
+@dataclass
+class PreparedRun:
+    """A run that is ready to train: no value is "auto" any more."""
 
     config: Config  # resolved: training it again repeats the run
     world: World
     model_config: Any
-    base: Path | None  # folder of the weights to begin with
-    new_tokens: dict[int, list[int]]  # that it has no rows for yet: see `resize_embeddings`
-    data: Data
+    base: Path | None  # folder of the weights to start from
+    new_tokens: dict[int, list[int]]  # tokens that the base has no rows for: see `resize_embeddings`
+    data: Splits
     objective: Objective
-    options: dict[str, dict[str, Any]]  # of the "choose one" sections
+    options: Options
     plan: Plan
     max_steps: int
     precision: str
     micro_batch_size: int
 
     @property
-    def seq_len(self) -> int:
-        return self.config.data.seq_len
+    def tokens_per_step(self) -> int:
+        return self.config.train.global_batch_size * self.config.data.seq_len
+
+    @property
+    def token_bytes(self) -> np.ndarray | None:
+        """Bytes of text per token, from which bits per byte follow; None if not all tokens of a text are predicted."""
+        return self.data.tokenizer.token_bytes if self.model_config.kind == "causal" else None
 
     @cached_property
     def base_sha256(self) -> str:
-        """What an adapter remembers of the weights that it was trained on."""
+        """Checksum of the base's weights, which an adapter remembers."""
         return weights_sha256(self.base)
 
-    @property
-    def tokens_per_step(self) -> int:
-        return self.config.train.global_batch_size * self.seq_len
-
     def batches(self, split: str, global_batch_size: int) -> Batches:
-        """The batches of a split as the objective wants them; in training, this rank's."""
-        mine = {"rank": self.world.rank, "world": self.world.size} if split == "train" else {}
-        corrupt = self.objective.corrupt
-        return self.data.open(split, global_batch_size, seed=self.config.seed, corrupt=corrupt, **mine)
-
-    @property
-    def text_bytes(self) -> np.ndarray | None:
-        """Bytes that each token stands for, where all tokens of a text are predicted: bits per byte needs that."""
-        return self.data.token_bytes if self.model_config.kind == "causal" else None
+        """Return the batches of a split, corrupted as the objective wants them; of train, this rank's."""
+        share = {"rank": self.world.rank, "world": self.world.size} if split == "train" else {}
+        options = {"seed": self.config.seed, "corrupt": self.objective.corrupt}
+        return self.data.batches(split, global_batch_size, **options, **share)
 
     def seed_at(self, step: int) -> int:
-        """Of the RNG that dropout draws from, in this step and on this rank."""
+        """Return the seed of dropout in this step on this rank."""
         return mix((self.config.seed * GOLDEN + step * self.world.size + self.world.rank) & MASK) >> 1
 
-    def factor(self, step: int) -> float:
-        """The schedule: step -> share of the learning rate."""
+    def lr_factor(self, step: int) -> float:
+        """Return the schedule's share of the learning rate in a step."""
         return SCHEDULES[self.config.schedule.name](step, self.max_steps, **self.options["schedule"])
 
-    def epochs_of(self, source: str) -> float:
-        """How often the run reads a source of its data."""
-        share, samples = self.data.shares.get(source, (1.0, self.data.samples["train"]))
-        return share * self.max_steps * self.config.train.global_batch_size / samples
 
-    def mixture(self) -> list[str]:
-        """Each source's share of the samples and how often it is read."""
-        return [f"{name} {share:.1%} x {self.epochs_of(name):.2f}" for name, (share, _) in self.data.shares.items()]
-
-    def next_commands(self) -> list[str]:
-        """Commands that one may type after the run."""
-        run, kind, is_sft = self.config.run_dir, self.model_config.kind, self.config.data.kind == "sft"
-        prompt = shlex.quote(self.config.eval.sample_prompt or "Once upon a time")
-        write = [f"llmkit generate {run} {prompt}"]
-        if is_sft:
-            write = [f"llmkit chat {run}" if self.data.chats else f"llmkit generate {run} 'a prompt as in the data'"]
-        elif kind != "causal":
-            write = []  # an encoder writes nothing, and a decoder beside it nothing yet but cut-out spans
-        return [f"llmkit eval {run} --perplexity", *write]
-
-    def evaluated(self) -> str:
-        """When the val split is measured, and how much of it."""
-        every, most, rows = self.config.eval.every, self.config.eval.max_batches, self.data.samples["val"]
-        if not every:
-            return "never"
-        read = min(rows, most * self.config.train.global_batch_size) if most else rows
-        part = "" if read == rows else "; `llmkit eval` reads all"
-        return f"every {every} steps and at checkpoints, {read} of {rows} val rows{part}"
-
-    def note(self) -> str | None:
-        """What a run may not be meant to be."""
-        rows, size = self.data.samples["train"], self.config.train.global_batch_size
-        if size > rows:
-            return (
-                f"a batch of {size} rows is more than the {count(rows)} there are: a step reads each {size / rows:.1f} "
-                "times. Lower train.global_batch_size"
-            )
-        return None
-
-    def header(self) -> dict[str, str]:
-        """What a run is, for the screen and the report."""
-        config, plan = self.config, self.plan
-        per_rank = config.train.global_batch_size // self.world.size
-        accumulation = math.ceil(per_rank / self.micro_batch_size)
-        trained = "" if plan.trainable == plan.total else f", {count(plan.trainable)} trained"
-        return {
-            "run": config.run_dir,
-            "model": f"{config.model.name if config.model else self.base}: {count(plan.total)} parameters{trained}",
-            "data": self.data.about,
-            **({"mixture": ", ".join(self.mixture())} if self.data.shares else {}),
-            "device": f"{device_name(self.world.device)}, {self.precision}, {self.world.size} rank(s)",
-            "batch": f"{config.train.global_batch_size} = {self.micro_batch_size} micro x {accumulation} accumulated "
-            f"x {self.world.size} rank(s), {self.seq_len} tokens each",
-            "length": f"{self.max_steps} steps, {count(self.max_steps * self.tokens_per_step)} tokens, "
-            f"{self.max_steps * config.train.global_batch_size / self.data.samples['train']:.2f} epochs",
-            **(
-                {"objective": describe_choice(config.objective.name, self.options["objective"])}
-                if self.options["objective"]
-                else {}
-            ),
-            "optimizer": describe_choice(config.optimizer.name, self.options["optimizer"]),
-            **({"peft": describe_choice(config.peft.name, self.options["peft"])} if config.peft else {}),
-            "schedule": describe_choice(config.schedule.name, self.options["schedule"]),
-            "compute": f"{count(plan.flops_per_token)} FLOPs a token, "
-            f"{plan.flops_per_token * self.max_steps * self.tokens_per_step:.1e} in all",
-            "eval": self.evaluated(),
-            **({"note": note} if (note := self.note()) else {}),
-            "memory": f"{plan.peak_memory / 2**30:.2f} GiB estimated at the peak",
-        }
+# ---- check -> open the data -> derive -------------------------------------------------------------------------------
 
 
-def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[[str], None] = print) -> Job:
-    """Check and derive everything. The only thing it writes is data: a corpus that is not built yet, encoded examples.
+def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[[str], None] = print) -> PreparedRun:
+    """Check a config, open its data and derive the rest. It writes data only: a corpus to build, records to encode.
 
-    fresh  what an earlier start in the run directory settled does not count
-
-    Raises UserError with all that is wrong with the options and shapes, before anything is written.
+    fresh  ignore what an earlier run in the run directory resolved
     """
+    checked = check(config, world.size)
+    config, options, model_config = checked.config, checked.options, checked.model_config
+    start_id = family_of(model_config).start_token_id(model_config)
+    data = open_data(config, world, checked.base, start_id, say)
+    new_tokens = fit_vocabulary(checked, data.tokenizer)
+    for split, samples in data.samples.items():
+        if samples < 1:
+            fix = "lower data.seq_len, add text, or raise the val fraction"
+            raise DataError(f"the {split} split is shorter than one sample", at=config.where("data"), fix=fix)
+    train = config.train if fresh else reuse_resolved_values(config)
+    derived = derive(checked, world.device, world.size, train, len(new_tokens), data.samples["train"])
+    objective = OBJECTIVES[config.objective.name].build(data.tokenizer, config.seed, start_id, **options["objective"])
+    run = PreparedRun(
+        resolve(checked, train, derived),
+        world,
+        model_config,
+        checked.base,
+        new_tokens,
+        data,
+        objective,
+        options,
+        **vars(derived),
+    )
+    raise_all(list(check_max_epochs(config, epochs_by_source(run), data.shares, derived.max_steps)))
+    return run
+
+
+def check(config: Config, ranks: int = 1) -> CheckedConfig:
+    """Check names, options and shapes, and choose the objective; read no data. All errors are raised at once."""
     options = check_choices(config)
-    base = None
-    if config.init_from is not None:
-        located = locate(config.init_from)
-        if located.is_adapter:
-            raise UserError(
-                "init_from is an adapter, but training starts from a whole model",
-                at=config.where("init_from"),
-                got=config.init_from,
-                fix=f"llmkit export {config.init_from} merged --format hf, and start from that",
-            )
-        base = located.folder
-        if base.resolve().is_relative_to(Path(config.run_dir).resolve()):  # --fresh would delete it
-            raise UserError(
-                "the run would write where the model lies that it begins with",
-                at=config.where("init_from"),
-                got=f"run_dir: {config.run_dir}, init_from: {config.init_from}",
-                fix="name another run_dir",
-            )
-    model_config = read_model_config(config, options)
+    base = find_base(config)
+    model_config = read_config(base) if base else CONFIGS[config.model.name](**options["model"])
     objective, options["objective"] = choose_objective(config, model_config)
     config = choose_packing(config.model_copy(update={"objective": objective}), model_config)
-    errors = model_problems(config, model_config)
-    warmup, fixed = options["schedule"].get("warmup_steps", 0), config.train.max_steps
-    if fixed and warmup >= fixed:
-        errors.append(
-            UserError(
-                "schedule.warmup_steps leaves no step to train",
-                at=config.where("schedule.warmup_steps"),
-                got=warmup,
-                expected=f"less than {fixed} (train.max_steps)",
-            )
-        )
-    if config.train.global_batch_size % world.size:
-        errors.append(
-            UserError(
-                "train.global_batch_size is not a multiple of the number of ranks",
-                at=config.where("train.global_batch_size"),
-                got=f"{config.train.global_batch_size}, {world.size}",
-            )
-        )
-    if config.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        errors.append(
-            MachineError(
-                "log.tensorboard needs the tensorboard package",
-                at=config.where("log.tensorboard"),
-                fix="pip install 'llmkit[tensorboard]'",
-            )
-        )
-    raise_all(errors)
+    raise_all(list(find_problems(config, options, model_config, ranks)))
+    return CheckedConfig(config, options, model_config, base)
 
-    if isinstance(config.data, CorpusData):
-        data = open_corpus(config, world, say)
-    else:
-        data = open_sft(config, world, base, start_id=getattr(model_config, "decoder_start_token_id", None))
-    new_tokens = added_tokens(config, base, data.tokenizer) if base else {}
-    if config.peft and bool(new_tokens) != options["peft"].get("new_tokens", False):
+
+def find_base(config: Config) -> Path | None:
+    """Return the folder of the model that init_from names."""
+    if config.init_from is None:
+        return None
+    located = locate(config.init_from)
+    if located.is_adapter:
         raise UserError(
-            "peft.new_tokens is for tokens that are added, and they are learnt with it alone",
+            "init_from is an adapter, but training starts from a whole model",
+            at=config.where("init_from"),
+            got=config.init_from,
+            fix=f"llmkit export {config.init_from} merged --format hf, and start from that",
+        )
+    if located.folder.resolve().is_relative_to(Path(config.run_dir).resolve()):  # --fresh would delete it
+        raise UserError(
+            "the run would write into the folder of the model that it starts from",
+            at=config.where("init_from"),
+            got=f"run_dir: {config.run_dir}, init_from: {config.init_from}",
+            fix="name another run_dir",
+        )
+    return located.folder
+
+
+def fit_vocabulary(checked: CheckedConfig, tokenizer: Tokenizer) -> dict[int, list[int]]:
+    """Set the model's vocabulary size by the tokenizer, if it is open; return the added tokens, see `added_tokens`."""
+    config, model_config, peft = checked.config, checked.model_config, checked.options.get("peft", {})
+    new_tokens = added_tokens(config, checked.base, tokenizer) if checked.base else {}
+    if config.peft and bool(new_tokens) != peft.get("new_tokens", False):
+        raise UserError(
+            "peft.new_tokens trains the rows of added tokens: it needs some, and they need it",
             at=config.where("peft"),
             got=f"{len(new_tokens)} new tokens, new_tokens: {not new_tokens}",
             fix=f"peft.new_tokens: {bool(new_tokens)}".lower(),
         )
-    if model_config.vocab_size is None or (new_tokens and model_config.vocab_size < len(data.tokenizer)):
-        model_config.vocab_size = len(data.tokenizer)
-    if model_config.vocab_size < len(data.tokenizer):
+    if model_config.vocab_size is None or (new_tokens and model_config.vocab_size < len(tokenizer)):
+        model_config.vocab_size = len(tokenizer)
+    if model_config.vocab_size < len(tokenizer):
         raise UserError(
             "the tokenizer has more tokens than the model",
             at=config.where("model.vocab_size"),
-            got=f"{len(data.tokenizer)} tokens, {model_config.vocab_size} embeddings",
+            got=f"{len(tokenizer)} tokens, {model_config.vocab_size} embeddings",
         )
-    for split, samples in data.samples.items():
-        if samples < 1:
-            raise DataError(
-                f"the {split} split is shorter than one sample",
-                at=config.where("data"),
-                fix="lower data.seq_len, add text, or raise the val fraction",
-            )
-
-    train = config.train if fresh else reuse_resolved_values(config)
-    if train.max_steps:
-        max_steps = train.max_steps
-    elif train.max_tokens:
-        max_steps = math.ceil(train.max_tokens / (train.global_batch_size * config.data.seq_len))
-    else:
-        max_steps = math.ceil(train.epochs * data.samples["train"] / train.global_batch_size)
-    if warmup >= max_steps:
-        raise UserError(
-            "schedule.warmup_steps leaves no step to train",
-            at=config.where("schedule.warmup_steps"),
-            got=warmup,
-            expected=f"less than {max_steps} steps, the length of this run",
-        )
-    objective = OBJECTIVES[config.objective.name](
-        data.tokenizer, config.seed, getattr(model_config, "decoder_start_token_id", 0), **options["objective"]
-    )
-    precision = choose_precision(train.precision, world.device)
-    planned = plan_options(config, options, model_config, precision, world.device, len(new_tokens))
-    micro, rows = config.train.micro_batch_size, train.global_batch_size // world.size
-    if micro != "auto" and rows % micro:
-        raise UserError(
-            "train.micro_batch_size does not divide a rank's share of the batch",
-            at=config.where("train.micro_batch_size"),
-            got=f"{micro}, and {rows} rows a rank",
-        )
-    if micro == "auto":
-        before = train.micro_batch_size  # another number of ranks may not be able to keep it
-        fits = before != "auto" and rows % before == 0
-        micro = before if fits else largest_micro_batch(model_config, rows, world, planned)
-    plan = make_plan(model_config, micro_batch_size=micro, **planned)
-    resolved = config.model_copy(
-        update={
-            name: Choice(name=getattr(config, name).name, **chosen)
-            for name, chosen in options.items()
-            if name != "model"
-        }
-        | {"train": train.model_copy(update={"precision": precision, "micro_batch_size": micro})}
-        | ({"model": Choice(name=config.model.name, **vars(model_config))} if config.model else {})
-    )
-    job = Job(
-        resolved, world, model_config, base, new_tokens, data, objective, options, plan, max_steps, precision, micro
-    )
-    raise_all(list(check_max_epochs(job)))
-    return job
+    return new_tokens
 
 
 def added_tokens(config: Config, base: Path, tokenizer: Tokenizer) -> dict[int, list[int]]:
-    """Tokens that the model of init_from does not have yet: new id -> the ids that spelt it so far.
+    """Return the tokens that the base's tokenizer lacks: new id -> the ids that spelt it so far.
 
-    UserError where the data's tokenizer is not the model's, or is more than that and nobody asked for more rows.
+    Raises a UserError if the data's tokenizer changes tokens of the base's, or adds some without resize_embeddings.
     """
     old = load_tokenizer(base)
     ids = tokenizer.rust.get_vocab(with_added_tokens=True)
@@ -316,32 +226,101 @@ def added_tokens(config: Config, base: Path, tokenizer: Tokenizer) -> dict[int, 
     return {i: [] if token in tokenizer.specials else old.encode(tokenizer.decode([i])) for i, token in new.items()}
 
 
-def check_max_epochs(job: Job) -> Iterator[UserError]:
-    """Sources that the run would read for more epochs than the config allows."""
-    sources = job.config.data.sources if isinstance(job.config.data, CorpusData) else []
-    for i, source in enumerate(sources):
-        if source.max_epochs and (epochs := job.epochs_of(source.name)) > source.max_epochs + 1e-9:
-            most = source.max_epochs / epochs
-            share = job.data.shares.get(source.name, (1.0, 0))[0] * most
-            lower = f"give it at most {share:.3g} of all weights, or " if job.data.shares else ""
-            yield DataError(
-                f"source {source.name} would be read for more epochs than its max_epochs",
-                at=job.config.where(f"data.sources.{i}.max_epochs"),
-                got=f"{epochs:.2f} epochs",
-                expected=f"at most {source.max_epochs:g}",
-                fix=f"{lower}train at most {math.floor(job.max_steps * most)} steps",
-            )
+def derive(
+    checked: CheckedConfig,
+    device: torch.device,
+    ranks: int,
+    train: Train,
+    new_rows: int = 0,
+    samples: int | None = None,
+) -> Derived:
+    """Derive length, precision, micro-batch and plan of a checked config whose vocab_size is known.
+
+    train    the train section, with values that an earlier run resolved
+    samples  of the train split; None: not known
+    """
+    config, options, model_config = checked.config, checked.options, checked.model_config
+    max_steps = count_steps(train, config.data.seq_len, samples)
+    raise_all(list(check_warmup(config, options, max_steps)))
+    precision = choose_precision(train.precision, device)
+    planned = describe_run(config, options, model_config, device, new_rows) | {"precision": precision}
+    micro = choose_micro_batch_size(config, train, model_config, ranks, device, planned)
+    return Derived(precision, micro, max_steps, make_plan(model_config, micro_batch_size=micro, **planned))
 
 
-def reuse_resolved_values(config: Config) -> Train:
-    """The train section, with what is "auto" in it as this run resolved it before its checkpoints."""
-    saved = Path(config.run_dir) / "config.yaml"
-    if not saved.is_file() or not checkpoint.list_checkpoints(Path(config.run_dir)):
-        return config.train
-    before = (yaml.safe_load(saved.read_text(encoding="utf-8")) or {}).get("train", {})
-    same = {
-        key: before[key]
-        for key in ("precision", "micro_batch_size")
-        if getattr(config.train, key) == "auto" and key in before
+def resolve(checked: CheckedConfig, train: Train, derived: Derived) -> Config:
+    """Return the config with every option and derived value written out."""
+    config, update = checked.config, {"precision": derived.precision, "micro_batch_size": derived.micro_batch_size}
+    choices = {
+        section: Choice(name=getattr(config, section).name, **options)
+        for section, options in checked.options.items()
+        if section != "model"
     }
-    return config.train.model_copy(update=same)
+    if config.model:
+        choices["model"] = Choice(name=config.model.name, **vars(checked.model_config))
+    return config.model_copy(update=choices | {"train": train.model_copy(update=update)})
+
+
+# ---- what the header says -------------------------------------------------------------------------------------------
+
+
+def epochs_by_source(run: PreparedRun) -> dict[str, float]:
+    """Return how often the run reads each source of its data."""
+    sources = [source.name for source in run.config.data.sources] if run.config.data.kind == "corpus" else []
+    drawn = run.max_steps * run.config.train.global_batch_size
+    parts = {name: run.data.shares.get(name, (1.0, run.data.samples["train"])) for name in sources}
+    return {name: share * drawn / samples for name, (share, samples) in parts.items()}
+
+
+def describe_evaluation(run: PreparedRun) -> str:
+    """Return when the val split is measured, and how much of it."""
+    every, most, rows = run.config.eval.every, run.config.eval.max_batches, run.data.samples["val"]
+    if not every:
+        return "never"
+    read = min(rows, most * run.config.train.global_batch_size) if most else rows
+    part = "" if read == rows else "; `llmkit eval` reads all"
+    return f"every {every} steps and at checkpoints, {read} of {rows} val rows{part}"
+
+
+def describe(run: PreparedRun) -> dict[str, str]:
+    """Return the header of a run, for the screen and the report."""
+    config, plan, options, rows = run.config, run.plan, run.options, run.data.samples["train"]
+    size, epochs = config.train.global_batch_size, epochs_by_source(run)
+    accumulation = math.ceil(size // run.world.size / run.micro_batch_size)
+    trained = "" if plan.trainable == plan.total else f", {count(plan.trainable)} trained"
+    mixture = [f"{name} {share:.1%} x {epochs[name]:.2f}" for name, (share, _) in run.data.shares.items()]
+    note = f"a batch of {size} rows is more than the {count(rows)} there are: a step reads each {size / rows:.1f} times"
+    header = {
+        "run": config.run_dir,
+        "model": f"{config.model.name if config.model else run.base}: {count(plan.total)} parameters{trained}",
+        "data": run.data.summary,
+        "mixture": ", ".join(mixture),
+        "device": f"{device_name(run.world.device)}, {run.precision}, {run.world.size} rank(s)",
+        "batch": f"{size} = {run.micro_batch_size} micro x {accumulation} accumulated x {run.world.size} rank(s), "
+        f"{config.data.seq_len} tokens each",
+        "length": f"{run.max_steps} steps, {count(run.max_steps * run.tokens_per_step)} tokens, "
+        f"{run.max_steps * size / rows:.2f} epochs",
+        "objective": describe_choice(config.objective.name, options["objective"]) if options["objective"] else "",
+        "optimizer": describe_choice(config.optimizer.name, options["optimizer"]),
+        "peft": describe_choice(config.peft.name, options["peft"]) if config.peft else "",
+        "schedule": describe_choice(config.schedule.name, options["schedule"]),
+        "compute": f"{count(plan.flops_per_token)} FLOPs a token, "
+        f"{plan.flops_per_token * run.max_steps * run.tokens_per_step:.1e} in all",
+        "eval": describe_evaluation(run),
+        "note": f"{note}. Lower train.global_batch_size" if size > rows else "",
+        "memory": f"{plan.peak_memory / 2**30:.2f} GiB estimated at the peak",
+    }
+    return {key: value for key, value in header.items() if value}
+
+
+def next_commands(run: PreparedRun) -> list[str]:
+    """Return the commands to type after the run."""
+    folder, kind = run.config.run_dir, run.model_config.kind
+    prompt = shlex.quote(run.config.eval.sample_prompt or "Once upon a time")
+    write = [f"llmkit generate {folder} {prompt}"]
+    if run.config.data.kind == "sft":
+        prompt = "'a prompt as in the data'"
+        write = [f"llmkit chat {folder}" if run.data.is_chat else f"llmkit generate {folder} {prompt}"]
+    elif kind != "causal":  # an encoder writes nothing, its decoder only the spans that were cut out
+        write = []
+    return [f"llmkit eval {folder} --perplexity", *write]

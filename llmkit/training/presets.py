@@ -6,15 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llmkit.config.load import load_config
 from llmkit.config.schema import Config
 from llmkit.config.yaml import read_yaml
 from llmkit.errors import UserError, did_you_mean
-from llmkit.storage import checkpoint
-from llmkit.storage.locate import locate, model_config
-from llmkit.storage.run import list_runs
+from llmkit.models.folder import read_config
+from llmkit.storage.checkpoint import list_checkpoints
+from llmkit.storage.locate import locate
+from llmkit.storage.report import list_runs
+from llmkit.storage.run import read_run_config
 
 LOCAL = Path("llmkit.yaml")
 LONGEST = 1024  # tokens of an example, unless the config says otherwise
@@ -61,12 +61,13 @@ def finetune_config(
 
     newest = None
     if path is None and model is None:
-        whole = [run for run in list_runs(Path("runs")) if checkpoint.list_checkpoints(run) and not is_adapter_run(run)]
+        runs = [run for run in list_runs(Path("runs")) if list_checkpoints(run)]
+        whole = [run for run in runs if not read_run_config(run).get("peft")]
         newest = whole[-1] if whole else None
         if newest:
             say(f"model: {newest}, the newest run")
             model = str(newest)
-    section = yaml.safe_load((newest / "config.yaml").read_text())["data"] if newest and data is None else None
+    section = read_run_config(newest)["data"] if newest and data is None else None
     if section:
         say(f"data: {section.get('dir') or section.get('path')}, what that run trained on")
     if path is None and (model is None or (data is None and section is None)):
@@ -106,13 +107,8 @@ def finetune_config(
 
 
 def trained_length(model: str) -> int:
-    """Tokens that a model read at a time when it was trained, else its longest position."""
-    located = locate(model)
+    """Return the tokens that a model's run read at a time, else its longest position."""
+    located = locate(model, check=False)
     if located.run_dir:
-        return yaml.safe_load((located.run_dir / "config.yaml").read_text())["data"]["seq_len"]
-    return model_config(located).max_position_embeddings
-
-
-def is_adapter_run(run: Path) -> bool:
-    """Whether a run trained an adapter, not a whole model."""
-    return bool((yaml.safe_load((run / "config.yaml").read_text()) or {}).get("peft"))
+        return read_run_config(located.run_dir)["data"]["seq_len"]
+    return read_config(located.base).max_position_embeddings

@@ -1,24 +1,43 @@
-"""The "choose one" sections of a config against the code: options, the model's shape, the objective that fits."""
+"""Resolve what a config leaves open: the options of "choose one" sections, the objective, and every "auto"."""
 
 from __future__ import annotations
 
+import importlib.util
+import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmkit.config.load import check_options
-from llmkit.config.schema import Choice, Config
-from llmkit.errors import UserError, raise_all
-from llmkit.models import CONFIGS, shape_problems
-from llmkit.models.folder import read_config
-from llmkit.objectives import FITTING, OBJECTIVES
+from llmkit.config.schema import Choice, Config, CorpusData, Train
+from llmkit.errors import DataError, MachineError, UserError, raise_all
+from llmkit.models import CONFIGS, family_of, shape_problems
+from llmkit.objectives import OBJECTIVES, fitting_objectives
+from llmkit.parallel.device import total_memory
 from llmkit.peft import METHODS
-from llmkit.storage.locate import locate
+from llmkit.storage.checkpoint import list_checkpoints
+from llmkit.storage.run import is_run, read_run_config
+from llmkit.training.cost import Lengths, make_plan
 from llmkit.training.optim import OPTIMIZERS
 from llmkit.training.schedules import SCHEDULES
 
+CPU_MICRO_TOKENS, GPU_MICRO_TOKENS = 8192, 65_536  # more tokens in a forward bring no more speed
+MEMORY_SHARE = 0.85  # of the device that a derived micro-batch may plan to fill
+Options = dict[str, dict[str, Any]]  # of the "choose one" sections, by section
 
-def check_choices(config: Config) -> dict[str, dict[str, Any]]:
-    """Every "choose one" section's options with defaults filled in; all errors at once."""
-    tables = {"model": CONFIGS, "peft": METHODS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+# ---- choices --------------------------------------------------------------------------------------------------------
+
+
+def check_choices(config: Config) -> Options:
+    """Return the options of every "choose one" section, defaults filled in; raise all errors at once."""
+    tables = {
+        "model": CONFIGS,
+        "peft": {name: method.options for name, method in METHODS.items()},
+        "optimizer": OPTIMIZERS,
+        "schedule": SCHEDULES,
+    }
     options, errors = {}, []
     for section, table in tables.items():
         choice = getattr(config, section)
@@ -26,81 +45,174 @@ def check_choices(config: Config) -> dict[str, dict[str, Any]]:
             options[section], wrong = check_options(table, section, choice, config)
             errors += wrong
     if config.objective and config.objective.name not in OBJECTIVES:
-        errors += check_options(OBJECTIVES, "objective", config.objective, config)[1]
+        errors += check_objective(config, config.objective)[1]
     raise_all(errors)
     return options
 
 
-def read_model_config(config: Config, options: dict[str, dict[str, Any]]) -> Any:
-    """The architecture: from the model section, or from the folder that init_from names."""
-    if config.init_from is None:
-        return CONFIGS[config.model.name](**options["model"])
-    return read_config(locate(config.init_from).base)
+def check_objective(config: Config, choice: Choice) -> tuple[dict[str, Any], list[UserError]]:
+    """Return the options of an objective, defaults filled in, and what is wrong with them."""
+    return check_options({name: one.build for name, one in OBJECTIVES.items()}, "objective", choice, config)
 
 
 def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[str, Any]]:
-    """The objective and its options: the one that fits the model and the data, which none other does."""
-    kind, data = model_config.kind, config.data.kind
-    fitting = FITTING.get((kind, data))
-    if fitting is None:
+    """Return the objective and its options: the chosen one, else the default for this kind of model and data."""
+    name, kind, data = model_config.model_type, model_config.kind, config.data.kind
+    fitting = fitting_objectives(kind, data)
+    if not fitting:
+        what = f"{name} can't be trained on prompts and answers: it writes no text"
+        raise UserError(what, at=config.where("data.kind"), got=data)
+    choice = config.objective or Choice(name=fitting[0])
+    if choice.name not in fitting:
         raise UserError(
-            f"{model_config.model_type} can't be trained on prompts and answers: it writes no text",
-            at=config.where("data.kind"),
-            got=data,
-        )
-    choice = config.objective or Choice(name=fitting)
-    if choice.name != fitting:
-        raise UserError(
-            f"{model_config.model_type} has another objective on this data",
+            f"{name} has another objective on this data",
             at=config.where("objective.name"),
             got=choice.name,
-            expected=fitting,
+            expected=" or ".join(fitting),
             fix="leave the objective out",
         )
-    if kind == "masked" and config.eval.sample_prompt is not None:
-        raise UserError(
-            f"{model_config.model_type} writes no text", at=config.where("eval.sample_prompt"), fix="delete it"
-        )
-    if kind == "seq2seq" and data == "sft" and config.data.packing:
-        raise UserError(
-            f"{model_config.model_type} has each prompt in a row of its own", at=config.where("data.packing")
-        )
-    if kind == "seq2seq" and data == "corpus" and config.data.document_mask:
-        raise UserError("spans are cut out of whole rows: no document mask", at=config.where("data.document_mask"))
-    options, errors = check_options(OBJECTIVES, "objective", choice, config)
+    options, errors = check_objective(config, choice)
     raise_all(errors)
     return choice, options
 
 
 def choose_packing(config: Config, model_config: Any) -> Config:
-    """The config with data.packing decided: examples share rows, but for an encoder and a decoder."""
+    """Return the config with data.packing resolved: examples share rows, unless an encoder reads the prompts."""
     if config.data.kind != "sft" or config.data.packing is not None:
         return config
-    return config.model_copy(
-        update={"data": config.data.model_copy(update={"packing": model_config.kind != "seq2seq"})}
-    )
-
-
-def model_problems(config: Config, model_config: Any) -> list[UserError]:
-    """Shapes that do not fit each other or the data."""
-    section = "model" if config.model else "init_from"
-    errors = [
-        UserError(f"model.{key} {reason}", at=config.where(f"{section}.{key}"))
-        for key, reason in shape_problems(model_config)
-    ]
-    longest = model_config.max_position_embeddings
-    if config.data.seq_len > longest:
-        errors.append(
-            UserError(
-                "data.seq_len is over the model's longest position",
-                at=config.where("data.seq_len"),
-                got=config.data.seq_len,
-                expected=f"at most {longest} (max_position_embeddings)",
-            )
-        )
-    return errors
+    data = config.data.model_copy(update={"packing": model_config.kind != "seq2seq"})
+    return config.model_copy(update={"data": data})
 
 
 def describe_choice(name: str, options: dict[str, Any]) -> str:
-    """A choice and its options on one line."""
+    """Return a choice and its options on one line."""
     return ", ".join([name, *(f"{key} {value}" for key, value in options.items() if value is not None)])
+
+
+# ---- what does not fit ----------------------------------------------------------------------------------------------
+
+
+def find_problems(config: Config, options: Options, model_config: Any, ranks: int) -> Iterator[UserError]:
+    """Yield what does not fit among the model, its data, the length and this machine."""
+    name, kind, data = model_config.model_type, model_config.kind, config.data.kind
+    if kind == "masked" and config.eval.sample_prompt is not None:
+        yield UserError(f"{name} writes no text", at=config.where("eval.sample_prompt"), fix="delete it")
+    if kind == "seq2seq" and data == "sft" and config.data.packing:
+        yield UserError(f"{name} has each prompt in a row of its own", at=config.where("data.packing"))
+    if kind == "seq2seq" and data == "corpus" and config.data.document_mask:
+        yield UserError("spans are cut out of whole rows: no document mask", at=config.where("data.document_mask"))
+    section = "model" if config.model else "init_from"
+    for key, reason in shape_problems(model_config):
+        yield UserError(f"model.{key} {reason}", at=config.where(f"{section}.{key}"))
+    longest = model_config.max_position_embeddings
+    if config.data.seq_len > longest:
+        yield UserError(
+            "data.seq_len is over the model's longest position",
+            at=config.where("data.seq_len"),
+            got=config.data.seq_len,
+            expected=f"at most {longest} (max_position_embeddings)",
+        )
+    yield from check_warmup(config, options, config.train.max_steps)
+    if config.train.global_batch_size % ranks:
+        yield UserError(
+            "train.global_batch_size is not a multiple of the number of ranks",
+            at=config.where("train.global_batch_size"),
+            got=f"{config.train.global_batch_size}, {ranks}",
+        )
+    if config.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        what, fix = "log.tensorboard needs the tensorboard package", "pip install 'llmkit[tensorboard]'"
+        yield MachineError(what, at=config.where("log.tensorboard"), fix=fix)
+
+
+def check_warmup(config: Config, options: Options, max_steps: int | None) -> Iterator[UserError]:
+    """Yield an error if the warm-up leaves no step to train."""
+    warmup = options["schedule"].get("warmup_steps", 0)
+    if max_steps and warmup >= max_steps:
+        what, expected = (
+            "schedule.warmup_steps leaves no step to train",
+            f"less than {max_steps} (the steps of this run)",
+        )
+        yield UserError(what, at=config.where("schedule.warmup_steps"), got=warmup, expected=expected)
+
+
+def check_max_epochs(config: Config, epochs: dict[str, float], shares: dict, max_steps: int) -> Iterator[UserError]:
+    """Yield an error for each source that the run would read for more epochs than its max_epochs."""
+    sources = config.data.sources if isinstance(config.data, CorpusData) else []
+    for i, source in enumerate(sources):
+        if source.max_epochs and epochs[source.name] > source.max_epochs + 1e-9:
+            most = source.max_epochs / epochs[source.name]
+            share = shares.get(source.name, (1.0, 0))[0] * most
+            lower = f"give it at most {share:.3g} of all weights, or " if shares else ""
+            yield DataError(
+                f"source {source.name} would be read for more epochs than its max_epochs",
+                at=config.where(f"data.sources.{i}.max_epochs"),
+                got=f"{epochs[source.name]:.2f} epochs",
+                expected=f"at most {source.max_epochs:g}",
+                fix=f"{lower}train at most {math.floor(max_steps * most)} steps",
+            )
+
+
+# ---- "auto" ---------------------------------------------------------------------------------------------------------
+
+
+def reuse_resolved_values(config: Config) -> Train:
+    """Return the train section, its "auto" replaced by what the run resolved before its checkpoints were written."""
+    folder = Path(config.run_dir)
+    if not is_run(folder) or not list_checkpoints(folder):
+        return config.train
+    before = read_run_config(folder).get("train", {})
+    auto = [key for key in ("precision", "micro_batch_size") if getattr(config.train, key) == "auto" and key in before]
+    return config.train.model_copy(update={key: before[key] for key in auto})
+
+
+def count_steps(train: Train, seq_len: int, samples: int | None) -> int | None:
+    """Return the optimizer steps of a run; None if it is given in epochs and the samples are not known."""
+    if train.max_steps:
+        return train.max_steps
+    if train.max_tokens:
+        return math.ceil(train.max_tokens / (train.global_batch_size * seq_len))
+    return math.ceil(train.epochs * samples / train.global_batch_size) if samples else None
+
+
+def choose_micro_batch_size(
+    config: Config, resolved: Train, model_config: Any, ranks: int, device: torch.device, planned: dict[str, Any]
+) -> int:
+    """Return the sequences of one forward.
+
+    An "auto" is what the run used before if that divides a rank's rows (`resolved`), else the largest divisor of them
+    whose planned peak fits the device and which is not more tokens than pay.
+    """
+    asked, rows = config.train.micro_batch_size, config.train.global_batch_size // ranks
+    if asked != "auto":
+        if rows % asked:
+            raise UserError(
+                "train.micro_batch_size does not divide a rank's share of the batch",
+                at=config.where("train.micro_batch_size"),
+                got=f"{asked}, and {rows} rows a rank",
+            )
+        return asked
+    if resolved.micro_batch_size != "auto" and rows % resolved.micro_batch_size == 0:
+        return resolved.micro_batch_size
+    most_tokens = GPU_MICRO_TOKENS if device.type == "cuda" else CPU_MICRO_TOKENS
+    room = MEMORY_SHARE * total_memory(device)
+    for micro in range(max(1, min(rows, most_tokens // planned["seq_len"])), 1, -1):
+        if rows % micro == 0 and make_plan(model_config, micro_batch_size=micro, **planned).peak_memory <= room:
+            return micro
+    return 1
+
+
+def describe_run(config: Config, options: Options, model_config: Any, device: torch.device, new_rows: int) -> dict:
+    """Return the arguments of `cost.make_plan` that do not depend on precision and micro-batch."""
+    family = family_of(model_config)
+    layers = model_config.num_hidden_layers + family.decoder_layers(model_config)
+    every = {"none": 0, "full": 1}.get(mode := config.train.gradient_checkpointing, mode)
+    return {
+        "peft": (config.peft.name, options["peft"]) if config.peft else None,
+        "new_rows": new_rows,
+        "seq_len": config.data.seq_len,
+        "lengths": Lengths(*OBJECTIVES[config.objective.name].lengths(config.data.seq_len, **options["objective"])),
+        "optimizer": config.optimizer.name,
+        "checkpointed": math.ceil(layers / every) if every else 0,
+        "compiled": config.train.compile is not False,
+        "device": device.type,
+    }

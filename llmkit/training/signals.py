@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Signals:
-    """SIGINT and SIGTERM, noted for the next step boundary; a second one ends the process at once."""
+    """Note SIGINT and SIGTERM for the end of the step; a second one ends the process at once."""
 
     def __init__(self):
         self.signal: int | None = None
@@ -16,6 +16,7 @@ class Signals:
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(self, number: int, frame: Any) -> None:
+        """Handle a signal."""
         if self.signal is not None and time.monotonic() - self.at > 2:  # a launcher passes on what the terminal sent
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -23,5 +24,6 @@ class Signals:
             self.signal, self.at = number, time.monotonic()
 
     def release(self) -> None:
+        """Put the earlier handlers back."""
         for number, handler in self.before.items():
             signal.signal(number, handler)

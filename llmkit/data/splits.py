@@ -1,0 +1,138 @@
+"""Open the train and val splits of a run's data: token shards of a corpus, or encoded fine-tuning records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmkit.data.batches import Batches, Mixture, corpus_batches, open_rows, samples_in
+from llmkit.data.tokens import TokenStream, open_split
+from llmkit.errors import DataError
+from llmkit.screen import count
+from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
+
+SPLITS = ("train", "val")
+
+
+@dataclass
+class Splits:
+    """Both splits, ready for batches.
+
+    batches      (split, global_batch_size, **order) -> Batches
+    samples      by split
+    fingerprint  changes with the data
+    summary      what the header says of the data
+    shares       of a mixture: source -> (share of the samples, samples of the source)
+    is_chat      the records went through the chat template
+    """
+
+    tokenizer: Tokenizer
+    batches: Callable[..., Batches]
+    samples: dict[str, int]
+    fingerprint: str
+    summary: str
+    shares: dict[str, tuple[float, int]] = field(default_factory=dict)
+    is_chat: bool = False
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a built corpus."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or not {"recipe", "splits", "tokenizer_sha256"} <= manifest.keys():
+            raise ValueError("it is not a build manifest")
+        return manifest
+    except FileNotFoundError:
+        fix = "name data.sources, or run `llmkit data build CONFIG`"
+        raise DataError("there is no built data", at=folder, fix=fix) from None
+    except ValueError as error:
+        fix = "delete it and build again"
+        raise DataError(f"the manifest can't be read: {error}", at=path, fix=fix) from None
+
+
+def open_stream(folder: Path, manifest: dict[str, Any], split: str, source: str | None = None) -> TokenStream:
+    """Open the token shards of a split of a built corpus, or of one of its sources, as one stream."""
+    files = [file for file in manifest["splits"][split]["files"] if source in (None, file["source"])]
+    return open_split(folder, files, np.dtype(manifest["dtype"]))
+
+
+def open_corpus(
+    folder: Path,
+    seq_len: int,
+    *,
+    weights: dict[str, float] | None = None,
+    document_mask: bool = False,
+    where: Callable[[str], str | None] = lambda source: None,
+) -> Splits:
+    """Open the token shards of a built corpus.
+
+    weights        of the sources in a mixture, by name; None: samples are drawn from all shards alike
+    document_mask  see `batches.corpus_batches`
+    where          source -> the place in the config that an error names
+    """
+    manifest = read_manifest(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    if tokenizer.sha256 != manifest["tokenizer_sha256"]:
+        what, fix = "the tokenizer is not the one that the data was encoded with", f"delete {folder} and build again"
+        raise DataError(what, at=folder / "tokenizer", fix=fix)
+    weights = weights or {}
+    streams = {
+        "train": [open_stream(folder, manifest, "train", source) for source in weights or [None]],
+        "val": [open_stream(folder, manifest, "val")],
+    }
+    samples = {split: [samples_in(one, seq_len) for one in streams[split]] for split in SPLITS}
+    for name, one, number in zip(weights, streams["train"], samples["train"], strict=False):
+        if not number:
+            gone = ", ".join(f"{n} by {rule}" for rule, n in manifest["funnel"][name]["dropped"].items())
+            raise DataError(
+                f"source {name} has a weight, but not one sample",
+                at=where(name),
+                expected=f"over {seq_len} tokens",
+                got=f"{len(one)} tokens; dropped {gone or 'nothing'}",
+                fix=f"look at `llmkit data report {folder}`, or leave the source out",
+            )
+    mixture = Mixture(samples["train"], list(weights.values())) if weights else None
+
+    def batches(split: str, size: int, **order: Any) -> Batches:
+        mixed = mixture if split == "train" else None
+        return corpus_batches(streams[split], seq_len, size, mixture=mixed, document_mask=document_mask, **order)
+
+    train, val = (count(manifest["splits"][split]["tokens"]) for split in SPLITS)
+    documents = "{kept} of {read} documents kept".format(**manifest["counts"])
+    return Splits(
+        tokenizer,
+        batches,
+        {split: sum(numbers) for split, numbers in samples.items()},
+        manifest["fingerprint"],
+        f"{folder}: {train} train and {val} val tokens, {documents}, vocabulary {len(tokenizer)}",
+        shares=dict(zip(weights, zip(mixture.shares(), mixture.samples, strict=True), strict=True)) if mixture else {},
+    )
+
+
+def open_records(
+    report: dict[str, Any], path: str, tokenizer: Tokenizer, start_id: int | None = None, is_chat: bool = False
+) -> Splits:
+    """Open fine-tuning records as `sft.encode_sft` reports them.
+
+    start_id  the decoder's first token, where an encoder reads the prompts; None: the model is a decoder alone
+    """
+    splits, train, val = report["splits"], report["splits"]["train"], report["splits"]["val"]
+    how = "through the chat template" if is_chat else "as they are, no chat template"
+    lost = [f"{train[why]} {why}" for why in ("too long", "without a target") if why in train]
+    lost += [f"{number} bad: {reason}" for reason, number in report["bad"].items()]
+    layouts = " and ".join(report.get("formats", ["records"]))
+    return Splits(
+        tokenizer,
+        lambda split, size, **order: open_rows(Path(report["folder"]), split, size, start_id, **order),
+        {split: part["rows"] for split, part in splits.items()},
+        report["key"],
+        f"{path}: {layouts} {how}; {train['examples']} train and {val['examples']} val examples in {train['rows']} "
+        f"rows, {count(train['targets'])} targets" + (f" ({'; '.join(lost)})" if lost else ""),
+        is_chat=is_chat,
+    )

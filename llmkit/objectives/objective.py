@@ -1,0 +1,39 @@
+"""The contract of an objective: what a step minimises, and how a model is measured by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from llmkit.data.corrupt import Corrupt
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step minimises.
+
+    loss      (model, micro-batch on the device) -> sum of losses over the targets, and metrics
+    evaluate  (model, batches, options as `lm.perplexity` has) -> figures; the lowest "val_loss" is the best checkpoint
+    corrupt   changes a batch before the model sees it; None: nothing is changed
+    """
+
+    loss: Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+    evaluate: Callable[..., dict[str, Any]]
+    corrupt: Corrupt | None = None
+
+
+@dataclass(frozen=True)
+class ObjectiveType:
+    """An objective that a config can choose.
+
+    build    (tokenizer, seed, the decoder's first token or None, **options) -> Objective
+    fits     pairs of a model's kind and a data.kind
+    lengths  (seq_len, **options) -> tokens of a row that are read, and that a decoder beside an encoder writes
+    """
+
+    build: Callable[..., Objective]
+    fits: tuple[tuple[str, str], ...]
+    lengths: Callable[..., tuple[int, int]] = lambda seq_len, **options: (seq_len, 0)

@@ -1,0 +1,104 @@
+"""Save and load adapters of any method, in PEFT's folder layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import save_file
+from torch import nn
+
+from llmkit.errors import ModelError, UserError, raise_all
+from llmkit.models.folder import open_weights
+from llmkit.models.resize import resize_embeddings
+from llmkit.peft import METHODS
+from llmkit.peft.method import Method
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "masked": None}  # PEFT's names for kinds of models
+PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
+
+
+def save_adapter(model: nn.Module, folder: Path, name: str, options: Any, *, base: str, base_sha256: str) -> None:
+    """Write adapter_config.json and adapter_model.safetensors of a method, for PEFT and for `load_adapter`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    method = METHODS[name]
+    config = {
+        "peft_type": method.peft_type,
+        "task_type": TASKS[model.config.kind],
+        "base_model_name_or_path": base,
+        **method.to_peft(model, options),
+        "inference_mode": True,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tensors = {f"{PREFIX}{key}": value.detach().cpu().contiguous() for key, value in method.tensors(model).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "base_sha256": base_sha256})
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)
+
+
+def saved_base_sha256(folder: Path) -> str | None:
+    """Return the checksum of the base's weights that an adapter was trained on, if its file has one."""
+    with open_weights(folder / WEIGHTS) as file:
+        return (file.metadata() or {}).get("base_sha256")
+
+
+def read_adapter_config(folder: Path) -> tuple[dict[str, Any], Method]:
+    """Return an adapter_config.json and its method; refuse a value that would change what the adapter does."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config["peft_type"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ModelError(f"{CONFIG} can't be read: {error}", at=path) from None
+    method = next((one for one in METHODS.values() if one.peft_type == kind), None)
+    if method is None:
+        known = ", ".join(one.peft_type for one in METHODS.values())
+        raise ModelError("adapters of this method are not supported", at=path, got=kind, expected=known)
+    errors = [
+        ModelError(f"the adapter's {key} is not supported", at=path, got=config[key])
+        for key, values in method.supported_values.items()
+        if key in config and config[key] not in values
+    ]
+    try:
+        TypeAdapter(method.fields).validate_json(json.dumps(config), strict=True)
+    except ValidationError as error:
+        errors += [
+            ModelError(f"{CONFIG}: {one['loc'][0]}: {one['msg']}", at=path, got=one["input"]) for one in error.errors()
+        ]
+    raise_all(errors)
+    return config, method
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, folder: Path) -> Method:
+    """Apply an adapter's method to its base model, fill in the trained tensors, and return the method."""
+    config, method = read_adapter_config(folder)
+    path, fix = folder / WEIGHTS, "name the base it was trained on"
+    with open_weights(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    try:
+        options, new_ids = method.from_peft(model, TypeAdapter(method.fields).validate_python(config))
+        if new_ids:
+            resize_embeddings(model, max(new_ids) + 1, {})
+        method.apply(model, options, 0, new_ids)
+    except ValueError as error:
+        raise ModelError(f"the adapter does not fit this model: {error}", at=folder / CONFIG, fix=fix) from None
+    except UserError as error:
+        what = "the adapter does not fit this model"
+        raise ModelError(what, at=folder / CONFIG, got=error.got, expected=error.expected, fix=fix) from None
+    for name, parameter in method.tensors(model).items():
+        found = tensors.pop(f"{PREFIX}{name}", None)
+        if found is None or found.shape != parameter.shape:
+            what, got = (
+                f"the adapter does not fit this model at {name}",
+                "nothing" if found is None else tuple(found.shape),
+            )
+            raise ModelError(what, at=path, got=got, expected=tuple(parameter.shape), fix=fix)
+        parameter.copy_(found)
+    if tensors:
+        raise ModelError("the adapter has tensors for which the model has no place", at=path, got=min(tensors))
+    return method

@@ -1,0 +1,93 @@
+"""Lists, pictures and reports of runs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from llmkit.files import write_atomically
+from llmkit.screen import count
+from llmkit.storage.run import CONFIG, METRICS, RunDirectory, read_metrics, read_run_config
+
+
+def list_runs(root: Path) -> list[Path]:
+    """Return the run directories under `root`, by the time of their last write, the oldest first."""
+    found = [path.parent for path in root.glob(f"*/{CONFIG}")] if root.is_dir() else []
+
+    def written(folder: Path) -> float:
+        path = folder / METRICS
+        return (path if path.exists() else folder / CONFIG).stat().st_mtime
+
+    return sorted(found, key=written)
+
+
+def summarize(folder: Path) -> dict[str, Any]:
+    """Return a row about a run: its last step and its best val loss."""
+    records = read_metrics(folder)
+    config = read_run_config(folder)
+    losses = [record for record in records if "loss" in record]
+    evaluated = [record for record in records if "val_loss" in record]
+    best = min(evaluated, key=lambda record: record["val_loss"], default={})
+    model = (config.get("model") or {}).get("name") or config.get("init_from")
+    return {
+        "run": str(folder),
+        "model": f"{model} + {config['peft']['name']}" if config.get("peft") else model,
+        "step": records[-1]["step"] if records else 0,
+        "tokens": records[-1].get("tokens") if records else 0,
+        "loss": losses[-1]["loss"] if losses else None,
+        "val_loss": best.get("val_loss"),
+        "val_perplexity": best.get("val_perplexity"),
+        "bits_per_byte": best.get("bits_per_byte"),
+        "best_step": best.get("step"),
+    }
+
+
+def plot_runs(folders: list[Path], out: Path) -> None:
+    """Draw train and val loss over the tokens seen, of one run or several, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), dpi=130)
+    for i, folder in enumerate(folders):
+        records = read_metrics(folder)
+        name = f"{folder.name} " if len(folders) > 1 else ""
+        train = [(r["tokens"], r["loss"]) for r in records if r.get("loss") is not None]
+        val = [(r["tokens"], r["val_loss"]) for r in records if "val_loss" in r and "tokens" in r]
+        if train:
+            axes.plot(*zip(*train, strict=True), color=f"C{i}", alpha=0.45, linewidth=1.2, label=f"{name}train")
+        if val:
+            axes.plot(*zip(*val, strict=True), "o-", color=f"C{i}", markersize=4, linewidth=1.6, label=f"{name}val")
+            tokens, loss = val[-1]
+            axes.annotate(
+                f"{loss:.3f}", (tokens, loss), textcoords="offset points", xytext=(0, 8), ha="right", fontsize=9
+            )
+    axes.set_xlabel("tokens seen")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(folders[0].name if len(folders) == 1 else "runs")
+    axes.xaxis.set_major_formatter(lambda value, _: count(value))
+    axes.grid(alpha=0.25)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    figure.tight_layout()
+    half = out.with_name(out.name + ".tmp")
+    figure.savefig(half, format="png")
+    pyplot.close(figure)
+    half.replace(out)
+
+
+def write_report(run: RunDirectory, header: dict[str, Any], summary: dict[str, Any]) -> None:
+    """Write report.md: header, summary and picture."""
+    lines = [f"# {run.folder.name}", "", f"Written {time.strftime('%Y-%m-%d %H:%M')}.", "", "![loss](loss.png)", ""]
+    for title, rows in (("Setup", header), ("Result", summary)):
+        lines += [
+            f"## {title}",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {k.replace('_', ' ')} | {v} |" for k, v in rows.items()),
+            "",
+        ]
+    write_atomically(run.folder / "report.md", "\n".join(lines))
