@@ -3,8 +3,6 @@
 Everything that a user can get wrong raises `UserError`; anything else that escapes is a bug of ours (exit code 70).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 USAGE, DATA, MODEL, ENVIRONMENT, DIVERGED, LOCKED, BUG = 2, 3, 4, 5, 6, 7, 70
@@ -32,7 +30,7 @@ class UserError(Exception):
         expected: object = None,
         fix: str | None = None,
         code: int | None = None,
-        others: Iterable[UserError] = (),
+        others: Iterable["UserError"] = (),
     ):
         super().__init__(what)
         self.what, self.at, self.got, self.expected, self.fix = what, at, got, expected, fix

@@ -1,7 +1,5 @@
 """Write files atomically, lock folders, and fingerprint what is read."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """Format numbers, times, tables and text for a terminal."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

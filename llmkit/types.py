@@ -1,7 +1,5 @@
 """The words that every room shares."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -48,7 +46,7 @@ class Batch:
         """How many targets the batch has: what its sum of losses is divided by."""
         return int((self.labels != IGNORE_INDEX).sum())
 
-    def split(self, micro_batch_size: int) -> Iterator[Batch]:
+    def split(self, micro_batch_size: int) -> Iterator["Batch"]:
         """Micro-batches of at most `micro_batch_size` rows, in order."""
         for start in range(0, len(self.input_ids), micro_batch_size):
             rows = slice(start, start + micro_batch_size)

@@ -91,7 +91,7 @@ def test_a_batch_of_more_rows_than_there_are_is_noted_and_a_config_names_its_run
 
 def test_a_run_never_deletes_the_model_that_it_begins_with(place):
     options = ["--full", "--data", "pairs.jsonl", "--from", "runs/tiny", "-o", "run_dir=runs/tiny", "--fresh"]
-    assert "where the model lies" in llmkit("finetune", *options, cwd=place, code=2).stderr
+    assert "lies in run_dir" in llmkit("finetune", *options, cwd=place, code=2).stderr
     assert (place / "runs/tiny/checkpoints").is_dir()
 
 

@@ -490,7 +490,7 @@ REFUSED = {
     "no_span": ("t5", {"objective": {"name": "span_corruption", "mean_span": 0.5}}, "objective.mean_span"),
     "sample_of_bert": ("bert", {"eval": {"sample_prompt": "The"}}, "writes no text", "delete it"),
     "nothing_to_keep": ("t5", {"data": {"seq_len": 1}}, "seq_len"),
-    "documents_of_t5": ("t5", {"data": {"document_mask": True}}, "no document mask"),
+    "documents_of_t5": ("t5", {"data": {"document_mask": True}}, "whole rows"),
     "all_random": ("bert", {"objective": {"name": "mlm", "random_fraction": 0.6, "keep_fraction": 0.6}}, "over 1"),
     "no_mask": ("bert", {"data": {"dir": "t5", "sources": []}}, "no mask token"),
     "no_sentinel": ("t5", {"data": {"dir": "bert", "sources": []}}, "too few sentinels"),

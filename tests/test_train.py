@@ -21,7 +21,7 @@ from llmkit.models import llama
 from llmkit.models.folder import read_config
 from llmkit.parallel.world import start_world
 from llmkit.storage import checkpoint
-from llmkit.storage.locate import locate
+from llmkit.storage.locate import load_located, locate
 from llmkit.storage.run import open_run
 from llmkit.tokenizer.chat_template import encode_chat
 from llmkit.tokenizer.tokenizer import load_tokenizer
@@ -417,6 +417,29 @@ def test_lora_trains_only_the_adapter_and_resumes(corpus, tmp_path):
     assert located.is_adapter and read_config(located.base).hidden_size == 32
     with pytest.raises(UserError, match="init_from is an adapter"):
         train(load_config(tmp_path / "c.yaml", [f"init_from={tmp_path / 'once'}", "run_dir=x"]), say=print)
+
+
+def test_a_second_method_goes_through_the_same_loop_bit_equal_when_resumed(corpus, tmp_path):
+    gpt2 = {"name": "gpt2", "num_key_value_heads": None}
+    config = tiny_config(corpus, train=steps(2))
+    config["model"] = {key: value for key, value in (config["model"] | gpt2).items() if value is not None}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(config))
+    train(load_config(tmp_path / "base.yaml", [f"run_dir={tmp_path / 'base'}"]), say=print)
+    pairs = [{"prompt": "the model reads ", "completion": f"the code of river {i}"} for i in range(40)]
+    write_sft_config(corpus, tmp_path, pairs, steps(8), peft={"name": "bitfit"}, checkpoint={"every": 4})
+    options = [f"init_from={tmp_path / 'base'}", "schedule={name: constant}"]
+    for name, lengths in (("once", (8,)), ("twice", (4, 8))):
+        for length in lengths:
+            overrides = [*options, f"run_dir={tmp_path / name}", f"train.max_steps={length}"]
+            train(load_config(tmp_path / "c.yaml", overrides), say=print)
+    files = [tmp_path / name / "checkpoints/step-000008/model/adapter_model.safetensors" for name in ("once", "twice")]
+    one, two = map(load_file, files)
+    assert all(torch.equal(one[key], two[key]) for key in one) and all(key.endswith(".bias") for key in one)
+    losses = [record["val_loss"] for record in metrics(tmp_path / "once") if "val_loss" in record]
+    assert losses[-1] < losses[0]
+    merged, _ = load_located(locate(tmp_path / "once"), merge=True)
+    base, tuned = weights(tmp_path / "base", 2), merged.state_dict()
+    assert all(torch.equal(base[name], tuned[name]) == ("bias" not in name) for name in base if base[name].dim() == 1)
 
 
 def test_full_finetuning_moves_every_weight(corpus, tmp_path):

@@ -1,7 +1,5 @@
 """Define the entry point of the command line: the table of commands, and the handling of errors."""
 
-from __future__ import annotations
-
 import sys
 from typing import Annotated
 

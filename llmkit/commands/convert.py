@@ -1,7 +1,5 @@
 """Define the commands `export` and `import`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

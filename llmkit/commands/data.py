@@ -1,7 +1,5 @@
 """Define the commands `llmkit data` and `llmkit tokenizer`."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Define the commands `runs`, `init` and `doctor`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

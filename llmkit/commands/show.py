@@ -1,7 +1,5 @@
 """Declare the options that several commands share, and print results."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated, Any

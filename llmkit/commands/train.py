@@ -1,7 +1,5 @@
 """Define the commands `pretrain`, `finetune` and `plan`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

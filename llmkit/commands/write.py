@@ -1,7 +1,5 @@
 """Define the commands that let a model write: `generate`, `chat` and `serve`."""
 
-from __future__ import annotations
-
 import sys
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """What pydantic found wrong, in the user's words: file and line, what was written, what was meant."""
 
-from __future__ import annotations
-
 import re
 from typing import Any, get_args
 

@@ -1,7 +1,5 @@
 """Loading a config and checking it. No torch here, so a wrong key is named in under a second."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path

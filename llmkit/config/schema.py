@@ -4,8 +4,6 @@ A "choose one" section is `{name: adamw, lr: 3e-4}`: `name` picks a function, th
 arguments, checked against its signature by `config.check_options` once torch may be imported.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -13,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from llmkit.config.defaults import PATTERN, VOCAB_SIZE
 from llmkit.config.yaml import nearest
+from llmkit.errors import UserError
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -270,6 +269,10 @@ class Config(Section):
     def where(self, key: str) -> str:
         """The file and line of a dotted key, or of the nearest section that holds it."""
         return nearest(self._origins, tuple(key.split(".")))
+
+    def error(self, key: str, problem: str, *, kind: type[UserError] = UserError, **details: Any) -> UserError:
+        """Return an error that names a dotted key, what is wrong with it, and where it was written."""
+        return kind(f"{key} {problem}", at=self.where(key), **details)
 
     def dump(self) -> str:
         """The whole config as YAML, every default written out."""

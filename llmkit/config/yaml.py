@@ -1,7 +1,5 @@
 """Reading YAML as people mean it, with the file and line of every key, and changing it from the command line."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

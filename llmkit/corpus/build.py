@@ -9,8 +9,6 @@ A unit's files are written atomically and named after a hash of all their inputs
 settings changed, therefore repeats only what it must. The result does not depend on the number of workers.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import itertools

@@ -1,7 +1,5 @@
 """Clean documents: one function per step, Document -> Document. Code blocks, maths and indentation survive."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Callable, Iterable

@@ -4,8 +4,6 @@ A fate is a number in FATES. Checks run in the order of that list, and a documen
 fails. Only documents that pass all rules are compared with each other.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path

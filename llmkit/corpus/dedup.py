@@ -4,8 +4,6 @@ Near duplicates: MinHash over word n-grams (Broder 1997), banded (Leskovec et al
 Documents that share the key of a band are candidates. They are joined if enough rows of their signatures agree.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable
 from functools import cache

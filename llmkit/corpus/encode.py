@@ -1,7 +1,5 @@
 """Pass D: encode the kept documents of a unit into token shards, and list the dropped ones with the reasons."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections import Counter, deque

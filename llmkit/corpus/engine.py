@@ -5,8 +5,6 @@ Why Dask and not Ray (two local workers, 2026-11, dask 2026.8, ray 2.60): 44 MB 
 type of our errors and sends no telemetry. Its overhead of 2-4 ms a task is small, since a unit takes seconds.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -6,8 +6,6 @@ Sources of the thresholds: Gopher (Rae et al. 2021, arXiv:2112.11446, appendix A
 arXiv:2406.17557), C4 (Raffel et al. 2019, arXiv:1910.10683), and The Stack's rules for code (arXiv:2211.15533).
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable

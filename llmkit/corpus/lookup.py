@@ -1,7 +1,5 @@
 """Look up documents of a build: why one was kept or dropped, and random samples of both."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from pathlib import Path

@@ -5,8 +5,6 @@ keys and sketches (.bands.npy, .sketches.npy), n-grams of evaluation files (.hit
 (.paragraphs.npy).
 """
 
-from __future__ import annotations
-
 import json
 import resource
 import time

@@ -3,8 +3,6 @@
 Names and postal addresses are not looked for, because only a language model could find them. The report says so.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import re
 import string

@@ -1,7 +1,5 @@
 """Write the report of a build: counts by source that add up, drops by reason with examples, sizes and speed."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Score texts with resources from disk: a language identifier, a word list, evaluation files, a classifier."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from pathlib import Path

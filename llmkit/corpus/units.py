@@ -3,8 +3,6 @@
 A unit's files are written atomically and named after a hash of all their inputs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

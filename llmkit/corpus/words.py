@@ -3,8 +3,6 @@
 All hashes are the same in every process and on every machine.
 """
 
-from __future__ import annotations
-
 import re
 from functools import cached_property
 from zlib import crc32

@@ -3,8 +3,6 @@
 There is no shuffle state: sample positions are permuted by a keyed bijection, so that resuming needs only the step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What an encoder is asked to mend: masked tokens, and spans cut out. Pure functions of a row and its number."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Looking at tokens: what the model reads, and which tokens it learns to say."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Read fine-tuning records of every layout as turns."""
 
-from __future__ import annotations
-
 from llmkit.errors import DataError, did_you_mean
 
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool"}

@@ -1,7 +1,5 @@
 """Fine-tuning data: records encoded once into a folder, packed into rows of one length, read back by memory map."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

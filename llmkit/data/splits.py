@@ -1,7 +1,5 @@
 """Open the train and val splits of a run's data: token shards of a corpus, or encoded fine-tuning records."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field

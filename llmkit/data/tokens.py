@@ -1,7 +1,5 @@
 """Token shards: raw little-endian integers and an index of document ends, written once, memory-mapped ever after."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +31,7 @@ class ShardWriter:
         self.ends: list[int] = []
         self.tokens = 0
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> "ShardWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.half = temporary_path(self.path)
         self.file = self.half.open("wb")

@@ -1,7 +1,5 @@
 """Loss, perplexity and bits per byte of a MODEL on a file, or on the val split of its run."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator

@@ -3,8 +3,6 @@
 What differs by family is in `models.family.Gguf`; the tests run the files in llama.cpp.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Export a trained model as a merged Hugging Face folder, a PEFT adapter, or a GGUF file."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

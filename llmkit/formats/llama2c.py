@@ -1,7 +1,5 @@
 """Import llama2.c checkpoints as a Hugging Face folder, which every command accepts."""
 
-from __future__ import annotations
-
 import math
 import struct
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Generate tokens: read the prompts in one forward pass, then decode token by token with a KV cache."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 

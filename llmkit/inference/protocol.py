@@ -1,7 +1,5 @@
 """Define OpenAI's protocol: the requests that are accepted, and the format of answers and errors."""
 
-from __future__ import annotations
-
 import json
 import time
 import uuid

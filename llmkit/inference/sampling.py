@@ -1,7 +1,5 @@
 """Declare the sampling options and their defaults. Nothing here imports torch, so that `llmkit --help` is quick."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 GENERATE_MAX_NEW_TOKENS = 200

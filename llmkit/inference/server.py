@@ -3,8 +3,6 @@
 All tokens are drawn in one thread, in which the requests take turns. Each request has its own KV cache.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

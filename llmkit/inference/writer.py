@@ -1,7 +1,5 @@
 """Load a model with its tokenizer and write text with it, for `generate`, `chat` and `serve`."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field

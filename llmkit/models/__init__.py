@@ -1,7 +1,5 @@
 """Model families, by Hugging Face's model_type. A new one is a file that fills `family.Family`, and a line here."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """Attention, what may be attended, and the cache. B rows, T tokens, S keys, H heads, D channels a head."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -3,8 +3,6 @@
 Module names are Hugging Face's weight names. The pooler and the next-sentence head of its files are not read.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal

@@ -1,7 +1,5 @@
 """What every decoder does, whatever its parts are called: embed, run the blocks, norm, and the head."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Falcon-7B: attention and MLP side by side under one norm, one key and value head (arXiv:2311.16867)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """The contract of a model family: what its file tells the rest of llmkit, in one typed object."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -40,92 +38,57 @@ class Config(Protocol):
 
 @dataclass(frozen=True)
 class Gguf:
-    """Tell what llama.cpp expects of a family, as read from its loader and converter.
-
-    activation    the hidden_act of llama.cpp's graph; None: the family has no such option
-    llama3_rope   its graph has Llama 3's scaling of rotary positions
-    unsupported   config -> {what its graph lacks: whether this config has it}
-    layout        (config, our name, tensor) -> llama.cpp's tensors, by our names
-    """
+    """How llama.cpp knows a family, as read from its loader and its converter."""
 
     architecture: str
-    activation: str | None = None
+    activation: str | None = None  # the hidden_act of its graph; None: the family has no such option
     rms_norm: bool = True
     rope: bool = True
-    llama3_rope: bool = False
+    llama3_rope: bool = False  # its graph has Llama 3's scaling of rotary positions
+    # config -> {what its graph lacks: whether this config has it}
     unsupported: Callable[[Any], dict[str, bool]] = lambda config: {}
+    # (config, our name, tensor) -> llama.cpp's tensors, by our names
     layout: Callable[[Any, str, Tensor], dict[str, Tensor]] = lambda config, name, tensor: {name: tensor}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A model family. Its file in models/ fills this in, and FAMILIES lists it.
+    """A model family. Its file in models/ fills this in, and FAMILIES lists it."""
 
-    config, build     the Config dataclass; config -> the model, on the current device
-    problems          further checks of a config's values
+    config: type  # the Config dataclass
+    build: Callable[[Any], nn.Module]  # config -> the model, on the current device
+    problems: Callable[[Any], Iterable[Problem]] = lambda config: ()  # further checks of a config's values
+    may_be_zero: tuple[str, ...] = ()  # integer options that may be 0
 
-    Initialisation (see `layers.init_weights`):
-    residual          names of the matrices that write into the residual stream
-    init_stds         config -> standard deviations of matrices by name, where the family has its own
-    norm_init         what the weights of norms begin as
+    # Initialisation, see `layers.init_weights`:
+    residual: tuple[str, ...] = ()  # names of the matrices that write into the residual stream
+    init_stds: Callable[[Any], dict[str, float]] = lambda config: {}  # the family's own standard deviations, by name
+    norm_init: float = 1.0  # of the weights of norms
 
-    Hugging Face's folder:
-    architecture      the class name in transformers
-    from_hf, to_hf    config.json -> our options, and back
-    fixed_values      fields of config.json that change the mathematics, and the only value that is built
-    hf_defaults       what transformers assumes where config.json is silent, if our default differs
-    ignored_weights   names in weight files that are not read
-    may_be_missing    names that files may lack: they are initialised, with a warning
-    missing_copies    names that files may lack -> the weight that is copied
-    transposed        ends of the names that files store transposed (Conv1D)
-    to_disk           (our name, tensor) -> views of it by the names in files; default: as `transposed` says
-    from_disk_name    a name in a file -> the name that `to_disk` gives
-
-    What planning, training and adapters ask:
-    gated             config -> whether its MLPs have a gate
-    experts           config -> (experts of a layer, experts that a token takes)
-    decoder_layers    config -> layers of the decoder beside an encoder
-    reads_source      parameter name -> whether its matrix is applied to the encoder's tokens, not the decoder's
-    start_token_id    config -> the decoder's first token; None: a decoder without an encoder has none
-    aux_loss_weight   config -> weight of the auxiliary loss in training
-    aux_loss          the model's balance statistics (L, 2, E) -> auxiliary loss
-    token_biases      model -> its modules with a bias per token, as (module, name of the bias)
-    may_be_zero       integer options that may be 0
-
-    gguf              what llama.cpp expects; None: it is not written as GGUF
-    """
-
-    config: type
-    build: Callable[[Any], nn.Module]
-    architecture: str
-    problems: Callable[[Any], Iterable[Problem]] = lambda config: ()
-
-    residual: tuple[str, ...] = ()
-    init_stds: Callable[[Any], dict[str, float]] = lambda config: {}
-    norm_init: float = 1.0
-
-    from_hf: Callable[[dict], dict] = dict
+    # Hugging Face's folder:
+    architecture: str  # the class name in transformers
+    from_hf: Callable[[dict], dict] = dict  # config.json -> our options
     to_hf: Callable[[dict], dict] = dict
-    fixed_values: dict[str, Any] = field(default_factory=dict)
-    hf_defaults: dict[str, Any] = field(default_factory=dict)
-    ignored_weights: re.Pattern = NOTHING
-    may_be_missing: re.Pattern = NOTHING
-    missing_copies: dict[str, str] = field(default_factory=dict)
-    transposed: tuple[str, ...] = ()
-    to_disk: Callable[[str, Tensor], dict[str, Tensor]] | None = None
-    from_disk_name: Callable[[str], str] = lambda name: name
+    fixed_values: dict[str, Any] = field(default_factory=dict)  # fields that change the mathematics: the value built
+    hf_defaults: dict[str, Any] = field(default_factory=dict)  # what transformers assumes, where ours differs
+    ignored_weights: re.Pattern = NOTHING  # names in weight files that are not read
+    may_be_missing: re.Pattern = NOTHING  # names that files may lack: they are initialised, with a warning
+    missing_copies: dict[str, str] = field(default_factory=dict)  # names that files may lack -> the weight to copy
+    transposed: tuple[str, ...] = ()  # ends of the names that files store transposed (Conv1D)
+    to_disk: Callable[[str, Tensor], dict[str, Tensor]] | None = None  # None: as `transposed` says, see `disk_views`
+    from_disk_name: Callable[[str], str] = lambda name: name  # a name in a file -> the name that `disk_views` gives
 
-    gated: Callable[[Any], bool] = lambda config: False
-    experts: Callable[[Any], tuple[int, int]] = lambda config: (1, 1)
-    decoder_layers: Callable[[Any], int] = lambda config: 0
-    reads_source: Callable[[str], bool] = lambda name: True
-    start_token_id: Callable[[Any], int | None] = lambda config: None
+    # What planning, training and adapters ask:
+    gated: Callable[[Any], bool] = lambda config: False  # whether its MLPs have a gate
+    experts: Callable[[Any], tuple[int, int]] = lambda config: (1, 1)  # of a layer, and how many a token takes
+    decoder_layers: Callable[[Any], int] = lambda config: 0  # of the decoder beside an encoder
+    reads_source: Callable[[str], bool] = lambda name: True  # parameter -> whether it meets the encoder's tokens
+    start_token_id: Callable[[Any], int | None] = lambda config: None  # the first token of a decoder beside an encoder
     aux_loss_weight: Callable[[Any], float] = lambda config: 0.0
-    aux_loss: Callable[[Tensor], Tensor] | None = None
-    token_biases: Callable[[nn.Module], list[tuple[nn.Module, str]]] = lambda model: []
-    may_be_zero: tuple[str, ...] = ()
+    aux_loss: Callable[[Tensor], Tensor] | None = None  # the model's balance statistics (L, 2, E) -> auxiliary loss
+    token_biases: Callable[[nn.Module], list[tuple[nn.Module, str]]] = lambda model: []  # of its tokens: module, name
 
-    gguf: Gguf | None = None
+    gguf: Gguf | None = None  # None: it is not written as GGUF
 
     def disk_views(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """Return views of a parameter by their names in weight files."""

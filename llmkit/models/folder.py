@@ -1,7 +1,5 @@
 """Hugging Face folders: check and read config.json and safetensors, and write them as transformers expects."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Gemma: Llama with a gated GELU, wide heads, scaled embeddings and norms around 1 (arXiv:2403.08295)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal

@@ -3,8 +3,6 @@
 Module names are Hugging Face's weight names. Its linears are stored transposed on disk (Conv1D); here they are Linear.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal

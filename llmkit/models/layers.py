@@ -1,7 +1,5 @@
 """The parts that several families share. Shapes: B rows, T tokens, H heads, D channels a head, V vocabulary."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

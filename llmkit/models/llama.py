@@ -4,8 +4,6 @@ Touvron et al. 2023 (arXiv:2302.13971, arXiv:2307.09288), Llama 3 (arXiv:2407.21
 are this with a few fields changed: each has a file of its own. Module names are Hugging Face's weight names.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal

@@ -1,7 +1,5 @@
 """Cross-entropy of a head whose logits never exist as a whole. Shapes: N tokens, h channels, V vocabulary."""
 
-from __future__ import annotations
-
 import math
 
 import torch

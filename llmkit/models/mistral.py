@@ -1,7 +1,5 @@
 """Mistral: Llama whose queries see a sliding window of keys (Jiang et al. 2023, arXiv:2310.06825)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -3,8 +3,6 @@
 The experts' weights are one tensor, so that all their products are two grouped ones; on disk each has its own name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Qwen3: Qwen2 without biases, but with norms on queries and keys (Yang et al. 2025, arXiv:2505.09388)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """More rows for the embedding and the head of a built model, for tokens that its tokenizer did not have."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -3,8 +3,6 @@
 Version 1.1's gated MLP and untied head included. Module names are Hugging Face's weight names.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Language modelling: the objectives differ in the tokens that the model sees and in the labels."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any

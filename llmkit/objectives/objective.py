@@ -1,7 +1,5 @@
 """The contract of an objective: what a step minimises, and how a model is measured by it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Recompute and compile the blocks of a built model."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import shutil

@@ -1,7 +1,5 @@
 """Devices: precision, memory, speed."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

@@ -1,7 +1,5 @@
 """Examine what this machine can do, and what is missing."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import platform

@@ -1,7 +1,5 @@
 """Ranks: start them, add numbers and gradients up over them, and let one act for all."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Save and load adapters of any method, in PEFT's folder layout."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """BitFit: only the biases are trained (Ben Zaken et al. 2021, arXiv:2106.10199)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

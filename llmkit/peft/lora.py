@@ -4,8 +4,6 @@ The class of each chosen linear is swapped for one derived from it, so that weig
 linear was before (quantized, say) goes on working underneath.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from contextlib import AbstractContextManager

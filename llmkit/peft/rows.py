@@ -1,7 +1,5 @@
 """Train a few rows of the embedding and the head: those of added tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

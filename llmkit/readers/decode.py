@@ -1,7 +1,5 @@
 """Decode bytes to text or JSON: detect the encoding, and reject binary data."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

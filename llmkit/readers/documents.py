@@ -1,7 +1,5 @@
 """Read files, folders, globs and Hugging Face datasets as streams of documents."""
 
-from __future__ import annotations
-
 import os
 import re
 import zipfile

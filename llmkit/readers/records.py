@@ -4,8 +4,6 @@ Whatever can't be read becomes a `BadRecord` with its place and reason, so nothi
 a `zipfile.Path`, a file inside a zip.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

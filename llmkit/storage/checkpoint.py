@@ -6,8 +6,6 @@ checkpoints/step-000500/
     MANIFEST.json  size and sha256 of every file, written last
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

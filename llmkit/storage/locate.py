@@ -1,7 +1,5 @@
 """Find and load what a MODEL argument names: a run, a checkpoint, an adapter or a Hugging Face folder."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Lists, pictures and reports of runs."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The run directory: one writer at a time, and metrics with each step exactly once."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import platform

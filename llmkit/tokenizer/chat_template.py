@@ -1,7 +1,5 @@
 """Conversations to tokens: the record formats people have, chat templates, and which tokens are targets."""
 
-from __future__ import annotations
-
 import re
 from functools import cache
 from typing import Any

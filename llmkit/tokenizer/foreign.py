@@ -1,7 +1,5 @@
 """Tokenizers of older models made into what a tokenizer.json says: SentencePiece files, vocab.json with merges.txt."""
 
-from __future__ import annotations
-
 import json
 import re
 import struct

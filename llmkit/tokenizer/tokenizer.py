@@ -1,7 +1,5 @@
 """A tokenizer.json of any kind: load it, encode fast, decode. Text never becomes a control token by itself."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Training tokenizers: byte-level BPE and Unigram, WordPiece, characters; and new tokens for an existing BPE."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """Compute what a run costs, in closed form: parameters, FLOPs a token, peak memory. No weights are allocated."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple

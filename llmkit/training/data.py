@@ -1,7 +1,5 @@
 """Make a run's data ready: build the corpus or encode the records if that was not done, and open both splits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

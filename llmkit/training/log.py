@@ -1,7 +1,5 @@
 """Log metrics: to the run directory, the screen and TensorBoard."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import time

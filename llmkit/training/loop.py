@@ -1,7 +1,5 @@
 """THE loop, `take_steps`: pretraining and fine-tuning, with PEFT or without, differ outside of it."""
 
-from __future__ import annotations
-
 import gc
 import hashlib
 import itertools

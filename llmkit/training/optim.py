@@ -1,7 +1,5 @@
 """Optimizers and schedules. A step whose gradients are not finite changes nothing, decided on the device."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """Plan a config: what it will cost on this device, from the config and a tokenizer alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

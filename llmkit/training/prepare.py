@@ -1,7 +1,5 @@
 """Prepare a run: check the config, open its data, derive the rest."""
 
-from __future__ import annotations
-
 import math
 import shlex
 from collections.abc import Callable
@@ -131,17 +129,8 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
     train = config.train if fresh else reuse_resolved_values(config)
     derived = derive(checked, world.device, world.size, train, len(new_tokens), data.samples["train"])
     objective = OBJECTIVES[config.objective.name].build(data.tokenizer, config.seed, start_id, **options["objective"])
-    run = PreparedRun(
-        resolve(checked, train, derived),
-        world,
-        model_config,
-        checked.base,
-        new_tokens,
-        data,
-        objective,
-        options,
-        **vars(derived),
-    )
+    parts = (world, model_config, checked.base, new_tokens, data, objective, options)
+    run = PreparedRun(resolve(checked, train, derived), *parts, **vars(derived))
     raise_all(list(check_max_epochs(config, epochs_by_source(run), data.shares, derived.max_steps)))
     return run
 
@@ -163,18 +152,13 @@ def find_base(config: Config) -> Path | None:
         return None
     located = locate(config.init_from)
     if located.is_adapter:
-        raise UserError(
-            "init_from is an adapter, but training starts from a whole model",
-            at=config.where("init_from"),
-            got=config.init_from,
-            fix=f"llmkit export {config.init_from} merged --format hf, and start from that",
-        )
+        fix = f"llmkit export {config.init_from} merged --format hf, and start from that"
+        what = "is an adapter, but training starts from a whole model"
+        raise config.error("init_from", what, got=config.init_from, fix=fix)
     if located.folder.resolve().is_relative_to(Path(config.run_dir).resolve()):  # --fresh would delete it
-        raise UserError(
-            "the run would write into the folder of the model that it starts from",
-            at=config.where("init_from"),
-            got=f"run_dir: {config.run_dir}, init_from: {config.init_from}",
-            fix="name another run_dir",
+        got = f"run_dir: {config.run_dir}, init_from: {config.init_from}"
+        raise config.error(
+            "init_from", "lies in run_dir, where the run would write", got=got, fix="name another run_dir"
         )
     return located.folder
 
@@ -184,20 +168,14 @@ def fit_vocabulary(checked: CheckedConfig, tokenizer: Tokenizer) -> dict[int, li
     config, model_config, peft = checked.config, checked.model_config, checked.options.get("peft", {})
     new_tokens = added_tokens(config, checked.base, tokenizer) if checked.base else {}
     if config.peft and bool(new_tokens) != peft.get("new_tokens", False):
-        raise UserError(
-            "peft.new_tokens trains the rows of added tokens: it needs some, and they need it",
-            at=config.where("peft"),
-            got=f"{len(new_tokens)} new tokens, new_tokens: {not new_tokens}",
-            fix=f"peft.new_tokens: {bool(new_tokens)}".lower(),
-        )
+        got, fix = f"{len(new_tokens)} new tokens, new_tokens: {not new_tokens}", f"peft.new_tokens: {bool(new_tokens)}"
+        what = "trains the rows of added tokens: it needs some, and they need it"
+        raise config.error("peft.new_tokens", what, got=got, fix=fix.lower())
     if model_config.vocab_size is None or (new_tokens and model_config.vocab_size < len(tokenizer)):
         model_config.vocab_size = len(tokenizer)
     if model_config.vocab_size < len(tokenizer):
-        raise UserError(
-            "the tokenizer has more tokens than the model",
-            at=config.where("model.vocab_size"),
-            got=f"{len(tokenizer)} tokens, {model_config.vocab_size} embeddings",
-        )
+        got = f"{len(tokenizer)} tokens, {model_config.vocab_size} embeddings"
+        raise UserError("the tokenizer has more tokens than the model", at=config.where("model.vocab_size"), got=got)
     return new_tokens
 
 
@@ -210,19 +188,15 @@ def added_tokens(config: Config, base: Path, tokenizer: Tokenizer) -> dict[int, 
     ids = tokenizer.rust.get_vocab(with_added_tokens=True)
     known = old.rust.get_vocab(with_added_tokens=True)
     if any(ids.get(token) != i for token, i in known.items()):
-        raise UserError(
+        what, fix = (
             "the data was encoded with another tokenizer than the model's",
-            at=config.where("data.tokenizer"),
-            fix=f"data.tokenizer: {{path: {base / 'tokenizer.json'}}}, and another data.dir",
+            f"{{path: {base / 'tokenizer.json'}}}",
         )
+        raise UserError(what, at=config.where("data.tokenizer"), fix=f"data.tokenizer: {fix}, and another data.dir")
     new = {i: token for token, i in ids.items() if token not in known}
     if new and not config.resize_embeddings:
-        raise UserError(
-            "the tokenizer has tokens that the model does not have",
-            at=config.where("init_from"),
-            got=f"{len(new)} of them, {new[min(new)]} first",
-            fix="resize_embeddings: true",
-        )
+        got, fix = f"{len(new)} of them, {new[min(new)]} first", "resize_embeddings: true"
+        raise UserError("the tokenizer has tokens that the model lacks", at=config.where("init_from"), got=got, fix=fix)
     return {i: [] if token in tokenizer.specials else old.encode(tokenizer.decode([i])) for i, token in new.items()}
 
 

@@ -1,7 +1,5 @@
 """What commands bring along when the user names little: the defaults of `finetune`, and the example configs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Resolve what a config leaves open: the options of "choose one" sections, the objective, and every "auto"."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 from collections.abc import Iterator
@@ -64,12 +62,9 @@ def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[st
         raise UserError(what, at=config.where("data.kind"), got=data)
     choice = config.objective or Choice(name=fitting[0])
     if choice.name not in fitting:
-        raise UserError(
-            f"{name} has another objective on this data",
-            at=config.where("objective.name"),
-            got=choice.name,
-            expected=" or ".join(fitting),
-            fix="leave the objective out",
+        expected, fix = " or ".join(fitting), "leave the objective out"
+        raise config.error(
+            "objective.name", f"does not fit {name} on this data", got=choice.name, expected=expected, fix=fix
         )
     options, errors = check_objective(config, choice)
     raise_all(errors)
@@ -96,43 +91,33 @@ def find_problems(config: Config, options: Options, model_config: Any, ranks: in
     """Yield what does not fit among the model, its data, the length and this machine."""
     name, kind, data = model_config.model_type, model_config.kind, config.data.kind
     if kind == "masked" and config.eval.sample_prompt is not None:
-        yield UserError(f"{name} writes no text", at=config.where("eval.sample_prompt"), fix="delete it")
+        yield config.error("eval.sample_prompt", f"means nothing: {name} writes no text", fix="delete it")
     if kind == "seq2seq" and data == "sft" and config.data.packing:
-        yield UserError(f"{name} has each prompt in a row of its own", at=config.where("data.packing"))
+        yield config.error("data.packing", f"can't be done: {name} has each prompt in a row of its own")
     if kind == "seq2seq" and data == "corpus" and config.data.document_mask:
-        yield UserError("spans are cut out of whole rows: no document mask", at=config.where("data.document_mask"))
+        yield config.error("data.document_mask", "can't be done: spans are cut out of whole rows")
     section = "model" if config.model else "init_from"
     for key, reason in shape_problems(model_config):
         yield UserError(f"model.{key} {reason}", at=config.where(f"{section}.{key}"))
-    longest = model_config.max_position_embeddings
-    if config.data.seq_len > longest:
-        yield UserError(
-            "data.seq_len is over the model's longest position",
-            at=config.where("data.seq_len"),
-            got=config.data.seq_len,
-            expected=f"at most {longest} (max_position_embeddings)",
-        )
+    if (seq_len := config.data.seq_len) > (longest := model_config.max_position_embeddings):
+        expected = f"at most {longest} (max_position_embeddings)"
+        yield config.error("data.seq_len", "is over the model's longest position", got=seq_len, expected=expected)
     yield from check_warmup(config, options, config.train.max_steps)
-    if config.train.global_batch_size % ranks:
-        yield UserError(
-            "train.global_batch_size is not a multiple of the number of ranks",
-            at=config.where("train.global_batch_size"),
-            got=f"{config.train.global_batch_size}, {ranks}",
+    if (size := config.train.global_batch_size) % ranks:
+        yield config.error(
+            "train.global_batch_size", "is not a multiple of the number of ranks", got=f"{size}, {ranks}"
         )
     if config.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        what, fix = "log.tensorboard needs the tensorboard package", "pip install 'llmkit[tensorboard]'"
-        yield MachineError(what, at=config.where("log.tensorboard"), fix=fix)
+        fix = "pip install 'llmkit[tensorboard]'"
+        yield config.error("log.tensorboard", "needs the tensorboard package", kind=MachineError, fix=fix)
 
 
 def check_warmup(config: Config, options: Options, max_steps: int | None) -> Iterator[UserError]:
     """Yield an error if the warm-up leaves no step to train."""
     warmup = options["schedule"].get("warmup_steps", 0)
     if max_steps and warmup >= max_steps:
-        what, expected = (
-            "schedule.warmup_steps leaves no step to train",
-            f"less than {max_steps} (the steps of this run)",
-        )
-        yield UserError(what, at=config.where("schedule.warmup_steps"), got=warmup, expected=expected)
+        expected = f"less than {max_steps} (the steps of this run)"
+        yield config.error("schedule.warmup_steps", "leaves no step to train", got=warmup, expected=expected)
 
 
 def check_max_epochs(config: Config, epochs: dict[str, float], shares: dict, max_steps: int) -> Iterator[UserError]:
@@ -185,11 +170,8 @@ def choose_micro_batch_size(
     asked, rows = config.train.micro_batch_size, config.train.global_batch_size // ranks
     if asked != "auto":
         if rows % asked:
-            raise UserError(
-                "train.micro_batch_size does not divide a rank's share of the batch",
-                at=config.where("train.micro_batch_size"),
-                got=f"{asked}, and {rows} rows a rank",
-            )
+            got = f"{asked}, and {rows} rows a rank"
+            raise config.error("train.micro_batch_size", "does not divide a rank's share of the batch", got=got)
         return asked
     if resolved.micro_batch_size != "auto" and rows % resolved.micro_batch_size == 0:
         return resolved.micro_batch_size

@@ -1,7 +1,5 @@
 """Learning-rate schedules: step -> factor of the learning rate, in [0, 1]."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Annotated

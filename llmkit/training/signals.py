@@ -1,7 +1,5 @@
 """Note SIGINT and SIGTERM for the end of a step."""
 
-from __future__ import annotations
-
 import signal
 import time
 from typing import Any
