@@ -1,6 +1,6 @@
-"""The one error a user sees: what happened, where, what was found, and how to mend it.
+"""The error that a user sees: what happened, where, what was found, and how to fix it.
 
-Everything that a user can get wrong raises `UserError`; anything else that escapes is a bug of ours (exit code 70).
+User mistakes raise `UserError`. Any other exception that escapes is a bug of llmkit (exit code 70).
 """
 
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ INTERRUPTED = {2: 130, 15: 143}  # signal number -> the shell's exit code for it
 
 
 class UserError(Exception):
-    """One problem, or several (`others`) found in the same check.
+    """A problem, and `others` that the same check found.
 
     >>> print(UserError("train.max_step is not a key", at="my.yaml:14", got="max_step", fix="did you mean max_steps?"))
     error: train.max_step is not a key
@@ -46,25 +46,25 @@ class UserError(Exception):
 
 
 class DataError(UserError):
-    """Something is wrong with texts, records, or data that was built from them."""
+    """A problem of texts, records, or data that was built from them."""
 
     code = DATA
 
 
 class ModelError(UserError):
-    """Something is wrong with a model's folder, its tokenizer, a checkpoint or an adapter."""
+    """A problem of a model's folder, its tokenizer, a checkpoint or an adapter."""
 
     code = MODEL
 
 
 class MachineError(UserError):
-    """The machine lacks something: a package, a compiler, memory, disk space, a port."""
+    """A problem of the machine: it lacks a package, a compiler, memory, disk space, a port."""
 
     code = ENVIRONMENT
 
 
 def raise_all(errors: list[UserError]) -> None:
-    """Raise everything that was found as one error, or return when nothing was."""
+    """Raise all errors as one, or return if there are none."""
     if errors:
         first, *rest = errors
         first.others += rest
@@ -72,7 +72,7 @@ def raise_all(errors: list[UserError]) -> None:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """A suggestion for a misspelt word, or None when nothing is close."""
+    """Return a suggestion for a misspelt word, or None if no known word is close."""
     from difflib import get_close_matches
 
     close = get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -12,27 +12,28 @@ from llmkit.errors import LOCKED, MachineError, UserError
 
 
 def file_sha256(path: Path) -> str:
+    """Return the SHA-256 checksum of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """What tells whether files have changed: their names, sizes and times."""
+    """Return names, sizes and times of files: another stamp means a changed file."""
     return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
 
 
 def folder_stamps(folder: Path) -> list[tuple[str, int, int]]:
-    """Of every file in a folder; nothing of what is no folder."""
+    """Return the stamps of all files in a folder; [] if it is no folder."""
     return file_stamps(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
 
 
 def temporary_path(path: Path) -> Path:
-    """Where a file is written before it is renamed: another place for every process, on any machine."""
+    """Return where to write a file before renaming it: another path in every process on any machine."""
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """The file has its old or its new content at every moment."""
+    """Write a file so that it has its old or its new content at every moment."""
     half = temporary_path(path)
     with half.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -42,7 +43,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def lock(folder: Path, taken: str, *, fix: str) -> TextIO:
-    """Make a folder and hold it for this process until the returned file is closed; UserError `taken` if one has it."""
+    """Create a folder and lock it until the returned file is closed.
+
+    Raises a UserError that says `taken` if another process holds the lock.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("a+", encoding="utf-8")

@@ -3,11 +3,9 @@
 import re
 from typing import Any
 
-# ---- on screen ------------------------------------------------------------------------------------------------------
-
 
 def printable(text: str) -> str:
-    """Text without what a terminal would obey: escape and other control characters, but for tabs and line ends.
+    """Replace control characters, which a terminal would obey, except for tabs and line ends.
 
     >>> printable("a\\x1b[31mb\\n")
     'a\ufffd[31mb\\n'
@@ -16,7 +14,7 @@ def printable(text: str) -> str:
 
 
 def count(number: float) -> str:
-    """A number as people say it.
+    """Format a number with a unit.
 
     >>> count(412_345), count(7.25e9), count(930)
     ('412k', '7.25B', '930')
@@ -29,7 +27,7 @@ def count(number: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss, or as days or years where there are many.
+    """Format seconds as h:mm:ss, or as days or years.
 
     >>> clock(3725), clock(3e5), clock(7e9)
     ('1:02:05', '3.47 days', '222 years')
@@ -42,7 +40,7 @@ def clock(seconds: float) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows with the same keys as aligned columns."""
+    """Format rows with the same keys as aligned columns."""
     cells = [list(rows[0]), *[[cell(value) for value in row.values()] for row in rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)

@@ -1,4 +1,4 @@
-"""What pydantic found wrong, in the user's words: file and line, what was written, what was meant."""
+"""Turn pydantic's errors into ours: file and line, what was written, what was meant."""
 
 import re
 from typing import Any, get_args
@@ -9,7 +9,7 @@ from llmkit.config.schema import Config
 from llmkit.config.yaml import nearest
 from llmkit.errors import UserError, did_you_mean
 
-# What people type out of habit, and where it lives here.
+# Keys of other tools, and where they are here.
 KEY_ALIASES = {
     "lr": "optimizer.lr",
     "learning_rate": "optimizer.lr",
@@ -42,7 +42,7 @@ KEY_ALIASES = {
 def explain_all(
     error: ValidationError, schema: type[BaseModel], origins: dict[tuple, str], prefix: tuple = ()
 ) -> list[UserError]:
-    """Every problem of a validation; the failed branches of one union become one problem."""
+    """Return an error for every problem of a validation; the failed branches of a union become one error."""
     found: dict[str, UserError] = {}
     for problem in error.errors(include_url=False):
         one = explain(problem, schema, origins, prefix)
@@ -54,7 +54,7 @@ def explain_all(
 
 
 def explain(problem: dict, schema: type[BaseModel], origins: dict[tuple, str], prefix: tuple = ()) -> UserError:
-    """One pydantic error in the user's words."""
+    """Return one pydantic error as ours."""
     loc = [part for part in problem["loc"] if part not in ("corpus", "sft", "[key]")]
     known = fields_at(schema, loc[:-1])
     if problem["type"] not in ("extra_forbidden", "missing", "union_tag_invalid", "union_tag_not_found"):
@@ -82,7 +82,7 @@ def explain(problem: dict, schema: type[BaseModel], origins: dict[tuple, str], p
 
 
 def fields_at(schema: type[BaseModel], loc: list) -> set[str]:
-    """The keys that a section knows, found by walking the schema."""
+    """Return the keys of a section, found by walking the schema."""
     models: list[Any] = [schema]
     for part in loc:
         inner = []
@@ -94,6 +94,6 @@ def fields_at(schema: type[BaseModel], loc: list) -> set[str]:
 
 
 def flatten(annotation: Any) -> list[Any]:
-    """The classes inside `X | None`, `list[X]` and their like."""
+    """Return the classes inside `X | None`, `list[X]` and similar types."""
     inner = [leaf for arg in get_args(annotation) for leaf in flatten(arg)]
     return inner or [annotation]

@@ -1,4 +1,4 @@
-"""Loading a config and checking it. No torch here, so a wrong key is named in under a second."""
+"""Load a config and check it. Nothing here imports torch, so a wrong key is named in under a second."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 
 from pydantic import ValidationError, create_model
 
+from llmkit.config.defaults import PATTERN
 from llmkit.config.explain import explain_all
 from llmkit.config.schema import RECIPES, Choice, Config, CorpusData, Pii, Section, SftData, TokenizerSection
 from llmkit.config.yaml import LENGTHS, merge, read_yaml, set_override
@@ -18,7 +19,7 @@ def load_config(path: Path | None, overrides: list[str] = (), defaults: dict | N
 
     path       a YAML file, or None for a config made of `defaults` and `overrides` alone
     overrides  "section.key=value" strings, applied in order
-    defaults   values that the file may replace (what `finetune --lora` brings along)
+    defaults   values that the file may replace
     """
     values, origins = read_yaml(path) if path else ({}, {(): "the command line"})
     values = merge(defaults or {}, values)
@@ -40,47 +41,27 @@ def load_config(path: Path | None, overrides: list[str] = (), defaults: dict | N
 
 
 def conflicts(config: Config) -> Iterator[UserError]:
-    """What no single key shows: keys that contradict each other."""
+    """Yield errors about keys that contradict each other."""
+    error = config.error
     lengths = [name for name in LENGTHS if getattr(config.train, name) is not None]
     if len(lengths) != 1:
-        yield UserError(
-            "train needs exactly one length",
-            at=config.where(f"train.{lengths[-1]}" if lengths else "train"),
-            got=" and ".join(lengths) or "none",
-            expected="max_steps, max_tokens or epochs",
-        )
-    micro = config.train.micro_batch_size
-    if isinstance(micro, int) and config.train.global_batch_size % micro:
-        yield UserError(
-            "train.global_batch_size is not a multiple of train.micro_batch_size",
-            at=config.where("train.global_batch_size"),
-            got=f"{config.train.global_batch_size} and {micro}",
-        )
+        at, got = config.where(f"train.{lengths[-1]}" if lengths else "train"), " and ".join(lengths) or "none"
+        expected = "max_steps, max_tokens or epochs"
+        yield UserError("train needs exactly one length", at=at, got=got, expected=expected)
+    micro, size = config.train.micro_batch_size, config.train.global_batch_size
+    if isinstance(micro, int) and size % micro:
+        what, got = "is not a multiple of train.micro_batch_size", f"{size} and {micro}"
+        yield error("train.global_batch_size", what, got=got)
     if config.model is None and config.init_from is None:
-        yield UserError(
-            "there is no model",
-            at=config.where(""),
-            expected="a `model:` section, or `init_from:` with a model's folder",
-        )
+        expected = "a `model:` section, or `init_from:` with a model's folder"
+        yield UserError("there is no model", at=config.where(""), expected=expected)
     if config.model is not None and config.init_from is not None:
-        yield UserError(
-            "model and init_from are both given",
-            at=config.where("model"),
-            fix="delete the model section: init_from has one",
-        )
+        yield error("model", "and init_from are both given", fix="delete the model section: init_from has one")
     if config.resize_embeddings and config.init_from is None:
-        yield UserError(
-            "resize_embeddings needs a model to start from",
-            at=config.where("resize_embeddings"),
-            fix="name one as init_from, or delete it",
-        )
+        yield error("resize_embeddings", "needs a model to start from", fix="name one as init_from, or delete it")
     if isinstance(config.data, SftData):
         if config.init_from is None:
-            yield UserError(
-                "data.kind: sft needs a trained model to start from",
-                at=config.where("data.kind"),
-                fix="name one as init_from",
-            )
+            yield error("data.kind", "sft needs a trained model to start from", fix="name one as init_from")
         yield from ignored_keys(config, "data", config.data, "val_path", ["val_fraction"])
     if isinstance(config.data, CorpusData):
         yield from source_conflicts(config, config.data)
@@ -88,85 +69,64 @@ def conflicts(config: Config) -> Iterator[UserError]:
 
 
 def source_conflicts(config: Config, data: CorpusData) -> Iterator[UserError]:
-    """Of what is read, and what is looked for in it."""
-    pii = data.pii
+    """Yield errors about sources and personal data."""
+    error, pii = config.error, data.pii
     if not pii.kinds and pii != Pii():
-        yield UserError(
-            "data.pii looks for nothing", at=config.where("data.pii"), expected="kinds: [email, phone, ...]"
-        )
+        yield error("data.pii", "has no kinds to look for", expected="kinds: [email, phone, ...]")
     if pii.action == "drop" and pii.drop_above != Pii().drop_above:
-        yield UserError(
-            "data.pii.drop_above means nothing beside action: drop, which drops at the first finding",
-            at=config.where("data.pii.drop_above"),
-            fix="delete it",
-        )
+        what = "means nothing with action: drop, which drops at the first finding"
+        yield error("data.pii.drop_above", what, fix="delete it")
     names = [source.name for source in data.sources]
     without = [source.name for source in data.sources if source.weight is None]
     if without and len(without) < len(names):
+        got, fix = f"none: {', '.join(without)}", "give all of them one, or none"
         yield UserError(
-            "some sources have a weight and some have none",
-            at=config.where("data.sources"),
-            got=f"none: {', '.join(without)}",
-            fix="give all of them one, or none",
+            "some sources have a weight and some have none", at=config.where("data.sources"), got=got, fix=fix
         )
     yield from ignored_keys(config, "data", data, "cluster", ["workers"])
     for i, source in enumerate(data.sources):
+        place, at = f"data.sources.{i}", config.where(f"data.sources.{i}")
         if (source.path is None) == (source.hf is None):
-            yield UserError(
-                f"source {source.name} needs either path or hf",
-                at=config.where(f"data.sources.{i}"),
-                got="both" if source.path else "neither",
-            )
-        place = f"data.sources.{i}"
+            got = "both" if source.path else "neither"
+            yield UserError(f"source {source.name} needs either path or hf", at=at, got=got)
         yield from ignored_keys(config, place, source, "path", ["config", "revision", "split", "streaming"])
         yield from ignored_keys(config, place, source, "hf", ["include", "exclude"])
         if source.name in names[:i]:
-            yield UserError("two sources share a name", at=config.where(f"data.sources.{i}"), got=source.name)
+            yield UserError("two sources share a name", at=at, got=source.name)
 
 
 def tokenizer_conflicts(config: Config, tokenizer: TokenizerSection) -> Iterator[UserError]:
-    """Ways to a tokenizer that exclude each other, and options that mean nothing to the chosen one."""
+    """Yield errors about tokenizers that exclude each other, and options that mean nothing to the chosen one."""
     ways = [name for name in ("train", "path", "extend") if getattr(tokenizer, name) is not None]
     if len(ways) != 1:
-        yield UserError(
-            "data.tokenizer needs one of train, path and extend",
-            at=config.where("data.tokenizer"),
-            got=" and ".join(ways) or "none",
-            expected="{train: bpe, vocab_size: 32000} or {path: tokenizer.json}",
-        )
+        got, expected = " and ".join(ways) or "none", "{train: bpe, vocab_size: 32000} or {path: tokenizer.json}"
+        yield config.error("data.tokenizer", "needs one of train, path and extend", got=got, expected=expected)
     learning = ["pattern", "normalize", "special_tokens", "extra_ids"]
     yield from ignored_keys(config, "data.tokenizer", tokenizer, "path", ["vocab_size", "sample_mb", *learning])
     yield from ignored_keys(config, "data.tokenizer", tokenizer, "extend", learning)
-    if tokenizer.train in ("wordpiece", "char") and tokenizer.pattern != "gpt2":
-        yield UserError(
-            f"data.tokenizer.pattern means nothing to {tokenizer.train}",
-            at=config.where("data.tokenizer.pattern"),
-            fix="delete it",
-        )
+    if tokenizer.train in ("wordpiece", "char") and tokenizer.pattern != PATTERN:
+        yield config.error("data.tokenizer.pattern", f"means nothing to {tokenizer.train}", fix="delete it")
 
 
 def ignored_keys(config: Config, place: str, section: Section, given: str, keys: list[str]) -> Iterator[UserError]:
-    """Keys that would be ignored because `given` is there; values at their defaults mean nothing and pass."""
+    """Yield an error for each key that would be ignored because `given` is there, unless it has its default."""
     for key in keys:
         default = type(section).model_fields[key].default
         if getattr(section, given) is not None and getattr(section, key) != default:
-            yield UserError(
-                f"{place}.{key} means nothing beside {given}", at=config.where(f"{place}.{key}"), fix="delete it"
-            )
+            yield config.error(f"{place}.{key}", f"means nothing beside {given}", fix="delete it")
 
 
 def check_options(
     table: dict[str, Callable], section: str, choice: Choice, config: Config
 ) -> tuple[dict[str, Any], list[UserError]]:
-    """Check a "choose one" section against what it names.
+    """Check the options of a "choose one" section against the function or dataclass that it names.
 
-    table   name -> function or dataclass; its keyword-only parameters are the options
-    Returns every option with defaults filled in, and what was wrong.
+    table   name -> function or dataclass, whose keyword-only parameters are the options
+    Returns every option with defaults filled in, and the errors.
     """
     if choice.name not in table:
         hint = did_you_mean(choice.name, table) or f"one of: {', '.join(table)}"
-        at = config.where(f"{section}.name")
-        return {}, [UserError(f"{section}.name is unknown", at=at, got=choice.name, fix=hint)]
+        return {}, [config.error(f"{section}.name", "is unknown", got=choice.name, fix=hint)]
     chosen = table[choice.name]
     parameters = inspect.signature(chosen).parameters.values()
     hints = get_type_hints(chosen, include_extras=True)

@@ -1,4 +1,4 @@
-"""The sections of the YAML file with their defaults, which live here and nowhere else.
+"""Declare the sections of the YAML file with their defaults, which stand nowhere else.
 
 A "choose one" section is `{name: adamw, lr: 3e-4}`: `name` picks a function, the rest are that function's keyword-only
 arguments, checked against its signature by `config.check_options` once torch may be imported.
@@ -18,13 +18,13 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """A fixed section: unknown keys are errors, and `true`, `10.5` or `"three"` are no integers."""
+    """A section with fixed keys. Unknown keys are errors; `true`, `10.5` and `"three"` are not integers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Choice(BaseModel):
-    """A "choose one" section: a name from a dict in the code, and the options of what it names."""
+    """A "choose one" section: a name from a dict in the code, and the options of the function it names."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
     name: str
@@ -38,7 +38,7 @@ class Choice(BaseModel):
 
 
 class Source(Section):
-    """Where documents come from: `path` (file, folder, glob) or `hf` (a hub id, or a local dataset folder)."""
+    """A source of documents: `path` (file, folder, glob) or `hf` (a hub id, or a local dataset folder)."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     path: str | None = None
@@ -46,13 +46,15 @@ class Source(Section):
     exclude: list[str] = []
     hf: str | None = None
     config: str | None = None  # the subset of a Hugging Face dataset
-    revision: str | None = None  # a commit or tag of a hub dataset: without one, a later commit is not noticed
+    revision: str | None = None  # a commit or tag of a hub dataset; without one, later commits go unnoticed
     split: str = "train"
     streaming: bool = False
     text_key: str = "text"
     limit: Count | None = None  # documents
-    weight: Annotated[float, Field(gt=0)] | None = None  # share of the samples; without any, as the sizes are
-    max_epochs: Annotated[float, Field(gt=0)] | None = None  # a run that would read the source oftener is refused
+    weight: Annotated[float, Field(gt=0)] | None = (
+        None  # share of the samples; without weights, shares follow the sizes
+    )
+    max_epochs: Annotated[float, Field(gt=0)] | None = None  # a run that would read the source more often is refused
     profile: Literal["web", "docs", "code", "books", "none"] = "none"
 
 
@@ -67,26 +69,26 @@ class Clean(Section):
     unicode: Literal["NFC"] | None = "NFC"
     control: bool = True
     whitespace: bool = True
-    # Lines of web pages that stand in so many documents of a work unit are taken out; null: none.
+    # Remove lines of web pages that occur in this many documents of a work unit; null: keep all.
     boilerplate_min_docs: Annotated[int, Field(ge=2)] | None = 20
 
 
 class Language(Section):
-    """Documents whose language is none of these ISO 639-1 codes, or unsure, are dropped."""
+    """Drop documents whose language is not one of these ISO 639-1 codes, or is uncertain."""
 
     keep: Annotated[list[str], Field(min_length=1)]
     min_score: Fraction = 0.65
 
 
 class WordList(Section):
-    """A file of words and phrases, one a line: documents with more of them in a thousand words are dropped."""
+    """Drop documents with more words and phrases of a list (a file, one a line) per thousand words."""
 
     path: str
     max_per_1k: Annotated[float, Field(ge=0)] = 5.0
 
 
 class Classifier(Section):
-    """A local Hugging Face sequence classifier: documents whose probability of the label is higher are dropped."""
+    """Drop documents to which a local Hugging Face classifier gives the label a higher probability."""
 
     path: str
     label: str
@@ -94,7 +96,7 @@ class Classifier(Section):
 
 
 class Filter(Section):
-    """Thresholds by rule, over the profile's: `{words: {low: 20}}`; `false` turns a rule off."""
+    """Thresholds by rule, which override the profile's: `{words: {low: 20}}`; `false` turns a rule off."""
 
     language: Language | None = None
     words: WordList | None = None
@@ -103,28 +105,30 @@ class Filter(Section):
 
 
 class Pii(Section):
-    """Personal data: which kinds are looked for (none by default), and what happens to them."""
+    """Find personal data of some kinds (by default none), and replace, tag or drop it."""
 
     kinds: list[Literal["email", "phone", "ip", "card", "iban", "ssn", "secret"]] = []
-    action: Literal["replace", "tag", "drop"] = "replace"  # by values nobody owns; by <EMAIL>; the whole document
-    drop_above: Annotated[int, Field(ge=0)] = 50  # findings in one document, from which it is a list of people
+    action: Literal["replace", "tag", "drop"] = (
+        "replace"  # with values that nobody owns; with <EMAIL>; the whole document
+    )
+    drop_above: Annotated[int, Field(ge=0)] = 50  # a document with more findings is a list of people, and is dropped
 
 
 class NearDedup(Section):
     ngram: Count = 5
     bands: Count = 14
     rows: Count = 8
-    keep: Literal["longest", "all"] = "longest"  # all: nothing is dropped, but a cluster stays in one split
+    keep: Literal["longest", "all"] = "longest"  # all: drop nothing, but keep each cluster in one split
 
 
 class Dedup(Section):
     exact: bool = True
     near: NearDedup | Literal[False] = NearDedup()
-    paragraphs: Count | Literal[False] = False  # of so many words and more: those that stood before are cut out
+    paragraphs: Count | Literal[False] = False  # cut out repeated paragraphs of at least this many words
 
 
 class Decontaminate(Section):
-    """Documents that share an n-gram of words with evaluation files, which would then measure memory."""
+    """Drop documents that share an n-gram of words with evaluation files, lest a benchmark measure memory."""
 
     files: Annotated[list[str], Field(min_length=1)]
     ngram: Count = 13
@@ -137,15 +141,15 @@ class Split(Section):
 
 
 class TokenizerSection(Section):
-    """Train one (`train: bpe`), take an existing tokenizer.json (`path`), or give a BPE more tokens (`extend`)."""
+    """Train a tokenizer (`train: bpe`), use an existing one (`path`), or add tokens to a BPE (`extend`)."""
 
     train: Literal["bpe", "unigram", "wordpiece", "char"] | None = None
     path: str | None = None
     extend: str | None = None
-    vocab_size: Annotated[int, Field(ge=259)] = VOCAB_SIZE  # of the result, everything counted
-    pattern: str = PATTERN  # how text is cut before merging: gpt2, llama3, qwen2 or a regex; for bpe and unigram
+    vocab_size: Annotated[int, Field(ge=259)] = VOCAB_SIZE  # of the result, special tokens included
+    pattern: str = PATTERN  # how text is split before merging: gpt2, llama3, qwen2 or a regex; for bpe and unigram
     normalize: list[Literal["lowercase", "nfc", "nfd", "nfkc", "strip_accents"]] = []
-    special_tokens: list[str] = []  # beside <|endoftext|> and the chat markers
+    special_tokens: list[str] = []  # in addition to <|endoftext|> and the chat markers
     extra_ids: Annotated[int, Field(ge=0, le=1000)] = 0  # sentinels <extra_id_0> ... for span corruption; T5 has 100
     sample_mb: Annotated[float, Field(gt=0)] = 64.0  # megabytes of text that the training reads
 
@@ -155,8 +159,10 @@ class CorpusData(Section):
 
     kind: Literal["corpus"]
     dir: str
-    seed: Annotated[int, Field(ge=0, le=2**32)] = 1234  # of the split, and of the sample that the tokenizer sees
-    sources: list[Source] = []  # empty: `dir` was built before
+    seed: Annotated[int, Field(ge=0, le=2**32)] = (
+        1234  # of the split, and of the texts that the tokenizer is trained on
+    )
+    sources: list[Source] = []  # empty: `dir` is already built
     workers: Count | Literal["auto"] = "auto"
     cluster: str | None = None  # address of a Dask scheduler whose workers see the same files: tcp://host:8786
     on_error: OnError = OnError()
@@ -168,11 +174,11 @@ class CorpusData(Section):
     split: Split = Split()
     tokenizer: TokenizerSection = TokenizerSection(train="bpe")
     seq_len: Count = 1024
-    document_mask: bool = False  # attention stays inside a document, and positions begin anew with each
+    document_mask: bool = False  # attention stays inside a document; positions restart in each
 
 
 class SftData(Section):
-    """Prompts and answers: only the answers are targets. For T5 the prompt is the encoder's, and nothing is packed.
+    """Prompts and answers; only answers are targets. An encoder reads the prompt, and then nothing is packed.
 
     Records are {prompt, completion}, {instruction, input, output}, {messages: [{role, content}]} or
     {conversations: [{from, value}]}; the first record decides.
@@ -181,12 +187,12 @@ class SftData(Section):
     kind: Literal["sft"]
     path: str
     val_path: str | None = None
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05  # held out of `path` when there is no val_path
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05  # of `path`, if there is no val_path
     seq_len: Count = 1024
-    packing: bool | None = None  # several examples in a row; None: yes, but for an encoder and a decoder
+    packing: bool | None = None  # several examples in a row; None: yes, unless an encoder reads the prompts
     too_long: Literal["truncate", "drop"] = "truncate"
     chat_template: str | None = None  # a Jinja file; default: the tokenizer's own, else a plain one
-    special_tokens: list[str] = []  # that the model's tokenizer is given; see resize_embeddings
+    special_tokens: list[str] = []  # to add to the model's tokenizer; see resize_embeddings
 
 
 # ---- the run --------------------------------------------------------------------------------------------------------
@@ -209,14 +215,14 @@ class Train(Section):
 
 class Eval(Section):
     every: Count | None = 250
-    max_batches: Count | None = 50  # of global_batch_size sequences of the val split; null: all of it
+    max_batches: Count | None = 50  # of global_batch_size sequences of the val split; null: all
     sample_prompt: str | None = None  # text to continue at every evaluation
     sample_tokens: Count = 64
 
 
 class Checkpoint(Section):
     every: Count = 500
-    keep: Count = 2  # the newest ones; the best by val loss is kept beside them
+    keep: Count = 2  # the newest ones; the best by val loss is kept too
 
 
 class Log(Section):
@@ -224,9 +230,9 @@ class Log(Section):
     tensorboard: bool = False
 
 
-# What `recipe` stands for: defaults of other sections, under all that a config says itself.
+# `recipe` sets these defaults of other sections; a config's own values win.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
-    # The lowest loss for an hour of training: norms on queries and keys, blocks that begin as the identity, Muon.
+    # The lowest loss after an hour of training: norms on queries and keys, blocks that begin as the identity, Muon.
     "modern": {
         "model": {"name": "qwen3", "init": "zero"},
         "optimizer": {"name": "muon", "lr": 5e-3},
@@ -246,16 +252,16 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class Config(Section):
-    """One run. `where("train.max_steps")` says which file and line a value came from."""
+    """The config of a run. `where("train.max_steps")` tells the file and line of a value."""
 
     run_dir: str = "runs/default"
     recipe: Literal["modern", "llama", "gpt2"] | None = None  # see RECIPES
     seed: Annotated[int, Field(ge=0)] = 1337
     init_from: str | None = None
-    resize_embeddings: bool = False  # give the model of init_from rows for tokens that it did not have
+    resize_embeddings: bool = False  # add embedding rows for tokens that the model of init_from lacks
     model: Choice | None = None
     data: Annotated[CorpusData | SftData, Field(discriminator="kind")]
-    objective: Choice | None = None  # None: what the model and the data are for
+    objective: Choice | None = None  # None: the default for the model and the data
     peft: Choice | None = None
     optimizer: Choice = Choice(name="adamw")
     schedule: Choice = Choice(name="cosine")
@@ -267,7 +273,7 @@ class Config(Section):
     _origins: dict[tuple, str] = PrivateAttr(default_factory=dict)
 
     def where(self, key: str) -> str:
-        """The file and line of a dotted key, or of the nearest section that holds it."""
+        """Return the file and line of a dotted key, or of the nearest section that holds it."""
         return nearest(self._origins, tuple(key.split(".")))
 
     def error(self, key: str, problem: str, *, kind: type[UserError] = UserError, **details: Any) -> UserError:
@@ -275,5 +281,5 @@ class Config(Section):
         return kind(f"{key} {problem}", at=self.where(key), **details)
 
     def dump(self) -> str:
-        """The whole config as YAML, every default written out."""
+        """Return the whole config as YAML, every default written out."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)

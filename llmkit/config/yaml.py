@@ -1,4 +1,4 @@
-"""Reading YAML as people mean it, with the file and line of every key, and changing it from the command line."""
+"""Read YAML with the file and line of every key, and change it from the command line."""
 
 import re
 from pathlib import Path
@@ -8,12 +8,12 @@ import yaml
 
 from llmkit.errors import UserError
 
-MAX_NODES = 20_000  # more YAML nodes than any honest config has: an alias bomb expands to billions
+MAX_NODES = 20_000  # more YAML nodes than any real config has: an alias bomb expands to billions
 LENGTHS = ("max_steps", "max_tokens", "epochs")  # of a training run: one of them replaces the others
 
 
 class Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-5 is a number, and only true and false are booleans (`no` is Norwegian)."""
+    """A YAML loader for which 1e-5 is a number, and only true and false are booleans (`no` is Norwegian)."""
 
 
 Loader.yaml_implicit_resolvers = {
@@ -31,7 +31,7 @@ Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> tuple[dict, dict[tuple, str]]:
-    """A YAML mapping as plain Python, and the "file:line" of every key in it, by key path."""
+    """Return a YAML mapping as plain Python, and the "file:line" of every key by key path."""
     if not path.exists():
         raise UserError(f"no such config file: {path}", fix="`llmkit init pretrain` writes a commented example")
     if not path.is_file():
@@ -46,7 +46,7 @@ def read_yaml(path: Path) -> tuple[dict, dict[tuple, str]]:
 
 
 def parse_yaml(text: str, name: str) -> tuple[dict, dict[tuple, str]]:
-    """Parse one mapping; duplicate keys, tags and alias bombs are refused. See `read_yaml`."""
+    """Parse one mapping; refuse duplicate keys, tags and alias bombs. See `read_yaml`."""
     try:
         loader = Loader(text)
         root = loader.get_single_node()
@@ -103,7 +103,7 @@ def parse_yaml(text: str, name: str) -> tuple[dict, dict[tuple, str]]:
 
 
 def set_override(values: dict, origins: dict[tuple, str], override: str) -> dict:
-    """A parsed config with one `section.key=value` applied; the value is read as YAML.
+    """Return a parsed config with one `section.key=value` applied; the value is read as YAML.
 
     >>> set_override({"train": {"epochs": 1}}, {}, "train.max_steps=5")
     {'train': {'max_steps': 5}}
@@ -126,13 +126,13 @@ def set_override(values: dict, origins: dict[tuple, str], override: str) -> dict
     for depth in range(1, len(parts)):
         origins.setdefault(parts[:depth], at)
     for path in [path for path in origins if path[: len(parts)] == parts]:
-        del origins[path]  # what was inside is gone
+        del origins[path]  # the old value's keys
     origins[parts] = at
     return replace_at(values, parts, value)
 
 
 def replace_at(values: Any, parts: tuple, value: Any) -> Any:
-    """`values` with the value at one key path replaced; missing sections are made on the way."""
+    """Return `values` with the value at a key path replaced; missing sections are created."""
     if not parts:
         return value
     first, *rest = parts
@@ -142,9 +142,9 @@ def replace_at(values: Any, parts: tuple, value: Any) -> Any:
 
 
 def merge(base: dict, over: dict, *, deep: bool = True) -> dict:
-    """`over` on top of `base`, section by section.
+    """Merge `over` into `base`, section by section.
 
-    Another `name` or `kind` drops the options of the one it replaces, another length of training the old length.
+    Another `name` or `kind` drops the options of the old one; another length of training drops the old length.
     """
     dropped = set(LENGTHS) - over.keys() if any(over.get(key) is not None for key in LENGTHS) else set()
     result = {key: value for key, value in base.items() if key not in dropped}
@@ -157,7 +157,7 @@ def merge(base: dict, over: dict, *, deep: bool = True) -> dict:
 
 
 def nearest(origins: dict[tuple, str], path: tuple) -> str:
-    """Where the longest known part of a key path was written."""
+    """Return where the longest known part of a key path was written."""
     path = tuple(int(part) if isinstance(part, str) and part.isdigit() else part for part in path)
     while path and path not in origins:
         path = path[:-1]
