@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Rust
 from llmkit.errors import UserError
 from llmkit.models import build_model, llama
 from llmkit.models.folder import save_model
-from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer, byte_letters, load_tokenizer
+from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer, bytes_to_unicode, load_tokenizer
 from llmkit.tokenizer.train import BERT_SPECIALS, PATTERNS, SPECIALS, TRAINERS, extend_bpe, train_tokenizer
 
 
@@ -185,7 +185,7 @@ def test_a_pattern_of_ones_own(kind):
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @pytest.mark.parametrize("pattern", ["(", "[a-", "*", r"\p{Nothing}", "a{2,1}b(?="])
 def test_a_pattern_that_is_no_regex(kind, pattern):
-    with pytest.raises(UserError, match="is no regex") as error:
+    with pytest.raises(UserError, match="is not a valid regex") as error:
         train_tokenizer([LATIN], kind, vocab_size=300, pattern=pattern)
     assert error.value.got == pattern
 
@@ -349,7 +349,7 @@ def fast_agrees(one: Tokenizer, texts: list[str]) -> None:
     for text, ids in zip(texts, one.encode_batch(texts), strict=True):
         assert ids.tolist() == one.encode(text), text[:100]
         assert one.fast.encode_ordinary(text) == ids.tolist()
-    assert one.agrees(texts)
+    assert one.verify_fast_encoder(texts)
 
 
 def test_the_fast_encoder_agrees_on_hard_text(patterned):
@@ -455,7 +455,7 @@ def test_old_tokens_keep_their_ids(base, extended):
 def test_new_tokens_are_old_ones_joined(base, extended):
     ids = extended.rust.get_vocab()
     joined = {left + right: (left, right) for left, right in infer_merges(extended)[len(infer_merges(base)) :]}
-    letters = {letter: byte for byte, letter in enumerate(byte_letters())}
+    letters = {letter: byte for byte, letter in enumerate(bytes_to_unicode())}
     for i in range(len(base), len(extended)):
         left, right = joined[extended.rust.id_to_token(i)]
         assert ids[left] < i and ids[right] < i
@@ -528,7 +528,7 @@ def test_a_normalizer_goes_along():
 
 
 @pytest.mark.parametrize("kind, vocab_size, texts, what", [
-    ("bpe", 500, [FOREIGN], "that large already"), ("bpe", 400, [FOREIGN], "that large already"),
+    ("bpe", 500, [FOREIGN], "already has that size"), ("bpe", 400, [FOREIGN], "already has that size"),
     ("unigram", 900, [FOREIGN], "only a byte-level BPE"), ("wordpiece", 900, [FOREIGN], "only a byte-level BPE"),
     ("bpe", 900, [], "nothing to learn"), ("bpe", 900, ["", "a", "\u732b"], "nothing to learn"),
 ])  # fmt: skip
@@ -553,7 +553,7 @@ def test_a_bpe_without_a_pre_tokenizer_is_refused():
 
 def test_a_large_vocabulary_can_be_extended():
     spec = json.loads(train_tokenizer([LATIN], vocab_size=300).rust.to_str())
-    names = ("".join(name) for name in itertools.product(byte_letters()[40:100], repeat=3))
+    names = ("".join(name) for name in itertools.product(bytes_to_unicode()[40:100], repeat=3))
     spec["model"]["vocab"] |= {name: 300 + i for i, name in enumerate(itertools.islice(names, 140_000))}
     large = Tokenizer(Rust.from_str(json.dumps(spec)), 0)
     assert len(extend_bpe(large, [FOREIGN], len(large) + 10)) == len(large) + 10

@@ -15,10 +15,10 @@ from llmkit.corpus.measure import StageTimer, peak_mb
 from llmkit.corpus.units import Unit, load_array, open_zst_writer, read_zst
 from llmkit.data.tokens import ShardWriter, changed, describe, token_dtype
 from llmkit.files import write_atomically
-from llmkit.tokenizer.tokenizer import CHECKED, Tokenizer, load_tokenizer
+from llmkit.tokenizer.tokenizer import MAX_VERIFIED_TEXTS, Tokenizer, load_tokenizer
 
 MAX_EXAMPLES = 3  # dropped documents shown in the report for each reason
-CHECKED_CHARACTERS = 500  # of the first CHECKED documents of each unit, to compare the fast encoder with tokenizers
+CHECKED_CHARACTERS = 500  # per document, when the fast encoder is compared with tokenizers
 
 
 @lru_cache(maxsize=1)  # loading one for each unit made a worker grow by 5 MB a unit
@@ -71,7 +71,7 @@ def encode_unit(
     splits: deque[int] = deque()  # splits (0 train, 1 val) of the texts that are being encoded, in order
     sizes = [Counter(), Counter()]
     first_texts = (text[:CHECKED_CHARACTERS] for _, _, text in read_decided(unit, data, parts, decided) if text)
-    tokenizer.agrees(list(itertools.islice(first_texts, CHECKED)))
+    tokenizer.verify_fast_encoder(list(itertools.islice(first_texts, MAX_VERIFIED_TEXTS)))
 
     with (
         ShardWriter(folder / "tokens" / "train" / unit.source["name"] / name, token_dtype(len(tokenizer))) as train,

@@ -24,7 +24,7 @@ from llmkit.readers.records import read_records
 from llmkit.storage.locate import Located, load_located
 from llmkit.storage.run import ABOUT, read_run_config
 from llmkit.tokenizer.chat_template import default_template
-from llmkit.tokenizer.tokenizer import CHECKED, Tokenizer
+from llmkit.tokenizer.tokenizer import MAX_VERIFIED_TEXTS, Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch, Document
 
 
@@ -180,7 +180,7 @@ def read_data(path: Path, model_config: Any, tokenizer: Tokenizer, window: int, 
     documents = [one for one in read_file(path, source="eval", root=path.parent) if isinstance(one, Document)]
     if not documents:
         raise DataError("no text can be read from the file", at=path)
-    tokenizer.agrees([one.text[:10_000] for one in documents[:CHECKED]])
+    tokenizer.verify_fast_encoder([one.text[:10_000] for one in documents[:MAX_VERIFIED_TEXTS]])
     tokens = np.concatenate(list(tokenizer.encode_documents(one.text for one in documents)))
     return tokens, None, f"{path} ({len(documents)} documents)"
 

@@ -17,7 +17,7 @@ from llmkit.models import FAMILIES, family_of
 from llmkit.models.family import Gguf
 from llmkit.models.layers import rope_frequencies
 from llmkit.tokenizer.foreign import SPACE
-from llmkit.tokenizer.tokenizer import PATTERNS, Tokenizer, split_pattern
+from llmkit.tokenizer.tokenizer import PATTERNS, Tokenizer, find_split_pattern
 
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # --dtype -> GGUF's tensor type
 PRE = {"gpt2": "gpt-2", "llama3": "llama-bpe", "qwen2": "qwen2"}  # a name in PATTERNS -> llama.cpp's name for it
@@ -175,7 +175,7 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
 
 def kind_of(spec: dict[str, Any]) -> tuple[str, str]:
     """Return llama.cpp's names for a tokenizer's model and for how it splits text."""
-    bpe, pattern = spec["model"]["type"] == "BPE", split_pattern(spec["pre_tokenizer"] or {})
+    bpe, pattern = spec["model"]["type"] == "BPE", find_split_pattern(spec["pre_tokenizer"] or {})
     plain = spec["normalizer"] is None or spec["normalizer"] == {"type": "NFC"}
     if bpe and not spec["model"].get("byte_fallback") and pattern in PATTERNS.values() and plain:
         return "gpt2", PRE[next(name for name, regex in PATTERNS.items() if regex == pattern)]

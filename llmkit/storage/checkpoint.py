@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, verified before they are believed, read without a pickle.
+"""Checkpoints: written atomically, verified by checksums, read without pickle.
 
 checkpoints/step-000500/
     model/         a Hugging Face folder, or a PEFT adapter
@@ -25,13 +25,11 @@ from llmkit.errors import MachineError, ModelError, UserError
 from llmkit.files import file_sha256
 
 MANIFEST = "MANIFEST.json"
-
-
-DEPENDENTS = "HELD_BY"  # a checkpoint's list of the runs whose adapters are nothing without it
+DEPENDENTS = "HELD_BY"  # a checkpoint's list of the runs whose adapters need it as their base
 
 
 def sync(path: Path) -> None:
-    """Make a file or a folder's entries survive a power cut."""
+    """Flush a file or a folder's entries to disk, so that they survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -49,11 +47,11 @@ def save(
     about: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write checkpoints/step-N; older ones go only once it is safely there.
+    """Write checkpoints/step-N, then delete older ones.
 
-    write_model  fills the folder that it is given
-    about        goes into the manifest beside the files: val_loss (which makes the best one), hashes, world size
-    keep         how many of the newest stay; beside them the best by val loss, and the bases of adapters
+    write_model  writes the model into the folder that it is given
+    about        further entries of the manifest: val_loss (the lowest is the best), hashes, world size
+    keep         how many of the newest to keep; the best by val loss and the bases of adapters are kept too
     """
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
     half = folder.with_name(folder.name + ".tmp")
@@ -69,14 +67,13 @@ def save(
         entries = []
         for path in files:
             sync(path)
-            entries.append(
-                {"file": str(path.relative_to(half)), "size": path.stat().st_size, "sha256": file_sha256(path)}
-            )
+            name, size = str(path.relative_to(half)), path.stat().st_size
+            entries.append({"file": name, "size": size, "sha256": file_sha256(path)})
         manifest = {"step": step, **about, "files": entries}
         (half / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in (half / MANIFEST, half / "model", half / "trainer", half):
             sync(path)
-        if folder.exists():  # an unreadable one that was passed over when the run resumed
+        if folder.exists():  # a damaged one that the resumed run skipped
             shutil.rmtree(folder)
         half.rename(folder)
         sync(folder.parent)
@@ -84,14 +81,14 @@ def save(
         shutil.rmtree(half, ignore_errors=True)
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
         free = shutil.disk_usage(run_dir).free
-        raise MachineError(
-            f"the checkpoint can't be written: {error}",
-            at=folder,
-            got=f"{free / 2**20:.0f} MiB free" if full else None,
-            fix="free some space and type the same command: older checkpoints are intact" if full else None,
-        ) from None
+        got, fix = (
+            f"{free / 2**20:.0f} MiB free",
+            "free some space and type the same command: older checkpoints are intact",
+        )
+        details = {"got": got, "fix": fix} if full else {}
+        raise MachineError(f"the checkpoint can't be written: {error}", at=folder, **details) from None
     for abandoned in list_checkpoints(run_dir):
-        if step_of(abandoned) > step:  # damaged, and passed over when the run resumed before it
+        if step_of(abandoned) > step:  # damaged: the resumed run skipped it
             shutil.rmtree(abandoned)
     best_one = best_checkpoint(run_dir)
     for old in list_checkpoints(run_dir)[:-keep]:
@@ -101,7 +98,7 @@ def save(
 
 
 def add_dependent_run(model: Path, by: Path) -> None:
-    """Keep a checkpoint, whose model an adapter is trained on, for as long as the adapter's run is there."""
+    """Keep the checkpoint of a model that an adapter is trained on, as long as the adapter's run exists."""
     if (model.parent / MANIFEST).is_file():
         with contextlib.suppress(OSError), (model.parent / DEPENDENTS).open("a+", encoding="utf-8") as file:
             file.seek(0)
@@ -110,23 +107,24 @@ def add_dependent_run(model: Path, by: Path) -> None:
 
 
 def has_dependent_runs(folder: Path) -> bool:
-    """Whether a run still needs this checkpoint as its base."""
+    """Return whether a run still needs this checkpoint as its base."""
     names = folder / DEPENDENTS
     return names.is_file() and any(Path(name).is_dir() for name in names.read_text(encoding="utf-8").splitlines())
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoints that were completed, oldest first; whether they are still intact is `verify`'s question."""
+    """Return the complete checkpoints, oldest first. `verify` tells whether they are still intact."""
     found = (run_dir / "checkpoints").glob("step-*")
     return sorted((path for path in found if path.name.removeprefix("step-").isdigit()), key=step_of)
 
 
 def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint by its name."""
     return int(folder.name.removeprefix("step-"))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, or a UserError with what is wrong with it."""
+    """Return the manifest; raise a ModelError if it can't be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return manifest | {"files": list(manifest["files"])}
@@ -135,7 +133,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> None:
-    """Raise a UserError that names the first file which is not what was written."""
+    """Raise a ModelError that names the first file that is missing or changed."""
     for entry in read_manifest(folder)["files"]:
         path = folder / entry["file"]
         if not path.is_file():
@@ -145,7 +143,7 @@ def verify(folder: Path) -> None:
 
 
 def newest_intact_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint that verifies, or None where there is none; every damaged one is named in a warning."""
+    """Return the newest checkpoint that verifies, None without any; warn about damaged ones."""
     found = list_checkpoints(run_dir)
     for folder in reversed(found):
         try:
@@ -154,17 +152,13 @@ def newest_intact_checkpoint(run_dir: Path) -> Path | None:
         except UserError as error:
             print(f"warning: {error.what}: {error.at}", file=sys.stderr)
     if found:
-        raise ModelError(
-            "every checkpoint of this run is damaged",
-            at=run_dir / "checkpoints",
-            got=f"{len(found)} of them",
-            fix="put a good copy back, or start over with --fresh",
-        )
+        fix = "put a good copy back, or start over with --fresh"
+        raise ModelError("every checkpoint of this run is damaged", at=run_dir / "checkpoints", got=len(found), fix=fix)
     return None
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint with the lowest val loss, else the newest."""
+    """Return the checkpoint with the lowest val loss, else the newest."""
     scored = []
     for folder in list_checkpoints(run_dir):
         with contextlib.suppress(UserError):
@@ -174,7 +168,7 @@ def best_checkpoint(run_dir: Path) -> Path | None:
 
 
 def load_trainer(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save` was given, of a checkpoint that verifies."""
+    """Return the tensors and the state that `save` was given."""
     tensors = load_file(folder / "trainer" / "tensors.safetensors")
     return tensors, json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
 
@@ -183,7 +177,7 @@ def load_trainer(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Every optimizer's state under optimizer/<parameter name>/<state name>."""
+    """Return the state of all optimizers under optimizer/<parameter name>/<state name>."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"optimizer/{names[parameter]}/{key}": value.detach().cpu().contiguous()
@@ -194,7 +188,7 @@ def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer])
 
 
 def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
-    """Give every parameter its state back. A parameter without one is an error: nothing is silently reset."""
+    """Restore every parameter's optimizer state. A parameter without one is an error: nothing is silently reset."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():

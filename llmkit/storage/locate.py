@@ -18,7 +18,7 @@ from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
 
 @dataclass
 class Located:
-    """What a MODEL argument turned out to be."""
+    """The model that a MODEL argument names."""
 
     folder: Path  # a Hugging Face folder, or an adapter
     run_dir: Path | None = None  # the run it belongs to
@@ -34,12 +34,8 @@ class Located:
             return self.folder
         base = Path(read_adapter_config(self.folder)[0].get("base_model_name_or_path") or "")
         if not (base / "config.json").is_file():
-            raise ModelError(
-                "the adapter's base model is not there",
-                at=self.folder / "adapter_config.json",
-                got=base,
-                fix="put the base back, or correct base_model_name_or_path",
-            )
+            at, fix = self.folder / "adapter_config.json", "put the base back, or correct base_model_name_or_path"
+            raise ModelError("the adapter's base model is missing", at=at, got=base, fix=fix)
         return base
 
 
@@ -62,11 +58,9 @@ def locate(model: str | Path, *, check: bool = True) -> Located:
     if path.suffix == ".gguf":
         raise ModelError("GGUF is written, not read", at=path, fix="name the folder that it was made from")
     on_hub = str(model).count("/") == 1 and not path.exists() and not str(model).startswith((".", "runs/"))
-    raise ModelError(
-        f"there is no model at {path}",
-        expected="a run, a checkpoint, an adapter or a Hugging Face folder",
-        fix=f"if it is on the hub: hf download {model} --local-dir {path.name}" if on_hub else None,
-    )
+    fix = f"if it is on the hub: hf download {model} --local-dir {path.name}" if on_hub else None
+    expected = "a run, a checkpoint, an adapter or a Hugging Face folder"
+    raise ModelError(f"there is no model at {path}", expected=expected, fix=fix)
 
 
 def run_of(folder: Path) -> Path | None:
@@ -87,9 +81,8 @@ def load_located(
     tokenizer = load_tokenizer(located.folder)
     if not located.is_adapter:
         if len(tokenizer) > (size := read_config(located.folder).vocab_size):
-            raise ModelError(
-                "the tokenizer has more tokens than the model", at=located.folder, got=len(tokenizer), expected=size
-            )
+            what = "the tokenizer has more tokens than the model"
+            raise ModelError(what, at=located.folder, got=len(tokenizer), expected=size)
         return load_model(located.folder, device=device, dtype=dtype), tokenizer
     base = located.base
     tokenizer.set_extra_stop_ids(read_tokenizer_configs(base / "tokenizer.json"))

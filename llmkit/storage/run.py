@@ -88,9 +88,8 @@ def open_run(
     config  the resolved config; a run with another one is refused, unless only CHANGEABLE_KEYS differ
     fresh   delete what an earlier run left there
     """
-    held = lock(
-        folder, "another process is training in this run directory", fix="wait for it, or choose another run_dir"
-    )
+    taken = "another process is training in this run directory"
+    held = lock(folder, taken, fix="wait for it, or choose another run_dir")
     if fresh:
         for path in (folder / name for name in WRITTEN):
             if path.is_dir():
@@ -124,12 +123,9 @@ def check_same_config(folder: Path, config: dict[str, Any]) -> None:
     changed = [key for key in differing if not {key, key.split(".")[0]} & CHANGEABLE_KEYS]
     changed.sort(key=lambda key: key not in before or key not in after)  # another value says more than another section
     if changed:
-        raise UserError(
-            "this run directory holds a run with another config",
-            at=folder / CONFIG,
-            got="; ".join(f"{key}: {after.get(key)} (was {before.get(key)})" for key in changed[:5]),
-            fix="choose another (-o run_dir=runs/NAME), or delete the old run with --fresh",
-        )
+        got = "; ".join(f"{key}: {after.get(key)} (was {before.get(key)})" for key in changed[:5])
+        fix = "choose another (-o run_dir=runs/NAME), or delete the old run with --fresh"
+        raise UserError("this run directory holds a run with another config", at=folder / CONFIG, got=got, fix=fix)
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Training tokenizers: byte-level BPE and Unigram, WordPiece, characters; and new tokens for an existing BPE."""
+"""Train tokenizers: byte-level BPE, byte-level Unigram, WordPiece and characters. Add tokens to an existing BPE."""
 
 import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Rust
@@ -13,12 +14,12 @@ from llmkit.errors import DataError, UserError, did_you_mean
 from llmkit.tokenizer.foreign import prevent_special_token_injection
 from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, PATTERNS, Tokenizer
 
-SPECIALS = (EOS, CHAT_START, CHAT_END)  # the chat markers are reserved, so that fine-tuning need not grow the model
-PAD = {"pad_token": EOS}  # for transformers; it ends no turn of a chat
+SPECIALS = (EOS, CHAT_START, CHAT_END)  # chat markers are reserved, so that fine-tuning need not resize the embeddings
+PAD = {"pad_token": EOS}  # for transformers; it never ends a turn of a chat
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # in the order of Devlin et al.'s vocabularies
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # SentencePiece's names for what no other token stands for
-# Private code points, which stand in for the tokens of a BPE that is extended; the two planes' last are no characters.
-PRIVATE, MOST_LETTERS = 0xF0000, 65_534 + 2 + 65_534
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # SentencePiece's names of the tokens for single bytes
+# `extend_bpe` maps tokens to the private-use planes 15 and 16. The last two code points of a plane are noncharacters.
+PRIVATE_USE_START, MAX_MAPPED_TOKENS = 0xF0000, 65_534 + 2 + 65_534
 
 NORMALIZERS: dict[str, Callable] = {
     "lowercase": normalizers.Lowercase,
@@ -38,43 +39,44 @@ def train_tokenizer(
     normalize: Sequence[str] = (),
     special_tokens: Sequence[str] = (),
 ) -> Tokenizer:
-    """A tokenizer of one of KINDS, trained on texts.
+    """Train a tokenizer of one of the kinds in TRAINERS.
 
-    vocab_size      counts everything: special tokens, 256 bytes, and what is learnt
-    pattern         a name of PATTERNS or a regex, for bpe and unigram
-    normalize       names of NORMALIZERS, in order; whatever they change is lost to the model
+    vocab_size      counts all tokens: special tokens, 256 bytes and learned tokens
+    pattern         a name in PATTERNS or a regex, for bpe and unigram
+    normalize       names in NORMALIZERS, in order; the model never sees what they change
+    special_tokens  are added to the built-in ones
 
-    bpe and char give the same for the same texts; unigram and wordpiece may differ in a few tokens, since tokenizers
-    counts in an order of its own every time.
+    bpe and char are deterministic. unigram and wordpiece may differ in a few tokens between runs, because tokenizers
+    counts in a random order.
 
-    >>> made = train_tokenizer(["a cat and a cat"] * 9, vocab_size=270)
-    >>> made.decode(made.encode("a cat"))
+    >>> tokenizer = train_tokenizer(["a cat and a cat"] * 9, vocab_size=270)
+    >>> tokenizer.decode(tokenizer.encode("a cat"))
     'a cat'
     """
     for what, name, known in [("kind", kind, TRAINERS), *(("normalizer", name, NORMALIZERS) for name in normalize)]:
         if name not in known:
             fix = did_you_mean(name, known) or f"one of: {', '.join(known)}"
             raise UserError(f"the tokenizer's {what} is unknown", got=name, fix=fix)
-    if plain_ones := [token for token in special_tokens if len(token) < 2 or token.isalnum()]:
-        raise UserError("a special token must not be a word or a letter of texts", got=plain_ones[0], expected="<so>")
+    if word_like := [token for token in special_tokens if len(token) < 2 or token.isalnum()]:
+        what = "a special token must not be a word or a single character"
+        raise UserError(what, got=word_like[0], expected="a token such as <so>")
     if kind in ("wordpiece", "char") and pattern != "gpt2":
-        raise UserError(f"a pattern means nothing to {kind}", got=pattern, fix="leave it out")
+        raise UserError(f"{kind} takes no pattern", got=pattern, fix="leave it out")
     steps = [NORMALIZERS[name]() for name in normalize]
-    made = TRAINERS[kind](
-        without_special_tokens(texts, [*SPECIALS, *special_tokens]), vocab_size, pattern, steps, special_tokens
-    )
-    if len(made) > vocab_size:
+    texts = remove_special_tokens(texts, [*SPECIALS, *special_tokens])
+    tokenizer = TRAINERS[kind](texts, vocab_size, pattern, steps, special_tokens)
+    if len(tokenizer) > vocab_size:
         raise UserError(
-            "vocab_size is too small for what every text needs",
+            "vocab_size is too small for the special tokens and the alphabet",
             got=vocab_size,
-            expected=f"at least {len(made)}",
+            expected=f"at least {len(tokenizer)}",
             fix="raise vocab_size",
         )
-    return made
+    return tokenizer
 
 
-def without_special_tokens(texts: Iterable[str], specials: Sequence[str]) -> Iterator[str]:
-    """Texts without control tokens that are spelt out in them: no merge must ever make one."""
+def remove_special_tokens(texts: Iterable[str], specials: Sequence[str]) -> Iterator[str]:
+    """Replace special tokens that are spelt out in texts by spaces, so that no merge ever produces one."""
     for text in texts:
         for token in specials:
             if token in text:
@@ -82,7 +84,7 @@ def without_special_tokens(texts: Iterable[str], specials: Sequence[str]) -> Ite
         yield text
 
 
-def train_bytes(
+def train_byte_level(
     model: models.Model,
     trainer: type[trainers.Trainer],
     texts: Iterator[str],
@@ -91,44 +93,44 @@ def train_bytes(
     steps: list,
     specials: Sequence[str],
 ) -> Rust:
-    """A model trained under the pre-tokenizer of GPT-2 and its heirs: no text is unknown, and none is changed."""
+    """Train a model on bytes, as GPT-2 does, so that it encodes every text without loss."""
     rust = Rust(model)
     if steps:
         rust.normalizer = normalizers.Sequence(steps)
     bytelevel = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern == "gpt2")
     if pattern != "gpt2":
         try:
-            cut = pre_tokenizers.Split(Regex(PATTERNS.get(pattern, pattern)), "isolated")
+            split = pre_tokenizers.Split(Regex(PATTERNS.get(pattern, pattern)), "isolated")
         except Exception as error:  # tokenizers raises bare Exception
             reason = str(error).partition("\n")[0]
-            raise UserError(f"data.tokenizer.pattern is no regex: {reason}", got=pattern) from None
-        bytelevel = pre_tokenizers.Sequence([cut, bytelevel])
+            raise UserError(f"data.tokenizer.pattern is not a valid regex: {reason}", got=pattern) from None
+        bytelevel = pre_tokenizers.Sequence([split, bytelevel])
     rust.pre_tokenizer, rust.decoder = bytelevel, decoders.ByteLevel()
-    alphabet, first = pre_tokenizers.ByteLevel.alphabet(), [*SPECIALS, *specials]
-    options = {"vocab_size": vocab_size, "special_tokens": first, "initial_alphabet": alphabet, "show_progress": False}
-    rust.train_from_iterator(texts, trainer(**options))
+    alphabet, special_tokens = pre_tokenizers.ByteLevel.alphabet(), [*SPECIALS, *specials]
+    options = {"special_tokens": special_tokens, "initial_alphabet": alphabet, "show_progress": False}
+    rust.train_from_iterator(texts, trainer(vocab_size=vocab_size, **options))
     return rust
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int, pattern: str, steps: list, specials: Sequence[str]) -> Tokenizer:
-    """Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) of bytes, as GPT-2's."""
-    rust = train_bytes(models.BPE(), trainers.BpeTrainer, texts, vocab_size, pattern, steps, specials)
-    return Tokenizer(rust, rust.token_to_id(EOS), named=PAD)
+    """Train byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) on bytes, as in GPT-2."""
+    rust = train_byte_level(models.BPE(), trainers.BpeTrainer, texts, vocab_size, pattern, steps, specials)
+    return Tokenizer(rust, rust.token_to_id(EOS), role_tokens=PAD)
 
 
 def train_unigram(
     texts: Iterator[str], vocab_size: int, pattern: str, steps: list, specials: Sequence[str]
 ) -> Tokenizer:
-    """The unigram language model (Kudo 2018, arXiv:1804.10959), over bytes, so that nothing is unknown."""
-    rust = train_bytes(models.Unigram(), trainers.UnigramTrainer, texts, vocab_size, pattern, steps, specials)
-    rust = Rust.from_str(rust.to_str())  # the scores as a file will have them, to the last bit
-    return Tokenizer(prevent_special_token_injection(rust), rust.token_to_id(EOS), named=PAD)
+    """Train the unigram language model (Kudo 2018, arXiv:1804.10959) on bytes, so that no text is unknown."""
+    rust = train_byte_level(models.Unigram(), trainers.UnigramTrainer, texts, vocab_size, pattern, steps, specials)
+    rust = Rust.from_str(rust.to_str())  # rounds the scores as a saved file does
+    return Tokenizer(prevent_special_token_injection(rust), rust.token_to_id(EOS), role_tokens=PAD)
 
 
 def train_wordpiece(
     texts: Iterator[str], vocab_size: int, pattern: str, steps: list, specials: Sequence[str]
 ) -> Tokenizer:
-    """BERT's WordPiece (Devlin et al. 2018, arXiv:1810.04805): words and ##parts; white space is lost."""
+    """Train BERT's WordPiece (Devlin et al. 2018, arXiv:1810.04805): words and ##parts. White space is lost."""
     rust = Rust(models.WordPiece(unk_token="[UNK]"))
     bert = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
     rust.normalizer = normalizers.Sequence([bert, *steps])
@@ -137,30 +139,30 @@ def train_wordpiece(
         vocab_size=vocab_size,
         special_tokens=[*BERT_SPECIALS, *specials],
         show_progress=False,
-        limit_alphabet=vocab_size // 3,  # each letter counts twice, alone and as a part
+        limit_alphabet=vocab_size // 3,  # each letter takes two tokens: at the start and inside a word
     )
     rust.train_from_iterator(texts, trainer)
-    ends = [(token, rust.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    rust.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    markers = [(token, rust.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    rust.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=markers)
     return Tokenizer(rust, rust.token_to_id("[SEP]"))
 
 
 def train_char(texts: Iterator[str], vocab_size: int, pattern: str, steps: list, specials: Sequence[str]) -> Tokenizer:
-    """The characters of the texts, the frequent ones if there are too many; any other is its bytes."""
+    """Make a token of each of the most frequent characters. Other characters are split into bytes."""
     normalizer = normalizers.Sequence(steps)
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(normalizer.normalize_str(text) if steps else text)
-    first = [*SPECIALS, *specials, *BYTES]
-    most = sorted(counts, key=lambda char: (-counts[char], char))[: max(0, vocab_size - len(first))]
-    vocab = {token: i for i, token in enumerate([*first, *sorted(most)])}
+    fixed = [*SPECIALS, *specials, *BYTES]
+    frequent = sorted(counts, key=lambda char: (-counts[char], char))[: max(0, vocab_size - len(fixed))]
+    vocab = {token: i for i, token in enumerate([*fixed, *sorted(frequent)])}
     rust = Rust(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
     rust.add_special_tokens([AddedToken(token, special=True) for token in (*SPECIALS, *specials)])
     if steps:
         rust.normalizer = normalizer
-    rust.pre_tokenizer = pre_tokenizers.Split(Regex("[^\n]*\n|[^\n]+"), "isolated")  # a line is as good as any piece
+    rust.pre_tokenizer = pre_tokenizers.Split(Regex("[^\n]*\n|[^\n]+"), "isolated")  # no merges: any split does
     rust.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    return Tokenizer(rust, vocab[EOS], named=PAD)
+    return Tokenizer(rust, vocab[EOS], role_tokens=PAD)
 
 
 TRAINERS: dict[str, Callable[..., Tokenizer]] = {
@@ -172,50 +174,49 @@ TRAINERS: dict[str, Callable[..., Tokenizer]] = {
 
 
 def extend_bpe(base: Tokenizer, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE with more tokens, learnt from texts it compresses badly: another language, a trade's words.
+    """Extend a byte-level BPE by tokens learned from texts that it compresses badly, e.g. in another language.
 
-    The merging goes on where it stopped: each base token counts as one letter, and new merges come after the old.
-    Old ids keep their meaning, so a model only needs new rows in its embedding; what was encoded before decodes the
-    same.
+    Training continues from the base: each of its tokens counts as one letter, and new merges come after the old ones.
+    Old ids keep their meaning, so a model only needs new rows in its embedding.
 
-    vocab_size  of the result, everything counted
+    vocab_size  of the result, counting all tokens
     """
     spec = json.loads(base.rust.to_str())
-    new = vocab_size - len(base)
+    added = vocab_size - len(base)
     if spec["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps([spec["pre_tokenizer"], spec["decoder"]]):
-        raise UserError("only a byte-level BPE can be extended", got=f"a {spec['model']['type']} of another kind")
-    if new < 1:
-        raise UserError(
-            "the vocabulary is that large already", got=f"{len(base)} tokens", expected=f"vocab_size over {len(base)}"
-        )
+        raise UserError("only a byte-level BPE can be extended", got=f"{spec['model']['type']} of another kind")
+    if added < 1:
+        what, expected = "the vocabulary already has that size", f"a vocab_size above {len(base)}"
+        raise UserError(what, got=f"{len(base)} tokens", expected=expected)
     names = {i: token for token, i in spec["model"]["vocab"].items()}
     words: Counter[tuple[int, ...]] = Counter()
-    for text in without_special_tokens(texts, list(base.specials)):
+    for text in remove_special_tokens(texts, list(base.specials)):
         text = base.rust.normalizer.normalize_str(text) if base.rust.normalizer else text
         pieces = Counter(piece for piece, _ in base.rust.pre_tokenizer.pre_tokenize_str(text))
         for piece, number in pieces.items():
             words[tuple(token.id for token in base.rust.model.tokenize(piece))] += number
     seen = sorted({i for word in words for i in word})
-    if len(seen) > MOST_LETTERS:
-        raise UserError("the texts use too many of the tokenizer's tokens to learn from", got=f"{len(seen)} of them")
-    letters = {i: chr(PRIVATE + place) for place, i in enumerate(seen)}
-    further = Rust(models.BPE())
-    further.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(vocab_size=len(seen) + new, show_progress=False, min_frequency=2)
-    spelt = ("".join(letters[i] for i in word) for word in words)
+    if len(seen) > MAX_MAPPED_TOKENS:
+        what, most = "the texts use too many different tokens of the base", f"at most {MAX_MAPPED_TOKENS}"
+        raise UserError(what, got=len(seen), expected=most)
+    letters = {i: chr(PRIVATE_USE_START + place) for place, i in enumerate(seen)}
+    learner = Rust(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(vocab_size=len(seen) + added, show_progress=False, min_frequency=2)
+    spelled = ("".join(letters[i] for i in word) for word in words)
     repeated = itertools.chain.from_iterable(
-        itertools.repeat(word, number) for word, number in zip(spelt, words.values(), strict=True)
+        itertools.repeat(word, number) for word, number in zip(spelled, words.values(), strict=True)
     )
-    further.train_from_iterator(repeated, trainer)
-    merges = json.loads(further.to_str())["model"]["merges"]
+    learner.train_from_iterator(repeated, trainer)
+    merges = json.loads(learner.to_str())["model"]["merges"]
     if not merges:
-        raise DataError("there is nothing to learn in these texts: no two tokens stand together twice")
-    named = {letter: names[i] for i, letter in letters.items()}
-    vocab, last = spec["model"]["vocab"], len(base)
+        raise DataError("there is nothing to learn from these texts: no pair of tokens occurs twice")
+    base_tokens = {letter: names[i] for i, letter in letters.items()}
+    vocab, next_id = spec["model"]["vocab"], len(base)
     for left, right in merges:
-        left, right = ("".join(named[letter] for letter in side) for side in (left, right))
+        left, right = ("".join(base_tokens[letter] for letter in side) for side in (left, right))
         if left + right not in vocab:
-            vocab[left + right] = last
-            last += 1
+            vocab[left + right] = next_id
+            next_id += 1
         spec["model"]["merges"].append([left, right])
-    return Tokenizer(Rust.from_str(json.dumps(spec)), base.eos_id, base.bos, base.chat_template, base.ends, base.named)
+    return replace(base, rust=Rust.from_str(json.dumps(spec)))

@@ -115,11 +115,12 @@ def memory(
 ) -> dict[str, int]:
     """Return the bytes at the peak of a training step, by part.
 
-    Static: fp32 weight, gradient and optimizer state of what is trained (AdamW 16 B, Muon 12 B on block matrices),
-    2 B (bf16, fp16) or 4 B of what is frozen. Activations, bytes a token and layer, h hidden, f MLP width (of all the
-    experts that a token takes), kv key and value width: 12h + 4kv + 6f for a compiled SwiGLU (8f eager), 12h + 4kv +
-    4f for GELU, 8h + 4kv more for a decoder's view of an encoder; a recomputed block keeps its input (2h) and needs
-    one block at a time. In fp32 activations weigh double. The loss holds one chunk of logits.
+    Static: a trained weight takes 16 B with AdamW (fp32 weight, gradient and state), 12 B with Muon on block matrices;
+    a frozen weight 2 B (bf16, fp16) or 4 B.
+    Activations take bytes per token and layer, with h hidden, f the MLP's width (of all experts that a token takes), kv
+    the width of keys and values: 12h + 4kv + 6f for a compiled gated MLP (8f eager), 12h + 4kv + 4f for a plain one,
+    8h + 4kv more for cross-attention. A recomputed block keeps its input (2h), and one such block is live at a time. In
+    fp32 activations take double. The loss holds one chunk of logits.
     """
     config, family = model.config, family_of(model.config)
     h, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
@@ -129,9 +130,8 @@ def memory(
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     matrices = {id(p) for p in model.blocks.parameters() if p.dim() >= 2} if optimizer == "muon" else set()
     state = sum(p.numel() * (12 if id(p) in matrices else 16) for p in trained)
-    per_layer = (
-        12 * h + 4 * kv + ((6 if compiled else 8) if family.gated(config) else 4) * config.intermediate_size * taken
-    )
+    per_width = (6 if compiled else 8) if family.gated(config) else 4
+    per_layer = 12 * h + 4 * kv + per_width * config.intermediate_size * taken
     per_layer += 4 * h * taken if taken > 1 else 0  # each expert has rows of its own
     stacks = [(config.num_hidden_layers, lengths.source, per_layer)]
     if decoder_layers:

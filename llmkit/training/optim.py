@@ -1,4 +1,4 @@
-"""Optimizers and schedules. A step whose gradients are not finite changes nothing, decided on the device."""
+"""Optimizers. A step whose gradients are not finite changes nothing; that is decided on the device."""
 
 import math
 from collections import defaultdict
@@ -10,11 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 Positive = Annotated[float, Field(gt=0)]
-
-
 NotNegative = Annotated[float, Field(ge=0)]
-
-
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -24,9 +20,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients, from Jordan's
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
-    """The nearest (semi-)orthogonal matrices, roughly: singular values of (n, rows, columns) end in about [0.7, 1.2].
+    """Return roughly the nearest (semi-)orthogonal matrices: singular values end in about [0.7, 1.2].
 
-    A Newton-Schulz iteration in bf16, on the wide orientation, for a batch of matrices of one shape at once.
+    matrices  (n, rows, columns). Newton-Schulz iterates in bf16 on the wide orientation, for all n at once
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16()
@@ -40,7 +36,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalized by Newton-Schulz: torch.optim.Muon's mathematics, batched over matrices of one shape.
+    """Orthogonalize the momentum by Newton-Schulz, as torch.optim.Muon does, batched over matrices of one shape.
 
     adjust_lr  match_rms_adamw  0.2 * sqrt(max(rows, columns)): AdamW's lr and weight decay carry over
                                 (Moonlight, Liu et al. 2025, arXiv:2502.16982)
@@ -68,9 +64,8 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self.state[p]["momentum_buffer"] for p in params]
                 grads = [p.grad for p in params]
                 if self.found_inf is not None:  # keep nan out of the momentum, and leave the weights alone below
-                    grads = [
-                        torch.where(self.found_inf > 0, buffer, g) for g, buffer in zip(grads, buffers, strict=True)
-                    ]
+                    bad = self.found_inf > 0
+                    grads = [torch.where(bad, buffer, g) for g, buffer in zip(grads, buffers, strict=True)]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
                 stacked = torch.stack(nesterov)
@@ -90,13 +85,9 @@ class Muon(torch.optim.Optimizer):
 # ---- optimizers: (model, options) -> a list of torch optimizers ------------------------------------------------------
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 def adamw_groups(params: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
-    """Decay for matrices, none for norms and biases."""
-    params = list(params)
+    """Return parameter groups: matrices decay, norms and biases do not."""
+    params = [p for p in params if p.requires_grad]
     matrices, vectors = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
@@ -110,8 +101,8 @@ def adamw(
     eps: Positive = 1e-8,
     weight_decay: NotNegative = 0.1,
 ) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), torch's fused kernel."""
-    groups = adamw_groups(trainable(model).values(), weight_decay)
+    """Use AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), torch's fused kernel."""
+    groups = adamw_groups(model.parameters(), weight_decay)
     return [torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=True)]
 
 
@@ -126,14 +117,14 @@ def muon(
     eps: Positive = 1e-8,
     weight_decay: NotNegative = 0.1,
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embeddings, head, norms and biases.
+    """Use Muon for the matrices of the blocks, AdamW for embeddings, head, norms and biases.
 
-    adamw_lr  learning rate of the latter; None: lr
+    adamw_lr  learning rate of AdamW; None: lr
     """
     inner = (module for module in model.blocks.modules() if not isinstance(module, nn.Embedding))
     found = (p for module in inner for p in module.parameters(recurse=False))
     blocks = {id(p) for p in found if p.dim() >= 2 and p.requires_grad}
-    params = list(trainable(model).values())
+    params = [p for p in model.parameters() if p.requires_grad]
     matrices, rest = [p for p in params if id(p) in blocks], [p for p in params if id(p) not in blocks]
     optimizers: list[torch.optim.Optimizer] = [Muon(matrices, lr, weight_decay, momentum, adjust_lr)]
     if rest:
@@ -146,7 +137,7 @@ OPTIMIZERS: dict[str, Callable[..., list[torch.optim.Optimizer]]] = {"adamw": ad
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> float:
-    """Set every group's lr to `factor` of what it began with; returns the first, for the log."""
+    """Set every group's lr to `factor` times its initial lr; return the first group's, for the log."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
@@ -156,8 +147,7 @@ def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> float:
 def clip(params: list[nn.Parameter], max_norm: float | None, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Undo the loss scale and clip gradients in place; nothing is read back to the host.
 
-    Returns the norm before clipping and found_inf, 1.0 when any gradient is not finite: what the optimizers take
-    as the order to change nothing.
+    Returns the norm before clipping, and found_inf: 1.0 if any gradient is not finite. Then optimizers skip the step.
     """
     grads = [p.grad for p in params if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / scale

@@ -86,12 +86,12 @@ class PreparedRun:
 
     @property
     def token_bytes(self) -> np.ndarray | None:
-        """Bytes of text per token, from which bits per byte follow; None if not all tokens of a text are predicted."""
+        """The bytes of text per token, for bits per byte; None if not all tokens of a text are predicted."""
         return self.data.tokenizer.token_bytes if self.model_config.kind == "causal" else None
 
     @cached_property
     def base_sha256(self) -> str:
-        """Checksum of the base's weights, which an adapter remembers."""
+        """The checksum of the base's weights, which an adapter remembers."""
         return weights_sha256(self.base)
 
     def batches(self, split: str, global_batch_size: int) -> Batches:

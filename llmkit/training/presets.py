@@ -1,4 +1,4 @@
-"""What commands bring along when the user names little: the defaults of `finetune`, and the example configs."""
+"""The defaults of `llmkit finetune`, and the example configs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +15,14 @@ from llmkit.storage.report import list_runs
 from llmkit.storage.run import read_run_config
 
 LOCAL = Path("llmkit.yaml")
-LONGEST = 1024  # tokens of an example, unless the config says otherwise
+LONGEST = 1024  # data.seq_len at the most, unless the config says otherwise
 HERE = Path(__file__).parents[1]
 EXAMPLES = HERE / "configs" if (HERE / "configs").is_dir() else HERE.parent / "configs"  # installed, or a checkout
 EXAMPLE_NAMES = {"pretrain": "llama-150m", "finetune": "lora"}  # what `init` calls them -> a file in configs/
 
 
 def example(kind: str) -> str:
-    """The text of an example config, by kind or by name."""
+    """Return the text of an example config, by kind or by name."""
     names = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
     name = EXAMPLE_NAMES.get(kind, kind)
     if name not in names:
@@ -42,9 +42,9 @@ def finetune_config(
     overrides: list[str],
     say: Callable[[str], None],
 ) -> Config:
-    """The config of `llmkit finetune`: these defaults, under a file's values, under the flags.
+    """Return the config of `llmkit finetune`: flags override the file, which overrides these defaults.
 
-    Without a file: ./llmkit.yaml, else the newest run that holds a whole model, with its own data.
+    Without a file: ./llmkit.yaml, else the newest run of a whole model, with its own data.
     """
     if path is None and LOCAL.is_file():
         path = LOCAL
@@ -77,7 +77,7 @@ def finetune_config(
 
     start = model or own.get("init_from")
     name = f"{Path(start or 'model').name}-{method}"
-    if path not in (None, LOCAL):  # a config names its run, as in pretraining, unless it says another method
+    if path not in (None, LOCAL):  # a config names its run as in pretraining, unless the method is another one
         name = path.stem if own_peft.get("name", "full") == method else f"{path.stem}-{method}"
     defaults: dict[str, Any] = {
         "run_dir": f"runs/{name}",

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: step -> factor of the learning rate, in [0, 1]."""
+"""Learning-rate schedules: pure functions from a step to a factor of the learning rate, in [0, 1]."""
 
 import math
 from collections.abc import Callable
@@ -8,36 +8,32 @@ from pydantic import Field
 
 from llmkit.training.optim import Ratio
 
-# ---- schedules: step -> factor of the learning rate, in [0, 1] -------------------------------------------------------
+Warmup = Annotated[int, Field(ge=0)]  # steps
 
 
 def warmup(step: int, warmup_steps: int) -> float:
-    """Linear from 1/n at step 0 to 1 at step n - 1."""
+    """Rise linearly from 1/n at step 0 to 1 at step n - 1."""
     return min(1.0, (step + 1) / max(1, warmup_steps))
 
 
 def progress(step: int, max_steps: int, begin: int) -> float:
-    """How far between `begin` and the last step, in [0, 1]."""
+    """Return the share of the way from `begin` to the last step, in [0, 1]."""
     return min(1.0, max(0.0, (step - begin) / max(1, max_steps - 1 - begin)))
 
 
-def constant(step: int, max_steps: int, *, warmup_steps: Annotated[int, Field(ge=0)] = 0) -> float:
-    """1 after the warm-up."""
+def constant(step: int, max_steps: int, *, warmup_steps: Warmup = 0) -> float:
+    """Stay at 1 after the warm-up."""
     return warmup(step, warmup_steps)
 
 
-def linear(
-    step: int, max_steps: int, *, warmup_steps: Annotated[int, Field(ge=0)] = 0, min_lr_ratio: Ratio = 0.0
-) -> float:
-    """A straight line from 1 at the end of the warm-up to min_lr_ratio at the last step."""
+def linear(step: int, max_steps: int, *, warmup_steps: Warmup = 0, min_lr_ratio: Ratio = 0.0) -> float:
+    """Fall linearly from 1 at the end of the warm-up to min_lr_ratio at the last step."""
     decay = 1 - (1 - min_lr_ratio) * progress(step, max_steps, warmup_steps)
     return warmup(step, warmup_steps) if step < warmup_steps else decay
 
 
-def cosine(
-    step: int, max_steps: int, *, warmup_steps: Annotated[int, Field(ge=0)] = 0, min_lr_ratio: Ratio = 0.1
-) -> float:
-    """Half a cosine from 1 at the end of the warm-up to min_lr_ratio at the last step (arXiv:1608.03983).
+def cosine(step: int, max_steps: int, *, warmup_steps: Warmup = 0, min_lr_ratio: Ratio = 0.1) -> float:
+    """Fall by half a cosine from 1 at the end of the warm-up to min_lr_ratio at the last step (arXiv:1608.03983).
 
     >>> [round(cosine(step, 11, warmup_steps=0, min_lr_ratio=0.1), 3) for step in (0, 5, 10)]
     [1.0, 0.55, 0.1]
@@ -52,11 +48,11 @@ def wsd(
     step: int,
     max_steps: int,
     *,
-    warmup_steps: Annotated[int, Field(ge=0)] = 0,
+    warmup_steps: Warmup = 0,
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.4,
     min_lr_ratio: Ratio = 0.0,
 ) -> float:
-    """Warm-up, stable, then a straight line down over the last `decay_fraction` of the steps (arXiv:2404.06395)."""
+    """Warm up, stay, then fall linearly over the last `decay_fraction` of the steps (WSD, arXiv:2404.06395)."""
     begin = max(warmup_steps, round(max_steps * (1 - decay_fraction)))
     decay = 1 - (1 - min_lr_ratio) * progress(step, max_steps, begin)
     return warmup(step, warmup_steps) if step < warmup_steps else decay
