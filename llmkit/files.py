@@ -34,12 +34,12 @@ def temporary_path(path: Path) -> Path:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that it has its old or its new content at every moment."""
-    half = temporary_path(path)
-    with half.open("wb") as file:
+    temporary = temporary_path(path)
+    with temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
-    half.replace(path)
+    temporary.replace(path)
 
 
 def lock(folder: Path, taken: str, *, fix: str) -> TextIO:

@@ -291,9 +291,9 @@ def test_control_tokens_in_messages_stay_text(tokenizer):
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages", "unknown role"),
         ({"messages": [{"role": "user", "content": "x"}]}, "messages", "no assistant"),
         ({"messages": [{"role": "user", "content": "x"}] * 2}, "messages", "two user turns"),
-        ({"messages": "x"}, "messages", "no list"),
-        ({"prompt": "x", "completion": 3}, "prompt/completion", "no text"),
-        ({"conversations": [{"from": "gpt", "value": None}]}, "conversations", "no text"),
+        ({"messages": "x"}, "messages", "not a list"),
+        ({"prompt": "x", "completion": 3}, "prompt/completion", "not a string"),
+        ({"conversations": [{"from": "gpt", "value": None}]}, "conversations", "not a string"),
     ],
 )
 def test_bad_conversations_have_reasons(record, form, reason):

@@ -1,1 +1,1 @@
-"""The YAML config: read, overridden, checked. Nothing here imports torch; `load.load_config` is the one way in."""
+"""Read, override and check the YAML config. Start with `load.load_config`. Nothing here imports torch."""

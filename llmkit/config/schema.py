@@ -51,9 +51,7 @@ class Source(Section):
     streaming: bool = False
     text_key: str = "text"
     limit: Count | None = None  # documents
-    weight: Annotated[float, Field(gt=0)] | None = (
-        None  # share of the samples; without weights, shares follow the sizes
-    )
+    weight: Annotated[float, Field(gt=0)] | None = None  # share of the samples; null for all: by size
     max_epochs: Annotated[float, Field(gt=0)] | None = None  # a run that would read the source more often is refused
     profile: Literal["web", "docs", "code", "books", "none"] = "none"
 
@@ -81,7 +79,7 @@ class Language(Section):
 
 
 class WordList(Section):
-    """Drop documents with more words and phrases of a list (a file, one a line) per thousand words."""
+    """Drop documents with more matches of a word list (a file, one word or phrase a line) per thousand words."""
 
     path: str
     max_per_1k: Annotated[float, Field(ge=0)] = 5.0
@@ -108,10 +106,9 @@ class Pii(Section):
     """Find personal data of some kinds (by default none), and replace, tag or drop it."""
 
     kinds: list[Literal["email", "phone", "ip", "card", "iban", "ssn", "secret"]] = []
-    action: Literal["replace", "tag", "drop"] = (
-        "replace"  # with values that nobody owns; with <EMAIL>; the whole document
-    )
-    drop_above: Annotated[int, Field(ge=0)] = 50  # a document with more findings is a list of people, and is dropped
+    # replace: by values that nobody owns; tag: replace by <EMAIL> etc.; drop: remove the whole document.
+    action: Literal["replace", "tag", "drop"] = "replace"
+    drop_above: Annotated[int, Field(ge=0)] = 50  # drop a document with more findings: it is probably a list of people
 
 
 class NearDedup(Section):
@@ -128,7 +125,7 @@ class Dedup(Section):
 
 
 class Decontaminate(Section):
-    """Drop documents that share an n-gram of words with evaluation files, lest a benchmark measure memory."""
+    """Drop documents that share an n-gram of words with evaluation files, so that benchmarks do not measure memory."""
 
     files: Annotated[list[str], Field(min_length=1)]
     ngram: Count = 13
@@ -159,9 +156,7 @@ class CorpusData(Section):
 
     kind: Literal["corpus"]
     dir: str
-    seed: Annotated[int, Field(ge=0, le=2**32)] = (
-        1234  # of the split, and of the texts that the tokenizer is trained on
-    )
+    seed: Annotated[int, Field(ge=0, le=2**32)] = 1234  # of the split and the sample for tokenizer training
     sources: list[Source] = []  # empty: `dir` is already built
     workers: Count | Literal["auto"] = "auto"
     cluster: str | None = None  # address of a Dask scheduler whose workers see the same files: tcp://host:8786
@@ -189,7 +184,7 @@ class SftData(Section):
     val_path: str | None = None
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05  # of `path`, if there is no val_path
     seq_len: Count = 1024
-    packing: bool | None = None  # several examples in a row; None: yes, unless an encoder reads the prompts
+    packing: bool | None = None  # put several examples into a row; null: only if there is no encoder
     too_long: Literal["truncate", "drop"] = "truncate"
     chat_template: str | None = None  # a Jinja file; default: the tokenizer's own, else a plain one
     special_tokens: list[str] = []  # to add to the model's tokenizer; see resize_embeddings
@@ -230,24 +225,17 @@ class Log(Section):
     tensorboard: bool = False
 
 
+ADAMW_COSINE = {"optimizer": {"name": "adamw", "lr": 6e-4}, "schedule": {"name": "cosine", "warmup_steps": 100}}
 # `recipe` sets these defaults of other sections; a config's own values win.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
-    # The lowest loss after an hour of training: norms on queries and keys, blocks that begin as the identity, Muon.
+    # The lowest loss after an hour of training: query and key norms, blocks that start as the identity, Muon.
     "modern": {
         "model": {"name": "qwen3", "init": "zero"},
         "optimizer": {"name": "muon", "lr": 5e-3},
         "schedule": {"name": "wsd", "decay_fraction": 0.6},
     },
-    "llama": {
-        "model": {"name": "llama"},
-        "optimizer": {"name": "adamw", "lr": 6e-4},
-        "schedule": {"name": "cosine", "warmup_steps": 100},
-    },
-    "gpt2": {
-        "model": {"name": "gpt2"},
-        "optimizer": {"name": "adamw", "lr": 6e-4},
-        "schedule": {"name": "cosine", "warmup_steps": 100},
-    },
+    "llama": {"model": {"name": "llama"}} | ADAMW_COSINE,
+    "gpt2": {"model": {"name": "gpt2"}} | ADAMW_COSINE,
 }
 
 
@@ -261,7 +249,7 @@ class Config(Section):
     resize_embeddings: bool = False  # add embedding rows for tokens that the model of init_from lacks
     model: Choice | None = None
     data: Annotated[CorpusData | SftData, Field(discriminator="kind")]
-    objective: Choice | None = None  # None: the default for the model and the data
+    objective: Choice | None = None  # null: the default for the model and the data
     peft: Choice | None = None
     optimizer: Choice = Choice(name="adamw")
     schedule: Choice = Choice(name="cosine")

@@ -34,7 +34,7 @@ from llmkit.corpus.report import make_funnel, render_report
 from llmkit.corpus.scorers import check_languages, load_classifier, load_word_list
 from llmkit.corpus.units import VERSION, Unit, count_unknown_files, load_array, make_units, short_hash
 from llmkit.data.splits import read_manifest
-from llmkit.data.tokens import changed, token_dtype
+from llmkit.data.tokens import find_change, token_dtype
 from llmkit.errors import DataError, MachineError, UserError, did_you_mean, raise_all
 from llmkit.files import lock, write_atomically
 from llmkit.readers.records import count_lines_before
@@ -168,7 +168,7 @@ def is_built(folder: Path, recipe: str) -> bool:
     if manifest["recipe"] != recipe:
         return False
     files = [one for part in manifest["splits"].values() for file in part["files"] for one in (file, file["index"])]
-    if not (tokenizer / "tokenizer.json").is_file() or any(changed(folder / one["path"], one) for one in files):
+    if not (tokenizer / "tokenizer.json").is_file() or any(find_change(folder / one["path"], one) for one in files):
         return False
     return load_tokenizer(tokenizer).sha256 == manifest["tokenizer_sha256"]
 

@@ -13,7 +13,7 @@ from llmkit.corpus.decide import FATES, VAL, explain_fate
 from llmkit.corpus.dedup import cut_paragraphs
 from llmkit.corpus.measure import StageTimer, peak_mb
 from llmkit.corpus.units import Unit, load_array, open_zst_writer, read_zst
-from llmkit.data.tokens import ShardWriter, changed, describe, token_dtype
+from llmkit.data.tokens import ShardWriter, describe_file, find_change, token_dtype
 from llmkit.files import write_atomically
 from llmkit.tokenizer.tokenizer import MAX_VERIFIED_TEXTS, Tokenizer, load_tokenizer
 
@@ -61,7 +61,7 @@ def encode_unit(
     if done.exists():
         result = json.loads(done.read_text(encoding="utf-8"))
         files = [file for split in ("train", "val") for file in result[split]["files"]]
-        if not any(changed(folder / one["path"], one) for file in files for one in (file, file["index"])):
+        if not any(find_change(folder / one["path"], one) for file in files for one in (file, file["index"])):
             return result | {"seconds": {}, "peak_mb": 0.0}
     timer, profile = StageTimer(), unit.source["profile"]
     tokenizer = cached_tokenizer(tokenizer_folder)
@@ -101,7 +101,8 @@ def encode_unit(
     for split, writer in (("train", train), ("val", val)):
         files = []
         if writer.tokens:
-            files = [describe(writer.path, folder) | {"tokens": writer.tokens, "index": describe(writer.index, folder)}]
+            index = describe_file(writer.index, folder)
+            files = [describe_file(writer.path, folder) | {"tokens": writer.tokens, "index": index}]
         text_sizes = {name: sizes[split == "val"][name] for name in ("bytes", "characters")}
         result[split] = {"documents": len(writer.ends), "tokens": writer.tokens, "files": files} | text_sizes
     timer.lap("encoding")

@@ -1,1 +1,1 @@
-"""Token shards and encoded records to batches."""
+"""Make batches from token shards and encoded records."""

@@ -1,6 +1,6 @@
-"""batch_at(step): the global batch as a pure function of (seed, step), whatever the number of ranks.
+"""Make the batch of a step: a pure function of (seed, step), for any number of ranks.
 
-There is no shuffle state: sample positions are permuted by a keyed bijection, so that resuming needs only the step.
+There is no shuffle state. A keyed bijection permutes the positions of samples, so that resuming needs only the step.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,23 +16,23 @@ from llmkit.data.tokens import TokenStream
 from llmkit.types import IGNORE_INDEX, Batch
 
 ROUNDS = 4
-SLOTS = 65_536  # samples in which a mixture comes round, so a weight is exact to 1 in as many
+SLOTS = 65_536  # period of a mixture in samples: weights are exact to 1 in 65,536
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: splitmix64's increment (Steele et al. 2014)
 
 
 def mix(x: int) -> int:
-    """splitmix64's finalizer: 64 bits in, 64 well-mixed bits out."""
+    """Mix 64 bits: splitmix64's finalizer."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
     return x ^ (x >> 31)
 
 
 def permute(index: int, size: int, key: int) -> int:
-    """A keyed bijection on range(size): a Feistel network over the next even power of two, walked until inside.
+    """Permute range(size) by a keyed bijection: return where `index` goes.
 
-    Luby and Rackoff 1988: four rounds make a strong pseudorandom permutation; cycle walking (Black and Rogaway 2002)
-    takes fewer than four tries on average.
+    A Feistel network permutes the next larger even power of two, in four rounds (Luby and Rackoff 1988). It is repeated
+    until the result is below `size`, fewer than four times on average (cycle walking: Black and Rogaway 2002).
 
     >>> sorted(permute(i, 10, key=7) for i in range(10)) == list(range(10))
     True
@@ -48,11 +48,17 @@ def permute(index: int, size: int, key: int) -> int:
             return index
 
 
-class Mixture:
-    """Which source each position of an endless order draws from, in fixed proportions and evenly spread.
+def permute_epochs(position: int, samples: int, seed: int) -> int:
+    """Return the sample at a position of an endless order, in which each epoch has another permutation."""
+    epoch, index = divmod(position, samples)
+    return permute(index, samples, key=mix((seed * GOLDEN + epoch) & MASK))
 
-    Weights become counts of SLOTS; slot k of a source that has n of them stands at (k + 1/2) / n of the way, so that
-    any batch has its share of every source, to within a sample or two.
+
+class Mixture:
+    """Choose the source of each position in an endless order of samples: in fixed proportions, evenly spread.
+
+    Weights become numbers of slots, SLOTS in all. A source with n slots has slot k at (k + 1/2) / n of the period. Each
+    batch therefore has its share of every source, to within a sample or two.
 
     >>> mixture = Mixture([10, 10], [3, 1])
     >>> [mixture.turn_at(position) for position in range(4)]
@@ -62,8 +68,8 @@ class Mixture:
     def __init__(self, samples: Sequence[int], weights: Sequence[float]):
         self.samples, self.starts = list(samples), np.cumsum([0, *samples]).tolist()
         exact = np.array(weights) / sum(weights) * SLOTS
-        slots = np.maximum(1, exact.astype(int))  # no source is left out
-        while (left := SLOTS - slots.sum()) > 0:  # the largest remainders get what is left
+        slots = np.maximum(1, exact.astype(int))  # every source gets a slot
+        while (left := SLOTS - slots.sum()) > 0:  # the largest remainders get one more
             slots[np.argmax(exact - slots)] += 1
         slots[np.argmax(slots)] += min(0, left)
         self.slots = slots.tolist()
@@ -73,23 +79,25 @@ class Mixture:
         self.turns = np.concatenate([np.arange(n, dtype=np.uint32) for n in self.slots])[order]
 
     def turn_at(self, position: int) -> tuple[int, int]:
-        """(source, how many positions before drew from it)."""
+        """Return the source of a position, and how many earlier positions have the same source."""
         block, slot = divmod(position, SLOTS)
         source = int(self.sources[slot])
         return source, block * self.slots[source] + int(self.turns[slot])
 
     def shares(self) -> list[float]:
-        """Of the positions, by source."""
+        """Return each source's share of the positions."""
         return [n / SLOTS for n in self.slots]
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Samples of one split and the order in which steps take them.
+    """Hold the samples of a split and the order in which steps read them.
 
-    samples            how many there are; positions run on over epochs, and each epoch is permuted anew
-    rows               sample numbers -> Batch
+    samples            number of samples; positions continue over epochs, and each epoch has another permutation
+    rows               reads the samples with given numbers as a batch
     global_batch_size  samples in a step, over all ranks; this rank takes positions rank, rank + world, ...
+    mixture            of several sources, whose samples are numbered one source after another
+    corrupt            corrupts a batch, given a number for each row: see data/corrupt.py
     """
 
     samples: int
@@ -98,39 +106,34 @@ class Batches:
     seed: int
     rank: int = 0
     world: int = 1
-    mixture: Mixture | None = None  # samples are those of its sources, one after another
-    corrupt: Callable[[Batch, Sequence[int]], Batch] | None = None  # see data/corrupt.py; told each row's number
+    mixture: Mixture | None = None
+    corrupt: Callable[[Batch, Sequence[int]], Batch] | None = None
 
     def batch_at(self, step: int) -> Batch:
-        """This rank's share of a step: a pure function of (seed, step)."""
+        """Return this rank's share of a step."""
         first = step * self.global_batch_size
         positions = range(first + self.rank, first + self.global_batch_size, self.world)
-        return self.made([self.sample_at(position) for position in positions], positions)
+        return self.make_batch([self.sample_at(position) for position in positions], positions)
 
-    def made(self, samples: list[int], numbers: Sequence[int]) -> Batch:
-        """The batch of these samples, corrupted as a function of the rows' numbers."""
+    def make_batch(self, samples: list[int], numbers: Sequence[int]) -> Batch:
+        """Return the batch of these samples. The rows' numbers decide how it is corrupted."""
         batch = self.rows(samples)
         return self.corrupt(batch, numbers) if self.corrupt else batch
 
     def sample_at(self, position: int) -> int:
-        """The sample that stands at a position of the endless permuted order."""
+        """Return the number of the sample at a position."""
         if self.mixture is None:
-            return self.permuted(position, self.samples, self.seed)
+            return permute_epochs(position, self.samples, self.seed)
         source, turn = self.mixture.turn_at(position)
         seed = self.seed + mix(source + 1)
-        return self.mixture.starts[source] + self.permuted(turn, self.mixture.samples[source], seed)
-
-    @staticmethod
-    def permuted(turn: int, samples: int, seed: int) -> int:
-        epoch, place = divmod(turn, samples)
-        return permute(place, samples, key=mix((seed * GOLDEN + epoch) & MASK))
+        return self.mixture.starts[source] + permute_epochs(turn, self.mixture.samples[source], seed)
 
     def in_order(self, limit: int | None = None) -> Iterator[Batch]:
-        """The first `limit` samples, or all, once each, `global_batch_size` at a time: what an evaluation reads."""
+        """Yield the first `limit` samples, or all, in their stored order, `global_batch_size` at a time."""
         stop = self.samples if limit is None else min(self.samples, limit)
         for start in range(0, stop, self.global_batch_size):
             samples = list(range(start, min(start + self.global_batch_size, stop)))
-            yield self.made(samples, samples)
+            yield self.make_batch(samples, samples)
 
 
 def corpus_batches(
@@ -142,11 +145,13 @@ def corpus_batches(
     document_mask: bool = False,
     **order: Any,
 ) -> Batches:
-    """Sample i of a stream is the seq_len + 1 tokens at i * seq_len: every token is an input once an epoch.
+    """Return the batches of token streams.
 
-    mixture        of the samples of the streams; None: there is but one stream
-    document_mask  attention stays inside a document, positions begin anew with each, and no document is asked for
-                   the first token of the next
+    Sample i of a stream is its seq_len + 1 tokens from i * seq_len on: every token is an input once per epoch.
+
+    mixture        of the streams' samples; None if there is only one stream
+    document_mask  keep attention inside a document, restart positions in each, and do not train on predicting the
+                   first token of the next document
     """
     samples = [samples_in(stream, seq_len) for stream in streams]
     starts = np.cumsum([0, *samples])
@@ -158,31 +163,31 @@ def corpus_batches(
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         if not document_mask:
             return Batch(inputs, labels)
-        begins = np.zeros((len(indices), seq_len + 1), bool)  # where a document begins
+        begins = np.zeros((len(indices), seq_len + 1), bool)
         for row, (stream, place) in zip(begins, places, strict=True):
             row[stream.document_starts(place, seq_len + 1) - place] = True
-        at = np.arange(seq_len)
-        since = np.maximum.accumulate(np.where(begins[:, :-1], at, 0), axis=1)
+        index = np.arange(seq_len)
+        document_start = np.maximum.accumulate(np.where(begins[:, :-1], index, 0), axis=1)
         labels = np.where(begins[:, 1:], IGNORE_INDEX, labels)
-        return Batch(inputs, labels, at - since, begins[:, :-1].cumsum(axis=1))
+        return Batch(inputs, labels, index - document_start, begins[:, :-1].cumsum(axis=1))
 
     return Batches(sum(samples), rows, global_batch_size, mixture=mixture, **order)
 
 
 def samples_in(stream: TokenStream, seq_len: int) -> int:
-    """How many samples a stream gives an epoch; the last tokens may be too few for one."""
+    """Return the number of samples in a stream. Left-over tokens at its end are in none."""
     return max(0, (len(stream) - 1) // seq_len)
 
 
 def open_rows(folder: Path, split: str, global_batch_size: int, start_id: int | None = None, **order) -> Batches:
-    """What `sft.encode_sft` wrote: for a decoder, or, with its first token, for an encoder and a decoder."""
+    """Return the batches of rows that `sft.encode_sft` wrote: packed rows, or with start_id prompts and answers."""
     if start_id is None:
         return packed_batches(folder, split, global_batch_size, **order)
     return pair_batches(folder, split, global_batch_size, start_id=start_id, **order)
 
 
 def packed_batches(folder: Path, split: str, global_batch_size: int, **order) -> Batches:
-    """Rows that `sft.encode_sft` packed; only the answers are labels."""
+    """Return the batches of packed rows, in which only the answers are labels."""
     arrays = [np.load(folder / f"{split}-{name}.npy", mmap_mode="r", allow_pickle=False) for name in ROW_ARRAYS]
 
     def rows(indices: list[int]) -> Batch:
@@ -195,16 +200,14 @@ def packed_batches(folder: Path, split: str, global_batch_size: int, **order) ->
 
 
 def pair_batches(folder: Path, split: str, global_batch_size: int, *, start_id: int, **order) -> Batches:
-    """Texts and their answers as `sft.encode_sft` padded them, for an encoder and a decoder.
+    """Return the batches of prompts for an encoder and answers for a decoder.
 
-    start_id  what the decoder reads first
+    start_id  the decoder's first input token
     """
-    sources, segments, answers = (
-        np.load(folder / f"{split}-{name}.npy", mmap_mode="r", allow_pickle=False) for name in PAIR_ARRAYS
-    )
+    arrays = [np.load(folder / f"{split}-{name}.npy", mmap_mode="r", allow_pickle=False) for name in PAIR_ARRAYS]
 
     def rows(indices: list[int]) -> Batch:
-        ids, seen, labels = (array[indices].astype(np.int64) for array in (sources, segments, answers))
-        return Batch(ids, labels, segments=seen, decoder_input_ids=shift_right(labels, start_id))
+        ids, segments, labels = (array[indices].astype(np.int64) for array in arrays)
+        return Batch(ids, labels, segments=segments, decoder_input_ids=shift_right(labels, start_id))
 
-    return Batches(len(sources), rows, global_batch_size, **order)
+    return Batches(len(arrays[0]), rows, global_batch_size, **order)

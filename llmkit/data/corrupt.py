@@ -1,4 +1,4 @@
-"""What an encoder is asked to mend: masked tokens, and spans cut out. Pure functions of a row and its number."""
+"""Corrupt an encoder's input: mask tokens (BERT) or cut out spans (T5). A row's number decides what is corrupted."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,16 +8,16 @@ from llmkit.errors import DataError
 from llmkit.tokenizer.tokenizer import ROLES, Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
 
-Corrupt = Callable[[Batch, Sequence[int]], Batch]  # a batch and the numbers of its rows -> what the model gets
+Corrupt = Callable[[Batch, Sequence[int]], Batch]  # a batch and the numbers of its rows -> the model's batch
 
 
 def row_rng(seed: int, number: int) -> np.random.Generator:
-    """Of its own for every row, so that a batch is the same however it is cut up."""
+    """Return a random generator for a row, so that its corruption does not depend on the rest of the batch."""
     return np.random.default_rng((seed, number))
 
 
 def shift_right(labels: np.ndarray, start_id: int) -> np.ndarray:
-    """What a decoder reads to say `labels` (B, T): the same, one later, padded with start_id.
+    """Return a decoder's input for `labels` (B, T): the labels one place later, after start_id and padded with it.
 
     >>> shift_right(np.array([[7, 8, 9, -100]]), 0).tolist()
     [[0, 7, 8, 9]]
@@ -33,10 +33,11 @@ def shift_right(labels: np.ndarray, start_id: int) -> np.ndarray:
 def masking(
     tokenizer: Tokenizer, seed: int, *, mask_fraction: float, random_fraction: float, keep_fraction: float
 ) -> Corrupt:
-    """A share of the tokens is to be told from the others (Devlin et al. 2018, arXiv:1810.04805, section 3.1).
+    """Return a function that masks tokens of a batch (Devlin et al. 2018, arXiv:1810.04805, section 3.1).
 
-    mask_fraction    of a row's tokens, control tokens apart, exactly; these are its labels
-    random_fraction  of those become any token, keep_fraction stay as they are, all others become the mask token
+    mask_fraction    of a row's tokens are its labels, rounded, at least one; special tokens are never chosen
+    random_fraction  of the labels are replaced by random tokens
+    keep_fraction    of the labels are kept; all others are replaced by the mask token
     """
     mask_id = tokenizer.rust.token_to_id(tokenizer.roles.get("mask_token", ""))
     if mask_id is None:
@@ -45,19 +46,18 @@ def masking(
             expected=" or ".join(ROLES["mask_token"]),
             fix="data.tokenizer: {train: wordpiece}, or special_tokens: ['<mask>'] for another kind",
         )
-    control, plain = np.array(sorted(tokenizer.specials.values())), np.ones(len(tokenizer), bool)
-    plain[control] = False
-    words = np.flatnonzero(plain)
+    specials = np.array(sorted(tokenizer.specials.values()))
+    plain = np.setdiff1d(np.arange(len(tokenizer)), specials)
 
     def corrupt(batch: Batch, numbers: Sequence[int]) -> Batch:
         inputs, labels = batch.input_ids.copy(), np.full(batch.input_ids.shape, IGNORE_INDEX, np.int64)
         for ids, label, number in zip(inputs, labels, numbers, strict=True):
             rng = row_rng(seed, number)
-            places = rng.permutation(np.flatnonzero(~np.isin(ids, control)))
+            places = rng.permutation(np.flatnonzero(~np.isin(ids, specials)))
             places = places[: max(1, round(mask_fraction * len(places)))]
             label[places] = ids[places]
             chance = rng.random(len(places))
-            new = np.where(chance < random_fraction, rng.choice(words, len(places)), mask_id)
+            new = np.where(chance < random_fraction, rng.choice(plain, len(places)), mask_id)
             ids[places] = np.where(chance >= 1 - keep_fraction, ids[places], new)
         return Batch(inputs, labels, batch.positions, batch.segments)
 
@@ -68,13 +68,13 @@ def masking(
 
 
 def span_lengths(length: int, noise_fraction: float, mean_span: float) -> tuple[int, int]:
-    """How many tokens are cut out of `length`, and in how many spans (at least one of each, and one token between)."""
+    """Return how many of `length` tokens to cut out, and in how many spans: at least one each, with a token between."""
     noise = min(max(round(length * noise_fraction), 1), length - 1)
     return noise, max(1, min(round(noise / mean_span), noise, length - noise))
 
 
 def random_parts(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-    """`parts` positive integers that add up to `total`, all such sequences alike."""
+    """Draw `parts` positive integers that add up to `total`. All such sequences are equally likely."""
     borders = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
     return np.diff(np.concatenate(([0], borders, [total])))
 
@@ -82,10 +82,13 @@ def random_parts(total: int, parts: int, rng: np.random.Generator) -> np.ndarray
 def span_corruption(
     tokenizer: Tokenizer, seed: int, *, noise_fraction: float, mean_span: float, start_id: int = 0
 ) -> Corrupt:
-    """Spans are cut out and each leaves a sentinel; the answer is every sentinel and what stood there (T5, 3.1.4).
+    """Return a function that replaces spans of a batch by sentinels (Raffel et al. 2019, arXiv:1910.10683, 3.1.4).
 
-    noise_fraction  of the tokens, exactly, in spans of mean_span tokens on average
-    The rows of a batch have one length, for it decides how much is cut out; encoder and decoder read an end token too.
+    The labels are each sentinel and the span that it replaces. Inputs and labels get an end token. All rows of a batch
+    have the same length, so the same number of tokens is cut out of each.
+
+    noise_fraction  of the tokens are cut out, see `span_lengths`
+    mean_span       average length of a span in tokens
 
     >>> # "thank you for inviting me" -> "thank <extra_id_0> inviting me </s>", "<extra_id_0> you for </s>"
     """
@@ -95,7 +98,7 @@ def span_corruption(
     def corrupt(batch: Batch, numbers: Sequence[int]) -> Batch:
         length = batch.input_ids.shape[1]
         if length < 2:
-            raise DataError("spans can't be cut out of rows of one token", fix="raise data.seq_len")
+            raise DataError("a row of one token is too short for span corruption", fix="raise data.seq_len")
         noise, spans = span_lengths(length, noise_fraction, mean_span)
         if spans > len(sentinels):
             raise DataError(
@@ -105,19 +108,19 @@ def span_corruption(
                 fix="data.tokenizer.extra_ids: 100, or a lower data.seq_len",
             )
         inputs, labels = [], []
-        marks = np.array(sentinels[:spans])
+        marks = np.array(sentinels[:spans])  # one for each span
         for ids, number in zip(batch.input_ids, numbers, strict=True):
             rng = row_rng(seed, number)
             kept, cut = random_parts(length - noise, spans, rng), random_parts(noise, spans, rng)
-            ends = np.cumsum(np.stack((kept, cut), axis=1).ravel())  # of a kept part, a cut one, a kept one ...
+            ends = np.cumsum(np.stack((kept, cut), axis=1).ravel())  # of a kept part, a cut part, a kept part, ...
             parts = np.split(ids, ends[:-1])
-            inputs.append(np.concatenate([*interleaved(parts[::2], marks), [tokenizer.eos_id]]))
-            labels.append(np.concatenate([*interleaved(marks, parts[1::2]), [tokenizer.eos_id]]))
+            inputs.append(np.concatenate([*interleave(parts[::2], marks), [tokenizer.eos_id]]))
+            labels.append(np.concatenate([*interleave(marks, parts[1::2]), [tokenizer.eos_id]]))
         inputs, labels = np.stack(inputs), np.stack(labels)
         return Batch(inputs, labels, decoder_input_ids=shift_right(labels, start_id))
 
     return corrupt
 
 
-def interleaved(first: Sequence, second: Sequence) -> list[np.ndarray]:
+def interleave(first: Sequence, second: Sequence) -> list[np.ndarray]:
     return [np.atleast_1d(one) for pair in zip(first, second, strict=True) for one in pair]

@@ -1,14 +1,10 @@
-"""Read fine-tuning records of every layout as turns."""
+"""Detect the layout of fine-tuning records and convert records to turns."""
 
 from llmkit.errors import DataError, did_you_mean
 
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool"}
-
-
 KNOWN_ROLES = ("system", "user", "assistant", "tool")
-
-
-LAYOUTS = {  # format -> the fields that tell it
+LAYOUTS = {  # name -> the fields that identify it
     "prompt/completion": ("prompt", "completion"),
     "messages": ("messages",),
     "conversations": ("conversations",),
@@ -17,14 +13,14 @@ LAYOUTS = {  # format -> the fields that tell it
 
 
 def detect_layout(record: dict, at: str) -> str:
-    """Which of FORMATS a first record is."""
+    """Return the name of a record's layout, one of LAYOUTS."""
     for name, fields in LAYOUTS.items():
         if all(field in record for field in fields):
             return name
     known = [field for fields in LAYOUTS.values() for field in fields]
     hints = [hint for key in record if (hint := did_you_mean(key, known))]
     raise DataError(
-        "this is no fine-tuning record",
+        "this is not a fine-tuning record",
         at=at,
         got=f"the fields {', '.join(map(str, record))}",
         expected=" or ".join("{" + ", ".join(fields) + "}" for fields in LAYOUTS.values()),
@@ -32,32 +28,32 @@ def detect_layout(record: dict, at: str) -> str:
     )
 
 
-def to_turns(record: dict, form: str) -> tuple[str, str] | list[dict[str, str]]:
-    """A record as (prompt, completion), or as messages with roles. Raises ValueError with the reason it is bad."""
-    if form == "prompt/completion":
+def to_turns(record: dict, layout: str) -> tuple[str, str] | list[dict[str, str]]:
+    """Return a record as (prompt, completion), or as messages with roles. Raise ValueError if it is bad."""
+    if layout == "prompt/completion":
         pair = record.get("prompt"), record.get("completion")
         if not all(isinstance(text, str) and text for text in pair):
-            raise ValueError("prompt or completion is missing, empty or no text")
+            raise ValueError("prompt or completion is missing, empty or not a string")
         return pair
-    if form == "instruction":
-        parts = [record.get("instruction"), record.get("input") or None, record.get("output")]
-        if not (isinstance(parts[0], str) and isinstance(parts[2], str) and parts[2]):
-            raise ValueError("instruction or output is missing, empty or no text")
-        question = f"{parts[0]}\n\n{parts[1]}" if parts[1] else parts[0]
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": parts[2]}]
-    turns = record.get(form)
+    if layout == "instruction":
+        question, context, answer = record.get("instruction"), record.get("input"), record.get("output")
+        if not (isinstance(question, str) and isinstance(answer, str) and answer):
+            raise ValueError("instruction or output is missing, empty or not a string")
+        question = f"{question}\n\n{context}" if context else question
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    turns = record.get(layout)
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{form} is no list of turns")
+        raise ValueError(f"{layout} is not a list of turns")
     messages = []
     for turn in turns:
         if not isinstance(turn, dict):
-            raise ValueError("a turn is no object")
+            raise ValueError("a turn is not an object")
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         role = ROLES.get(role, role)
         if role not in KNOWN_ROLES:
             raise ValueError(f"unknown role {role!r}")
         if not isinstance(content, str):
-            raise ValueError("a turn's content is no text")
+            raise ValueError("a turn's content is not a string")
         if messages and role == messages[-1]["role"] and role != "tool":
             raise ValueError(f"two {role} turns in a row")
         messages.append({"role": role, "content": content})

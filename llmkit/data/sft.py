@@ -1,4 +1,4 @@
-"""Fine-tuning data: records encoded once into a folder, packed into rows of one length, read back by memory map."""
+"""Encode fine-tuning records once into a folder, as arrays of rows with the same length."""
 
 import hashlib
 import json
@@ -18,27 +18,29 @@ from llmkit.tokenizer.chat_template import default_template, encode_example
 from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.types import IGNORE_INDEX
 
-VERSION = 2  # of the encoding: another one encodes again
-ROW_ARRAYS = ("ids", "targets", "segments", "positions")  # the files of a split, in the order that batches reads them
-PAIR_ARRAYS = ("sources", "segments", "answers")  # of a split for an encoder and a decoder
-Example = tuple[str, list[int], list[bool]]  # id, token ids, which of them are targets
+VERSION = 2  # of the encoding: data of another version is encoded again
+ROW_ARRAYS = ("ids", "targets", "segments", "positions")  # the files of a split
+PAIR_ARRAYS = ("sources", "segments", "answers")  # the same for an encoder and a decoder
+Example = tuple[str, list[int], list[bool]]  # record name, token ids, which of them are targets
 
 
-def examples(path: Path, tokenizer: Tokenizer, template: str, bad: Counter, forms: set[str]) -> Iterator[Example]:
-    """Every good record of a JSON, JSONL (.gz, .zst), CSV or Parquet file, encoded.
+def encode_records(
+    path: Path, tokenizer: Tokenizer, template: str, bad: Counter, layouts: set[str]
+) -> Iterator[Example]:
+    """Encode the good records of a JSON, JSONL (.gz, .zst), CSV or Parquet file.
 
-    bad    is told the reasons of those that are not
-    forms  is told which of chat.FORMATS they are: the first good one decides
+    bad      counts the reasons why records are bad
+    layouts  gets the layout of the records, which the first good one decides
     """
-    form = None
+    layout = None
     for line, record in read_records(path):
         if isinstance(record, BadRecord):
             bad[record.reason] += 1
             continue
-        form = form or detect_layout(record, f"{path}:{line}")
-        forms.add(form)
+        layout = layout or detect_layout(record, f"{path}:{line}")
+        layouts.add(layout)
         try:
-            ids, targets = encode_example(tokenizer, template, to_turns(record, form))
+            ids, targets = encode_example(tokenizer, template, to_turns(record, layout))
         except ValueError as error:
             bad[str(error)] += 1
             continue
@@ -46,7 +48,7 @@ def examples(path: Path, tokenizer: Tokenizer, template: str, bad: Counter, form
 
 
 def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
-    """Best-fit decreasing: which examples share a row of `size` tokens (Ding et al. 2024, arXiv:2404.10830).
+    """Choose which examples share a row of `size` tokens: best-fit decreasing (Ding et al. 2024, arXiv:2404.10830).
 
     >>> pack(np.array([3, 5, 2, 6]), 8)
     [[3, 2], [1, 0]]
@@ -67,31 +69,29 @@ def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
 
 
 def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pairs: bool = False) -> dict[str, Any]:
-    """Encode `data` into arrays in OUT/<key>/, unless the same was done before; returns the report with its folder.
+    """Encode `data` into arrays in OUT/<key>/, unless they exist. Return the report, which names the folder.
 
-    The key is a hash of all that matters, so that no run's data is ever written over.
+    The key is a hash of all settings and files, so that another run's data is never overwritten.
 
-    A row holds seq_len + 1 tokens: whole examples side by side (packing), or one example and padding.
+    A row holds seq_len + 1 tokens: several whole examples (packing), or one example and padding.
     Files of a split: ids (rows, seq_len + 1) int32, targets bool, segments int32 (the example's number in its row,
     -1 for padding), positions int32.
 
-    pairs  for an encoder and a decoder instead: see `write_pairs`
+    pairs  write prompts and answers for an encoder and a decoder instead: see `write_pairs`
     """
     sources = [Path(data.path), *([Path(data.val_path)] if data.val_path else [])]
     template = default_template(tokenizer)
-    made_of = json.dumps(
-        [VERSION, pairs, data.model_dump(), seed, template, tokenizer.sha256, *(checksum(path) for path in sources)]
-    )
-    key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    settings = [VERSION, pairs, data.model_dump(), seed, template, tokenizer.sha256, *map(checksum, sources)]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     out = out / key
     report_path = out / "report.json"
     if report_path.exists():
         return json.loads(report_path.read_text())
     out.mkdir(parents=True, exist_ok=True)
-    bad, forms = Counter(), set()
-    train = list(examples(sources[0], tokenizer, template, bad, forms))
+    bad, layouts = Counter(), set()
+    train = list(encode_records(sources[0], tokenizer, template, bad, layouts))
     if data.val_path:
-        val = list(examples(sources[1], tokenizer, template, bad, forms))
+        val = list(encode_records(sources[1], tokenizer, template, bad, layouts))
     else:
         order = np.random.default_rng(seed).permutation(len(train))
         held = set(order[: max(1, round(len(train) * data.val_fraction))].tolist()) if len(train) > 1 else set()
@@ -102,22 +102,21 @@ def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pai
         "folder": str(out),
         "files": [str(path) for path in sources],
         "bad": dict(bad),
-        "formats": sorted(forms),
+        "formats": sorted(layouts),
         "splits": {},
     }
     for split, encoded in (("train", train), ("val", val)):
         write = write_pairs if pairs else write_rows
         report["splits"][split] = write(out / split, encoded, data, tokenizer.eos_id)
     if not report["splits"]["train"]["rows"]:
-        raise DataError(
-            "no example is left to train on", at=data.path, got=f"{sum(bad.values())} bad records: {dict(bad)}"
-        )
+        got = f"{sum(bad.values())} bad records: {dict(bad)}"
+        raise DataError("no example is left to train on", at=data.path, got=got)
     write_atomically(report_path, json.dumps(report, indent=2))
     return report
 
 
 def write_rows(out: Path, encoded: list, data: SftData, pad: int) -> dict[str, Any]:
-    """Pack one split and write its arrays; returns its counts."""
+    """Write the arrays of a split of packed rows. Return its counts."""
     size = data.seq_len + 1
     fitting, counts = [], Counter(examples=len(encoded))
     for name, ids, targets in encoded:
@@ -126,7 +125,7 @@ def write_rows(out: Path, encoded: list, data: SftData, pad: int) -> dict[str, A
             if data.too_long == "drop":
                 continue
             ids, targets = ids[:size], targets[:size]
-        if not any(targets[1:]):  # its answer was cut away, or was empty
+        if not any(targets[1:]):  # the answer is empty or was truncated away
             counts["without a target"] += 1
             continue
         fitting.append((name, ids, targets))
@@ -141,7 +140,7 @@ def write_rows(out: Path, encoded: list, data: SftData, pad: int) -> dict[str, A
             cut = slice(start, start + len(example))
             ids[r, cut], segments[r, cut], positions[r, cut] = example, number, np.arange(len(example))
             targets[r, cut] = example_targets
-            targets[r, start] = False  # nothing precedes an example's first token
+            targets[r, start] = False  # the first token is predicted from nothing
             start += len(example)
     for name, array in zip(ROW_ARRAYS, (ids, targets, segments, positions), strict=True):
         np.save(out.with_name(f"{out.name}-{name}.npy"), array, allow_pickle=False)
@@ -149,7 +148,7 @@ def write_rows(out: Path, encoded: list, data: SftData, pad: int) -> dict[str, A
 
 
 def split_into_pairs(ids: list[int], targets: list[bool], eos_id: int) -> Iterator[tuple[list[int], list[int]]]:
-    """For every answer of an example all that stands before it, with an end token, and the answer.
+    """Yield each answer of an example after the text that precedes it: (text with an end token, answer).
 
     >>> list(split_into_pairs([5, 6, 7, 1], [False, False, True, True], 1))
     [([5, 6, 1], [7, 1])]
@@ -161,12 +160,12 @@ def split_into_pairs(ids: list[int], targets: list[bool], eos_id: int) -> Iterat
 
 
 def truncate_pair(source: list[int], answer: list[int], size: int) -> tuple[list[int], list[int]]:
-    """At most `size` tokens of each; the end token of the text stays."""
+    """Truncate both to `size` tokens. The source keeps its end token."""
     return (source if len(source) <= size else [*source[: size - 1], source[-1]]), answer[:size]
 
 
 def write_pairs(out: Path, encoded: list, data: SftData, eos_id: int) -> dict[str, Any]:
-    """Prompts and answers of one split in rows of their own, padded to the split's longest; returns its counts.
+    """Write the arrays of a split of prompts and answers, padded to the longest of each. Return its counts.
 
     Files: sources (rows, S) int32; segments (rows, S) int8, 0 and -1 for padding; answers (rows, T) int32, padded with
     IGNORE_INDEX.
@@ -194,7 +193,7 @@ def write_pairs(out: Path, encoded: list, data: SftData, eos_id: int) -> dict[st
 
 
 def checksum(path: Path) -> str:
-    """The checksum of a file, or a UserError that it is not there."""
+    """Return the checksum of a file. Raise DataError if there is none."""
     if not path.is_file():
-        raise DataError("there is no such data file", at=path)
+        raise DataError("the data file does not exist", at=path)
     return file_sha256(path)

@@ -1,4 +1,4 @@
-"""Token shards: raw little-endian integers and an index of document ends, written once, memory-mapped ever after."""
+"""Write and memory-map token shards: raw little-endian integers, and an index of the documents' ends."""
 
 import os
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ from llmkit.files import file_sha256, temporary_path, write_atomically
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 holds ids of up to 65,536 tokens, uint32 the rest."""
+    """Return uint16 for up to 65,536 tokens, else uint32, both little-endian."""
     return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
 
 
 class ShardWriter:
-    """Writes documents (ids, each with its end token) to PATH.bin and their ends to PATH.idx.
+    """Write documents (ids, each with its end token) to PATH.bin, and their ends to PATH.idx.
 
-    Both files appear whole, when the block ends well, or not at all; no documents, no files.
+    Both files appear complete when the block ends without an error. Otherwise, or without documents, there is no file.
 
     >>> with ShardWriter(folder / "a", np.dtype("<u2")) as shard:     # doctest: +SKIP
     ...     shard.add(np.array([5, 6, 0]))
@@ -33,8 +33,8 @@ class ShardWriter:
 
     def __enter__(self) -> "ShardWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.half = temporary_path(self.path)
-        self.file = self.half.open("wb")
+        self.temporary = temporary_path(self.path)
+        self.file = self.temporary.open("wb")
         return self
 
     def add(self, ids: np.ndarray) -> None:
@@ -50,13 +50,13 @@ class ShardWriter:
             self.file.close()
         if kind is None and self.ends:
             write_atomically(self.index, np.array(self.ends, dtype="<i8").tobytes())
-            self.half.replace(self.path)
+            self.temporary.replace(self.path)
         else:
-            self.half.unlink()
+            self.temporary.unlink()
 
 
 class TokenStream:
-    """The shards of a split, or of one of its sources, as one long array of tokens.
+    """Read the shards of a split, or of one of its sources, as one long array of tokens.
 
     >>> TokenStream([], np.dtype("<u2")).read(0, 4)
     array([], dtype=uint16)
@@ -72,7 +72,7 @@ class TokenStream:
         return int(self.starts[-1])
 
     def pieces(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
-        """(shard, start, stop) inside each shard that tokens [start, start + length) lie in."""
+        """Yield (shard, start, stop) for each shard that holds some of the tokens [start, start + length)."""
         stop = min(start + length, len(self))
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         while start < stop:
@@ -81,29 +81,29 @@ class TokenStream:
             start, shard = end, shard + 1
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens [start, start + length), copied; across shard borders too, shorter at the end."""
+        """Return a copy of tokens [start, start + length), fewer at the end of the stream. They may span shards."""
         pieces = [self.shards[shard][begin:end] for shard, begin, end in self.pieces(start, length)]
         return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
 
     def document_starts(self, start: int, length: int) -> np.ndarray:
-        """Places in (start, start + length) at which a document begins."""
+        """Return the positions in (start, start + length) at which a document begins."""
         found = [np.empty(0, np.int64)]
         for shard, begin, end in self.pieces(start, length):
             ends = self.ends[shard]
             inside = ends[np.searchsorted(ends, begin, side="right") : np.searchsorted(ends, end)]
             first = [0] if begin == 0 and shard > 0 else []
             found.append(np.array([*first, *inside], np.int64) + int(self.starts[shard]))
-        places = np.concatenate(found)
-        return places[places > start]
+        positions = np.concatenate(found)
+        return positions[positions > start]
 
 
 def open_split(folder: Path, files: list[dict], dtype: np.dtype) -> TokenStream:
-    """The shards of one split, and their indices, as the manifest lists them; a changed file is noticed."""
+    """Open the shards of a split as the manifest lists them. Raise DataError if one or its index has changed."""
     for entry in files:
         for one in (entry, entry["index"]):
             path = folder / one["path"]
-            if (problem := changed(path, one)) is None and path.stat().st_mtime_ns != one["mtime_ns"]:
-                problem = "another checksum" if file_sha256(path) != one["sha256"] else None  # a copy keeps its content
+            if (problem := find_change(path, one)) is None and path.stat().st_mtime_ns != one["mtime_ns"]:
+                problem = "another checksum" if file_sha256(path) != one["sha256"] else None  # a copy has a new time
             if problem:
                 raise DataError(
                     "a token shard is not what was built",
@@ -115,15 +115,15 @@ def open_split(folder: Path, files: list[dict], dtype: np.dtype) -> TokenStream:
     return TokenStream([folder / entry["path"] for entry in files], dtype)
 
 
-def describe(path: Path, folder: Path) -> dict[str, Any]:
-    """What the manifest says of a file: {path, bytes, mtime_ns, sha256}."""
-    stamp = path.stat()
-    sizes = {"bytes": stamp.st_size, "mtime_ns": stamp.st_mtime_ns}
-    return {"path": str(path.relative_to(folder))} | sizes | {"sha256": file_sha256(path)}
+def describe_file(path: Path, folder: Path) -> dict[str, Any]:
+    """Return a file's entry in the manifest: {path, bytes, mtime_ns, sha256}."""
+    name, stat = str(path.relative_to(folder)), path.stat()
+    return {"path": name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": file_sha256(path)}
 
 
-def changed(path: Path, entry: dict[str, Any]) -> str | None:
-    """What shows at a glance that a file is not the described one, if anything does."""
+def find_change(path: Path, entry: dict[str, Any]) -> str | None:
+    """Compare a file's size with its entry in the manifest. Return the difference, or None if there is none."""
     if not path.is_file():
         return "no such file"
-    return f"{path.stat().st_size} bytes" if path.stat().st_size != entry["bytes"] else None
+    size = path.stat().st_size
+    return f"{size} bytes" if size != entry["bytes"] else None

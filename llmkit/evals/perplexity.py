@@ -11,7 +11,7 @@ import numpy as np
 from llmkit.data.batches import open_rows
 from llmkit.data.corrupt import shift_right
 from llmkit.data.layouts import LAYOUTS
-from llmkit.data.sft import examples, split_into_pairs, truncate_pair
+from llmkit.data.sft import encode_records, split_into_pairs, truncate_pair
 from llmkit.data.splits import open_stream, read_manifest
 from llmkit.errors import DataError, UserError
 from llmkit.models import family_of
@@ -167,7 +167,7 @@ def read_data(path: Path, model_config: Any, tokenizer: Tokenizer, window: int, 
         raise DataError(f"{model_config.model_type} writes no answers", at=path, fix="name a file of texts")
     if records:
         bad: Counter[str] = Counter()
-        read = examples(path, tokenizer, default_template(tokenizer), bad, set())
+        read = encode_records(path, tokenizer, default_template(tokenizer), bad, set())
         rows = [(ids, targets) for _, ids, targets in read]
         skipped = f", {sum(bad.values())} bad records left out" if bad else ""
         if model_config.kind == "causal":

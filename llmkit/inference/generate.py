@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from llmkit.errors import DataError, ModelError
 from llmkit.inference.sampling import DEFAULT_SAMPLING, GENERATE_MAX_NEW_TOKENS, Sampling
 from llmkit.models.attention import KVCache
-from llmkit.models.layers import RowLinear
+from llmkit.models.layers import SingleRow, swap_class
 from llmkit.tokenizer.tokenizer import Tokenizer
 
 CONTEXT_TOKENS = 8  # earlier tokens that may decide whether a new token's text begins with a space
@@ -73,7 +73,7 @@ def prefill(model: nn.Module, prompts: list[list[int]], capacity: int, dtype: to
         device=device,
         dtype=dtype,
         starts=pads if pads.any() and config.kind == "causal" else None,
-        longest=config.max_position_embeddings,
+        max_positions=config.max_position_embeddings,
     )
     if config.kind == "causal":
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -81,7 +81,7 @@ def prefill(model: nn.Module, prompts: list[list[int]], capacity: int, dtype: to
         sources = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
         is_pad = torch.arange(longest, device=device) >= longest - pads[:, None]
         cache.encoded = model.encode(sources, -is_pad.long() if pads.any() else None)
-        cache.seen = ~is_pad[:, None, None] if pads.any() else None
+        cache.encoded_mask = ~is_pad[:, None, None] if pads.any() else None
         ids = torch.full((len(prompts), 1), config.decoder_start_token_id, device=device)
     return cache, model(ids, cache=cache, logits_to_keep=1)[:, -1]
 
@@ -183,7 +183,7 @@ def compile_decoding(model: nn.Module) -> None:
     """Compile the modules that decode a token: on a CPU, weights are then read at twice the speed."""
     for module in model.modules():
         if type(module) is nn.Linear:
-            module.__class__ = RowLinear
+            swap_class(module, SingleRow)
     for part in (*model.blocks, model.to_logits):
         part.compile(fullgraph=True, dynamic=False)
 

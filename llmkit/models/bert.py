@@ -1,4 +1,4 @@
-"""BERT: an encoder of post-norm blocks that sees both ways, and a head that fills in masked tokens (arXiv:1810.04805).
+"""BERT: a bidirectional encoder of post-norm blocks, and a head that predicts masked tokens (arXiv:1810.04805).
 
 Module names are Hugging Face's weight names. The pooler and the next-sentence head of its files are not read.
 """
@@ -89,7 +89,7 @@ class SelfAttention(nn.Module):
 
 
 class Output(nn.Module):
-    """A projection back into the stream, added to it, and the norm of the sum."""
+    """A projection that is added to the residual stream, and the norm of the sum."""
 
     def __init__(self, config: Config, width: int):
         super().__init__()
@@ -115,7 +115,7 @@ class Block(nn.Module):
 
 
 class Transform(nn.Module):
-    """What the head does before it compares with the embeddings."""
+    """The part of the head before the product with the embeddings."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -159,7 +159,7 @@ class Model(nn.Module):
         segments: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states (B, T, hidden) of the last block: what classifiers and embeddings of texts are made from."""
+        """Return the hidden states (B, T, hidden) of the last block."""
         length = input_ids.shape[1]
         if positions is None:
             positions = torch.arange(length, device=input_ids.device)
@@ -179,9 +179,9 @@ class Model(nn.Module):
         segments: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, V) of what stands at each place; with labels (B, T) their losses: see `linear_cross_entropy`.
+        """Return logits (B, T, V) of the token at each place; with labels (B, T) their losses (`linear_cross_entropy`).
 
-        segments  (B, T): tokens see those of the same number only, in packed rows and beside padding
+        segments  (B, T): a token sees those of the same number only, in packed rows and beside padding
         """
         hidden = self.encode(input_ids, positions=positions, segments=segments, token_type_ids=token_type_ids)
         head = self.cls["predictions"]

@@ -1,4 +1,4 @@
-"""What every decoder does, whatever its parts are called: embed, run the blocks, norm, and the head."""
+"""Define the forward pass that all decoders share: embedding, blocks, norm and head."""
 
 from typing import NamedTuple
 
@@ -11,21 +11,21 @@ from llmkit.models.loss import ChunkLoss, Logits, linear_cross_entropy
 
 
 class Context(NamedTuple):
-    """What a block is told beside its input."""
+    """The arguments of a block beside its input."""
 
-    masks: Masks  # by window: what may be attended
-    rope: tuple[Tensor, Tensor] | None = None  # cos and sin, where positions are rotary
-    cache: LayerCache | None = None  # its own
+    masks: Masks
+    rope: tuple[Tensor, Tensor] | None = None  # cos and sin of rotary positions
+    cache: LayerCache | None = None  # of this layer
 
 
 class CausalLM(nn.Module):
-    """A decoder and its head. A family's Model says where its parts are, under Hugging Face's weight names.
+    """A decoder and its head. A family's Model defines these, as its weights have Hugging Face's names:
 
-    blocks   its nn.ModuleList; each block is called with (x, context), and may return balance statistics beside x
-    norm     what follows the last block
-    embed    (input_ids, positions) -> the first block's input (B, T, hidden), and cos and sin where they are rotary
+    blocks   nn.ModuleList; each block is called with (x, context), and may return balance statistics beside x
+    norm     of the output of the last block
+    embed    (input_ids, positions) -> the input of the first block (B, T, hidden), and cos and sin of rotary positions
     wte      the token embedding
-    lm_head  None where the embedding is the head
+    lm_head  None if the embedding is the head
     """
 
     def __init__(self, config):
@@ -46,12 +46,13 @@ class CausalLM(nn.Module):
         logits_to_keep: int = 0,
         with_balance: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits (B, T, V) of input_ids (B, T); with aligned labels (B, T), their losses: see `linear_cross_entropy`.
+        """Return logits (B, T, V) of input_ids (B, T), or losses if there are aligned labels (B, T).
 
+        reduction            of the losses, see `linear_cross_entropy`
         positions, segments  (B, T), for packed rows
-        cache                continue after the tokens it holds
-        logits_to_keep       logits of only so many of the last tokens; 0: of all
-        with_balance         return beside it how evenly the experts were used: see `Family.aux_loss`
+        cache                continue after the tokens that it holds
+        logits_to_keep       use only so many of the last tokens; 0: all
+        with_balance         return the balance statistics of the experts too, see `Family.aux_loss`
         """
         length = input_ids.shape[1]
         if cache is not None:

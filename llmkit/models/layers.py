@@ -1,4 +1,4 @@
-"""The parts that several families share. Shapes: B rows, T tokens, H heads, D channels a head, V vocabulary."""
+"""Parts that several families share. Shapes: B rows, T tokens, H heads, D channels a head, V vocabulary."""
 
 import contextlib
 import functools
@@ -36,15 +36,15 @@ class RMSNorm(nn.Module):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear. Compiled for a CPU, a single row is a sum instead, which reads weights at up to twice the speed."""
+    """Compute F.linear; compiled for a CPU, a single row as a sum, which reads weights at up to twice the speed."""
     if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.shape[-1]:
         y = (weight * x.flatten()).sum(-1)
         return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
 
 
-class RowLinear(nn.Linear):
-    """A Linear that goes through `linear`: what decoding swaps in, one row being all it ever sees."""
+class SingleRow:
+    """A change of Linears for decoding, see `swap_class`: they multiply a single row by `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -109,7 +109,7 @@ def derived_class(change: type, original: type) -> type:
 def rope_frequencies(
     head_dim: int, theta: float, scaling: dict | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, float]:
-    """Radians a position for each pair of channels, fp32 (D/2,), and the gain of cos and sin; see `rope_table`."""
+    """Return radians per position for each pair of channels, fp32 (D/2,), and the gain of cos and sin."""
     exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     frequencies = 1.0 / theta**exponents
     if not scaling:
@@ -119,12 +119,12 @@ def rope_frequencies(
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles of positions (T,) or (B, T), fp32, (T, D) or (B, 1, T, D); shared by the blocks.
+    """Return cos and sin of the angles of positions (T,) or (B, T), fp32, (T, D) or (B, 1, T, D), for all blocks.
 
     Angles are position * theta^(-2i/D), i < D/2, written twice side by side: Hugging Face's layout of the
     rotary embedding (Su et al. 2021, arXiv:2104.09864), in which channel i turns together with channel i + D/2.
 
-    scaling  {"rope_type": one of ROPE_SCALING, ...its options}: frequencies of a longer context than the trained one
+    scaling  {"rope_type": one of ROPE_SCALING, ...its options}, for a longer context than the trained one
     """
     frequencies, gain = rope_frequencies(head_dim, theta, scaling, positions.device)
     angles = positions.float()[..., None] * frequencies  # (..., T, D/2)
@@ -134,13 +134,13 @@ def rope_table(positions: Tensor, head_dim: int, theta: float, scaling: dict | N
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs of x (B, H, T, D) by their position's angle."""
+    """Rotate the channel pairs of x (B, H, T, D) by their position's angle."""
     left, right = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
 
 
 def linear_rope(frequencies: Tensor, theta: float, *, factor: float) -> tuple[Tensor, float]:
-    """All positions closer together (Chen et al. 2023, arXiv:2306.15595)."""
+    """Divide all positions by a factor (Chen et al. 2023, arXiv:2306.15595)."""
     return frequencies / factor, 1.0
 
 
@@ -153,9 +153,9 @@ def llama3_rope(
     high_freq_factor: float,
     original_max_position_embeddings: int,
 ) -> tuple[Tensor, float]:
-    """Only slow channels, those that turn less than low_freq_factor times in the old context, are slowed down.
+    """Slow down the channels that turn less than low_freq_factor times in the old context.
 
-    Between low_freq_factor and high_freq_factor turns the factor fades out (Llama 3.1's model card and code, 2024).
+    Between low_freq_factor and high_freq_factor turns, the factor fades out (Llama 3.1's model card and code, 2024).
     """
     turns = original_max_position_embeddings * frequencies / (2 * math.pi)
     keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
@@ -172,15 +172,15 @@ def yarn_rope(
     beta_slow: float = 1.0,
     attention_factor: float | None = None,
 ) -> tuple[Tensor, float]:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): as Llama 3's, faded over channel numbers; scores grow sharper too."""
+    """Slow down slow channels, faded by channel number, and sharpen the scores (YaRN: Peng et al. 2023, 2309.00071)."""
     pairs = len(frequencies)
 
     def channel(turns: float) -> float:
-        """The pair of channels that turns so often in the old context."""
+        """Return the pair of channels that turns this often in the old context."""
         return pairs * math.log(original_max_position_embeddings / (turns * 2 * math.pi)) / math.log(theta)
 
     low, high = max(math.floor(channel(beta_fast)), 0), min(math.ceil(channel(beta_slow)), 2 * pairs - 1)
-    high = high + 0.001 if high == low else high  # no division by nothing
+    high = high + 0.001 if high == low else high  # no division by zero
     slow = ((torch.arange(pairs, device=frequencies.device) - low) / (high - low)).clamp(0, 1)
     gain = (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0) if attention_factor is None else attention_factor
     return frequencies * (1 - slow + slow / factor), gain
@@ -223,7 +223,7 @@ def scaling_problem(scaling: dict) -> str | None:
 
 @torch.no_grad()
 def init_weights(model: nn.Module, family: Family, generator: torch.Generator) -> None:
-    """Fill every parameter of a fresh model; the one place where weights begin.
+    """Initialise every parameter of a fresh model; the one place where weights begin.
 
     config.init is the scheme, config.initializer_range is std:
         normal  matrices ~ N(0, std^2) (GPT-2, Radford et al. 2019)

@@ -1,4 +1,4 @@
-"""Cross-entropy of a head whose logits never exist as a whole. Shapes: N tokens, h channels, V vocabulary."""
+"""Compute the cross-entropy of a head in chunks of logits. Shapes: N tokens, h channels, V vocabulary."""
 
 import math
 
@@ -9,23 +9,23 @@ from torch import Tensor, nn
 from llmkit.models.layers import linear
 from llmkit.types import IGNORE_INDEX
 
-CHUNK_BYTES = 32 * 2**20  # fp32 logits that the loss holds at a time: small enough for memory, large enough for speed
+CHUNK_BYTES = 32 * 2**20  # of the fp32 logits in memory at a time; larger chunks are hardly faster
 
 
 class Logits(nn.Module):
-    """hidden @ weight.T + bias; a module, so that decoding can compile it."""
+    """Compute hidden @ weight.T + bias. A module, so that decoding can compile it."""
 
     def forward(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(hidden, weight, bias)
 
 
 class ChunkLoss(nn.Module):
-    """Losses of a chunk's tokens and what they send back; a module, so that it is compiled as the blocks are."""
+    """Compute the losses of a chunk and their gradients. A module, so that it is compiled like the blocks."""
 
     def forward(self, logits: Tensor, labels: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
-        """fp32 losses (n,) and d loss / d logits (n, V) = (softmax(logits) - onehot(label)) * upstream.
+        """Return fp32 losses (n,) and d loss / d logits (n, V) = (softmax(logits) - onehot(label)) * upstream.
 
-        logits (n, V), labels (n,), upstream a scalar or (n, 1); IGNORE_INDEX has no loss and no gradient.
+        logits (n, V), labels (n,), upstream a scalar or (n, 1). The label IGNORE_INDEX has no loss and no gradient.
         """
         wide = logits.float()
         valid, target = (labels != IGNORE_INDEX)[:, None], labels.clamp(min=0)[:, None]
@@ -37,10 +37,10 @@ class ChunkLoss(nn.Module):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of `hidden @ weight.T + bias` against labels, chunk by chunk, so that (N, V) logits never exist.
+    """Compute the cross-entropy of `hidden @ weight.T + bias` in chunks, so that logits (N, V) never exist.
 
-    For a summed loss the gradient needs no knowledge of what comes later but a scalar, so it is made in the forward
-    and only scaled in the backward; for losses per token the backward makes the chunks' logits again.
+    The gradient of a summed loss is known up to a scalar: the forward pass computes it and the backward pass scales it.
+    For losses per token, the backward pass computes the logits of each chunk again.
     """
 
     @staticmethod
@@ -58,7 +58,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         wants_grad = any(ctx.needs_input_grad[:3])
         if wants_grad and reduction == "sum":
             one = hidden.new_ones((), dtype=torch.float32)
-            losses, *gradients = in_chunks(ctx, hidden, weight, bias, labels, one)
+            losses, *gradients = losses_and_gradients(ctx, hidden, weight, bias, labels, one)
             ctx.save_for_backward(*gradients)
             return losses.sum()
         if wants_grad:
@@ -75,15 +75,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         if ctx.reduction == "sum":
             d_hidden, d_weight, d_bias = (None if d is None else d * upstream for d in ctx.saved_tensors)
         else:
-            _, d_hidden, d_weight, d_bias = in_chunks(ctx, *ctx.saved_tensors, upstream[:, None])
+            _, d_hidden, d_weight, d_bias = losses_and_gradients(ctx, *ctx.saved_tensors, upstream[:, None])
         d_weight, d_bias = (None if d is None else d.to(ctx.dtype) for d in (d_weight, d_bias))
         return d_hidden, d_weight, d_bias, None, None, None, None
 
 
-def in_chunks(
+def losses_and_gradients(
     ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, upstream: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Losses (N,), d_hidden (N, h), d_weight (V, h) and d_bias (V,), fp32; None where autograd does not ask."""
+    """Return losses (N,), d_hidden (N, h), d_weight (V, h) and d_bias (V,); None for a gradient that is not needed."""
     losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
     d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
     d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -110,30 +110,27 @@ def linear_cross_entropy(
     chunk_loss: ChunkLoss | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Losses of the tokens that `labels` names, without ever holding all logits.
+    """Return the cross-entropy of the labels without computing all logits at once.
 
-    hidden      (..., h), the last block's normed output
+    hidden      (..., h), the normed output of the last block
     weight      (V, h), the head
-    labels      (...), token ids already aligned with hidden, IGNORE_INDEX where there is no target (loss 0)
-    reduction   "sum": a scalar; "none": fp32 losses of labels' shape
-    chunk       rows of logits at a time, at most; None: CHUNK_BYTES of them
-    chunk_loss  a compiled one, if there is any
-    bias        (V,), of the head, where it has one
-    Equals F.cross_entropy(hidden @ weight.T + bias, labels) with its gradients (a test), at the memory of one chunk.
+    labels      (...), token ids aligned with hidden; IGNORE_INDEX: no target, so the loss is 0
+    reduction   "sum": a scalar; "none": fp32 losses in the shape of labels
+    chunk       the most rows of logits at a time; None: CHUNK_BYTES of them
+    chunk_loss  the model's, which may be compiled
+    bias        (V,), of the head
+    Values and gradients are those of F.cross_entropy(hidden @ weight.T + bias, labels), in the memory of one chunk.
     """
     if not torch.is_grad_enabled():
-        hidden, weight, bias = detached(hidden), detached(weight), detached(bias)  # nobody asks for gradients
+        # ctx.needs_input_grad ignores no_grad, and the forward pass would compute gradients that nobody reads.
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows = max(1, labels.numel())
     chunk = chunk or max(128, CHUNK_BYTES // (4 * weight.shape[0]))
-    chunk = math.ceil(rows / math.ceil(rows / chunk))  # of one size, so that they share a program
+    chunk = math.ceil(rows / math.ceil(rows / chunk))  # chunks of one size share a compiled program
     losses = LinearCrossEntropy.apply(
         hidden.flatten(0, -2), weight, bias, labels.flatten(), reduction, chunk, chunk_loss or ChunkLoss()
     )
     return losses if reduction == "sum" else losses.view(labels.shape)
-
-
-def detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()

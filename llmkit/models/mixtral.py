@@ -1,6 +1,6 @@
-"""Mixtral: Mistral whose MLPs are experts, of which each token takes the best few (arXiv:2401.04088).
+"""Mixtral: Mistral whose MLPs are experts; each token takes the best few (arXiv:2401.04088).
 
-The experts' weights are one tensor, so that all their products are two grouped ones; on disk each has its own name.
+The weights of all experts are one tensor, so that their products are two grouped ones. In files each has its own name.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ class Config(mistral.Config):
 
 
 class Router(nn.Module):
-    """Which experts each of N tokens takes, and how much of each."""
+    """Choose the experts of each of N tokens, and their weights."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -36,7 +36,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, hidden) -> chosen experts (N, k), their weights (N, k), and the balance statistics (2, E)."""
+        """Map x (N, hidden) to chosen experts (N, k), their weights (N, k), and balance statistics (2, E)."""
         probs = F.linear(x, self.weight).softmax(-1, dtype=torch.float32)  # (N, E)
         weights, chosen = probs.topk(self.top_k, dim=-1)
         used = F.one_hot(chosen, probs.shape[1]).sum(1).float().mean(0)  # (E,) tokens an expert gets, as a share
@@ -52,7 +52,7 @@ class Experts(nn.Module):
         self.act = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """x (N, hidden), chosen and weights (N, k): the weighted sum of what the chosen experts make of each token."""
+        """Return the weighted sum of the chosen experts' outputs; x (N, hidden), chosen and weights (N, k)."""
         top_k = chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)  # (N * k,) rows, by expert
         ends = F.one_hot(chosen.flatten(), len(self.down_proj)).sum(0).cumsum(0).to(torch.int32)  # (E,)
@@ -63,8 +63,8 @@ class Experts(nn.Module):
 
 
 def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """x (N, in) @ matrices (E, out, in).mT, rows up to ends[e] by matrix e: (N, out)."""
-    if torch.is_autocast_enabled(x.device.type):  # which does not know this product
+    """Multiply x (N, in) by matrices (E, out, in).mT, the rows up to ends[e] by matrix e: (N, out)."""
+    if torch.is_autocast_enabled(x.device.type):  # autocast does not know this product
         dtype = torch.get_autocast_dtype(x.device.type)
         x, matrices = x.to(dtype), matrices.to(dtype)
     return F.grouped_mm(x, matrices.mT, offs=ends)
@@ -117,7 +117,7 @@ def problems(config: Config) -> Iterator[Problem]:
 
 
 def to_disk(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Return views of a parameter as files have it: each expert by itself, gate and up apart."""
+    """Return views of a parameter as files have it: each expert by itself, gate and up separate."""
     path, _, last = name.replace(".mlp.", ".block_sparse_moe.").rpartition(".")
     if not path.endswith(".experts"):
         return {f"{path}.{last}": tensor}
@@ -132,7 +132,7 @@ def to_disk(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def gguf_layout(config: Config, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Part the gate from the up projection of all experts; the rest is Llama's."""
+    """Split the gate from the up projection of all experts; other weights are as in Llama."""
     if name.endswith("experts.gate_up_proj"):
         gate, up = tensor.chunk(2, dim=1)
         path = name.removesuffix("gate_up_proj")

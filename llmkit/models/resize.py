@@ -1,4 +1,4 @@
-"""More rows for the embedding and the head of a built model, for tokens that its tokenizer did not have."""
+"""Resize the embedding and the head of a built model for new tokens."""
 
 import torch
 from torch import nn
@@ -9,11 +9,11 @@ from llmkit.models.layers import token_tables
 
 @torch.no_grad()
 def resize_embeddings(model: nn.Module, size: int, sources: dict[int, list[int]]) -> None:
-    """Give the embedding, and the head where it is another matrix, at least `size` rows.
+    """Extend the embedding, and the head if it is another matrix, to at least `size` rows.
 
-    sources  new id -> the ids that spelt it so far: its row begins as the mean of theirs, or of all tokens' where there
-             are none, which keeps the others' probabilities almost as they were (Hewitt 2021). Rows that no token had,
-             as padded vocabularies have them, are written over; all others stay
+    sources  new id -> the ids that encoded its text so far. The new row is the mean of theirs, or of all tokens if
+             there are none, which hardly changes the probabilities of the others (Hewitt 2021). The unused rows of a
+             padded vocabulary are overwritten. All other rows stay
     """
     for module in token_tables(model):
         old = module.weight

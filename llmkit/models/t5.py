@@ -1,6 +1,6 @@
-"""T5: an encoder, and a decoder that reads it; positions are biases of the scores (Raffel et al. 2019, 1910.10683).
+"""T5: an encoder and a decoder; positions are biases of the scores (Raffel et al. 2019, arXiv:1910.10683).
 
-Version 1.1's gated MLP and untied head included. Module names are Hugging Face's weight names.
+It has version 1.1's gated MLP and untied head too. Module names are Hugging Face's weight names.
 """
 
 import math
@@ -56,7 +56,7 @@ class Config:
 
     @property
     def windows(self) -> list[None]:
-        """Of the decoder's layers."""
+        """The windows of the decoder's layers."""
         return [None] * self.num_decoder_layers
 
 
@@ -66,9 +66,9 @@ def is_gated(config: Config) -> bool:
 
 
 def init_stds(config: Config) -> dict[str, float]:
-    """How T5 begins: each matrix by the width of what it reads, queries smaller, as their scores are not scaled.
+    """Return T5's standard deviations: by the width that a matrix reads; smaller for queries, as scores are not scaled.
 
-    The spreads of Raffel et al.'s code, as transformers has them; an untied head as other matrices.
+    They are those of Raffel et al.'s code, as transformers has them; an untied head's is as other matrices'.
     """
     width, inner = config.hidden_size**-0.5, config.intermediate_size**-0.5
     return {
@@ -87,11 +87,11 @@ def init_stds(config: Config) -> dict[str, float]:
 
 
 class Context(NamedTuple):
-    """What a block is told beside its input."""
+    """The inputs that a block gets beside the hidden states."""
 
-    bias: Tensor  # (1 or B, H, T, S) what is added to the scores of self-attention; -inf where nothing is seen
+    bias: Tensor  # (1 or B, H, T, S) added to the scores of self-attention; -inf where a key is masked
     encoded: Tensor | None = None  # (B, S, hidden), for the decoder
-    seen: Tensor | None = None  # (B, 1, 1, S) which of it may be seen; None: all
+    seen: Tensor | None = None  # (B, 1, 1, S) which of them may be seen; None: all
     cache: LayerCache | None = None  # its own
 
 
@@ -132,7 +132,7 @@ class SelfLayer(nn.Module):
 
 
 class CrossLayer(nn.Module):
-    """The decoder's view of what the encoder read; its keys and values are made once and kept."""
+    """Attention of the decoder to the encoder's states. Their keys and values are computed once and kept."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -142,12 +142,12 @@ class CrossLayer(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         attention = self.EncDecAttention
         q = attention.heads(attention.q(self.layer_norm(x)))
-        if context.cache is not None and context.cache.encoded is not None:
-            k, v = context.cache.encoded
+        if context.cache is not None and context.cache.cross is not None:
+            k, v = context.cache.cross
         else:
             k, v = (attention.heads(project(context.encoded)) for project in (attention.k, attention.v))
             if context.cache is not None:
-                context.cache.encoded = k, v
+                context.cache.cross = k, v
         return attention(q, k, v, context.seen)
 
 
@@ -200,7 +200,7 @@ class Stack(nn.Module):
         self.final_layer_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
     def bias(self, queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
-        """What distance adds to the scores: (1 or B, H, T, S) for columns of queries (T,) and keys (S,)."""
+        """Return the biases of the scores, (1 or B, H, T, S), for columns of queries (T,) and keys (S,)."""
         buckets, longest = self.config.relative_attention_num_buckets, self.config.relative_attention_max_distance
         table = self.block[0].layer[0].SelfAttention.relative_attention_bias
         distance = keys - queries[:, None]  # (T, S)
@@ -215,9 +215,9 @@ class Stack(nn.Module):
 
 
 def bucket(distance: Tensor, buckets: int, longest: int, both_ways: bool) -> Tensor:
-    """The number of the bias of a distance (key column - query column): exact ones nearby, wider with the logarithm.
+    """Return the bucket of a distance (key column - query column): exact nearby, logarithmic further away.
 
-    both_ways  half of the buckets for each direction; else all for the keys before the query
+    both_ways  half of the buckets for each direction; False: all for the keys before the query
 
     >>> bucket(torch.tensor([0, -1, -7, -8, -127, -9999, 3]), 16, 128, both_ways=False).tolist()
     [0, 1, 7, 8, 15, 15, 0]
@@ -258,7 +258,7 @@ class Model(nn.Module):
         return self.shared
 
     def encode(self, input_ids: Tensor, segments: Tensor | None = None) -> Tensor:
-        """Hidden states (B, S, hidden) of texts; segments (B, S) is negative where a row is padded."""
+        """Return the encoder's states (B, S, hidden); segments (B, S) is negative where a row is padded."""
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)
         mask = attention_mask(segments, len(columns), None, input_ids.device, causal=False)
         context = Context(self.encoder.bias(columns, columns, mask))
@@ -275,11 +275,11 @@ class Model(nn.Module):
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
     ) -> Tensor:
-        """Logits (B, T, V) of what follows decoder_input_ids (B, T); with labels (B, T) their losses.
+        """Return logits (B, T, V) of what follows decoder_input_ids (B, T); with labels (B, T) their losses.
 
         input_ids  (B, S), what the encoder reads
         segments   (B, S), negative where input_ids are padding
-        cache      continue to write: what was encoded is in it, so input_ids are the decoder's next ones
+        cache      continue after its tokens; it holds the encoder's states, so input_ids are the decoder's next ones
         """
         if cache is None:
             encoded, decoder_ids = self.encode(input_ids, segments), decoder_input_ids
@@ -292,11 +292,11 @@ class Model(nn.Module):
             cache.begin(length)
             columns, keys = cache.length + torch.arange(length, device=cache.device), cache.layers[0].columns(length)
             bias = self.decoder.bias(columns, keys, visible(columns[:, None], keys, None))
-            contexts = [Context(bias, cache.encoded, cache.seen, layer) for layer in cache.layers]
+            contexts = [Context(bias, cache.encoded, cache.encoded_mask, layer) for layer in cache.layers]
             cache.length += length
         hidden = self.decoder(self.shared(decoder_ids), contexts)[:, -logits_to_keep:]
         if self.lm_head is None:
-            hidden = hidden * self.config.hidden_size**-0.5  # as in the first version, whose head is the embedding
+            hidden = hidden * self.config.hidden_size**-0.5  # version 1.0, whose head is the embedding, scales
         weight = token_tables(self)[-1].rows()
         if labels is None:
             return self.to_logits(hidden, weight)

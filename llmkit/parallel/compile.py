@@ -11,11 +11,9 @@ from llmkit.errors import MachineError
 from llmkit.models import family_of
 from llmkit.models.attention import recomputed
 
-# ---- what is done to a built model ----------------------------------------------------------------------------------
-
 
 def apply_checkpointing(model: nn.Module, mode: str | int) -> int:
-    """Recompute blocks in the backward instead of keeping their activations; returns how many.
+    """Recompute blocks in the backward instead of keeping their activations; return how many.
 
     mode  none, full (every block), or k (every k-th block)
     """
@@ -42,7 +40,7 @@ def compile_obstacle(model: nn.Module, device: torch.device, precision: str) -> 
 
 
 def compile_blocks(model: nn.Module, asked: str | bool, device: torch.device, precision: str) -> str:
-    """Compile the loss, and every block on its own: they share one program. Returns what the header says."""
+    """Compile the loss, and each block by itself, which share one program; return a description for the header."""
     reason = compile_obstacle(model, device, precision)
     if asked is False:
         return "off"
@@ -51,8 +49,8 @@ def compile_blocks(model: nn.Module, asked: str | bool, device: torch.device, pr
     if reason:
         return f"off ({reason})"
     if device.type == "cpu":
-        # Make again what is cheap (norms, activations) instead of keeping it: an eighth less memory in pretraining
-        # and more with LoRA, at the same speed. What it does on a GPU has not been measured.
+        # Recompute what is cheap (norms, activations): an eighth less memory in pretraining, even less with LoRA, at
+        # the same speed. Not measured on a GPU.
         torch._functorch.config.activation_memory_budget = 0.9
     for part in (*model.blocks, model.chunk_loss):
         part.compile(fullgraph=True, dynamic=False)

@@ -32,7 +32,7 @@ PEAKS = {
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """A batch as the keyword arguments of a model's forward; the copy to a GPU does not wait."""
+    """Return a batch as the keyword arguments of a model's forward; the copy to a GPU does not wait."""
     tensors = {name: torch.from_numpy(array) for name, array in batch.arrays().items()}
     if device.type == "cuda":
         return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
@@ -40,9 +40,9 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what tensors free, for the next ones: page faults took 5-11 % of a step.
+    """Let glibc keep the memory that tensors free, for the next ones: page faults took 5-11 % of a step.
 
-    The numbers are M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h; other C libraries are left alone.
+    The numbers are M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h. Other C libraries are left alone.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -54,7 +54,7 @@ def keep_freed_memory() -> None:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 in hardware."""
+    """Return whether the device multiplies bf16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     flags = ""
@@ -64,7 +64,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def choose_precision(asked: str, device: torch.device) -> str:
-    """bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU; what was asked for is never changed."""
+    """Resolve "auto" to bf16 if the hardware has it, else to fp16 on a GPU and fp32 on a CPU."""
     if asked not in ("auto", *DTYPES):
         raise UserError("the precision is unknown", got=asked, expected="auto, bf16, fp16 or fp32")
     if asked != "auto":
@@ -78,12 +78,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def autocast(device: torch.device, precision: str):
-    """Matrix products in the precision's dtype; norms, softmax and losses stay in fp32."""
+    """Compute matrix products in the precision's dtype; norms, softmax and losses stay in fp32."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def make_deterministic(device: torch.device) -> None:
-    """Ask CUDA for the same sums in the same order; CPU runs are so already."""
+    """Ask CUDA for deterministic algorithms; CPU runs are deterministic already."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -93,7 +93,7 @@ def make_deterministic(device: torch.device) -> None:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of one large matrix product, measured: the ceiling that a training step is compared with."""
+    """Measure the FLOP/s of a large matrix product, the ceiling of a training step."""
     size = 8192 if device.type == "cuda" else 256 if dtype == torch.float16 else 1024  # CPUs crawl in fp16
     # A generator of its own: a resumed run must not find the global one moved.
     generator = torch.Generator(device).manual_seed(0)
@@ -114,7 +114,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """The FLOP/s that MFU is a share of, and where the figure comes from."""
+    """Return the FLOP/s that MFU is a share of, and the source of the figure."""
     if device.type == "cuda" and precision != "fp32":
         name = torch.cuda.get_device_name(device)
         known = next((peak for part, peak in PEAKS.items() if part in name), None)
@@ -124,6 +124,7 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
 
 
 def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or of the CPU with its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError), CPUINFO.open(encoding="utf-8") as file:
@@ -134,14 +135,14 @@ def device_name(device: torch.device) -> str:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of memory that the device has."""
+    """Return the bytes of memory that the device has."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the highest point so far: allocated on a GPU, resident in the process on a CPU."""
+    """Return the peak bytes so far: allocated on a GPU, resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

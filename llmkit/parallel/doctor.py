@@ -24,7 +24,7 @@ EXTRAS = {  # of pyproject.toml, and a module that each brings
 
 
 def examine() -> dict[str, str]:
-    """What `llmkit doctor` prints: what this machine can do, and what is missing."""
+    """Return the rows of `llmkit doctor`."""
     device = start_world().device
     reason = missing_compiler(device)
     figures = {

@@ -1,4 +1,4 @@
-"""Ranks: start them, add numbers and gradients up over them, and let one act for all."""
+"""Start ranks, sum numbers and gradients over them, and let one act for all."""
 
 import os
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class World:
         return self.rank == 0
 
     def sum(self, value: float) -> float:
-        """A number added up over all ranks; a plain number without any."""
+        """Return the sum of a number over all ranks."""
         if self.size == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -35,7 +35,7 @@ class World:
         return total.item()
 
     def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Add every gradient up over all ranks, in one message a dtype."""
+        """Sum every gradient over all ranks, in one message per dtype."""
         if self.size == 1:
             return
         for dtype in {p.grad.dtype for p in parameters if p.grad is not None}:
@@ -46,7 +46,7 @@ class World:
                 grad.copy_(part.view_as(grad))
 
     def on_main(self, function: Callable[[], Any]) -> Any:
-        """Let rank 0 do what only one may do, while the others wait; its user error is raised in all of them."""
+        """Call a function on rank 0 only, while the others wait; a UserError is raised on all ranks."""
         result, box = None, [None]
         if self.main:
             try:
@@ -61,7 +61,7 @@ class World:
 
 
 def start_world() -> World:
-    """This process's rank and device; ranks come from torchrun's environment, `--nproc` included."""
+    """Return this process's rank and device; torchrun's environment, which `--nproc` sets too, tells the rank."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -76,7 +76,7 @@ def start_world() -> World:
 
 
 def launch(function: Callable[..., Any], processes: int, *args: Any, **options: Any) -> Any:
-    """Run a function in so many ranks on this machine, through torchrun's own API; returns what rank 0 returned."""
+    """Run a function in several ranks on this machine, through torchrun's own API; return rank 0's result."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -105,7 +105,7 @@ def launch(function: Callable[..., Any], processes: int, *args: Any, **options: 
 
 
 def returning_errors(function: Callable[..., Any], args: tuple, options: dict[str, Any]) -> Any:
-    """A rank's user errors go back to the launcher, which prints one block instead of many tracebacks."""
+    """Return a rank's UserError to the launcher, which prints one block instead of many tracebacks."""
     try:
         return function(*args, **options)
     except UserError as error:

@@ -24,7 +24,7 @@ PLAIN_TEMPLATE = (
     "{{ message.content }}\n{% endif %}{% endfor %}"
 )
 
-MAX_LOOP_DEPTH, MAX_CHARACTERS = 2, 10_000_000  # limits that an honest template never reaches
+MAX_LOOP_DEPTH, MAX_CHARACTERS = 2, 10_000_000  # nested loops and output: no real template needs more
 BREAK = "\ue000"  # a private-use letter that breaks up special tokens that are spelt out in a message
 
 
@@ -63,7 +63,7 @@ def loop_depth(loop: nodes.Node) -> int:
 
 
 def render(tokenizer: Tokenizer, template: str, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
-    """Render messages, with `prompt` up to the start of an answer. Raise ValueError if the template does not support them."""
+    """Render messages, with `prompt` up to the start of an answer. Raise ValueError if the template rejects them."""
     try:
         text = compile_template(template).render(
             messages=messages,
