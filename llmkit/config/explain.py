@@ -9,34 +9,31 @@ from llmkit.config.schema import Config
 from llmkit.config.yaml import nearest
 from llmkit.errors import UserError, did_you_mean
 
-# Keys of other tools, and where they are here.
-KEY_ALIASES = {
-    "lr": "optimizer.lr",
-    "learning_rate": "optimizer.lr",
-    "weight_decay": "optimizer.weight_decay",
-    "betas": "optimizer.betas",
-    "warmup_steps": "schedule.warmup_steps",
-    "warmup": "schedule.warmup_steps",
-    "min_lr_ratio": "schedule.min_lr_ratio",
-    "batch_size": "train.global_batch_size",
-    "grad_clip": "train.max_grad_norm",
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "num_train_epochs": "train.epochs",
-    "gradient_accumulation_steps": "train.global_batch_size (accumulation is derived from it)",
-    "block_size": "data.seq_len",
-    "sequence_len": "data.seq_len",
-    "seq_len": "data.seq_len",
-    "vocab_size": "data.tokenizer.vocab_size",
-    "lora_r": "peft.r",
-    "lora_alpha": "peft.alpha",
-    "output_dir": "run_dir",
-    "n_layer": "model.num_hidden_layers",
-    "n_head": "model.num_attention_heads",
-    "n_embd": "model.hidden_size",
-    "eval_steps": "eval.every",
-    "save_steps": "checkpoint.every",
-    "logging_steps": "log.every",
+# Our key -> what it is called in other tools, or where people look for it.
+ALIASES = {
+    "optimizer.lr": "lr learning_rate",
+    "optimizer.weight_decay": "weight_decay",
+    "optimizer.betas": "betas",
+    "schedule.warmup_steps": "warmup_steps warmup",
+    "schedule.min_lr_ratio": "min_lr_ratio",
+    "train.global_batch_size": "batch_size",
+    "train.global_batch_size (accumulation is derived from it)": "gradient_accumulation_steps",
+    "train.micro_batch_size": "per_device_train_batch_size",
+    "train.max_grad_norm": "grad_clip",
+    "train.epochs": "num_train_epochs",
+    "data.seq_len": "block_size sequence_len seq_len",
+    "data.tokenizer.vocab_size": "vocab_size",
+    "peft.r": "lora_r",
+    "peft.alpha": "lora_alpha",
+    "run_dir": "output_dir",
+    "model.num_hidden_layers": "n_layer",
+    "model.num_attention_heads": "n_head",
+    "model.hidden_size": "n_embd",
+    "eval.every": "eval_steps",
+    "checkpoint.every": "save_steps",
+    "log.every": "logging_steps",
 }
+KEY_OF_ALIAS = {alias: key for key, aliases in ALIASES.items() for alias in aliases.split()}
 
 
 def explain_all(
@@ -64,7 +61,7 @@ def explain(problem: dict, schema: type[BaseModel], origins: dict[tuple, str], p
     key, at = ".".join(map(str, path)), nearest(origins, path)
     if problem["type"] == "extra_forbidden":
         word = str(path[-1])
-        hint = did_you_mean(word, known) or (f"this lives in {KEY_ALIASES[word]}" if word in KEY_ALIASES else None)
+        hint = did_you_mean(word, known) or (f"this lives in {KEY_OF_ALIAS[word]}" if word in KEY_OF_ALIAS else None)
         if hint is None:
             homes = [name for name, section in Config.model_fields.items() if word in fields_at(Config, [name])]
             hint = f"did you mean {homes[0]}.{word}?" if homes else f"known keys: {', '.join(sorted(known))}"

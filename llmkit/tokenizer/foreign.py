@@ -109,9 +109,7 @@ def from_sentencepiece(path: Path, configs: dict[str, Any]) -> Rust:
         raise
     except BaseException as error:  # protobuf's errors, tokenizers' bare Exception, a Rust panic
         raise ModelError(
-            f"the SentencePiece model can't be read: {error}",
-            at=path,
-            fix=SAVE_WITH_TRANSFORMERS,
+            f"the SentencePiece model can't be read: {error}", at=path, fix=SAVE_WITH_TRANSFORMERS
         ) from None
     begin, end = ((pieces[i].piece, i) if i >= 0 else None for i in (spec.bos_id, spec.eos_id))
     if begin and configs.get("add_bos_token", True):
