@@ -27,7 +27,7 @@ from llmkit.corpus.encode import split_text
 from llmkit.corpus.filters import PROFILES
 from llmkit.corpus.lookup import explain_document, sample_documents
 from llmkit.corpus.words import split_words
-from llmkit.data.batches import SLOTS, Mixture, corpus_batches, count_samples
+from llmkit.data.batches import SLOTS, Mixture, corpus_batches, samples_in
 from llmkit.data.tokens import ShardWriter, TokenStream, open_split, token_dtype
 from llmkit.errors import DATA, UserError
 from llmkit.evals.perplexity import measure
@@ -755,7 +755,7 @@ def streams_of(folder: Path, lengths: list[int]) -> list[TokenStream]:
 @pytest.mark.parametrize("weights", [[3, 1], [5, 3, 2]])
 def test_ranks_together_see_the_global_batch_of_a_mixture(tmp_path, weights):
     streams = streams_of(tmp_path, [400, 90, 250][: len(weights)])
-    mixture = Mixture([count_samples(stream, 8) for stream in streams], weights)
+    mixture = Mixture([samples_in(stream, 8) for stream in streams], weights)
 
     def rows(step: int, world: int) -> list[list[int]]:
         parts = [
@@ -774,7 +774,7 @@ def test_ranks_together_see_the_global_batch_of_a_mixture(tmp_path, weights):
 def test_samples_of_a_source_come_once_an_epoch_of_its_own(tmp_path, weights):
     lengths = [400, 90, 250][: len(weights)]
     streams = streams_of(tmp_path, lengths)
-    mixture = Mixture([count_samples(stream, 8) for stream in streams], weights)
+    mixture = Mixture([samples_in(stream, 8) for stream in streams], weights)
     batches = corpus_batches(streams, 8, 8, mixture=mixture, seed=5)
     first = np.concatenate([batches.batch_at(step).input_ids[:, 0] for step in range(120)])
     for number, length in enumerate(lengths):

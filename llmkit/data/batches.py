@@ -158,8 +158,8 @@ def corpus_batches(
 
     def rows(indices: list[int]) -> Batch:
         sources = (np.searchsorted(starts, indices, side="right") - 1).tolist()
-        offsets = [(streams[s], (i - int(starts[s])) * seq_len) for i, s in zip(indices, sources, strict=True)]
-        tokens = np.stack([stream.read(offset, seq_len + 1) for stream, offset in offsets]).astype(np.int64)
+        places = [(streams[s], (i - int(starts[s])) * seq_len) for i, s in zip(indices, sources, strict=True)]
+        tokens = np.stack([stream.read(place, seq_len + 1) for stream, place in places]).astype(np.int64)
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         if not document_mask:
             return Batch(inputs, labels)

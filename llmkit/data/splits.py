@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.data.batches import Batches, Mixture, corpus_batches, count_samples, open_rows
+from llmkit.data.batches import Batches, Mixture, corpus_batches, open_rows, samples_in
 from llmkit.data.tokens import TokenStream, open_split
 from llmkit.errors import DataError
 from llmkit.screen import count
@@ -84,7 +84,7 @@ def open_corpus(
         "train": [open_stream(folder, manifest, "train", source) for source in weights or [None]],
         "val": [open_stream(folder, manifest, "val")],
     }
-    samples = {split: [count_samples(one, seq_len) for one in streams[split]] for split in SPLITS}
+    samples = {split: [samples_in(one, seq_len) for one in streams[split]] for split in SPLITS}
     for name, one, number in zip(weights, streams["train"], samples["train"], strict=False):
         if not number:
             gone = ", ".join(f"{n} by {rule}" for rule, n in manifest["funnel"][name]["dropped"].items())

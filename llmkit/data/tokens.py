@@ -82,13 +82,13 @@ class TokenStream:
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Return a copy of tokens [start, start + length), fewer at the end of the stream. They may span shards."""
-        pieces = [self.shards[shard][begin:end] for shard, begin, end in self.locate(start, length)]
+        pieces = [self.shards[shard][begin:end] for shard, begin, end in self.pieces(start, length)]
         return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
 
     def document_starts(self, start: int, length: int) -> np.ndarray:
         """Return the positions in (start, start + length) at which a document begins."""
         found = [np.empty(0, np.int64)]
-        for shard, begin, end in self.locate(start, length):
+        for shard, begin, end in self.pieces(start, length):
             ends = self.ends[shard]
             inside = ends[np.searchsorted(ends, begin, side="right") : np.searchsorted(ends, end)]
             first = [0] if begin == 0 and shard > 0 else []
@@ -108,7 +108,7 @@ def open_split(folder: Path, files: list[dict], dtype: np.dtype) -> TokenStream:
                 raise DataError(
                     "a token shard is not what was built",
                     at=path,
-                    expected=f"{file['bytes']} bytes as in the manifest",
+                    expected=f"{one['bytes']} bytes as in the manifest",
                     got=problem,
                     fix=f"delete {folder} and build again",
                 )

@@ -40,7 +40,7 @@ def compile_template(source: str):
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 
     def raise_exception(message: str):
-        raise ValueError(message)  # templates call it for conversations that they refuse
+        raise ValueError(message)  # templates call it for conversations that they do not support
 
     for name in ("center", "format", "indent", "replace", "wordwrap"):
         env.filters.pop(name)  # they can make long strings from short ones
@@ -124,7 +124,7 @@ def encode_example(tokenizer: Tokenizer, template: str, turns: Any) -> tuple[lis
     """Return the ids of one example, and which of them are targets: the assistant's answers and their end tokens.
 
     turns  (prompt, completion), or messages
-    Raise ValueError if the template refuses the messages.
+    Raise ValueError if the template does not support the messages.
     """
     if isinstance(turns, tuple):
         prompt, completion = tokenizer.encode_prompt(turns[0]), tokenizer.encode(turns[1])
