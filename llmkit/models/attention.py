@@ -1,4 +1,4 @@
-"""Compute attention, its masks and the KV cache. Shapes: B rows, T tokens, S keys, H heads, D channels a head."""
+"""Compute attention, its masks and the KV cache. Shapes: B rows, T tokens, S keys, H heads, D channels per head."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-Window = int | None  # how many keys a query may see, its own included; None: its own and all before it
-Masks = dict[Window, Tensor | None]  # one mask for all layers with the same window, see `attend`
+Window = int | None  # number of keys that a query may see, including its own; None: all up to its own
+Masks = dict[Window, Tensor | None]  # one mask for all layers with the same window, as `attend` takes it
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------
 
 
 class LayerCache:
-    """The keys and values of one layer, (B, kv heads, slots, D) each. Column c of the text is in slot c % slots."""
+    """Hold the keys and values of one layer, (B, kv heads, slots, D) each. Column c is in slot c % slots."""
 
     def __init__(self, shape: tuple[int, int, int, int], device, dtype: torch.dtype):
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
@@ -23,7 +23,7 @@ class LayerCache:
         self.slots = shape[2]
         self.length = 0  # columns written before this forward pass
         self.cross: tuple[Tensor, Tensor] | None = None  # keys and values of the cross-attention, for T5
-        self.slot: Tensor | None = None  # (1,) where a single new token is written; all slots are then attended
+        self.slot: Tensor | None = None  # (1,) slot of a single new token, whose query attends to all slots
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v (B, kv heads, T, D). Return all keys and values that a query may still see."""
@@ -36,7 +36,7 @@ class LayerCache:
             return self.keys[:, :, :end], self.values[:, :, :end]
         kept = min(self.length, self.slots)
         seen = torch.cat((self.keys[:, :, :kept], k), dim=2), torch.cat((self.values[:, :, :kept], v), dim=2)
-        last = min(new, self.slots)  # earlier tokens would be overwritten at once
+        last = min(new, self.slots)  # earlier tokens would be overwritten immediately
         slots = torch.arange(end - last, end, device=k.device) % self.slots
         self.keys[:, :, slots], self.values[:, :, slots] = k[:, :, -last:], v[:, :, -last:]
         return seen
@@ -56,13 +56,13 @@ class LayerCache:
 class KVCache:
     """Hold the keys and values of the tokens read so far, so that each token is read once.
 
-    A layer with a sliding window keeps the last `window` tokens only: the newest takes the slot of the oldest.
+    A layer with a sliding window keeps only the last `window` tokens: the newest takes the slot of the oldest.
 
-    windows        of the layers
-    capacity       how many columns may be read in total
-    starts         (B,) column at which each row begins: prompts of different lengths end in the same column, and the
-                   padding before them is never seen; None: all rows begin at 0
-    max_positions  of the model. Positions stop there, as finished rows of a batch are read on; None: `capacity`
+    windows        one per layer
+    capacity       largest number of columns
+    starts         (B,) first column of each row: prompts of different lengths end in the same column, and the padding
+                   before them is masked; None: all rows begin at 0
+    max_positions  of the model; None: `capacity`. Positions stop there, as finished rows of a batch continue
 
     >>> cache = KVCache([None, 4], batch=1, kv_heads=1, capacity=32, head_dim=8)
     >>> [layer.slots for layer in cache.layers]
@@ -84,7 +84,7 @@ class KVCache:
     ):
         self.windows, self.starts, self.device = windows, starts, torch.device(device)
         self.max_positions = max_positions or capacity
-        self.fixed = False  # read one token at a time and attend all slots: compiled blocks need fixed shapes
+        self.fixed = False  # read one token at a time and attend to all slots: compiled blocks need fixed shapes
         self.length = 0  # columns in the cache
         self.encoded: Tensor | None = None  # for T5: (B, S, hidden), the output of the encoder
         self.encoded_mask: Tensor | None = None  # (B, 1, 1, S), False for padding; None: no padding
@@ -98,10 +98,9 @@ class KVCache:
         for layer in self.layers:
             in_place = self.fixed or (new == 1 and self.length >= layer.slots)
             layer.length, layer.slot = self.length, next_slots[layer.slots] if in_place else None
-        columns = torch.arange(self.length, self.length + new, device=self.device)
-        positions = (
-            columns if self.starts is None else (columns - self.starts[:, None]).clamp(0, self.max_positions - 1)
-        )
+        positions = columns = torch.arange(self.length, self.length + new, device=self.device)
+        if self.starts is not None:
+            positions = (columns - self.starts[:, None]).clamp(0, self.max_positions - 1)
         first_layers = dict(zip(reversed(self.windows), reversed(self.layers), strict=True))
         return positions, {window: self.mask(window, layer, columns) for window, layer in first_layers.items()}
 
@@ -116,14 +115,15 @@ class KVCache:
         seen = visible(queries, keys, window)  # (T, S)
         if self.starts is None:
             return seen
-        return (seen & (keys >= self.starts[:, None, None, None])) | (keys == queries)  # a softmax over no key is nan
+        # A query in the padding sees its own key, because a softmax over no key is nan.
+        return (seen & (keys >= self.starts[:, None, None, None])) | (keys == queries)
 
 
-# ---- masks -----------------------------------------------------------------------------------------------------------
+# ---- masks ----------------------------------------------------------------------------------------------------------
 
 
 def visible(queries: Tensor, keys: Tensor, window: Window) -> Tensor:
-    """Return whether each query column may see each key column, for columns that broadcast."""
+    """Return whether each query column may see each key column; the two broadcast."""
     seen = (keys <= queries) & (keys >= 0)
     return seen if window is None else seen & (keys > queries - window)
 
@@ -133,7 +133,7 @@ def attention_mask(
 ) -> Tensor | None:
     """Return the mask of `length` tokens without a cache, as `attend` takes it.
 
-    segments  (B, T) the number of each token's document: documents do not see each other; None: there is one
+    segments  (B, T) document number of each token: documents do not see each other; None: one document
     """
     if segments is None and (window is None or window >= length):
         return None
@@ -145,7 +145,7 @@ def attention_mask(
 
 
 def same_segment(segments: Tensor) -> Tensor:
-    """Return (B, 1, T, T): whether two tokens are in the same document."""
+    """Return whether two tokens are in the same document, (B, 1, T, T)."""
     return segments[:, None, :, None] == segments[:, None, None, :]
 
 
@@ -165,14 +165,14 @@ def attend(
     """Return the attention of q (B, H, T, D) over k, v (B, kv heads, S, D), with the heads joined: (B, T, H * D).
 
     mask    broadcasts to (B, H, T, S): True where query t may see key s, or numbers that are added to the scores
-    causal  what the mask None means: each token sees itself and those before it, or (False) all tokens
+    causal  without a mask: each token sees itself and earlier tokens, or (False) all tokens
     scale   of the scores; None: D^-1/2
 
-    Compiled for a CPU, this is matrix products over blocks of queries, a fifth faster than SDPA at T 256, or a sum for
-    a single query. Otherwise it is SDPA.
+    When compiled for a CPU, it multiplies blocks of queries, a fifth faster than SDPA at T 256, and sums products for a
+    single query. Otherwise it calls SDPA.
     """
     compiled = q.device.type == "cpu" and torch.compiler.is_compiling() and not dropout
-    if compiled and q.shape[:1] + q.shape[2:3] == (1, 1):
+    if compiled and q.shape[0] == q.shape[2] == 1:
         return single_attention(q, k, v, mask, scale).flatten(1)[:, None]
     if compiled and q.shape[2] > 1:
         function = recomputed(blocked_attention) if q.shape[2] >= RECOMPUTE_FROM else blocked_attention
@@ -182,12 +182,12 @@ def attend(
     return out.transpose(1, 2).flatten(2)
 
 
-QUERY_BLOCK = 128  # queries whose scores are in memory at a time
-RECOMPUTE_FROM = 512  # from so many tokens on, the backward pass recomputes the scores, which would take much memory
+QUERY_BLOCK = 128  # number of queries whose scores are in memory at a time
+RECOMPUTE_FROM = 512  # from this many tokens on, the backward pass recomputes the scores to save memory
 
 
 def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Wrap a function: the backward pass recomputes its activations (Chen et al. 2016, arXiv:1604.06174)."""
+    """Wrap a function so that the backward pass recomputes its activations (Chen et al. 2016, arXiv:1604.06174)."""
 
     def wrapper(*args):  # not a functools.partial, which torch.compile does not trace
         return checkpoint(function, *args, use_reentrant=False)
@@ -198,7 +198,7 @@ def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def blocked_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = True, scale: float | None = None
 ) -> Tensor:
-    """Compute `attend` as matrix products, a block of queries at a time. Causal blocks skip the keys after them.
+    """Compute `attend` as matrix products, a block of queries at a time. Causal blocks skip later keys.
 
     q (B, H, T, D), k and v (B, kv heads, S, D). The query heads that share a key head are rows of one product.
     """
@@ -224,7 +224,7 @@ def blocked_attention(
 
 
 def single_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
-    """Compute `attend` for one query in one row by products and sums, which a compiler fuses: (1, H, D)."""
+    """Compute `attend` for one query of one row as sums of products, which a compiler fuses; return (1, H, D)."""
     q = q.unflatten(1, (k.shape[1], -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)  # (1, kv heads, G, 1, D)
     scores = (q * k[:, :, None]).sum(-1)  # (1, kv heads, G, S)
     if mask is not None:
@@ -236,5 +236,5 @@ def single_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
 
 
 def grouped_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return a (B, K, G, n, x) @ b (B, K, x, y) as (B, K, G, n, y): the G heads of a group are rows of one product."""
+    """Return a (B, K, G, n, x) @ b (B, K, x, y) as (B, K, G, n, y), with the G heads of a group in one product."""
     return (a.flatten(2, 3) @ b).unflatten(2, a.shape[2:4])

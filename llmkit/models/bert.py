@@ -1,6 +1,6 @@
 """BERT: a bidirectional encoder of post-norm blocks, and a head that predicts masked tokens (arXiv:1810.04805).
 
-Module names are Hugging Face's weight names. The pooler and the next-sentence head of its files are not read.
+Module names are Hugging Face's weight names. The pooler and the next-sentence head in files are ignored.
 """
 
 import re
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from llmkit.models.attention import attend, attention_mask
 from llmkit.models.family import Family
-from llmkit.models.layers import ACTIVATIONS, TokenEmbedding
+from llmkit.models.layers import ACTIVATIONS, MultiHeadSizes, TokenEmbedding
 from llmkit.models.loss import ChunkLoss, Logits, linear_cross_entropy
 
 
 @dataclass(kw_only=True)
-class Config:
+class Config(MultiHeadSizes):
     model_type: ClassVar[str] = "bert"
     kind: ClassVar[str] = "masked"
 
@@ -36,25 +36,9 @@ class Config:
     initializer_range: float = 0.02
     init: Literal["normal", "xavier", "he"] = "normal"
 
-    def __post_init__(self):
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-
     @property
     def tie_word_embeddings(self) -> bool:
         return True
-
-    @property
-    def windows(self) -> list[None]:
-        return [None] * self.num_hidden_layers
-
-    @property
-    def num_key_value_heads(self) -> int:
-        return self.num_attention_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
 
 class Embeddings(nn.Module):
@@ -89,7 +73,7 @@ class SelfAttention(nn.Module):
 
 
 class Output(nn.Module):
-    """A projection that is added to the residual stream, and the norm of the sum."""
+    """Project, add to the residual stream, and normalise the sum."""
 
     def __init__(self, config: Config, width: int):
         super().__init__()
@@ -115,7 +99,7 @@ class Block(nn.Module):
 
 
 class Transform(nn.Module):
-    """The part of the head before the product with the embeddings."""
+    """Transform hidden states before the head multiplies them by the embeddings."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -179,9 +163,9 @@ class Model(nn.Module):
         segments: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> Tensor:
-        """Return logits (B, T, V) of the token at each place; with labels (B, T) their losses (`linear_cross_entropy`).
+        """Return logits (B, T, V) of each token, or with labels (B, T) the losses, see `linear_cross_entropy`.
 
-        segments  (B, T): a token sees those of the same number only, in packed rows and beside padding
+        segments  (B, T), for packed rows and padding: a token sees only tokens with the same number
         """
         hidden = self.encode(input_ids, positions=positions, segments=segments, token_type_ids=token_type_ids)
         head = self.cls["predictions"]
@@ -193,17 +177,17 @@ class Model(nn.Module):
 
 # ---- the family -----------------------------------------------------------------------------------------------------
 
-OLD_NAMES = ((".gamma", ".weight"), (".beta", ".bias"))  # of the norms in Google's own files
+OLD_NAMES = ((".gamma", ".weight"), (".beta", ".bias"))  # of norms in Google's files
 
 
 def from_disk_name(name: str) -> str:
-    """Return a weight's name here: old files name norms differently, a bare encoder's files lack the prefix."""
+    """Return our name of a weight: old files name norms differently, and files of a bare encoder lack the prefix."""
     for old, new in OLD_NAMES:
         name = name.removesuffix(old) + new if name.endswith(old) else name
     return name if name.startswith(("bert.", "cls.")) else f"bert.{name}"
 
 
-FAMILY = Family(  # no residual matrix is scaled: a norm follows every sum, so nothing grows with depth
+FAMILY = Family(  # no residual matrix is scaled: every sum is normalised, so the variance does not grow
     config=Config,
     build=Model,
     architecture="BertForMaskedLM",

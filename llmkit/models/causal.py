@@ -11,7 +11,7 @@ from llmkit.models.loss import ChunkLoss, Logits, linear_cross_entropy
 
 
 class Context(NamedTuple):
-    """The arguments of a block beside its input."""
+    """Arguments of a block besides its input."""
 
     masks: Masks
     rope: tuple[Tensor, Tensor] | None = None  # cos and sin of rotary positions
@@ -19,13 +19,13 @@ class Context(NamedTuple):
 
 
 class CausalLM(nn.Module):
-    """A decoder and its head. A family's Model defines these, as its weights have Hugging Face's names:
+    """Run a decoder and its head. A family's Model defines these, so that weights have Hugging Face's names:
 
-    blocks   nn.ModuleList; each block is called with (x, context), and may return balance statistics beside x
+    blocks   nn.ModuleList; each block is called with (x, context), and may also return balance statistics
     norm     of the output of the last block
     embed    (input_ids, positions) -> the input of the first block (B, T, hidden), and cos and sin of rotary positions
     wte      the token embedding
-    lm_head  None if the embedding is the head
+    lm_head  None if it is tied to the embedding
     """
 
     def __init__(self, config):
@@ -46,13 +46,13 @@ class CausalLM(nn.Module):
         logits_to_keep: int = 0,
         with_balance: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return logits (B, T, V) of input_ids (B, T), or losses if there are aligned labels (B, T).
+        """Return logits (B, T, V) of input_ids (B, T), or losses if there are labels (B, T), aligned with the logits.
 
         reduction            of the losses, see `linear_cross_entropy`
         positions, segments  (B, T), for packed rows
-        cache                continue after the tokens that it holds
-        logits_to_keep       use only so many of the last tokens; 0: all
-        with_balance         return the balance statistics of the experts too, see `Family.aux_loss`
+        cache                continue after the tokens in it
+        logits_to_keep       compute logits or losses of this many last tokens only; 0: of all
+        with_balance         also return the balance statistics of the experts, see `Family.aux_loss`
         """
         length = input_ids.shape[1]
         if cache is not None:

@@ -1,4 +1,4 @@
-"""Falcon-7B: attention and MLP side by side under one norm, one key and value head (arXiv:2311.16867)."""
+"""Falcon-7B: parallel attention and MLP under one norm, multi-query attention (arXiv:2311.16867)."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -10,11 +10,11 @@ from llmkit.models import llama
 from llmkit.models.attention import attend
 from llmkit.models.causal import CausalLM, Context
 from llmkit.models.family import Family, Gguf
-from llmkit.models.layers import TokenEmbedding, rope_problems, rope_table, rotate
+from llmkit.models.layers import MultiHeadSizes, TokenEmbedding, rope_problems, rope_table, rotate
 
 
 @dataclass(kw_only=True)
-class Config:
+class Config(MultiHeadSizes):
     model_type: ClassVar[str] = "falcon"
     kind: ClassVar[str] = "causal"
 
@@ -34,21 +34,9 @@ class Config:
     initializer_range: float = 0.02
     init: Literal["normal", "zero", "xavier", "he"] = "normal"
 
-    def __post_init__(self):
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-
     @property
     def num_key_value_heads(self) -> int:
         return 1
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def windows(self) -> list[None]:
-        return [None] * self.num_hidden_layers
 
 
 class Attention(nn.Module):
@@ -87,8 +75,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         normed = self.input_layernorm(x)
-        both = self.self_attention(normed, context) + self.mlp(normed)
-        return x + F.dropout(both, self.dropout, self.training)
+        update = self.self_attention(normed, context) + self.mlp(normed)
+        return x + F.dropout(update, self.dropout, self.training)
 
 
 class Transformer(nn.Module):
@@ -125,7 +113,7 @@ class Model(CausalLM):
 
 
 def from_hf(hf: dict) -> dict:
-    """Return our options from a config.json; its number of key heads means nothing where there is one."""
+    """Return our options from a config.json without its number of key heads, which multi-query attention ignores."""
     options = llama.from_hf(hf)
     for theirs, ours in (("ffn_hidden_size", "intermediate_size"), ("n_embed", "hidden_size")):
         if theirs in options:
@@ -135,7 +123,7 @@ def from_hf(hf: dict) -> dict:
 
 
 def to_hf(options: dict) -> dict:
-    """Return a config.json for transformers."""
+    """Return the fields of a config.json for transformers."""
     options = llama.to_hf(options)
     return options | {"ffn_hidden_size": options.pop("intermediate_size"), "num_kv_heads": 1}
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders: check and read config.json and safetensors, and write them as transformers expects."""
+"""Read and write Hugging Face folders: config.json and safetensors, as transformers expects them."""
 
 import json
 import re
@@ -19,23 +19,23 @@ from llmkit.models import FAMILIES, build_model, family_of, shape_problems
 from llmkit.models.family import Config
 
 MAX_CONFIG_BYTES = 2**20
-# Fields of a config.json that change nothing in a forward pass: names, training habits, generation and output flags.
-HARMLESS = re.compile(
+# Fields of a config.json that do not affect the forward pass: names, training, generation and output flags.
+IGNORED_FIELDS = re.compile(
     r"architectures|model_type|(torch_)?dtype|transformers_version|(_model)?_name_or_path|_attn_implementation\w*|use_cache"
     r"|(bos|eos|pad|sep|unk|cls|mask)_token_id|return_dict\w*|output_\w+|id2label|label2id|num_labels|problem_type|is_decoder"
     r"|is_encoder_decoder|chunk_size_feed_forward|summary_\w+|task_specific_params|n_ctx|gradient_checkpointing"
     r"|is_llama_config|transformers\.js_config|tokenizer_class|prefix|torchscript|use_bfloat16|pruned_heads"
     r"|finetuning_task|tie_encoder_decoder|auto_map|directionality|pooler_\w+|unsloth_\w+|classifier_dropout"
 )
-MAX_SHARD_BYTES = 5 * 10**9  # of a weight file, as transformers cuts them
+MAX_SHARD_BYTES = 5 * 10**9  # of a weight file, as in transformers
 
 
 def read_config(folder: Path) -> Config:
-    """Return the Config of a model's folder; refuse a field that would change the mathematics."""
+    """Return the Config of a model's folder; raise a ModelError if a field asks for mathematics that is not built."""
     path = folder / "config.json"
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ModelError("config.json is too large to be one", at=path)
+            raise ModelError(f"config.json is larger than {MAX_CONFIG_BYTES} bytes", at=path)
         hf = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(hf, dict):
             raise ValueError("not an object")
@@ -45,31 +45,26 @@ def read_config(folder: Path) -> Config:
         raise ModelError(f"config.json can't be read: {error}", at=path) from None
     name = hf.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ModelError(
-            "this model family is not supported",
-            at=path,
-            got=name,
-            expected=" or ".join(FAMILIES),
-            fix=did_you_mean(str(name), FAMILIES),
-        )
+        expected, fix = " or ".join(FAMILIES), did_you_mean(str(name), FAMILIES)
+        raise ModelError("this model family is not supported", at=path, got=name, expected=expected, fix=fix)
     family = FAMILIES[name]
     options = family.hf_defaults | family.from_hf(hf)
     known = {field.name for field in fields(family.config)}
     errors = [
         ModelError(f"{name} with this {key} is not supported", at=path, got=value, expected=expected)
         for key, value in options.items()
-        if (key in family.fixed_values or (key not in known and not HARMLESS.fullmatch(key)))
+        if (key in family.fixed_values or (key not in known and not IGNORED_FIELDS.fullmatch(key)))
         and (expected := family.fixed_values.get(key, "no such field")) != value
         and (value or expected)
     ]
     raise_all(errors)
     try:
-        wanted = json.dumps({key: value for key, value in options.items() if key in known})
-        config = TypeAdapter(family.config).validate_json(wanted, strict=True)
+        text = json.dumps({key: value for key, value in options.items() if key in known})
+        config = TypeAdapter(family.config).validate_json(text, strict=True)
         problems = shape_problems(config)
     except ValidationError as error:
-        found = [(".".join(map(str, one["loc"])), one["msg"], one["input"]) for one in error.errors()]
-        raise_all([ModelError(f"config.json: {key}: {why}", at=path, got=got) for key, why, got in found])
+        found = [(".".join(map(str, item["loc"])), item["msg"], item["input"]) for item in error.errors()]
+        raise_all([ModelError(f"config.json: {key}: {reason}", at=path, got=got) for key, reason, got in found])
     except (TypeError, ZeroDivisionError):
         raise ModelError("config.json has a value of the wrong type", at=path) from None
     if config.vocab_size is None:
@@ -79,7 +74,7 @@ def read_config(folder: Path) -> Config:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder; an index may only name files that lie in it."""
+    """Return the safetensors files of a folder; raise a ModelError if its index names a file elsewhere."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]
@@ -89,22 +84,22 @@ def weight_files(folder: Path) -> list[Path]:
         raise ModelError(f"the weight index can't be read: {error}", at=index) from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise ModelError("a weight file must lie in the model's folder", at=index, got=name)
+            raise ModelError("a weight file must be in the model's folder", at=index, got=name)
     return [folder / name for name in names]
 
 
 def open_weights(path: Path):
-    """Open a safetensors file without reading the tensors."""
+    """Open a safetensors file without reading its tensors."""
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
-        raise ModelError("the weights are missing", at=path) from None
+        raise ModelError("the weight file is missing", at=path) from None
     except (SafetensorError, OSError) as error:
         raise ModelError(f"the weights can't be read: {error}", at=path) from None
 
 
 def weight_names(config: Config, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield the names in a file that the model reads: (as the file has it, as `Family.disk_views` gives it)."""
+    """Yield the two names of each weight that the model reads: in the file, and in `Family.disk_views`."""
     family = family_of(config)
     for disk_name in names:
         name = family.from_disk_name(disk_name)
@@ -114,34 +109,34 @@ def weight_names(config: Config, names: Iterable[str]) -> Iterator[tuple[str, st
 
 
 def load_model(folder: Path, *, device="cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Load a model from a Hugging Face folder. Names and shapes are checked before memory is taken."""
+    """Load a model from a Hugging Face folder. Names and shapes are checked before memory is allocated."""
     config = read_config(folder)
     family = family_of(config)
     model = build_model(config, device="meta", seed=None)
     files = weight_files(folder)
     missing = check_weights(model, folder, files)
-    found = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
+    weights = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
     if fresh := [name for name in missing if family.may_be_missing.fullmatch(name)]:
-        print(f"warning: {len(fresh)} weights are not in {folder}; initialised: {', '.join(fresh)}", file=sys.stderr)
+        print(f"warning: {folder} lacks {len(fresh)} weights; initialised: {', '.join(fresh)}", file=sys.stderr)
         initial = build_model(config, seed=0).state_dict()
         for name in fresh:
-            found[name].copy_(initial[name])
-    views = {disk: view for name, tensor in found.items() for disk, view in family.disk_views(name, tensor).items()}
+            weights[name].copy_(initial[name])
+    views = {disk: view for name, tensor in weights.items() for disk, view in family.disk_views(name, tensor).items()}
     for path in files:
         with open_weights(path) as file:
             for disk_name, name in weight_names(config, file.keys()):
                 views[name].copy_(file.get_tensor(disk_name))
     for name, other in family.missing_copies.items():
         if name in missing:
-            found[name].copy_(found[other])
-    model.load_state_dict(found, assign=True)
+            weights[name].copy_(weights[other])
+    model.load_state_dict(weights, assign=True)
     return model.requires_grad_(True)
 
 
 def check_weights(model: nn.Module, folder: Path, files: list[Path]) -> list[str]:
-    """Check names and shapes of the weights in files against a model's; raise a ModelError that lists what is wrong.
+    """Raise a ModelError with the names and shapes in files that do not fit a model. Return the missing weights.
 
-    Returns the names that are missing and may be.
+    Only weights that `Family` allows to be missing are returned.
     """
     family = family_of(model.config)
     shapes = {
@@ -156,20 +151,19 @@ def check_weights(model: nn.Module, folder: Path, files: list[Path]) -> list[str
                 seen.add(name)
                 shape = tuple(file.get_slice(disk_name).get_shape())
                 if name not in shapes:
-                    errors.append(ModelError(f"the model has no place for {disk_name}", at=path))
-                elif shape != shapes[name]:
-                    what = f"{disk_name} has the wrong shape"
-                    errors.append(ModelError(what, at=path, got=shape, expected=shapes[name]))
+                    errors.append(ModelError(f"the model has no weight {disk_name}", at=path))
+                elif shape != (expected := shapes[name]):
+                    errors.append(ModelError(f"{disk_name} has the wrong shape", at=path, got=shape, expected=expected))
     missing = [name for name in shapes if name not in seen]
     allowed = [name for name in missing if name in family.missing_copies or family.may_be_missing.fullmatch(name)]
     if missing != allowed and not errors:
-        errors.append(ModelError(f"{len(missing)} weights are missing, {missing[0]} among them", at=folder))
+        errors.append(ModelError(f"{len(missing)} weights are missing, for example {missing[0]}", at=folder))
     raise_all(errors[:10])
     return missing
 
 
 def disk_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield a model's weights under the names and in the layout of its family's files."""
+    """Yield a model's weights with the names and in the layout of its family's files."""
     for name, tensor in model.state_dict().items():
         for disk_name, view in family_of(model.config).disk_views(name, tensor.detach()).items():
             yield disk_name, view.contiguous().cpu()
@@ -183,18 +177,18 @@ def save_model(
     bos_token_id: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write config.json and model.safetensors, and generation_config.json if several tokens end an answer.
+    """Write config.json and model.safetensors, and generation_config.json if there are several stop tokens.
 
-    dtype  of the weights; None: the parameters' own
+    dtype  of the weights; None: that of the parameters
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in disk_weights(model)}
-    ends = {"bos_token_id": bos_token_id, "eos_token_id": next(iter(eos_token_ids), None)}
-    config = hf_config(model.config) | ends
+    token_ids = {"bos_token_id": bos_token_id, "eos_token_id": next(iter(eos_token_ids), None)}
+    config = hf_config(model.config) | token_ids
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if len(eos_token_ids) > 1:
-        generation = ends | {"eos_token_id": list(eos_token_ids)}
+        generation = token_ids | {"eos_token_id": list(eos_token_ids)}
         generation |= {key: config[key] for key in ("pad_token_id", "decoder_start_token_id") if key in config}
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     shards: list[dict[str, Tensor]] = [{}]
@@ -210,7 +204,7 @@ def save_model(
         name = f"model-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else "model"
         path = folder / f"{name}.safetensors"
         save_file(shard, path, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", path)  # safetensors lets only the owner read
+        shutil.copymode(folder / "config.json", path)  # safetensors makes it readable by the owner only
         index |= dict.fromkeys(shard, path.name)
     if len(shards) > 1:
         total = {"total_size": sum(tensor.nbytes for tensor in weights.values())}
@@ -219,7 +213,7 @@ def save_model(
 
 
 def hf_config(config: Config) -> dict:
-    """Return a Config as config.json has it."""
+    """Return the fields of a Config's config.json."""
     family = family_of(config)
     options = {key: value for key, value in asdict(config).items() if key != "init"}
     names = {"model_type": config.model_type, "architectures": [family.architecture]}

@@ -1,4 +1,4 @@
-"""Gemma: Llama with a gated GELU, wide heads, scaled embeddings and norms around 1 (arXiv:2403.08295)."""
+"""Define Gemma: Llama with a gated GELU, wide heads, scaled embeddings and norms around 1 (arXiv:2403.08295)."""
 
 import math
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from llmkit.models.layers import RMSNorm
 
 
 class Norm(RMSNorm):
-    """x / rms(x) * (1 + weight), all of it in fp32."""
+    """Compute x / rms(x) * (1 + weight) in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * (1.0 + self.weight.float())).to(x.dtype)
+        normed = x.float()
+        normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + self.eps)
+        return (normed * (1.0 + self.weight.float())).to(x.dtype)
 
 
 @dataclass(kw_only=True)
-class Config(llama.Shape):
+class Config(llama.BaseConfig):
     model_type: ClassVar[str] = "gemma"
 
     hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
@@ -31,16 +31,16 @@ class Config(llama.Shape):
 
 
 def build(config: Config) -> llama.Model:
-    """Build a Gemma, whose embeddings are scaled by the root of the width."""
+    """Build a Gemma, whose embeddings are scaled by the square root of the width."""
     bias, scale = config.attention_bias, math.sqrt(config.hidden_size)
-    return llama.Model(config, llama.Parts(norm=Norm, qkv_bias=bias, output_bias=bias, embed_scale=scale))
+    return llama.Model(config, llama.Variant(norm=Norm, qkv_bias=bias, output_bias=bias, embed_scale=scale))
 
 
 def from_hf(hf: dict) -> dict:
-    """Return our options from a config.json; Gemma's first files say `gelu` and mean its approximation by tanh."""
+    """Return our options from a config.json; in Gemma's first files, `gelu` means its tanh approximation."""
     options = llama.from_hf(hf)
-    named = options.pop("hidden_activation", None) or options.get("hidden_act", "gelu_pytorch_tanh")
-    return options | {"hidden_act": "gelu_pytorch_tanh" if named == "gelu" else named}
+    act = options.pop("hidden_activation", None) or options.get("hidden_act", "gelu_pytorch_tanh")
+    return options | {"hidden_act": "gelu_pytorch_tanh" if act == "gelu" else act}
 
 
 GEMMA = llama.LLAMA | {
@@ -61,7 +61,7 @@ GEMMA = llama.LLAMA | {
         "gelu_pytorch_tanh",
         unsupported=lambda config: {
             "biases of attention": config.attention_bias,
-            "a head of its own": not config.tie_word_embeddings,
+            "an untied head": not config.tie_word_embeddings,
         },
         layout=lambda config, name, tensor: {name: tensor + 1 if name.endswith("norm.weight") else tensor},
     ),

@@ -1,6 +1,6 @@
 """GPT-2: pre-norm blocks of multi-head attention with learned positions, and a GELU MLP (Radford et al. 2019).
 
-Module names are Hugging Face's weight names. Its linears are stored transposed on disk (Conv1D); here they are Linear.
+Module names are Hugging Face's weight names. Files store the matrices of linears transposed (Conv1D).
 """
 
 import re
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from llmkit.models.attention import attend
 from llmkit.models.causal import CausalLM, Context
 from llmkit.models.family import Family, Gguf
-from llmkit.models.layers import TokenEmbedding
+from llmkit.models.layers import MultiHeadSizes, TokenEmbedding
 
 
 @dataclass(kw_only=True)
-class Config:
+class Config(MultiHeadSizes):
     model_type: ClassVar[str] = "gpt2"
     kind: ClassVar[str] = "causal"
 
@@ -34,22 +34,6 @@ class Config:
     resid_pdrop: float = 0.0
     initializer_range: float = 0.02
     init: Literal["normal", "zero", "xavier", "he"] = "normal"
-
-    def __post_init__(self):
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-
-    @property
-    def num_key_value_heads(self) -> int:
-        return self.num_attention_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def windows(self) -> list[None]:
-        return [None] * self.num_hidden_layers
 
 
 class Attention(nn.Module):
@@ -129,28 +113,29 @@ class Model(CausalLM):
 
 # ---- the family -----------------------------------------------------------------------------------------------------
 
-NAMES = {  # ours -> Hugging Face's
+HF_NAMES = {  # our option -> Hugging Face's
     "hidden_size": "n_embd",
     "intermediate_size": "n_inner",
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
     "max_position_embeddings": "n_positions",
 }
+UNSUPPORTED = ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention")
 
 
 def from_hf(hf: dict) -> dict:
     """Return our options from a config.json."""
-    ours = {theirs: name for name, theirs in NAMES.items()}
+    ours = {theirs: name for name, theirs in HF_NAMES.items()}
     return {ours.get(key, key): value for key, value in hf.items()}
 
 
 def to_hf(options: dict) -> dict:
-    """Return a config.json for transformers."""
-    return {NAMES.get(key, key): value for key, value in options.items()}
+    """Return the fields of a config.json for transformers."""
+    return {HF_NAMES.get(key, key): value for key, value in options.items()}
 
 
 def from_disk_name(name: str) -> str:
-    """Add the prefix that the first public files lack."""
+    """Add the prefix that the first published files lack."""
     return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
 
 
@@ -161,15 +146,9 @@ FAMILY = Family(
     residual=("c_proj",),
     from_hf=from_hf,
     to_hf=to_hf,
-    fixed_values={
-        "activation_function": "gelu_new",
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,
-        "add_cross_attention": False,
-    },
+    fixed_values={"activation_function": "gelu_new", "scale_attn_weights": True} | dict.fromkeys(UNSUPPORTED, False),
     hf_defaults={"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1},
-    ignored_weights=re.compile(r"(.*\.)?attn\.(masked_)?bias"),  # constants that old files store
+    ignored_weights=re.compile(r"(.*\.)?attn\.(masked_)?bias"),  # constants in old files
     transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"),
     from_disk_name=from_disk_name,
     gguf=Gguf("gpt2", rms_norm=False, rope=False),

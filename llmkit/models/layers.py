@@ -1,4 +1,7 @@
-"""Parts that several families share. Shapes: B rows, T tokens, H heads, D channels a head, V vocabulary."""
+"""Define layers and rotary positions of several families, and initialise weights.
+
+Shapes: B rows, T tokens, H heads, D channels per head, h hidden, V vocabulary.
+"""
 
 import contextlib
 import functools
@@ -10,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkit.models.family import Family
+from llmkit.models.family import Family, Problem
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by Hugging Face's names
     "gelu": F.gelu,
@@ -21,8 +24,28 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by Hugging Face's name
 }
 
 
+class MultiHeadSizes:
+    """Mixin for a Config: sizes of multi-head attention over all keys, and of an MLP with four times the width."""
+
+    def __post_init__(self):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def windows(self) -> list[None]:
+        return [None] * self.num_hidden_layers
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in fp32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    """Compute x / rms(x) * weight over the last dimension, in fp32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -30,13 +53,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        normed = x.float()
+        normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute F.linear; compiled for a CPU, a single row as a sum, which reads weights at up to twice the speed."""
+    """Compute F.linear. When compiled for a CPU, a single row is a sum, which reads weights up to twice as fast."""
     if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.shape[-1]:
         y = (weight * x.flatten()).sum(-1)
         return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
@@ -44,22 +67,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class SingleRow:
-    """A change of Linears for decoding, see `swap_class`: they multiply a single row by `linear`."""
+    """Mixin for Linears in decoding, see `swap_class`: multiply a single row with `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 class TokenEmbedding(nn.Embedding):
-    """An embedding with a row per token."""
+    """Hold the token embedding, one row per token."""
 
     def rows(self) -> Tensor:
-        """Return the matrix (V, h), which a tied head multiplies with."""
+        """Return the matrix (V, h) that a tied head multiplies by."""
         return self.weight
 
 
 class Head(nn.Linear):
-    """A head with a matrix of its own. It is never called: the loss multiplies with `rows` in chunks."""
+    """Hold the matrix of an untied head. It is never called: the loss multiplies by `rows` in chunks."""
 
     def __init__(self, hidden_size: int, vocab_size: int):
         super().__init__(hidden_size, vocab_size, bias=False)
@@ -70,13 +93,13 @@ class Head(nn.Linear):
 
 
 def token_tables(model: nn.Module) -> list[TokenEmbedding | Head]:
-    """Return the modules with a row per token: the embedding, and the head if it has a matrix of its own."""
+    """Return the modules with one row per token: the embedding, and the head if it is untied."""
     return [model.wte] if model.lm_head is None else [model.wte, model.lm_head]
 
 
-def swap_class(module: nn.Module, change: type) -> None:
-    """Put `change` in front of a module's class: its methods see the parameters, whose names stay."""
-    module.__class__ = derived_class(change, type(module))
+def swap_class(module: nn.Module, mixin: type) -> None:
+    """Put a mixin in front of a module's class. The parameters keep their names."""
+    module.__class__ = class_with_mixin(mixin, type(module))
 
 
 def restore_class(module: nn.Module) -> None:
@@ -85,22 +108,22 @@ def restore_class(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def original_classes(model: nn.Module, changes: tuple[type, ...]) -> Iterator[None]:
-    """Undo every `swap_class` by these changes for a while."""
-    swapped = {module: type(module) for module in model.modules() if isinstance(module, changes)}
-    for module in swapped:
+def original_classes(model: nn.Module, mixins: tuple[type, ...]) -> Iterator[None]:
+    """Remove the last of these mixins from every module of a model inside a `with` block."""
+    classes = {module: type(module) for module in model.modules() if isinstance(module, mixins)}
+    for module in classes:
         restore_class(module)
     try:
         yield
     finally:
-        for module, change in swapped.items():
-            module.__class__ = change
+        for module, original in classes.items():
+            module.__class__ = original
 
 
 @functools.cache
-def derived_class(change: type, original: type) -> type:
-    """Return one class for each pair: torch.compile and isinstance compare classes."""
-    return type(f"{change.__name__}{original.__name__}", (change, original), {"original_class": original})
+def class_with_mixin(mixin: type, original: type) -> type:
+    """Return the class of a pair, always the same object: torch.compile and isinstance compare classes."""
+    return type(f"{mixin.__name__}{original.__name__}", (mixin, original), {"original_class": original})
 
 
 # ---- rotary positions -----------------------------------------------------------------------------------------------
@@ -109,7 +132,7 @@ def derived_class(change: type, original: type) -> type:
 def rope_frequencies(
     head_dim: int, theta: float, scaling: dict | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, float]:
-    """Return radians per position for each pair of channels, fp32 (D/2,), and the gain of cos and sin."""
+    """Return radians per position for each channel pair, fp32 (D/2,), and the gain of cos and sin."""
     exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     frequencies = 1.0 / theta**exponents
     if not scaling:
@@ -121,10 +144,10 @@ def rope_frequencies(
 def rope_table(positions: Tensor, head_dim: int, theta: float, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
     """Return cos and sin of the angles of positions (T,) or (B, T), fp32, (T, D) or (B, 1, T, D), for all blocks.
 
-    Angles are position * theta^(-2i/D), i < D/2, written twice side by side: Hugging Face's layout of the
-    rotary embedding (Su et al. 2021, arXiv:2104.09864), in which channel i turns together with channel i + D/2.
+    Angles are position * theta^(-2i/D), i < D/2, repeated twice: Hugging Face's layout of the rotary embedding
+    (Su et al. 2021, arXiv:2104.09864), which rotates channel i together with channel i + D/2.
 
-    scaling  {"rope_type": one of ROPE_SCALING, ...its options}, for a longer context than the trained one
+    scaling  {"rope_type": one of ROPE_SCALING, ...its options}, for a longer context than the pretrained one
     """
     frequencies, gain = rope_frequencies(head_dim, theta, scaling, positions.device)
     angles = positions.float()[..., None] * frequencies  # (..., T, D/2)
@@ -153,9 +176,9 @@ def llama3_rope(
     high_freq_factor: float,
     original_max_position_embeddings: int,
 ) -> tuple[Tensor, float]:
-    """Slow down the channels that turn less than low_freq_factor times in the old context.
+    """Slow down the channels that turn fewer than low_freq_factor times in the original context.
 
-    Between low_freq_factor and high_freq_factor turns, the factor fades out (Llama 3.1's model card and code, 2024).
+    Between low_freq_factor and high_freq_factor turns, interpolate (Llama 3.1's model card and code, 2024).
     """
     turns = original_max_position_embeddings * frequencies / (2 * math.pi)
     keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
@@ -172,31 +195,27 @@ def yarn_rope(
     beta_slow: float = 1.0,
     attention_factor: float | None = None,
 ) -> tuple[Tensor, float]:
-    """Slow down slow channels, faded by channel number, and sharpen the scores (YaRN: Peng et al. 2023, 2309.00071)."""
+    """Slow down slow channels, interpolated by number, and sharpen the scores (YaRN, Peng et al. 2023, 2309.00071)."""
     pairs = len(frequencies)
 
     def channel(turns: float) -> float:
-        """Return the pair of channels that turns this often in the old context."""
+        """Return the channel pair that makes this many turns in the original context."""
         return pairs * math.log(original_max_position_embeddings / (turns * 2 * math.pi)) / math.log(theta)
 
     low, high = max(math.floor(channel(beta_fast)), 0), min(math.ceil(channel(beta_slow)), 2 * pairs - 1)
-    high = high + 0.001 if high == low else high  # no division by zero
+    high = high + 0.001 if high == low else high  # avoid a division by zero
     slow = ((torch.arange(pairs, device=frequencies.device) - low) / (high - low)).clamp(0, 1)
     gain = (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0) if attention_factor is None else attention_factor
     return frequencies * (1 - slow + slow / factor), gain
 
 
-ROPE_SCALING: dict[str, Callable[..., tuple[Tensor, float]]] = {
-    "linear": linear_rope,
-    "llama3": llama3_rope,
-    "yarn": yarn_rope,
-}
+ROPE_SCALING = {"linear": linear_rope, "llama3": llama3_rope, "yarn": yarn_rope}
 
 
-def rope_problems(config) -> Iterator[tuple[str, str]]:
-    """Yield what can't be built of a config's rotary positions, as (key, reason)."""
+def rope_problems(config) -> Iterator[Problem]:
+    """Yield the problems of a config's rotary positions."""
     if config.head_dim % 2:
-        yield "head_dim", f"is {config.head_dim}, but rotary positions turn pairs of channels"
+        yield "head_dim", f"is {config.head_dim}, but must be even for rotary positions"
     if config.rope_theta <= 1.0:
         yield "rope_theta", f"is {config.rope_theta}, but must be over 1"
     if config.rope_scaling and (problem := scaling_problem(config.rope_scaling)):
@@ -204,16 +223,16 @@ def rope_problems(config) -> Iterator[tuple[str, str]]:
 
 
 def scaling_problem(scaling: dict) -> str | None:
-    """Return why a `rope_scaling` can't be built, or None."""
+    """Return why a `rope_scaling` can't be built, None if it can."""
     kind, options = scaling.get("rope_type"), {key: value for key, value in scaling.items() if key != "rope_type"}
     if kind not in ROPE_SCALING:
         return f"has the rope_type {kind!r}, not one of {', '.join(ROPE_SCALING)}"
     known = list(inspect.signature(ROPE_SCALING[kind]).parameters.values())[2:]
     missing = [p.name for p in known if p.default is p.empty and p.name not in options]
     if unknown := options.keys() - {p.name for p in known}:
-        return f"of type {kind} does not know {', '.join(sorted(unknown))}"
+        return f"of type {kind} has no option {', '.join(sorted(unknown))}"
     if missing:
-        return f"of type {kind} lacks {', '.join(missing)}"
+        return f"of type {kind} needs {', '.join(missing)}"
     wrong = [key for key, x in options.items() if isinstance(x, bool) or not isinstance(x, int | float) or x <= 0]
     return f"of type {kind} needs a positive {wrong[0]}" if wrong else None
 
@@ -223,11 +242,11 @@ def scaling_problem(scaling: dict) -> str | None:
 
 @torch.no_grad()
 def init_weights(model: nn.Module, family: Family, generator: torch.Generator) -> None:
-    """Initialise every parameter of a fresh model; the one place where weights begin.
+    """Initialise every parameter of a new model.
 
     config.init is the scheme, config.initializer_range is std:
         normal  matrices ~ N(0, std^2) (GPT-2, Radford et al. 2019)
-        zero    as normal, but the residual matrices and an untied head are 0: blocks begin as the identity
+        zero    as normal, but the residual matrices and an untied head are 0: blocks start as the identity
                 (Zhang et al. 2019, arXiv:1901.09321; the head: Yang et al. 2022, arXiv:2203.03466)
         xavier  matrices ~ N(0, 2 / (fan_in + fan_out)) (Glorot and Bengio 2010)
         he      matrices ~ N(0, 2 / fan_in) (He et al. 2015, arXiv:1502.01852)

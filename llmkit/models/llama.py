@@ -1,7 +1,7 @@
 """Llama: pre-norm blocks of grouped-query attention with rotary positions, and a gated MLP.
 
 Touvron et al. 2023 (arXiv:2302.13971, arXiv:2307.09288), Llama 3 (arXiv:2407.21783). Mistral, Qwen, Gemma and Mixtral
-are this with a few fields changed: each has a file of its own. Module names are Hugging Face's weight names.
+change a few fields in their own files. Module names are Hugging Face's weight names.
 """
 
 import re
@@ -18,8 +18,8 @@ from llmkit.models.layers import ACTIVATIONS, RMSNorm, TokenEmbedding, rope_prob
 
 
 @dataclass(kw_only=True)
-class Shape:
-    """The options that Llama and its relatives share."""
+class BaseConfig:
+    """Options that Llama and its variants share."""
 
     kind: ClassVar[str] = "causal"
 
@@ -50,12 +50,12 @@ class Shape:
 
     @property
     def windows(self) -> list[Window]:
-        """Return how many keys a query sees in each layer; None: all."""
+        """Return the number of keys that a query sees in each layer; None: all."""
         return [None] * self.num_hidden_layers
 
 
 @dataclass(kw_only=True)
-class Config(Shape):
+class Config(BaseConfig):
     model_type: ClassVar[str] = "llama"
 
     attention_bias: bool = False  # of the output projection, and of queries, keys and values
@@ -63,11 +63,11 @@ class Config(Shape):
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What sets a relative of Llama apart, beside the options of its Config."""
+class Variant:
+    """Differences of a variant of Llama that are not options of its Config."""
 
     norm: type[nn.Module] = RMSNorm
-    qk_norm: bool = False  # queries and keys are normed, head by head
+    qk_norm: bool = False  # norms of queries and keys, per head
     qkv_bias: bool = False
     output_bias: bool = False  # of attention's output projection
     mlp_bias: bool = False
@@ -75,17 +75,17 @@ class Parts:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Shape, parts: Parts, layer: int):
+    def __init__(self, config: BaseConfig, variant: Variant, layer: int):
         super().__init__()
         self.head_dim, self.dropout = config.head_dim, config.attention_dropout
         self.window = config.windows[layer]
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=parts.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=parts.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=parts.qkv_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=parts.output_bias)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if parts.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if parts.qk_norm else nn.Identity()
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=variant.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=variant.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=variant.qkv_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=variant.output_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if variant.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if variant.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         q, k, v = (
@@ -99,11 +99,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: Shape, parts: Parts):
+    def __init__(self, config: BaseConfig, variant: Variant):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=parts.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=parts.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=parts.mlp_bias)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=variant.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=variant.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=variant.mlp_bias)
         self.act = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,12 +111,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: Shape, parts: Parts, layer: int):
+    def __init__(self, config: BaseConfig, variant: Variant, layer: int):
         super().__init__()
-        self.input_layernorm = parts.norm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, parts, layer)
-        self.post_attention_layernorm = parts.norm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, parts)
+        self.input_layernorm = variant.norm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, variant, layer)
+        self.post_attention_layernorm = variant.norm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, variant)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), context)
@@ -124,18 +124,18 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: Shape, parts: Parts, block: type[nn.Module]):
+    def __init__(self, config: BaseConfig, variant: Variant, block: type[nn.Module]):
         super().__init__()
         self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(block(config, parts, i) for i in range(config.num_hidden_layers))
-        self.norm = parts.norm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(block(config, variant, i) for i in range(config.num_hidden_layers))
+        self.norm = variant.norm(config.hidden_size, config.rms_norm_eps)
 
 
 class Model(CausalLM):
-    def __init__(self, config: Shape, parts: Parts = Parts(), block: type[nn.Module] = Block):
+    def __init__(self, config: BaseConfig, variant: Variant = Variant(), block: type[nn.Module] = Block):
         super().__init__(config)
-        self.embed_scale = parts.embed_scale
-        self.model = Decoder(config, parts, block)
+        self.embed_scale = variant.embed_scale
+        self.model = Decoder(config, variant, block)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -153,7 +153,7 @@ class Model(CausalLM):
         config = self.config
         rope = rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         x = self.wte(input_ids)
-        scale = torch.tensor(self.embed_scale, dtype=x.dtype)  # rounded as transformers rounds it
+        scale = torch.tensor(self.embed_scale, dtype=x.dtype)  # rounded as in transformers
         return x if self.embed_scale == 1.0 else x * scale, rope
 
 
@@ -169,50 +169,50 @@ HF_DEFAULTS = {
 
 
 def build(config: Config) -> Model:
-    """Build a Llama; its biases are options."""
+    """Build a Llama, whose biases are options."""
     bias = config.attention_bias
-    return Model(config, Parts(qkv_bias=bias, output_bias=bias, mlp_bias=config.mlp_bias))
+    return Model(config, Variant(qkv_bias=bias, output_bias=bias, mlp_bias=config.mlp_bias))
 
 
 def from_hf(hf: dict) -> dict:
-    """Return our options from a config.json; transformers 5 has the rotary base and scaling in `rope_parameters`."""
+    """Return our options from a config.json. transformers 5 has rotary base and scaling in `rope_parameters`."""
     hf = dict(hf)
     scaling, rope = hf.pop("rope_scaling", None), hf.pop("rope_parameters", None)
-    odd = [part for part in (scaling, rope) if part and not isinstance(part, dict)]
-    if odd or not (scaling or rope):
-        return hf | ({"rope_scaling": odd[0]} if odd else {})  # what it should not be is refused with the rest
-    rope = dict(scaling or rope)  # of both the older one counts, as in transformers
+    wrong = [value for value in (scaling, rope) if value and not isinstance(value, dict)]
+    if wrong or not (scaling or rope):
+        return hf | ({"rope_scaling": wrong[0]} if wrong else {})  # `read_config` refuses it
+    rope = dict(scaling or rope)  # the older field has priority, as in transformers
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     if "rope_theta" in rope:
         hf["rope_theta"] = rope.pop("rope_theta")
     if kind != "default" or rope:
         hf["rope_scaling"] = {"rope_type": kind, **rope}
-        if kind == "yarn":  # the trained length, unless it says so
+        if kind == "yarn":  # by default, the pretrained length
             hf["rope_scaling"].setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
     return hf
 
 
 def to_hf(options: dict) -> dict:
-    """Return a config.json that transformers 4 and 5 read alike."""
+    """Return a config.json that transformers 4 and 5 read."""
     rope = {"rope_type": "default", **(options["rope_scaling"] or {}), "rope_theta": options["rope_theta"]}
     return options | {"rope_parameters": rope}
 
 
-def gguf_layout(config: Shape, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Reorder the rows of queries and keys: in llama.cpp's Llama a channel turns with its neighbour."""
+def gguf_layout(config: BaseConfig, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Reorder the rows of queries and keys: llama.cpp rotates a channel together with its neighbour."""
     if not re.search(r"\.[qk]_proj\.", name):
         return {name: tensor}
     return {name: tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)}
 
 
-LLAMA = {  # what all relatives of Llama have in common
+LLAMA = {  # fields that all variants share
     "problems": rope_problems,
     "residual": ("o_proj", "down_proj"),
     "from_hf": from_hf,
     "to_hf": to_hf,
     "hf_defaults": HF_DEFAULTS,
-    "ignored_weights": re.compile(r".*rotary_emb\.inv_freq"),  # constants that old files store
+    "ignored_weights": re.compile(r".*rotary_emb\.inv_freq"),  # constants in old files
     "gated": lambda config: True,
     "gguf": Gguf("llama", "silu", llama3_rope=True, layout=gguf_layout),
 }

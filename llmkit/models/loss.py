@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from llmkit.models.layers import linear
 from llmkit.types import IGNORE_INDEX
 
-CHUNK_BYTES = 32 * 2**20  # of the fp32 logits in memory at a time; larger chunks are hardly faster
+CHUNK_BYTES = 32 * 2**20  # of fp32 logits in memory at a time; larger chunks are hardly faster
 
 
 class Logits(nn.Module):
@@ -27,20 +27,20 @@ class ChunkLoss(nn.Module):
 
         logits (n, V), labels (n,), upstream a scalar or (n, 1). The label IGNORE_INDEX has no loss and no gradient.
         """
-        wide = logits.float()
+        scores = logits.float()
         valid, target = (labels != IGNORE_INDEX)[:, None], labels.clamp(min=0)[:, None]
-        log_sum = wide.logsumexp(-1, keepdim=True)
-        losses = torch.where(valid, log_sum - wide.gather(1, target), 0.0)[:, 0]
+        log_sum = scores.logsumexp(-1, keepdim=True)
+        losses = torch.where(valid, log_sum - scores.gather(1, target), 0.0)[:, 0]
         onehot = torch.arange(logits.shape[1], device=logits.device) == target
-        d_logits = torch.where(valid, ((wide - log_sum).exp() - onehot.float()) * upstream, 0.0)
+        d_logits = torch.where(valid, ((scores - log_sum).exp() - onehot.float()) * upstream, 0.0)
         return losses, d_logits.to(logits.dtype)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Compute the cross-entropy of `hidden @ weight.T + bias` in chunks, so that logits (N, V) never exist.
+    """Compute the cross-entropy of `hidden @ weight.T + bias` in chunks, so that logits (N, V) are never in memory.
 
     The gradient of a summed loss is known up to a scalar: the forward pass computes it and the backward pass scales it.
-    For losses per token, the backward pass computes the logits of each chunk again.
+    For losses per token, the backward pass recomputes the logits of each chunk.
     """
 
     @staticmethod
@@ -83,7 +83,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 def losses_and_gradients(
     ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, upstream: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return losses (N,), d_hidden (N, h), d_weight (V, h) and d_bias (V,); None for a gradient that is not needed."""
+    """Return losses (N,), d_hidden (N, h), d_weight (V, h) and d_bias (V,); a gradient is None if not needed."""
     losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
     d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
     d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -110,19 +110,19 @@ def linear_cross_entropy(
     chunk_loss: ChunkLoss | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Return the cross-entropy of the labels without computing all logits at once.
+    """Return the cross-entropy of the labels in the memory of one chunk of logits.
 
     hidden      (..., h), the normed output of the last block
     weight      (V, h), the head
-    labels      (...), token ids aligned with hidden; IGNORE_INDEX: no target, so the loss is 0
+    labels      (...), token ids aligned with hidden; IGNORE_INDEX: no target, the loss is 0
     reduction   "sum": a scalar; "none": fp32 losses in the shape of labels
-    chunk       the most rows of logits at a time; None: CHUNK_BYTES of them
-    chunk_loss  the model's, which may be compiled
+    chunk       largest number of rows of logits at a time; None: CHUNK_BYTES of them
+    chunk_loss  of the model, which may be compiled
     bias        (V,), of the head
-    Values and gradients are those of F.cross_entropy(hidden @ weight.T + bias, labels), in the memory of one chunk.
+    Values and gradients are those of F.cross_entropy(hidden @ weight.T + bias, labels).
     """
     if not torch.is_grad_enabled():
-        # ctx.needs_input_grad ignores no_grad, and the forward pass would compute gradients that nobody reads.
+        # ctx.needs_input_grad ignores no_grad, so the forward pass would compute unused gradients.
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)

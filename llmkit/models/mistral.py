@@ -9,7 +9,7 @@ from llmkit.models.family import Family
 
 
 @dataclass(kw_only=True)
-class Config(llama.Shape):
+class Config(llama.BaseConfig):
     model_type: ClassVar[str] = "mistral"
 
     sliding_window: int | None = 4096  # keys that a query sees, its own the last; None: all

@@ -1,6 +1,6 @@
-"""Mixtral: Mistral whose MLPs are experts; each token takes the best few (arXiv:2401.04088).
+"""Mixtral: Mistral with a mixture of experts in place of each MLP (arXiv:2401.04088).
 
-The weights of all experts are one tensor, so that their products are two grouped ones. In files each has its own name.
+The weights of all experts are one tensor, which two grouped matrix products use. In files each expert has its own name.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ class Router(nn.Module):
         """Map x (N, hidden) to chosen experts (N, k), their weights (N, k), and balance statistics (2, E)."""
         probs = F.linear(x, self.weight).softmax(-1, dtype=torch.float32)  # (N, E)
         weights, chosen = probs.topk(self.top_k, dim=-1)
-        used = F.one_hot(chosen, probs.shape[1]).sum(1).float().mean(0)  # (E,) tokens an expert gets, as a share
+        used = F.one_hot(chosen, probs.shape[1]).sum(1).float().mean(0)  # (E,) share of the tokens
         return chosen, weights / weights.sum(-1, keepdim=True), torch.stack((used, probs.mean(0)))
 
 
@@ -63,8 +63,8 @@ class Experts(nn.Module):
 
 
 def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """Multiply x (N, in) by matrices (E, out, in).mT, the rows up to ends[e] by matrix e: (N, out)."""
-    if torch.is_autocast_enabled(x.device.type):  # autocast does not know this product
+    """Multiply x (N, in) by matrices (E, out, in).mT, its rows up to ends[e] by matrix e; return (N, out)."""
+    if torch.is_autocast_enabled(x.device.type):  # autocast does not cover grouped_mm
         dtype = torch.get_autocast_dtype(x.device.type)
         x, matrices = x.to(dtype), matrices.to(dtype)
     return F.grouped_mm(x, matrices.mT, offs=ends)
@@ -83,11 +83,11 @@ class SparseMLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config, parts: llama.Parts, layer: int):
+    def __init__(self, config: Config, variant: llama.Variant, layer: int):
         super().__init__()
-        self.input_layernorm = parts.norm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = llama.Attention(config, parts, layer)
-        self.post_attention_layernorm = parts.norm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = variant.norm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = llama.Attention(config, variant, layer)
+        self.post_attention_layernorm = variant.norm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SparseMLP(config)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ class Block(nn.Module):
 
 
 def balance_loss(balances: Tensor) -> Tensor:
-    """Return how unevenly the experts are used, from the layers' statistics (L, 2, E); k if all are used alike.
+    """Return the loss of unevenly used experts from the layers' statistics (L, 2, E); it is k if all are used equally.
 
     E * sum over experts of (share of the tokens) * (mean probability), each a mean over layers: Fedus et al. 2021
     (arXiv:2101.03961, equation 4), over all layers at once as transformers does.
@@ -110,14 +110,14 @@ def balance_loss(balances: Tensor) -> Tensor:
 
 
 def problems(config: Config) -> Iterator[Problem]:
-    """Yield what does not fit among positions and experts."""
+    """Yield the problems of rotary positions and of the numbers of experts."""
     yield from rope_problems(config)
     if config.num_experts_per_tok > config.num_local_experts:
-        yield "num_experts_per_tok", f"is {config.num_experts_per_tok}, more than {config.num_local_experts} experts"
+        yield "num_experts_per_tok", f"is {config.num_experts_per_tok}, over the {config.num_local_experts} experts"
 
 
 def to_disk(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Return views of a parameter as files have it: each expert by itself, gate and up separate."""
+    """Return views of a parameter by their names in files: each expert, gate and up are separate."""
     path, _, last = name.replace(".mlp.", ".block_sparse_moe.").rpartition(".")
     if not path.endswith(".experts"):
         return {f"{path}.{last}": tensor}
@@ -132,7 +132,7 @@ def to_disk(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def gguf_layout(config: Config, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Split the gate from the up projection of all experts; other weights are as in Llama."""
+    """Split the gate and up projections of all experts; treat other weights as in Llama."""
     if name.endswith("experts.gate_up_proj"):
         gate, up = tensor.chunk(2, dim=1)
         path = name.removesuffix("gate_up_proj")

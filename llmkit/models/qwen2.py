@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama with biases on queries, keys and values (Yang et al. 2024, arXiv:2407.10671)."""
+"""Define Qwen2 and Qwen2.5: Llama with biases on queries, keys and values (Yang et al. 2024, arXiv:2407.10671)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,12 +9,12 @@ from llmkit.models.family import Family, Gguf
 
 
 @dataclass(kw_only=True)
-class Shape(llama.Shape):
-    """The options that Qwen2 and Qwen3 share: the upper layers may have a sliding window."""
+class BaseConfig(llama.BaseConfig):
+    """Options that Qwen2 and Qwen3 share: the upper layers may have a sliding window."""
 
     use_sliding_window: bool = False
     sliding_window: int | None = 4096
-    max_window_layers: int = 28  # layers from the bottom that see all keys all the same
+    max_window_layers: int = 28  # number of the lowest layers, which have no window
 
     @property
     def windows(self) -> list[Window]:
@@ -23,27 +23,24 @@ class Shape(llama.Shape):
 
 
 @dataclass(kw_only=True)
-class Config(Shape):
+class Config(BaseConfig):
     model_type: ClassVar[str] = "qwen2"
 
 
-HF_DEFAULTS = llama.HF_DEFAULTS | {
-    "intermediate_size": 22016,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-}
+OWN_DEFAULTS = {"intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768}
+HF_DEFAULTS = llama.HF_DEFAULTS | OWN_DEFAULTS
 
 
 def from_hf(hf: dict) -> dict:
-    """Return our options from a config.json; `layer_types` repeats what the window's other fields say."""
+    """Return our options from a config.json; `layer_types` repeats the other fields of windows."""
     options = llama.from_hf(hf)
-    kinds = options.pop("layer_types", None)
-    if kinds is None:
+    types = options.pop("layer_types", None)
+    if types is None:
         return options
-    full = kinds.count("full_attention") if isinstance(kinds, list) else 0
+    full = types.count("full_attention") if isinstance(types, list) else 0
     layers = options.get("num_hidden_layers", HF_DEFAULTS["num_hidden_layers"])
-    if full > layers or kinds != ["full_attention"] * full + ["sliding_attention"] * (layers - full):
-        return options | {"layer_types": kinds}  # refused with the rest
+    if full > layers or types != ["full_attention"] * full + ["sliding_attention"] * (layers - full):
+        return options | {"layer_types": types}  # `read_config` refuses it
     return options | {"max_window_layers": full}
 
 
@@ -51,6 +48,6 @@ QWEN = llama.LLAMA | {"from_hf": from_hf, "hf_defaults": HF_DEFAULTS, "may_be_ze
 FAMILY = Family(
     **QWEN | {"gguf": Gguf("qwen2", "silu")},
     config=Config,
-    build=lambda config: llama.Model(config, llama.Parts(qkv_bias=True)),
+    build=lambda config: llama.Model(config, llama.Variant(qkv_bias=True)),
     architecture="Qwen2ForCausalLM",
 )

@@ -8,7 +8,7 @@ from llmkit.models.family import Family, Gguf
 
 
 @dataclass(kw_only=True)
-class Config(qwen2.Shape):
+class Config(qwen2.BaseConfig):
     model_type: ClassVar[str] = "qwen3"
 
     attention_bias: bool = False
@@ -17,7 +17,7 @@ class Config(qwen2.Shape):
 def build(config: Config) -> llama.Model:
     """Build a Qwen3."""
     bias = config.attention_bias
-    return llama.Model(config, llama.Parts(qk_norm=True, qkv_bias=bias, output_bias=bias))
+    return llama.Model(config, llama.Variant(qk_norm=True, qkv_bias=bias, output_bias=bias))
 
 
 QWEN3 = qwen2.QWEN | {

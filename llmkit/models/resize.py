@@ -9,11 +9,11 @@ from llmkit.models.layers import token_tables
 
 @torch.no_grad()
 def resize_embeddings(model: nn.Module, size: int, sources: dict[int, list[int]]) -> None:
-    """Extend the embedding, and the head if it is another matrix, to at least `size` rows.
+    """Extend the embedding, and an untied head, to at least `size` rows.
 
-    sources  new id -> the ids that encoded its text so far. The new row is the mean of theirs, or of all tokens if
-             there are none, which hardly changes the probabilities of the others (Hewitt 2021). The unused rows of a
-             padded vocabulary are overwritten. All other rows stay
+    sources  new id -> the ids that encoded its text so far. The new row is the mean of their rows, or of all rows if
+             there are none, which hardly changes the probabilities of other tokens (Hewitt 2021). A new id may be an
+             unused row of a padded vocabulary. All other rows stay the same
     """
     for module in token_tables(model):
         old = module.weight
@@ -24,6 +24,6 @@ def resize_embeddings(model: nn.Module, size: int, sources: dict[int, list[int]]
         module.weight = nn.Parameter(rows.contiguous(), requires_grad=old.requires_grad)
     for module, name in family_of(model.config).token_biases(model):
         bias = getattr(module, name)
-        more = bias.new_zeros(max(0, size - len(bias)))
-        setattr(module, name, nn.Parameter(torch.cat((bias, more)), requires_grad=bias.requires_grad))
+        zeros = bias.new_zeros(max(0, size - len(bias)))
+        setattr(module, name, nn.Parameter(torch.cat((bias, zeros)), requires_grad=bias.requires_grad))
     model.config.vocab_size = max(size, model.config.vocab_size)

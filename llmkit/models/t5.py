@@ -1,6 +1,6 @@
-"""T5: an encoder and a decoder; positions are biases of the scores (Raffel et al. 2019, arXiv:1910.10683).
+"""T5: an encoder and a decoder with relative position biases (Raffel et al. 2019, arXiv:1910.10683).
 
-It has version 1.1's gated MLP and untied head too. Module names are Hugging Face's weight names.
+Version 1.1's gated MLP and untied head are options. Module names are Hugging Face's weight names.
 """
 
 import math
@@ -23,13 +23,13 @@ from llmkit.models.loss import ChunkLoss, Logits, linear_cross_entropy
 class Config:
     model_type: ClassVar[str] = "t5"
     kind: ClassVar[str] = "seq2seq"
-    initializer_range: ClassVar[float] = 0.02  # of what `init_stds` does not name
+    initializer_range: ClassVar[float] = 0.02  # of weights that `init_stds` does not name
 
     vocab_size: int | None = None  # None: the tokenizer's
     hidden_size: int = 512
     intermediate_size: int | None = None  # None: 4 * hidden_size
     num_hidden_layers: int = 6  # of the encoder
-    num_decoder_layers: int | None = None  # None: as many
+    num_decoder_layers: int | None = None  # None: as many as the encoder
     num_attention_heads: int = 8
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     feed_forward_proj: Literal["relu", "gated-gelu", "gated-silu"] = "gated-gelu"
@@ -39,7 +39,7 @@ class Config:
     layer_norm_epsilon: float = 1e-6
     tie_word_embeddings: bool = True
     dropout_rate: float = 0.0
-    decoder_start_token_id: int = 0  # also what pads
+    decoder_start_token_id: int = 0  # also the padding token
     init: Literal["normal", "zero", "xavier", "he"] = "normal"
 
     def __post_init__(self):
@@ -56,7 +56,7 @@ class Config:
 
     @property
     def windows(self) -> list[None]:
-        """The windows of the decoder's layers."""
+        """Return the windows of the decoder's layers."""
         return [None] * self.num_decoder_layers
 
 
@@ -66,33 +66,26 @@ def is_gated(config: Config) -> bool:
 
 
 def init_stds(config: Config) -> dict[str, float]:
-    """Return T5's standard deviations: by the width that a matrix reads; smaller for queries, as scores are not scaled.
+    """Return T5's standard deviations, by name: input width^-0.5, smaller for queries, as scores are not scaled.
 
-    They are those of Raffel et al.'s code, as transformers has them; an untied head's is as other matrices'.
+    They are those of Raffel et al.'s code and of transformers, except that an untied head is like other matrices.
     """
-    width, inner = config.hidden_size**-0.5, config.intermediate_size**-0.5
-    return {
+    std = config.hidden_size**-0.5
+    return dict.fromkeys(("k", "v", "relative_attention_bias", "wi", "wi_0", "wi_1", "lm_head"), std) | {
         "shared": 1.0,
-        "q": width * config.head_dim**-0.5,
-        "k": width,
-        "v": width,
+        "q": std * config.head_dim**-0.5,
         "o": (config.num_attention_heads * config.head_dim) ** -0.5,
-        "relative_attention_bias": width,
-        "wi": width,
-        "wi_0": width,
-        "wi_1": width,
-        "wo": inner,
-        "lm_head": width,
+        "wo": config.intermediate_size**-0.5,
     }
 
 
 class Context(NamedTuple):
-    """The inputs that a block gets beside the hidden states."""
+    """Arguments of a block besides the hidden states."""
 
     bias: Tensor  # (1 or B, H, T, S) added to the scores of self-attention; -inf where a key is masked
     encoded: Tensor | None = None  # (B, S, hidden), for the decoder
-    seen: Tensor | None = None  # (B, 1, 1, S) which of them may be seen; None: all
-    cache: LayerCache | None = None  # its own
+    seen: Tensor | None = None  # (B, 1, 1, S), False for padding; None: no padding
+    cache: LayerCache | None = None  # of this layer
 
 
 class Attention(nn.Module):
@@ -105,11 +98,10 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.hidden_size, width, bias=False)
         self.o = nn.Linear(width, config.hidden_size, bias=False)
         if has_bias:
-            self.relative_attention_bias = nn.Embedding(
-                config.relative_attention_num_buckets, config.num_attention_heads
-            )
+            buckets = config.relative_attention_num_buckets
+            self.relative_attention_bias = nn.Embedding(buckets, config.num_attention_heads)
 
-    def heads(self, projected: Tensor) -> Tensor:
+    def split_heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -125,14 +117,14 @@ class SelfLayer(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         attention, x = self.SelfAttention, self.layer_norm(x)
-        q, k, v = (attention.heads(project(x)) for project in (attention.q, attention.k, attention.v))
+        q, k, v = (attention.split_heads(project(x)) for project in (attention.q, attention.k, attention.v))
         if context.cache is not None:
             k, v = context.cache.update(k, v)
         return attention(q, k, v, context.bias)
 
 
 class CrossLayer(nn.Module):
-    """Attention of the decoder to the encoder's states. Their keys and values are computed once and kept."""
+    """Attend from the decoder to the encoder's states, whose keys and values are computed once and cached."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -141,11 +133,11 @@ class CrossLayer(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         attention = self.EncDecAttention
-        q = attention.heads(attention.q(self.layer_norm(x)))
+        q = attention.split_heads(attention.q(self.layer_norm(x)))
         if context.cache is not None and context.cache.cross is not None:
             k, v = context.cache.cross
         else:
-            k, v = (attention.heads(project(context.encoded)) for project in (attention.k, attention.v))
+            k, v = (attention.split_heads(project(context.encoded)) for project in (attention.k, attention.v))
             if context.cache is not None:
                 context.cache.cross = k, v
         return attention(q, k, v, context.seen)
@@ -204,7 +196,7 @@ class Stack(nn.Module):
         buckets, longest = self.config.relative_attention_num_buckets, self.config.relative_attention_max_distance
         table = self.block[0].layer[0].SelfAttention.relative_attention_bias
         distance = keys - queries[:, None]  # (T, S)
-        bias = table(bucket(distance, buckets, longest, both_ways=not self.decodes)).float().permute(2, 0, 1)[None]
+        bias = table(bucket(distance, buckets, longest, bidirectional=not self.decodes)).float().permute(2, 0, 1)[None]
         return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
 
     def forward(self, x: Tensor, contexts: list[Context]) -> Tensor:
@@ -214,16 +206,16 @@ class Stack(nn.Module):
         return F.dropout(self.final_layer_norm(x), self.dropout, self.training)
 
 
-def bucket(distance: Tensor, buckets: int, longest: int, both_ways: bool) -> Tensor:
-    """Return the bucket of a distance (key column - query column): exact nearby, logarithmic further away.
+def bucket(distance: Tensor, buckets: int, longest: int, bidirectional: bool) -> Tensor:
+    """Return the bucket of a distance (key column - query column): exact when near, logarithmic when far.
 
-    both_ways  half of the buckets for each direction; False: all for the keys before the query
+    bidirectional  half of the buckets for each direction; False: all buckets for keys before the query
 
-    >>> bucket(torch.tensor([0, -1, -7, -8, -127, -9999, 3]), 16, 128, both_ways=False).tolist()
+    >>> bucket(torch.tensor([0, -1, -7, -8, -127, -9999, 3]), 16, 128, bidirectional=False).tolist()
     [0, 1, 7, 8, 15, 15, 0]
     """
     offset = torch.zeros_like(distance)
-    if both_ways:
+    if bidirectional:
         buckets //= 2
         offset = (distance > 0).long() * buckets
         distance = distance.abs()
@@ -258,7 +250,7 @@ class Model(nn.Module):
         return self.shared
 
     def encode(self, input_ids: Tensor, segments: Tensor | None = None) -> Tensor:
-        """Return the encoder's states (B, S, hidden); segments (B, S) is negative where a row is padded."""
+        """Return the encoder's states (B, S, hidden); segments (B, S) is negative for padding."""
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)
         mask = attention_mask(segments, len(columns), None, input_ids.device, causal=False)
         context = Context(self.encoder.bias(columns, columns, mask))
@@ -275,18 +267,18 @@ class Model(nn.Module):
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
     ) -> Tensor:
-        """Return logits (B, T, V) of what follows decoder_input_ids (B, T); with labels (B, T) their losses.
+        """Return logits (B, T, V) after each of decoder_input_ids (B, T), or with labels (B, T) the losses.
 
-        input_ids  (B, S), what the encoder reads
-        segments   (B, S), negative where input_ids are padding
-        cache      continue after its tokens; it holds the encoder's states, so input_ids are the decoder's next ones
+        input_ids  (B, S), of the encoder
+        segments   (B, S), negative for padding
+        cache      continue after its tokens; it holds the encoder's states, so input_ids are the decoder's next tokens
         """
         if cache is None:
             encoded, decoder_ids = self.encode(input_ids, segments), decoder_input_ids
-            seen = None if segments is None else (segments >= 0)[:, None, None]  # (B, 1, 1, S)
+            encoded_mask = None if segments is None else (segments >= 0)[:, None, None]  # (B, 1, 1, S)
             columns = torch.arange(decoder_ids.shape[1], device=decoder_ids.device)
             bias = self.decoder.bias(columns, columns, visible(columns[:, None], columns, None))
-            contexts = [Context(bias, encoded, seen)] * len(self.decoder.block)
+            contexts = [Context(bias, encoded, encoded_mask)] * len(self.decoder.block)
         else:
             decoder_ids, length = input_ids, input_ids.shape[1]
             cache.begin(length)
@@ -296,7 +288,7 @@ class Model(nn.Module):
             cache.length += length
         hidden = self.decoder(self.shared(decoder_ids), contexts)[:, -logits_to_keep:]
         if self.lm_head is None:
-            hidden = hidden * self.config.hidden_size**-0.5  # version 1.0, whose head is the embedding, scales
+            hidden = hidden * self.config.hidden_size**-0.5  # version 1.0, with a tied head, scales
         weight = token_tables(self)[-1].rows()
         if labels is None:
             return self.to_logits(hidden, weight)
@@ -305,7 +297,7 @@ class Model(nn.Module):
 
 # ---- the family -----------------------------------------------------------------------------------------------------
 
-NAMES = {  # ours -> Hugging Face's
+HF_NAMES = {  # our option -> Hugging Face's
     "hidden_size": "d_model",
     "intermediate_size": "d_ff",
     "num_hidden_layers": "num_layers",
@@ -313,32 +305,32 @@ NAMES = {  # ours -> Hugging Face's
     "head_dim": "d_kv",
     "max_position_embeddings": "n_positions",
 }
-DERIVED_FIELDS = ("initializer_factor", "dense_act_fn", "is_gated_act")  # other fields say the same
+DERIVED_FIELDS = ("initializer_factor", "dense_act_fn", "is_gated_act")  # they repeat other fields
 CROSS_KEYS_AND_VALUES = ("EncDecAttention.k.weight", "EncDecAttention.v.weight")
 
 
 def problems(config: Config) -> Iterator[Problem]:
-    """Yield what does not fit among the buckets of distances and the first token."""
+    """Yield the problems of the buckets of distances and of the start token."""
     buckets, longest = config.relative_attention_num_buckets, config.relative_attention_max_distance
     if buckets < 4:
         yield "relative_attention_num_buckets", f"is {buckets}, but must be at least 4"
     elif longest <= buckets // 2:
-        yield "relative_attention_max_distance", f"must be over half of {buckets} buckets"
+        yield "relative_attention_max_distance", f"is {longest}, but must be over half of {buckets} buckets"
     if config.vocab_size is not None and config.decoder_start_token_id >= config.vocab_size:
-        yield "decoder_start_token_id", f"is {config.decoder_start_token_id}, no id of {config.vocab_size}"
+        yield "decoder_start_token_id", f"is {config.decoder_start_token_id}, but there are {config.vocab_size} tokens"
 
 
 def from_hf(hf: dict) -> dict:
-    """Return our options from a config.json; transformers 5 calls every T5 tied, and means `scale_decoder_outputs`."""
-    ours = {theirs: name for name, theirs in NAMES.items()}
+    """Return our options from a config.json; transformers 5 ties every T5, and `scale_decoder_outputs` decides."""
+    ours = {theirs: name for name, theirs in HF_NAMES.items()}
     options = {ours.get(key, key): value for key, value in hf.items() if key not in DERIVED_FIELDS}
     tied = options.pop("scale_decoder_outputs", options.get("tie_word_embeddings", True))
     return options | {"tie_word_embeddings": tied}
 
 
 def to_hf(options: dict) -> dict:
-    """Return a config.json for transformers."""
-    return {NAMES.get(key, key): value for key, value in options.items()} | {
+    """Return the fields of a config.json for transformers."""
+    return {HF_NAMES.get(key, key): value for key, value in options.items()} | {
         "pad_token_id": options["decoder_start_token_id"],
         "scale_decoder_outputs": options["tie_word_embeddings"],
     }

@@ -1,6 +1,5 @@
-"""Recompute and compile the blocks of a built model."""
+"""Compile the blocks of a built model, and make them recompute activations."""
 
-import importlib.metadata
 import importlib.util
 import shutil
 
@@ -13,7 +12,7 @@ from llmkit.models.attention import recomputed
 
 
 def apply_checkpointing(model: nn.Module, mode: str | int) -> int:
-    """Recompute blocks in the backward instead of keeping their activations; return how many.
+    """Make blocks recompute their activations in the backward pass; return how many do so.
 
     mode  none, full (every block), or k (every k-th block)
     """
@@ -25,7 +24,7 @@ def apply_checkpointing(model: nn.Module, mode: str | int) -> int:
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """Return why torch.compile can't work on this machine, None if it can."""
+    """Return what torch.compile lacks on this machine, None if it works."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "no triton"
     language, names = ("C", ("gcc", "clang", "cc")) if device.type == "cuda" else ("C++", ("g++", "clang++", "c++"))
@@ -33,24 +32,25 @@ def missing_compiler(device: torch.device) -> str | None:
 
 
 def compile_obstacle(model: nn.Module, device: torch.device, precision: str) -> str | None:
-    """Return why this model can't be compiled here, None if it can."""
+    """Return why this model can't be compiled on this machine, or None."""
     if family_of(model.config).experts(model.config)[0] > 1 and precision != "bf16":
-        return "products of experts compile in bf16 only"
+        return "matrix products of experts compile in bf16 only"
     return missing_compiler(device)
 
 
 def compile_blocks(model: nn.Module, asked: str | bool, device: torch.device, precision: str) -> str:
-    """Compile the loss, and each block by itself, which share one program; return a description for the header."""
+    """Compile the loss, and each block by itself, so that blocks share one program; return a text for the header."""
     reason = compile_obstacle(model, device, precision)
     if asked is False:
         return "off"
     if reason and asked is True:
-        raise MachineError(f"train.compile: true can't be done: {reason}", fix="install it, or compile: auto")
+        fix = "install what is missing, or set train.compile to auto"
+        raise MachineError(f"train.compile: true is not possible: {reason}", fix=fix)
     if reason:
         return f"off ({reason})"
     if device.type == "cpu":
-        # Recompute what is cheap (norms, activations): an eighth less memory in pretraining, even less with LoRA, at
-        # the same speed. Not measured on a GPU.
+        # Recompute cheap operations (norms, activations): this saves an eighth of the memory in pretraining, and more
+        # with LoRA, at the same speed. Not measured on a GPU.
         torch._functorch.config.activation_memory_budget = 0.9
     for part in (*model.blocks, model.chunk_loss):
         part.compile(fullgraph=True, dynamic=False)

@@ -1,4 +1,4 @@
-"""Devices: precision, memory, speed."""
+"""Choose a precision, and measure the speed and memory of a device."""
 
 import contextlib
 import ctypes
@@ -15,10 +15,9 @@ from llmkit.errors import UserError
 from llmkit.types import Batch
 
 CPUINFO = Path("/proc/cpuinfo")
-
-
-# Dense bf16 peak of one GPU in FLOP/s, by a part of its name: the vendors' data sheets, without sparsity.
-PEAKS = {
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Dense bf16 peak of one GPU in FLOP/s, by a part of its name, from the vendors' data sheets.
+PEAK_FLOPS = {
     "H200": 989.4e12,
     "H100": 989.4e12,
     "A100": 312e12,
@@ -32,7 +31,7 @@ PEAKS = {
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """Return a batch as the keyword arguments of a model's forward; the copy to a GPU does not wait."""
+    """Return a batch as the keyword arguments of a model's forward; copies to a GPU are asynchronous."""
     tensors = {name: torch.from_numpy(array) for name, array in batch.arrays().items()}
     if device.type == "cuda":
         return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
@@ -40,9 +39,9 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory that tensors free, for the next ones: page faults took 5-11 % of a step.
+    """Make glibc keep freed memory for the next tensors: page faults took 5-11 % of a step.
 
-    The numbers are M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h. Other C libraries are left alone.
+    The numbers are M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h. Do nothing with other C libraries.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -57,24 +56,26 @@ def has_fast_bf16(device: torch.device) -> bool:
     """Return whether the device multiplies bf16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = ""
-    with contextlib.suppress(OSError), CPUINFO.open(encoding="utf-8") as file:
-        flags = next((line for line in file if line.startswith("flags")), "")
+    flags = read_cpuinfo("flags")
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def read_cpuinfo(field: str) -> str:
+    """Return the first value of a field in /proc/cpuinfo, "" if there is none."""
+    with contextlib.suppress(OSError), CPUINFO.open(encoding="utf-8") as file:
+        return next((line.partition(":")[2].strip() for line in file if line.startswith(field)), "")
+    return ""
 
 
 def choose_precision(asked: str, device: torch.device) -> str:
     """Resolve "auto" to bf16 if the hardware has it, else to fp16 on a GPU and fp32 on a CPU."""
     if asked not in ("auto", *DTYPES):
-        raise UserError("the precision is unknown", got=asked, expected="auto, bf16, fp16 or fp32")
+        raise UserError("this precision is unknown", got=asked, expected="auto, bf16, fp16 or fp32")
     if asked != "auto":
         return asked
     if has_fast_bf16(device):
         return "bf16"
     return "fp16" if device.type == "cuda" else "fp32"
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def autocast(device: torch.device, precision: str):
@@ -89,13 +90,13 @@ def make_deterministic(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-# ---- what the machine can do ----------------------------------------------------------------------------------------
+# ---- speed and memory -----------------------------------------------------------------------------------------------
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Measure the FLOP/s of a large matrix product, the ceiling of a training step."""
-    size = 8192 if device.type == "cuda" else 256 if dtype == torch.float16 else 1024  # CPUs crawl in fp16
-    # A generator of its own: a resumed run must not find the global one moved.
+    """Measure the FLOP/s of a large matrix product, an upper bound for a training step."""
+    size = 8192 if device.type == "cuda" else 256 if dtype == torch.float16 else 1024  # CPUs are slow in fp16
+    # Its own generator, so that the global one keeps its state for a resumed run.
     generator = torch.Generator(device).manual_seed(0)
     a, b = torch.randn(2, size, size, device=device, generator=generator).to(dtype)
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
@@ -114,35 +115,32 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """Return the FLOP/s that MFU is a share of, and the source of the figure."""
+    """Return the peak FLOP/s that MFU refers to, and the source of the number."""
     if device.type == "cuda" and precision != "fp32":
         name = torch.cuda.get_device_name(device)
-        known = next((peak for part, peak in PEAKS.items() if part in name), None)
+        known = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
         if known:
             return known, f"{name}'s data sheet"
     return matmul_rate(device, DTYPES[precision]), "measured matrix product"
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of a GPU, or of the CPU with its threads."""
+    """Return the name of a GPU, or of a CPU with the number of threads."""
+    """Return the name of a GPU, or of the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError), CPUINFO.open(encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"{read_cpuinfo('model name') or 'CPU'}, {torch.get_num_threads()} threads"
 
 
 def total_memory(device: torch.device) -> int:
-    """Return the bytes of memory that the device has."""
+    """Return the total memory of the device in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak bytes so far: allocated on a GPU, resident in the process on a CPU."""
+    """Return the peak memory so far in bytes: allocated on a GPU, or resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""Start ranks, sum numbers and gradients over them, and let one act for all."""
+"""Start ranks, sum numbers and gradients over them, and run code on rank 0 alone."""
 
 import os
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from llmkit.parallel.device import keep_freed_memory
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of a run, one a process, each with a device of its own."""
+    """Rank of this process in a run; every rank has its own process and device."""
 
     device: torch.device
     rank: int = 0
@@ -35,7 +35,7 @@ class World:
         return total.item()
 
     def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Sum every gradient over all ranks, in one message per dtype."""
+        """Sum every gradient over all ranks, in one all-reduce per dtype."""
         if self.size == 1:
             return
         for dtype in {p.grad.dtype for p in parameters if p.grad is not None}:
@@ -46,22 +46,22 @@ class World:
                 grad.copy_(part.view_as(grad))
 
     def on_main(self, function: Callable[[], Any]) -> Any:
-        """Call a function on rank 0 only, while the others wait; a UserError is raised on all ranks."""
-        result, box = None, [None]
+        """Call a function on rank 0 while the others wait, and return its result there; raise its UserError on all."""
+        result, errors = None, [None]
         if self.main:
             try:
                 result = function()
             except UserError as error:
-                box = [error]
+                errors = [error]
         if self.size > 1:
-            dist.broadcast_object_list(box, src=0)
-        if box[0] is not None:
-            raise box[0]
+            dist.broadcast_object_list(errors, src=0)
+        if errors[0] is not None:
+            raise errors[0]
         return result
 
 
 def start_world() -> World:
-    """Return this process's rank and device; torchrun's environment, which `--nproc` sets too, tells the rank."""
+    """Return this process's rank and device, from the environment variables of torchrun, which `--nproc` sets too."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -70,13 +70,13 @@ def start_world() -> World:
     else:
         keep_freed_memory()
     if size > 1 and not dist.is_initialized():
-        # Hours: the other ranks wait while rank 0 builds the data.
+        # A long timeout, because the other ranks wait while rank 0 builds the data.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24))
     return World(device, rank, size)
 
 
 def launch(function: Callable[..., Any], processes: int, *args: Any, **options: Any) -> Any:
-    """Run a function in several ranks on this machine, through torchrun's own API; return rank 0's result."""
+    """Run a function in several ranks on this machine through torchrun's API; return rank 0's result."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -92,9 +92,9 @@ def launch(function: Callable[..., Any], processes: int, *args: Any, **options: 
     )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     try:
-        results = elastic_launch(config, returning_errors)(function, args, options)
+        results = elastic_launch(config, run_rank)(function, args, options)
     except SignalException as error:
-        fix = "type the same command again to go on from the newest checkpoint"
+        fix = "run the same command again to continue from the newest checkpoint"
         raise UserError("interrupted", fix=fix, code=INTERRUPTED.get(error.sigval, 143)) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -104,8 +104,8 @@ def launch(function: Callable[..., Any], processes: int, *args: Any, **options: 
     return results[0]
 
 
-def returning_errors(function: Callable[..., Any], args: tuple, options: dict[str, Any]) -> Any:
-    """Return a rank's UserError to the launcher, which prints one block instead of many tracebacks."""
+def run_rank(function: Callable[..., Any], args: tuple, options: dict[str, Any]) -> Any:
+    """Return a rank's result, or its UserError, so that the launcher prints it once instead of many tracebacks."""
     try:
         return function(*args, **options)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, verified by checksums, read without pickle.
+"""Write checkpoints atomically, verify them by checksums, and read them without pickle.
 
 checkpoints/step-000500/
     model/         a Hugging Face folder, or a PEFT adapter
@@ -25,7 +25,7 @@ from llmkit.errors import MachineError, ModelError, UserError
 from llmkit.files import file_sha256
 
 MANIFEST = "MANIFEST.json"
-DEPENDENTS = "HELD_BY"  # a checkpoint's list of the runs whose adapters need it as their base
+DEPENDENTS = "HELD_BY"  # lists the runs whose adapters need a checkpoint as their base
 
 
 def sync(path: Path) -> None:
@@ -49,61 +49,57 @@ def save(
 ) -> Path:
     """Write checkpoints/step-N, then delete older ones.
 
-    write_model  writes the model into the folder that it is given
+    write_model  writes the model into a folder
     about        further entries of the manifest: val_loss (the lowest is the best), hashes, world size
-    keep         how many of the newest to keep; the best by val loss and the bases of adapters are kept too
+    keep         number of the newest to keep; the best by val loss and the bases of adapters are kept too
     """
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
-    half = folder.with_name(folder.name + ".tmp")
+    temporary = folder.with_name(folder.name + ".tmp")
     try:
-        if half.exists():
-            shutil.rmtree(half)
-        (half / "trainer").mkdir(parents=True)
-        write_model(half / "model")
-        (half / "trainer" / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        save_file(tensors, half / "trainer" / "tensors.safetensors")
-        shutil.copymode(half / "trainer" / "state.json", half / "trainer" / "tensors.safetensors")
-        files = sorted(path for path in half.rglob("*") if path.is_file())
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        (temporary / "trainer").mkdir(parents=True)
+        write_model(temporary / "model")
+        (temporary / "trainer" / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        save_file(tensors, temporary / "trainer" / "tensors.safetensors")
+        shutil.copymode(temporary / "trainer" / "state.json", temporary / "trainer" / "tensors.safetensors")
         entries = []
-        for path in files:
+        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
             sync(path)
-            name, size = str(path.relative_to(half)), path.stat().st_size
-            entries.append({"file": name, "size": size, "sha256": file_sha256(path)})
+            name = str(path.relative_to(temporary))
+            entries.append({"file": name, "size": path.stat().st_size, "sha256": file_sha256(path)})
         manifest = {"step": step, **about, "files": entries}
-        (half / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for path in (half / MANIFEST, half / "model", half / "trainer", half):
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for path in (temporary / MANIFEST, temporary / "model", temporary / "trainer", temporary):
             sync(path)
-        if folder.exists():  # a damaged one that the resumed run skipped
+        if folder.exists():  # damaged: the resumed run skipped it
             shutil.rmtree(folder)
-        half.rename(folder)
+        temporary.rename(folder)
         sync(folder.parent)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(half, ignore_errors=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
-        free = shutil.disk_usage(run_dir).free
-        got, fix = (
-            f"{free / 2**20:.0f} MiB free",
-            "free some space and type the same command: older checkpoints are intact",
-        )
-        details = {"got": got, "fix": fix} if full else {}
+        shutil.rmtree(temporary, ignore_errors=True)
+        details = {}
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error):
+            details["got"] = f"{shutil.disk_usage(run_dir).free / 2**20:.0f} MiB free"
+            details["fix"] = "free some space and run the same command again: older checkpoints are intact"
         raise MachineError(f"the checkpoint can't be written: {error}", at=folder, **details) from None
     for abandoned in list_checkpoints(run_dir):
         if step_of(abandoned) > step:  # damaged: the resumed run skipped it
             shutil.rmtree(abandoned)
-    best_one = best_checkpoint(run_dir)
+    best = best_checkpoint(run_dir)
     for old in list_checkpoints(run_dir)[:-keep]:
-        if old != best_one and not has_dependent_runs(old):
+        if old != best and not has_dependent_runs(old):
             shutil.rmtree(old)
     return folder
 
 
-def add_dependent_run(model: Path, by: Path) -> None:
-    """Keep the checkpoint of a model that an adapter is trained on, as long as the adapter's run exists."""
+def add_dependent_run(model: Path, run_dir: Path) -> None:
+    """Keep the checkpoint of a base model as long as the run directory of an adapter on it exists."""
     if (model.parent / MANIFEST).is_file():
         with contextlib.suppress(OSError), (model.parent / DEPENDENTS).open("a+", encoding="utf-8") as file:
             file.seek(0)
-            if str(by.resolve()) not in file.read().splitlines():
-                file.write(f"{by.resolve()}\n")
+            if str(run_dir.resolve()) not in file.read().splitlines():
+                file.write(f"{run_dir.resolve()}\n")
 
 
 def has_dependent_runs(folder: Path) -> bool:
@@ -113,13 +109,13 @@ def has_dependent_runs(folder: Path) -> bool:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Return the complete checkpoints, oldest first. `verify` tells whether they are still intact."""
+    """Return the complete checkpoints, oldest first. `verify` checks whether they are still intact."""
     found = (run_dir / "checkpoints").glob("step-*")
     return sorted((path for path in found if path.name.removeprefix("step-").isdigit()), key=step_of)
 
 
 def step_of(folder: Path) -> int:
-    """Return the step of a checkpoint by its name."""
+    """Return the step in a checkpoint's name."""
     return int(folder.name.removeprefix("step-"))
 
 
@@ -133,7 +129,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> None:
-    """Raise a ModelError that names the first file that is missing or changed."""
+    """Raise a ModelError with the first file of a checkpoint that is missing or changed."""
     for entry in read_manifest(folder)["files"]:
         path = folder / entry["file"]
         if not path.is_file():
@@ -143,7 +139,7 @@ def verify(folder: Path) -> None:
 
 
 def newest_intact_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint that verifies, None without any; warn about damaged ones."""
+    """Return the newest intact checkpoint, None if there are none at all; warn about damaged ones."""
     found = list_checkpoints(run_dir)
     for folder in reversed(found):
         try:
@@ -152,7 +148,7 @@ def newest_intact_checkpoint(run_dir: Path) -> Path | None:
         except UserError as error:
             print(f"warning: {error.what}: {error.at}", file=sys.stderr)
     if found:
-        fix = "put a good copy back, or start over with --fresh"
+        fix = "restore a good copy, or start over with --fresh"
         raise ModelError("every checkpoint of this run is damaged", at=run_dir / "checkpoints", got=len(found), fix=fix)
     return None
 
@@ -168,7 +164,7 @@ def best_checkpoint(run_dir: Path) -> Path | None:
 
 
 def load_trainer(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the state that `save` was given."""
+    """Return the tensors and the state that `save` wrote."""
     tensors = load_file(folder / "trainer" / "tensors.safetensors")
     return tensors, json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
 
@@ -177,7 +173,7 @@ def load_trainer(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Return the state of all optimizers under optimizer/<parameter name>/<state name>."""
+    """Return the state of all optimizers, named optimizer/<parameter name>/<state name>."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"optimizer/{names[parameter]}/{key}": value.detach().cpu().contiguous()
@@ -188,7 +184,7 @@ def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer])
 
 
 def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
-    """Restore every parameter's optimizer state. A parameter without one is an error: nothing is silently reset."""
+    """Restore the optimizer state of every parameter; raise a ModelError for a parameter without one."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():

@@ -1,4 +1,4 @@
-"""Find and load what a MODEL argument names: a run, a checkpoint, an adapter or a Hugging Face folder."""
+"""Find and load the model of a MODEL argument: a run, a checkpoint, an adapter or a Hugging Face folder."""
 
 import hashlib
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
 
 @dataclass
 class Located:
-    """The model that a MODEL argument names."""
+    """Model of a MODEL argument."""
 
     folder: Path  # a Hugging Face folder, or an adapter
     run_dir: Path | None = None  # the run it belongs to
@@ -29,12 +29,12 @@ class Located:
 
     @property
     def base(self) -> Path:
-        """The folder of the whole model: the adapter's base, or the folder itself."""
+        """Return the folder of the whole model: the adapter's base, or the folder itself."""
         if not self.is_adapter:
             return self.folder
         base = Path(read_adapter_config(self.folder)[0].get("base_model_name_or_path") or "")
         if not (base / "config.json").is_file():
-            at, fix = self.folder / "adapter_config.json", "put the base back, or correct base_model_name_or_path"
+            at, fix = self.folder / "adapter_config.json", "restore the base, or correct base_model_name_or_path"
             raise ModelError("the adapter's base model is missing", at=at, got=base, fix=fix)
         return base
 
@@ -56,7 +56,7 @@ def locate(model: str | Path, *, check: bool = True) -> Located:
         in_checkpoint = path.name == "model" and (path.parent / MANIFEST).is_file()
         return Located(path.resolve(), run_of(path.resolve().parent) if in_checkpoint else None)
     if path.suffix == ".gguf":
-        raise ModelError("GGUF is written, not read", at=path, fix="name the folder that it was made from")
+        raise ModelError("GGUF can be written, but not read", at=path, fix="give the folder that it was exported from")
     on_hub = str(model).count("/") == 1 and not path.exists() and not str(model).startswith((".", "runs/"))
     fix = f"if it is on the hub: hf download {model} --local-dir {path.name}" if on_hub else None
     expected = "a run, a checkpoint, an adapter or a Hugging Face folder"
@@ -70,14 +70,14 @@ def run_of(folder: Path) -> Path | None:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Return one checksum over a folder's weight files, by which an adapter knows its base."""
+    """Return one checksum of a folder's weight files, which identifies the base of an adapter."""
     return hashlib.sha256("".join(file_sha256(path) for path in weight_files(folder)).encode()).hexdigest()
 
 
 def load_located(
     located: Located, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, merge: bool = False
 ) -> tuple[nn.Module, Tokenizer]:
-    """Load a model and its tokenizer, with an adapter on its base; `merge` folds the adapter in, in fp32."""
+    """Load a model and its tokenizer, and an adapter on its base, which `merge` merges in fp32."""
     tokenizer = load_tokenizer(located.folder)
     if not located.is_adapter:
         if len(tokenizer) > (size := read_config(located.folder).vocab_size):
@@ -88,7 +88,7 @@ def load_located(
     tokenizer.set_extra_stop_ids(read_tokenizer_configs(base / "tokenizer.json"))
     expected = saved_base_sha256(located.folder)
     if expected and weights_sha256(base) != expected:
-        raise ModelError("the adapter was trained on other weights than its base has now", at=base)
+        raise ModelError("the weights of the base have changed since the adapter was trained", at=base)
     model = load_model(base, device=device, dtype=torch.float32 if merge else dtype)
     method = load_adapter(model, located.folder)
     if merge:

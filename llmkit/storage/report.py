@@ -1,4 +1,4 @@
-"""Lists, pictures and reports of runs."""
+"""List runs, plot them, and write their reports."""
 
 import time
 from pathlib import Path
@@ -10,18 +10,17 @@ from llmkit.storage.run import CONFIG, METRICS, RunDirectory, read_metrics, read
 
 
 def list_runs(root: Path) -> list[Path]:
-    """Return the run directories under `root`, by the time of their last write, the oldest first."""
-    found = [path.parent for path in root.glob(f"*/{CONFIG}")] if root.is_dir() else []
+    """Return the run directories under `root`, sorted by their last write, oldest first."""
 
-    def written(folder: Path) -> float:
+    def last_write(folder: Path) -> float:
         path = folder / METRICS
         return (path if path.exists() else folder / CONFIG).stat().st_mtime
 
-    return sorted(found, key=written)
+    return sorted((path.parent for path in root.glob(f"*/{CONFIG}")), key=last_write)
 
 
 def summarize(folder: Path) -> dict[str, Any]:
-    """Return a row about a run: its last step and its best val loss."""
+    """Return a table row about a run: its last step and its best val loss."""
     records = read_metrics(folder)
     config = read_run_config(folder)
     losses = [record for record in records if "loss" in record]
@@ -42,7 +41,7 @@ def summarize(folder: Path) -> dict[str, Any]:
 
 
 def plot_runs(folders: list[Path], out: Path) -> None:
-    """Draw train and val loss over the tokens seen, of one run or several, as a PNG."""
+    """Plot train and val loss over the tokens seen, of one or several runs, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -70,14 +69,14 @@ def plot_runs(folders: list[Path], out: Path) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     figure.tight_layout()
-    half = out.with_name(out.name + ".tmp")
-    figure.savefig(half, format="png")
+    temporary = out.with_name(out.name + ".tmp")
+    figure.savefig(temporary, format="png")
     pyplot.close(figure)
-    half.replace(out)
+    temporary.replace(out)
 
 
 def write_report(run: RunDirectory, header: dict[str, Any], summary: dict[str, Any]) -> None:
-    """Write report.md: header, summary and picture."""
+    """Write report.md: header, summary and plot."""
     lines = [f"# {run.folder.name}", "", f"Written {time.strftime('%Y-%m-%d %H:%M')}.", "", "![loss](loss.png)", ""]
     for title, rows in (("Setup", header), ("Result", summary)):
         lines += [

@@ -1,4 +1,4 @@
-"""The run directory: one writer at a time, and metrics with each step exactly once."""
+"""Manage a run directory: one writer at a time, and each step exactly once in the metrics."""
 
 import contextlib
 import json
@@ -20,13 +20,12 @@ from llmkit.errors import UserError
 from llmkit.files import lock, write_atomically
 
 CONFIG, ABOUT, METRICS = "config.yaml", "run.json", "metrics.jsonl"
-WRITTEN = ("checkpoints", "tensorboard", METRICS, CONFIG, ABOUT, "loss.png", "report.md")  # what --fresh deletes
-# Keys and sections that a run may resume with another value of.
-CHANGEABLE_KEYS = {
-    *("run_dir", "data.workers", "data.cluster", "eval", "checkpoint", "log"),
-    *("train.max_steps", "train.max_tokens", "train.epochs", "train.early_stopping_patience", "train.max_bad_steps"),
-    "train.micro_batch_size",
-}
+OUTPUTS = ("checkpoints", "tensorboard", METRICS, CONFIG, ABOUT, "loss.png", "report.md")  # --fresh deletes them
+# Keys and sections whose values may change when a run is resumed.
+CHANGEABLE_KEYS = set(
+    "run_dir data.workers data.cluster eval checkpoint log train.max_steps train.max_tokens train.epochs"
+    " train.early_stopping_patience train.max_bad_steps train.micro_batch_size".split()
+)
 
 
 @dataclass
@@ -39,9 +38,9 @@ class RunDirectory:
     about: dict[str, Any]
 
     def begin(self, step: int | None) -> None:
-        """Write the config and run.json once nothing can refuse the run any more, and drop the metrics after `step`.
+        """Write the config and run.json, and drop the metrics after `step`, or all if it is None.
 
-        A resumed run logs those steps again; None drops all.
+        A resumed run logs those steps again. Call it after the last check that can refuse the run.
         """
         write_atomically(self.folder / CONFIG, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
         write_atomically(self.folder / ABOUT, json.dumps(self.about, indent=2) + "\n")
@@ -61,7 +60,7 @@ class RunDirectory:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder is a run directory, and no model's folder."""
+    """Return whether a folder is a run directory, and not a model's folder."""
     return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
@@ -71,7 +70,7 @@ def read_run_config(folder: Path) -> dict[str, Any]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return all whole lines of a run's metrics; a kill may have cut off the last one."""
+    """Return all complete records of a run's metrics; a kill may have cut off the last line."""
     path, records = folder / METRICS, []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -83,15 +82,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def open_run(
     folder: Path, config: dict[str, Any], *, fresh: bool = False, info: dict[str, Any] | None = None
 ) -> RunDirectory:
-    """Create or reopen a run directory, and lock it.
+    """Create or reopen a run directory, and lock it; raise a UserError if its config differs, see `check_same_config`.
 
-    config  the resolved config; a run with another one is refused, unless only CHANGEABLE_KEYS differ
-    fresh   delete what an earlier run left there
+    config  the resolved config
+    fresh   delete the outputs of an earlier run
     """
-    taken = "another process is training in this run directory"
-    held = lock(folder, taken, fix="wait for it, or choose another run_dir")
+    what = "another process is training in this run directory"
+    held = lock(folder, what, fix="wait for it, or choose another run_dir")
     if fresh:
-        for path in (folder / name for name in WRITTEN):
+        for path in (folder / name for name in OUTPUTS):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -103,7 +102,7 @@ def open_run(
             held.close()
             raise
     about = {
-        "command": without_secrets(" ".join(sys.argv)),
+        "command": hide_secrets(" ".join(sys.argv)),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "llmkit": __version__,
         "python": platform.python_version(),
@@ -115,13 +114,13 @@ def open_run(
 
 
 def check_same_config(folder: Path, config: dict[str, Any]) -> None:
-    """Raise a UserError if the folder's run has checkpoints and another config, in more than CHANGEABLE_KEYS."""
-    if not (folder / CONFIG).exists() or not (folder / "checkpoints").exists():  # no checkpoint: nothing to protect
+    """Raise a UserError if the run has checkpoints and its config differs in other keys than CHANGEABLE_KEYS."""
+    if not (folder / CONFIG).exists() or not (folder / "checkpoints").exists():  # no checkpoint to protect
         return
     before, after = flatten(read_run_config(folder)), flatten(config)
     differing = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     changed = [key for key in differing if not {key, key.split(".")[0]} & CHANGEABLE_KEYS]
-    changed.sort(key=lambda key: key not in before or key not in after)  # another value says more than another section
+    changed.sort(key=lambda key: key not in before or key not in after)  # changed values before new and removed keys
     if changed:
         got = "; ".join(f"{key}: {after.get(key)} (was {before.get(key)})" for key in changed[:5])
         fix = "choose another (-o run_dir=runs/NAME), or delete the old run with --fresh"
@@ -129,7 +128,7 @@ def check_same_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested sections as dotted keys."""
+    """Return the values of nested sections by their dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
@@ -137,10 +136,10 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def without_secrets(text: str) -> str:
-    """Return a text with passwords in URLs and values that are called a token struck out.
+def hide_secrets(text: str) -> str:
+    """Replace passwords in URLs, and values that are named like a secret, by ***.
 
-    >>> without_secrets("-o data.path=https://me:hunter2@host/x hf_token=abc")
+    >>> hide_secrets("-o data.path=https://me:hunter2@host/x hf_token=abc")
     '-o data.path=https://***@host/x hf_token=***'
     """
     text = re.sub(r"//[^/@\s]+@", "//***@", text)
@@ -148,7 +147,7 @@ def without_secrets(text: str) -> str:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the working directory, with + if it has changes; None outside a checkout."""
+    """Return the commit of the working directory, with + if it has changes; None outside a repository."""
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--dirty=+"], capture_output=True, text=True, timeout=5

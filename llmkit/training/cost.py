@@ -1,4 +1,4 @@
-"""Compute what a run costs, in closed form: parameters, FLOPs a token, peak memory. No weights are allocated."""
+"""Compute the cost of a run in closed form: parameters, FLOPs per token, peak memory. No weights are allocated."""
 
 import re
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from llmkit.models.layers import Head, RMSNorm, token_tables
 from llmkit.models.loss import CHUNK_BYTES
 from llmkit.peft import METHODS
 
-RUNTIME_BYTES = 520 * 2**20  # resident in a process that has compiled and run small models, measured on Linux
+RUNTIME_BYTES = 520 * 2**20  # resident memory of a process that compiled and ran small models, measured on Linux
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Figures of one training configuration; bytes and FLOPs are plain numbers."""
+    """Cost of one training configuration; memory is in bytes."""
 
     parameters: dict[str, int]  # by part
     trainable: int
@@ -37,7 +37,7 @@ PARTS = ("embeddings", "attention", "mlp", "experts", "norms", "head", "adapter"
 
 
 def parts_of(model: nn.Module, added: frozenset[str] = frozenset()) -> dict[str, str]:
-    """Return the part, one of PARTS, that each parameter belongs to, by its name.
+    """Return the part, one of PARTS, of each parameter by its name.
 
     added  names of the parameters that a PEFT method added
     """
@@ -61,7 +61,7 @@ def parts_of(model: nn.Module, added: frozenset[str] = frozenset()) -> dict[str,
 
 
 def parameters_by_part(model: nn.Module, added: frozenset[str] = frozenset()) -> dict[str, int]:
-    """Return the number of parameters of each part that the model has; see `parts_of`."""
+    """Return the number of parameters in each part of the model, see `parts_of`."""
     parts, numbers = parts_of(model, added), dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         numbers[parts[name]] += parameter.numel()
@@ -69,7 +69,7 @@ def parameters_by_part(model: nn.Module, added: frozenset[str] = frozenset()) ->
 
 
 class Lengths(NamedTuple):
-    """Tokens of one row: `source` of an encoder, or of a decoder alone; `target` of a decoder beside an encoder."""
+    """Tokens of one row: `source` of an encoder or of a decoder alone, `target` of a decoder with an encoder."""
 
     source: int
     target: int = 0
@@ -78,13 +78,13 @@ class Lengths(NamedTuple):
 def flops_per_row(model: nn.Module, lengths: Lengths) -> float:
     """Return the FLOPs of forward and backward for one row.
 
-    6 for each weight of a matrix product and token, 4 if the weight is frozen. The head counts even when it is tied,
-    the embedding's look-up does not. Attention adds 12 L h T a token (Chowdhery et al. 2022, arXiv:2204.02311,
-    appendix B); causality is not subtracted, windows are.
+    6 for each weight of a matrix product and token, 4 if the weight is frozen. The head counts even if it is tied, the
+    embedding's look-up does not. Attention adds 12 L h T per token (Chowdhery et al. 2022, arXiv:2204.02311, appendix
+    B). Sliding windows are subtracted, causality is not.
     """
     config, family, parts = model.config, family_of(model.config), parts_of(model)
     seq2seq = family.decoder_layers(config) > 0
-    experts, taken = family.experts(config)
+    experts, experts_per_token = family.experts(config)
     frozen = any(not parameter.requires_grad for parameter in model.parameters())
     tables = {id(parameter) for table in token_tables(model) for parameter in table.parameters()}
     predicted = lengths.target if seq2seq else lengths.source
@@ -92,7 +92,7 @@ def flops_per_row(model: nn.Module, lengths: Lengths) -> float:
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2 and parts[name] not in ("embeddings", "norms") and id(parameter) not in tables:
             tokens = lengths.source if family.reads_source(name) else lengths.target
-            share = taken / experts if parts[name] == "experts" else 1
+            share = experts_per_token / experts if parts[name] == "experts" else 1
             total += (6 if parameter.requires_grad else 4) * parameter.numel() * tokens * share
     width, source, target = config.num_attention_heads * config.head_dim, lengths.source, lengths.target
     if seq2seq:
@@ -113,9 +113,9 @@ def memory(
     optimizer: str = "adamw",
     device: str = "cpu",
 ) -> dict[str, int]:
-    """Return the bytes at the peak of a training step, by part.
+    """Return the peak memory of a training step in bytes, by part.
 
-    Static: a trained weight takes 16 B with AdamW (fp32 weight, gradient and state), 12 B with Muon on block matrices;
+    A trained weight takes 16 B with AdamW (fp32 weight, gradient and state), 12 B with Muon on block matrices;
     a frozen weight 2 B (bf16, fp16) or 4 B.
     Activations take bytes per token and layer, with h hidden, f the MLP's width (of all experts that a token takes), kv
     the width of keys and values: 12h + 4kv + 6f for a compiled gated MLP (8f eager), 12h + 4kv + 4f for a plain one,
@@ -124,30 +124,30 @@ def memory(
     """
     config, family = model.config, family_of(model.config)
     h, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-    taken, decoder_layers = family.experts(config)[1], family.decoder_layers(config)
-    wide = 2 if precision == "fp32" else 1
+    experts, decoder_layers = family.experts(config)[1], family.decoder_layers(config)  # experts that a token takes
+    fp32_factor = 2 if precision == "fp32" else 1
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     matrices = {id(p) for p in model.blocks.parameters() if p.dim() >= 2} if optimizer == "muon" else set()
     state = sum(p.numel() * (12 if id(p) in matrices else 16) for p in trained)
     per_width = (6 if compiled else 8) if family.gated(config) else 4
-    per_layer = 12 * h + 4 * kv + per_width * config.intermediate_size * taken
-    per_layer += 4 * h * taken if taken > 1 else 0  # each expert has rows of its own
+    per_layer = 12 * h + 4 * kv + per_width * config.intermediate_size * experts
+    per_layer += 4 * h * experts if experts > 1 else 0  # each expert has its own rows
     stacks = [(config.num_hidden_layers, lengths.source, per_layer)]
     if decoder_layers:
         stacks += [(decoder_layers, lengths.target, per_layer + 8 * h), (decoder_layers, lengths.source, 4 * kv)]
     layers = sum(depth for depth, _, _ in stacks[:2])
-    share = (layers - checkpointed) / layers  # of the blocks that keep all
+    share = (layers - checkpointed) / layers  # of the blocks that keep all activations
     kept = sum(depth * tokens * size for depth, tokens, size in stacks)
-    again = sum(depth * tokens * 2 * h for depth, tokens, _ in stacks[:2])
-    one = max(tokens * size for _, tokens, size in stacks) if checkpointed else 0
+    inputs = sum(depth * tokens * 2 * h for depth, tokens, _ in stacks[:2])
+    live = max(tokens * size for _, tokens, size in stacks) if checkpointed else 0  # the block being recomputed
     longest = max(lengths.source, lengths.target)
-    activations = micro_batch_size * wide * (share * kept + (1 - share) * again + one + longest * 6 * h)
+    activations = micro_batch_size * fp32_factor * (share * kept + (1 - share) * inputs + live + longest * 6 * h)
     copies = sum(p.numel() for p in model.parameters() if p.dim() >= 2) * 2 if precision != "fp32" else 0
     result = {
         "python and torch": RUNTIME_BYTES if device == "cpu" else 0,
         "trained weights, gradients, optimizer": state,
-        "frozen weights": frozen * 2 * wide,
+        "frozen weights": frozen * 2 * fp32_factor,
         "low-precision copies of weights": copies if not frozen else 0,
         "activations": round(activations),
         "loss": 3 * CHUNK_BYTES,
@@ -164,12 +164,12 @@ def make_plan(
     new_rows: int = 0,
     **options: Any,
 ) -> Plan:
-    """Plan a run of a model's Config; see `memory` for the other options.
+    """Return the cost of a run of a model's Config; see `memory` for the other options.
 
-    seq_len   tokens of a row; FLOPs are given for one of them
-    lengths   of such a row as the model reads and writes it; None: a decoder reads it
-    peft      a method's name and options
-    new_rows  of the embedding that an adapter trains
+    seq_len   tokens per row, to compute FLOPs per token
+    lengths   of a row in the encoder and the decoder; None: a decoder reads seq_len tokens
+    peft      name and options of a PEFT method
+    new_rows  number of embedding rows that an adapter trains
 
     >>> from llmkit.models import gpt2
     >>> make_plan(gpt2.Config(vocab_size=50257), seq_len=1024, micro_batch_size=8, precision="bf16").total

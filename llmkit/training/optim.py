@@ -1,4 +1,4 @@
-"""Optimizers. A step whose gradients are not finite changes nothing; that is decided on the device."""
+"""Define optimizers. A step with gradients that are not finite changes nothing, which the device decides."""
 
 import math
 from collections import defaultdict
@@ -13,16 +13,15 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 
-
 # ---- Muon -----------------------------------------------------------------------------------------------------------
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients, from Jordan's post on Muon, 2024
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients (Jordan 2024, post on Muon)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
-    """Return roughly the nearest (semi-)orthogonal matrices: singular values end in about [0.7, 1.2].
+    """Return approximately the nearest (semi-)orthogonal matrices, with singular values in about [0.7, 1.2].
 
-    matrices  (n, rows, columns). Newton-Schulz iterates in bf16 on the wide orientation, for all n at once
+    matrices  (n, rows, columns). Newton-Schulz iterations run in bf16 on the wide orientation, for all n at once
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16()
@@ -36,7 +35,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalize the momentum by Newton-Schulz, as torch.optim.Muon does, batched over matrices of one shape.
+    """Orthogonalize the momentum by Newton-Schulz, like torch.optim.Muon, but batched over matrices of one shape.
 
     adjust_lr  match_rms_adamw  0.2 * sqrt(max(rows, columns)): AdamW's lr and weight decay carry over
                                 (Moonlight, Liu et al. 2025, arXiv:2502.16982)
@@ -57,15 +56,15 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape[p.shape].append(p)
             for shape, params in by_shape.items():
-                rows, columns = shape[-2:]  # before them, the experts
+                rows, columns = shape[-2:]  # an expert dimension may come first
                 for p in params:
                     if "momentum_buffer" not in self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 buffers = [self.state[p]["momentum_buffer"] for p in params]
                 grads = [p.grad for p in params]
-                if self.found_inf is not None:  # keep nan out of the momentum, and leave the weights alone below
-                    bad = self.found_inf > 0
-                    grads = [torch.where(bad, buffer, g) for g, buffer in zip(grads, buffers, strict=True)]
+                if self.found_inf is not None:  # keep nan out of the momentum; the weights stay, see below
+                    skip = self.found_inf > 0
+                    grads = [torch.where(skip, buffer, g) for g, buffer in zip(grads, buffers, strict=True)]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
                 stacked = torch.stack(nesterov)
@@ -76,7 +75,6 @@ class Muon(torch.optim.Optimizer):
                 }[group["adjust_lr"]]
                 keep, gain = 1 - group["lr"] * group["weight_decay"], -group["lr"] * scale
                 if self.found_inf is not None:
-                    skip = self.found_inf > 0
                     keep, gain = torch.where(skip, 1.0, keep), torch.where(skip, 0.0, gain)
                 torch._foreach_mul_(params, keep)
                 torch._foreach_add_(params, list(torch.unbind(update * gain)))
@@ -86,7 +84,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def adamw_groups(params: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
-    """Return parameter groups: matrices decay, norms and biases do not."""
+    """Return parameter groups: matrices with weight decay, norms and biases without it."""
     params = [p for p in params if p.requires_grad]
     matrices, vectors = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -101,7 +99,7 @@ def adamw(
     eps: Positive = 1e-8,
     weight_decay: NotNegative = 0.1,
 ) -> list[torch.optim.Optimizer]:
-    """Use AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), torch's fused kernel."""
+    """Use AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), with torch's fused kernel."""
     groups = adamw_groups(model.parameters(), weight_decay)
     return [torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=True)]
 
@@ -117,7 +115,7 @@ def muon(
     eps: Positive = 1e-8,
     weight_decay: NotNegative = 0.1,
 ) -> list[torch.optim.Optimizer]:
-    """Use Muon for the matrices of the blocks, AdamW for embeddings, head, norms and biases.
+    """Use Muon for the matrices of the blocks, and AdamW for embeddings, head, norms and biases.
 
     adamw_lr  learning rate of AdamW; None: lr
     """
@@ -145,9 +143,9 @@ def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> float:
 
 
 def clip(params: list[nn.Parameter], max_norm: float | None, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Undo the loss scale and clip gradients in place; nothing is read back to the host.
+    """Undo the loss scale and clip gradients in place; all results stay on the device.
 
-    Returns the norm before clipping, and found_inf: 1.0 if any gradient is not finite. Then optimizers skip the step.
+    Return the norm before clipping, and found_inf: 1.0 if any gradient is not finite, so that optimizers skip the step.
     """
     grads = [p.grad for p in params if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / scale

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions from a step to a factor of the learning rate, in [0, 1]."""
+"""Define learning-rate schedules: pure functions from a step to a factor of the learning rate, in [0, 1]."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ def warmup(step: int, warmup_steps: int) -> float:
 
 
 def progress(step: int, max_steps: int, begin: int) -> float:
-    """Return the share of the way from `begin` to the last step, in [0, 1]."""
+    """Return how far a step is between `begin` and the last step, in [0, 1]."""
     return min(1.0, max(0.0, (step - begin) / max(1, max_steps - 1 - begin)))
 
 
@@ -33,7 +33,7 @@ def linear(step: int, max_steps: int, *, warmup_steps: Warmup = 0, min_lr_ratio:
 
 
 def cosine(step: int, max_steps: int, *, warmup_steps: Warmup = 0, min_lr_ratio: Ratio = 0.1) -> float:
-    """Fall by half a cosine from 1 at the end of the warm-up to min_lr_ratio at the last step (arXiv:1608.03983).
+    """Fall along half a cosine from 1 at the end of the warm-up to min_lr_ratio at the last step (arXiv:1608.03983).
 
     >>> [round(cosine(step, 11, warmup_steps=0, min_lr_ratio=0.1), 3) for step in (0, 5, 10)]
     [1.0, 0.55, 0.1]
@@ -52,7 +52,7 @@ def wsd(
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.4,
     min_lr_ratio: Ratio = 0.0,
 ) -> float:
-    """Warm up, stay, then fall linearly over the last `decay_fraction` of the steps (WSD, arXiv:2404.06395)."""
+    """Warm up, stay at 1, then fall linearly over the last `decay_fraction` of the steps (WSD, arXiv:2404.06395)."""
     begin = max(warmup_steps, round(max_steps * (1 - decay_fraction)))
     decay = 1 - (1 - min_lr_ratio) * progress(step, max_steps, begin)
     return warmup(step, warmup_steps) if step < warmup_steps else decay

@@ -1,4 +1,4 @@
-"""Note SIGINT and SIGTERM for the end of a step."""
+"""Record SIGINT and SIGTERM until the end of a step."""
 
 import signal
 import time
@@ -6,22 +6,22 @@ from typing import Any
 
 
 class Signals:
-    """Note SIGINT and SIGTERM for the end of the step; a second one ends the process at once."""
+    """Record SIGINT and SIGTERM, which the training loop reads after a step; a second one ends the process at once."""
 
     def __init__(self):
         self.signal: int | None = None
-        self.at = 0.0
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.time = 0.0
+        self.old_handlers = {number: signal.signal(number, self.record) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def note(self, number: int, frame: Any) -> None:
+    def record(self, number: int, frame: Any) -> None:
         """Handle a signal."""
-        if self.signal is not None and time.monotonic() - self.at > 2:  # a launcher passes on what the terminal sent
+        if self.signal is not None and time.monotonic() - self.time > 2:  # sooner, it is a launcher's copy of the first
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         if self.signal is None:
-            self.signal, self.at = number, time.monotonic()
+            self.signal, self.time = number, time.monotonic()
 
     def release(self) -> None:
-        """Put the earlier handlers back."""
-        for number, handler in self.before.items():
+        """Restore the old handlers."""
+        for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
