@@ -396,6 +396,6 @@ def test_an_adapter_on_a_base_that_changed_is_refused(trained, tmp_path):
     weights = load_file(path)
     next(iter(weights.values())).add_(1.0)
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="other weights") as caught:
+    with pytest.raises(UserError, match="weights of the base have changed") as caught:
         export_hf(Located(adapter), tmp_path / "out", "fp32")
     assert caught.value.code == MODEL
