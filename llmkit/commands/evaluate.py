@@ -42,8 +42,7 @@ def find_default_run(say) -> Path:
         return Path(load_config(LOCAL).run_dir)
     found = [run for run in list_runs(Path("runs")) if (run / "checkpoints").is_dir()]
     if not found:
-        raise UserError(
-            "no model is named, and there is no run under ./runs", fix="llmkit eval MODEL --perplexity --data FILE"
-        )
+        fix = "llmkit eval MODEL --perplexity --data FILE"
+        raise UserError("no model is named, and there is no run under ./runs", fix=fix)
     say(f"newest run: {found[-1]}")
     return found[-1]

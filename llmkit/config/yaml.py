@@ -56,9 +56,8 @@ def parse_yaml(text: str, name: str) -> tuple[dict, dict[tuple, str]]:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         fix = "indent with spaces, never tabs" if "\\t" in problem else None
-        raise UserError(
-            f"the YAML can't be parsed: {problem}", at=f"{name}:{mark.line + 1}" if mark else name, fix=fix
-        ) from None
+        at = f"{name}:{mark.line + 1}" if mark else name
+        raise UserError(f"the YAML can't be parsed: {problem}", at=at, fix=fix) from None
     if root is None:
         raise UserError("the config is empty", at=name, fix="`llmkit init pretrain` prints a commented example")
     if not isinstance(root, yaml.MappingNode):

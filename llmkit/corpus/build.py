@@ -104,13 +104,10 @@ def build_corpus(
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            raise MachineError(
-                "the disk is full",
-                at=folder,
-                got=f"{shutil.disk_usage(folder).free:,} bytes free",
-                expected=f"about {space_needed(folder, units):,} more bytes",
-                fix="free some space and run the same command again: it resumes",
-            ) from None
+            got = f"{shutil.disk_usage(folder).free:,} bytes free"
+            expected = f"about {space_needed(folder, units):,} more bytes"
+            fix = "free some space and run the same command again: it resumes"
+            raise MachineError("the disk is full", at=folder, got=got, expected=expected, fix=fix) from None
 
 
 def try_corpus(data: CorpusData, documents: int, *, where: Locator = lambda key: None) -> tuple[str, dict[str, Any]]:
@@ -189,13 +186,9 @@ def check_space(folder: Path, units: list[Unit]) -> None:
     """Raise MachineError if the disk has too little free space for the build."""
     needed, free = space_needed(folder, units), shutil.disk_usage(folder).free
     if free < needed:
-        raise MachineError(
-            "the disk is too small for this build",
-            at=folder,
-            got=f"{free:,} bytes free",
-            expected=f"about {needed:,} bytes",
-            fix="free some space, or put data.dir on another disk",
-        )
+        got, expected = f"{free:,} bytes free", f"about {needed:,} bytes"
+        fix = "free some space, or put data.dir on another disk"
+        raise MachineError("the disk is too small for this build", at=folder, got=got, expected=expected, fix=fix)
 
 
 def run_passes(data: CorpusData, units: list[Unit], given: Tokenizer | None, recipe: str) -> dict[str, Any]:
@@ -315,12 +308,9 @@ def check_bad_records(data: CorpusData, counts: list[dict], first_place: str) ->
     max_fraction = 0.0 if data.on_error.mode == "fail" else data.on_error.max_bad_fraction
     if bad and bad > max_fraction * read:
         reasons = sum((Counter(one["bad"]) for one in counts), Counter())
-        raise DataError(
-            f"{bad} of {read} records can't be read",
-            at=first_place,
-            got=", ".join(f"{number} {reason}" for reason, number in reasons.most_common(8)),
-            fix="repair the files, or raise data.on_error.max_bad_fraction",
-        )
+        got = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common(8))
+        fix = "repair the files, or raise data.on_error.max_bad_fraction"
+        raise DataError(f"{bad} of {read} records can't be read", at=first_place, got=got, fix=fix)
 
 
 def no_documents_error(folder: Path, funnel: dict[str, Any]) -> DataError:

@@ -51,11 +51,9 @@ class Pool:
             except Exception as error:
                 if type(error).__name__ not in WORKER_DIED:
                     raise
-                raise MachineError(
-                    "a worker process died",
-                    got="killed, most likely because memory ran out",
-                    fix="lower data.workers and run the same command again: it resumes where this one stopped",
-                ) from None
+                got = "killed, most likely because memory ran out"
+                fix = "lower data.workers and run the same command again: it resumes where this one stopped"
+                raise MachineError("a worker process died", got=got, fix=fix) from None
 
 
 @contextmanager
@@ -104,12 +102,8 @@ def connect_to_cluster(address: str) -> Iterator[Any]:
     try:
         client = Client(address, timeout="10s")
     except (OSError, ValueError) as error:
-        raise MachineError(
-            "no Dask scheduler answers",
-            at=address,
-            got=str(error)[:200],
-            fix="start one with `dask scheduler`, and workers with `dask worker ADDRESS --nthreads 1`",
-        ) from None
+        fix = "start one with `dask scheduler`, and workers with `dask worker ADDRESS --nthreads 1`"
+        raise MachineError("no Dask scheduler answers", at=address, got=str(error)[:200], fix=fix) from None
     with client:
         try:
             found = client.run(describe_process)

@@ -189,9 +189,8 @@ def _load_classifier(folder: Path, label: str, stamps: tuple) -> Classifier:
     if missing := sorted(loading["missing_keys"]):
         raise ModelError("the classifier lacks weights (they would be random)", at=folder, got=missing[0])
     if label not in model.config.label2id:
-        raise UserError(
-            "the classifier has no such label", at=folder, got=label, expected=", ".join(model.config.label2id)
-        )
+        labels = ", ".join(model.config.label2id)
+        raise UserError("the classifier has no such label", at=folder, got=label, expected=labels)
     return model.eval(), tokenizer, model.config.label2id[label]
 
 

@@ -41,11 +41,8 @@ def masking(
     """
     mask_id = tokenizer.rust.token_to_id(tokenizer.roles.get("mask_token", ""))
     if mask_id is None:
-        raise DataError(
-            "the tokenizer has no mask token",
-            expected=" or ".join(ROLES["mask_token"]),
-            fix="data.tokenizer: {train: wordpiece}, or special_tokens: ['<mask>'] for another kind",
-        )
+        fix = "data.tokenizer: {train: wordpiece}, or special_tokens: ['<mask>'] for another kind"
+        raise DataError("the tokenizer has no mask token", expected=" or ".join(ROLES["mask_token"]), fix=fix)
     specials = np.array(sorted(tokenizer.specials.values()))
     plain = np.setdiff1d(np.arange(len(tokenizer)), specials)
 

@@ -105,13 +105,8 @@ def open_split(folder: Path, files: list[dict], dtype: np.dtype) -> TokenStream:
             if (problem := find_change(path, one)) is None and path.stat().st_mtime_ns != one["mtime_ns"]:
                 problem = "another checksum" if file_sha256(path) != one["sha256"] else None  # a copy has a new time
             if problem:
-                raise DataError(
-                    "a token shard is not what was built",
-                    at=path,
-                    expected=f"{one['bytes']} bytes as in the manifest",
-                    got=problem,
-                    fix=f"delete {folder} and build again",
-                )
+                expected, fix = f"{one['bytes']} bytes as in the manifest", f"delete {folder} and build again"
+                raise DataError("a token shard is not what was built", at=path, expected=expected, got=problem, fix=fix)
     return TokenStream([folder / entry["path"] for entry in files], dtype)
 
 

@@ -90,11 +90,8 @@ def measure(
     window = window or min(longest, config["data"]["seq_len"] if config else longest)
     stride = stride or window
     if not 0 < stride <= window <= longest:
-        raise UserError(
-            "stride and window do not fit the model",
-            got=f"stride {stride}, window {window}",
-            expected=f"0 < stride <= window <= {longest}",
-        )
+        got, expected = f"stride {stride}, window {window}", f"0 < stride <= window <= {longest}"
+        raise UserError("stride and window do not fit the model", got=got, expected=expected)
     kind, objective = model.config.kind, (config or {}).get("objective")
     if kind != "causal" and stride != window:
         raise UserError(f"{model.config.model_type} reads each row alone: no stride", got=f"{stride}, window {window}")

@@ -96,12 +96,8 @@ def count_new_tokens(model: nn.Module, prompts: list[list[int]], max_new_tokens:
     """Return how many tokens may be generated for each prompt. Raise DataError if a prompt leaves no position free."""
     longest, limit = max(map(len, prompts)), model.config.max_position_embeddings
     if longest >= limit:
-        raise DataError(
-            "the prompt fills all of the model's positions",
-            got=f"{longest} tokens",
-            expected=f"at most {limit - 1}",
-            fix="shorten it",
-        )
+        what, expected = "the prompt fills all of the model's positions", f"at most {limit - 1}"
+        raise DataError(what, got=f"{longest} tokens", expected=expected, fix="shorten it")
     taken = [len(prompt) if model.config.kind == "causal" else 1 for prompt in prompts]
     return [min(max_new_tokens, limit - read + 1) for read in taken]  # the last token is written, but not read
 

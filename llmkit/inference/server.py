@@ -218,9 +218,8 @@ def serve(writer: Writer, name: str, host: str, port: int, limits: Limits, say: 
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise MachineError(
-            f"the server can't listen: {error.strerror or error}", at=f"{host}:{port}", fix="choose another --port"
-        ) from None
+        what, fix = f"the server can't listen: {error.strerror or error}", "choose another --port"
+        raise MachineError(what, at=f"{host}:{port}", fix=fix) from None
     server = Server(writer, name, limits)
     server.warm_up()
     address = f"[{host}]" if ":" in host else host

@@ -1,4 +1,4 @@
-"""Define Gemma: Llama with a gated GELU, wide heads, scaled embeddings and norms around 1 (arXiv:2403.08295)."""
+"""Gemma: Llama with a gated GELU, wide heads, scaled embeddings and norms around 1 (arXiv:2403.08295)."""
 
 import math
 from dataclasses import dataclass

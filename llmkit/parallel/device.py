@@ -125,7 +125,6 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of a GPU, or of a CPU with the number of threads."""
     """Return the name of a GPU, or of the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -60,12 +60,9 @@ def list_files(
         globs = "".join(
             f", {key} {list(value)}" for key, value in [("include", include), ("exclude", exclude)] if value
         )
-        raise DataError(
-            "no file to read",
-            at=path,
-            got=", ".join(f"{n} {suffix}" for suffix, n in seen) or "no files at all",
-            expected=f"files with a known suffix, neither empty nor hidden{globs}",
-        )
+        got = ", ".join(f"{n} {suffix}" for suffix, n in seen) or "no files at all"
+        expected = f"files with a known suffix, neither empty nor hidden{globs}"
+        raise DataError("no file to read", at=path, got=got, expected=expected)
     return sorted(files, key=Path.as_posix)
 
 
@@ -210,12 +207,9 @@ def to_documents(
             yield record
             continue
         if first and text_key not in record:
-            raise DataError(
-                f"the records have no field {text_key}",
-                at=f"{path}:{number}",
-                got=", ".join(str(key)[:50] for key in list(record)[:30]),
-                fix=did_you_mean(text_key, map(str, record)) or "set text_key to one of these, or exclude the file",
-            )
+            got = ", ".join(str(key)[:50] for key in list(record)[:30])
+            fix = did_you_mean(text_key, map(str, record)) or "set text_key to one of these, or exclude the file"
+            raise DataError(f"the records have no field {text_key}", at=f"{path}:{number}", got=got, fix=fix)
         first = False
         try:
             text = extract_text(record, text_key)

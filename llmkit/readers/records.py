@@ -168,12 +168,9 @@ def read_json(path: Path) -> Iterator[Record]:
         yield from read_jsonl(path)
         return
     if len(data) > MAX_JSON_BYTES:
-        raise DataError(
-            "the .json file is too large to be parsed as a whole",
-            at=path,
-            expected=f"<= {MAX_JSON_BYTES:,} bytes",
-            fix=f"convert it to JSON Lines: jq -c '.[]' {path.name} > {path.stem}.jsonl",
-        )
+        what, expected = "the .json file is too large to be parsed as a whole", f"<= {MAX_JSON_BYTES:,} bytes"
+        fix = f"convert it to JSON Lines: jq -c '.[]' {path.name} > {path.stem}.jsonl"
+        raise DataError(what, at=path, expected=expected, fix=fix)
     try:
         content = parse_json(data)
     except ValueError as error:

@@ -59,12 +59,8 @@ def from_gpt2(vocab: Path, configs: dict[str, Any], qwen2: str) -> Rust:
         split = pre_tokenizers.Split(Regex(qwen2), "isolated")
         bytelevel = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     elif kind not in ("GPT2Tokenizer", "PreTrainedTokenizer", "TokenizersBackend"):
-        raise ModelError(
-            "the vocabulary does not contain how this tokenizer splits text",
-            at=vocab,
-            got=kind,
-            fix=SAVE_WITH_TRANSFORMERS,
-        )
+        what = "the vocabulary does not contain how this tokenizer splits text"
+        raise ModelError(what, at=vocab, got=kind, fix=SAVE_WITH_TRANSFORMERS)
     rust.pre_tokenizer, rust.decoder = bytelevel, decoders.ByteLevel()
     rust.add_special_tokens([AddedToken(token, special=True) for token in ("<|endoftext|>",) if token in tokens])
     return rust
@@ -86,9 +82,8 @@ def from_sentencepiece(path: Path, configs: dict[str, Any]) -> Rust:
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError:
-        raise MachineError(
-            "a SentencePiece file needs the sentencepiece package", at=path, fix="pip install 'llmkit[sentencepiece]'"
-        ) from None
+        fix = "pip install 'llmkit[sentencepiece]'"
+        raise MachineError("a SentencePiece file needs the sentencepiece package", at=path, fix=fix) from None
     proto = sentencepiece_model_pb2.ModelProto()
     try:
         proto.ParseFromString(path.read_bytes())
@@ -108,9 +103,8 @@ def from_sentencepiece(path: Path, configs: dict[str, Any]) -> Rust:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # protobuf's errors, tokenizers' bare Exception, a Rust panic
-        raise ModelError(
-            f"the SentencePiece model can't be read: {error}", at=path, fix=SAVE_WITH_TRANSFORMERS
-        ) from None
+        what = f"the SentencePiece model can't be read: {error}"
+        raise ModelError(what, at=path, fix=SAVE_WITH_TRANSFORMERS) from None
     begin, end = ((pieces[i].piece, i) if i >= 0 else None for i in (spec.bos_id, spec.eos_id))
     if begin and configs.get("add_bos_token", True):
         rust.post_processor = processors.TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
@@ -264,19 +258,11 @@ def add_listed_tokens(rust: Rust, path: Path, configs: dict[str, Any]) -> None:
     known = rust.get_vocab(with_added_tokens=True)
     for i, token in sorted(added.items()):
         if token["content"] in known and known[token["content"]] != i:
-            raise ModelError(
-                "an added token has another id in the vocabulary",
-                at=path,
-                got=f"{token['content']}: {i}",
-                expected=known[token["content"]],
-            )
+            got, expected = f"{token['content']}: {i}", known[token["content"]]
+            raise ModelError("an added token has another id in the vocabulary", at=path, got=got, expected=expected)
         keys = ("single_word", "lstrip", "rstrip", "normalized", "special")
         added_token = AddedToken(token["content"], **{key: token[key] for key in keys if key in token})
         (rust.add_special_tokens if token.get("special") else rust.add_tokens)([added_token])
         if rust.token_to_id(token["content"]) != i:
-            raise ModelError(
-                "an added token does not follow the vocabulary",
-                at=path,
-                got=f"{token['content']}: {i}",
-                expected=rust.token_to_id(token["content"]),
-            )
+            got, expected = f"{token['content']}: {i}", rust.token_to_id(token["content"])
+            raise ModelError("an added token does not follow the vocabulary", at=path, got=got, expected=expected)

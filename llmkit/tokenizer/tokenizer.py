@@ -268,9 +268,8 @@ def fetch_tokenizer(name: str) -> Tokenizer:
         rust = prevent_special_token_injection(Rust.from_pretrained(name))
     except Exception as error:  # tokenizers raises bare Exception
         reason = str(error).partition("\n")[0][:200]
-        raise ModelError(
-            "this is neither a file nor a tokenizer on the hub", at=name, got=reason, fix="name a tokenizer.json"
-        ) from None
+        what = "this is neither a file nor a tokenizer on the hub"
+        raise ModelError(what, at=name, got=reason, fix="name a tokenizer.json") from None
     eos_id = next((i for name in EOS_NAMES if (i := rust.token_to_id(name)) is not None), 0)
     return Tokenizer(rust, eos_id)
 
@@ -318,12 +317,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     candidates = [rust.token_to_id(name) for name in (role_tokens.pop("eos_token", None), *EOS_NAMES) if name]
     eos_id = next((i for i in candidates if i is not None), None)
     if eos_id is None:
-        raise ModelError(
-            "the tokenizer has no end-of-text token",
-            at=path,
-            expected=" or ".join(EOS_NAMES),
-            fix="name it as eos_token in tokenizer_config.json in the same folder",
-        )
+        fix = "name it as eos_token in tokenizer_config.json in the same folder"
+        raise ModelError("the tokenizer has no end-of-text token", at=path, expected=" or ".join(EOS_NAMES), fix=fix)
     template, template_file = configs.get("chat_template"), path.with_name("chat_template.jinja")
     if template is None and template_file.is_file():
         template = template_file.read_text(encoding="utf-8")

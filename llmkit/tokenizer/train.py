@@ -66,12 +66,8 @@ def train_tokenizer(
     texts = remove_special_tokens(texts, [*SPECIALS, *special_tokens])
     tokenizer = TRAINERS[kind](texts, vocab_size, pattern, steps, special_tokens)
     if len(tokenizer) > vocab_size:
-        raise UserError(
-            "vocab_size is too small for the special tokens and the alphabet",
-            got=vocab_size,
-            expected=f"at least {len(tokenizer)}",
-            fix="raise vocab_size",
-        )
+        what, expected = "vocab_size is too small for the special tokens and the alphabet", f"at least {len(tokenizer)}"
+        raise UserError(what, got=vocab_size, expected=expected, fix="raise vocab_size")
     return tokenizer
 
 

@@ -181,10 +181,8 @@ def take_steps(
         logger.close()
         signals.release()
     if stop == "interrupted" and progress.step < run.max_steps:
-        what, fix = (
-            f"interrupted at step {progress.step}; a checkpoint is saved",
-            "type the same command again to go on",
-        )
+        what = f"interrupted at step {progress.step}; a checkpoint is saved"
+        fix = "run the same command again to continue"
         raise UserError(what, fix=fix, code=INTERRUPTED[signals.signal or signal.SIGTERM])
     return finish(run, directory, header, progress, logger, stop) if directory else {}
 
@@ -222,13 +220,9 @@ def restore(folder: Path, run: PreparedRun, model: nn.Module, optimizers: Optimi
         what, fix = "the data has changed since this run's checkpoint was written", "choose another run_dir"
         raise ModelError(what, at=folder, fix=f"{fix}, or start over with --fresh")
     if numbers["step"] > run.max_steps:
-        raise ModelError(
-            "the run is past the length that is asked for",
-            at=folder,
-            got=f"step {numbers['step']}",
-            expected=f"at most {run.max_steps}",
-            fix="raise its length, or start over with --fresh",
-        )
+        what, fix = "the run is past the length that is asked for", "raise its length, or start over with --fresh"
+        got, expected = f"step {numbers['step']}", f"at most {run.max_steps}"
+        raise ModelError(what, at=folder, got=got, expected=expected, fix=fix)
     checkpoint.restore_optimizers(model, optimizers, tensors)
     for key, value in numbers.items():
         setattr(progress, key, value)

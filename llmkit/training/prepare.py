@@ -24,8 +24,8 @@ from llmkit.parallel.world import World
 from llmkit.screen import count
 from llmkit.storage.locate import locate, weights_sha256
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llmkit.training.build_data import open_data
 from llmkit.training.cost import Plan, make_plan
-from llmkit.training.data import open_data
 from llmkit.training.resolve import (
     Options,
     check_choices,
@@ -156,10 +156,8 @@ def find_base(config: Config) -> Path | None:
         what = "is an adapter, but training starts from a whole model"
         raise config.error("init_from", what, got=config.init_from, fix=fix)
     if located.folder.resolve().is_relative_to(Path(config.run_dir).resolve()):  # --fresh would delete it
-        got = f"run_dir: {config.run_dir}, init_from: {config.init_from}"
-        raise config.error(
-            "init_from", "lies in run_dir, where the run would write", got=got, fix="name another run_dir"
-        )
+        what, got = "lies in run_dir, where the run would write", f"{config.init_from}, run_dir: {config.run_dir}"
+        raise config.error("init_from", what, got=got, fix="name another run_dir")
     return located.folder
 
 
@@ -188,11 +186,9 @@ def added_tokens(config: Config, base: Path, tokenizer: Tokenizer) -> dict[int, 
     ids = tokenizer.rust.get_vocab(with_added_tokens=True)
     known = old.rust.get_vocab(with_added_tokens=True)
     if any(ids.get(token) != i for token, i in known.items()):
-        what, fix = (
-            "the data was encoded with another tokenizer than the model's",
-            f"{{path: {base / 'tokenizer.json'}}}",
-        )
-        raise UserError(what, at=config.where("data.tokenizer"), fix=f"data.tokenizer: {fix}, and another data.dir")
+        what = "the data was encoded with another tokenizer than the model's"
+        fix = f"data.tokenizer: {{path: {base / 'tokenizer.json'}}}, and another data.dir"
+        raise UserError(what, at=config.where("data.tokenizer"), fix=fix)
     new = {i: token for token, i in ids.items() if token not in known}
     if new and not config.resize_embeddings:
         got, fix = f"{len(new)} of them, {new[min(new)]} first", "resize_embeddings: true"

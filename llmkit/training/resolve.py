@@ -63,9 +63,8 @@ def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[st
     choice = config.objective or Choice(name=fitting[0])
     if choice.name not in fitting:
         expected, fix = " or ".join(fitting), "leave the objective out"
-        raise config.error(
-            "objective.name", f"does not fit {name} on this data", got=choice.name, expected=expected, fix=fix
-        )
+        what = f"does not fit {name} on this data"
+        raise config.error("objective.name", what, got=choice.name, expected=expected, fix=fix)
     options, errors = check_objective(config, choice)
     raise_all(errors)
     return choice, options
