@@ -108,6 +108,8 @@ def test_conflicts(tmp_path):
     assert "multiple" in micro.what
     (model,) = problems(tmp_path, GOOD.replace("model: {name: llama}", ""))
     assert model.what == "there is no model"
+    (method,) = problems(tmp_path, GOOD, "peft.name=lora")
+    assert method.what == "peft needs a model to start from"
     (kind,) = problems(tmp_path, GOOD.replace("corpus", "korpus"))
     assert kind.what == "data.kind is unknown"
 

@@ -679,6 +679,8 @@ def test_experts_compile_in_bf16_and_run_eager_otherwise():
         torch.testing.assert_close(torch.compile(mlp, fullgraph=True, backend="aot_eager")(x)[0], expected)
     assert "bf16" in compile_obstacle(model, torch.device("cpu"), "fp32")
     assert "bf16" not in (compile_obstacle(model, torch.device("cpu"), "bf16") or "")
+    one = made(mixtral.Config(**GROUPED, num_local_experts=1, num_experts_per_tok=1))
+    assert "bf16" in compile_obstacle(one, torch.device("cpu"), "fp32")
 
 
 # ---- published sizes ------------------------------------------------------------------------------------------------

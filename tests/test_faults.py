@@ -387,7 +387,7 @@ def test_an_odd_record_is_read(tmp_path, kind):
 @pytest.mark.parametrize(
     ("name", "content", "word"),
     [
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-12], "broken"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9, mtime=0)[:-12], "broken"),
         ("a.jsonl.zst", b"not packed at all", "broken"),
         ("a.parquet", b"PAR1 not at all PAR1", "broken"),
         ("a.zip", b"PK\3\4 not at all", "broken"),

@@ -15,6 +15,7 @@ from llmkit.peft import bitfit, lora
 from llmkit.peft.adapter import load_adapter, save_adapter
 from llmkit.storage.locate import Located, load_located, weights_sha256
 from llmkit.tokenizer.train import train_tokenizer
+from llmkit.training.optim import muon
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 32, "num_attention_heads": 4}
 CONFIGS = {
@@ -245,6 +246,21 @@ def test_bitfit_is_disabled_merged_saved_and_loaded_as_lora_is(tmp_path):
     method.merge(again)
     assert torch.equal(again(tokens()), before) and list(again.state_dict()) == list(base.state_dict())
     assert all(p.requires_grad for p in again.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merged_bitfit_has_the_dtype_of_its_base(dtype):
+    base, model = base_of("gpt2").to(dtype), base_of("gpt2").to(dtype)
+    bitfit.apply(model, bitfit.Options())
+    bitfit.merge(model)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert torch.equal(model(tokens()), base(tokens()))
+
+
+def test_muon_trains_biases_alone_with_adamw():
+    (optimizer,) = muon(bitfit_of())
+    assert isinstance(optimizer, torch.optim.AdamW)
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

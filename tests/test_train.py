@@ -16,7 +16,8 @@ from conftest import llmkit, metrics, tiny_config
 from safetensors.torch import load_file
 
 from llmkit.config.load import load_config
-from llmkit.errors import UserError
+from llmkit.config.schema import Choice
+from llmkit.errors import USAGE, UserError
 from llmkit.models import llama
 from llmkit.models.folder import read_config
 from llmkit.parallel.world import start_world
@@ -26,7 +27,7 @@ from llmkit.storage.run import open_run
 from llmkit.tokenizer.chat_template import encode_chat
 from llmkit.tokenizer.tokenizer import load_tokenizer
 from llmkit.training.loop import initial_counters, train, update_loss_scale
-from llmkit.training.prepare import prepare
+from llmkit.training.prepare import check_rows_option, prepare
 from llmkit.types import IGNORE_INDEX
 
 
@@ -440,6 +441,28 @@ def test_a_second_method_goes_through_the_same_loop_bit_equal_when_resumed(corpu
     merged, _ = load_located(locate(tmp_path / "once"), merge=True)
     base, tuned = weights(tmp_path / "base", 2), merged.state_dict()
     assert all(torch.equal(base[name], tuned[name]) == ("bias" not in name) for name in base if base[name].dim() == 1)
+
+
+@pytest.mark.parametrize("peft", [{"name": "bitfit"}, {"name": "lora", "target_modules": ["c_attn", "q_proj"]}])
+def test_a_method_that_does_not_fit_the_model_is_refused_before_data_is_encoded(corpus, tmp_path, peft):
+    write_sft_config(corpus, tmp_path, [{"prompt": "the ", "completion": "river"}] * 20, steps(4), peft=peft)
+    with pytest.raises(UserError, match=r"has none|matches no linear") as caught:
+        train(load_config(tmp_path / "c.yaml", [f"run_dir={tmp_path / 'run'}"]), say=print)
+    assert caught.value.code == USAGE and "c.yaml" in caught.value.at
+    assert not (tmp_path / "run" / "data").exists()
+
+
+def test_rows_of_added_tokens_need_a_method_that_trains_them(corpus, tmp_path):
+    data, peft = {"special_tokens": ["<x>"]}, {"name": "lora", "new_tokens": False}
+    pairs = [{"prompt": "the ", "completion": "river"}] * 20
+    write_sft_config(corpus, tmp_path, pairs, steps(4), peft=peft, data=data, resize_embeddings=True)
+    config = load_config(tmp_path / "c.yaml", [f"run_dir={tmp_path / 'run'}"])
+    with pytest.raises(UserError, match="rows of added tokens") as caught:
+        train(config, say=print)
+    assert caught.value.fix == "peft.new_tokens: true"
+    with pytest.raises(UserError, match="rows of added tokens") as caught:
+        check_rows_option(config.model_copy(update={"peft": Choice(name="bitfit")}), {}, 1)
+    assert caught.value.fix == "peft.name: lora"
 
 
 def test_full_finetuning_moves_every_weight(corpus, tmp_path):

@@ -33,14 +33,14 @@ def finetune(
     method: Annotated[str | None, typer.Option(help="Another PEFT method, by name.")] = None,
     from_: Annotated[str | None, typer.Option("--from", help="The model to start from.")] = None,
     data: Annotated[Path | None, typer.Option(help="Prompts and answers: JSONL, JSON, CSV or Parquet.")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the LoRA adapter.")] = None,
     o: Override = [],
     dry_run: DryRun = False,
     fresh: Fresh = False,
     nproc: Nproc = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a model on prompts and answers, with --lora or --full."""
+    """Fine-tune a model on prompts and answers, with --lora, --full or another --method."""
     from llmkit.training.presets import finetune_config
 
     chosen = [name for name, given in (("lora", lora), ("full", full), (method, method is not None)) if given]

@@ -64,7 +64,8 @@ def explain(problem: dict, schema: type[BaseModel], origins: dict[tuple, str], p
         hint = did_you_mean(word, known) or (f"this lives in {KEY_OF_ALIAS[word]}" if word in KEY_OF_ALIAS else None)
         if hint is None:
             homes = [name for name, section in Config.model_fields.items() if word in fields_at(Config, [name])]
-            hint = f"did you mean {homes[0]}.{word}?" if homes else f"known keys: {', '.join(sorted(known))}"
+            keys = f"known keys: {', '.join(sorted(known))}" if known else "delete it: this section has no such options"
+            hint = f"did you mean {homes[0]}.{word}?" if homes else keys
         return UserError(f"{key} is not a key", at=at, got=word, fix=hint)
     if problem["type"] == "missing":
         return UserError(f"{key} is missing", at=at, fix=f"add `{path[-1]}:`")

@@ -57,6 +57,8 @@ def conflicts(config: Config) -> Iterator[UserError]:
         yield UserError("there is no model", at=config.where(""), expected=expected)
     if config.model is not None and config.init_from is not None:
         yield error("model", "and init_from are both given", fix="delete the model section: init_from has one")
+    if config.peft and config.init_from is None:
+        yield error("peft", "needs a model to start from", fix="name one as init_from, or delete the peft section")
     if config.resize_embeddings and config.init_from is None:
         yield error("resize_embeddings", "needs a model to start from", fix="name one as init_from, or delete it")
     if isinstance(config.data, SftData):

@@ -172,7 +172,8 @@ def read_data(path: Path, model_config: Any, tokenizer: Tokenizer, window: int, 
             batches = answer_rows(cut, tokenizer.eos_id, batch_size)
         else:
             pairs = [pair for ids, targets in rows for pair in split_into_pairs(ids, targets, tokenizer.eos_id)]
-            batches = pair_rows(pairs, window, model_config.decoder_start_token_id, batch_size)
+            start_id = family_of(model_config).start_token_id(model_config)
+            batches = pair_rows(pairs, window, start_id, batch_size)
         return None, batches, f"the answers in {path} ({len(rows)} records{skipped})"
     documents = [one for one in read_file(path, source="eval", root=path.parent) if isinstance(one, Document)]
     if not documents:

@@ -105,10 +105,9 @@ def add_config(writer: Any, config: Any, spec: Gguf, gguf: Any) -> None:
         writer.add_value_length(config.head_dim)
     else:
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    experts, taken = family_of(config).experts(config)
-    if experts > 1:
-        writer.add_expert_count(experts)
-        writer.add_expert_used_count(taken)
+    if experts := family_of(config).experts(config):
+        writer.add_expert_count(experts[0])
+        writer.add_expert_used_count(experts[1])
     if not spec.rope:
         return
     writer.add_rope_dimension_count(config.head_dim)

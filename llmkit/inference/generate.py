@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llmkit.errors import DataError, ModelError
 from llmkit.inference.sampling import DEFAULT_SAMPLING, GENERATE_MAX_NEW_TOKENS, Sampling
+from llmkit.models import family_of
 from llmkit.models.attention import KVCache
 from llmkit.models.layers import SingleRow, swap_class
 from llmkit.tokenizer.tokenizer import Tokenizer
@@ -82,7 +83,7 @@ def prefill(model: nn.Module, prompts: list[list[int]], capacity: int, dtype: to
         is_pad = torch.arange(longest, device=device) >= longest - pads[:, None]
         cache.encoded = model.encode(sources, -is_pad.long() if pads.any() else None)
         cache.encoded_mask = ~is_pad[:, None, None] if pads.any() else None
-        ids = torch.full((len(prompts), 1), config.decoder_start_token_id, device=device)
+        ids = torch.full((len(prompts), 1), family_of(config).start_token_id(config), device=device)
     return cache, model(ids, cache=cache, logits_to_keep=1)[:, -1]
 
 

@@ -80,7 +80,8 @@ class Family:
 
     # What planning, training and adapters ask:
     gated: Callable[[Any], bool] = lambda config: False  # whether its MLPs have a gate
-    experts: Callable[[Any], tuple[int, int]] = lambda config: (1, 1)  # of a layer, and how many a token takes
+    # config -> the experts of a layer, and how many a token takes; None: no mixture of experts
+    experts: Callable[[Any], tuple[int, int] | None] = lambda config: None
     decoder_layers: Callable[[Any], int] = lambda config: 0  # of the decoder beside an encoder
     reads_source: Callable[[str], bool] = lambda name: True  # parameter -> whether it meets the encoder's tokens
     start_token_id: Callable[[Any], int | None] = lambda config: None  # the first token of a decoder beside an encoder
@@ -106,8 +107,8 @@ def shape_problems(family: Family, config: Config) -> list[Problem]:
             found.append((key, f"is {value}, but must be at least {least}"))
         if isinstance(value, float) and (value < 0 or ("drop" in key and value >= 1)):
             found.append((key, f"is {value}, but must be {'in [0, 1)' if 'drop' in key else 'positive'}"))
-    layers = {"num_hidden_layers": config.num_hidden_layers, "num_decoder_layers": family.decoder_layers(config)}
-    found += [(key, f"is {value}, over {MAX_LAYERS}") for key, value in layers.items() if value > MAX_LAYERS]
+    if config.num_hidden_layers > MAX_LAYERS:
+        found.append(("num_hidden_layers", f"is {config.num_hidden_layers}, over {MAX_LAYERS}"))
     return found or [*head_problems(config), *family.problems(config)]
 
 

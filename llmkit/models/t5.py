@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.models.attention import KVCache, LayerCache, attend, attention_mask, visible
-from llmkit.models.family import Family, Problem
+from llmkit.models.family import MAX_LAYERS, Family, Problem
 from llmkit.models.layers import ACTIVATIONS, Head, RMSNorm, TokenEmbedding, token_tables
 from llmkit.models.loss import ChunkLoss, Logits, linear_cross_entropy
 
@@ -310,7 +310,9 @@ CROSS_KEYS_AND_VALUES = ("EncDecAttention.k.weight", "EncDecAttention.v.weight")
 
 
 def problems(config: Config) -> Iterator[Problem]:
-    """Yield the problems of the buckets of distances and of the start token."""
+    """Yield the problems of the decoder's depth, the buckets of distances and the start token."""
+    if config.num_decoder_layers > MAX_LAYERS:
+        yield "num_decoder_layers", f"is {config.num_decoder_layers}, over {MAX_LAYERS}"
     buckets, longest = config.relative_attention_num_buckets, config.relative_attention_max_distance
     if buckets < 4:
         yield "relative_attention_num_buckets", f"is {buckets}, but must be at least 4"

@@ -33,7 +33,7 @@ def missing_compiler(device: torch.device) -> str | None:
 
 def compile_obstacle(model: nn.Module, device: torch.device, precision: str) -> str | None:
     """Return why this model can't be compiled on this machine, or None."""
-    if family_of(model.config).experts(model.config)[0] > 1 and precision != "bf16":
+    if family_of(model.config).experts(model.config) and precision != "bf16":
         return "matrix products of experts compile in bf16 only"
     return missing_compiler(device)
 

@@ -86,15 +86,13 @@ def load_adapter(model: nn.Module, folder: Path) -> Method:
     except ValueError as error:
         raise ModelError(f"the adapter does not fit this model: {error}", at=folder / CONFIG, fix=fix) from None
     except UserError as error:
-        what = "the adapter does not fit this model"
-        raise ModelError(what, at=folder / CONFIG, got=error.got, expected=error.expected, fix=fix) from None
+        what, details = f"the adapter does not fit this model: {error.what}", {"got": error.got, "others": error.others}
+        raise ModelError(what, at=folder / CONFIG, expected=error.expected, fix=fix, **details) from None
     for name, parameter in method.tensors(model).items():
         found = tensors.pop(f"{PREFIX}{name}", None)
         if found is None or found.shape != parameter.shape:
-            what, got = (
-                f"the adapter does not fit this model at {name}",
-                "nothing" if found is None else tuple(found.shape),
-            )
+            what = f"the adapter does not fit this model at {name}"
+            got = "nothing" if found is None else tuple(found.shape)
             raise ModelError(what, at=path, got=got, expected=tuple(parameter.shape), fix=fix)
         parameter.copy_(found)
     if tensors:

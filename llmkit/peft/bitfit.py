@@ -1,12 +1,15 @@
-"""BitFit: only the biases are trained (Ben Zaken et al. 2021, arXiv:2106.10199)."""
+"""BitFit: only the biases are trained (Ben Zaken et al. 2021, arXiv:2106.10199).
 
-from collections.abc import Iterator
+The peft library has no BitFit: its adapters have PEFT's layout, but only llmkit loads them.
+"""
+
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
 
-from llmkit.errors import ModelError
+from llmkit.errors import UserError
 from llmkit.peft.method import Method
 
 
@@ -20,11 +23,11 @@ def biased_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if "bias" in module._parameters}
 
 
-def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: list[int] = ()) -> None:
+def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[int] = ()) -> None:
     """Freeze the model but for its biases, which become fp32; `base_bias` keeps what they were."""
     modules = {name: module for name, module in biased_modules(model).items() if module.bias is not None}
     if not modules:
-        raise ModelError("BitFit trains biases, and this model has none", got=model.config.model_type, fix="use LoRA")
+        raise UserError("BitFit trains biases, and this model has none", got=model.config.model_type, fix="use LoRA")
     model.requires_grad_(False)
     for module in modules.values():
         module.register_buffer("base_bias", module.bias.detach(), persistent=False)
@@ -40,7 +43,10 @@ def adapted_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Compute what the base computes: put its biases in the place of the trained ones."""
+    """Compute what the base computes: put its biases in the place of the trained ones.
+
+    Only `.data` changes, so compiled blocks, which take parameters as inputs, see it too.
+    """
     trained = {module: module.bias.data for module in adapted_modules(model).values()}
     for module in trained:
         module.bias.data = module.base_bias.float()
@@ -52,9 +58,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def merge(model: nn.Module) -> None:
-    """Keep the trained biases, in the dtype that the base's had."""
+    """Keep the trained biases, and give all weights the dtype that the base's had."""
     for module in adapted_modules(model).values():
-        module.bias = nn.Parameter(module.bias.detach().to(module.base_bias.dtype))
+        dtype = module.base_bias.dtype
+        module.bias = nn.Parameter(module.bias.detach().to(dtype))
+        if isinstance(module, nn.LayerNorm):  # exact: `apply` widened it
+            module.weight.data = module.weight.data.to(dtype)
         del module.base_bias
     model.requires_grad_(True)
 
@@ -68,6 +77,7 @@ METHOD = Method(
     peft_type="BITFIT",
     in_peft=False,
     fields=Options,
+    supported_values={key: (None, []) for key in ("target_modules", "modules_to_save", "layers_to_transform")},
     to_peft=lambda model, options: {},
     from_peft=lambda model, fields: (Options(), []),
 )

@@ -6,6 +6,7 @@ linear was before (quantized, say) goes on working underneath.
 
 import itertools
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated
@@ -64,7 +65,7 @@ def candidates(model: nn.Module) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name in block_linears(model)})
 
 
-def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: list[int] = ()) -> None:
+def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[int] = ()) -> None:
     """Freeze the model and give the chosen linears a trainable A (r, in) and B (out, r), both fp32.
 
     A is uniform in +-1/sqrt(in), PEFT's initialisation; B is 0.
@@ -175,6 +176,7 @@ def from_peft(model: nn.Module, fields: PeftFields) -> tuple[Options, list[int]]
 
 METHOD = Method(
     options=Options,
+    rows_option="new_tokens",
     apply=apply,
     tensors=tensors,
     disabled=disabled,

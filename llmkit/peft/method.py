@@ -1,6 +1,6 @@
 """The contract of a parameter-efficient method: what its file tells the rest of llmkit, in one typed object."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,9 @@ class Method:
     """A way to train few parameters of a built model. Its functions change the model in place."""
 
     options: type  # dataclass of the options in the YAML
-    apply: Callable[[nn.Module, Any, int, list[int]], None]  # (model, options, seed, ids of added tokens)
+    rows_option: str | None = None  # the option that trains the rows of added tokens; None: the method can't
+    # (model, options, seed, ids of added tokens); raises UserError if the method does not fit the model
+    apply: Callable[[nn.Module, Any, int, Sequence[int]], None]
     tensors: Callable[[nn.Module], dict[str, nn.Parameter]]  # name in the adapter's file -> trained parameter
     disabled: Callable[[nn.Module], AbstractContextManager[None]]  # in it the model computes what its base does
     merge: Callable[[nn.Module], None]  # fold what was trained into the weights, in fp32; leave a plain model

@@ -83,11 +83,11 @@ def flops_per_row(model: nn.Module, lengths: Lengths) -> float:
     B). Sliding windows are subtracted, causality is not.
     """
     config, family, parts = model.config, family_of(model.config), parts_of(model)
-    seq2seq = family.decoder_layers(config) > 0
-    experts, experts_per_token = family.experts(config)
+    decoder_layers = family.decoder_layers(config)
+    experts, experts_per_token = family.experts(config) or (1, 1)
     frozen = any(not parameter.requires_grad for parameter in model.parameters())
     tables = {id(parameter) for table in token_tables(model) for parameter in table.parameters()}
-    predicted = lengths.target if seq2seq else lengths.source
+    predicted = lengths.target if decoder_layers else lengths.source
     total = (4.0 if frozen else 6.0) * config.vocab_size * config.hidden_size * predicted
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2 and parts[name] not in ("embeddings", "norms") and id(parameter) not in tables:
@@ -95,8 +95,8 @@ def flops_per_row(model: nn.Module, lengths: Lengths) -> float:
             share = experts_per_token / experts if parts[name] == "experts" else 1
             total += (6 if parameter.requires_grad else 4) * parameter.numel() * tokens * share
     width, source, target = config.num_attention_heads * config.head_dim, lengths.source, lengths.target
-    if seq2seq:
-        pairs = config.num_hidden_layers * source**2 + config.num_decoder_layers * target * (target + source)
+    if decoder_layers:
+        pairs = config.num_hidden_layers * source**2 + decoder_layers * target * (target + source)
     else:
         pairs = sum(source * min(source, window or source) for window in config.windows)
     return total + 12.0 * width * pairs
@@ -124,15 +124,15 @@ def memory(
     """
     config, family = model.config, family_of(model.config)
     h, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-    experts, decoder_layers = family.experts(config)[1], family.decoder_layers(config)  # experts that a token takes
+    experts_per_token, decoder_layers = (family.experts(config) or (1, 1))[1], family.decoder_layers(config)
     fp32_factor = 2 if precision == "fp32" else 1
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     matrices = {id(p) for p in model.blocks.parameters() if p.dim() >= 2} if optimizer == "muon" else set()
     state = sum(p.numel() * (12 if id(p) in matrices else 16) for p in trained)
     per_width = (6 if compiled else 8) if family.gated(config) else 4
-    per_layer = 12 * h + 4 * kv + per_width * config.intermediate_size * experts
-    per_layer += 4 * h * experts if experts > 1 else 0  # each expert has its own rows
+    per_layer = 12 * h + 4 * kv + per_width * config.intermediate_size * experts_per_token
+    per_layer += 4 * h * experts_per_token if experts_per_token > 1 else 0  # each expert has its own rows
     stacks = [(config.num_hidden_layers, lengths.source, per_layer)]
     if decoder_layers:
         stacks += [(decoder_layers, lengths.target, per_layer + 8 * h), (decoder_layers, lengths.source, 4 * kv)]

@@ -124,7 +124,9 @@ def muon(
     blocks = {id(p) for p in found if p.dim() >= 2 and p.requires_grad}
     params = [p for p in model.parameters() if p.requires_grad]
     matrices, rest = [p for p in params if id(p) in blocks], [p for p in params if id(p) not in blocks]
-    optimizers: list[torch.optim.Optimizer] = [Muon(matrices, lr, weight_decay, momentum, adjust_lr)]
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimizers.append(Muon(matrices, lr, weight_decay, momentum, adjust_lr))
     if rest:
         groups = adamw_groups(rest, weight_decay)
         optimizers.append(torch.optim.AdamW(groups, lr=adamw_lr or lr, betas=tuple(betas), eps=eps, fused=True))

@@ -21,6 +21,7 @@ from llmkit.objectives import OBJECTIVES
 from llmkit.objectives.objective import Objective
 from llmkit.parallel.device import choose_precision, device_name
 from llmkit.parallel.world import World
+from llmkit.peft import METHODS
 from llmkit.screen import count
 from llmkit.storage.locate import locate, weights_sha256
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -30,6 +31,8 @@ from llmkit.training.resolve import (
     Options,
     check_choices,
     check_max_epochs,
+    check_method,
+    check_packages,
     check_warmup,
     choose_micro_batch_size,
     choose_objective,
@@ -118,6 +121,7 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
     fresh  ignore what an earlier run in the run directory resolved
     """
     checked = check(config, world.size)
+    check_packages(config)
     config, options, model_config = checked.config, checked.options, checked.model_config
     start_id = family_of(model_config).start_token_id(model_config)
     data = open_data(config, world, checked.base, start_id, say)
@@ -129,8 +133,17 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
     train = config.train if fresh else reuse_resolved_values(config)
     derived = derive(checked, world.device, world.size, train, len(new_tokens), data.samples["train"])
     objective = OBJECTIVES[config.objective.name].build(data.tokenizer, config.seed, start_id, **options["objective"])
-    parts = (world, model_config, checked.base, new_tokens, data, objective, options)
-    run = PreparedRun(resolve(checked, train, derived), *parts, **vars(derived))
+    run = PreparedRun(
+        config=resolve(checked, train, derived),
+        world=world,
+        model_config=model_config,
+        base=checked.base,
+        new_tokens=new_tokens,
+        data=data,
+        objective=objective,
+        options=options,
+        **vars(derived),
+    )
     raise_all(list(check_max_epochs(config, epochs_by_source(run), data.shares, derived.max_steps)))
     return run
 
@@ -143,6 +156,8 @@ def check(config: Config, ranks: int = 1) -> CheckedConfig:
     objective, options["objective"] = choose_objective(config, model_config)
     config = choose_packing(config.model_copy(update={"objective": objective}), model_config)
     raise_all(list(find_problems(config, options, model_config, ranks)))
+    if config.peft:
+        check_method(config, options["peft"], model_config)
     return CheckedConfig(config, options, model_config, base)
 
 
@@ -162,19 +177,29 @@ def find_base(config: Config) -> Path | None:
 
 
 def fit_vocabulary(checked: CheckedConfig, tokenizer: Tokenizer) -> dict[int, list[int]]:
-    """Set the model's vocabulary size by the tokenizer, if it is open; return the added tokens, see `added_tokens`."""
-    config, model_config, peft = checked.config, checked.model_config, checked.options.get("peft", {})
+    """Set the model's vocabulary size by the tokenizer if the config leaves it open, and return `added_tokens`."""
+    config, model_config = checked.config, checked.model_config
     new_tokens = added_tokens(config, checked.base, tokenizer) if checked.base else {}
-    if config.peft and bool(new_tokens) != peft.get("new_tokens", False):
-        got, fix = f"{len(new_tokens)} new tokens, new_tokens: {not new_tokens}", f"peft.new_tokens: {bool(new_tokens)}"
-        what = "trains the rows of added tokens: it needs some, and they need it"
-        raise config.error("peft.new_tokens", what, got=got, fix=fix.lower())
+    if config.peft:
+        check_rows_option(config, checked.options["peft"], len(new_tokens))
     if model_config.vocab_size is None or (new_tokens and model_config.vocab_size < len(tokenizer)):
         model_config.vocab_size = len(tokenizer)
     if model_config.vocab_size < len(tokenizer):
         got = f"{len(tokenizer)} tokens, {model_config.vocab_size} embeddings"
         raise UserError("the tokenizer has more tokens than the model", at=config.where("model.vocab_size"), got=got)
     return new_tokens
+
+
+def check_rows_option(config: Config, options: dict[str, Any], new_tokens: int) -> None:
+    """Raise a UserError unless the PEFT method trains the rows of added tokens exactly if there are some."""
+    option = METHODS[config.peft.name].rows_option
+    if option and options[option] != bool(new_tokens):
+        what, got = "trains the rows of added tokens: it needs some, and they need it", f"{new_tokens} added tokens"
+        fix = f"peft.{option}: {bool(new_tokens)}".lower()
+        raise config.error(f"peft.{option}", what, got=f"{got}, {option}: {options[option]}".lower(), fix=fix)
+    if new_tokens and not option:
+        fix = "peft.name: " + " or ".join(name for name, method in METHODS.items() if method.rows_option)
+        raise config.error("peft.name", "can't train the rows of added tokens", got=config.peft.name, fix=fix)
 
 
 def added_tokens(config: Config, base: Path, tokenizer: Tokenizer) -> dict[int, list[int]]:

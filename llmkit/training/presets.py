@@ -70,9 +70,10 @@ def finetune_config(
         say(f"data: {section.get('dir') or section.get('path')}, what that run trained on")
     if path is None and (model is None or (data is None and section is None)):
         missing = [name for name, there in (("a model", model), ("data", data or section)) if there is None]
+        flag = f"--{method}" if method in ("lora", "full") else f"--method {method}"
         raise UserError(
             f"finetune needs {' and '.join(missing)}: there is no {LOCAL} and no run under ./runs",
-            fix=f"llmkit finetune --{method} --from MODEL --data pairs.jsonl",
+            fix=f"llmkit finetune {flag} --from MODEL --data pairs.jsonl",
         )
 
     start = model or own.get("init_from")

@@ -11,12 +11,13 @@ import torch
 from llmkit.config.load import check_options
 from llmkit.config.schema import Choice, Config, CorpusData, Train
 from llmkit.errors import DataError, MachineError, UserError, raise_all
-from llmkit.models import CONFIGS, family_of, shape_problems
+from llmkit.models import CONFIGS, build_model, family_of, shape_problems
 from llmkit.objectives import OBJECTIVES, fitting_objectives
 from llmkit.parallel.device import total_memory
 from llmkit.peft import METHODS
 from llmkit.storage.checkpoint import list_checkpoints
-from llmkit.storage.run import is_run, read_run_config
+from llmkit.storage.run import CONFIG as RUN_CONFIG
+from llmkit.storage.run import read_run_config
 from llmkit.training.cost import Lengths, make_plan
 from llmkit.training.optim import OPTIMIZERS
 from llmkit.training.schedules import SCHEDULES
@@ -87,7 +88,7 @@ def describe_choice(name: str, options: dict[str, Any]) -> str:
 
 
 def find_problems(config: Config, options: Options, model_config: Any, ranks: int) -> Iterator[UserError]:
-    """Yield what does not fit among the model, its data, the length and this machine."""
+    """Yield what does not fit among the model, its data, the length and the number of ranks."""
     name, kind, data = model_config.model_type, model_config.kind, config.data.kind
     if kind == "masked" and config.eval.sample_prompt is not None:
         yield config.error("eval.sample_prompt", f"means nothing: {name} writes no text", fix="delete it")
@@ -106,9 +107,24 @@ def find_problems(config: Config, options: Options, model_config: Any, ranks: in
         yield config.error(
             "train.global_batch_size", "is not a multiple of the number of ranks", got=f"{size}, {ranks}"
         )
+
+
+def check_method(config: Config, options: dict[str, Any], model_config: Any) -> None:
+    """Raise a UserError if the PEFT method does not fit the model; nothing is allocated."""
+    method = METHODS[config.peft.name]
+    try:
+        method.apply(build_model(model_config, device="meta", seed=None), method.options(**options), 0, [])
+    except UserError as error:
+        for one in (error, *error.others):
+            one.at = config.where("peft")
+        raise
+
+
+def check_packages(config: Config) -> None:
+    """Raise a MachineError if the run needs a package that is not installed."""
     if config.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
         fix = "pip install 'llmkit[tensorboard]'"
-        yield config.error("log.tensorboard", "needs the tensorboard package", kind=MachineError, fix=fix)
+        raise config.error("log.tensorboard", "needs the tensorboard package", kind=MachineError, fix=fix)
 
 
 def check_warmup(config: Config, options: Options, max_steps: int | None) -> Iterator[UserError]:
@@ -142,7 +158,7 @@ def check_max_epochs(config: Config, epochs: dict[str, float], shares: dict, max
 def reuse_resolved_values(config: Config) -> Train:
     """Return the train section, its "auto" replaced by what the run resolved before its checkpoints were written."""
     folder = Path(config.run_dir)
-    if not is_run(folder) or not list_checkpoints(folder):
+    if not list_checkpoints(folder) or not (folder / RUN_CONFIG).is_file():
         return config.train
     before = read_run_config(folder).get("train", {})
     auto = [key for key in ("precision", "micro_batch_size") if getattr(config.train, key) == "auto" and key in before]
