@@ -116,6 +116,7 @@ def test_conflicts(tmp_path):
 
 def test_overrides_reach_lists_and_new_sections(tmp_path):
     text = GOOD.replace("dir: x", "dir: x, sources: [{name: a, path: p}]")
+    text = text.replace("model: {name: llama}", "init_from: base")
     config = load(tmp_path, text, "data.sources.0.limit=5", "peft={name: lora}", "train.epochs=2")
     assert config.data.sources[0].limit == 5
     assert config.peft.name == "lora"
