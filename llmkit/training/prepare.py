@@ -128,7 +128,7 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
     new_tokens = fit_vocabulary(checked, data.tokenizer)
     for split, samples in data.samples.items():
         if samples < 1:
-            fix = "lower data.seq_len, add text, or raise the val fraction"
+            fix = "lower data.seq_len or add text" + (", or raise data.val_fraction" if split == "val" else "")
             raise DataError(f"the {split} split is shorter than one sample", at=config.where("data"), fix=fix)
     train = config.train if fresh else reuse_resolved_values(config)
     derived = derive(checked, world.device, world.size, train, len(new_tokens), data.samples["train"])
