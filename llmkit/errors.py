@@ -1,6 +1,6 @@
-"""The error that a user sees: what happened, where, what was found, and how to fix it.
+"""Define the errors that users see: what happened, where, what was found, and how to fix it.
 
-User mistakes raise `UserError`. Any other exception that escapes is a bug of llmkit (exit code 70).
+User mistakes raise `UserError`. Any other uncaught exception is a bug in llmkit (exit code 70).
 """
 
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ INTERRUPTED = {2: 130, 15: 143}  # signal number -> the shell's exit code for it
 
 
 class UserError(Exception):
-    """A problem, and `others` that the same check found.
+    """An error that the user can fix. `others` holds further errors that the same check found.
 
     >>> print(UserError("train.max_step is not a key", at="my.yaml:14", got="max_step", fix="did you mean max_steps?"))
     error: train.max_step is not a key
@@ -46,25 +46,25 @@ class UserError(Exception):
 
 
 class DataError(UserError):
-    """A problem of texts, records, or data that was built from them."""
+    """A problem with texts, records, or data built from them."""
 
     code = DATA
 
 
 class ModelError(UserError):
-    """A problem of a model's folder, its tokenizer, a checkpoint or an adapter."""
+    """A problem with a model's folder, a tokenizer, a checkpoint or an adapter."""
 
     code = MODEL
 
 
 class MachineError(UserError):
-    """A problem of the machine: it lacks a package, a compiler, memory, disk space, a port."""
+    """A problem with the machine: a missing package or compiler, or a lack of memory, disk space or ports."""
 
     code = ENVIRONMENT
 
 
 def raise_all(errors: list[UserError]) -> None:
-    """Raise all errors as one, or return if there are none."""
+    """Raise the first error with the rest in its `others`. Do nothing if there are no errors."""
     if errors:
         first, *rest = errors
         first.others += rest
@@ -72,7 +72,7 @@ def raise_all(errors: list[UserError]) -> None:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """Return a suggestion for a misspelt word, or None if no known word is close."""
+    """Return "did you mean ...?" for a misspelt word, or None if no known word is similar."""
     from difflib import get_close_matches
 
     close = get_close_matches(word, list(known), n=1, cutoff=0.6)

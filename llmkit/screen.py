@@ -5,7 +5,7 @@ from typing import Any
 
 
 def printable(text: str) -> str:
-    """Replace control characters, which a terminal would obey, except for tabs and line ends.
+    """Replace control characters, which a terminal would interpret. Keep tabs and newlines.
 
     >>> printable("a\\x1b[31mb\\n")
     'a\ufffd[31mb\\n'

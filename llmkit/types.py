@@ -1,21 +1,21 @@
-"""Types that all packages share."""
+"""Define the types and constants that all packages share."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-IGNORE_INDEX = -100  # a label that is not a target, torch's own default for cross-entropy
+IGNORE_INDEX = -100  # label of a position that is not a target; torch's default for cross-entropy
 
 
 @dataclass(slots=True)
 class Document:
-    """A text and where it came from.
+    """A text and its origin.
 
-    id      unique and stable over runs: "<source name>/<path inside it>[:record]"
+    id      unique, and the same in every build: "<source name>/<path inside it>[:record]"
     text    what the model will read
     source  name of the source in the config
-    meta    what its reader knows about it: "format", "encoding", "url"
+    meta    facts from the reader: "format", "encoding", "url"
     """
 
     id: str
@@ -26,13 +26,13 @@ class Document:
 
 @dataclass(slots=True)
 class Batch:
-    """A rank's share of a step, as numpy arrays of shape (B, T); the loop moves them to the device.
+    """One rank's share of a training step, as numpy arrays of shape (B, T). The training loop moves them to the device.
 
     labels             already aligned: labels[b, t] is the target of the logits at [b, t], or IGNORE_INDEX. It is the
                        token that follows input_ids[b, t]; for an encoder, the token that was masked there
     positions          position of each token in its document (packed rows only)
     segments           number of the document a token belongs to; attention never crosses it (packed rows only)
-    decoder_input_ids  what a decoder reads, in labels' shape, if input_ids are for an encoder
+    decoder_input_ids  the decoder's input in the shape of labels (encoder-decoders only; input_ids go to the encoder)
     """
 
     input_ids: np.ndarray
@@ -43,7 +43,7 @@ class Batch:
 
     @property
     def count(self) -> int:
-        """The number of targets, by which the sum of losses is divided."""
+        """Return the number of targets. The loop divides the sum of losses by it."""
         return int((self.labels != IGNORE_INDEX).sum())
 
     def split(self, micro_batch_size: int) -> Iterator["Batch"]:

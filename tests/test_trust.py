@@ -134,7 +134,7 @@ def test_data_has_one_builder_at_a_time(tmp_path):
 def test_keys_that_would_be_ignored_are_errors(tmp_path, section, key):
     values = tiny_config(tmp_path)
     values["data"] |= section
-    with pytest.raises(UserError, match=f"{key} means nothing"):
+    with pytest.raises(UserError, match=f"{key} has no effect"):
         load(tmp_path, values)
 
 

@@ -1,4 +1,4 @@
-"""Turn pydantic's errors into ours: file and line, what was written, what was meant."""
+"""Convert pydantic's errors to UserErrors with the file and line, the rejected value and a suggestion."""
 
 import re
 from typing import Any, get_args
@@ -6,10 +6,10 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from llmkit.config.schema import Config
-from llmkit.config.yaml import nearest
+from llmkit.config.yaml import find_origin
 from llmkit.errors import UserError, did_you_mean
 
-# Our key -> what it is called in other tools, or where people look for it.
+# Key of the config -> its names in other tools. People also write these names in the wrong section.
 ALIASES = {
     "optimizer.lr": "lr learning_rate",
     "optimizer.weight_decay": "weight_decay",
@@ -39,7 +39,11 @@ KEY_OF_ALIAS = {alias: key for key, aliases in ALIASES.items() for alias in alia
 def explain_all(
     error: ValidationError, schema: type[BaseModel], origins: dict[tuple, str], prefix: tuple = ()
 ) -> list[UserError]:
-    """Return an error for every problem of a validation; the failed branches of a union become one error."""
+    """Convert a validation error to UserErrors, one per problem. The failed branches of a union become one error.
+
+    origins  the "file:line" of each key path, from `read_yaml`
+    prefix   the key path of the section that `schema` describes
+    """
     found: dict[str, UserError] = {}
     for problem in error.errors(include_url=False):
         one = explain(problem, schema, origins, prefix)
@@ -51,21 +55,21 @@ def explain_all(
 
 
 def explain(problem: dict, schema: type[BaseModel], origins: dict[tuple, str], prefix: tuple = ()) -> UserError:
-    """Return one pydantic error as ours."""
+    """Convert one problem of a validation error to a UserError."""
     loc = [part for part in problem["loc"] if part not in ("corpus", "sft", "[key]")]
     known = fields_at(schema, loc[:-1])
     if problem["type"] not in ("extra_forbidden", "missing", "union_tag_invalid", "union_tag_not_found"):
         while len(loc) > 1 and (*prefix, *loc) not in origins:  # the branches of a union end in type names
             loc.pop()
     path = (*prefix, *loc)
-    key, at = ".".join(map(str, path)), nearest(origins, path)
+    key, at = ".".join(map(str, path)), find_origin(origins, path)
     if problem["type"] == "extra_forbidden":
         word = str(path[-1])
-        hint = did_you_mean(word, known) or (f"this lives in {KEY_OF_ALIAS[word]}" if word in KEY_OF_ALIAS else None)
+        hint = did_you_mean(word, known) or (f"use {KEY_OF_ALIAS[word]}" if word in KEY_OF_ALIAS else None)
         if hint is None:
-            homes = [name for name, section in Config.model_fields.items() if word in fields_at(Config, [name])]
+            sections = [name for name, section in Config.model_fields.items() if word in fields_at(Config, [name])]
             keys = f"known keys: {', '.join(sorted(known))}" if known else "delete it: this section has no such options"
-            hint = f"did you mean {homes[0]}.{word}?" if homes else keys
+            hint = f"did you mean {sections[0]}.{word}?" if sections else keys
         return UserError(f"{key} is not a key", at=at, got=word, fix=hint)
     if problem["type"] == "missing":
         return UserError(f"{key} is missing", at=at, fix=f"add `{path[-1]}:`")
@@ -80,7 +84,7 @@ def explain(problem: dict, schema: type[BaseModel], origins: dict[tuple, str], p
 
 
 def fields_at(schema: type[BaseModel], loc: list) -> set[str]:
-    """Return the keys of a section, found by walking the schema."""
+    """Return the keys that the schema allows at a key path."""
     models: list[Any] = [schema]
     for part in loc:
         inner = []

@@ -1,4 +1,4 @@
-"""Load a config and check it. Nothing here imports torch, so a wrong key is named in under a second."""
+"""Load a config and check it. Nothing here imports torch, so a wrong key is reported in under a second."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -76,7 +76,7 @@ def source_conflicts(config: Config, data: CorpusData) -> Iterator[UserError]:
     if not pii.kinds and pii != Pii():
         yield error("data.pii", "has no kinds to look for", expected="kinds: [email, phone, ...]")
     if pii.action == "drop" and pii.drop_above != Pii().drop_above:
-        what = "means nothing with action: drop, which drops at the first finding"
+        what = "has no effect with action: drop, which drops a document at its first finding"
         yield error("data.pii.drop_above", what, fix="delete it")
     names = [source.name for source in data.sources]
     without = [source.name for source in data.sources if source.weight is None]
@@ -98,24 +98,24 @@ def source_conflicts(config: Config, data: CorpusData) -> Iterator[UserError]:
 
 
 def tokenizer_conflicts(config: Config, tokenizer: TokenizerSection) -> Iterator[UserError]:
-    """Yield errors about tokenizers that exclude each other, and options that mean nothing to the chosen one."""
-    ways = [name for name in ("train", "path", "extend") if getattr(tokenizer, name) is not None]
-    if len(ways) != 1:
-        got, expected = " and ".join(ways) or "none", "{train: bpe, vocab_size: 32000} or {path: tokenizer.json}"
+    """Yield errors about tokenizer options that exclude each other or have no effect."""
+    given = [name for name in ("train", "path", "extend") if getattr(tokenizer, name) is not None]
+    if len(given) != 1:
+        got, expected = " and ".join(given) or "none", "{train: bpe, vocab_size: 32000} or {path: tokenizer.json}"
         yield config.error("data.tokenizer", "needs one of train, path and extend", got=got, expected=expected)
-    learning = ["pattern", "normalize", "special_tokens", "extra_ids"]
-    yield from ignored_keys(config, "data.tokenizer", tokenizer, "path", ["vocab_size", "sample_mb", *learning])
-    yield from ignored_keys(config, "data.tokenizer", tokenizer, "extend", learning)
+    training_keys = ["pattern", "normalize", "special_tokens", "extra_ids"]
+    yield from ignored_keys(config, "data.tokenizer", tokenizer, "path", ["vocab_size", "sample_mb", *training_keys])
+    yield from ignored_keys(config, "data.tokenizer", tokenizer, "extend", training_keys)
     if tokenizer.train in ("wordpiece", "char") and tokenizer.pattern != PATTERN:
-        yield config.error("data.tokenizer.pattern", f"means nothing to {tokenizer.train}", fix="delete it")
+        yield config.error("data.tokenizer.pattern", f"has no effect on {tokenizer.train}", fix="delete it")
 
 
 def ignored_keys(config: Config, place: str, section: Section, given: str, keys: list[str]) -> Iterator[UserError]:
-    """Yield an error for each key that would be ignored because `given` is there, unless it has its default."""
+    """Yield an error for each of the keys that was changed from its default but is ignored because `given` is set."""
     for key in keys:
         default = type(section).model_fields[key].default
         if getattr(section, given) is not None and getattr(section, key) != default:
-            yield config.error(f"{place}.{key}", f"means nothing beside {given}", fix="delete it")
+            yield config.error(f"{place}.{key}", f"has no effect beside {given}", fix="delete it")
 
 
 def check_options(
@@ -124,7 +124,7 @@ def check_options(
     """Check the options of a "choose one" section against the function or dataclass that it names.
 
     table   name -> function or dataclass, whose keyword-only parameters are the options
-    Returns every option with defaults filled in, and the errors.
+    Return (all options with defaults filled in, errors).
     """
     if choice.name not in table:
         hint = did_you_mean(choice.name, table) or f"one of: {', '.join(table)}"

@@ -1,7 +1,7 @@
-"""Declare the sections of the YAML file with their defaults, which stand nowhere else.
+"""Declare the sections of the YAML file, their keys and their defaults.
 
 A "choose one" section is `{name: adamw, lr: 3e-4}`: `name` picks a function, the rest are that function's keyword-only
-arguments, checked against its signature by `config.check_options` once torch may be imported.
+arguments. `load.check_options` checks them against its signature later, when torch may be imported.
 """
 
 from typing import Annotated, Any, Literal
@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from llmkit.config.defaults import PATTERN, VOCAB_SIZE
-from llmkit.config.yaml import nearest
+from llmkit.config.yaml import find_origin
 from llmkit.errors import UserError
 
 Count = Annotated[int, Field(ge=1)]
@@ -52,7 +52,7 @@ class Source(Section):
     text_key: str = "text"
     limit: Count | None = None  # documents
     weight: Annotated[float, Field(gt=0)] | None = None  # share of the samples; null for all: by size
-    max_epochs: Annotated[float, Field(gt=0)] | None = None  # a run that would read the source more often is refused
+    max_epochs: Annotated[float, Field(gt=0)] | None = None  # a run that would exceed this is refused
     profile: Literal["web", "docs", "code", "books", "none"] = "none"
 
 
@@ -79,14 +79,14 @@ class Language(Section):
 
 
 class WordList(Section):
-    """Drop documents with more matches of a word list (a file, one word or phrase a line) per thousand words."""
+    """Drop documents with more than max_per_1k matches of a word list per 1000 words. `path` holds one entry a line."""
 
     path: str
     max_per_1k: Annotated[float, Field(ge=0)] = 5.0
 
 
 class Classifier(Section):
-    """Drop documents to which a local Hugging Face classifier gives the label a higher probability."""
+    """Drop documents for which a local Hugging Face classifier gives `label` a probability above max_score."""
 
     path: str
     label: str
@@ -125,7 +125,7 @@ class Dedup(Section):
 
 
 class Decontaminate(Section):
-    """Drop documents that share an n-gram of words with evaluation files, so that benchmarks do not measure memory."""
+    """Drop documents that share an n-gram of words with evaluation files, so that benchmarks do not measure memorization."""
 
     files: Annotated[list[str], Field(min_length=1)]
     ngram: Count = 13
@@ -173,7 +173,7 @@ class CorpusData(Section):
 
 
 class SftData(Section):
-    """Prompts and answers; only answers are targets. An encoder reads the prompt, and then nothing is packed.
+    """Prompts and answers. Only answers are targets. In an encoder-decoder the encoder reads the prompt.
 
     Records are {prompt, completion}, {instruction, input, output}, {messages: [{role, content}]} or
     {conversations: [{from, value}]}; the first record decides.
@@ -184,7 +184,7 @@ class SftData(Section):
     val_path: str | None = None
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05  # of `path`, if there is no val_path
     seq_len: Count = 1024
-    packing: bool | None = None  # put several examples into a row; null: only if there is no encoder
+    packing: bool | None = None  # put several examples into a row; null: unless the model has an encoder
     too_long: Literal["truncate", "drop"] = "truncate"
     chat_template: str | None = None  # a Jinja file; default: the tokenizer's own, else a plain one
     special_tokens: list[str] = []  # to add to the model's tokenizer; see resize_embeddings
@@ -226,9 +226,9 @@ class Log(Section):
 
 
 ADAMW_COSINE = {"optimizer": {"name": "adamw", "lr": 6e-4}, "schedule": {"name": "cosine", "warmup_steps": 100}}
-# `recipe` sets these defaults of other sections; a config's own values win.
+# Defaults that `recipe` sets in other sections. Values in the config win.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
-    # The lowest loss after an hour of training: query and key norms, blocks that start as the identity, Muon.
+    # Tuned for the lowest loss after an hour of training: query and key norms, blocks that start as the identity, Muon.
     "modern": {
         "model": {"name": "qwen3", "init": "zero"},
         "optimizer": {"name": "muon", "lr": 5e-3},
@@ -240,7 +240,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class Config(Section):
-    """The config of a run. `where("train.max_steps")` tells the file and line of a value."""
+    """The config of a run. `where("train.max_steps")` returns the file and line of a key."""
 
     run_dir: str = "runs/default"
     recipe: Literal["modern", "llama", "gpt2"] | None = None  # see RECIPES
@@ -261,11 +261,11 @@ class Config(Section):
     _origins: dict[tuple, str] = PrivateAttr(default_factory=dict)
 
     def where(self, key: str) -> str:
-        """Return the file and line of a dotted key, or of the nearest section that holds it."""
-        return nearest(self._origins, tuple(key.split(".")))
+        """Return the file and line of a dotted key, or of the innermost section that contains it."""
+        return find_origin(self._origins, tuple(key.split(".")))
 
     def error(self, key: str, problem: str, *, kind: type[UserError] = UserError, **details: Any) -> UserError:
-        """Return an error that names a dotted key, what is wrong with it, and where it was written."""
+        """Return an error about a dotted key, with its file and line."""
         return kind(f"{key} {problem}", at=self.where(key), **details)
 
     def dump(self) -> str:

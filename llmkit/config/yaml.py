@@ -1,4 +1,4 @@
-"""Read YAML with the file and line of every key, and change it from the command line."""
+"""Read YAML with the file and line of every key, and apply overrides from the command line."""
 
 import re
 from pathlib import Path
@@ -8,12 +8,12 @@ import yaml
 
 from llmkit.errors import UserError
 
-MAX_NODES = 20_000  # more YAML nodes than any real config has: an alias bomb expands to billions
+MAX_NODES = 20_000  # more than any real config has; an alias bomb expands to billions
 LENGTHS = ("max_steps", "max_tokens", "epochs")  # of a training run: one of them replaces the others
 
 
 class Loader(yaml.SafeLoader):
-    """A YAML loader for which 1e-5 is a number, and only true and false are booleans (`no` is Norwegian)."""
+    """A YAML loader that reads 1e-5 as a number, and yes, no, on and off as strings instead of booleans."""
 
 
 Loader.yaml_implicit_resolvers = {
@@ -31,7 +31,7 @@ Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> tuple[dict, dict[tuple, str]]:
-    """Return a YAML mapping as plain Python, and the "file:line" of every key by key path."""
+    """Read a YAML mapping. Return (values, origins), where origins maps each key path to its "file:line"."""
     if not path.exists():
         raise UserError(f"no such config file: {path}", fix="`llmkit init pretrain` writes a commented example")
     if not path.is_file():
@@ -51,7 +51,7 @@ def parse_yaml(text: str, name: str) -> tuple[dict, dict[tuple, str]]:
         loader = Loader(text)
         root = loader.get_single_node()
     except RecursionError:
-        raise UserError("the YAML is nested too deep", at=name) from None
+        raise UserError("the YAML is nested too deeply", at=name) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -86,7 +86,7 @@ def parse_yaml(text: str, name: str) -> tuple[dict, dict[tuple, str]]:
                     raise UserError("a YAML key must be a word", at=f"{name}:{line}")
                 if key in result:
                     first = origins[(*path, key)]
-                    raise UserError(f"the key `{key}` stands twice", at=f"{first} and {name}:{line}", fix="delete one")
+                    raise UserError(f"the key `{key}` appears twice", at=f"{first} and {name}:{line}", fix="delete one")
                 origins[(*path, key)] = f"{name}:{line}"
                 result[key] = build(value_node, (*path, key))
             return result
@@ -98,11 +98,13 @@ def parse_yaml(text: str, name: str) -> tuple[dict, dict[tuple, str]]:
     try:
         return build(root, ()), origins
     except RecursionError:
-        raise UserError("the YAML is nested too deep, or contains itself", at=name) from None
+        raise UserError("the YAML is nested too deeply, or contains itself", at=name) from None
 
 
 def set_override(values: dict, origins: dict[tuple, str], override: str) -> dict:
-    """Return a parsed config with one `section.key=value` applied; the value is read as YAML.
+    """Apply one `section.key=value` to a parsed config and return the result. The value is read as YAML.
+
+    origins  updated in place: the key now comes from the command line
 
     >>> set_override({"train": {"epochs": 1}}, {}, "train.max_steps=5")
     {'train': {'max_steps': 5}}
@@ -110,17 +112,17 @@ def set_override(values: dict, origins: dict[tuple, str], override: str) -> dict
     key, equals, text = override.partition("=")
     at = f"-o {override}"
     if not equals or not key or "\n" in text:
-        raise UserError("an override is written section.key=value", at=at)
+        raise UserError("an override must have the form section.key=value", at=at)
     parts = tuple(int(part) if part.isdigit() else part for part in key.strip().split("."))
     value: Any = parse_yaml(f"value: {text}", at)[0]["value"]
-    inside: Any = values
+    parent: Any = values
     for depth, part in enumerate(parts[:-1]):
-        if isinstance(part, int) != isinstance(inside, list) or (isinstance(part, int) and part >= len(inside)):
+        if isinstance(part, int) != isinstance(parent, list) or (isinstance(part, int) and part >= len(parent)):
             raise UserError(f"{'.'.join(map(str, parts[:depth])) or 'the config'} has no {part}", at=at)
-        inside = inside[part] if isinstance(part, int) else (inside.get(part) or {})
-        if not isinstance(inside, dict | list):
+        parent = parent[part] if isinstance(part, int) else (parent.get(part) or {})
+        if not isinstance(parent, dict | list):
             raise UserError(f"{'.'.join(map(str, parts[: depth + 1]))} is not a section", at=at)
-    if isinstance(inside, list) and not (isinstance(parts[-1], int) and parts[-1] < len(inside)):
+    if isinstance(parent, list) and not (isinstance(parts[-1], int) and parts[-1] < len(parent)):
         raise UserError(f"{'.'.join(map(str, parts[:-1]))} has no {parts[-1]}", at=at)
     for depth in range(1, len(parts)):
         origins.setdefault(parts[:depth], at)
@@ -143,20 +145,21 @@ def replace_at(values: Any, parts: tuple, value: Any) -> Any:
 def merge(base: dict, over: dict, *, deep: bool = True) -> dict:
     """Merge `over` into `base`, section by section.
 
-    Another `name` or `kind` drops the options of the old one; another length of training drops the old length.
+    A section in `over` with another `name` or `kind` replaces the old one, instead of inheriting its options. A training
+    length in `over` (see LENGTHS) removes the other lengths.
     """
     dropped = set(LENGTHS) - over.keys() if any(over.get(key) is not None for key in LENGTHS) else set()
     result = {key: value for key, value in base.items() if key not in dropped}
     for key, value in over.items():
         old = result.get(key)
-        sections = deep and isinstance(old, dict) and isinstance(value, dict)
-        chooses = sections and any(tag in value and value[tag] != old.get(tag) for tag in ("name", "kind"))
-        result[key] = merge(old, value) if sections and not chooses else value
+        both_sections = deep and isinstance(old, dict) and isinstance(value, dict)
+        chooses_other = both_sections and any(tag in value and value[tag] != old.get(tag) for tag in ("name", "kind"))
+        result[key] = merge(old, value) if both_sections and not chooses_other else value
     return result
 
 
-def nearest(origins: dict[tuple, str], path: tuple) -> str:
-    """Return where the longest known part of a key path was written."""
+def find_origin(origins: dict[tuple, str], path: tuple) -> str:
+    """Return the "file:line" of a key path, or of the innermost section around it that was written."""
     path = tuple(int(part) if isinstance(part, str) and part.isdigit() else part for part in path)
     while path and path not in origins:
         path = path[:-1]
