@@ -526,4 +526,4 @@ def test_a_bert_answers_and_writes_nothing(command, tuned):
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_their_own_have_no_stride(command, name):
     flags = ("eval", f"runs/{name}", "--perplexity", "--window", 32, "--stride", 16)
-    assert "no stride" in command(*flags, code=USAGE)
+    assert "stride equal to window" in command(*flags, code=USAGE)

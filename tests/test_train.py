@@ -457,7 +457,7 @@ def test_rows_of_added_tokens_need_a_method_that_trains_them(corpus, tmp_path):
     pairs = [{"prompt": "the ", "completion": "river"}] * 20
     write_sft_config(corpus, tmp_path, pairs, steps(4), peft=peft, data=data, resize_embeddings=True)
     config = load_config(tmp_path / "c.yaml", [f"run_dir={tmp_path / 'run'}"])
-    with pytest.raises(UserError, match="rows of added tokens") as caught:
+    with pytest.raises(UserError, match="if there are added tokens") as caught:
         train(config, say=print)
     assert caught.value.fix == "peft.new_tokens: true"
     with pytest.raises(UserError, match="rows of added tokens") as caught:

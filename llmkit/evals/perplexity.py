@@ -94,7 +94,7 @@ def measure(
         raise UserError("stride and window do not fit the model", got=got, expected=expected)
     kind, objective = model.config.kind, (config or {}).get("objective")
     if kind != "causal" and stride != window:
-        raise UserError(f"{model.config.model_type} reads each row alone: no stride", got=f"{stride}, window {window}")
+        raise UserError(f"{model.config.model_type} needs stride equal to window", got=f"{stride}, window {window}")
     if data is None:
         if config and config["data"]["kind"] == "sft" and (stride < window or window != config["data"]["seq_len"]):
             raise UserError("fine-tuning rows have data.seq_len tokens", got=f"window {window}, stride {stride}")
@@ -119,7 +119,7 @@ def measure(
             micro_batch_size=batch_size,
         )
     if not result["val_tokens"]:
-        raise DataError("the text is too short to measure on", got=what, fix="name more, or a smaller window")
+        raise DataError("the text is too short to measure on", got=what, fix="add text or lower the window")
     names = {"val_loss": "loss", "val_perplexity": "perplexity", "val_tokens": "tokens"}
     figures = {names.get(key, key): value for key, value in result.items()}
     return {
@@ -159,7 +159,7 @@ def read_data(path: Path, model_config: Any, tokenizer: Tokenizer, window: int, 
     first = next((record for _, record in read_records(path) if isinstance(record, dict)), {})
     records = any(all(field in first for field in fields) for fields in LAYOUTS.values())
     if records and stride < window:
-        raise UserError("records are read whole: --stride has no meaning", got=f"stride {stride}")
+        raise UserError("--stride does not apply to fine-tuning records", got=f"stride {stride}")
     if records and model_config.kind == "masked":
         raise DataError(f"{model_config.model_type} writes no answers", at=path, fix="name a file of texts")
     if records:
@@ -188,7 +188,7 @@ def corrupted_rows(
 ) -> Iterator[Batch]:
     """Yield rows of `window` tokens, corrupted as in training and the same every time. An incomplete row is left out.
 
-    objective  of the run; if it is none for texts, the default one for this kind of model
+    objective  of the run; if it does not fit texts, the default for this model kind
     """
     fitting = fitting_objectives(model_config.kind, "corpus")
     choice = dict(objective) if objective and objective["name"] in fitting else {"name": fitting[0]}

@@ -75,7 +75,7 @@ def rope_type(config: Any, spec: Gguf) -> str | None:
 
 
 def check_supported(config: Any, spec: Gguf) -> None:
-    """Raise a ModelError for what a config has and llama.cpp's graph of its family lacks."""
+    """Raise a ModelError if a config uses a feature that llama.cpp does not support."""
     if spec.activation and config.hidden_act != spec.activation:
         what = "llama.cpp knows one activation for this family"
         raise ModelError(what, got=config.hidden_act, expected=spec.activation)
@@ -90,7 +90,7 @@ def add_config(writer: Any, config: Any, spec: Gguf, gguf: Any) -> None:
     windows = {window for window in config.windows if window is not None}
     longest = config.max_position_embeddings
     if windows and None in config.windows:
-        raise ModelError("llama.cpp has no windows in some of this family's layers", got=f"windows of {min(windows)}")
+        raise ModelError("llama.cpp needs one window in all layers of this family", got=f"windows of {min(windows)}")
     # llama.cpp attends to all of the text: within the first window that is the same.
     writer.add_context_length(min([longest, *windows]))
     writer.add_embedding_length(config.hidden_size)

@@ -69,7 +69,7 @@ class Family:
     architecture: str  # the class name in transformers
     from_hf: Callable[[dict], dict] = dict  # config.json -> our options
     to_hf: Callable[[dict], dict] = dict
-    fixed_values: dict[str, Any] = field(default_factory=dict)  # fields that change the mathematics: the value built
+    fixed_values: dict[str, Any] = field(default_factory=dict)  # field -> the only value that is supported
     hf_defaults: dict[str, Any] = field(default_factory=dict)  # what transformers assumes, where ours differs
     ignored_weights: re.Pattern = NOTHING  # names in weight files that are not read
     may_be_missing: re.Pattern = NOTHING  # names that files may lack: they are initialised, with a warning
@@ -83,7 +83,7 @@ class Family:
     # config -> the experts of a layer, and how many a token takes; None: no mixture of experts
     experts: Callable[[Any], tuple[int, int] | None] = lambda config: None
     decoder_layers: Callable[[Any], int] = lambda config: 0  # of the decoder beside an encoder
-    reads_source: Callable[[str], bool] = lambda name: True  # parameter -> whether it meets the encoder's tokens
+    reads_source: Callable[[str], bool] = lambda name: True  # name -> whether the parameter reads encoder tokens
     start_token_id: Callable[[Any], int | None] = lambda config: None  # the first token of a decoder beside an encoder
     aux_loss_weight: Callable[[Any], float] = lambda config: 0.0
     aux_loss: Callable[[Tensor], Tensor] | None = None  # the model's balance statistics (L, 2, E) -> auxiliary loss

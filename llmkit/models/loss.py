@@ -110,7 +110,7 @@ def linear_cross_entropy(
     chunk_loss: ChunkLoss | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Return the cross-entropy of the labels in the memory of one chunk of logits.
+    """Return the cross-entropy of the labels, with one chunk of logits in memory.
 
     hidden      (..., h), the normed output of the last block
     weight      (V, h), the head

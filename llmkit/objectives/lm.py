@@ -24,8 +24,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 def sum_of_losses(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the sum of losses (nats) over the batch's targets; the loop divides by the step's target count.
 
-    A family's auxiliary loss of this micro-batch is added, weighted as beside a mean over the targets. The metric
-    `added` is that part, which is no loss of a target.
+    A family's auxiliary loss is added, multiplied by its weight and the number of targets. The metric `added` is that
+    part: the loop leaves it out of the logged loss.
     """
     family = family_of(model.config)
     if not (weight := family.aux_loss_weight(model.config)):

@@ -1,7 +1,7 @@
 """LoRA: y = W x + scale * B A x with W frozen (Hu et al. 2021, arXiv:2106.09685).
 
-The class of each chosen linear is swapped for one derived from it, so that weight names never change and whatever the
-linear was before (quantized, say) goes on working underneath.
+The class of each chosen linear is replaced by a subclass of it. Weight names do not change, and the original layer
+(quantized, for example) still computes W x.
 """
 
 import itertools

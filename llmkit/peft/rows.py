@@ -52,5 +52,5 @@ def common_rows(model: nn.Module, indices: dict[str, list[int]]) -> list[int]:
     if set(indices) != set(tables) or any(ids != first for ids in others):
         raise ValueError(f"the trained rows of {', '.join(indices)} do not fit a model with {', '.join(tables)}")
     if len(first) != len(set(first)) or not all(0 <= i < model.config.vocab_size + len(first) for i in first):
-        raise ValueError(f"the numbers of the trained rows make no sense: {str(first)[:80]}")
+        raise ValueError(f"the trained row indices are invalid: {str(first)[:80]}")
     return first

@@ -1,4 +1,4 @@
-"""THE loop, `take_steps`: pretraining and fine-tuning, with PEFT or without, differ outside of it."""
+"""The training loop, `take_steps`, shared by pretraining and fine-tuning, with or without PEFT."""
 
 import gc
 import hashlib
@@ -325,7 +325,7 @@ def save(run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: P
     """Write a checkpoint, but never a diverged state."""
     stop_if_diverged(run, progress)
     val_loss = logger.pending.get("val_loss")
-    # Before the checkpoint: a kill in between must not lose what the resumed run will not log again.
+    # Flush before saving: a resumed run does not log the steps before its checkpoint again.
     logger.flush(progress.step)
     interval_loss = run.world.sum(progress.tensors["interval_loss"].item())
     if logger.directory is None:
@@ -366,7 +366,7 @@ def finish(
     logger: MetricsLogger,
     stop: str | None,
 ) -> dict[str, Any]:
-    """Write the picture and the report of a run that is done, and return the summary."""
+    """Plot a finished run, write its report, and return the summary."""
     folder, records = directory.folder, directory.metrics()
     plot_runs([folder], folder / "loss.png")
     kept = checkpoint.best_checkpoint(folder)  # of all evaluations the best one that has a checkpoint

@@ -1,4 +1,4 @@
-"""Define optimizers. A step with gradients that are not finite changes nothing, which the device decides."""
+"""Define optimizers. Steps with non-finite gradients are skipped, without a host synchronization."""
 
 import math
 from collections import defaultdict

@@ -194,7 +194,7 @@ def check_rows_option(config: Config, options: dict[str, Any], new_tokens: int) 
     """Raise a UserError unless the PEFT method trains the rows of added tokens exactly if there are some."""
     option = METHODS[config.peft.name].rows_option
     if option and options[option] != bool(new_tokens):
-        what, got = "trains the rows of added tokens: it needs some, and they need it", f"{new_tokens} added tokens"
+        what, got = "must be true if there are added tokens, and false otherwise", f"{new_tokens} added tokens"
         fix = f"peft.{option}: {bool(new_tokens)}".lower()
         raise config.error(f"peft.{option}", what, got=f"{got}, {option}: {options[option]}".lower(), fix=fix)
     if new_tokens and not option:

@@ -91,7 +91,7 @@ def find_problems(config: Config, options: Options, model_config: Any, ranks: in
     """Yield what does not fit among the model, its data, the length and the number of ranks."""
     name, kind, data = model_config.model_type, model_config.kind, config.data.kind
     if kind == "masked" and config.eval.sample_prompt is not None:
-        yield config.error("eval.sample_prompt", f"means nothing: {name} writes no text", fix="delete it")
+        yield config.error("eval.sample_prompt", f"can't be used: {name} writes no text", fix="delete it")
     if kind == "seq2seq" and data == "sft" and config.data.packing:
         yield config.error("data.packing", f"can't be done: {name} has each prompt in a row of its own")
     if kind == "seq2seq" and data == "corpus" and config.data.document_mask:
@@ -179,8 +179,8 @@ def choose_micro_batch_size(
 ) -> int:
     """Return the sequences of one forward.
 
-    An "auto" is what the run used before if that divides a rank's rows (`resolved`), else the largest divisor of them
-    whose planned peak fits the device and which is not more tokens than pay.
+    "auto" keeps the earlier run's value (`resolved`) if it divides a rank's rows. Otherwise it is the largest divisor
+    whose planned peak fits the device and whose tokens are within CPU_MICRO_TOKENS or GPU_MICRO_TOKENS.
     """
     asked, rows = config.train.micro_batch_size, config.train.global_batch_size // ranks
     if asked != "auto":
