@@ -13,10 +13,10 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
-def count(number: float) -> str:
+def format_count(number: float) -> str:
     """Format a number with a unit.
 
-    >>> count(412_345), count(7.25e9), count(930)
+    >>> format_count(412_345), format_count(7.25e9), format_count(930)
     ('412k', '7.25B', '930')
     """
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -26,10 +26,10 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format seconds as h:mm:ss, or as days or years.
 
-    >>> clock(3725), clock(3e5), clock(7e9)
+    >>> format_duration(3725), format_duration(3e5), format_duration(7e9)
     ('1:02:05', '3.47 days', '222 years')
     """
     whole = int(seconds)
@@ -39,14 +39,14 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def format_table(rows: list[dict[str, Any]]) -> str:
     """Format rows with the same keys as aligned columns."""
-    cells = [list(rows[0]), *[[cell(value) for value in row.values()] for row in rows]]
+    cells = [list(rows[0]), *[[format_cell(value) for value in row.values()] for row in rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
-def cell(value: Any) -> str:
+def format_cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if isinstance(value, float) else str(value)

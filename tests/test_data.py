@@ -16,7 +16,7 @@ from llmkit.commands.app import main
 from llmkit.config.schema import Config, SftData
 from llmkit.corpus.build import build_corpus, read_manifest
 from llmkit.data.batches import Batches, corpus_batches, packed_batches, permute
-from llmkit.data.inspect import CONTEXT, RESET, TARGET, inspect_rows, paint
+from llmkit.data.inspect import CONTEXT, RESET, TARGET, format_rows, inspect_rows
 from llmkit.data.layouts import to_turns
 from llmkit.data.sft import encode_sft, pack
 from llmkit.data.tokens import ShardWriter, TokenStream, open_split, token_dtype
@@ -398,9 +398,9 @@ def test_val_path_is_the_val_split_and_nothing_is_held_out(tokenizer, tmp_path):
 def test_inspect_paints_answers_and_dims_prompts(tokenizer, tmp_path):
     _, rows = encoded(tokenizer, tmp_path, [("the river ", "is small")])
     shown = inspect_rows(rows[0], tokenizer)
-    _, coloured = paint(shown, colour=True).split("\n")
+    _, coloured = format_rows(shown, colour=True).split("\n")
     assert coloured == f"{RESET}{CONTEXT}the river {RESET}{TARGET}is small<|endoftext|>{RESET}"
-    _, plain = paint(shown, colour=False).split("\n")
+    _, plain = format_rows(shown, colour=False).split("\n")
     assert plain == "the river [[is small<|endoftext|>]]"
 
 

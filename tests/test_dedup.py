@@ -10,7 +10,7 @@ import pytest
 from llmkit.corpus.dedup import (
     band_keys,
     exact_key,
-    first_of_equals,
+    first_occurrences,
     longest_of,
     min_agreement,
     minhash,
@@ -127,8 +127,8 @@ def test_clusters_equal_a_plain_graph_search():
     assert (near_clusters(400, bands.T) == expected).all()
 
 
-def test_longest_of_a_cluster_and_first_of_equals():
+def test_longest_of_a_cluster_and_first_occurrences():
     assert longest_of(np.array([0, 1, 0, 1, 4]), np.array([3, 5, 8, 5, 1])).tolist() == [2, 1, 2, 1, 4]
     assert longest_of(np.array([], int), np.array([], int)).tolist() == []
     halves = np.array([[1, 1, 1, 0, 1], [2, 3, 2, 2, 2]], np.uint64)  # equal in both or not at all
-    assert first_of_equals(*halves).tolist() == [0, 1, 0, 3, 0]
+    assert first_occurrences(*halves).tolist() == [0, 1, 0, 3, 0]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.corpus.filters import PROFILES, RULES, explain, measure, measure_repeats, outside, profile_limits
+from llmkit.corpus.filters import PROFILES, RULES, explain, is_outside, measure, measure_repeats, profile_limits
 from llmkit.corpus.words import TextFeatures
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -15,7 +15,7 @@ def first_reason(text: str, profile: str, overrides: dict | None = None) -> str 
     """Why a text would be dropped."""
     bounds = profile_limits(profile, overrides or {})
     for (rule, limits), value in zip(bounds.items(), measure(TextFeatures(text), bounds), strict=True):
-        if outside(value, limits):
+        if is_outside(value, limits):
             return explain(rule, value, limits)
     return None
 

@@ -502,7 +502,7 @@ def refused(path: Path, *words: str, code: int = MODEL) -> None:
 
 def test_a_vocabulary_without_merges_is_refused(bpe, tmp_path):
     (vocab_and_merges(bpe, tmp_path) / "merges.txt").unlink()
-    refused(tmp_path, "without its merges", "merges.txt")
+    refused(tmp_path, "the vocabulary has no merges file", "merges.txt")
 
 
 @pytest.mark.parametrize("name", ["RobertaTokenizer", "CLIPTokenizerFast", "BloomTokenizer"])

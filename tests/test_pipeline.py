@@ -835,7 +835,7 @@ def test_weights_of_some_sources_only_are_an_error(tmp_path, tokenizer):
 def test_a_source_without_one_sample_is_an_error(tmp_path, tokenizer, rules):
     path = mixed(tmp_path, tokenizer, [1.0, 1.0])
     source(tmp_path, "b", ["The model reads."])
-    with pytest.raises(UserError, match="source b has a weight, but not one sample") as caught:
+    with pytest.raises(UserError, match="source b has a weight, but no sample") as caught:
         prepare(load_config(path, [f"data.filter.rules={json.dumps(rules)}"]), start_world(), **quiet)
     assert caught.value.code == DATA and (caught.value.got == "0 tokens; dropped 1 by words") == bool(rules)
 

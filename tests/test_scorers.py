@@ -14,7 +14,7 @@ from llmkit.corpus.scorers import (
     check_languages,
     classifier_score,
     detect_language,
-    listed_per_1k,
+    list_matches_per_1k,
     load_classifier,
     load_word_list,
     ngrams_of,
@@ -119,12 +119,12 @@ def test_bad_word_lists(tmp_path, content, what):
 def test_listed_per_thousand_words_by_hand(tmp_path):
     path = write(tmp_path / "list.txt", "bad\nvery bad\n\u732b\n")
     text = TextFeatures("A bad, BAD day; the next was very bad.")
-    assert listed_per_1k(text, load_word_list(path)) == round(1000 * (3 + 1) / 9, 4)
-    assert listed_per_1k(TextFeatures("badly unbad very good"), load_word_list(path)) == 0
-    assert all(listed_per_1k(TextFeatures(text), load_word_list(path)) == 0 for text in ("", "very"))
+    assert list_matches_per_1k(text, load_word_list(path)) == round(1000 * (3 + 1) / 9, 4)
+    assert list_matches_per_1k(TextFeatures("badly unbad very good"), load_word_list(path)) == 0
+    assert all(list_matches_per_1k(TextFeatures(text), load_word_list(path)) == 0 for text in ("", "very"))
     unspaced = TextFeatures("\u732b\u3067\u3059")  # characters for words
-    assert listed_per_1k(unspaced, load_word_list(path)) == round(1000 / 3, 4)
-    assert listed_per_1k(TextFeatures("bad " + "good " * 999), load_word_list(path)) == 1
+    assert list_matches_per_1k(unspaced, load_word_list(path)) == round(1000 / 3, 4)
+    assert list_matches_per_1k(TextFeatures("bad " + "good " * 999), load_word_list(path)) == 1
 
 
 def test_ngrams_of_evaluation_files(tmp_path):

@@ -82,7 +82,7 @@ def data_inspect(
     if id or dropped or kept:
         inspect_documents(loaded.data, id, dropped, kept, rule, as_json)
         return
-    from llmkit.data.inspect import inspect_rows, paint
+    from llmkit.data.inspect import format_rows, inspect_rows
     from llmkit.parallel.world import start_world
     from llmkit.training.prepare import prepare
 
@@ -91,7 +91,7 @@ def data_inspect(
     if as_json:
         show({"rows": shown}, as_json)
     else:
-        print(paint(shown, colour=sys.stdout.isatty()))
+        print(format_rows(shown, colour=sys.stdout.isatty()))
 
 
 def inspect_documents(data: Any, id: str | None, dropped: int, kept: int, rule: str | None, as_json: bool) -> None:
@@ -168,12 +168,12 @@ def tokenizer_show(
     as_json: AsJson = False,
 ) -> None:
     """Show how a tokenizer splits texts, and how well it compresses each text or file."""
-    from llmkit.data.inspect import compression, is_path, paint_tokens
-    from llmkit.screen import table
+    from llmkit.data.inspect import format_tokens, is_path, measure_compression
+    from llmkit.screen import format_table
     from llmkit.tokenizer.tokenizer import fetch_tokenizer, load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
-    rows = compression(loaded, fetch_tokenizer(beside) if beside else None, texts, text_key)
+    rows = measure_compression(loaded, fetch_tokenizer(beside) if beside else None, texts, text_key)
     if as_json:
         for row, text in zip(rows, texts, strict=True):
             row |= {} if is_path(text) else {"ids": loaded.encode(text)}
@@ -182,6 +182,6 @@ def tokenizer_show(
     for text in texts:
         if not is_path(text):
             ids = loaded.encode(text)
-            print(paint_tokens([loaded.decode([i]) for i in ids], colour=sys.stdout.isatty()) + "\n")
-    print(table(rows))
+            print(format_tokens([loaded.decode([i]) for i in ids], colour=sys.stdout.isatty()) + "\n")
+    print(format_table(rows))
     print(f"vocabulary: {len(loaded)}")

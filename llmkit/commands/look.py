@@ -15,7 +15,7 @@ def runs(
 ) -> None:
     """List and compare runs."""
     from llmkit.errors import UserError
-    from llmkit.screen import table
+    from llmkit.screen import format_table
     from llmkit.storage.report import list_runs, plot_runs, summarize
 
     folders = names or list_runs(Path("runs"))
@@ -23,7 +23,7 @@ def runs(
     if missing or not folders:
         raise UserError("there is no run", at=", ".join(missing) or "./runs", fix="llmkit pretrain CONFIG makes one")
     rows = [summarize(folder) for folder in folders]
-    show({"runs": rows}, as_json) if as_json else print(table(rows))
+    show({"runs": rows}, as_json) if as_json else print(format_table(rows))
     if plot:
         plot_runs(folders, plot)
 

@@ -107,7 +107,7 @@ def tokenizer_conflicts(config: Config, tokenizer: TokenizerSection) -> Iterator
     yield from ignored_keys(config, "data.tokenizer", tokenizer, "path", ["vocab_size", "sample_mb", *training_keys])
     yield from ignored_keys(config, "data.tokenizer", tokenizer, "extend", training_keys)
     if tokenizer.train in ("wordpiece", "char") and tokenizer.pattern != PATTERN:
-        yield config.error("data.tokenizer.pattern", f"has no effect on {tokenizer.train}", fix="delete it")
+        yield config.error("data.tokenizer.pattern", f"has no effect with {tokenizer.train}", fix="delete it")
 
 
 def ignored_keys(config: Config, place: str, section: Section, given: str, keys: list[str]) -> Iterator[UserError]:
@@ -115,7 +115,7 @@ def ignored_keys(config: Config, place: str, section: Section, given: str, keys:
     for key in keys:
         default = type(section).model_fields[key].default
         if getattr(section, given) is not None and getattr(section, key) != default:
-            yield config.error(f"{place}.{key}", f"has no effect beside {given}", fix="delete it")
+            yield config.error(f"{place}.{key}", f"has no effect with {given}", fix="delete it")
 
 
 def check_options(

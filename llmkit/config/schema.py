@@ -79,7 +79,7 @@ class Language(Section):
 
 
 class WordList(Section):
-    """Drop documents with more than max_per_1k matches of a word list per 1000 words. `path` holds one entry a line."""
+    """Drop documents with more than max_per_1k matches of a word list (one entry a line) per 1000 words."""
 
     path: str
     max_per_1k: Annotated[float, Field(ge=0)] = 5.0
@@ -125,7 +125,7 @@ class Dedup(Section):
 
 
 class Decontaminate(Section):
-    """Drop documents that share an n-gram of words with evaluation files, so that benchmarks do not measure memorization."""
+    """Drop documents that share a word n-gram with evaluation files, so that benchmarks do not measure memorization."""
 
     files: Annotated[list[str], Field(min_length=1)]
     ngram: Count = 13
@@ -184,7 +184,7 @@ class SftData(Section):
     val_path: str | None = None
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05  # of `path`, if there is no val_path
     seq_len: Count = 1024
-    packing: bool | None = None  # put several examples into a row; null: unless the model has an encoder
+    packing: bool | None = None  # put several examples into a row; null: true unless the model has an encoder
     too_long: Literal["truncate", "drop"] = "truncate"
     chat_template: str | None = None  # a Jinja file; default: the tokenizer's own, else a plain one
     special_tokens: list[str] = []  # to add to the model's tokenizer; see resize_embeddings
@@ -228,7 +228,7 @@ class Log(Section):
 ADAMW_COSINE = {"optimizer": {"name": "adamw", "lr": 6e-4}, "schedule": {"name": "cosine", "warmup_steps": 100}}
 # Defaults that `recipe` sets in other sections. Values in the config win.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
-    # Tuned for the lowest loss after an hour of training: query and key norms, blocks that start as the identity, Muon.
+    # Lowest loss after an hour of training: query and key norms, blocks that start as the identity, Muon.
     "modern": {
         "model": {"name": "qwen3", "init": "zero"},
         "optimizer": {"name": "muon", "lr": 5e-3},

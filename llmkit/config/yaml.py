@@ -145,8 +145,8 @@ def replace_at(values: Any, parts: tuple, value: Any) -> Any:
 def merge(base: dict, over: dict, *, deep: bool = True) -> dict:
     """Merge `over` into `base`, section by section.
 
-    A section in `over` with another `name` or `kind` replaces the old one, instead of inheriting its options. A training
-    length in `over` (see LENGTHS) removes the other lengths.
+    A section in `over` with another `name` or `kind` replaces the old one, instead of inheriting its options.
+    A training length in `over` (see LENGTHS) removes the other lengths.
     """
     dropped = set(LENGTHS) - over.keys() if any(over.get(key) is not None for key in LENGTHS) else set()
     result = {key: value for key, value in base.items() if key not in dropped}

@@ -1,12 +1,12 @@
 """Build a corpus: sources -> clean, unique documents -> tokenizer -> token shards, a manifest and a report.
 
-Every pass runs over all work units, in as many processes as there are workers:
-    A  measure   read, clean, scrub, score, sign          -> parts/<unit>.jsonl.zst, .scores.npy, .bands.npy ...
+A build has four passes over all work units. A and D run in parallel, one unit per worker at a time:
+    A  measure   read, clean, scrub, score, MinHash       -> parts/<unit>.jsonl.zst, .scores.npy, .bands.npy ...
     B  decide    thresholds, duplicates, contamination    -> parts/decided-<recipe>/<unit>.fate.npy; reads no text
     C  tokenizer train one on a sample, or load one       -> parts/tokenizer-<key>/
     D  encode    the kept documents                       -> tokens/{train,val}/<source>/<unit>.bin + .idx, dropped/
 A unit's files are written atomically and named after a hash of all their inputs. A build that was killed, or whose
-settings changed, therefore repeats only what it must. The result does not depend on the number of workers.
+settings changed, therefore repeats only the necessary work. The result does not depend on the number of workers.
 """
 
 import errno
@@ -43,15 +43,15 @@ from llmkit.tokenizer.train import extend_bpe, train_tokenizer
 
 # For the estimate of disk space.
 COMPRESSED_SUFFIXES = (".jsonl.gz", ".jsonl.zst", ".zip", ".parquet")
-MIN_COMPRESSION_RATIO = 2  # bytes of text in a byte of a compressed file
+MIN_COMPRESSION_RATIO = 2  # bytes of text per byte of a compressed file
 MARKUP_SUFFIXES = (".html", ".htm", ".xhtml", ".warc", ".warc.gz", ".warc.zst")
-DISK_BYTES_PER_TEXT_BYTE = 0.8  # compressed clean texts 0.4, tokens 0.5, less what is dropped
+DISK_BYTES_PER_TEXT_BYTE = 0.8  # clean texts, compressed: 0.4; tokens: 0.5; minus the dropped documents
 
 Locator = Callable[[str], str | None]  # returns the file and line of a key of the config
 
 
 def check_rules(data: CorpusData, where: Locator) -> None:
-    """Raise UserError if data.filter.rules has unknown rules, or thresholds other than low and high."""
+    """Raise UserError if data.filter.rules names an unknown rule, or a threshold other than low and high."""
     errors = []
     for rule, limits in data.filter.rules.items():
         if rule not in RULES:
@@ -65,7 +65,7 @@ def check_rules(data: CorpusData, where: Locator) -> None:
 
 
 def check_scorers(data: CorpusData, where: Locator) -> None:
-    """Raise UserError if a language, word list or classifier is missing. This loads them, so it runs only if needed."""
+    """Raise UserError if a language, word list or classifier is missing. This is slow, because it loads them."""
     if data.filter.language:
         check_languages(data.filter.language.keep, where("data.filter.language.keep"))
     if data.filter.words:
@@ -133,7 +133,7 @@ def measure_units(pool: Pool, units: list[Unit], data: CorpusData, parts: Path) 
 
 
 def make_recipe(data: CorpusData) -> tuple[list[Unit], Tokenizer | None, str]:
-    """Return the work units, the tokenizer that the config names if any, and a hash of all inputs of the build."""
+    """Return (work units, the tokenizer that the config names or None, a hash of all inputs of the build)."""
     units = make_units(data)
     path = data.tokenizer.path or data.tokenizer.extend
     given = load_tokenizer(Path(path)) if path else None
@@ -142,12 +142,12 @@ def make_recipe(data: CorpusData) -> tuple[list[Unit], Tokenizer | None, str]:
 
 
 def decision_folder(folder: Path, recipe: str) -> Path:
-    """Return the folder for the fates of a recipe; an interrupted build must not touch those of the finished one."""
+    """Return the folder for the fates of a build. Each recipe has its own, so that finished builds stay intact."""
     return folder / "parts" / f"decided-{recipe}"
 
 
 def needs_build(data: CorpusData) -> bool:
-    """Return whether `build_corpus` would build anything; raise the errors that it raises before it begins."""
+    """Return whether `build_corpus` would build anything. Raise the errors that it raises before it starts."""
     if not data.sources:
         return False
     check_corpus(data)
@@ -171,7 +171,7 @@ def is_built(folder: Path, recipe: str) -> bool:
 
 
 def space_needed(folder: Path, units: list[Unit]) -> int:
-    """Estimate how many bytes a build will still write at least. Units of markup or with a limit count as 0."""
+    """Return a lower bound for the bytes that a build has yet to write. Units of markup or with a limit count as 0."""
     needed = 0
     for unit in units:
         names = [path.lower() for path, _ in unit.pieces]
@@ -192,7 +192,7 @@ def check_space(folder: Path, units: list[Unit]) -> None:
 
 
 def run_passes(data: CorpusData, units: list[Unit], given: Tokenizer | None, recipe: str) -> dict[str, Any]:
-    """Run all passes over all units, reusing the files of earlier builds that still fit; return the manifest."""
+    """Run all passes over all units, reusing files of earlier builds with the same inputs; return the manifest."""
     folder, started = Path(data.dir), time.perf_counter()
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
@@ -252,7 +252,7 @@ def encoding_key(data: CorpusData, decided: Path, unit: Unit, decision: Decision
     """Hash all inputs of a unit's shards and of its list of dropped documents."""
     fates, cut = (load_array(decided / f"{unit.part}.{name}.npy") for name in ("fate", "cut"))
     limits = collect_limits(data, unit.source["profile"])
-    # Only the limits that dropped something: others may change without a new encoding.
+    # Only the limits that dropped something. A change of the others does not require a new encoding.
     applied = {name: limits.get(name) for name in count_fates(fates["fate"])}
     if "language" in applied:
         applied["language"] |= {"keep": data.filter.language.keep}
@@ -265,13 +265,13 @@ def checksum(array: np.ndarray) -> str:
 
 
 def delete_stale_files(folder: Path, units: list[Unit], keep: list[Path], keys: list[str]) -> None:
-    """Delete the files of earlier builds that the manifest no longer uses, but no file that a build did not write."""
+    """Delete the files of earlier builds that the manifest no longer uses. Keep files that no build wrote."""
     current = {unit.part for unit in units} | {f"{unit.name}-{key}" for unit, key in zip(units, keys, strict=True)}
     known = set(keys)
     for path in itertools.chain(folder.glob("parts/*"), (folder / "tokens").rglob("*"), folder.glob("dropped/*")):
-        stem = re.match(r"(.+-\d+-[0-9a-f]{16})\.(tokens-([0-9a-f]{16}))?", path.name)
-        if stem and path.is_file():
-            if stem[1] not in current or path.name.endswith(".tmp") or (stem[3] and stem[3] not in known):
+        unit_file = re.match(r"(.+-\d+-[0-9a-f]{16})\.(tokens-([0-9a-f]{16}))?", path.name)
+        if unit_file and path.is_file():
+            if unit_file[1] not in current or path.name.endswith(".tmp") or unit_file[3] not in (None, *known):
                 path.unlink()
         elif re.match(r"(tokenizer|decided)-[0-9a-f]{16}(\.tmp)?$", path.name) and path not in keep:
             shutil.rmtree(path)
@@ -280,7 +280,7 @@ def delete_stale_files(folder: Path, units: list[Unit], keep: list[Path], keys: 
 def write_quarantine(units: list[Unit], parts: Path, folder: Path) -> str:
     """Join the units' bad records in quarantine.jsonl, with lines counted from the start of each file.
 
-    Return the place of the first bad record, for an error message.
+    Return the path and line of the first bad record, for an error message.
     """
     span_starts = {Path(path): [] for unit in units for path, span in unit.pieces if span}
     found = []
@@ -303,7 +303,7 @@ def write_quarantine(units: list[Unit], parts: Path, folder: Path) -> str:
 
 
 def check_bad_records(data: CorpusData, counts: list[dict], first_place: str) -> None:
-    """Raise DataError if there are more unreadable records than the config allows."""
+    """Raise DataError if there are more bad records than the config allows."""
     bad, read = (sum(one[name] for one in counts) for name in ("quarantined", "read"))
     max_fraction = 0.0 if data.on_error.mode == "fail" else data.on_error.max_bad_fraction
     if bad and bad > max_fraction * read:
@@ -314,7 +314,7 @@ def check_bad_records(data: CorpusData, counts: list[dict], first_place: str) ->
 
 
 def no_documents_error(folder: Path, funnel: dict[str, Any]) -> DataError:
-    """Return the error for a build without documents, which says whether the rules dropped them."""
+    """Return the error for a build that keeps no documents: the sources are empty, or rules dropped everything."""
     dropped = sum((Counter(row["dropped"]) for row in funnel.values()), Counter())
     if not dropped:
         return DataError("the sources hold no document", at=folder, fix="check data.sources")
@@ -329,12 +329,12 @@ def no_documents_error(folder: Path, funnel: dict[str, Any]) -> DataError:
 def make_tokenizer(
     data: CorpusData, parts: Path, decided: Path, units: list[Unit], decision: Decision, given: Tokenizer | None
 ) -> tuple[Tokenizer, Path]:
-    """Return the tokenizer of the build and its folder: the given one, or one trained on a sample of train."""
-    flags = [checksum(fates) for fates in decision.fates]
+    """Return the tokenizer of the build and its folder: the given one, or one trained on part of the train split."""
+    fate_checksums = [checksum(fates) for fates in decision.fates]
     splitting = (data.split.val_fraction, decision.by_tail)
     section = data.tokenizer
     settings = (section.model_dump(), given and given.sha256, data.seed, splitting)
-    key = given.sha256 if section.path else short_hash([unit.part for unit in units], flags, settings)
+    key = given.sha256 if section.path else short_hash([unit.part for unit in units], fate_checksums, settings)
     folder = parts / f"tokenizer-{key[:16]}"
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder), folder

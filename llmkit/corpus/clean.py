@@ -1,4 +1,4 @@
-"""Clean documents: one function per step, Document -> Document. Code blocks, maths and indentation survive."""
+"""Clean documents: one function per step, Document -> Document. Code blocks, math and indentation are kept."""
 
 import re
 import unicodedata
@@ -9,8 +9,9 @@ from llmkit.errors import UserError, did_you_mean
 from llmkit.types import Document
 
 HTML_START = re.compile(r"\s*(<\?xml[^>]*>\s*)?(<!doctype html|<html\b)", re.IGNORECASE)
-# Forms stay where they wrap the whole page (ASP.NET). Headers of articles and signatures of quoted letters stay too.
-# Hidden formulas stay, as TeX if the page has it: often a picture replaces them on the screen.
+# CSS selectors of the elements that are removed. Not removed: forms that wrap the whole page (ASP.NET), headers of
+# articles, footers of block quotes, and hidden MathML, which often accompanies an image of the formula.
+# If a formula has its TeX source as an annotation, only the TeX is kept.
 # No selector may search far up or down the tree: pages can be 100,000 elements deep.
 HTML_SKIPPED = [
     *"nav aside button noscript iframe svg".split(),
@@ -41,11 +42,11 @@ MOJIBAKE = re.compile(
     "|(?<=[\u0420\u0421\u0432\u0440\u0441])[\u0080-\u00bf\u0402-\u040f\u0452-\u0491\u2013-\u203a\u20ac\u2116\u2122]"
     "|(?<=[\u2564\u2568])[\u00c0-\u00ff\u2510-\u2593])"
 )
-BREAKS = re.compile("[\r\x0b\x0c\x85\u2028\u2029]")
+LINE_BREAKS = re.compile("[\r\x0b\x0c\x85\u2028\u2029]")
 # Removed: C0 and C1 controls except tab and line feed, soft hyphen, zero-width space, word joiner, byte order mark.
 # Kept: zero-width (non-)joiners and direction marks. Arabic, Indic scripts and emoji need them.
 CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2060\ufeff]")
-ASCII_BREAKS = bytes.maketrans(b"\r\x0b\x0c", b"\n\n\n")
+ASCII_LINE_BREAKS = bytes.maketrans(b"\r\x0b\x0c", b"\n\n\n")
 ASCII_CONTROL = bytes(code for code in range(128) if CONTROL.match(chr(code)))
 SURROGATE = re.compile("[\ud800-\udfff]")
 BLANK_LINES = re.compile(r"\n{4,}")
@@ -63,13 +64,13 @@ def extract_html_text(document: Document) -> Document:
     text = document.text
     if text.lstrip().startswith("<?xml"):
         text = XML_EMPTY.sub(r"<\1\2></\1>", text)
-    text = PRE.sub(r"\1\n\n", text)  # in a list, resiliparse indents only the first line: make it empty
+    text = PRE.sub(r"\1\n\n", text)  # in a list, resiliparse indents only the first line, so insert an empty one
     text = extract_plain_text(text, preserve_formatting=True, skip_elements=HTML_SKIPPED)
     return replace(document, text=text, meta=document.meta | {"format": "text"})
 
 
 def repair_encoding(document: Document) -> Document:
-    """Repair lines that were decoded with the wrong charset, by ftfy, where MOJIBAKE finds signs of that.
+    """Repair lines that were decoded with the wrong charset. MOJIBAKE finds candidates, and ftfy repairs them.
 
     >>> repair_encoding(Document("d", "caf\\u00c3\\u00a9", "s")).text
     'caf\\xe9'
@@ -78,17 +79,17 @@ def repair_encoding(document: Document) -> Document:
         return document
     import ftfy
 
-    lines = document.text.split("\n")  # one by one: correct text in one line would hide errors in another
+    lines = document.text.split("\n")  # line by line, because correct text in one line would hide errors in another
     fixed = [ftfy.fix_encoding(line) if MOJIBAKE.search(line) else line for line in lines]
     return replace(document, text="\n".join(fixed))
 
 
-def remove_control(document: Document) -> Document:
+def remove_control_characters(document: Document) -> Document:
     """Turn all line breaks into "\\n", remove invisible characters, and replace lone surrogates by U+FFFD."""
     text = document.text.replace("\r\n", "\n")
     if text.isascii():  # much faster than the regexes below
-        return replace(document, text=text.encode().translate(ASCII_BREAKS, ASCII_CONTROL).decode())
-    return replace(document, text=SURROGATE.sub("\ufffd", CONTROL.sub("", BREAKS.sub("\n", text))))
+        return replace(document, text=text.encode().translate(ASCII_LINE_BREAKS, ASCII_CONTROL).decode())
+    return replace(document, text=SURROGATE.sub("\ufffd", CONTROL.sub("", LINE_BREAKS.sub("\n", text))))
 
 
 def normalize_unicode(document: Document) -> Document:
@@ -97,7 +98,7 @@ def normalize_unicode(document: Document) -> Document:
 
 
 def clean_whitespace(document: Document) -> Document:
-    """Strip spaces at line ends and blank lines around the text, keep two blank lines in a row at most."""
+    """Strip trailing spaces and the blank lines around the text. Keep at most two blank lines in a row."""
     text = "\n".join([line.rstrip() for line in document.text.split("\n")])  # a regex is O(n^2) for n spaces
     return replace(document, text=BLANK_LINES.sub("\n\n\n", text).strip("\n"))
 
@@ -105,7 +106,7 @@ def clean_whitespace(document: Document) -> Document:
 STEPS: dict[str, Callable[[Document], Document]] = {  # name in the config -> function, in running order
     "html": extract_html_text,
     "encoding": repair_encoding,  # before control: the halves of a mangled character are often C1 controls
-    "control": remove_control,  # before unicode: a soft hyphen can separate a letter from its accent
+    "control": remove_control_characters,  # before unicode: a soft hyphen can separate a letter from its accent
     "unicode": normalize_unicode,
     "whitespace": clean_whitespace,
 }

@@ -1,7 +1,8 @@
 """Pass B: decide the fate of every document from the scores of pass A, without reading any text, in seconds.
 
-A fate is a number in FATES. Checks run in the order of that list, and a document is dropped by the first one that it
-fails. Only documents that pass all rules are compared with each other.
+A fate is an index into FATES: the split of a kept document, or the check that dropped it. Checks run in the order of
+that list, and the first one that a document fails drops it. Only documents that pass all rules are compared with
+each other.
 """
 
 from collections import Counter
@@ -11,19 +12,19 @@ from pathlib import Path
 import numpy as np
 
 from llmkit.config.schema import CorpusData, NearDedup
-from llmkit.corpus.dedup import first_of_equals, longest_of, min_agreement, near_clusters
-from llmkit.corpus.filters import RULES, Bounds, explain, outside, profile_limits
+from llmkit.corpus.dedup import first_occurrences, longest_of, min_agreement, near_clusters
+from llmkit.corpus.filters import RULES, Bounds, explain, is_outside, profile_limits
 from llmkit.corpus.scorers import read_evaluation_ngrams
 from llmkit.corpus.units import Unit, load_array, save_array
 from llmkit.corpus.words import GOLDEN, mix
 
 TRAIN, VAL = 0, 1
 FATES = ("train", "val", "empty", "language", *RULES, "listed_words", "classifier", "pii")
-FATES += ("exact duplicate", "near duplicate", "contaminated", "repeated paragraphs")  # need other documents or files
+FATES += ("exact duplicate", "near duplicate", "contaminated", "repeated paragraphs")  # compared with other texts
 FATE_IDS = {name: number for number, name in enumerate(FATES)}
 PAIRS_PER_BLOCK = 100_000  # pairs of sketches compared at a time
-MIN_VAL_DOCUMENTS = 4  # with fewer whole documents in val, every document gives its tail to val instead
-MAX_CUT_FRACTION = 0.8  # a document is dropped if more of its bytes are repeated paragraphs
+MIN_VAL_DOCUMENTS = 4  # with fewer, val consists of the tails of all documents instead of whole documents
+MAX_CUT_FRACTION = 0.8  # a document is dropped if repeated paragraphs are more of its bytes
 
 
 @dataclass
@@ -72,12 +73,12 @@ def apply_limits(scores: np.ndarray, data: CorpusData, profile: str) -> np.ndarr
     fates = np.full(len(scores), TRAIN, np.uint8)
     for fate, limits in collect_limits(data, profile).items():
         if limits:
-            fates[outside(select_values(scores, fate, data), limits) & (fates == TRAIN)] = FATE_IDS[fate]
+            fates[is_outside(select_values(scores, fate, data), limits) & (fates == TRAIN)] = FATE_IDS[fate]
     return fates
 
 
 def explain_fate(row: np.ndarray, fate: int, data: CorpusData, profile: str) -> str:
-    """Return the reason why a document with these scores was dropped, or the fate's name if it says everything."""
+    """Return why a document with these scores was dropped: the value and the limit, or else just the fate's name."""
     name = FATES[fate]
     if name == "language":
         code, wanted = row["language"].decode(), data.filter.language
@@ -97,7 +98,7 @@ class DocumentTable:
     unit_starts: np.ndarray  # (units + 1,): the index of each unit's first document
     fates: np.ndarray  # uint8
     lengths: np.ndarray  # bytes
-    keys: np.ndarray  # first half of the exact key, which also draws the val split
+    keys: np.ndarray  # first half of the exact key; also decides which documents go to val
     cluster_heads: np.ndarray  # first document of the cluster: a whole cluster goes to the split of its head
     replacements: np.ndarray  # the document that is kept instead of a dropped duplicate; itself for others
 
@@ -144,7 +145,7 @@ def make_document_table(units: list[Unit], data: CorpusData, parts: Path) -> Doc
         keys[start:stop], second_keys[start:stop] = scores["key"].T
     docs = DocumentTable(starts, fates, lengths, keys, np.arange(number, dtype=index), np.arange(number, dtype=index))
     kept = docs.kept
-    docs.cluster_heads[kept] = kept[first_of_equals(keys[kept], second_keys[kept])]
+    docs.cluster_heads[kept] = kept[first_occurrences(keys[kept], second_keys[kept])]
     if data.dedup.exact:
         docs.replacements[kept] = docs.cluster_heads[kept]
         fates[kept[docs.cluster_heads[kept] != kept]] = FATE_IDS["exact duplicate"]
@@ -170,7 +171,7 @@ def drop_near_duplicates(docs: DocumentTable, units: list[Unit], parts: Path, ne
 
 
 def assign_val_split(docs: DocumentTable, data: CorpusData) -> bool:
-    """Assign whole clusters to val; return True if documents are so few that val takes the tail of each instead."""
+    """Assign whole clusters to val. Return True if there are too few: val then takes the tail of each document."""
     kept = docs.kept
     if len(kept) * data.split.val_fraction < MIN_VAL_DOCUMENTS:
         return True
@@ -215,7 +216,8 @@ def compare_sketches(
 def find_contaminated(docs: DocumentTable, units: list[Unit], data: CorpusData, parts: Path) -> dict[str, int]:
     """Find documents that share a rare n-gram with the evaluation files, drop them if asked; return counts to report.
 
-    A cluster of duplicates counts once. Otherwise copies of a leaked question would make its n-grams look common.
+    A cluster of duplicates counts as one document. Otherwise copies of a leaked question would make its n-grams
+    look common.
     """
     evals = data.decontaminate
     if evals is None:
@@ -242,11 +244,11 @@ def find_contaminated(docs: DocumentTable, units: list[Unit], data: CorpusData, 
 
 
 def find_repeated_paragraphs(docs: DocumentTable, units: list[Unit], parts: Path) -> list[np.ndarray]:
-    """Return for each unit which of its long paragraphs repeat an earlier one; drop documents that are mostly such."""
+    """Return each unit's mask of long paragraphs that repeat an earlier one. Drop documents made mostly of them."""
     found = [load_array(parts / f"{unit.part}.paragraphs.npy") for unit in units]
     documents = np.concatenate([one["document"] + start for one, start in zip(found, docs.unit_starts, strict=False)])
     keys, sizes = (np.concatenate([one[name] for one in found]) for name in ("key", "bytes"))
-    # The second round ignores the dropped documents: a paragraph whose first copy was dropped stays elsewhere.
+    # The second round ignores the documents that the first one dropped, so their paragraphs may stay elsewhere.
     for dropping in (True, False):
         active = np.flatnonzero(docs.fates[documents] == TRAIN)
         cut = np.zeros(len(documents), bool)

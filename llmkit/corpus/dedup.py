@@ -12,7 +12,7 @@ import numpy as np
 
 from llmkit.corpus.words import GOLDEN, TextFeatures, hash_ngrams, mix
 
-AGREEMENT_MARGIN = 0.9  # share of the banding threshold: candidates with fewer agreeing rows met by chance
+AGREEMENT_MARGIN = 0.9  # candidates must agree in at least this fraction of the banding threshold
 BLOCK = 2048  # n-grams per step of minhash: (112, 2048) 32-bit values fit in the cache
 
 
@@ -55,12 +55,12 @@ def minhash(text: TextFeatures, *, ngram: int = 5, bands: int = 14, rows: int = 
 
 
 def band_keys(signature: np.ndarray, rows: int) -> np.ndarray:
-    """Hash the rows of each band to one key: uint64 (bands,)."""
+    """Hash the rows of each band to a key: uint64 (bands,)."""
     return hash_ngrams(signature.astype(np.uint64), rows)[::rows]
 
 
 def sketch(signature: np.ndarray) -> np.ndarray:
-    """Return one byte of each row, uint8 (bands * rows,): enough to count the rows in which two signatures agree."""
+    """Return the low byte of each row, uint8 (bands * rows,): enough to estimate the agreement of two signatures."""
     return signature.astype(np.uint8)
 
 
@@ -74,13 +74,15 @@ def min_agreement(bands: int, rows: int) -> float:
 
 
 def near_clusters(
-    documents: int, bands: Iterable[np.ndarray], alike: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    documents: int,
+    bands: Iterable[np.ndarray],
+    is_similar: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
     """Cluster near duplicates: return the smallest index in each document's cluster (documents,).
 
-    bands  the keys (documents,) of one band after another: documents with equal keys are joined (union-find).
-           Needs about 40 bytes per document, for any number of bands
-    alike  (left, right) indices of pairs -> mask of the pairs to join; None: join all
+    bands       the keys (documents,) of one band after another: documents with equal keys are joined (union-find).
+                Needs about 40 bytes per document, for any number of bands
+    is_similar  (left, right) indices of pairs -> mask of the pairs to join; None: join all
 
     >>> near_clusters(4, np.array([[1, 3, 3, 5], [2, 2, 9, 6]], dtype=np.uint64)).tolist()
     [0, 0, 0, 3]
@@ -96,13 +98,13 @@ def near_clusters(
         order = np.argsort(keys, kind="stable")
         equal = keys[order[1:]] == keys[order[:-1]]
         left, right = order[:-1][equal], order[1:][equal]
-        if alike is not None and len(left):  # pair it with the first of this key too: the one before may differ
+        if is_similar is not None and len(left):  # also pair with the first of this key: the previous one may differ
             first = np.maximum.accumulate(np.where(np.append(True, ~equal), np.arange(len(order)), 0))[1:][equal]
             left, right = np.concatenate([left, order[first]]), np.concatenate([right, right])
-        apart = parent[left] != parent[right]  # an earlier band joined most pairs
-        left, right = left[apart], right[apart]
-        if alike is not None and len(left):
-            similar = alike(left, right)
+        unjoined = parent[left] != parent[right]  # earlier bands have joined most pairs
+        left, right = left[unjoined], right[unjoined]
+        if is_similar is not None and len(left):
+            similar = is_similar(left, right)
             left, right = left[similar], right[similar]
         for a, b in zip(left.tolist(), right.tolist(), strict=True):
             a, b = root(a), root(b)
@@ -113,7 +115,7 @@ def near_clusters(
 
 
 def longest_of(clusters: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return for each document the index of the longest in its cluster, the first if several are equally long.
+    """Return for each document the index of the longest document in its cluster, of equals the first.
 
     >>> longest_of(np.array([0, 0, 2, 2]), np.array([5, 9, 7, 7])).tolist()
     [1, 1, 2, 2]
@@ -126,10 +128,10 @@ def longest_of(clusters: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return longest
 
 
-def first_of_equals(keys: np.ndarray, other_halves: np.ndarray) -> np.ndarray:
-    """Return for each 128-bit key, given in two halves (documents,), the index of the first equal key.
+def first_occurrences(keys: np.ndarray, second_keys: np.ndarray) -> np.ndarray:
+    """Return for each 128-bit key, given in two 64-bit halves (documents,), the index of its first occurrence.
 
-    >>> first_of_equals(np.array([7, 7, 7]), np.array([1, 2, 1])).tolist()
+    >>> first_occurrences(np.array([7, 7, 7]), np.array([1, 2, 1])).tolist()
     [0, 1, 0]
     """
     first = np.arange(len(keys))
@@ -138,9 +140,9 @@ def first_of_equals(keys: np.ndarray, other_halves: np.ndarray) -> np.ndarray:
     order = np.argsort(keys, kind="stable")
     same = np.append(False, keys[order[1:]] == keys[order[:-1]])
     shared = order[np.append(same[1:], False) | same]  # few: most keys are unique
-    shared = shared[np.lexsort((other_halves[shared], keys[shared]))]
+    shared = shared[np.lexsort((second_keys[shared], keys[shared]))]
     left, right = shared[:-1], shared[1:]
-    new = np.append(True, (keys[left] != keys[right]) | (other_halves[left] != other_halves[right]))[: len(shared)]
+    new = np.append(True, (keys[left] != keys[right]) | (second_keys[left] != second_keys[right]))[: len(shared)]
     first[shared] = shared[new][np.cumsum(new) - 1]
     return first
 

@@ -17,11 +17,11 @@ from llmkit.data.tokens import ShardWriter, describe_file, find_change, token_dt
 from llmkit.files import write_atomically
 from llmkit.tokenizer.tokenizer import MAX_VERIFIED_TEXTS, Tokenizer, load_tokenizer
 
-MAX_EXAMPLES = 3  # dropped documents shown in the report for each reason
-CHECKED_CHARACTERS = 500  # per document, when the fast encoder is compared with tokenizers
+MAX_EXAMPLES = 3  # dropped documents that the report shows for each reason
+CHECKED_CHARACTERS = 500  # characters of a document on which the fast encoder is verified
 
 
-@lru_cache(maxsize=1)  # loading one for each unit made a worker grow by 5 MB a unit
+@lru_cache(maxsize=1)  # without the cache, a worker's memory grew by 5 MB a unit
 def cached_tokenizer(folder: Path) -> Tokenizer:
     """Load the tokenizer of a build. Its folder is named after a hash of its inputs, so the cache is never stale."""
     return load_tokenizer(folder)
@@ -32,12 +32,13 @@ def split_text(text: str, fate: int, val_fraction: float, by_tail: bool) -> tupl
     if not by_tail:
         return ("", text) if fate == VAL else (text, "")
     cut = round(len(text) * (1 - val_fraction))
-    cut = text.rfind("\n", max(0, 2 * cut - len(text)), cut) + 1 or cut  # val gets at most twice its share
+    # Cut after a line break, unless val would get more than twice its share.
+    cut = text.rfind("\n", max(0, 2 * cut - len(text)), cut) + 1 or cut
     return text[:cut], text[cut:]
 
 
 def read_decided(unit: Unit, data: CorpusData, parts: Path, decided: Path) -> Iterator[tuple[dict[str, Any], int, str]]:
-    """Yield (record, fate, text) of every document: text lacks the paragraphs that were cut, and is "" if dropped."""
+    """Yield (record, fate, text) of every document. Repeated paragraphs are cut; the text of a dropped one is ""."""
     fates = load_array(decided / f"{unit.part}.fate.npy")["fate"]
     cut, bounds = load_array(decided / f"{unit.part}.cut.npy"), None
     if len(cut):
@@ -54,7 +55,7 @@ def read_decided(unit: Unit, data: CorpusData, parts: Path, decided: Path) -> It
 def encode_unit(
     unit: Unit, data: CorpusData, decided: Path, tokenizer_folder: Path, by_tail: bool, key: str
 ) -> dict[str, Any]:
-    """Encode one unit into a shard of each split, unless that is done already; return files and counts."""
+    """Encode a unit into one shard per split, unless an earlier build has done it; return files and counts."""
     folder = Path(data.dir)
     parts, name = folder / "parts", f"{unit.name}-{key}"
     done = parts / f"{unit.part}.tokens-{key}.json"

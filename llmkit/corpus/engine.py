@@ -1,8 +1,8 @@
 """Run work units in this process, in spawned processes or on a Dask cluster, and return their results in order.
 
 Why Dask and not Ray (two local workers, 2026-11, dask 2026.8, ray 2.60): 44 MB against 260 MB installed, 0.7 s against
-3.3 s to the first result, 168 MB against 472 MB of idle memory. Dask has the interface of concurrent.futures, keeps the
-type of our errors and sends no telemetry. Its overhead of 2-4 ms a task is small, since a unit takes seconds.
+3.3 s to the first result, 168 MB against 472 MB of idle memory. Dask has the interface of concurrent.futures, preserves
+the types of our exceptions and sends no telemetry. Its overhead of 2-4 ms a task is small, since a unit takes seconds.
 """
 
 import multiprocessing
@@ -22,8 +22,8 @@ from llmkit import __version__
 from llmkit.config.schema import CorpusData
 from llmkit.errors import MachineError
 
-# Errors of a dead local worker, of a Dask worker that died repeatedly, or of a dead scheduler.
-# They are names and not classes, because Dask may not be installed.
+# Names of the exceptions for a dead local worker, a Dask worker that died repeatedly, and a dead scheduler.
+# They are strings, because Dask may not be installed.
 WORKER_DIED = ("BrokenProcessPool", "KilledWorker", "FutureCancelledError", "CancelledError")
 
 
@@ -75,7 +75,7 @@ def open_pool(data: CorpusData, units: int) -> Iterator[Pool]:
         with ProcessPoolExecutor(workers, mp_context=spawn, initializer=exit_with_parent) as executor:
             try:
                 yield Pool(executor, workers)
-            except BaseException:  # an error or Ctrl-C: do not wait for units, whose files are written atomically
+            except BaseException:  # an error or Ctrl-C; killing is safe, since files are written atomically
                 for worker in set(multiprocessing.active_children()) - others:
                     worker.kill()
                 raise

@@ -17,7 +17,7 @@ import numpy as np
 
 from llmkit.corpus.words import GOLDEN, TextFeatures, mix
 
-STOP_WORDS = {  # prose has at least two of its language; the English list is Gopher's
+STOP_WORDS = {  # prose has at least two stop words of its language; the English list is Gopher's
     "en": "the be to of and that have with",
     "de": "der die das und zu den ist nicht von mit ein sich auf",
     "fr": "le la les de et un une est que dans des pour pas",
@@ -26,7 +26,7 @@ STOP_WORDS = {  # prose has at least two of its language; the English list is Go
     "pt": "o a de e que um para com em os uma não",
     "nl": "de het een en van is dat niet met op te zijn",
 }
-LANGUAGES_OF = {  # stop word -> languages
+LANGUAGES_BY_STOP_WORD = {  # stop word -> languages
     word: [language for language, words in STOP_WORDS.items() if word in words.split()]
     for word in " ".join(STOP_WORDS.values()).split()
 }
@@ -44,9 +44,9 @@ def ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-@lru_cache(maxsize=1)  # the rules for different n ask for the same text
+@lru_cache(maxsize=1)  # the rules for all n measure the same text
 def measure_repeats(text: TextFeatures) -> dict[int, float]:
-    """Return {n: share of the words' bytes that lies in repeated word n-grams}, Gopher's two measures, without zeros.
+    """Return {n: share of the words' bytes in repeated word n-grams}, by Gopher's measures. Zeros are omitted.
 
     n = 2..4   all occurrences of the most frequent n-gram, if it occurs at least twice (ties: the longest)
     n = 5..10  all occurrences after the first of any n-gram; overlaps count once
@@ -91,12 +91,12 @@ def measure_repeats(text: TextFeatures) -> dict[int, float]:
 
 
 def duplicate_fraction(items: list[str]) -> float:
-    """Return the share of items that occurred before."""
+    """Return the share of items that repeat an earlier one."""
     return ratio(len(items) - len(set(items)), len(items))
 
 
 def duplicate_character_fraction(items: list[str]) -> float:
-    """Return the share of all characters that lies in items that occurred before."""
+    """Return the share of all characters that lies in items that repeat an earlier one."""
     total = sum(map(len, items))
     return ratio(total - sum(map(len, set(items))), total)
 
@@ -104,13 +104,13 @@ def duplicate_character_fraction(items: list[str]) -> float:
 def stop_words(text: TextFeatures) -> float | None:
     """Return the number of distinct stop words, up to 2, in the language that has the most of them.
 
-    Return None where fewer than 2 say nothing, because the language probably has no list here: in scripts without
-    spaces, and where over 3 % of the letters are not ASCII.
+    Return None if there are fewer than 2 and STOP_WORDS probably lacks the language: the script has no spaces, or over
+    3 % of the characters are non-ASCII letters.
     """
     found: dict[str, set[str]] = {language: set() for language in STOP_WORDS}
-    for word in text.words:  # prose returns after a line or two
+    for word in text.words:  # prose has two of them within a line or two
         word = word.strip(".,;:!?\"'()").lower()
-        for language in LANGUAGES_OF.get(word, ()):
+        for language in LANGUAGES_BY_STOP_WORD.get(word, ()):
             found[language].add(word)
             if len(found[language]) == 2:
                 return 2
@@ -124,7 +124,7 @@ def mean_word_length(text: TextFeatures) -> float | None:
 
 def alphabetic_words(text: TextFeatures) -> float | None:
     """Return the share of words with a letter, None for scripts without spaces."""
-    if not text.spaced:  # there, words are characters, and many are combining marks
+    if not text.spaced:  # each character counts as a word there, and many are combining marks
         return None
     plain = sum(map(str.isalpha, text.words))
     mixed = sum(map(bool, map(LETTER.search, filterfalse(str.isalpha, text.words))))  # loops in C: a hot spot
@@ -132,7 +132,8 @@ def alphabetic_words(text: TextFeatures) -> float | None:
 
 
 def repeated_ngrams(text: TextFeatures, n: int) -> float | None:
-    return measure_repeats(text).get(n, 0.0) if text.spaced else None  # five characters repeat in any text
+    # In scripts without spaces words are characters, and n-grams of characters repeat in any text.
+    return measure_repeats(text).get(n, 0.0) if text.spaced else None
 
 
 def short_lines(text: TextFeatures) -> float | None:
@@ -161,7 +162,7 @@ RULES: dict[str, Callable[[TextFeatures], float | None]] = {
     **{f"duplicate_{n}_grams": lambda t, n=n: repeated_ngrams(t, n) for n in range(5, 11)},
     "punctuated_lines": lambda t: matching_fraction(t.lines, lambda line: line.endswith(LINE_ENDS)),
     "short_lines": short_lines,
-    # Without blank lines: FineWeb set its threshold on text that has none.
+    # Not counting blank lines: FineWeb set its threshold on text without any.
     "newlines_per_word": lambda t: ratio(max(0, len(t.lines) - 1), len(t.words)),
     "words_per_line": lambda t: ratio(len(t.words), len(t.lines)),
     "sentences": lambda t: len(SENTENCE_END.findall(t.text)),
@@ -189,9 +190,9 @@ GOPHER: Bounds = {
     "duplicate_paragraph_characters": {"high": 0.20},
 }
 FINEWEB: Bounds = {"punctuated_lines": {"low": 0.12}, "short_lines": {"high": 0.67}, "newlines_per_word": {"high": 0.3}}
-# C4 itself asks for 5 sentences, which dropped good short articles: 10 of 13 that we read.
+# C4 itself requires 5 sentences. Of 13 documents dropped by that rule, 10 were good short articles.
 C4: Bounds = {"words_per_line": {"low": 3}, "sentences": {"low": 3}, "lorem_ipsum": {"high": 0}}
-REPETITION: Bounds = {  # from Gopher, too
+REPETITION: Bounds = {  # also from Gopher
     "top_2_gram": {"high": 0.20},
     "top_3_gram": {"high": 0.18},
     "top_4_gram": {"high": 0.16},
@@ -239,13 +240,13 @@ def measure(text: TextFeatures, rules: Iterable[str]) -> list[float]:
     return [math.nan if value is None else round(value, 4) for value in values]
 
 
-def outside(values: np.ndarray | float, limits: dict[str, float]) -> np.ndarray:
-    """Return a mask of the values that are too low or too high. nan is neither."""
+def is_outside(values: np.ndarray | float, limits: dict[str, float]) -> np.ndarray:
+    """Return a mask of the values below the low or above the high limit. nan is within all limits."""
     return (values < limits.get("low", -math.inf)) | (values > limits.get("high", math.inf))
 
 
 def explain(rule: str, value: float, limits: dict[str, float]) -> str:
-    """Say which limit a value violates.
+    """Format a value and the limit that it violates.
 
     >>> explain("words", 4, {"low": 20})
     'words 4 < 20'

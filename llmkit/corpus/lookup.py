@@ -1,4 +1,4 @@
-"""Look up documents of a build: why one was kept or dropped, and random samples of both."""
+"""Look up documents of a build: why a document was kept or dropped, and random samples of kept and dropped ones."""
 
 import itertools
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def find_build(data: CorpusData) -> tuple[list[Unit], Path]:
 
 
 def explain_document(data: CorpusData, id: str) -> dict[str, Any]:
-    """Return the fate of a document and why: {id, fate, why, instead, scores: {rule: "value (limits)"}, text}.
+    """Return the fate of a document and the reason: {id, fate, why, instead, scores: {rule: "value (limits)"}, text}.
 
     instead  the id of the document that was kept instead of this duplicate
     """

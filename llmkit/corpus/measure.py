@@ -1,8 +1,8 @@
-"""Pass A: read and clean the documents of a unit, replace personal data, and measure every rule. It drops nothing.
+"""Pass A: read and clean the documents of a unit, replace personal data, measure every rule. Nothing is dropped.
 
-It writes the clean texts (.jsonl.zst), the scores of each (.scores.npy), and the data that compares documents: MinHash
-keys and sketches (.bands.npy, .sketches.npy), n-grams of evaluation files (.hits.npy), hashes of long paragraphs
-(.paragraphs.npy).
+The pass writes the clean texts (.jsonl.zst), their scores (.scores.npy), and data for the comparison of documents:
+MinHash keys and sketches (.bands.npy, .sketches.npy), n-grams shared with evaluation files (.hits.npy), and hashes of
+long paragraphs (.paragraphs.npy).
 """
 
 import json
@@ -24,7 +24,7 @@ from llmkit.corpus.pii import scrub
 from llmkit.corpus.scorers import (
     classifier_score,
     detect_language,
-    listed_per_1k,
+    list_matches_per_1k,
     load_classifier,
     load_word_list,
     read_evaluation_ngrams,
@@ -37,9 +37,9 @@ from llmkit.readers.records import BadRecord
 from llmkit.types import Document
 
 ROWS_PER_BLOCK = 4096  # rows of scores that are collected as Python objects before they become an array
-MAX_BOILERPLATE_EXAMPLES = 5  # removed lines in a unit's counts
-HIT_DTYPES = {  # arrays with any number of rows per document, by file
-    "hits": np.dtype([("document", "<u4"), ("gram", "<u8")]),  # n-grams of evaluation files
+MAX_BOILERPLATE_EXAMPLES = 5  # removed lines that a unit's counts list
+HIT_DTYPES = {  # file -> dtype of an array with any number of rows per document
+    "hits": np.dtype([("document", "<u4"), ("gram", "<u8")]),  # n-grams shared with evaluation files
     "paragraphs": np.dtype([("document", "<u4"), ("key", "<u8"), ("bytes", "<u4")]),
 }
 
@@ -47,8 +47,8 @@ HIT_DTYPES = {  # arrays with any number of rows per document, by file
 class StageTimer:
     """Measure CPU seconds by stage: each lap adds the time since the last one to a stage.
 
-    Laps measure wall time, and `seconds` scales them to the total CPU time: reading the CPU clock at every lap took a
-    fifth of the time.
+    Laps measure wall time, and `seconds` scales them so that they add up to the CPU time. Reading the CPU clock at
+    every lap would be too slow: it took a fifth of the run time.
     """
 
     def __init__(self):
@@ -100,7 +100,7 @@ def make_columns(data: CorpusData, profile: str) -> list[Column]:
         columns.append(Column("language", fields, lambda text: detect_language(text.text)))
     if filters.words:
         listed = load_word_list(filters.words.path)
-        columns.append(Column("word list", [("listed_words", "<f8")], lambda text: [listed_per_1k(text, listed)]))
+        columns.append(Column("word list", [("listed_words", "<f8")], lambda text: [list_matches_per_1k(text, listed)]))
     if filters.classifier:
         model = load_classifier(filters.classifier.path, filters.classifier.label)
         columns.append(Column("classifier", [("classifier", "<f8")], lambda text: [classifier_score(text.text, model)]))
@@ -122,7 +122,7 @@ def make_signature(text: TextFeatures, near: NearDedup) -> Sequence[Any]:
 
 
 def make_finders(data: CorpusData) -> dict[str, Callable[[TextFeatures], Iterable[tuple]]]:
-    """Return the functions that find the rows of the arrays in HIT_DTYPES, as far as the config asks for them."""
+    """Return the functions that find a text's rows for the arrays in HIT_DTYPES, those that the config asks for."""
     finders: dict[str, Callable[[TextFeatures], Iterable[tuple]]] = {}
     if evals := data.decontaminate:
         wanted = read_evaluation_ngrams(evals.files, evals.ngram)[0]
@@ -138,7 +138,7 @@ def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
     if done.exists():
         counts = json.loads(done.read_text(encoding="utf-8"))
         if all(file_size(parts / name) == size for name, size in counts["files"].items()):
-            return counts | {"seconds": {}, "peak_mb": 0.0}  # this build spent nothing on it
+            return counts | {"seconds": {}, "peak_mb": 0.0}  # this build spent no time on it
     timer = StageTimer()
     columns, finders = make_columns(data, profile), make_finders(data)
     dtype = np.dtype([*(field for column in columns for field in column.fields), ("pii", "<f8")])
@@ -217,7 +217,7 @@ def read_clean(unit: Unit, data: CorpusData, parts: Path, tally: dict, timer: St
 
 
 def hash_line(line: str) -> int | None:
-    """Hash a line that may be boilerplate; return None for an indented line, a short one or a single word."""
+    """Hash a line that may be boilerplate. Return None for an indented line, a short line or a single word."""
     if len(line) < 10 or line[0].isspace() or " " not in line:
         return None
     return hash(line) & 0xFFFFFFFFFFFFFFFF  # differs between processes, but is only compared within this one
@@ -228,7 +228,7 @@ def remove_boilerplate(
 ) -> Iterator[Document]:
     """Yield a unit's documents without the lines that at least `boilerplate_min_docs` of them share: menus, notices.
 
-    All documents are read before the first is yielded, so they are kept in the file `spool` meanwhile.
+    All documents are read before the first one is yielded. The temporary file `spool` holds them.
     """
     keys = []
     with open_zst_writer(spool) as write:

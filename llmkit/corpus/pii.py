@@ -33,8 +33,8 @@ PATTERNS = {
     "phone": r"\+\d{1,3}(?:[ .-]?\(?\d{1,4}\)?){2,6}|\(\d{3}\) ?\d{3}[ .-]\d{4}|\d{3}[ .-]\d{3}[ .-]\d{4}",
 }
 PII_KINDS = tuple(PATTERNS)
-# Values that belong to nobody. The checks reject them, so a second pass finds nothing. RFC 2606 reserves example.com,
-# RFC 5737 192.0.2.0/24, and NANP 555-0100 to 555-0199. No SSN, card or IBAN begins with zeros.
+# Values that belong to nobody. CHECKS rejects them, so scrubbing a text again changes nothing. RFC 2606 reserves
+# example.com, RFC 5737 192.0.2.0/24, and NANP 555-0100 to 555-0199. No SSN, card or IBAN begins with zeros.
 REPLACEMENTS = {
     "secret": "SECRET",
     "email": "email@example.com",
@@ -121,7 +121,7 @@ def find_pii(text: bytes, kinds: tuple[str, ...]) -> Iterator[tuple[int, int, st
             yield start, end, kind
             at = end
             continue
-        # A false alarm: a later kind may match at the same place, and any kind after its first word.
+        # A false alarm. A later kind may match here, and any kind may match after the first word.
         others = tuple(k for k in kinds if PII_KINDS.index(k) > PII_KINDS.index(kind))
         nested = next(find_pii(text[start:end], others), None) if others and not in_word else None
         if nested:
@@ -132,9 +132,9 @@ def find_pii(text: bytes, kinds: tuple[str, ...]) -> Iterator[tuple[int, int, st
 
 
 def scrub(text: str, kinds: tuple[str, ...], action: str) -> tuple[str, Counter[str]]:
-    """Remove the personal data from a text; return the new text and the number of finds of each kind.
+    """Replace the personal data in a text. Return the new text and the number of findings of each kind.
 
-    action  replace: put REPLACEMENTS there; anything else: put tags like <EMAIL>
+    action  "replace": insert the values in REPLACEMENTS; anything else: insert tags such as <EMAIL>
 
     >>> scrub("call 212-736-5000", ("phone",), "tag")
     ('call <PHONE>', Counter({'phone': 1}))

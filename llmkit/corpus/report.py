@@ -1,4 +1,4 @@
-"""Write the report of a build: counts by source that add up, drops by reason with examples, sizes and speed."""
+"""Write the report of a build: counts by source, reasons for drops with examples, sizes and speed."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -7,13 +7,13 @@ from typing import Any
 from llmkit.corpus.decide import FATE_IDS, VAL, Decision, count_fates
 from llmkit.corpus.encode import MAX_EXAMPLES
 from llmkit.corpus.units import Unit
-from llmkit.screen import count
+from llmkit.screen import format_count
 
 WARN_DROP_FRACTION = 0.25  # the report marks rules that drop more of a source than this
 
 
 def make_funnel(units: list[Unit], counts: list[dict], decision: Decision) -> dict[str, dict[str, Any]]:
-    """Return the counts by source, and assert that read = quarantined + dropped by all rules + kept."""
+    """Return the counts by source. Assert for each source that read = quarantined + dropped + kept."""
     funnel: dict[str, dict[str, Any]] = {}
     for unit, one, fates in zip(units, counts, decision.fates, strict=True):
         row = funnel.setdefault(
@@ -94,11 +94,11 @@ def render_sizes(manifest: dict[str, Any], counts: list[dict], shards: list[dict
     }
     for name, group in groups.items():
         total = {key: sum(one[key] for one in group) for key in ("documents", "tokens", "bytes", "characters")}
-        if name in sources:  # the sum counts a document twice if its tail is in val
+        if name in sources:  # their sum would count a document twice if its tail is in val
             total["documents"] = manifest["funnel"][name]["kept"]
         tokens = max(1, total["tokens"])
         lines.append(
-            f"| {name} | {total['documents']} | {count(total['tokens'])} | {total['bytes'] / 1e6:.2f} | "
+            f"| {name} | {total['documents']} | {format_count(total['tokens'])} | {total['bytes'] / 1e6:.2f} | "
             f"{total['bytes'] / tokens:.2f} | {total['characters'] / tokens:.2f} |"
         )
     stages = sorted(manifest["cpu_seconds"].items(), key=lambda item: -item[1])

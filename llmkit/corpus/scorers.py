@@ -15,9 +15,9 @@ from llmkit.readers.documents import list_files
 from llmkit.readers.records import READERS, BadRecord, read_records, read_text, suffix_of
 
 SAMPLES, SAMPLE_CHARACTERS = 3, 333  # from start, middle and end of a text: enough to identify its language
-WINDOW_CHARACTERS = 10_000  # more than a window of 512 tokens holds
-WINDOWS = 4  # that a classifier reads of a long text, evenly spread
-TABLE_BITS = 24  # log2 of the size of the table in NgramSet
+WINDOW_CHARACTERS = 10_000  # more than 512 tokens
+WINDOWS = 4  # windows of a long text that a classifier reads, evenly spread
+TABLE_BITS = 24  # log2 of the number of slots of the table in NgramSet
 
 
 def sample_pieces(text: str, number: int, size: int) -> list[str]:
@@ -104,8 +104,8 @@ def ngrams_of(words: list[bytes], n: int) -> np.ndarray:
     return hash_ngrams(hash_words(words), n)
 
 
-def listed_per_1k(text: TextFeatures, listed: dict[int, NgramSet]) -> float:
-    """Count the words and phrases of a list per thousand words of a text."""
+def list_matches_per_1k(text: TextFeatures, listed: dict[int, NgramSet]) -> float:
+    """Return the number of matches of a word list per thousand words of a text."""
     found = sum(len(grams.find_in(hash_ngrams(text.hashes, n))) for n, grams in listed.items())
     return round(1000 * found / max(1, len(text.hashes)), 4)
 
@@ -119,10 +119,12 @@ def list_evaluation_files(patterns: Sequence[str]) -> list[Path]:
 
 
 def read_evaluation_ngrams(patterns: Sequence[str], n: int) -> tuple[NgramSet, int, int]:
-    """Return (n-grams, texts, texts shorter than n words) of all strings in the evaluation files.
+    """Return (set of n-grams, number of texts, number of texts shorter than n words) of the evaluation files.
 
-    Questions, choices and answers are separate texts, because no corpus has them joined as in a benchmark's prompt.
-    Texts shorter than n words are not looked for.
+    Every string in the files is a text.
+
+    Questions, choices and answers thus are separate, because no corpus joins them as a benchmark's prompt does.
+    Texts shorter than n words have no n-grams, so they are not searched for.
     """
     return _read_evaluation_ngrams(tuple(file_stamps(list_evaluation_files(patterns))), n)
 
@@ -206,7 +208,7 @@ def classifier_score(text: str, loaded: Classifier) -> float:
     if not text.strip():
         return 0.0
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512), 512)
-    long = len(text) > 4 * WINDOWS * WINDOW_CHARACTERS  # do not tokenize a book to read four pages of it
+    long = len(text) > 4 * WINDOWS * WINDOW_CHARACTERS  # avoid tokenizing a whole book for four windows
     texts = sample_pieces(text, WINDOWS, WINDOW_CHARACTERS) if long else [text]
     windows = tokenizer(texts, truncation=True, max_length=longest, return_overflowing_tokens=True)["input_ids"]
     chosen = sorted({int(i) for i in np.linspace(0, len(windows) - 1, WINDOWS)})

@@ -1,4 +1,4 @@
-"""Cut sources into work units, which one worker processes at a time, and read and write a unit's files.
+"""Split sources into work units, each processed by one worker, and read and write the files of a unit.
 
 A unit's files are written atomically and named after a hash of all their inputs.
 """
@@ -29,7 +29,7 @@ from llmkit.readers.records import BadRecord, Span, spans_of
 from llmkit.types import Document
 
 UNIT_BYTES = 32 * 2**20  # source bytes in one work unit
-VERSION = 7  # of the pipeline: increase it if the same inputs give other results, and builds start over
+VERSION = 7  # of the pipeline; increase it if results change for the same inputs, so that builds start over
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,14 @@ class Unit:
 
     name: str  # <source>-<number>
     source: dict[str, Any]  # the Source section
-    root: str  # the folder to which documents' ids are relative
+    root: str  # the folder that document ids are relative to
     pieces: tuple[tuple[str, Span | None], ...]  # files or spans of files; empty if `datasets` reads the source
     bytes: int  # size of the files
     key: str  # hash of all inputs of pass A
 
     @property
     def part(self) -> str:
+        """Return the part of the unit's file names before the first dot."""
         return f"{self.name}-{self.key}"
 
 
@@ -59,7 +60,7 @@ def measured_rules(data: CorpusData, profile: str) -> list[str]:
 
 
 def measuring_key(data: CorpusData, source: Source) -> str:
-    """Hash all inputs of pass A for a source. Thresholds are not among them, since they only matter to pass B."""
+    """Hash all inputs of pass A for a source. Thresholds are left out, since only pass B uses them."""
     filters, pii, near, evals = data.filter, data.pii, data.dedup.near, data.decontaminate
     libraries = [version(name) for name in ("ftfy", "resiliparse", "py3langid", "fastwarc")]
     return short_hash(
@@ -103,7 +104,7 @@ def make_units(data: CorpusData) -> list[Unit]:
 
 
 def source_files(source: Source, built: Path) -> tuple[Path, list[Path]] | None:
-    """Return (root, files) of a source without files in the build's own folder, None if `datasets` reads the source."""
+    """Return (root, files) of a source, or None if `datasets` reads it. Exclude files in the build's own folder."""
     if source.hf:
         found = dataset_files(source.hf, source.config, source.split)
         if found and (source.streaming or source.revision):
@@ -126,7 +127,7 @@ def count_unknown_files(source: Source) -> dict[str, int]:
 
 
 def group_files(files: list[Path], whole: bool) -> Iterator[tuple[list[tuple[str, Span | None]], int]]:
-    """Yield (pieces, bytes) of each unit: small files together, large ones in spans. `whole` puts all in one unit."""
+    """Yield (pieces, bytes) of each unit: small files together, large ones in spans. `whole`: all in one unit."""
     pieces, total = [], 0
     for path in files:
         spans = [None] if whole else spans_of(path, UNIT_BYTES)
@@ -168,7 +169,7 @@ def read_unit(unit: Unit) -> Iterator[Document | BadRecord]:
 
 @contextmanager
 def open_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes its place only if the block ends without an error."""
+    """Open a temporary file for writing, and rename it to `path` if the block ends without an error."""
     temporary = temporary_path(path)
     with temporary.open("wb") as file:
         yield file

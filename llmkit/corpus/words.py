@@ -15,8 +15,8 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: odd, so multiplic
 UNSPACED = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
-PUNCTUATION = re.compile("[\u00a0-\u00bf\u2000-\u206f\u3000-\u303f\uff01-\uff0f]+")  # beyond ASCII
-# Lowercases ASCII letters, turns other ASCII but digits into spaces, and keeps the bytes of non-ASCII characters.
+PUNCTUATION = re.compile("[\u00a0-\u00bf\u2000-\u206f\u3000-\u303f\uff01-\uff0f]+")  # non-ASCII only
+# Maps ASCII letters to lower case and ASCII punctuation to spaces. Keeps digits and the bytes of other characters.
 FOLD_TABLE = bytes(b if b > 127 else ord(chr(b).lower()) if chr(b).isalnum() else ord(" ") for b in range(256))
 
 

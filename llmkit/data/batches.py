@@ -1,6 +1,6 @@
 """Make the batch of a step: a pure function of (seed, step), for any number of ranks.
 
-There is no shuffle state. A keyed bijection permutes the positions of samples, so that resuming needs only the step.
+There is no shuffle state: a keyed bijection permutes the samples, so that resuming needs only the step.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +15,14 @@ from llmkit.data.sft import PAIR_ARRAYS, ROW_ARRAYS
 from llmkit.data.tokens import TokenStream
 from llmkit.types import IGNORE_INDEX, Batch
 
-ROUNDS = 4
+ROUNDS = 4  # of the Feistel network in `permute`
 SLOTS = 65_536  # period of a mixture in samples: weights are exact to 1 in 65,536
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: splitmix64's increment (Steele et al. 2014)
 
 
 def mix(x: int) -> int:
-    """Mix 64 bits: splitmix64's finalizer."""
+    """Hash a 64-bit integer by splitmix64's finalizer."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
     return x ^ (x >> 31)
@@ -49,16 +49,17 @@ def permute(index: int, size: int, key: int) -> int:
 
 
 def permute_epochs(position: int, samples: int, seed: int) -> int:
-    """Return the sample at a position of an endless order, in which each epoch has another permutation."""
+    """Return the sample at a position of an endless order, in which each epoch is permuted differently."""
     epoch, index = divmod(position, samples)
     return permute(index, samples, key=mix((seed * GOLDEN + epoch) & MASK))
 
 
 class Mixture:
-    """Choose the source of each position in an endless order of samples: in fixed proportions, evenly spread.
+    """Choose the source of each position in an endless order of samples: in proportion to weights, evenly spread.
 
-    Weights become numbers of slots, SLOTS in all. A source with n slots has slot k at (k + 1/2) / n of the period. Each
-    batch therefore has its share of every source, to within a sample or two.
+    The order has a period of SLOTS positions, of which each source gets a number proportional to its weight. A source
+    with n slots has its slot k at (k + 1/2) / n of the period. Thus every batch holds each source's share, to within a
+    sample or two.
 
     >>> mixture = Mixture([10, 10], [3, 1])
     >>> [mixture.turn_at(position) for position in range(4)]
@@ -79,7 +80,7 @@ class Mixture:
         self.turns = np.concatenate([np.arange(n, dtype=np.uint32) for n in self.slots])[order]
 
     def turn_at(self, position: int) -> tuple[int, int]:
-        """Return the source of a position, and how many earlier positions have the same source."""
+        """Return (source, turn) of a position, where turn is the number of earlier positions with the same source."""
         block, slot = divmod(position, SLOTS)
         source = int(self.sources[slot])
         return source, block * self.slots[source] + int(self.turns[slot])
@@ -93,11 +94,11 @@ class Mixture:
 class Batches:
     """Hold the samples of a split and the order in which steps read them.
 
-    samples            number of samples; positions continue over epochs, and each epoch has another permutation
-    rows               reads the samples with given numbers as a batch
+    samples            number of samples; positions continue over epochs, and each epoch is permuted differently
+    rows               function that reads the samples with the given numbers as a batch
     global_batch_size  samples in a step, over all ranks; this rank takes positions rank, rank + world, ...
-    mixture            of several sources, whose samples are numbered one source after another
-    corrupt            corrupts a batch, given a number for each row: see data/corrupt.py
+    mixture            order of several sources, whose samples are numbered one source after another
+    corrupt            function that corrupts a batch, given a number for each row: see data/corrupt.py
     """
 
     samples: int
@@ -116,7 +117,7 @@ class Batches:
         return self.make_batch([self.sample_at(position) for position in positions], positions)
 
     def make_batch(self, samples: list[int], numbers: Sequence[int]) -> Batch:
-        """Return the batch of these samples. The rows' numbers decide how it is corrupted."""
+        """Return the batch of these samples. A row's number seeds its corruption."""
         batch = self.rows(samples)
         return self.corrupt(batch, numbers) if self.corrupt else batch
 
@@ -147,9 +148,9 @@ def corpus_batches(
 ) -> Batches:
     """Return the batches of token streams.
 
-    Sample i of a stream is its seq_len + 1 tokens from i * seq_len on: every token is an input once per epoch.
+    Sample i of a stream is the seq_len + 1 tokens from i * seq_len on: every token is an input once per epoch.
 
-    mixture        of the streams' samples; None if there is only one stream
+    mixture        order of the streams; None if there is only one
     document_mask  keep attention inside a document, restart positions in each, and do not train on predicting the
                    first token of the next document
     """
@@ -175,12 +176,12 @@ def corpus_batches(
 
 
 def samples_in(stream: TokenStream, seq_len: int) -> int:
-    """Return the number of samples in a stream. Left-over tokens at its end are in none."""
+    """Return the number of whole samples in a stream. The remaining tokens at its end are not used."""
     return max(0, (len(stream) - 1) // seq_len)
 
 
 def open_rows(folder: Path, split: str, global_batch_size: int, start_id: int | None = None, **order) -> Batches:
-    """Return the batches of rows that `sft.encode_sft` wrote: packed rows, or with start_id prompts and answers."""
+    """Return the batches of the rows that `sft.encode_sft` wrote: packed rows, or pairs if `start_id` is given."""
     if start_id is None:
         return packed_batches(folder, split, global_batch_size, **order)
     return pair_batches(folder, split, global_batch_size, start_id=start_id, **order)

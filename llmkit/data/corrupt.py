@@ -1,4 +1,4 @@
-"""Corrupt an encoder's input: mask tokens (BERT) or cut out spans (T5). A row's number decides what is corrupted."""
+"""Corrupt an encoder's input: mask tokens (BERT) or cut out spans (T5). A row's number seeds its corruption."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ from llmkit.errors import DataError
 from llmkit.tokenizer.tokenizer import ROLES, Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
 
-Corrupt = Callable[[Batch, Sequence[int]], Batch]  # a batch and the numbers of its rows -> the model's batch
+Corrupt = Callable[[Batch, Sequence[int]], Batch]  # (batch, numbers of its rows) -> corrupted batch
 
 
 def row_rng(seed: int, number: int) -> np.random.Generator:
@@ -17,7 +17,7 @@ def row_rng(seed: int, number: int) -> np.random.Generator:
 
 
 def shift_right(labels: np.ndarray, start_id: int) -> np.ndarray:
-    """Return a decoder's input for `labels` (B, T): the labels one place later, after start_id and padded with it.
+    """Return a decoder's input for `labels` (B, T): the labels shifted right, with start_id in front and as padding.
 
     >>> shift_right(np.array([[7, 8, 9, -100]]), 0).tolist()
     [[0, 7, 8, 9]]
@@ -35,9 +35,9 @@ def masking(
 ) -> Corrupt:
     """Return a function that masks tokens of a batch (Devlin et al. 2018, arXiv:1810.04805, section 3.1).
 
-    mask_fraction    of a row's tokens are its labels, rounded, at least one; special tokens are never chosen
-    random_fraction  of the labels are replaced by random tokens
-    keep_fraction    of the labels are kept; all others are replaced by the mask token
+    mask_fraction    share of a row's tokens that are labels, at least one; special tokens are never chosen
+    random_fraction  share of the labels whose inputs are replaced by random tokens
+    keep_fraction    share of the labels whose inputs are kept; all others are replaced by the mask token
     """
     mask_id = tokenizer.rust.token_to_id(tokenizer.roles.get("mask_token", ""))
     if mask_id is None:
@@ -65,7 +65,7 @@ def masking(
 
 
 def span_lengths(length: int, noise_fraction: float, mean_span: float) -> tuple[int, int]:
-    """Return how many of `length` tokens to cut out, and in how many spans: at least one each, with a token between."""
+    """Return (tokens to cut out of `length`, number of spans). At least one kept token precedes every span."""
     noise = min(max(round(length * noise_fraction), 1), length - 1)
     return noise, max(1, min(round(noise / mean_span), noise, length - noise))
 
@@ -81,13 +81,13 @@ def span_corruption(
 ) -> Corrupt:
     """Return a function that replaces spans of a batch by sentinels (Raffel et al. 2019, arXiv:1910.10683, 3.1.4).
 
-    The labels are each sentinel and the span that it replaces. Inputs and labels get an end token. All rows of a batch
-    have the same length, so the same number of tokens is cut out of each.
+    The labels are the sentinels, each followed by the span that it replaces. Inputs and labels get an end token. The
+    same number of tokens is cut out of every row, so that all rows of a batch have the same length.
 
-    noise_fraction  of the tokens are cut out, see `span_lengths`
+    noise_fraction  share of the tokens that are cut out, see `span_lengths`
     mean_span       average length of a span in tokens
 
-    >>> # "thank you for inviting me" -> "thank <extra_id_0> inviting me </s>", "<extra_id_0> you for </s>"
+    Example: "thank you for inviting me" -> "thank <extra_id_0> inviting me </s>", "<extra_id_0> you for </s>"
     """
     sentinels = [tokenizer.rust.token_to_id(f"<extra_id_{i}>") for i in range(1000)]
     sentinels = sentinels[: sentinels.index(None)] if None in sentinels else sentinels

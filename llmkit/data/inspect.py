@@ -1,4 +1,4 @@
-"""Show the tokens of training rows, which of them are targets, and how well a tokenizer compresses text."""
+"""Show the tokens and targets of training rows, and measure how well a tokenizer compresses text."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from llmkit.screen import printable
 from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
 
-MAX_CHARACTERS = 2_000_000  # of a source that `tokenizer show` encodes
+MAX_CHARACTERS = 2_000_000  # of each source that `tokenizer show` encodes
 TARGET, CONTEXT, SHADES, RESET = "\x1b[1;32m", "\x1b[2m", ("\x1b[44m", "\x1b[45m"), "\x1b[0m"
 
 
@@ -26,9 +26,9 @@ def inspect_rows(batch: Batch, tokenizer: Tokenizer) -> list[list[dict[str, Any]
     return rows
 
 
-def paint(rows: list[list[dict[str, Any]]], *, colour: bool) -> str:
+def format_rows(rows: list[list[dict[str, Any]]], *, colour: bool) -> str:
     """Format rows for a terminal: targets bright green, context dim. Without colour, targets are in [[brackets]]."""
-    painted = []
+    formatted = []
     for number, row in enumerate(rows):
         targets = sum(token["target"] for token in row)
         text, previous = "", None
@@ -41,11 +41,11 @@ def paint(rows: list[list[dict[str, Any]]], *, colour: bool) -> str:
                 previous = token["target"]
             text += printable(token["text"]) if colour else token["text"]
         text += RESET if colour else ("]]" if previous else "")
-        painted.append(f"--- row {number}: {len(row)} tokens, {targets} targets\n{text}")
-    return "\n".join(painted)
+        formatted.append(f"--- row {number}: {len(row)} tokens, {targets} targets\n{text}")
+    return "\n".join(formatted)
 
 
-def paint_tokens(texts: list[str], *, colour: bool) -> str:
+def format_tokens(texts: list[str], *, colour: bool) -> str:
     """Format tokens side by side in alternating shades, or separated by | without colour."""
     if not colour:
         return "|".join(texts)
@@ -53,19 +53,19 @@ def paint_tokens(texts: list[str], *, colour: bool) -> str:
 
 
 def is_path(text: str) -> bool:
-    """Return whether an argument names files. Otherwise it is a text itself."""
+    """Return whether a command-line argument names files, as opposed to being a text itself."""
     if len(text.split()) == 1 and suffix_of(Path(text)) in READERS:  # even if there is no such file
         return True
     is_glob = any(sign in text for sign in "*?[") and "/" in text
     return len(text) < 4096 and (is_glob or ("\n" not in text and Path(text).expanduser().exists()))
 
 
-def compression(
+def measure_compression(
     tokenizer: Tokenizer, other: Tokenizer | None, sources: list[str], text_key: str
 ) -> list[dict[str, Any]]:
     """Return a row for each source: its size, and its number of tokens with one or two tokenizers.
 
-    A source is a text or the name of files, of which about the first MAX_CHARACTERS are encoded.
+    A source is a text, or a path of files. Of files, about the first MAX_CHARACTERS are encoded.
     """
     rows = []
     for source in sources:

@@ -2,7 +2,7 @@
 
 from llmkit.errors import DataError, did_you_mean
 
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool"}
+ROLE_ALIASES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool"}
 KNOWN_ROLES = ("system", "user", "assistant", "tool")
 LAYOUTS = {  # name -> the fields that identify it
     "prompt/completion": ("prompt", "completion"),
@@ -29,7 +29,7 @@ def detect_layout(record: dict, at: str) -> str:
 
 
 def to_turns(record: dict, layout: str) -> tuple[str, str] | list[dict[str, str]]:
-    """Return a record as (prompt, completion), or as messages with roles. Raise ValueError if it is bad."""
+    """Convert a record to (prompt, completion) or to messages with roles. Raise ValueError if it is malformed."""
     if layout == "prompt/completion":
         pair = record.get("prompt"), record.get("completion")
         if not all(isinstance(text, str) and text for text in pair):
@@ -49,7 +49,7 @@ def to_turns(record: dict, layout: str) -> tuple[str, str] | list[dict[str, str]
         if not isinstance(turn, dict):
             raise ValueError("a turn is not an object")
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        role = ROLES.get(role, role)
+        role = ROLE_ALIASES.get(role, role)
         if role not in KNOWN_ROLES:
             raise ValueError(f"unknown role {role!r}")
         if not isinstance(content, str):

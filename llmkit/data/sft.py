@@ -1,4 +1,4 @@
-"""Encode fine-tuning records once into a folder, as arrays of rows with the same length."""
+"""Encode fine-tuning records into a folder, as arrays of rows with the same length."""
 
 import hashlib
 import json
@@ -18,9 +18,9 @@ from llmkit.tokenizer.chat_template import default_template, encode_example
 from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.types import IGNORE_INDEX
 
-VERSION = 2  # of the encoding: data of another version is encoded again
+VERSION = 2  # of the encoding; data of another version is encoded again
 ROW_ARRAYS = ("ids", "targets", "segments", "positions")  # the files of a split
-PAIR_ARRAYS = ("sources", "segments", "answers")  # the same for an encoder and a decoder
+PAIR_ARRAYS = ("sources", "segments", "answers")  # the files of a split for an encoder-decoder
 Example = tuple[str, list[int], list[bool]]  # record name, token ids, which of them are targets
 
 
@@ -29,8 +29,8 @@ def encode_records(
 ) -> Iterator[Example]:
     """Encode the good records of a JSON, JSONL (.gz, .zst), CSV or Parquet file.
 
-    bad      counts the reasons why records are bad
-    layouts  gets the layout of the records, which the first good one decides
+    bad      counts the bad records by reason; updated in place
+    layouts  gets the layout of the file, which its first good record decides
     """
     layout = None
     for line, record in read_records(path):
@@ -71,13 +71,13 @@ def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
 def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pairs: bool = False) -> dict[str, Any]:
     """Encode `data` into arrays in OUT/<key>/, unless they exist. Return the report, which names the folder.
 
-    The key is a hash of all settings and files, so that another run's data is never overwritten.
+    The key is a hash of all settings and files, so that the data of other runs is never overwritten.
 
     A row holds seq_len + 1 tokens: several whole examples (packing), or one example and padding.
     Files of a split: ids (rows, seq_len + 1) int32, targets bool, segments int32 (the example's number in its row,
     -1 for padding), positions int32.
 
-    pairs  write prompts and answers for an encoder and a decoder instead: see `write_pairs`
+    pairs  write pairs of prompts and answers for an encoder-decoder instead: see `write_pairs`
     """
     sources = [Path(data.path), *([Path(data.val_path)] if data.val_path else [])]
     template = default_template(tokenizer)
@@ -94,9 +94,9 @@ def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pai
         val = list(encode_records(sources[1], tokenizer, template, bad, layouts))
     else:
         order = np.random.default_rng(seed).permutation(len(train))
-        held = set(order[: max(1, round(len(train) * data.val_fraction))].tolist()) if len(train) > 1 else set()
-        val = [one for i, one in enumerate(train) if i in held]
-        train = [one for i, one in enumerate(train) if i not in held]
+        val_indices = set(order[: max(1, round(len(train) * data.val_fraction))].tolist()) if len(train) > 1 else set()
+        val = [one for i, one in enumerate(train) if i in val_indices]
+        train = [one for i, one in enumerate(train) if i not in val_indices]
     report = {
         "key": key,
         "folder": str(out),
@@ -115,7 +115,7 @@ def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pai
     return report
 
 
-def write_rows(out: Path, encoded: list, data: SftData, pad: int) -> dict[str, Any]:
+def write_rows(out: Path, encoded: list, data: SftData, pad_id: int) -> dict[str, Any]:
     """Write the arrays of a split of packed rows. Return its counts."""
     size = data.seq_len + 1
     fitting, counts = [], Counter(examples=len(encoded))
@@ -131,7 +131,7 @@ def write_rows(out: Path, encoded: list, data: SftData, pad: int) -> dict[str, A
         fitting.append((name, ids, targets))
     lengths = np.array([len(ids) for _, ids, _ in fitting], dtype=np.int64)
     rows = pack(lengths, size) if data.packing is not False else [[i] for i in range(len(fitting))]
-    ids, targets = np.full((len(rows), size), pad, np.int32), np.zeros((len(rows), size), bool)
+    ids, targets = np.full((len(rows), size), pad_id, np.int32), np.zeros((len(rows), size), bool)
     segments, positions = np.full((len(rows), size), -1, np.int32), np.zeros((len(rows), size), np.int32)
     for r, members in enumerate(rows):
         start = 0
@@ -140,7 +140,7 @@ def write_rows(out: Path, encoded: list, data: SftData, pad: int) -> dict[str, A
             cut = slice(start, start + len(example))
             ids[r, cut], segments[r, cut], positions[r, cut] = example, number, np.arange(len(example))
             targets[r, cut] = example_targets
-            targets[r, start] = False  # the first token is predicted from nothing
+            targets[r, start] = False  # no token precedes the first one, so it can't be predicted
             start += len(example)
     for name, array in zip(ROW_ARRAYS, (ids, targets, segments, positions), strict=True):
         np.save(out.with_name(f"{out.name}-{name}.npy"), array, allow_pickle=False)
@@ -148,7 +148,7 @@ def write_rows(out: Path, encoded: list, data: SftData, pad: int) -> dict[str, A
 
 
 def split_into_pairs(ids: list[int], targets: list[bool], eos_id: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield each answer of an example after the text that precedes it: (text with an end token, answer).
+    """Yield a pair for each answer of an example: (all that precedes it and an end token, answer).
 
     >>> list(split_into_pairs([5, 6, 7, 1], [False, False, True, True], 1))
     [([5, 6, 1], [7, 1])]
@@ -160,12 +160,12 @@ def split_into_pairs(ids: list[int], targets: list[bool], eos_id: int) -> Iterat
 
 
 def truncate_pair(source: list[int], answer: list[int], size: int) -> tuple[list[int], list[int]]:
-    """Truncate both to `size` tokens. The source keeps its end token."""
+    """Truncate source and answer to `size` tokens each. The source keeps its end token."""
     return (source if len(source) <= size else [*source[: size - 1], source[-1]]), answer[:size]
 
 
 def write_pairs(out: Path, encoded: list, data: SftData, eos_id: int) -> dict[str, Any]:
-    """Write the arrays of a split of prompts and answers, padded to the longest of each. Return its counts.
+    """Write the arrays of a split of prompts and answers, each padded to the longest. Return the counts.
 
     Files: sources (rows, S) int32; segments (rows, S) int8, 0 and -1 for padding; answers (rows, T) int32, padded with
     IGNORE_INDEX.

@@ -11,7 +11,7 @@ import numpy as np
 from llmkit.data.batches import Batches, Mixture, corpus_batches, open_rows, samples_in
 from llmkit.data.tokens import TokenStream, open_split
 from llmkit.errors import DataError
-from llmkit.screen import count
+from llmkit.screen import format_count
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "val")
@@ -19,14 +19,14 @@ SPLITS = ("train", "val")
 
 @dataclass
 class Splits:
-    """Both splits, ready for batches.
+    """The train and val splits of a run's data.
 
     batches      (split, global_batch_size, **order) -> Batches
-    samples      by split
-    fingerprint  changes with the data
-    summary      what the header says of the data
-    shares       of a mixture: source -> (share of the samples, samples of the source)
-    is_chat      the records went through the chat template
+    samples      number of samples by split
+    fingerprint  hash that changes with the data
+    summary      description of the data for the run's header
+    shares       in a mixture: source -> (share of the samples, samples of the source)
+    is_chat      whether the records went through the chat template
     """
 
     tokenizer: Tokenizer
@@ -70,9 +70,9 @@ def open_corpus(
 ) -> Splits:
     """Open the token shards of a built corpus.
 
-    weights        of the sources in a mixture, by name; None: samples are drawn from all shards alike
+    weights        source -> weight in the mixture; None: all samples of all sources are equally likely
     document_mask  see `batches.corpus_batches`
-    where          source -> the place in the config that an error names
+    where          function that returns the file and line of a source in the config, for errors
     """
     manifest = read_manifest(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
@@ -87,12 +87,12 @@ def open_corpus(
     samples = {split: [samples_in(one, seq_len) for one in streams[split]] for split in SPLITS}
     for name, one, number in zip(weights, streams["train"], samples["train"], strict=False):
         if not number:
-            gone = ", ".join(f"{n} by {rule}" for rule, n in manifest["funnel"][name]["dropped"].items())
+            dropped = ", ".join(f"{n} by {rule}" for rule, n in manifest["funnel"][name]["dropped"].items())
             raise DataError(
-                f"source {name} has a weight, but not one sample",
+                f"source {name} has a weight, but no sample",
                 at=where(name),
                 expected=f"over {seq_len} tokens",
-                got=f"{len(one)} tokens; dropped {gone or 'nothing'}",
+                got=f"{len(one)} tokens; dropped {dropped or 'nothing'}",
                 fix=f"look at `llmkit data report {folder}`, or leave the source out",
             )
     mixture = Mixture(samples["train"], list(weights.values())) if weights else None
@@ -101,7 +101,7 @@ def open_corpus(
         mixed = mixture if split == "train" else None
         return corpus_batches(streams[split], seq_len, size, mixture=mixed, document_mask=document_mask, **order)
 
-    train, val = (count(manifest["splits"][split]["tokens"]) for split in SPLITS)
+    train, val = (format_count(manifest["splits"][split]["tokens"]) for split in SPLITS)
     documents = "{kept} of {read} documents kept".format(**manifest["counts"])
     return Splits(
         tokenizer,
@@ -116,14 +116,14 @@ def open_corpus(
 def open_records(
     report: dict[str, Any], path: str, tokenizer: Tokenizer, start_id: int | None = None, is_chat: bool = False
 ) -> Splits:
-    """Open fine-tuning records as `sft.encode_sft` reports them.
+    """Open the fine-tuning records that `sft.encode_sft` encoded, given its report.
 
-    start_id  the decoder's first token, where an encoder reads the prompts; None: the model is a decoder alone
+    start_id  the decoder's first input token in an encoder-decoder; None for a decoder-only model
     """
     splits, train, val = report["splits"], report["splits"]["train"], report["splits"]["val"]
     how = "through the chat template" if is_chat else "as they are, no chat template"
-    lost = [f"{train[why]} {why}" for why in ("too long", "without a target") if why in train]
-    lost += [f"{number} bad: {reason}" for reason, number in report["bad"].items()]
+    excluded = [f"{train[why]} {why}" for why in ("too long", "without a target") if why in train]
+    excluded += [f"{number} bad: {reason}" for reason, number in report["bad"].items()]
     layouts = " and ".join(report.get("formats", ["records"]))
     return Splits(
         tokenizer,
@@ -131,6 +131,6 @@ def open_records(
         {split: part["rows"] for split, part in splits.items()},
         report["key"],
         f"{path}: {layouts} {how}; {train['examples']} train and {val['examples']} val examples in {train['rows']} "
-        f"rows, {count(train['targets'])} targets" + (f" ({'; '.join(lost)})" if lost else ""),
+        f"rows, {format_count(train['targets'])} targets" + (f" ({'; '.join(excluded)})" if excluded else ""),
         is_chat=is_chat,
     )

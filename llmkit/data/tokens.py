@@ -17,9 +17,9 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class ShardWriter:
-    """Write documents (ids, each with its end token) to PATH.bin, and their ends to PATH.idx.
+    """Write documents (ids with an end token each) to PATH.bin, and the positions of their ends to PATH.idx.
 
-    Both files appear complete when the block ends without an error. Otherwise, or without documents, there is no file.
+    The files are created when the block ends without an error, unless there are no documents.
 
     >>> with ShardWriter(folder / "a", np.dtype("<u2")) as shard:     # doctest: +SKIP
     ...     shard.add(np.array([5, 6, 0]))
@@ -81,7 +81,7 @@ class TokenStream:
             start, shard = end, shard + 1
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Return a copy of tokens [start, start + length), fewer at the end of the stream. They may span shards."""
+        """Return a copy of tokens [start, start + length), or fewer at the end of the stream. They may span shards."""
         pieces = [self.shards[shard][begin:end] for shard, begin, end in self.pieces(start, length)]
         return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
 
@@ -103,10 +103,13 @@ def open_split(folder: Path, files: list[dict], dtype: np.dtype) -> TokenStream:
         for one in (entry, entry["index"]):
             path = folder / one["path"]
             if (problem := find_change(path, one)) is None and path.stat().st_mtime_ns != one["mtime_ns"]:
-                problem = "another checksum" if file_sha256(path) != one["sha256"] else None  # a copy has a new time
+                # A copied file has a new time, so compare the contents.
+                problem = "another checksum" if file_sha256(path) != one["sha256"] else None
             if problem:
                 expected, fix = f"{one['bytes']} bytes as in the manifest", f"delete {folder} and build again"
-                raise DataError("a token shard is not what was built", at=path, expected=expected, got=problem, fix=fix)
+                raise DataError(
+                    "a token shard changed after the build", at=path, expected=expected, got=problem, fix=fix
+                )
     return TokenStream([folder / entry["path"] for entry in files], dtype)
 
 

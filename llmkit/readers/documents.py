@@ -31,7 +31,7 @@ from llmkit.types import Document
 def list_files(
     path: str, include: Sequence[str] = (), exclude: Sequence[str] = (), unknown: Counter[str] | None = None
 ) -> list[Path]:
-    """List the readable files that a file, a folder or a glob stands for, sorted; never hidden, empty or special ones.
+    """List the readable files of a path (a file, folder or glob), sorted. Skip hidden, empty and special files.
 
     include, exclude  globs for the path below the folder, or for the bare name; `*` also matches slashes
     unknown           counts the selected files that have no reader, by suffix
@@ -45,7 +45,7 @@ def list_files(
         raise DataError("no such file or folder", at=path)
     pattern = start.relative_to(root).as_posix() if start != root else "**"
     named = [start] if start.is_file() else root.glob(f"{pattern}/*" if pattern.endswith("**") else pattern)
-    if not pattern.endswith("**") and not pattern.endswith("**/*"):  # a folder stands for its files
+    if not pattern.endswith("**") and not pattern.endswith("**/*"):  # replace folders by their files
         named = {file for match in named for file in (match.rglob("*") if is_folder(match) else [match])}
     found, files = [file for file in named if file.is_file()], []
     for file in found:
@@ -80,7 +80,7 @@ def root_of(path: str) -> Path:
 
 
 def is_folder(path: Path) -> bool:
-    """Return True for a folder, but not for a link to one, which could lead in circles."""
+    """Return True for a folder, but not for a symbolic link to one, which could form a cycle."""
     return path.is_dir() and not path.is_symlink()
 
 
@@ -126,7 +126,7 @@ def read_file(
 ) -> Iterator[Document | BadRecord]:
     """Yield the documents of one file, with ids "SOURCE/PATH BELOW ROOT[:line or row]", in constant memory.
 
-    span              part of the file (see `spans_of`); the ids then read PATH@BYTE:LINE, counted from that byte
+    span              part of the file (see `spans_of`); ids then are PATH@BYTE:LINE, with lines counted from BYTE
     include, exclude  globs for the members of a zip
 
     meta holds "format" (text, html, code) and "encoding" for files that are one document and for web pages, and "url"
@@ -146,7 +146,7 @@ def read_single_file(
     path: Path, prefix: str, source: str, text_key: str, span: Span | None = None
 ) -> Iterator[Document | BadRecord]:
     """Yield the documents of a file on disk or in a zip."""
-    strict = span is None or span[0] == 0  # the first record of a later span may just be a bad one
+    strict = span is None or span[0] == 0  # the first record of a later span may be a bad one
     reader = READERS.get(suffix_of(path), read_text)
     yield from to_documents(read_records(path, span), source, prefix, str(path), text_key, reader, strict)
 
@@ -155,23 +155,23 @@ def read_zip(
     path: Path, prefix: str, source: str, text_key: str, include: Sequence[str], exclude: Sequence[str]
 ) -> Iterator[Document | BadRecord]:
     """Yield the documents of the files in a zip, in order of their names, without unpacking to disk."""
-    read = set()
+    seen = set()
     try:
         with zipfile.ZipFile(path) as archive:
             for info in sorted(archive.infolist(), key=lambda info: info.filename):
                 inside = Path(info.filename)
                 if not info.file_size or suffix_of(inside) not in READERS or not is_selected(inside, include, exclude):
                     continue
-                if info.filename in read:
+                if info.filename in seen:
                     yield BadRecord(f"{path}/{info.filename}", 1, None, "the zip has two files of this name")
                     continue
-                read.add(info.filename)
+                seen.add(info.filename)
                 member = zipfile.Path(archive, info.filename)
                 yield from read_single_file(member, f"{prefix}/{inside.as_posix()}", source, text_key)
     except (*READ_ERRORS, UnicodeDecodeError) as error:
         yield BadRecord(str(path), 1, None, f"the zip is broken: {error}")
     else:
-        if not (read or include or exclude):
+        if not (seen or include or exclude):
             yield BadRecord(str(path), 1, None, "nothing to read in the zip: no file with a known suffix")
 
 
@@ -197,20 +197,20 @@ def to_documents(
 ) -> Iterator[Document | BadRecord]:
     """Turn records into documents.
 
-    reader  the function that read the records; for `read_text` the file is one document, with the file's name as id
+    reader  the function that read the records; for `read_text` the file is one document, whose id is `prefix`
     strict  raise DataError if the first record lacks the text column; False: treat it like any other bad record
     """
     decoded = reader in (read_text, read_warc)  # these return text, format and encoding
-    text_key, first = "text" if decoded else text_key, strict
+    text_key, check_key = "text" if decoded else text_key, strict
     for number, record in records:
         if isinstance(record, BadRecord):
             yield record
             continue
-        if first and text_key not in record:
+        if check_key and text_key not in record:
             got = ", ".join(str(key)[:50] for key in list(record)[:30])
             fix = did_you_mean(text_key, map(str, record)) or "set text_key to one of these, or exclude the file"
             raise DataError(f"the records have no field {text_key}", at=f"{path}:{number}", got=got, fix=fix)
-        first = False
+        check_key = False
         try:
             text = extract_text(record, text_key)
         except ValueError as error:
@@ -295,7 +295,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
 def load_dataset_rows(
     name: str, config: str | None, split: str, streaming: bool, saved: bool, text_key: str, revision: str | None
 ) -> Iterator[Record]:
-    """Yield (number from 1, row) from the `datasets` library, with its many errors turned into DataError."""
+    """Yield (number from 1, row) from the `datasets` library, with its various errors converted to DataError."""
     import datasets
 
     datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # before version 4 it would ask on the terminal

@@ -1,7 +1,7 @@
 """Read files as streams of records: text, HTML, source code, JSON Lines, CSV, Parquet, WARC, compressed or not.
 
-Whatever can't be read becomes a `BadRecord` with its place and reason, so nothing is lost silently. A path may also be
-a `zipfile.Path`, a file inside a zip.
+Whatever can't be read becomes a `BadRecord` with its location and the reason, so that nothing is lost silently. A path
+may also be a `zipfile.Path`, a file inside a zip.
 """
 
 import csv
@@ -25,7 +25,7 @@ from llmkit.readers.decode import decode, parse_json
 
 MAX_DOCUMENT_BYTES = 50_000_000  # limit for a text, and for a line of JSON Lines or CSV
 MAX_JSON_BYTES = 256_000_000  # a .json array is parsed as a whole and takes about four times its size in memory
-# errors that torn or invalid files raise; RuntimeError: a zip with a password
+# errors that truncated or invalid files raise; RuntimeError: a zip with a password
 READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException, zipfile.BadZipFile, RuntimeError)
 
 TEXT_SUFFIXES = tuple(".txt .text .md .markdown .rst .tex .org .adoc".split())
@@ -60,11 +60,11 @@ def suffix_of(path: Path) -> str:
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """Open a file, decompressing .gz and .zst on the fly. Reading a torn file raises one of READ_ERRORS."""
+    """Open a file, decompressing .gz and .zst on the fly. Reading a truncated file raises one of READ_ERRORS."""
     raw = path.open("rb")
     if path.suffix.lower() == ".gz":
         return gzip.open(raw)
-    if path.suffix.lower() == ".zst":  # not by zstandard, which takes a torn file for a complete one
+    if path.suffix.lower() == ".zst":  # not zstandard, which does not notice that a file is truncated
         return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), "zstd"))
     return raw
 
@@ -102,20 +102,20 @@ def count_lines_before(path: Path, starts: list[int]) -> dict[int, int]:
             while at < start and (block := file.read(min(2**24, start - at))):
                 lines, at = lines + block.count(b"\n"), at + len(block)
             file.seek(max(0, start - 1))
-            found[start] = lines + (start > 0 and file.read(1) != b"\n")  # a line across the offset counts too
+            found[start] = lines + (start > 0 and file.read(1) != b"\n")  # count a line that crosses the offset, too
             file.seek(at)
     return found
 
 
 def read_lines(path: Path, span: Span | None = None) -> Iterator[tuple[int, int, bytes | BadRecord]]:
-    """Yield (number, offset, line) of the lines that begin in the span, holding MAX_DOCUMENT_BYTES of one at most."""
+    """Yield (number, offset, line) of each line that begins in the span. A line that is too long is a BadRecord."""
     start, stop = span or (0, None)
     with open_bytes(path) as file:
         number, offset = 0, start
         if start:
             file.seek(start - 1)
             while (line := file.readline(MAX_DOCUMENT_BYTES)) and not line.endswith(b"\n"):
-                pass  # a line across the start belongs to the span before
+                pass  # a line that crosses the start belongs to the previous span
             offset = file.tell()
         while (stop is None or offset < stop) and (line := file.readline(MAX_DOCUMENT_BYTES + 1)):
             number, size = number + 1, len(line)
@@ -158,7 +158,7 @@ def read_jsonl(path: Path, span: Span | None = None) -> Iterator[Record]:
 
 
 def read_json(path: Path) -> Iterator[Record]:
-    """Read an array of records, one record, or JSON Lines under the wrong name."""
+    """Read an array of records, a single record, or JSON Lines in a file named .json."""
     with open_bytes(path) as file:
         data, lines = file.readline(MAX_JSON_BYTES + 1), False
         with suppress(ValueError):
@@ -187,10 +187,10 @@ def as_record(value: Any, path: Path, number: int, offset: int | None) -> dict[s
 
 
 def read_csv(path: Path) -> Iterator[Record]:
-    """Read rows below a header line, quoted as in Excel. Columns of .tsv files are separated by tabs."""
+    """Read the rows after a header line, quoted as in Excel. Columns of .tsv files are separated by tabs."""
     csv.field_size_limit(MAX_DOCUMENT_BYTES)  # for the whole process; the default is 131,072 characters
 
-    bad_lines: list[BadRecord] = []  # from read_lines, kept away from csv.reader
+    bad_lines: list[BadRecord] = []  # bad lines of the file, which csv.reader does not get
 
     def lines() -> Iterator[str]:
         for number, offset, line in read_lines(path):
@@ -199,7 +199,7 @@ def read_csv(path: Path) -> Iterator[Record]:
                 continue
             try:
                 yield line.decode("utf-8-sig")
-            except UnicodeDecodeError:  # per line: memory stays constant, and other rows may be UTF-8
+            except UnicodeDecodeError:  # decoded line by line: memory stays constant, and other lines may be UTF-8
                 yield line.decode("cp1252", "replace")
 
     rows = csv.reader(lines(), delimiter="\t" if ".tsv" in suffix_of(path) else ",", strict=True)
@@ -245,7 +245,7 @@ def read_parquet(path: Path, span: Span | None = None) -> Iterator[Record]:
 
 
 def to_columns(batch: pa.RecordBatch) -> dict[str, list] | None:
-    """Convert all columns to Python values. Return None if one value fails, so that each row has to be tried."""
+    """Convert all columns to Python values. Return None if any value fails; then convert row by row."""
     try:
         batch.validate(full=True)  # checks UTF-8
         return batch.to_pydict()
@@ -261,9 +261,9 @@ NEXT_RECORD = re.compile(rb"\r\n\r\nWARC/1\.[01]\r\nWARC-")
 
 
 def decode_body(data: bytes, headers: Any) -> bytes:
-    """Undo the chunked transfer encoding and the compression of an HTTP body. Raise ValueError if it is cut short.
+    """Undo the chunked transfer encoding and the compression of an HTTP body. Raise ValueError if it is truncated.
 
-    Crawlers often decode a body but keep its headers, so a body that is not encoded as they say is returned unchanged.
+    Crawlers often decode a body but keep its headers. A body that is not encoded as its headers say is returned as is.
     """
     headers = {name.lower(): value.lower() for name, value in headers}
     if "chunked" in headers.get("transfer-encoding", "") and CHUNK_HEADER.match(data):
@@ -349,7 +349,7 @@ READERS: dict[str, Callable[..., Iterator[Record]]] = {
 
 
 def read_records(path: Path, span: Span | None = None) -> Iterator[Record]:
-    """Yield (line, record) of any file. A broken file ends with a BadRecord, after all records before the break.
+    """Yield (line, record) of any file. For a damaged file, yield the records before the damage, then a BadRecord.
 
     span  one of `spans_of(path)`, to read only a part of a large file
     """

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.files import write_atomically
-from llmkit.screen import count
+from llmkit.screen import format_count
 from llmkit.storage.run import CONFIG, METRICS, RunDirectory, read_metrics, read_run_config
 
 
@@ -64,7 +64,7 @@ def plot_runs(folders: list[Path], out: Path) -> None:
     axes.set_xlabel("tokens seen")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(folders[0].name if len(folders) == 1 else "runs")
-    axes.xaxis.set_major_formatter(lambda value, _: count(value))
+    axes.xaxis.set_major_formatter(lambda value, _: format_count(value))
     axes.grid(alpha=0.25)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)

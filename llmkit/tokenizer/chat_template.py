@@ -1,4 +1,4 @@
-"""Render conversations with chat templates and encode them, with the tokens that are targets."""
+"""Render conversations with chat templates, encode them, and mark the tokens that are targets."""
 
 import re
 from functools import cache
@@ -25,7 +25,7 @@ PLAIN_TEMPLATE = (
 )
 
 MAX_LOOP_DEPTH, MAX_CHARACTERS = 2, 10_000_000  # nested loops and output: no real template needs more
-BREAK = "\ue000"  # a private-use letter that breaks up special tokens that are spelt out in a message
+BREAK = "\ue000"  # a private-use character, inserted into special tokens that a message spells out
 
 
 # ---- templates ------------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ def compile_template(source: str):
         raise ValueError(message)  # templates call it for conversations that they do not support
 
     for name in ("center", "format", "indent", "replace", "wordwrap"):
-        env.filters.pop(name)  # they can make long strings from short ones
+        env.filters.pop(name)  # these can make long strings from short ones
     env.globals = {"raise_exception": raise_exception, "namespace": env.globals["namespace"]}
     try:
         tree = env.parse(source)
@@ -58,16 +58,19 @@ def compile_template(source: str):
 
 
 def loop_depth(loop: nodes.Node) -> int:
-    """Return how deep loops are nested in a loop, counting the loop itself."""
+    """Return the nesting depth of a loop, counting the loop itself."""
     return 1 + max((loop_depth(inner) for inner in loop.find_all(nodes.For)), default=0)
 
 
-def render(tokenizer: Tokenizer, template: str, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
-    """Render messages, with `prompt` up to the start of an answer. Raise ValueError if the template rejects them."""
+def render(tokenizer: Tokenizer, template: str, messages: list[dict[str, str]], *, start_answer: bool = False) -> str:
+    """Render messages. Raise ValueError if the template rejects them.
+
+    start_answer  append the start of an assistant's answer: the template's generation prompt
+    """
     try:
         text = compile_template(template).render(
             messages=messages,
-            add_generation_prompt=prompt,
+            add_generation_prompt=start_answer,
             bos_token=tokenizer.bos or "",
             eos_token=tokenizer.eos,
             tools=None,
@@ -87,7 +90,7 @@ def default_template(tokenizer: Tokenizer) -> str:
 def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
     """Return the ids of a conversation up to the start of the next answer. Raise ValueError as `render` does."""
     messages = break_special_tokens(tokenizer, messages)
-    return encode_rendered(tokenizer, render(tokenizer, default_template(tokenizer), messages, prompt=True))
+    return encode_rendered(tokenizer, render(tokenizer, default_template(tokenizer), messages, start_answer=True))
 
 
 # ---- tokens and targets ---------------------------------------------------------------------------------------------
@@ -121,9 +124,10 @@ def break_special_tokens(tokenizer: Tokenizer, messages: list[dict[str, str]]) -
 
 
 def encode_example(tokenizer: Tokenizer, template: str, turns: Any) -> tuple[list[int], list[bool]]:
-    """Return the ids of one example, and which of them are targets: the assistant's answers and their end tokens.
+    """Return (ids, targets) of an example. Targets are the assistant's answers and their end tokens.
 
     turns  (prompt, completion), or messages
+
     Raise ValueError if the template does not support the messages.
     """
     if isinstance(turns, tuple):
@@ -137,7 +141,7 @@ def encode_example(tokenizer: Tokenizer, template: str, turns: Any) -> tuple[lis
         if message["role"] != "assistant" and i + 1 < len(messages):
             continue
         is_answer = message["role"] == "assistant"
-        before = render(tokenizer, template, messages[:i], prompt=True) if is_answer and i else done
+        before = render(tokenizer, template, messages[:i], start_answer=True) if is_answer and i else done
         rendered = render(tokenizer, template, messages[: i + 1])
         if not (before.startswith(done) and rendered.startswith(before)):
             raise ValueError("the chat template rewrites earlier turns, so targets can't be told from prompts")

@@ -14,14 +14,14 @@ from llmkit.errors import MachineError, ModelError
 
 SPACE = "\u2581"  # SentencePiece's symbol for a space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # piece types in sentencepiece_model.proto
-UNIGRAM, BPE = 1, 2  # model types there
+UNIGRAM, BPE = 1, 2  # model types in sentencepiece_model.proto
 LLAMA2C_CONTROL = ("<unk>", "<s>", "</s>")
 SAVE_WITH_TRANSFORMERS = "save it with transformers, which writes a tokenizer.json"
-EXTRA_IDS = 100  # sentinels that T5's tokenizers add to the pieces of the file
+EXTRA_IDS = 100  # sentinels that T5's tokenizers add to the pieces in the file
 
 
 def find_tokenizer_file(folder: Path) -> Path | None:
-    """Return the file in a folder that `read_foreign_tokenizer` can read, None if there is none."""
+    """Return the first file in a folder that `read_foreign_tokenizer` can read, or None."""
     names = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "encoder.json")
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
@@ -44,7 +44,7 @@ def from_gpt2(vocab: Path, configs: dict[str, Any], qwen2: str) -> Rust:
     """Read GPT-2's byte-level BPE: vocab.json (or encoder.json) and merges.txt (or vocab.bpe)."""
     merges = next((path for name in ("merges.txt", "vocab.bpe") if (path := vocab.with_name(name)).is_file()), None)
     if merges is None:
-        raise ModelError("a vocabulary without its merges", at=vocab, fix="put merges.txt into its folder")
+        raise ModelError("the vocabulary has no merges file", at=vocab, fix="put merges.txt into its folder")
     try:
         tokens = json.loads(vocab.read_text(encoding="utf-8"))
         lines = merges.read_text(encoding="utf-8").splitlines()
@@ -59,7 +59,7 @@ def from_gpt2(vocab: Path, configs: dict[str, Any], qwen2: str) -> Rust:
         split = pre_tokenizers.Split(Regex(qwen2), "isolated")
         bytelevel = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     elif kind not in ("GPT2Tokenizer", "PreTrainedTokenizer", "TokenizersBackend"):
-        what = "the vocabulary does not contain how this tokenizer splits text"
+        what = "the files do not say how this tokenizer splits text"
         raise ModelError(what, at=vocab, got=kind, fix=SAVE_WITH_TRANSFORMERS)
     rust.pre_tokenizer, rust.decoder = bytelevel, decoders.ByteLevel()
     rust.add_special_tokens([AddedToken(token, special=True) for token in ("<|endoftext|>",) if token in tokens])
@@ -127,7 +127,7 @@ def from_pieces(
     """
     symbols = sorted((piece.piece for piece in pieces if piece.type == USER_DEFINED), key=len, reverse=True)
     splits = [pre_tokenizers.Split(Regex("|".join(map(re.escape, symbols))), "isolated")] if symbols else []
-    # Control tokens and bytes must not match a text that spells them out.
+    # Text that spells out a control token or a byte piece must not become that token.
     is_text = [piece.type in (NORMAL, USER_DEFINED) for piece in pieces]
     names = [piece.piece for piece, text in zip(pieces, is_text, strict=True) if not text]
     if kind == UNIGRAM:
@@ -136,12 +136,12 @@ def from_pieces(
         rust = Rust(models.Unigram(vocab, unknown, byte_fallback))
         if any(SPACE in symbol for symbol in symbols):
             raise ValueError("it has user-defined symbols that contain spaces")
-        # No piece reaches over the end of a word.
+        # No piece may cross a word boundary.
         splits += [split_inside_names(names, dict(vocab)), pre_tokenizers.Split(SPACE, "merged_with_next")]
     elif kind == BPE:
         ids = {piece.piece: i for i, piece in enumerate(pieces)}
         bpe = {"unk_token": pieces[unknown].piece, "fuse_unk": True, "byte_fallback": byte_fallback}
-        # The text is split at user-defined symbols. They are tokens without any merges.
+        # The text is split at user-defined symbols, which are tokens without merges.
         rust = Rust(models.BPE(vocab=ids, merges=infer_merges(pieces), ignore_merges=bool(symbols), **bpe))
         splits += [split_inside_names(names, ids)] if symbols else []
     else:
@@ -163,10 +163,10 @@ def from_pieces(
 
 
 def prevent_special_token_injection(rust: Rust) -> Rust:
-    """Change a tokenizer so that special tokens that are spelt out in a text stay text. Other texts keep their ids.
+    """Change a tokenizer so that special tokens spelt out in a text are encoded as text. Other texts keep their ids.
 
-    transformers matches special tokens before the model runs, so it never needs this. Most unigram files therefore give
-    special tokens the best score of all, and models of other types may contain them as words.
+    encode_special_tokens alone is not enough if the model itself has special tokens in its vocabulary. Most unigram
+    files even give them the best score, since transformers matches special tokens before the model runs.
     """
     rust.encode_special_tokens = True
     vocab = rust.get_vocab(with_added_tokens=False)
@@ -182,7 +182,7 @@ def prevent_special_token_injection(rust: Rust) -> Rust:
     if not names or not (found or always):
         return rust
     split, steps = split_inside_names(names, vocab), [rust.pre_tokenizer] if rust.pre_tokenizer else []
-    if not steps or split.__getstate__() not in steps[0].__getstate__():  # a file that was saved with it has it already
+    if not steps or split.__getstate__() not in steps[0].__getstate__():  # saved files already contain the split
         rust.pre_tokenizer = pre_tokenizers.Sequence([*steps, split])
     return rust
 
@@ -190,16 +190,16 @@ def prevent_special_token_injection(rust: Rust) -> Rust:
 def split_inside_names(names: Iterable[str], vocab: Iterable[Any]) -> pre_tokenizers.PreTokenizer:
     """Return a pre-tokenizer that splits each name in a text in two, so that it never becomes one token.
 
-    The split is at a place that no other token spans, if there is one: the letters then get their usual ids. The model
-    fuses neighboring unknown letters to one token, so a place between two of them is the last choice.
+    If possible, the split is at a place that no other token spans, so that the characters get their usual ids. A model
+    fuses adjacent unknown characters to one token, so a place between two of them is avoided.
     """
     names = [name for name in names if len(name) > 1]
     tokens = set(vocab) - set(names)
-    reached = {token[i : i + 2] for token in tokens for i in range(len(token) - 1)}
+    spanned = {token[i : i + 2] for token in tokens for i in range(len(token) - 1)}
     found = []
     for name in names:
-        known = [letter in tokens for letter in name]
-        costs = [(name[i - 1 : i + 1] in reached, known[i - 1] == known[i]) for i in range(1, len(name))]
+        known = [character in tokens for character in name]
+        costs = [(name[i - 1 : i + 1] in spanned, known[i - 1] == known[i]) for i in range(1, len(name))]
         place = costs.index(min(costs)) + 1
         found.append(f"{re.escape(name[:place])}(?={re.escape(name[place:])})")
     return pre_tokenizers.Split(Regex("|".join(found)), "merged_with_previous")

@@ -18,7 +18,7 @@ from llmkit.tokenizer.foreign import find_tokenizer_file, prevent_special_token_
 EOS, CHAT_START, CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", CHAT_END, "[SEP]")  # in order of preference
 BOS_NAMES = ("<s>", "<bos>")
-ROLES = {  # roles in transformers' tokenizer_config.json, and the usual names of tokens that have no role in a file
+ROLES = {  # role in transformers' tokenizer_config.json -> usual tokens for it, if the file names none
     "pad_token": ("[PAD]", "<pad>"),
     "unk_token": ("[UNK]", "<unk>"),
     "mask_token": ("[MASK]", "<mask>"),
@@ -29,19 +29,19 @@ ROLES = {  # roles in transformers' tokenizer_config.json, and the usual names o
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _AFTER = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PATTERNS = {  # they split text before merging; each covers any text completely
+PATTERNS = {  # regexes that split text before merging; each matches all of any text
     "gpt2": GPT2_PATTERN,
     "llama3": rf"{_WORDS}|\p{{N}}{{1,3}}|{_AFTER}",  # at most three digits; GPT-4 differs in trailing spaces
     "qwen2": rf"{_WORDS}|\p{{N}}|{_AFTER}",  # digits one by one
 }
-MAX_VERIFIED_TEXTS = 1000  # texts on which the fast encoder is compared with tokenizers
-BLOCK = 256  # documents that are encoded together
-LONGEST_RUN = 20_000  # letters or spaces in a row: tiktoken is slow on longer runs and overflows its stack on megabytes
+MAX_VERIFIED_TEXTS = 1000  # texts on which the fast encoder is verified
+BLOCK = 256  # documents encoded together
+LONGEST_RUN = 20_000  # of a word or spaces: tiktoken is slow on longer runs, and its stack overflows on megabytes
 
 
 @dataclass
 class Tokenizer:
-    """Hold a tokenizer.json together with its special tokens and its chat template."""
+    """Hold a tokenizer of the tokenizers library (`rust`) together with its special tokens and its chat template."""
 
     rust: Rust
     eos_id: int
@@ -51,7 +51,7 @@ class Tokenizer:
     role_tokens: dict[str, str] = field(default_factory=dict)  # tokens of ROLES that a config file names
 
     def __len__(self) -> int:
-        """Return the highest id plus one. This exceeds the number of tokens if the vocabulary has holes."""
+        """Return the highest id plus one. This exceeds the number of tokens if ids have gaps."""
         return self.size
 
     @cached_property
@@ -65,13 +65,13 @@ class Tokenizer:
 
     @property
     def roles(self) -> dict[str, str]:
-        """Map those of ROLES that the tokenizer has to their special tokens."""
+        """Map each role in ROLES that the tokenizer fills to its token."""
         usual = {role: next((name for name in names if name in self.specials), None) for role, names in ROLES.items()}
         return {role: token for role, token in (usual | self.role_tokens).items() if token}
 
     @cached_property
     def sha256(self) -> str:
-        """Return a checksum of all that ids depend on: tokenizer.json and the tokens that begin and end a text."""
+        """Return a checksum of all that affects ids: tokenizer.json and the tokens that begin and end a text."""
         return hashlib.sha256(f"{self.eos_id} {self.bos} {self.rust.to_str()}".encode()).hexdigest()
 
     @cached_property
@@ -92,12 +92,12 @@ class Tokenizer:
 
     @property
     def end_of_turn_id(self) -> int:
-        """Return the token that ends a turn in ChatML, or the end token if the tokenizer has none."""
+        """Return the id of the token that ends a turn in ChatML, or of the end token if there is none."""
         return self.specials.get(CHAT_END, self.eos_id)
 
     @property
     def stop_ids(self) -> list[int]:
-        """Return the stop tokens: the end token, with a chat template the end of a turn, and `extra_stop_ids`."""
+        """Return the ids that stop generation: end token, end of turn (with a chat template), and `extra_stop_ids`."""
         turn = [self.end_of_turn_id] if self.chat_template else []
         return list(dict.fromkeys([self.eos_id, *turn, *self.extra_stop_ids]))
 
@@ -113,13 +113,13 @@ class Tokenizer:
             self.__dict__.pop(cached, None)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text. A special token that is spelt out in it stays text."""
+        """Return the ids of a text. Special tokens spelt out in it are encoded as text."""
         self.rust.encode_special_tokens = True
         return self.rust.encode(text, add_special_tokens=False).ids
 
     @cached_property
     def continuation(self) -> Rust:
-        """Return the tokenizer for text that follows other text. Some put a space before the first text only."""
+        """Return the tokenizer for text that follows other text: it adds no space that belongs before a first text."""
         spec = json.loads(self.rust.to_str())
         steps = [step for step in flatten_steps(spec["pre_tokenizer"] or {}) if step.get("prepend_scheme") == "first"]
         for step in steps:
@@ -151,7 +151,7 @@ class Tokenizer:
         return self.rust.decode(list(ids), skip_special_tokens=False)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Return the ids of many texts, uint32. Use tiktoken if it gives the same ids: it is 4-5 times as fast."""
+        """Return the ids of many texts, uint32. Use tiktoken where it gives the same ids: it is 4-5 times as fast."""
         safe = [self.fast is not None and has_only_short_runs(text) for text in texts]
         slow = iter(self.encode_slowly([text for text, is_safe in zip(texts, safe, strict=True) if not is_safe]))
         return [
@@ -160,7 +160,7 @@ class Tokenizer:
         ]
 
     def encode_slowly(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of many texts by tokenizers itself."""
+        """Return the ids of many texts. Use the tokenizers library, never tiktoken."""
         self.rust.encode_special_tokens = True
         return [one.ids for one in self.rust.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
 
@@ -182,7 +182,7 @@ class Tokenizer:
         pattern = find_split_pattern(spec["pre_tokenizer"] or {})
         plain = spec["normalizer"] is None and spec["model"]["type"] == "BPE" and not spec["model"].get("byte_fallback")
         added_text = any(not token.special for token in self.rust.get_added_tokens_decoder().values())
-        if not plain or added_text or pattern not in PATTERNS.values():  # tiktoken drops text that a pattern misses
+        if not plain or added_text or pattern not in PATTERNS.values():  # tiktoken drops unmatched text
             return None
         letters = {letter: byte for byte, letter in enumerate(bytes_to_unicode())}
         plain_tokens = {token: i for token, i in spec["model"]["vocab"].items() if token not in self.specials}
@@ -222,13 +222,13 @@ class Tokenizer:
 
 
 def flatten_steps(spec: dict) -> Iterator[dict]:
-    """Yield the steps of a pre-tokenizer in tokenizer.json, nested sequences flattened."""
+    """Yield the steps of a pre-tokenizer in tokenizer.json. Nested sequences are flattened."""
     for step in spec.get("pretokenizers", [spec]):
         yield from flatten_steps(step) if "pretokenizers" in step else [step]
 
 
 def find_split_pattern(spec: dict) -> str | None:
-    """Return the regex by which a byte-level pre-tokenizer of tokenizer.json splits, None if it does anything else."""
+    """Return the split regex of a byte-level pre-tokenizer in tokenizer.json, or None if it does anything else."""
     steps = spec.get("pretokenizers", [spec])
     last = steps[-1]
     if last.get("type") != "ByteLevel" or last["add_prefix_space"]:
@@ -242,7 +242,7 @@ def find_split_pattern(spec: dict) -> str | None:
 
 
 def has_only_short_runs(text: str) -> bool:
-    """Return whether all runs of letters or spaces are short. Extra spaces count as one run, wherever they are."""
+    """Return whether all words and runs of spaces are short. As an upper bound, all extra spaces count as one run."""
     if len(text) < LONGEST_RUN:
         return True
     words = [len(word) for word in text.split()]

@@ -14,9 +14,9 @@ from llmkit.errors import DataError, UserError, did_you_mean
 from llmkit.tokenizer.foreign import prevent_special_token_injection
 from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, PATTERNS, Tokenizer
 
-SPECIALS = (EOS, CHAT_START, CHAT_END)  # chat markers are reserved, so that fine-tuning need not resize the embeddings
+SPECIALS = (EOS, CHAT_START, CHAT_END)  # with chat markers, so that fine-tuning need not resize the embeddings
 PAD = {"pad_token": EOS}  # for transformers; it never ends a turn of a chat
-BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # in the order of Devlin et al.'s vocabularies
+BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # in the order of BERT's own vocabularies
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # SentencePiece's names of the tokens for single bytes
 # `extend_bpe` maps tokens to the private-use planes 15 and 16. The last two code points of a plane are noncharacters.
 PRIVATE_USE_START, MAX_MAPPED_TOKENS = 0xF0000, 65_534 + 2 + 65_534
@@ -43,11 +43,11 @@ def train_tokenizer(
 
     vocab_size      counts all tokens: special tokens, 256 bytes and learned tokens
     pattern         a name in PATTERNS or a regex, for bpe and unigram
-    normalize       names in NORMALIZERS, in order; the model never sees what they change
-    special_tokens  are added to the built-in ones
+    normalize       names in NORMALIZERS, applied in order to every text; lossy
+    special_tokens  tokens in addition to the built-in ones
 
-    bpe and char are deterministic. unigram and wordpiece may differ in a few tokens between runs, because tokenizers
-    counts in a random order.
+    bpe and char are deterministic. unigram and wordpiece may differ in a few tokens between runs, because the
+    tokenizers library counts in a random order.
 
     >>> tokenizer = train_tokenizer(["a cat and a cat"] * 9, vocab_size=270)
     >>> tokenizer.decode(tokenizer.encode("a cat"))
@@ -119,7 +119,7 @@ def train_unigram(
 ) -> Tokenizer:
     """Train the unigram language model (Kudo 2018, arXiv:1804.10959) on bytes, so that no text is unknown."""
     rust = train_byte_level(models.Unigram(), trainers.UnigramTrainer, texts, vocab_size, pattern, steps, specials)
-    rust = Rust.from_str(rust.to_str())  # rounds the scores as a saved file does
+    rust = Rust.from_str(rust.to_str())  # rounds the scores like saving to a file
     return Tokenizer(prevent_special_token_injection(rust), rust.token_to_id(EOS), role_tokens=PAD)
 
 
@@ -144,7 +144,7 @@ def train_wordpiece(
 
 
 def train_char(texts: Iterator[str], vocab_size: int, pattern: str, steps: list, specials: Sequence[str]) -> Tokenizer:
-    """Make a token of each of the most frequent characters. Other characters are split into bytes."""
+    """Make a token for each of the most frequent characters. Other characters are encoded as bytes."""
     normalizer = normalizers.Sequence(steps)
     counts: Counter[str] = Counter()
     for text in texts:
@@ -156,7 +156,7 @@ def train_char(texts: Iterator[str], vocab_size: int, pattern: str, steps: list,
     rust.add_special_tokens([AddedToken(token, special=True) for token in (*SPECIALS, *specials)])
     if steps:
         rust.normalizer = normalizer
-    rust.pre_tokenizer = pre_tokenizers.Split(Regex("[^\n]*\n|[^\n]+"), "isolated")  # no merges: any split does
+    rust.pre_tokenizer = pre_tokenizers.Split(Regex("[^\n]*\n|[^\n]+"), "isolated")  # without merges, any split works
     rust.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return Tokenizer(rust, vocab[EOS], role_tokens=PAD)
 
@@ -170,12 +170,12 @@ TRAINERS: dict[str, Callable[..., Tokenizer]] = {
 
 
 def extend_bpe(base: Tokenizer, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Extend a byte-level BPE by tokens learned from texts that it compresses badly, e.g. in another language.
+    """Extend a byte-level BPE with tokens learned from texts that it compresses badly, e.g. in another language.
 
     Training continues from the base: each of its tokens counts as one letter, and new merges come after the old ones.
     Old ids keep their meaning, so a model only needs new rows in its embedding.
 
-    vocab_size  of the result, counting all tokens
+    vocab_size  size of the result, counting all tokens
     """
     spec = json.loads(base.rust.to_str())
     added = vocab_size - len(base)

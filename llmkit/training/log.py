@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llmkit.parallel.device import peak_flops, peak_memory
-from llmkit.screen import clock, count, printable
+from llmkit.screen import format_count, format_duration, printable
 from llmkit.storage.run import RunDirectory
 from llmkit.training.prepare import PreparedRun
 
@@ -108,6 +108,6 @@ def progress_line(record: dict[str, Any], total: int) -> str:
         parts.append(f"val {record['val_loss']:.3f} ppl {record['val_perplexity']:.2f}")
     if "lr" in record:
         parts += [f"lr {record['lr']:.1e}", f"gnorm {record['grad_norm']:.2f}"]
-        parts += [f"{count(record['tokens_per_second'])} tok/s", f"mfu {record['mfu']:.0%}"]
-        parts += [f"mem {record['memory_gb']:.1f}G", f"ETA {clock(record['eta_seconds'])}"]
+        parts += [f"{format_count(record['tokens_per_second'])} tok/s", f"mfu {record['mfu']:.0%}"]
+        parts += [f"mem {record['memory_gb']:.1f}G", f"ETA {format_duration(record['eta_seconds'])}"]
     return " | ".join(parts)

@@ -26,7 +26,7 @@ from llmkit.parallel.device import DTYPES, autocast, make_deterministic, matmul_
 from llmkit.parallel.world import start_world
 from llmkit.peft import METHODS
 from llmkit.peft.adapter import load_adapter, save_adapter, saved_base_sha256
-from llmkit.screen import clock
+from llmkit.screen import format_duration
 from llmkit.storage import checkpoint
 from llmkit.storage.report import plot_runs, write_report
 from llmkit.storage.run import RunDirectory, check_same_config, open_run
@@ -381,7 +381,7 @@ def finish(
     if speeds:
         summary["tokens_per_second"] = round(speeds[len(speeds) // 2])
     summary |= {
-        "time": clock(progress.seconds + logger.elapsed),
+        "time": format_duration(progress.seconds + logger.elapsed),
         "peak_memory_gib": round(memory, 2),
         "estimated_memory_gib": round(run.plan.peak_memory / 2**30, 2),
         "skipped_steps": int(progress.tensors["skipped"].item()),

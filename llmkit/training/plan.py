@@ -6,7 +6,7 @@ from typing import Any
 from llmkit.config.schema import Config
 from llmkit.parallel.device import DTYPES, device_name, matmul_rate, total_memory
 from llmkit.parallel.world import start_world
-from llmkit.screen import clock, count
+from llmkit.screen import format_count, format_duration
 from llmkit.tokenizer.tokenizer import load_tokenizer
 from llmkit.training.prepare import check, derive
 from llmkit.training.resolve import describe_choice
@@ -54,7 +54,7 @@ def plan_rows(figures: dict[str, Any]) -> dict[str, str]:
         "parameters": f"{figures['parameters']:,}",
         "trained": f"{figures['trained']:,}",
         **{f"  {part}": f"{number:,}" for part, number in figures["parameters_by_part"].items()},
-        "FLOPs per token": count(figures["flops_per_token"]),
+        "FLOPs per token": format_count(figures["flops_per_token"]),
         "micro-batch": f"{figures['micro_batch_size']} x {figures['seq_len']} tokens, {figures['precision']}",
         "peak memory": f"{figures['peak_memory'] / 2**30:.2f} GiB of {figures['device_memory'] / 2**30:.1f}",
         **{f"  {part}": f"{size / 2**30:.3f} GiB" for part, size in figures["memory_by_part"].items()},
@@ -63,6 +63,7 @@ def plan_rows(figures: dict[str, Any]) -> dict[str, str]:
     if not figures["fits"]:
         rows["fits"] = "no: lower train.micro_batch_size or data.seq_len, or train.gradient_checkpointing: full"
     if "tokens" in figures:
-        rows["FLOPs in all"] = f"{figures['flops']:.3g} for {count(figures['tokens'])} tokens"
-        rows["time"] = f"{clock(figures['seconds'])} at {EXPECTED_MFU:.0%} of this device's measured matrix rate"
+        rows["FLOPs in all"] = f"{figures['flops']:.3g} for {format_count(figures['tokens'])} tokens"
+        time = format_duration(figures["seconds"])
+        rows["time"] = f"{time} at {EXPECTED_MFU:.0%} of this device's measured matrix rate"
     return rows

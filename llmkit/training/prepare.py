@@ -22,7 +22,7 @@ from llmkit.objectives.objective import Objective
 from llmkit.parallel.device import choose_precision, device_name
 from llmkit.parallel.world import World
 from llmkit.peft import METHODS
-from llmkit.screen import count
+from llmkit.screen import format_count
 from llmkit.storage.locate import locate, weights_sha256
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llmkit.training.build_data import open_data
@@ -282,24 +282,25 @@ def describe(run: PreparedRun) -> dict[str, str]:
     config, plan, options, rows = run.config, run.plan, run.options, run.data.samples["train"]
     size, epochs = config.train.global_batch_size, epochs_by_source(run)
     accumulation = math.ceil(size // run.world.size / run.micro_batch_size)
-    trained = "" if plan.trainable == plan.total else f", {count(plan.trainable)} trained"
+    trained = "" if plan.trainable == plan.total else f", {format_count(plan.trainable)} trained"
     mixture = [f"{name} {share:.1%} x {epochs[name]:.2f}" for name, (share, _) in run.data.shares.items()]
-    note = f"a batch of {size} rows is more than the {count(rows)} there are: a step reads each {size / rows:.1f} times"
+    available = format_count(rows)
+    note = f"a batch of {size} rows is more than the {available} there are: a step reads each {size / rows:.1f} times"
     header = {
         "run": config.run_dir,
-        "model": f"{config.model.name if config.model else run.base}: {count(plan.total)} parameters{trained}",
+        "model": f"{config.model.name if config.model else run.base}: {format_count(plan.total)} parameters{trained}",
         "data": run.data.summary,
         "mixture": ", ".join(mixture),
         "device": f"{device_name(run.world.device)}, {run.precision}, {run.world.size} rank(s)",
         "batch": f"{size} = {run.micro_batch_size} micro x {accumulation} accumulated x {run.world.size} rank(s), "
         f"{config.data.seq_len} tokens each",
-        "length": f"{run.max_steps} steps, {count(run.max_steps * run.tokens_per_step)} tokens, "
+        "length": f"{run.max_steps} steps, {format_count(run.max_steps * run.tokens_per_step)} tokens, "
         f"{run.max_steps * size / rows:.2f} epochs",
         "objective": describe_choice(config.objective.name, options["objective"]) if options["objective"] else "",
         "optimizer": describe_choice(config.optimizer.name, options["optimizer"]),
         "peft": describe_choice(config.peft.name, options["peft"]) if config.peft else "",
         "schedule": describe_choice(config.schedule.name, options["schedule"]),
-        "compute": f"{count(plan.flops_per_token)} FLOPs a token, "
+        "compute": f"{format_count(plan.flops_per_token)} FLOPs a token, "
         f"{plan.flops_per_token * run.max_steps * run.tokens_per_step:.1e} in all",
         "eval": describe_evaluation(run),
         "note": f"{note}. Lower train.global_batch_size" if size > rows else "",
