@@ -223,7 +223,7 @@ def test_a_changed_shard_is_noticed(corpus, tmp_path):
     manifest = build_corpus(data, say=print)
     entry = manifest["splits"]["train"]["files"][0]
     (tmp_path / "data" / entry["path"]).write_bytes(b"short")
-    with pytest.raises(UserError, match="not what was built"):
+    with pytest.raises(UserError, match="changed after the build"):
         open_split(tmp_path / "data", [entry], np.dtype(manifest["dtype"]))
 
 

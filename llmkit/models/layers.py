@@ -195,7 +195,7 @@ def yarn_rope(
     beta_slow: float = 1.0,
     attention_factor: float | None = None,
 ) -> tuple[Tensor, float]:
-    """Slow down slow channels, interpolated by number, and sharpen the scores (YaRN, Peng et al. 2023, 2309.00071)."""
+    """Divide low frequencies by `factor` along a ramp, and sharpen the scores (YaRN, Peng et al. 2023, 2309.00071)."""
     pairs = len(frequencies)
 
     def channel(turns: float) -> float:
