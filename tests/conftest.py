@@ -22,7 +22,7 @@ WORDS = "the a one model token reads writes learns small large river of in under
 
 
 def sentences(seed: int, number: int) -> str:
-    """Text with some structure to learn, the same for every run."""
+    """Return text with some structure to learn, the same for every run."""
     draw = random.Random(seed)
     lines = [" ".join(draw.choices(WORDS, k=draw.randint(5, 12))).capitalize() + "." for _ in range(number)]
     return "\n".join(lines) + "\n"
@@ -30,7 +30,7 @@ def sentences(seed: int, number: int) -> str:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """A folder with text/*.txt and a corpus built from it in data/."""
+    """Return a folder with text/*.txt, and a corpus built from it in data/."""
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "text").mkdir()
     for i in range(40):
@@ -41,7 +41,7 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def tiny_config(folder: Path, **sections) -> dict:
-    """A model that trains in a second; sections replace or extend these."""
+    """Return the config of a model that trains in a second; sections replace or extend the defaults."""
     config = {
         "model": {
             "name": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -76,7 +76,7 @@ def llmkit(*arguments: object, cwd: Path, code: int = 0, **environment: str) -> 
 
 
 def randomized(model):
-    """Weights large enough that every part of the model, biases and norms too, moves the logits."""
+    """Set weights large enough that every part of the model, biases and norms too, moves the logits."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
@@ -87,7 +87,7 @@ def randomized(model):
 
 
 def metrics(run: Path) -> list[dict]:
-    """A run's metrics without what clocks and memory say."""
+    """Return a run's metrics without the values that depend on clocks and memory."""
     clocks = {"tokens_per_second", "mfu", "memory_gb", "eta_seconds"}
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]

@@ -38,7 +38,7 @@ def read(path: Path, **options) -> tuple[list[Document], list[BadRecord]]:
 
 
 def warc(kind: str, url: str, block: bytes, media: str = "text/plain", length: int | None = None) -> bytes:
-    """A WARC record, by the book (ISO 28500); `length` lies about the block's size."""
+    """Return a WARC record as ISO 28500 defines it; `length` overrides the size of its block."""
     head = [
         "WARC/1.0", f"WARC-Type: {kind}", f"WARC-Target-URI: {url}", "WARC-Date: 2024-01-01T00:00:00Z",
         "WARC-Record-ID: <urn:uuid:00000000-0000-0000-0000-000000000000>", f"Content-Type: {media}",
@@ -154,7 +154,7 @@ def test_a_page_without_text_costs_no_other(tmp_path, monkeypatch):
 
 
 def test_a_page_that_is_cut_short_is_named(tmp_path):
-    """FastWARC reads on into the next member of the .gz for it, so that one is lost too: but never in silence."""
+    """FastWARC reads into the next member of the .gz, so that page is lost too. Both are reported."""
     pages = (A, page("http://t/", b"<p>short", lie=1000), B, B)
     good, (bad,) = read(write(tmp_path / "a.warc.gz", b"".join(map(gzip.compress, pages))))
     assert good[0].text == "<p>one" and bad.line == 2 and "cut short" in bad.reason
@@ -286,7 +286,7 @@ def test_hidden_empty_and_unknown_members_are_passed_over(tmp_path):
 
 @pytest.fixture
 def stored(tmp_path) -> bytearray:
-    """Three texts in a zip, as they are, to be broken by hand."""
+    """Return the bytes of a zip with three uncompressed texts, which tests damage by hand."""
     members = {f"{name}.txt": f"text {name} ".encode() * 20 for name in "abc"}
     return bytearray(zipped(tmp_path / "stored.zip", members, zipfile.ZIP_STORED).read_bytes())
 
@@ -298,7 +298,7 @@ def damage_is_one_bad_record(path: Path, data: bytes, reason: str) -> None:
 
 
 def headers_of(data: bytes, name: bytes) -> tuple[int, int]:
-    """Where the local and the central header of a member begin."""
+    """Return the offsets of a member's local and central headers."""
     return data.index(name) - 30, data.rindex(name) - 46
 
 
@@ -408,7 +408,7 @@ FILES = {
 
 
 def absolute(path: Path, spans: list) -> list[tuple[int, object]]:
-    """(line from the start of the file, record) of every piece, as a build's report counts."""
+    """Return (line from the start of the file, record) of every piece, as a build's report counts them."""
     before = count_lines_before(path, [span[0] for span in spans if span])
     found = []
     for span in spans:

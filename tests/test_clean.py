@@ -1,4 +1,4 @@
-"""What each step repairs, and above all what it leaves alone."""
+"""Test what each cleaning step repairs, and what it leaves unchanged."""
 
 import json
 import re
@@ -63,7 +63,7 @@ def test_hostile_pages_take_no_time(tag):
 
 @needs_shared
 def test_pages_give_the_text_that_readability_expects():
-    """Word F1 against the article that Mozilla's test pages come with."""
+    """The measure is word F1 against the article that comes with Mozilla's test pages."""
     folder, scores = SHARED / "web" / "readability", []
     for source in sorted(folder.glob("*/source.html")):
         wanted = words_of(visible(source.with_name("expected.html").read_text(encoding="utf-8")))
@@ -79,7 +79,7 @@ def words_of(text: str) -> Counter[str]:
 
 
 def visible(page: str) -> str:
-    """The text of clean HTML, by another parser."""
+    """Return the text of clean HTML according to another parser."""
     pieces = []
     parser = HTMLParser()
     parser.handle_data = pieces.append

@@ -22,7 +22,7 @@ from llmkit.tokenizer.tokenizer import load_tokenizer
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder in which the quickstart's commands ran on a tiny config, as a user would type them."""
+    """Return a folder with texts, pairs and a tiny config, in which the tests run the quickstart's commands."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "text").mkdir()
     for i in range(30):

@@ -1,4 +1,4 @@
-"""What encoders are asked to mend, prompts and answers for them, and whole runs of a BERT and a T5."""
+"""Test encoders' objectives, their prompts and answers, and whole runs of a BERT and a T5."""
 
 import itertools
 import json
@@ -35,18 +35,18 @@ SPANS = {"noise_fraction": 0.15, "mean_span": 3.0}
 
 @pytest.fixture(scope="module")
 def words() -> Tokenizer:
-    """A WordPiece: it has a [MASK]."""
+    """Return a WordPiece tokenizer, which has a [MASK]."""
     return train_tokenizer([TEXT], "wordpiece", vocab_size=300)
 
 
 @pytest.fixture(scope="module")
 def sentinels() -> Tokenizer:
-    """A BPE with 100 sentinels."""
+    """Return a BPE tokenizer with 100 sentinels."""
     return train_tokenizer([TEXT], vocab_size=400, special_tokens=[f"<extra_id_{i}>" for i in range(100)])
 
 
 def table_rows(tokenizer: Tokenizer, rows: int, length: int, seed: int = 0) -> Batch:
-    """Rows of plain tokens; labels that no objective of an encoder keeps."""
+    """Return rows of plain tokens, with labels that no objective of an encoder keeps."""
     plain = sorted(set(range(len(tokenizer))) - set(tokenizer.specials.values()))
     ids = np.random.default_rng(seed).choice(plain, (rows, length))
     return Batch(ids, np.zeros_like(ids))
@@ -124,7 +124,7 @@ def test_packed_rows_keep_their_documents(words):
 
 @pytest.fixture(params=["masking", "span_corruption"])
 def corruption(request, words, sentinels):
-    """(tokenizer, seed -> what corrupts)."""
+    """Return (tokenizer, function: seed -> corruption)."""
     if request.param == "masking":
         return words, lambda seed: masking(words, seed, **SHARES)
     return sentinels, lambda seed: span_corruption(sentinels, seed, **SPANS)
@@ -172,7 +172,7 @@ def test_ranks_together_corrupt_the_global_batch(corruption):
 
 
 def corrupted_rows(inputs: list[int], labels: list[int], sentinels: list[int], eos: int) -> list[int]:
-    """The row that was corrupted: each sentinel replaced by what the labels say stood there."""
+    """Restore the row that was corrupted: replace each sentinel by the span in the labels."""
     assert inputs[-1] == labels[-1] == eos
     spans: dict[int, list[int]] = {}
     for token in labels[:-1]:
@@ -213,7 +213,7 @@ def test_spans_are_as_long_as_asked_on_average_and_of_all_lengths(sentinels):
 
 
 def split_at(row: list[int], marks: set[int]) -> list[list[int]]:
-    """What stands after each mark."""
+    """Return the tokens after each mark."""
     spans: list[list[int]] = []
     for token in row:
         spans.append([]) if token in marks else spans[-1].append(token)
@@ -253,7 +253,7 @@ CHAT = [{"role": "user", "content": "the one"}, {"role": "assistant", "content":
 
 
 def encoded(tokenizer, folder: Path, records: list[dict], **options) -> tuple[dict, dict[str, Batch]]:
-    """The report of records that are encoded as pairs, and all rows of each split."""
+    """Return the report of records that are encoded as pairs, and all rows of each split."""
     for name, lines in (("train", records), ("val", [{"prompt": "the ", "completion": "loss"}])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     files = {"path": str(folder / "train.jsonl"), "val_path": str(folder / "val.jsonl")}
@@ -267,7 +267,7 @@ def encoded(tokenizer, folder: Path, records: list[dict], **options) -> tuple[di
 
 
 def describe_choice(tokenizer, batch: Batch) -> list[tuple[str, str]]:
-    """Each row's prompt and answer, without the padding."""
+    """Return each row's prompt and answer, without the padding."""
     return [(tokenizer.decode(ids[seen == 0]), tokenizer.decode(labels[labels != IGNORE_INDEX]))
             for ids, seen, labels in zip(batch.input_ids, batch.segments, batch.labels, strict=True)]  # fmt: skip
 
@@ -332,7 +332,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "m
 
 
 def config_of(folder: Path, name: str, **sections) -> dict:
-    """A tiny run of an encoder, on the corpus in FOLDER/text."""
+    """Write the config of a tiny run of an encoder, on the corpus in FOLDER/text."""
     data = {"dir": str(folder / name), "tokenizer": NAMES[name]} | sections.pop("data", {})
     untied = {"tie_word_embeddings": False} if name == "t5" else {}  # as in its version 1.1
     config = tiny_config(folder, data=data, **sections)
@@ -343,7 +343,7 @@ def config_of(folder: Path, name: str, **sections) -> dict:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with runs/bert and runs/t5, which the command line trained."""
+    """Return a folder with runs/bert and runs/t5, trained through the command line."""
     folder = tmp_path_factory.mktemp("encoders")
     (folder / "text").mkdir()
     for i in range(40):
@@ -364,7 +364,7 @@ def exit_code(*arguments: object, cwd: Path) -> int:
 
 @pytest.fixture
 def command(trained, capsys):
-    """Run the command line in the folder of the runs: what it printed, as JSON; or its error."""
+    """Run the command line in the folder of the runs. Return its JSON, or its error."""
 
     def run(*arguments: object, code: int = 0, cwd: Path = trained):
         capsys.readouterr()
@@ -420,7 +420,7 @@ ANSWERS = {"the model ": "river", "the loss ": "small"}
 
 @pytest.fixture(scope="module")
 def tuned(trained) -> Path:
-    """The T5, fine-tuned to answer, exported."""
+    """Return the exported T5 that was fine-tuned to answer."""
     records = [{"prompt": prompt, "completion": answer} for prompt, answer in ANSWERS.items()] * 40
     (trained / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     options = [

@@ -346,7 +346,7 @@ WORDS_FOR = {"one": ["model", "token"], "river": ["small", "large", "of"], "code
 
 
 def encoded(tokenizer, folder, texts: list[tuple[str, str]], **options) -> tuple[dict, list[Batch]]:
-    """The report of prompts and completions, encoded in rows of 17 tokens, and each row of the train split."""
+    """Return the report of prompts and completions in rows of 17 tokens, and each row of the train split."""
     lines = [json.dumps({"prompt": prompt, "completion": completion}) + "\n" for prompt, completion in texts]
     (folder / "train.jsonl").write_text("".join(lines))
     (folder / "val.jsonl").write_text(json.dumps({"prompt": "the ", "completion": "loss"}))
@@ -360,7 +360,7 @@ def table_rows(report: dict, split: str) -> list[Batch]:
 
 
 def answers(tokenizer, rows: list[Batch]) -> list[str]:
-    """What the targets of each row say."""
+    """Return the text of each row's targets."""
     return [tokenizer.decode(row.labels[row.labels != IGNORE_INDEX]) for row in rows]
 
 

@@ -1,4 +1,4 @@
-"""What the docstrings show is what happens."""
+"""Run the examples in the docstrings."""
 
 import doctest
 import importlib

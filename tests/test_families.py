@@ -101,20 +101,20 @@ def made(config) -> torch.nn.Module:
 
 
 def decoder_ids(model) -> dict[str, torch.Tensor]:
-    """What a forward needs beside input_ids."""
+    """Return the arguments of a forward pass besides input_ids."""
     seq2seq = getattr(model.config, "kind", None) == "seq2seq" or getattr(model.config, "is_encoder_decoder", False)
     return {"decoder_input_ids": tokens(length=11, seed=3)} if seq2seq else {}
 
 
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
-    """Of the texts, by a model of ours or of transformers."""
+    """Return the logits of the texts, by our model or by transformers'."""
     out = model(tokens(), **decoder_ids(model))
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
 def opened_by_transformers(path) -> torch.nn.Module:
-    """A folder as transformers opens it, which must find every weight of the model."""
+    """Open a folder with transformers, which must find every weight of the model."""
     architecture = transformers.AutoConfig.from_pretrained(path).architectures[0]
     model, info = getattr(transformers, architecture).from_pretrained(path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -280,7 +280,7 @@ def test_losses_equal_transformers(name, tmp_path):
 
 
 def write_config(path, **fields) -> None:
-    """A config.json with these fields; None as a value is written as null."""
+    """Write a config.json with these fields; None is written as null."""
     (path / "config.json").write_text(json.dumps(fields))
 
 
@@ -362,7 +362,7 @@ WINDOWS = {
 
 
 def windows_of(theirs) -> list[int | None]:
-    """The window of each layer, as transformers' models read their config."""
+    """Return the window of each layer, as transformers' models read their config."""
     return [theirs.sliding_window if kind == SLIDING else None for kind in theirs.layer_types]
 
 
@@ -438,7 +438,7 @@ NOT_THEIRS_IN = {"t5": {"max_position_embeddings", "initializer_range", "decoder
 
 
 def differing(ours, theirs) -> dict[str, tuple]:
-    """What a config.json means to us and to transformers, where that differs."""
+    """Return the values of a config.json that we and transformers read differently."""
     family = ours.model_type
     names = {name: THEIR_NAMES.get(family, {}).get(name, name) for name in asdict(ours)}
     skipped = NOT_THEIRS | NOT_THEIRS_IN.get(family, set())
@@ -479,7 +479,7 @@ def test_an_absent_field_means_what_transformers_means(family, field, tmp_path):
 
 
 def refused(path, *words: str) -> None:
-    """Reading the folder's config raises a UserError of the right code, which says all of `words`."""
+    """Assert that reading the folder's config raises a UserError with the right code that contains all `words`."""
     with pytest.raises(UserError) as caught:
         folder.read_config(path)
     assert caught.value.code == MODEL
@@ -617,7 +617,7 @@ def test_a_tied_head_that_files_repeat_is_passed_over(name, tmp_path):
 
 @pytest.fixture(params=["mixtral", "mixtral_window"])
 def experts(request, tmp_path) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The same mixtral, ours and transformers'."""
+    """Return the same Mixtral twice, ours and transformers'."""
     ours = made(OURS[request.param])
     folder.save_model(ours, tmp_path)
     return ours, opened_by_transformers(tmp_path)
@@ -671,7 +671,7 @@ def test_experts_that_no_token_takes_have_no_gradient_and_do_no_harm():
 
 
 def test_experts_compile_in_bf16_and_run_eager_otherwise():
-    """As `train.compile: auto` does; the compiler's own back end is not needed to see that it can be traced."""
+    """`train.compile: auto` does the same. Tracing is enough, so no compiler back end is needed."""
     model = made(OURS["mixtral"])
     mlp, x = model.blocks[0].mlp, torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", torch.bfloat16):
@@ -733,7 +733,7 @@ def test_parameter_counts_are_the_published_ones_and_transformers(name, tmp_path
 
 @each_config
 def test_planned_flops_and_parts_are_those_of_the_model(config):
-    """torch counts what windows spare, and no products of experts."""
+    """torch's counter includes what windows save, and no products of experts."""
     model, target = build_model(config), {}
     lengths, labels = Lengths(LENGTH), tokens(1)
     if config.kind == "seq2seq":
@@ -755,7 +755,7 @@ def test_planned_flops_and_parts_are_those_of_the_model(config):
 
 @torch.no_grad()
 def changed_by(model, t: int) -> torch.Tensor:
-    """How much another token at place t changes the logits at each place, (T,)."""
+    """Return how much another token at place t changes the logits at each place, (T,)."""
     ids, other = tokens(), tokens()
     other[:, t] = (other[:, t] + 1) % 61
     return (model(ids) - model(other)).abs().amax((0, 2))

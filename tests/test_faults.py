@@ -1,4 +1,4 @@
-"""What goes wrong around a data build: kills, full disks, bad sources, damaged outputs, workers that die."""
+"""Test faults around a data build: kills, full disks, bad sources, damaged outputs, workers that die."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ if __name__ == "__main__":
 
 
 def place(folder: Path, files: int = 24, **changes) -> Path:
-    """A folder of texts and a config of it, whose file is returned."""
+    """Return the config file of a folder of texts."""
     (folder / "text").mkdir(parents=True)
     for i in range(files):
         (folder / "text" / f"{i:02d}.txt").write_text(sentences(i, 120))
@@ -72,7 +72,7 @@ def command(folder: Path, *arguments: object, space: str = "") -> list[str]:
 
 
 def one_block(err: str) -> bool:
-    """Whether what stands on standard error is a single error, without a traceback or a confession."""
+    """Return whether standard error holds a single error block, without a traceback or a bug report."""
     lines = [line for line in err.splitlines() if line.strip()]
     starts = [line for line in lines if line.startswith("error: ")]
     rows = all(line.startswith("  ") for line in lines[1:])
@@ -80,7 +80,7 @@ def one_block(err: str) -> bool:
 
 
 def run_main(capsys, *arguments: object, code: int) -> str:
-    """The command line in this process; what it wrote on standard error is one block where it fails."""
+    """Run the command line in this process. If it fails, standard error must hold one block."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main([str(argument) for argument in arguments])
@@ -95,7 +95,7 @@ def run_main(capsys, *arguments: object, code: int) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
-    """A folder with a config and its build, in many units."""
+    """Return a folder with a config and its build, in many units."""
     folder = tmp_path_factory.mktemp("undisturbed")
     config = place(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -106,7 +106,7 @@ def undisturbed(tmp_path_factory) -> Path:
 
 
 def copy_of(folder: Path, to: Path, **changes) -> Path:
-    """The config of a folder for a build of the same text elsewhere."""
+    """Write the config of a build of the same text in another folder."""
     values = yaml.safe_load((folder / "c.yaml").read_text())
     values["data"] |= {"dir": str(to / "data"), **changes}
     to.mkdir(exist_ok=True)
@@ -216,7 +216,7 @@ def test_ctrl_c_stops_a_build_which_goes_on_afterwards(undisturbed, tmp_path):
 
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Path]:
-    """A disk of 2 MiB."""
+    """Mount a disk of 2 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
@@ -227,7 +227,7 @@ def disk(tmp_path) -> Iterator[Path]:
 
 
 def leave_free(disk: Path, kilobytes: int) -> Path:
-    """Fill a disk but for so much; returns the file that takes the room."""
+    """Fill a disk except for this many kilobytes. Return the file that takes the space."""
     file = disk / "filler"
     file.write_bytes(b"\0" * (shutil.disk_usage(disk).free - 1024 * kilobytes))
     return file
@@ -354,7 +354,7 @@ ODD_LINES = {
 
 
 def build_lines(folder: Path, line: bytes) -> tuple[dict, list[dict], str]:
-    """The counts, the quarantine and all text of a build of ten good lines around another."""
+    """Return the counts, the quarantine and all text of a build of ten good lines around another."""
     good = [json.dumps({"text": sentences(i, 10)}).encode() for i in range(10)]
     (folder / "a.jsonl").write_bytes(b"\n".join([*good[:5], line, *good[5:]]))
     values = tiny_config(folder)["data"] | {"sources": [{"name": "s", "path": str(folder / "a.jsonl")}]}
@@ -486,7 +486,7 @@ def test_too_few_tokens_for_a_sample_are_one_error(tmp_path, capsys):
 
 @pytest.fixture
 def built(tmp_path) -> Path:
-    """The config of a build, which names no sources any more."""
+    """Return a config that names a finished build, but no sources."""
     config = place(tmp_path, files=12)
     build_corpus(section(config), **quiet)
     values = yaml.safe_load(config.read_text())
@@ -496,7 +496,7 @@ def built(tmp_path) -> Path:
 
 
 def flip(path: Path, at: float = 0.5) -> None:
-    """One bit of a file, and nothing else, is another."""
+    """Flip one bit of a file."""
     content = bytearray(path.read_bytes())
     content[int(at * len(content))] ^= 1
     path.write_bytes(content)

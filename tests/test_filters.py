@@ -12,7 +12,7 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 def first_reason(text: str, profile: str, overrides: dict | None = None) -> str | None:
-    """Why a text would be dropped."""
+    """Return the rule that would drop a text."""
     bounds = profile_limits(profile, overrides or {})
     for (rule, limits), value in zip(bounds.items(), measure(TextFeatures(text), bounds), strict=True):
         if is_outside(value, limits):

@@ -27,7 +27,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def imported_rooms(path: Path) -> set[str]:
-    """The rooms of llmkit that a file imports, wherever in it."""
+    """Return the rooms of llmkit that a file imports, at any place in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llmkit"):

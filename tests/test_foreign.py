@@ -22,7 +22,7 @@ from llmkit.tokenizer.train import CHAT_END, CHAT_START, EOS, train_tokenizer
 
 
 def prose(seed: int, letters: str, space: str = " ") -> str:
-    """Lines in a language of its own: words of the letters, some of them frequent."""
+    """Return lines in an invented language: words of the letters, some of them frequent."""
     draw = random.Random(seed)
     words = ["".join(draw.choices(letters, k=draw.randint(1, 7))) for _ in range(150)]
     weights = [1 / (i + 1) for i in range(150)]
@@ -47,7 +47,7 @@ HARD = [
 
 
 def chance(seed: int, number: int) -> list[str]:
-    """Short texts of what stands in LINES and HARD, in any order, with many spaces."""
+    """Return short random texts of pieces from LINES and HARD, with many spaces."""
     draw = random.Random(seed)
     letters = [letter for letter in "".join(HARD) if not unicodedata.combining(letter)]
     parts = [*letters, *" \n.,'aeAE019" * 12, *" ".join(LINES[::40]).split(" ")]
@@ -61,7 +61,7 @@ TEXTS = [*HARD, *LINES[::9], *chance(1, 250)]
 
 
 def trained(lines: list[str] = LINES, **options) -> bytes:
-    """A model that the sentencepiece package makes of the lines."""
+    """Train a model on the lines with the sentencepiece package, and return its file."""
     sentencepiece = pytest.importorskip("sentencepiece")
     pytest.importorskip("google.protobuf")
     file = io.BytesIO()
@@ -345,7 +345,7 @@ def test_a_begin_token_that_the_config_turns_off_is_not_added(tmp_path):
 
 
 def vocab_and_merges(one: Tokenizer, folder: Path, names=("vocab.json", "merges.txt"), **config) -> Path:
-    """The files that GPT-2's tokenizer has, of a byte-level BPE."""
+    """Write a byte-level BPE as the two files of GPT-2's tokenizer."""
     model = json.loads(one.rust.to_str())["model"]
     folder.mkdir(exist_ok=True)
     (folder / names[0]).write_text(json.dumps(model["vocab"]), encoding="utf-8")
@@ -363,7 +363,7 @@ def bpe() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def digits() -> Tokenizer:
-    """One that cuts as Qwen2's."""
+    """Return a tokenizer that splits text as Qwen2's."""
     return train_tokenizer([*LANGUAGES, SIGNS], vocab_size=600, pattern="qwen2")
 
 
@@ -493,7 +493,7 @@ def test_a_nonsense_table_of_added_tokens_is_refused(bpe, decoder, tmp_path):
 
 
 def refused(path: Path, *words: str, code: int = MODEL) -> None:
-    """Loading raises a UserError of the right code, which says all of `words`."""
+    """Assert that loading raises a UserError with the right code that contains all `words`."""
     with pytest.raises(UserError) as caught:
         load_tokenizer(path)
     assert caught.value.code == code

@@ -55,7 +55,7 @@ def test_probabilities_by_hand(options, expected):
 
 
 def probabilities(**options) -> torch.Tensor:
-    """Of the four tokens, in their own order."""
+    """Return the probabilities of the four tokens, in the order of their ids."""
     tokens, probs = logits_to_probs(LOGITS[None], Sampling(**NEUTRAL | options))
     return torch.zeros(4).scatter(0, tokens[0], probs[0])
 
@@ -98,12 +98,12 @@ def test_every_step_of_sampling_is_transformers(options):
 
 
 def draws(logits: torch.Tensor) -> list[int]:
-    """A token of each row, every one with a seed of its own."""
+    """Draw a token for each row, each with its own seed."""
     return sample(logits, Sampling(**NEUTRAL), [torch.Generator().manual_seed(row) for row in range(len(logits))])
 
 
 def test_a_draw_does_not_hang_on_the_order_of_tokens_that_are_as_good_as_equal():
-    """A batch rounds otherwise than a row alone, by a millionth or so."""
+    """A batch and a single row round differently, by about a millionth."""
     noise = torch.tensor([1e-7, -1e-7, 0.0, 0.0])
     one, other = (draws((torch.zeros(4) + sign * noise).expand(200, -1)) for sign in (1, -1))
     assert one == other
@@ -173,7 +173,7 @@ WRITTEN = tokens(seed=3)  # (2, 24)
 
 
 def cache_for(model, capacity: int = 32, **more) -> KVCache:
-    """An empty cache; an encoder has read its texts."""
+    """Return an empty cache. With an encoder, it holds the encoded texts."""
     config = model.config
     cache = KVCache(config.windows, 2, config.num_key_value_heads, capacity, config.head_dim, **more)
     if config.kind == "seq2seq":
@@ -182,7 +182,7 @@ def cache_for(model, capacity: int = 32, **more) -> KVCache:
 
 
 def uncached(model) -> torch.Tensor:
-    """Logits (2, 24, V) of all that is written, in one forward."""
+    """Return the logits (2, 24, V) of all tokens, from one forward pass."""
     return model(WRITTEN) if model.config.kind == "causal" else model(tokens(), decoder_input_ids=WRITTEN)
 
 
@@ -217,7 +217,7 @@ def test_a_layer_with_a_window_keeps_no_more_than_the_window():
 
 
 def speaking(config) -> torch.nn.Module:
-    """A model that does not say the same token for ever."""
+    """Return a model that does not repeat one token forever."""
     model = build_model(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -336,7 +336,7 @@ EVERYDAY = "the a one model token reads the river, it's a model"
 
 @pytest.fixture(scope="module", params=["bpe", "unigram", "char"])
 def tokenizer(request) -> Tokenizer:
-    """Few tokens beside the bytes: most characters of TEXT are several tokens."""
+    """Return a tokenizer with few tokens besides the bytes: most characters of TEXT are several tokens."""
     return train_tokenizer([EVERYDAY] * 50, request.param, vocab_size=300)
 
 

@@ -46,7 +46,7 @@ def bpe() -> Tokenizer:
 
 
 def failed(capsys, *arguments: object, code: int = MODEL) -> str:
-    """What the command line says when it fails: one block, and no traceback."""
+    """Return the error of a command that fails, which must be one block without a traceback."""
     with pytest.raises(SystemExit) as ended:
         cli.main([str(argument) for argument in arguments])
     said = capsys.readouterr()
@@ -56,7 +56,7 @@ def failed(capsys, *arguments: object, code: int = MODEL) -> str:
 
 
 def run_here(capsys, *arguments: object) -> dict:
-    """What a command prints with --json."""
+    """Return the JSON that a command prints."""
     with pytest.raises(SystemExit) as ended:
         cli.main([*map(str, arguments), "--json"])
     said = capsys.readouterr()
@@ -96,7 +96,7 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 def randomized(name: str, seed: int = 0, families: dict = FAMILIES) -> torch.nn.Module:
-    """Weights with which every part of a model counts, and no text is the same word again and again."""
+    """Set weights for which every part of a model matters, and texts do not repeat one word."""
     family, options = families[name]
     model = build_model(CONFIGS[family](**SIZES | options), seed=0).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -109,7 +109,7 @@ def randomized(name: str, seed: int = 0, families: dict = FAMILIES) -> torch.nn.
 
 
 def ours_of(model: torch.nn.Module, ids: list[int]) -> tuple[list[int], torch.Tensor]:
-    """The 50 likeliest tokens, and the logits of all that was read and written."""
+    """Return 50 greedy tokens, and the logits of all tokens that were read and written."""
     written = list(stream(model, ids, max_new_tokens=50, sampling=Sampling(temperature=0)))
     with torch.no_grad():
         return written, model(torch.tensor([ids + written]))[0]
@@ -117,7 +117,7 @@ def ours_of(model: torch.nn.Module, ids: list[int]) -> tuple[list[int], torch.Te
 
 @pytest.fixture(scope="module")
 def saved(bpe, tmp_path_factory) -> Path:
-    """A model's folder."""
+    """Return the folder of a saved model."""
     path = tmp_path_factory.mktemp("saved")
     folder.save_model(randomized("llama"), path, eos_token_ids=[bpe.eos_id])
     bpe.save(path)
@@ -148,7 +148,7 @@ class LlamaCpp:
 
 
 def clear(name: str, ids: list[int]) -> tuple[torch.nn.Module, list[int], torch.Tensor]:
-    """A model of which each of 50 tokens is the likeliest by far, so that rounding can't change it."""
+    """Return a model, the 50 tokens that it writes greedily by clear margins, and their logits."""
     for seed in range(30):
         model = randomized(name, seed)
         written, logits = ours_of(model, ids)
@@ -172,7 +172,7 @@ def test_llama_cpp_writes_what_we_write(name, bpe, tmp_path):
 
 
 def rounding(model: torch.nn.Module, logits: torch.Tensor) -> float:
-    """How far fp32 may be off: llama.cpp looks GELU up in a table of fp16."""
+    """Return the tolerance in fp32: llama.cpp looks GELU up in a table of fp16."""
     return float(logits.std()) * (1e-2 if "gelu" in getattr(model.config, "hidden_act", "gelu") else 1e-3)
 
 
@@ -220,7 +220,7 @@ def test_what_llama_cpp_does_not_load_is_refused(name, bpe, tmp_path):
 
 
 def same_ids(tokenizer: Tokenizer, path: Path, texts: list[str]) -> None:
-    """llama.cpp encodes the texts as we do."""
+    """Assert that llama.cpp encodes the texts as we do."""
     options = GROUPED | {"vocab_size": len(tokenizer) + 5, "num_hidden_layers": 1}
     write_gguf(build_model(CONFIGS["llama"](**SIZES | options)), tokenizer, path, "fp32")
     theirs = LlamaCpp(path, vocab_only=True, logits_all=False)
@@ -237,7 +237,7 @@ def test_byte_level_tokenizers_give_the_same_ids(pattern, tmp_path):
 
 
 def sentencepiece_bpe(**options) -> bytes:
-    """A model like Llama 2's."""
+    """Train a tokenizer like Llama 2's."""
     sentencepiece = pytest.importorskip("sentencepiece")
     pytest.importorskip("google.protobuf")
     file, lines = io.BytesIO(), [*TEXT.splitlines(), "< / > & ? ; 0123456789"]
@@ -427,7 +427,7 @@ def test_what_a_tokenizer_does_not_have_is_not_in_the_file(bpe, tmp_path):
 
 
 def refused(model, tokenizer, out: Path, *words: str) -> None:
-    """Nothing is written, and a UserError says all of `words`."""
+    """Assert that nothing is written and that a UserError contains all `words`."""
     with pytest.raises(UserError) as caught:
         write_gguf(model, tokenizer, out / "m.gguf", "fp32")
     assert caught.value.code == MODEL and all(word in str(caught.value) for word in words), str(caught.value)
@@ -500,7 +500,7 @@ FIRST, SECOND = b"", struct.pack("<Ii", 0x616B3432, 1)  # what the two formats b
 
 
 def neighbours(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows in llama2.c's order: there channels 2i and 2i + 1 of a head turn together, here i and i + D/2."""
+    """Return rows in llama2.c's order, which rotates channels 2i and 2i + 1 of a head together, not i and i + D/2."""
     rows = [head + half + i for head in range(0, len(weight), head_dim)
             for i in range(head_dim // 2) for half in (0, head_dim // 2)]  # fmt: skip
     return weight[rows]
@@ -518,7 +518,7 @@ def header(config, *, tied: bool, first: bool, **changes: int) -> bytes:
 
 
 def llama2c_file(model: torch.nn.Module, *, first: bool) -> bytes:
-    """A checkpoint as llama2.c's export.py writes it."""
+    """Write a checkpoint as llama2.c's export.py does."""
     config, weights = model.config, model.state_dict()
     layers = [{key.split(f"layers.{i}.")[1].removesuffix(".weight"): tensor for key, tensor in weights.items()
                if f"layers.{i}." in key} for i in range(config.num_hidden_layers)]  # fmt: skip
@@ -541,7 +541,7 @@ def llama2c_file(model: torch.nn.Module, *, first: bool) -> bytes:
 
 
 def llama2c_tokenizer(size: int) -> bytes:
-    """A tokenizer.bin: control tokens, the bytes, letters, and pieces that are two earlier ones joined."""
+    """Write a tokenizer.bin: control tokens, the bytes, letters, and pieces that join two earlier ones."""
     pieces = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{byte:02X}>" for byte in range(256))]
     joined = ["th", " th", " the", "in", "er", "re", " a", " r"]
     letters = [letter for letter in dict.fromkeys(" " + "".join(joined) + TEXT) if letter.isascii() and letter != "\n"]

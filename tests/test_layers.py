@@ -21,7 +21,7 @@ def equal(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def case(ignored: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """hidden (2, 5, 8), weight (13, 8), labels (2, 5); 10 tokens, so that chunks of 3 and 4 leave a rest."""
+    """Return hidden (2, 5, 8), weight (13, 8), labels (2, 5): 10 tokens, so that chunks of 3 and 4 have a remainder."""
     labels = torch.randint(13, (2, 5), generator=torch.Generator().manual_seed(1))
     if ignored:
         labels[0, 1] = labels[1, 3:] = IGNORE_INDEX
@@ -34,7 +34,7 @@ def plain(hidden, weight, labels, reduction: str) -> torch.Tensor:
 
 
 def unequal(losses: torch.Tensor) -> torch.Tensor:
-    """A scalar in which every loss has its own weight, one of them 0 and one negative."""
+    """Return a weighted sum of the losses; one weight is 0 and one is negative."""
     return (losses * torch.linspace(-0.5, 2.0, losses.numel()).view(losses.shape)).sum() * 3.0
 
 
@@ -105,7 +105,7 @@ def qkv(length: int, kv_heads: int, heads: int = 4, channels: int = 8) -> list[t
 
 
 def segments_mask(length: int) -> torch.Tensor:
-    """Three documents in one row, two in the other: (B, 1, T, T), True where a query may see a key."""
+    """Return (B, 1, T, T), True where a query may see a key: three documents in one row, two in the other."""
     at = torch.arange(length)
     segments = torch.stack([at * 3 // length, (at > 5).long()])
     return torch.ones(length, length).tril().bool() & (segments[:, None, :, None] == segments[:, None, None, :])

@@ -56,7 +56,7 @@ def options_of(**options) -> lora.Options:
 
 
 def adapted_of(name: str, **options) -> torch.nn.Module:
-    """A base with an adapter that has learnt something: B is no longer zero."""
+    """Return a base with a trained adapter: B is not zero."""
     model = base_of(name)
     lora.apply(model, options_of(**options))
     randomize((p for p in model.parameters() if p.requires_grad), seed=5)
@@ -65,7 +65,7 @@ def adapted_of(name: str, **options) -> torch.nn.Module:
 
 @pytest.fixture
 def base_folder(tmp_path):
-    """Save the base of a name; its folder."""
+    """Save the base with this name and return its folder."""
 
     def save(name: str):
         folder.save_model(base_of(name), tmp_path / "base")
@@ -92,7 +92,7 @@ def test_peft_opens_our_adapter_with_equal_logits(name, rslora, targets, base_fo
 
 
 def peft_adapter(base, out, name: str, rslora: bool = False, targets: list[str] | None = None, **more):
-    """An adapter as peft makes it, with a random B; the model that it sits on."""
+    """Return an adapter that peft made, with a random B, and its model."""
     everything = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": ["q_proj", "o_proj", "gate_proj", "down_proj"]}[name]
     config = peft.LoraConfig(
         r=4, lora_alpha=12, target_modules=targets or everything, use_rslora=rslora, fan_in_fan_out=name == "gpt2",
@@ -356,7 +356,7 @@ def tokenizer():
 
 @pytest.fixture(params=CONFIGS)
 def trained(request, tokenizer, tmp_path):
-    """A base and an adapter on it, as training leaves them: (adapter's folder, the adapted model)."""
+    """Return a base and an adapter as training leaves them: (adapter's folder, the adapted model)."""
     config = type(CONFIGS[request.param])(**vars(CONFIGS[request.param]) | {"vocab_size": len(tokenizer)})
     model = build_model(config).eval()
     randomize(model.parameters())

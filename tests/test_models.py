@@ -236,7 +236,7 @@ def saved(tmp_path):
 
 
 def refused(path, *words: str) -> None:
-    """Loading raises a UserError of the right code, which says all of `words`."""
+    """Assert that loading raises a UserError with the right code that contains all `words`."""
     with pytest.raises(UserError) as caught:
         folder.load_model(path)
     assert caught.value.code == MODEL

@@ -117,7 +117,7 @@ def test_adamw_is_the_papers_step():
 
 
 def state_of(optimizers: list, model: nn.Module) -> list[torch.Tensor]:
-    """Weights and optimizer state, copied."""
+    """Return copies of the weights and the optimizer state."""
     states = [v for one in optimizers for state in one.state.values() for v in state.values()]
     return [tensor.detach().clone() for tensor in (*model.parameters(), *states)]
 

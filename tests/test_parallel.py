@@ -1,4 +1,4 @@
-"""What the machine decides: the precision that "auto" means, and what `deterministic` asks of it."""
+"""Test what the machine decides: the precision of "auto", and `deterministic`."""
 
 import pytest
 import torch

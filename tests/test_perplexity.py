@@ -23,7 +23,7 @@ LENGTHS = [2, 8, 9, 17, 18, 50]
 
 @pytest.fixture(scope="module")
 def model():
-    """A model whose losses differ from token to token."""
+    """Return a model whose losses differ from token to token."""
     made = build_model(CONFIG)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_later_windows_give_every_target_at_least_the_overlap_as_context(window,
 
 
 def sliding_window(theirs, tokens: np.ndarray, max_length: int, stride: int) -> tuple[float, int]:
-    """Hugging Face's loop ("Perplexity of fixed-length models"), each window's mean weighted by its scored tokens."""
+    """Compute Hugging Face's loop ("Perplexity of fixed-length models"): window means, weighted by scored tokens."""
     ids = torch.from_numpy(tokens.astype(np.int64))[None]
     length, nats, scored, before = ids.shape[1], 0.0, 0, 0
     for begin in range(0, length, stride):

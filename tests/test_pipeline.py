@@ -46,7 +46,7 @@ GERMAN = "Die Katze sitzt auf der Matte und schaut aus dem Fenster in den Garten
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> dict:
-    """One for all builds, which no change of the documents changes: data.tokenizer."""
+    """Return one data.tokenizer for all builds, which does not depend on the documents."""
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer([sentences(i, 50) for i in range(5)], vocab_size=300).save(folder)
     return {"path": str(folder)}
@@ -57,12 +57,12 @@ def texts(number: int, first: int = 0, lines: int = 15) -> list[str]:
 
 
 def prose(seed: int, words: int) -> str:
-    """One line of nothing but its own words, so that no two share an n-gram."""
+    """Return one line of its own words, so that no two lines share an n-gram."""
     return " ".join(f"{random.Random(seed * 1000 + i).choice(WORDS)}{seed}x{i}" for i in range(words))
 
 
 def source(folder: Path, name: str, written: list[str], **keys) -> dict:
-    """A source of one .jsonl file; its documents' ids are NAME/NAME.jsonl:LINE."""
+    """Write a source of one .jsonl file; its documents' ids are NAME/NAME.jsonl:LINE."""
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in written))
     return {"name": name, "path": str(path), **keys}
@@ -74,7 +74,7 @@ def corpus_of(folder: Path, tokenizer: dict, sources: list[dict], **changes) -> 
 
 
 def split_texts(folder: Path) -> dict[str, list[str]]:
-    """The documents that the shards of a build hold, by split."""
+    """Return the documents in the shards of a build, by split."""
     manifest, tokenizer = read_manifest(folder), load_tokenizer(folder / "tokenizer")
     found = {}
     for split, part in manifest["splits"].items():
@@ -88,7 +88,7 @@ def all_texts(folder: Path) -> list[str]:
 
 
 def stamps(folder: Path, *globs: str) -> dict[str, tuple[int, int]]:
-    """Which files are there, and what changes when one is written again."""
+    """Return the files, with values that change when a file is written again."""
     found = sorted(path for glob in globs for path in folder.glob(glob))
     return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.stat().st_ino) for path in found}
 
@@ -102,13 +102,13 @@ def shards(data: CorpusData) -> dict[str, tuple[int, int]]:
 
 
 def story(data: CorpusData, id: str) -> tuple[str, str | None]:
-    """What became of a document, and why."""
+    """Return the fate of a document and the reason."""
     found = explain_document(data, id)
     return found["fate"], found.get("why")
 
 
 def run_main(capsys, *arguments: object, code: int = 0) -> tuple[str, str]:
-    """The command line in this process: what it printed."""
+    """Return the output of the command line, run in this process."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main([str(argument) for argument in arguments])
@@ -235,7 +235,7 @@ def test_a_word_list_or_evaluation_file_that_changes_counts_at_once(tmp_path, to
 
 @pytest.fixture(scope="module")
 def dropping(tmp_path_factory, tokenizer) -> CorpusData:
-    """Two sources, in which each reason to drop is met by one document."""
+    """Return two sources in which one document meets each reason to drop."""
     folder = tmp_path_factory.mktemp("dropping")
     (folder / "words").write_text("# a comment\nquagga\nthe dodo\n")
     leak = sentences(500, 4).replace("\n", " ")
@@ -332,7 +332,7 @@ def test_a_rule_that_is_turned_off_or_says_nothing_drops_nothing(tmp_path, token
 
 
 def families(number: int) -> list[list[str]]:
-    """Clusters of a text, itself longer, itself shorter, and itself again."""
+    """Return clusters of a text, a longer version, a shorter version and a copy."""
     made = []
     for text in texts(number, 200, lines=40):
         lines = text.splitlines()
@@ -414,7 +414,7 @@ def test_the_seed_chooses_another_val_split(tmp_path, tokenizer):
 
 
 def decontaminated(folder: Path, tokenizer: dict, written: list[str], question: str, **options) -> dict:
-    """The counts of a build beside an evaluation file with this question."""
+    """Return the counts of a build with an evaluation file that holds this question."""
     (folder / "evals.jsonl").write_text(json.dumps({"question": question, "n": 1, "choices": ["no", {"more": "yes"}]}))
     section = {"files": [str(folder / "evals.jsonl")], **options}
     data = corpus_of(folder, tokenizer, [source(folder, "s", written)], decontaminate=section)
@@ -496,7 +496,7 @@ def test_a_paragraph_of_a_dropped_document_counts_for_nothing(tmp_path, tokenize
 
 
 def pages(number: int) -> list[str]:
-    """Pages with a line that all share, one that all but one share, and three that look like code or a menu."""
+    """Return pages with a line that all share, one that all but one share, and three that look like code or a menu."""
     shared = ["Sign in to read more", "    return the_result of it", "Menu here", "Subscribenowandforever"]
     return [
         "\n".join([sentences(i, 10), *shared, "Only some pages say this" if i else "This page does not"])
@@ -613,7 +613,7 @@ def test_a_source_may_have_any_name_that_the_schema_allows(tmp_path, tokenizer, 
 
 @pytest.fixture
 def told(tmp_path, tokenizer) -> Path:
-    """A config in tmp_path/c.yaml of a source with three drops."""
+    """Write tmp_path/c.yaml, the config of a source with three drops."""
     written = texts(20)
     written += [written[2], written[3] + "The end.\n", "Only the model reads."]
     values = tiny_config(tmp_path)
@@ -719,7 +719,7 @@ def test_shares_of_a_mixture_are_exact(weights):
 
 
 def most_off(weights: list[float], size: int) -> float:
-    """The most that a batch of any beginning has over or under a source's share."""
+    """Return the largest difference between a batch's and a source's share, over all beginnings."""
     mixture = Mixture([10] * len(weights), weights)
     order = np.concatenate([mixture.sources, mixture.sources[:size]])
     counts = np.cumsum([np.append(0, order == number) for number in range(len(weights))], axis=1)
@@ -743,7 +743,7 @@ def test_no_source_of_a_mixture_is_left_out():
 
 
 def streams_of(folder: Path, lengths: list[int]) -> list[TokenStream]:
-    """A stream of each length whose tokens are all its own: source i has i * 10,000 and on."""
+    """Return a stream of each length whose tokens are unique: those of source i start at i * 10,000."""
     made = []
     for i, length in enumerate(lengths):
         with ShardWriter(folder / f"s{i}", token_dtype(60_000)) as shard:
@@ -786,7 +786,7 @@ def test_samples_of_a_source_come_once_an_epoch_of_its_own(tmp_path, weights):
 
 
 def mixed(folder: Path, tokenizer: dict, weights: list[float | None], documents=(20, 20), **sections) -> Path:
-    """A config of sources a and b; returns its file."""
+    """Write the config of sources a and b, and return its file."""
     values = tiny_config(folder, run_dir=str(folder / "run"), **sections)
     sources = [
         source(folder, name, texts(number, i * 100), **({"weight": weight} if weight else {}))
@@ -927,7 +927,7 @@ def test_where_data_was_built_is_nothing_to_a_run(corpus, tmp_path):
 
 
 def documents_of(folder: Path, lengths: list[int], shards: int) -> tuple[TokenStream, np.ndarray, np.ndarray]:
-    """A stream over some shards, its tokens, and the number of the document of each."""
+    """Return a stream over some shards, its tokens, and each token's document number."""
     draw = np.random.default_rng(3)
     documents = [draw.integers(1, 61, length) for length in lengths]
     paths = []

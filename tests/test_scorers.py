@@ -1,4 +1,4 @@
-"""What a text is scored by: its language, words of a list, n-grams of evaluation files, a classifier."""
+"""Test the scores of a text: language, word lists, n-grams of evaluation files, a classifier."""
 
 import json
 import random
@@ -181,7 +181,7 @@ LONG = sentences(3, 40)
 
 
 def make_classifier(folder: Path, **options) -> str:
-    """A random sequence classifier with decided opinions."""
+    """Save a random sequence classifier with clear preferences."""
     transformers = pytest.importorskip("transformers")
     tokenizer = train_tokenizer([sentences(i, 50) for i in range(5)], "wordpiece", vocab_size=200)
     tokenizer.save(folder)
@@ -210,7 +210,7 @@ def multiple(tmp_path_factory) -> str:
 
 
 def windows_of(folder: str, text: str) -> torch.Tensor:
-    """Logits (windows, labels) of all of a text, cut by hand, by transformers alone."""
+    """Return logits (windows, labels) of a whole text, split by hand and computed by transformers alone."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()

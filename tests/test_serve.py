@@ -35,9 +35,9 @@ POSITIONS, LONG = 4096, 2000  # tokens of context, and of an answer that takes s
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A folder with a model whose logits are what follows a token in some sentences, moved a little by the context.
+    """Return a folder with a model that predicts the next token of some sentences, changed a little by the context.
 
-    Its texts look like the sentences; at temperature 0 they go on for ever, else they end after some lines.
+    Its texts look like the sentences. At temperature 0 they never end; otherwise they end after some lines.
     """
     path, text = tmp_path_factory.mktemp("model") / "tiny", sentences(1, 300)
     words = train_tokenizer([text], vocab_size=300)
@@ -63,19 +63,19 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def writer(model) -> Writer:
-    """The same model here: what the others are to say."""
+    """Return the same model in this process: the expected answers."""
     return Writer(folder.load_model(model).eval(), load_tokenizer(model), False)
 
 
 def written(writer: Writer, ids: list[int], seed: int = 0, number: int = 60, *, chat: bool = False, **options):
-    """The text, its tokens, and how it ended."""
+    """Return the text, its tokens, and how it ended."""
     sampling = Sampling(**{"temperature": 1.0, "top_k": None} | options)
     [text] = writer.write([ids], sampling=sampling, max_new_tokens=number, seed=seed, chat=chat)
     return "".join(text), text.tokens, text.ended
 
 
 def asking(*contents: str) -> list[dict[str, str]]:
-    """A conversation: user and assistant in turns."""
+    """Return a conversation: user and assistant in turns."""
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
@@ -99,7 +99,7 @@ class Serving:
         raise AssertionError(f"the server did not start: {self.log.read_text()}")
 
     def request(self, body=None, path="/v1/completions", method="POST", **headers: str) -> tuple[int, str]:
-        """A bare request: the status, and what came back."""
+        """Send a bare request. Return the status and the body."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         headers = {"content-type": "application/json"} | {key.replace("_", "-"): text for key, text in headers.items()}
         connection.request(method, path, body if isinstance(body, str | bytes) else json.dumps(body), headers)
@@ -110,7 +110,7 @@ class Serving:
 
     @contextlib.contextmanager
     def leaving(self, **body) -> Iterator[http.client.HTTPConnection]:
-        """A request whose client goes away at the end of the block, whatever came until then."""
+        """Send a request whose client disconnects at the end of the block."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         whole = {"model": "tiny", "prompt": "The", "temperature": 0, "max_tokens": LONG} | body
         connection.request("POST", "/v1/completions", json.dumps(whole), {"content-type": "application/json"})
@@ -118,7 +118,7 @@ class Serving:
         connection.sock.close()
 
     def seconds_to(self, status: int, **body) -> float:
-        """How long it takes until a short request is answered with this status."""
+        """Return the time until a short request is answered with this status."""
         begun = time.monotonic()
         while self.request({"model": "tiny", "prompt": "The", "max_tokens": 1} | body)[0] != status:
             assert time.monotonic() - begun < 60
@@ -140,7 +140,7 @@ def serving(model: Path, log: Path, *options: object) -> Serving:
 
 @pytest.fixture(scope="module")
 def start(model, tmp_path_factory) -> Iterator[Callable[[], Serving]]:
-    """Starts servers, which end with the tests."""
+    """Return a function that starts servers, which end with the tests."""
     pytest.importorskip("starlette")
     pytest.importorskip("uvicorn")
     logs, started = tmp_path_factory.mktemp("logs"), []
@@ -158,7 +158,7 @@ def start(model, tmp_path_factory) -> Iterator[Callable[[], Serving]]:
 
 @pytest.fixture(scope="module")
 def servers(start) -> list[Serving]:
-    """One to talk with, and one to interrupt; they start side by side."""
+    """Start one server to talk with and one to interrupt, at the same time."""
     return [start(), start()]
 
 
@@ -185,7 +185,7 @@ def talk(client, *contents: str, **options):
 
 
 def gathered(stream) -> tuple[dict[int, str], dict[int, str], object]:
-    """Of a streamed answer: the texts, how they ended, and the usage."""
+    """Return the texts of a streamed answer, how they ended, and the usage."""
     texts, ended, usage = {}, {}, None
     for event in stream:
         usage = usage or event.usage
@@ -397,7 +397,7 @@ CHATS = {
 
 
 def is_an_error(found: tuple[int, str], status: int, *words: str) -> dict:
-    """The answer is an error in OpenAI's shape, which says all of `words`."""
+    """Assert that the answer is an error in OpenAI's format that contains all `words`."""
     assert found[0] == status, found
     error = json.loads(found[1])["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
@@ -594,14 +594,14 @@ class Page:
         return [(kind.removeprefix("message "), text) for kind, text in found]
 
     def asked(self) -> list[dict]:
-        """The messages of the last request."""
+        """Return the messages of the last request."""
         return json.loads(self.driver.execute_script("return window.asked.at(-1)"))["messages"]
 
     def writes(self) -> bool:
         return self.find("#send").text == "Stop"
 
     def begins(self) -> None:
-        """An answer begins to appear."""
+        """Wait until an answer begins to appear."""
         self.until(lambda: self.writes() and len(self.messages()[-1][1]) > 5)
 
     def until(self, true) -> None:
@@ -739,7 +739,7 @@ EXACT = ["--no-compile", "--precision", "fp32"]
 
 
 def run_here(capsys, *arguments: object, code: int = 0) -> str:
-    """What a command prints, in this process; with a code, its error: one block, and no traceback."""
+    """Return the output of a command, run in this process. With a code, return its error: one block, no traceback."""
     with pytest.raises(SystemExit) as ended:
         cli.main([str(argument) for argument in arguments])
     said = capsys.readouterr()
@@ -828,7 +828,7 @@ def test_hardly_any_temperature_is_the_likeliest_text_on_the_command_line(model,
 
 @pytest.fixture(scope="module")
 def encoder(model, tmp_path_factory) -> Path:
-    """A BERT's folder."""
+    """Return a BERT's folder."""
     path = tmp_path_factory.mktemp("bert")
     sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     folder.save_model(build_model(bert.Config(**sizes, max_position_embeddings=32)), path)

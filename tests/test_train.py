@@ -32,7 +32,7 @@ from llmkit.types import IGNORE_INDEX
 
 
 def run(corpus: Path, folder: Path, say=lambda line: None, **sections) -> tuple[Path, dict]:
-    """Train in this process; returns the run directory and the summary."""
+    """Train in this process. Return the run directory and the summary."""
     folder.mkdir(exist_ok=True)
     path = folder / "c.yaml"
     path.write_text(yaml.safe_dump(tiny_config(corpus, **sections)))
@@ -276,7 +276,7 @@ CACHED: dict = {}
 
 
 def cached_run(corpus: Path) -> tuple[Path, dict]:
-    """One run of 20 steps with checkpoints at 10 and 20, shared by the tests that only look at it."""
+    """Return a run of 20 steps with checkpoints at 10 and 20, shared by tests that do not change it."""
     if not CACHED:
         folder = corpus / "cached"
         folder.mkdir()
@@ -394,7 +394,7 @@ def test_option_errors_come_at_once_and_write_nothing(corpus, tmp_path):
 
 
 def write_sft_config(corpus: Path, folder: Path, records: list[dict], train: dict, **sections) -> None:
-    """FOLDER/c.yaml, which fine-tunes the cached run on these records."""
+    """Write FOLDER/c.yaml, which fine-tunes the cached run on these records."""
     (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     data = {"kind": "sft", "path": str(folder / "records.jsonl"), "seq_len": 48} | sections.pop("data", {})
     config = tiny_config(corpus, train=train) | {"init_from": str(cached_run(corpus)[0]), "data": data} | sections

@@ -24,16 +24,18 @@ from llmkit.inference.sampling import Sampling
 from llmkit.models import build_model, llama
 from llmkit.storage import checkpoint
 from llmkit.storage.locate import locate
+from llmkit.storage.report import summarize
 from llmkit.tokenizer.chat_template import encode_example
 from llmkit.tokenizer.tokenizer import load_tokenizer
 from llmkit.tokenizer.train import train_tokenizer
+from llmkit.training.log import progress_line
 from llmkit.training.loop import train
 
 quiet = {"say": lambda line: None}
 
 
 def place(tmp_path: Path, **sections) -> tuple[Path, dict]:
-    """A folder of texts of its own, and a config of it."""
+    """Return a folder of texts, and a config that trains on them."""
     (tmp_path / "text").mkdir()
     for i in range(8):
         (tmp_path / "text" / f"{i}.txt").write_text(sentences(i, 40))
@@ -181,6 +183,18 @@ def test_patience_that_runs_out_at_a_checkpoint_ends_the_run_there(tmp_path):
     assert summary["ended"].startswith("stopped early") and summary["steps"] == 5
 
 
+@pytest.mark.parametrize("content", [b"model: [", b"- a list", b"\xff"])
+def test_a_damaged_config_of_a_run_is_an_error_that_names_it(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match="the run's config") as caught:
+        summarize(tmp_path)
+    assert caught.value.at == tmp_path / "config.yaml"
+
+
+def test_an_objective_may_be_evaluated_without_a_perplexity():
+    assert progress_line({"step": 2, "val_loss": 0.5}, 4) == "step 2/4 | val 0.500"
+
+
 def test_fresh_forgets_what_auto_meant_before(tmp_path):
     folder, values = place(tmp_path, train={"precision": "auto"})
     train(load(folder, values), **quiet)
@@ -255,7 +269,7 @@ def test_too_few_pairs_are_an_error_of_the_users(tmp_path, records):
 
 @pytest.fixture
 def with_bos(tmp_path) -> Path:
-    """A tokenizer that puts <s> before every text, as Llama's does."""
+    """Return a tokenizer that puts <s> before every text, as Llama's does."""
     made = train_tokenizer([sentences(1, 50)], vocab_size=300)
     made.rust.add_special_tokens(["<s>"])
     begin = made.rust.token_to_id("<s>")

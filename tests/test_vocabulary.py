@@ -23,7 +23,7 @@ from llmkit.tokenizer.train import BERT_SPECIALS, PATTERNS, SPECIALS, TRAINERS, 
 
 
 def prose(seed: int, letters: str, number: int = 4000) -> str:
-    """A language of its own: a few hundred words of the letters, some of them frequent."""
+    """Return text in an invented language: a few hundred words of the letters, some of them frequent."""
     draw = random.Random(seed)
     words = ["".join(draw.choices(letters, k=draw.randint(1, 9))) for _ in range(400)]
     lines = (draw.choices(words, weights=[1 / (i + 1) for i in range(400)], k=10) for _ in range(number // 10))
@@ -46,7 +46,7 @@ HARD = [
 
 
 def chance(seed: int, number: int) -> list[str]:
-    """Short texts of letters, signs and spaces of many scripts, in any order."""
+    """Return short random texts of letters, signs and spaces of many scripts."""
     letters = "".join(HARD) + " \n'019azAZ.," * 20 + LATIN[:200] + FOREIGN[:200]
     draw = random.Random(seed)
     return ["".join(draw.choices(letters, k=draw.randint(1, 40))) for _ in range(number)]
@@ -59,7 +59,7 @@ def kind(request) -> str:
 
 @pytest.fixture(scope="module")
 def made() -> dict[str, Tokenizer]:
-    """One of each kind."""
+    """Return one tokenizer of each kind."""
     return {
         kind: train_tokenizer([LATIN, FOREIGN], kind, vocab_size=500, special_tokens=["<tool>"]) for kind in TRAINERS
     }
@@ -284,7 +284,7 @@ def test_all_that_ends_an_answer_is_told_to_transformers_and_read_from_it(made, 
 
 
 def load_saved(one: Tokenizer, path: Path, config: llama.Config) -> Tokenizer:
-    """A tokenizer that was saved beside a model."""
+    """Load a tokenizer that was saved beside a model."""
     one.save(path)
     save_model(build_model(config), path, eos_token_ids=one.stop_ids)
     return load_tokenizer(path)
@@ -358,7 +358,7 @@ def test_the_fast_encoder_agrees_on_hard_text(patterned):
 
 @pytest.fixture(scope="module")
 def many_languages() -> list[str]:
-    """The declaration of human rights in a dozen scripts."""
+    """Return the declaration of human rights in a dozen scripts."""
     codes = "eng deu fra rus ell_monotonic arb heb hin tam tha kat amh jpn cmn_hans kor vie tur".split()
     with zipfile.ZipFile(SHARED / "pretrain" / "nltk" / "udhr2.zip") as archive:
         found = [f"udhr2/{code}.txt" for code in codes if f"udhr2/{code}.txt" in archive.namelist()]

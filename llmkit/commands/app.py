@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(error, file=sys.stderr)
         code = error.code
     except KeyboardInterrupt:
-        print("interrupted; repeat the command to resume a training run or a data build", file=sys.stderr)
+        print("interrupted; run the same command again to resume a training run or a data build", file=sys.stderr)
         code = INTERRUPTED[2]
     except BrokenPipeError:
         sys.stderr.close()

@@ -144,8 +144,8 @@ def tokenizer_train(
             "--normalize": normalize,
             "--special": special,
         }
-        if useless := [option for option, is_given in given.items() if is_given]:
-            raise UserError(f"{useless[0]} has no effect with --extend", fix="leave it out: the base tokenizer decides")
+        if ignored := [option for option, is_given in given.items() if is_given]:
+            raise UserError(f"{ignored[0]} has no effect with --extend", fix="leave it out: the base tokenizer decides")
         tokenizer = extend_bpe(load_tokenizer(extend), texts, vocab_size)
     else:
         options = {"vocab_size": vocab_size, "pattern": pattern, "normalize": normalize, "special_tokens": special}

@@ -34,13 +34,14 @@ def find_default_run(say) -> Path:
     """Return the run of ./llmkit.yaml, or else the newest run, to evaluate when no model is named."""
     from llmkit.config.load import load_config
     from llmkit.errors import UserError
+    from llmkit.storage.checkpoint import list_checkpoints
     from llmkit.storage.report import list_runs
     from llmkit.training.presets import LOCAL
 
     if LOCAL.is_file():
         say(f"config: {LOCAL}")
         return Path(load_config(LOCAL).run_dir)
-    found = [run for run in list_runs(Path("runs")) if (run / "checkpoints").is_dir()]
+    found = [run for run in list_runs(Path("runs")) if list_checkpoints(run)]
     if not found:
         fix = "llmkit eval MODEL --perplexity --data FILE"
         raise UserError("no model is named, and there is no run under ./runs", fix=fix)

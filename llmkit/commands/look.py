@@ -17,9 +17,10 @@ def runs(
     from llmkit.errors import UserError
     from llmkit.screen import format_table
     from llmkit.storage.report import list_runs, plot_runs, summarize
+    from llmkit.storage.run import CONFIG
 
     folders = names or list_runs(Path("runs"))
-    missing = [str(folder) for folder in folders if not (folder / "config.yaml").is_file()]
+    missing = [str(folder) for folder in folders if not (folder / CONFIG).is_file()]
     if missing or not folders:
         raise UserError("there is no run", at=", ".join(missing) or "./runs", fix="llmkit pretrain CONFIG makes one")
     rows = [summarize(folder) for folder in folders]

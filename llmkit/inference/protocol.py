@@ -31,7 +31,7 @@ class Limits:
 
 
 def check_zero(penalty: float) -> float:
-    """Return the penalty if it is 0, which clients send by default. OpenAI's two penalties are not implemented."""
+    """Return the penalty if it is 0, which clients send by default; refuse any other value."""
     if penalty:
         raise PydanticCustomError("unsupported", "only 0 is supported, use repetition_penalty instead")
     return penalty

@@ -38,7 +38,7 @@ class Config(Protocol):
 
 @dataclass(frozen=True)
 class Gguf:
-    """How llama.cpp knows a family, as read from its loader and its converter."""
+    """Describe a family to llama.cpp: names and features that its loader and converter expect."""
 
     architecture: str
     activation: str | None = None  # the hidden_act of its graph; None: the family has no such option

@@ -84,7 +84,7 @@ def pad_rows(batch: Batch, rows: int) -> Batch:
 # ---- objectives: see `ObjectiveType.build` ---------------------------------------------------------------------------
 
 
-def lm(tokenizer: Tokenizer, seed: int, start_id: int) -> Objective:
+def lm(tokenizer: Tokenizer, seed: int, start_id: None) -> Objective:
     """Predict the next token: pretraining and supervised fine-tuning of decoders."""
     return Objective(sum_of_losses, perplexity)
 
@@ -97,7 +97,7 @@ def seq2seq(tokenizer: Tokenizer, seed: int, start_id: int) -> Objective:
 def mlm(
     tokenizer: Tokenizer,
     seed: int,
-    start_id: int,
+    start_id: None,
     *,
     mask_fraction: Fraction = 0.15,
     random_fraction: Share = 0.1,

@@ -11,10 +11,10 @@ from llmkit.data.corrupt import Corrupt
 
 @dataclass(frozen=True)
 class Objective:
-    """What a step minimises.
+    """Define what a step minimises and how a model is evaluated.
 
     loss      (model, micro-batch on the device) -> sum of losses over the targets, and metrics
-    evaluate  (model, batches, options as `lm.perplexity` has) -> figures; the lowest "val_loss" is the best checkpoint
+    evaluate  (model, batches, options as `lm.perplexity` has) -> figures with a "val_loss", of which the lowest is best
     corrupt   changes a batch before the model sees it; None: nothing is changed
     """
 

@@ -65,8 +65,15 @@ def is_run(folder: Path) -> bool:
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:
-    """Return the resolved config of a run."""
-    return yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) or {}
+    """Return the resolved config of a run; raise a UserError if its file is damaged."""
+    try:
+        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"the run's config can't be read: {reason}", at=folder / CONFIG) from None
+    if not isinstance(config, dict):
+        raise UserError("the run's config is not a mapping", at=folder / CONFIG, fix="restore it, or delete the run")
+    return config
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

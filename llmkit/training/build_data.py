@@ -31,7 +31,7 @@ def open_built_corpus(config: Config, world: World, say: Callable[[str], None]) 
     data, folder = config.data, Path(config.data.dir)
     if data.sources:
         world.on_main(lambda: build_corpus(data, say=say, where=config.where))
-    if read_manifest(folder)["version"] != VERSION:
+    if read_manifest(folder).get("version") != VERSION:
         raise DataError("the data was built by another version of llmkit", at=folder, fix="build it again")
     names = [source.name for source in data.sources]
     weights = {source.name: source.weight for source in data.sources if source.weight}

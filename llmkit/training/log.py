@@ -105,7 +105,8 @@ def progress_line(record: dict[str, Any], total: int) -> str:
     if "loss" in record:
         parts.append(f"loss {record['loss']:.3f}")
     if "val_loss" in record:
-        parts.append(f"val {record['val_loss']:.3f} ppl {record['val_perplexity']:.2f}")
+        perplexity = f" ppl {record['val_perplexity']:.2f}" if "val_perplexity" in record else ""
+        parts.append(f"val {record['val_loss']:.3f}{perplexity}")
     if "lr" in record:
         parts += [f"lr {record['lr']:.1e}", f"gnorm {record['grad_norm']:.2f}"]
         parts += [f"{format_count(record['tokens_per_second'])} tok/s", f"mfu {record['mfu']:.0%}"]

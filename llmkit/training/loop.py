@@ -42,7 +42,7 @@ Optimizers = list[torch.optim.Optimizer]
 
 @dataclass
 class Progress:
-    """What a run has done so far: with weights, optimizer state and RNG, all that a resumed run needs."""
+    """Count what a run has done. A resumed run needs it, the weights and the optimizer state, nothing else."""
 
     step: int = 0
     best_val: float = math.inf
@@ -375,8 +375,9 @@ def finish(
     memory = max((r["memory_gb"] for r in records if "memory_gb" in r), default=0.0)
     summary = {"steps": progress.step, "tokens": progress.step * run.tokens_per_step}
     if best:
-        summary |= {"best_val_loss": round(best["val_loss"], 4), "perplexity": round(best["val_perplexity"], 3)}
-        summary |= {"bits_per_byte": round(best["bits_per_byte"], 4)} if "bits_per_byte" in best else {}
+        summary["best_val_loss"] = round(best["val_loss"], 4)
+        names = {"val_perplexity": ("perplexity", 3), "bits_per_byte": ("bits_per_byte", 4)}
+        summary |= {name: round(best[key], digits) for key, (name, digits) in names.items() if key in best}
         summary |= {"best_checkpoint": str(kept)}
     if speeds:
         summary["tokens_per_second"] = round(speeds[len(speeds) // 2])

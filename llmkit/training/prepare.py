@@ -58,7 +58,7 @@ class CheckedConfig:
 
 @dataclass
 class Derived:
-    """What follows from a checked config and the size of its vocabulary and data."""
+    """Hold what follows from a checked config and the size of its vocabulary and data."""
 
     precision: str
     micro_batch_size: int
