@@ -16,12 +16,14 @@ class Document:
     text    what the model will read
     source  name of the source in the config
     meta    facts from the reader: "format", "encoding", "url"
+    size    bytes of the file that held it, unpacked
     """
 
     id: str
     text: str
     source: str
     meta: dict = field(default_factory=dict)
+    size: int = 0
 
 
 @dataclass(slots=True)

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import random
+import re
 import time
 import zipfile
 from pathlib import Path
@@ -17,7 +18,8 @@ from conftest import SHARED, needs_shared
 from llmkit.errors import UserError
 from llmkit.readers import records
 from llmkit.readers.documents import list_files, read_file, read_texts
-from llmkit.readers.records import BadRecord, count_lines_before, read_records, spans_of
+from llmkit.readers.records import count_lines_before, read_records, spans_of
+from llmkit.readers.tally import BadRecord
 from llmkit.types import Document
 
 ZIPPED, CHUNKED = "Content-Encoding: gzip\r\n", "Transfer-Encoding: chunked\r\n"
@@ -61,6 +63,14 @@ def chunks(body: bytes, size: int) -> bytes:
 
 NOISE = bytes(random.Random(0).choices(b"abcdefghijklmnopqrstuvwxyz \n", k=5000))
 A, B = page("http://a/", b"<p>one"), page("http://b/", b"<p>two")
+
+
+@pytest.mark.parametrize("name", ["a.wet", "a.wet.gz", "a.wet.zst"])
+def test_wet_files_are_read_plain_and_packed(tmp_path, name):
+    pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix, bytes)
+    text = warc("conversion", "http://w/", b"a text")
+    (one,), bad = read(write(tmp_path / name, pack(text)))
+    assert not bad and one.text == "a text" and one.meta["url"] == "http://w/"
 
 
 @pytest.mark.parametrize("name, pack", [
@@ -190,12 +200,12 @@ def test_a_million_chunks_take_no_time():
 
 
 @pytest.mark.parametrize("content, reason", [
-    (b"", "no WARC record"), (b"no archive\n" * 50, "broken"), (b"\0" * 5000, "broken"), (NOISE, "broken"),
+    (b"", "no WARC|empty"), (b"no archive\n" * 50, "broken"), (b"\0" * 5000, "broken"), (NOISE, "broken"),
 ])  # fmt: skip
 @pytest.mark.parametrize("name, pack", [("a.warc", bytes), ("a.warc.gz", gzip.compress), ("a.warc.gz", bytes)])
 def test_what_is_no_archive_is_one_bad_record(tmp_path, name, pack, content, reason):
-    ((number, bad),) = read_records(write(tmp_path / name, pack(content)))
-    assert isinstance(bad, BadRecord) and number == bad.line == 1 and reason in bad.reason
+    ((number, bad, _),) = read_records(write(tmp_path / name, pack(content)))
+    assert isinstance(bad, BadRecord) and number == bad.line == 1 and re.search(reason, bad.reason)
 
 
 def test_garbage_after_the_last_page_is_named(tmp_path):
@@ -412,7 +422,7 @@ def absolute(path: Path, spans: list) -> list[tuple[int, object]]:
     before = count_lines_before(path, [span[0] for span in spans if span])
     found = []
     for span in spans:
-        for number, record in read_records(path, span):
+        for number, record, _ in read_records(path, span):
             line = number + (before[span[0]] if span else 0)
             found.append((line, (line, record.offset, record.reason) if isinstance(record, BadRecord) else record))
     return found
@@ -481,7 +491,7 @@ def test_row_groups_hold_every_row_once(tmp_path):
     rows = [{"text": f"row {i} " * (i % 7), "n": i} for i in range(700)]
     path = write(tmp_path / "a.parquet", parquet(rows, row_group_size=100))
     whole = list(read_records(path))
-    assert [record for _, record in whole] == rows and [number for number, _ in whole] == list(range(1, 701))
+    assert [record for _, record, _ in whole] == rows and [number for number, *_ in whole] == list(range(1, 701))
     ids = [one.id for one in read(path)[0]]
     for size in (1, 500, 2000, 3000, path.stat().st_size - 1, path.stat().st_size):
         spans = spans_of(path, size)
@@ -497,7 +507,7 @@ def test_a_bad_row_has_its_number_in_the_file(tmp_path):
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=1)
     spans = spans_of(tmp_path / "a.parquet", 1)
     found = [found for span in spans for found in read_records(tmp_path / "a.parquet", span)]
-    assert len(spans) == 3 and [number for number, _ in found] == [1, 2, 3]
+    assert len(spans) == 3 and [number for number, *_ in found] == [1, 2, 3]
     assert (found[1][1].line, found[1][1].reason) == (2, "invalid UTF-8") and found[2][1] == {"text": "b"}
 
 
@@ -526,17 +536,20 @@ def tree(tmp_path) -> Path:
 
 def test_folders_that_a_glob_names_stand_for_what_is_in_them(tree):
     inside = ["a1/sub/books.zip", "a1/sub/deep/z.md", "a1/sub/y.txt"]
-    assert names(tree, "a*") == [*inside, "a1/x.txt", "a2/x.txt"]
+    assert names(tree, "a*") == [*inside, "a1/x.txt", "a2/none.zip", "a2/x.txt"]
     assert names(tree, "a1/s*") == names(tree, "*/sub") == inside
     assert names(tree, "[ab]*/x.txt") == ["a1/x.txt", "a2/x.txt", "b/x.txt"]
-    assert names(tree, "*") == names(tree, "**") == [*inside, "a1/x.txt", "a2/x.txt", "b/x.txt", "more.zip", "top.txt"]
+    others = "a1/x.txt a2/none.zip a2/x.txt b/x.txt more.zip top.txt"
+    assert names(tree, "*") == names(tree, "**") == [*inside, *others.split()]
 
 
 def test_a_zip_is_listed_as_a_file(tree):
     assert names(tree, "more.zip") == ["more.zip"]
-    assert names(tree, "**/*.zip") == ["a1/sub/books.zip", "more.zip"]
-    assert names(tree, "", include=["*.md"]) == ["a1/sub/books.zip", "a1/sub/deep/z.md", "more.zip"]  # may hold some
-    assert names(tree, "", include=["*.md"], exclude=["a1/sub/*.zip"]) == ["a1/sub/deep/z.md", "more.zip"]
+    assert names(tree, "**/*.zip") == ["a1/sub/books.zip", "a2/none.zip", "more.zip"]
+    some = {"include": ["*.md"], "exclude": ["none.zip"]}  # a zip may hold some
+    assert names(tree, "", **some) == ["a1/sub/books.zip", "a1/sub/deep/z.md", "more.zip"]
+    some["exclude"] += ["a1/sub/*.zip"]
+    assert names(tree, "", **some) == ["a1/sub/deep/z.md", "more.zip"]
     with pytest.raises(UserError, match="the file is empty"):
         list_files(str(tree / "a2" / "none.zip"))
 

@@ -22,6 +22,7 @@ from llmkit.data.sft import encode_sft, split_into_pairs
 from llmkit.errors import DATA, MODEL, USAGE, UserError
 from llmkit.evals.perplexity import read_data
 from llmkit.models import t5
+from llmkit.readers.tally import Tally
 from llmkit.storage.locate import load_located, locate
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llmkit.tokenizer.train import train_tokenizer
@@ -321,7 +322,9 @@ def test_records_are_measured_in_the_rows_that_they_are_trained_in(sentinels, tm
     records = [{"prompt": "the ", "completion": "river " * 30}, {"prompt": "river " * 30, "completion": "is"},
                {"prompt": "a ", "completion": "one"}]  # fmt: skip
     trained = describe_choice(sentinels, encoded(sentinels, tmp_path, records, seq_len=16)[1]["train"])
-    _, batches, _ = read_data(tmp_path / "train.jsonl", t5.Config(decoder_start_token_id=3), sentinels, 16, 16, 2)
+    config, tally = t5.Config(decoder_start_token_id=3), Tally()
+    _, batches, _ = read_data(tmp_path / "train.jsonl", config, sentinels, 16, 16, 2, tally)
+    assert (tally.rows, tally.bad) == (3, 0)
     assert sorted(pair for batch in batches for pair in describe_choice(sentinels, batch)) == sorted(trained)
 
 

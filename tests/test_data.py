@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Rust
 from tokenizers import models, pre_tokenizers
 
 from llmkit.commands.app import main
-from llmkit.config.schema import Config, SftData
+from llmkit.config.schema import Config, OnError, SftData
 from llmkit.corpus.build import build_corpus, read_manifest
 from llmkit.data.batches import Batches, corpus_batches, packed_batches, permute
 from llmkit.data.inspect import CONTEXT, RESET, TARGET, format_rows, inspect_rows
@@ -312,9 +312,27 @@ def test_heavy_and_hostile_templates_are_refused(tokenizer, template):
         encode_example(tokenizer, template, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}])
 
 
+def scan_for_best_fit(lengths, size: int) -> list[list[int]]:
+    """Pack by the definition of best-fit decreasing: an example goes to the latest row with the least room for it."""
+    rows: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        room = next((room for room in range(lengths[i], size + 1) if by_room.get(room)), size)
+        if by_room.get(room):
+            row = by_room[room].pop()
+        else:
+            row = len(rows)
+            rows.append([])
+        rows[row].append(i)
+        by_room.setdefault(room - lengths[i], []).append(row)
+    return rows
+
+
 def test_packing_is_best_fit_and_keeps_all():
     lengths = np.random.default_rng(0).integers(1, 100, 300)
-    rows = pack(lengths, 100)
+    members, ends = pack(lengths, 100)
+    rows = [row.tolist() for row in np.split(members, ends[:-1])]
+    assert rows == scan_for_best_fit(lengths, 100)
     assert sorted(i for row in rows for i in row) == list(range(300))
     assert all(lengths[row].sum() <= 100 for row in rows)
     assert len(rows) <= 1.05 * lengths.sum() / 100 + 1
@@ -323,9 +341,9 @@ def test_packing_is_best_fit_and_keeps_all():
 def test_sft_rows_hold_whole_examples(tokenizer, tmp_path):
     records = [{"prompt": f"{w} ", "completion": " ".join(WORDS_FOR[w])} for w in WORDS_FOR]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + "{bad\n")
-    data = SftData(kind="sft", path=str(tmp_path / "a.jsonl"), seq_len=40, val_fraction=0.2)
+    data = SftData(kind="sft", path=str(tmp_path / "a.jsonl"), seq_len=40, val_fraction=0.2, on_error=HALF)
     report = encode_sft(data, tokenizer, tmp_path / "out", seed=0)
-    assert sum(report["bad"].values()) == 1 and "bad JSON" in next(iter(report["bad"]))
+    assert report["records"]["bad"] == 1 and report["records"]["reasons"] == {"bad JSON": 1}
     assert sum(part["examples"] for part in report["splits"].values()) == len(records)
     found = set()
     for split in ("train", "val"):
@@ -341,6 +359,7 @@ def test_sft_rows_hold_whole_examples(tokenizer, tmp_path):
     assert encode_sft(data, tokenizer, tmp_path / "out", seed=0) == report
 
 
+HALF = OnError(max_bad_fraction=0.5)
 WORDS_FOR = {"one": ["model", "token"], "river": ["small", "large", "of"], "code": ["reads"], "under": ["over"],
              "loss": ["and", "it", "is"], "the": ["a", "one", "in"]}  # fmt: skip
 

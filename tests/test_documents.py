@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,8 +16,10 @@ import zstandard
 
 from llmkit.errors import UserError
 from llmkit.readers import documents, records
+from llmkit.readers.decode import decode
 from llmkit.readers.documents import list_files, read_dataset, read_file, read_texts, root_of
-from llmkit.readers.records import BadRecord, decode, read_records
+from llmkit.readers.records import read_records
+from llmkit.readers.tally import BadRecord
 from llmkit.types import Document
 
 LINES = b"".join(b'{"text": "line %d"}\n' % i for i in range(1, 2001))
@@ -45,7 +48,7 @@ def tree(tmp_path):
         write(tmp_path / name, "x")
     write(tmp_path / "empty.txt", "")
     os.mkfifo(tmp_path / "fifo.txt")
-    (tmp_path / "dangling.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / ".dangling.txt").symlink_to(tmp_path / "nowhere")
     (tmp_path / "loop").symlink_to(tmp_path)
     return tmp_path
 
@@ -65,13 +68,66 @@ def test_folders_and_globs(tree):
     assert names(tree, ".hidden.txt") == [".hidden.txt"]  # named by the user
 
 
+def test_a_dangling_link_in_a_folder_is_an_error_unless_it_is_left_out(tree):
+    (tree / "sub" / "gone.jsonl").symlink_to(tree / "nowhere")
+    for path in ("", "**/*.jsonl", "sub"):
+        with pytest.raises(UserError, match="the link points to a missing file") as error:
+            list_files(str(tree / path))
+        assert error.value.at == tree / "sub" / "gone.jsonl"
+    assert names(tree, "sub", exclude=["gone*"]) == ["sub/c.py", "sub/d.jsonl.gz", "sub/deep/e.py"]
+
+
+def test_links_out_of_a_folder_are_followed_only_on_request(tmp_path):
+    for name in ("out/blob", "out/more/b.txt", "out/more/c/d.txt", "in/a.txt"):
+        write(tmp_path / name, name)
+    (tmp_path / "in" / "file.txt").symlink_to(tmp_path / "out" / "blob")
+    (tmp_path / "in" / "folder").symlink_to(tmp_path / "out" / "more")
+    (tmp_path / "in" / "inner.txt").symlink_to("a.txt")
+    (tmp_path / "out" / "more" / "back").symlink_to(tmp_path / "out")  # a cycle
+    skipped = Counter()
+    for pattern in ("", "**", "**/*.txt"):
+        assert names(tmp_path / "in", pattern) == ["a.txt", "inner.txt"]
+    list_files(str(tmp_path / "in"), skipped=skipped)
+    assert skipped == {"links out of the folder": 2}
+    followed = names(tmp_path / "in", follow_links=True)
+    assert {"a.txt", "file.txt", "folder/b.txt", "folder/c/d.txt", "inner.txt"} <= set(followed) and len(followed) < 9
+    assert names(tmp_path / "in", "folder/*.txt", follow_links=True) == ["folder/b.txt"]
+    (tmp_path / "link").symlink_to(tmp_path / "in")  # named by the user
+    assert names(tmp_path / "link") == ["a.txt", "inner.txt"] and names(tmp_path, "in/file.txt") == ["in/file.txt"]
+
+
+def test_a_hub_cache_of_links_names_the_key(tmp_path):
+    lines = write(tmp_path / "blobs" / "f00", '{"text": "one"}\n')
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "train.jsonl").symlink_to(lines)
+    for pattern in ("snapshot", "snapshot/*.jsonl"):
+        with pytest.raises(UserError, match="no file to read") as error:
+            list_files(str(tmp_path / pattern), ["*.jsonl"])
+        assert "follow_links: true" in error.value.fix and "1 links out of the folder" in error.value.got
+    root, files = documents.dataset_files(str(tmp_path / "snapshot"), None, "train", follow_links=True)
+    assert [one.text for one in read_file(files[0], source="s", root=root)] == ["one"]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.csv.zst", "a.warc", "a.zip", "a.txt.gz"])
+def test_an_empty_file_of_a_format_with_a_header_is_a_damaged_one(tmp_path, name):
+    write(tmp_path / "b.txt", "text")
+    assert names(tmp_path) == ["b.txt"]
+    write(tmp_path / "c.jsonl", "")
+    write(tmp_path / name, "")
+    skipped = Counter()
+    assert [path.name for path in list_files(str(tmp_path), skipped=skipped)] == [name, "b.txt"]
+    assert skipped == {"empty .jsonl": 1}
+    good, (bad,) = read(tmp_path / name)
+    assert (not good and "empty" in bad.reason) or "broken" in bad.reason
+
+
 def test_root(tree):
     assert root_of(str(tree)) == root_of(str(tree / "*.txt")) == root_of(str(tree / "a.txt")) == tree
     assert root_of(str(tree / "sub" / "**" / "*.py")) == tree / "sub"
 
 
 @pytest.mark.parametrize("path, what", [
-    ("missing.txt", "no such file"), ("dangling.txt", "the link points to a missing file"),
+    ("missing.txt", "no such file"), (".dangling.txt", "the link points to a missing file"),
     ("empty.txt", "the file is empty"), ("fifo.txt", "not a regular file"), ("h.exe", "no reader"),
     ("missing/*.txt", "no such file or folder"), ("*.rs", "no file to read"),
 ])  # fmt: skip
@@ -206,9 +262,9 @@ def test_bad_lines_have_a_place_and_a_reason_and_cost_no_other(tmp_path, line, r
 
 
 def test_json_oddities_that_are_fine(tmp_path):
-    lines = [rb'{"text": "a\ud800b"}', rb'{"text": "\ud83d\ude00"}', b'{"text": "c", "n": NaN}', b'{"text": "d"}\r']
+    lines = [rb'{"text": "a\ud800b"}', rb'{"text": "\ud83d\ude00"}', b'{"text": "d"}\r']
     good, bad = read(write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + b"\n".join(lines)))
-    assert not bad and [one.text for one in good] == ["a\ufffdb", "\U0001f600", "c", "d"]
+    assert not bad and [one.text for one in good] == ["a\ufffdb", "\U0001f600", "d"]
 
 
 def test_utf16_lines_say_so(tmp_path):
@@ -280,7 +336,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     code = (
         "import resource, sys; from pathlib import Path; from llmkit.readers.documents import read_records;"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-        "print(*(r.reason for _, r in read_records(Path(sys.argv[1]))));"
+        "print(*(r.reason for _, r, _ in read_records(Path(sys.argv[1]))));"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)

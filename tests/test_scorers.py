@@ -146,7 +146,7 @@ def test_ngrams_of_evaluation_files(tmp_path):
 
 def test_an_evaluation_file_that_is_broken_is_a_user_error(tmp_path):
     write(tmp_path / "q.jsonl", '{"q": "one two three"}\n{broken\n')
-    with pytest.raises(UserError, match="can't be read"):
+    with pytest.raises(UserError, match="some records can't be used"):
         read_evaluation_ngrams((str(tmp_path / "q.jsonl"),), 3)
 
 

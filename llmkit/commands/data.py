@@ -2,13 +2,14 @@
 
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from llmkit.commands.show import AsJson, ConfigArg, Override, progress_printer, show, terminal_text
-from llmkit.config.defaults import PATTERN, VOCAB_SIZE
+from llmkit.commands.show import AsJson, ConfigArg, MaxBadFraction, Override, progress_printer, show, terminal_text
+from llmkit.config.defaults import MAX_BAD_FRACTION, PATTERN, VOCAB_SIZE
 
 SAMPLE = "def main(argv=None):\n    return 0\n"
 TextKey = Annotated[str, typer.Option(help="Name of the text field in JSONL, CSV and Parquet.")]
@@ -127,16 +128,18 @@ def tokenizer_train(
     normalize: Annotated[list[str], typer.Option(help="lowercase, nfc, nfd, nfkc, strip_accents; repeatable.")] = [],
     special: Annotated[list[str], typer.Option(help="A further special token. May be repeated.")] = [],
     text_key: TextKey = "text",
+    max_bad_fraction: MaxBadFraction = MAX_BAD_FRACTION,
     as_json: AsJson = False,
 ) -> None:
     """Train a tokenizer on files, or add tokens to an existing one."""
     from llmkit.errors import UserError
     from llmkit.readers.documents import read_texts
+    from llmkit.readers.tally import Tally
     from llmkit.tokenizer.tokenizer import load_tokenizer
     from llmkit.tokenizer.train import extend_bpe, train_tokenizer
 
-    bad: list = []
-    texts = read_texts(sources, text_key, bad)
+    tally, skipped = Tally(), Counter()
+    texts = read_texts(sources, text_key, tally, skipped)
     if extend:
         given = {
             "--kind": kind != "bpe",
@@ -150,12 +153,15 @@ def tokenizer_train(
     else:
         options = {"vocab_size": vocab_size, "pattern": pattern, "normalize": normalize, "special_tokens": special}
         tokenizer = train_tokenizer(texts, kind, **options)
+    tally.check(max_bad_fraction, fix="repair the files, or raise --max-bad-fraction")
     tokenizer.save(out)
     result = {"written": f"{out}/tokenizer.json", "vocabulary": len(tokenizer)}
     if len(tokenizer) != vocab_size:
         result["asked for"] = f"{vocab_size}, but there was nothing more to learn from the texts"
-    if bad:
-        result["not read"] = f"{len(bad)} records, the first {bad[0].path}:{bad[0].line}: {bad[0].reason}"
+    if tally.bad:
+        result["bad records"] = tally.describe()
+    if skipped:
+        result["skipped files"] = ", ".join(f"{number} {reason}" for reason, number in skipped.items())
     show(result, as_json)
 
 

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from llmkit.commands.show import AsJson, Precision, progress_printer, show
+from llmkit.commands.show import AsJson, MaxBadFraction, Precision, progress_printer, show
+from llmkit.config.defaults import MAX_BAD_FRACTION
 
 
 def evaluate(
@@ -16,6 +17,7 @@ def evaluate(
     stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; default: the window.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     precision: Precision = "auto",
+    max_bad_fraction: MaxBadFraction = MAX_BAD_FRACTION,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model."""
@@ -23,11 +25,14 @@ def evaluate(
 
     if not perplexity:
         raise UserError("nothing to measure was chosen", fix="llmkit eval MODEL --perplexity")
+    if max_bad_fraction != MAX_BAD_FRACTION and data is None:
+        raise UserError("--max-bad-fraction has no effect without --data", fix="leave it out")
     from llmkit.evals.perplexity import measure
     from llmkit.storage.locate import locate
 
     located = locate(model or find_default_run(progress_printer(as_json)))
-    show(measure(located, data=data, window=window, stride=stride, batch_size=batch_size, precision=precision), as_json)
+    options = {"window": window, "stride": stride, "batch_size": batch_size, "precision": precision}
+    show(measure(located, data=data, max_bad_fraction=max_bad_fraction, **options), as_json)
 
 
 def find_default_run(say) -> Path:

@@ -10,6 +10,9 @@ ConfigArg = Annotated[Path, typer.Argument(help="A YAML file.")]
 ModelArg = Annotated[str, typer.Argument(help="A run, checkpoint, adapter or Hugging Face folder.")]
 Precision = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
 Override = Annotated[list[str], typer.Option("-o", help="Override a key: section.key=value. May be repeated.")]
+MaxBadFraction = Annotated[
+    float, typer.Option(min=0, max=1, help="Stop if more of the records, or of the bytes, can't be used.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from llmkit.config.defaults import PATTERN, VOCAB_SIZE
+from llmkit.config.defaults import MAX_BAD_FRACTION, PATTERN, VOCAB_SIZE
 from llmkit.config.yaml import find_origin
 from llmkit.errors import UserError
 
@@ -51,14 +51,21 @@ class Source(Section):
     streaming: bool = False
     text_key: str = "text"
     limit: Count | None = None  # documents
+    follow_links: bool = False  # read what symbolic links inside the folder point to outside of it
     weight: Annotated[float, Field(gt=0)] | None = None  # share of the samples; null for all: by size
     max_epochs: Annotated[float, Field(gt=0)] | None = None  # a run that would exceed this is refused
     profile: Literal["web", "docs", "code", "books", "none"] = "none"
 
 
 class OnError(Section):
-    mode: Literal["quarantine", "fail"] = "quarantine"
-    max_bad_fraction: Fraction = 0.01
+    """List bad records in a file and go on, unless more than max_bad_fraction of the records or bytes are lost."""
+
+    mode: Literal["quarantine", "fail"] = "quarantine"  # fail: stop if there is any
+    max_bad_fraction: Fraction = MAX_BAD_FRACTION
+
+    @property
+    def max_fraction(self) -> float:
+        return 0.0 if self.mode == "fail" else self.max_bad_fraction
 
 
 class Clean(Section):
@@ -188,6 +195,7 @@ class SftData(Section):
     too_long: Literal["truncate", "drop"] = "truncate"
     chat_template: str | None = None  # a Jinja file; default: the tokenizer's own, else a plain one
     special_tokens: list[str] = []  # to add to the model's tokenizer; see resize_embeddings
+    on_error: OnError = OnError()
 
 
 # ---- the run --------------------------------------------------------------------------------------------------------

@@ -30,9 +30,9 @@ from llmkit.corpus.encode import encode_unit, read_decided, split_text
 from llmkit.corpus.engine import Pool, open_pool
 from llmkit.corpus.filters import RULES
 from llmkit.corpus.measure import StageTimer, file_size, measure_unit, peak_mb
-from llmkit.corpus.report import make_funnel, render_report
+from llmkit.corpus.report import make_funnel, merge_records, render_report
 from llmkit.corpus.scorers import check_languages, load_classifier, load_word_list
-from llmkit.corpus.units import VERSION, Unit, count_unknown_files, load_array, make_units, short_hash
+from llmkit.corpus.units import VERSION, Unit, count_skipped_files, load_array, make_units, short_hash
 from llmkit.data.splits import read_manifest
 from llmkit.data.tokens import find_change, token_dtype
 from llmkit.errors import DataError, MachineError, UserError, did_you_mean, raise_all
@@ -100,7 +100,7 @@ def build_corpus(
     with lock(folder, "another process is building this data", fix="wait for it, or choose another data.dir"):
         check_space(folder, units)
         try:
-            return run_passes(data, units, given_tokenizer, recipe)
+            return run_passes(data, units, given_tokenizer, recipe, say)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -191,21 +191,23 @@ def check_space(folder: Path, units: list[Unit]) -> None:
         raise MachineError("the disk is too small for this build", at=folder, got=got, expected=expected, fix=fix)
 
 
-def run_passes(data: CorpusData, units: list[Unit], given: Tokenizer | None, recipe: str) -> dict[str, Any]:
+def run_passes(
+    data: CorpusData, units: list[Unit], given: Tokenizer | None, recipe: str, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Run all passes over all units, reusing files of earlier builds with the same inputs; return the manifest."""
     folder, started = Path(data.dir), time.perf_counter()
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     with open_pool(data, len(units)) as pool:
         counts = measure_units(pool, units, data, parts)
-        check_bad_records(data, counts, write_quarantine(units, parts, folder))
+        check_bad_records(data.on_error, counts, write_quarantine(units, parts, folder), folder, say)
         timer = StageTimer()
         decided = decision_folder(folder, recipe)
         decision = decide(units, data, parts, decided)
         timer.lap("deciding")
         funnel = make_funnel(units, counts, decision)
         for source in data.sources:
-            funnel[source.name]["passed over"] = count_unknown_files(source)
+            funnel[source.name]["skipped files"] = count_skipped_files(source)
         if decision.documents == 0:
             raise no_documents_error(folder, funnel)
         tokenizer, tokenizer_folder = make_tokenizer(data, parts, decided, units, decision, given)
@@ -280,7 +282,7 @@ def delete_stale_files(folder: Path, units: list[Unit], keep: list[Path], keys: 
 def write_quarantine(units: list[Unit], parts: Path, folder: Path) -> str:
     """Join the units' bad records in quarantine.jsonl, with lines counted from the start of each file.
 
-    Return the path and line of the first bad record, for an error message.
+    Return the place and reason of the first bad record.
     """
     span_starts = {Path(path): [] for unit in units for path, span in unit.pieces if span}
     found = []
@@ -299,18 +301,19 @@ def write_quarantine(units: list[Unit], parts: Path, folder: Path) -> str:
     if not found:
         return ""
     first = found[0][0]
-    return f"{first['path']}:{first['line']} and others, all in {folder / 'quarantine.jsonl'}"
+    return f"{first['path']}:{first['line']} ({first['reason'][:200]})"
 
 
-def check_bad_records(data: CorpusData, counts: list[dict], first_place: str) -> None:
-    """Raise DataError if there are more bad records than the config allows."""
-    bad, read = (sum(one[name] for one in counts) for name in ("quarantined", "read"))
-    max_fraction = 0.0 if data.on_error.mode == "fail" else data.on_error.max_bad_fraction
-    if bad and bad > max_fraction * read:
-        reasons = sum((Counter(one["bad"]) for one in counts), Counter())
-        got = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common(8))
-        fix = "repair the files, or raise data.on_error.max_bad_fraction"
-        raise DataError(f"{bad} of {read} records can't be read", at=first_place, got=got, fix=fix)
+def check_bad_records(
+    on_error: OnError, counts: list[dict], first: str, folder: Path, say: Callable[[str], None]
+) -> None:
+    """Raise DataError if there are more bad records than the config allows. Else say how many there are."""
+    records, listed_in = merge_records(counts), folder / "quarantine.jsonl"
+    records.first = first
+    fix = "repair the files, or raise data.on_error.max_bad_fraction"
+    records.check(on_error.max_fraction, fix=fix, listed_in=listed_in)
+    if records.bad:
+        say(records.describe(listed_in))
 
 
 def no_documents_error(folder: Path, funnel: dict[str, Any]) -> DataError:

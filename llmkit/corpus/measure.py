@@ -33,7 +33,8 @@ from llmkit.corpus.units import Unit, measured_rules, open_atomically, open_zst_
 from llmkit.corpus.words import TextFeatures, hash_ngrams
 from llmkit.files import write_atomically
 from llmkit.readers.decode import GUESSED_ENCODINGS
-from llmkit.readers.records import BadRecord
+from llmkit.readers.documents import keep_documents
+from llmkit.readers.tally import BadRecord, Tally
 from llmkit.types import Document
 
 ROWS_PER_BLOCK = 4096  # rows of scores that are collected as Python objects before they become an array
@@ -143,8 +144,8 @@ def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
     columns, finders = make_columns(data, profile), make_finders(data)
     dtype = np.dtype([*(field for column in columns for field in column.fields), ("pii", "<f8")])
     kinds = tuple(kind for kind in data.pii.kinds if kind != "phone" or profile != "code")
-    tally: dict[str, Any] = {"read": 0, "quarantined": 0, "warnings": Counter(), "bad": Counter(), "pii": Counter()}
-    documents = read_clean(unit, data, parts, tally, timer)
+    records, tally = Tally(), {"warnings": Counter(), "pii": Counter()}
+    documents = read_clean(unit, data, parts, records, tally["warnings"], timer)
     if profile == "web" and data.clean.boilerplate_min_docs:
         spool = parts / f"{unit.part}.cleaned.jsonl.zst"
         documents = remove_boilerplate(documents, data.clean, spool, tally, timer)
@@ -180,6 +181,7 @@ def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
     written = [f"{unit.part}.{name}" for name in ("jsonl.zst", "bad.jsonl", *(f"{name}.npy" for name in files))]
     languages = Counter(code.decode() for code in table["language"].tolist()) if data.filter.language else {}
     counts = tally | {
+        "records": records.counts(),
         "unit": unit.name,
         "source": unit.source["name"],
         "languages": languages,
@@ -191,21 +193,21 @@ def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
     return json.loads(json.dumps(counts))
 
 
-def read_clean(unit: Unit, data: CorpusData, parts: Path, tally: dict, timer: StageTimer) -> Iterator[Document]:
+def read_clean(
+    unit: Unit, data: CorpusData, parts: Path, records: Tally, warnings: Counter[str], timer: StageTimer
+) -> Iterator[Document]:
     """Yield a unit's cleaned documents; write bad records to .bad.jsonl with their file, line and offset."""
     enabled = data.clean.model_dump() | {"encoding": data.clean.fix_encoding}
     steps = [step for step in STEPS if enabled[step]]
     with open_atomically(parts / f"{unit.part}.bad.jsonl") as quarantine:
-        for one in read_unit(unit):
+
+        def write_bad(bad: BadRecord) -> None:
+            quarantine.write(json.dumps(vars(bad) | {"source": unit.source["name"]}).encode() + b"\n")
+
+        for one in keep_documents(read_unit(unit), records, write_bad):
             timer.lap("reading")
-            tally["read"] += 1
-            if isinstance(one, BadRecord):
-                tally["quarantined"] += 1
-                tally["bad"][one.reason.partition(":")[0][:60]] += 1
-                quarantine.write(json.dumps(vars(one) | {"source": unit.source["name"]}).encode() + b"\n")
-                continue
             if one.meta.get("encoding") in GUESSED_ENCODINGS:
-                tally["warnings"][f"decoded as {one.meta['encoding']}"] += 1
+                warnings[f"decoded as {one.meta['encoding']}"] += 1
             if data.clean.html is True:
                 one.meta["format"] = "html"
             one = clean(one, steps)

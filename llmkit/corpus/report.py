@@ -7,6 +7,7 @@ from typing import Any
 from llmkit.corpus.decide import FATE_IDS, VAL, Decision, count_fates
 from llmkit.corpus.encode import MAX_EXAMPLES
 from llmkit.corpus.units import Unit
+from llmkit.readers.tally import Tally
 from llmkit.screen import format_count
 
 WARN_DROP_FRACTION = 0.25  # the report marks rules that drop more of a source than this
@@ -20,8 +21,8 @@ def make_funnel(units: list[Unit], counts: list[dict], decision: Decision) -> di
             unit.source["name"],
             {"read": 0, "quarantined": 0, "dropped": {}, "kept": 0, "warnings": {}, "pii": {}, "languages": {}},
         )
-        row["read"] += one["read"]
-        row["quarantined"] += one["quarantined"]
+        row["read"] += one["records"]["rows"]
+        row["quarantined"] += one["records"]["bad"]
         row["kept"] += int((fates <= VAL).sum())
         dropped = Counter({name: n for name, n in count_fates(fates).items() if FATE_IDS[name] > VAL})
         row["dropped"] = dict(Counter(row["dropped"]) + dropped)
@@ -50,12 +51,11 @@ def render_report(manifest: dict[str, Any], counts: list[dict], shards: list[dic
         source_counts = [one for one in counts if one["source"] == source]
         if not row["kept"]:
             lines.append("- **no document of this source is left**")
-        if unknown := row.get("passed over"):
-            lines.append("- skipped files of unknown type: " + join_counts(unknown.items()))
+        if skipped := row.get("skipped files"):
+            lines.append("- skipped files: " + join_counts(skipped.items()))
         lines += [f"- warning: {number} documents {what}" for what, number in row["warnings"].items()]
         if row["quarantined"]:
-            reasons = sum((Counter(one["bad"]) for one in source_counts), Counter()).most_common(5)
-            lines.append("- quarantined: " + join_counts(reasons))
+            lines.append(f"- quarantined: {merge_records(source_counts).summary()}")
         if row["languages"]:
             found = Counter(row["languages"]).most_common(8)
             lines.append("- languages: " + ", ".join(f"{code} {number}" for code, number in found))
@@ -74,6 +74,14 @@ def render_report(manifest: dict[str, Any], counts: list[dict], shards: list[dic
             lines += [f"  - `{e['id']}`: {e['why']}: {e['text'][:100]!r}" for e in shown[:MAX_EXAMPLES]]
     lines += ["", "Names and addresses of people are not detected."]
     return "\n".join(lines) + "\n"
+
+
+def merge_records(counts: list[dict]) -> Tally:
+    """Return the tally of the records of several units. Its first bad record has a line counted from a unit's start."""
+    total = Tally()
+    for one in counts:
+        total.merge(Tally(**one["records"]))
+    return total
 
 
 def join_counts(counts: Iterable[tuple[str, int]]) -> str:

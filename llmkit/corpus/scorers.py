@@ -12,7 +12,9 @@ from llmkit.errors import DataError, MachineError, ModelError, UserError
 from llmkit.files import file_stamps, folder_stamps
 from llmkit.readers.decode import decode
 from llmkit.readers.documents import list_files
-from llmkit.readers.records import READERS, BadRecord, read_records, read_text, suffix_of
+from llmkit.readers.packed import suffix_of
+from llmkit.readers.records import READERS, read_records, read_text
+from llmkit.readers.tally import BadRecord, Tally
 
 SAMPLES, SAMPLE_CHARACTERS = 3, 333  # from start, middle and end of a text: enough to identify its language
 WINDOW_CHARACTERS = 10_000  # more than 512 tokens
@@ -131,17 +133,20 @@ def read_evaluation_ngrams(patterns: Sequence[str], n: int) -> tuple[NgramSet, i
 
 @lru_cache(maxsize=1)  # a worker measures many units
 def _read_evaluation_ngrams(stamps: tuple[tuple[str, int, int], ...], n: int) -> tuple[NgramSet, int, int]:
-    grams, texts, short = [np.empty(0, np.uint64)], 0, 0
+    grams, texts, short, tally = [np.empty(0, np.uint64)], 0, 0, Tally()
     for file in (Path(name) for name, _, _ in stamps):
-        for line, record in read_records(file):
-            if isinstance(record, BadRecord):  # skipping it would hide contamination
-                raise DataError("an evaluation file can't be read", at=f"{file}:{line}", got=record.reason)
+        for _, record, size in read_records(file):
+            if isinstance(record, BadRecord):
+                tally.add(0, record)
+                continue
+            tally.add(size)
             whole = READERS.get(suffix_of(file), read_text) is read_text
             for string in strings_in([record["text"]] if whole else record.values()):
                 words = split_words(string)
                 if len(words) >= n:
                     grams.append(ngrams_of(words, n))
                 texts, short = texts + 1, short + (len(words) < n)
+    tally.check(0.0, fix="repair the evaluation files: a question that is left out would not be looked for")
     return NgramSet(np.concatenate(grams)), texts, short
 
 

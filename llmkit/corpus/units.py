@@ -25,11 +25,12 @@ from llmkit.corpus.scorers import list_evaluation_files
 from llmkit.errors import DataError, UserError
 from llmkit.files import file_stamps, folder_stamps, temporary_path
 from llmkit.readers.documents import dataset_files, list_files, read_dataset, read_file, root_of
-from llmkit.readers.records import BadRecord, Span, spans_of
+from llmkit.readers.records import Span, spans_of
+from llmkit.readers.tally import BadRecord
 from llmkit.types import Document
 
 UNIT_BYTES = 32 * 2**20  # source bytes in one work unit
-VERSION = 7  # of the pipeline; increase it if results change for the same inputs, so that builds start over
+VERSION = 8  # of the pipeline; increase it if results change for the same inputs, so that builds start over
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def make_units(data: CorpusData) -> list[Unit]:
     for source in data.sources:
         key, section = measuring_key(data, source), source.model_dump()
         try:
-            files = source_files(source, Path(data.dir))
+            files = exclude_build(source, source_files(source), Path(data.dir))
         except UserError as error:
             error.fix = error.fix or f"correct the source {source.name} in the config"
             raise
@@ -103,27 +104,38 @@ def make_units(data: CorpusData) -> list[Unit]:
     return units
 
 
-def source_files(source: Source, built: Path) -> tuple[Path, list[Path]] | None:
-    """Return (root, files) of a source, or None if `datasets` reads it. Exclude files in the build's own folder."""
-    if source.hf:
-        found = dataset_files(source.hf, source.config, source.split)
-        if found and (source.streaming or source.revision):
-            raise UserError("streaming and revision have no effect on local files", at=source.hf, fix="delete them")
-        return found
-    files = list_files(source.path, source.include, source.exclude)
-    built = built.absolute()
-    found = [file for file in files if not file.absolute().is_relative_to(built)]
+def source_files(source: Source, skipped: Counter[str] | None = None) -> tuple[Path, list[Path]] | None:
+    """Return (root, files) of a source, or None if `datasets` reads it.
+
+    skipped  counts the files that are not read: see `list_files`
+    """
+    links = {"follow_links": source.follow_links}
+    if source.path:
+        return root_of(source.path), list_files(source.path, source.include, source.exclude, skipped, **links)
+    found = dataset_files(source.hf, source.config, source.split, skipped, **links)
+    if found and (source.streaming or source.revision):
+        raise UserError("streaming and revision have no effect on local files", at=source.hf, fix="delete them")
+    if not found and source.follow_links:
+        raise UserError("follow_links has an effect on a folder of files only", at=source.hf, fix="delete it")
+    return found
+
+
+def exclude_build(source: Source, files: tuple[Path, list[Path]] | None, built: Path) -> tuple[Path, list[Path]] | None:
+    """Exclude the files in the build's own folder from those of a source that is given by its path."""
+    if not source.path:
+        return files
+    root, built = files[0], built.absolute()
+    found = [file for file in files[1] if not file.absolute().is_relative_to(built)]
     if not found:
         raise UserError("all files of the source are in data.dir itself", at=source.path, got=f"data.dir {built}")
-    return root_of(source.path), found
+    return root, found
 
 
-def count_unknown_files(source: Source) -> dict[str, int]:
-    """Count the files of a source whose type is unknown, by suffix."""
-    found: Counter[str] = Counter()
-    if source.path:
-        list_files(source.path, source.include, source.exclude, found)
-    return dict(found)
+def count_skipped_files(source: Source) -> dict[str, int]:
+    """Count the files of a source that are not read, by reason."""
+    skipped: Counter[str] = Counter()
+    source_files(source, skipped)
+    return dict(skipped)
 
 
 def group_files(files: list[Path], whole: bool) -> Iterator[tuple[list[tuple[str, Span | None]], int]]:

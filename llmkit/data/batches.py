@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmkit.data.corrupt import shift_right
-from llmkit.data.sft import PAIR_ARRAYS, ROW_ARRAYS
+from llmkit.data.sft import open_encoded
 from llmkit.data.tokens import TokenStream
 from llmkit.types import IGNORE_INDEX, Batch
 
@@ -189,26 +189,43 @@ def open_rows(folder: Path, split: str, global_batch_size: int, start_id: int | 
 
 def packed_batches(folder: Path, split: str, global_batch_size: int, **order) -> Batches:
     """Return the batches of packed rows, in which only the answers are labels."""
-    arrays = [np.load(folder / f"{split}-{name}.npy", mmap_mode="r", allow_pickle=False) for name in ROW_ARRAYS]
+    report, tokens, (pieces, row_ends) = open_encoded(folder, split, "pieces", "rows")
+    width, pad_id = report["seq_len"] + 1, report["eos_id"]
 
     def rows(indices: list[int]) -> Batch:
-        ids, targets, segments, positions = (array[indices] for array in arrays)
-        labels = np.where(targets[:, 1:], ids[:, 1:], IGNORE_INDEX).astype(np.int64)
-        inputs, segments, positions = (x[:, :-1].astype(np.int64) for x in (ids, segments, positions))
-        return Batch(inputs, labels, positions, segments)
+        shape = (len(indices), width)
+        ids, targets = np.full(shape, pad_id, np.int64), np.zeros(shape, bool)
+        segments, positions = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
+        for row, index in enumerate(indices):
+            first = int(row_ends[index - 1]) if index else 0
+            place, length = pieces[first : row_ends[index]].T
+            starts = np.cumsum(length) - length
+            at = np.arange(length.sum()) - np.repeat(starts, length)  # position of each token in its example
+            coded, used = tokens[np.repeat(place, length) + at], slice(0, len(at))
+            ids[row, used], targets[row, used] = np.where(coded < 0, ~coded, coded), (coded >= 0) & (at > 0)
+            segments[row, used], positions[row, used] = np.repeat(np.arange(len(length)), length), at
+        labels = np.where(targets[:, 1:], ids[:, 1:], IGNORE_INDEX)
+        return Batch(ids[:, :-1], labels, positions[:, :-1], segments[:, :-1])
 
-    return Batches(len(arrays[0]), rows, global_batch_size, **order)
+    return Batches(len(row_ends), rows, global_batch_size, **order)
 
 
 def pair_batches(folder: Path, split: str, global_batch_size: int, *, start_id: int, **order) -> Batches:
-    """Return the batches of prompts for an encoder and answers for a decoder.
+    """Return the batches of prompts for an encoder and answers for a decoder, padded to the longest of the split.
 
     start_id  the decoder's first input token
     """
-    arrays = [np.load(folder / f"{split}-{name}.npy", mmap_mode="r", allow_pickle=False) for name in PAIR_ARRAYS]
+    report, tokens, (pairs,) = open_encoded(folder, split, "pairs")
+    source_width, answer_width = report["splits"][split]["longest"]
 
     def rows(indices: list[int]) -> Batch:
-        ids, segments, labels = (array[indices].astype(np.int64) for array in arrays)
+        ids = np.full((len(indices), source_width), report["eos_id"], np.int64)
+        segments = np.full(ids.shape, -1, np.int64)
+        labels = np.full((len(indices), answer_width), IGNORE_INDEX, np.int64)
+        for row, (place, before, answer) in enumerate(pairs[indices].tolist()):
+            coded = tokens[place : place + min(before, report["seq_len"] - 1)]
+            ids[row, : len(coded)], segments[row, : len(coded) + 1] = np.where(coded < 0, ~coded, coded), 0
+            labels[row, :answer] = tokens[place + before : place + before + answer]
         return Batch(ids, labels, segments=segments, decoder_input_ids=shift_right(labels, start_id))
 
-    return Batches(len(arrays[0]), rows, global_batch_size, **order)
+    return Batches(len(pairs), rows, global_batch_size, **order)

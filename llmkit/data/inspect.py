@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from llmkit.config.defaults import MAX_BAD_FRACTION
 from llmkit.readers.documents import read_texts
-from llmkit.readers.records import READERS, suffix_of
+from llmkit.readers.packed import suffix_of
+from llmkit.readers.records import READERS
+from llmkit.readers.tally import Tally
 from llmkit.screen import printable
 from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
@@ -69,17 +72,19 @@ def measure_compression(
     """
     rows = []
     for source in sources:
-        texts, size = [], 0
-        for text in read_texts([source], text_key) if is_path(source) else [source]:
+        texts, size, tally = [], 0, Tally()
+        for text in read_texts([source], text_key, tally) if is_path(source) else [source]:
             texts.append(text)
             size += len(text)
             if size > MAX_CHARACTERS:
                 break
+        tally.check(MAX_BAD_FRACTION, fix="repair the files, or leave them out")
         row: dict[str, Any] = {"source": source if is_path(source) else repr(source[:30])}
         row |= {"characters": size, "bytes": sum(len(text.encode()) for text in texts)}
         for prefix, one in (("", tokenizer), ("beside: ", other)):
             if one is not None:
                 tokens = sum(map(len, one.encode_slowly(texts)))
                 row |= {f"{prefix}tokens": tokens, f"{prefix}characters a token": round(size / max(1, tokens), 3)}
-        rows.append(row)
-    return rows
+        rows.append(row | {"bad records": tally.describe() or None})
+    is_any_bad = any(row["bad records"] for row in rows)
+    return [{name: value for name, value in row.items() if is_any_bad or name != "bad records"} for row in rows]

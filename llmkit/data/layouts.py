@@ -22,7 +22,7 @@ def detect_layout(record: dict, at: str) -> str:
     raise DataError(
         "this is not a fine-tuning record",
         at=at,
-        got=f"the fields {', '.join(map(str, record))}",
+        got="the fields " + ", ".join(str(key)[:50] for key in list(record)[:30]),
         expected=" or ".join("{" + ", ".join(fields) + "}" for fields in LAYOUTS.values()),
         fix=hints[0] if hints else None,
     )
@@ -39,6 +39,8 @@ def to_turns(record: dict, layout: str) -> tuple[str, str] | list[dict[str, str]
         question, context, answer = record.get("instruction"), record.get("input"), record.get("output")
         if not (isinstance(question, str) and isinstance(answer, str) and answer):
             raise ValueError("instruction or output is missing, empty or not a string")
+        if not (context is None or isinstance(context, str)):
+            raise ValueError("input is not a string")
         question = f"{question}\n\n{context}" if context else question
         return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     turns = record.get(layout)
@@ -49,9 +51,11 @@ def to_turns(record: dict, layout: str) -> tuple[str, str] | list[dict[str, str]
         if not isinstance(turn, dict):
             raise ValueError("a turn is not an object")
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not isinstance(role, str):
+            raise ValueError("a turn's role is not a string")
         role = ROLE_ALIASES.get(role, role)
         if role not in KNOWN_ROLES:
-            raise ValueError(f"unknown role {role!r}")
+            raise ValueError(f"unknown role {role[:50]!r}")
         if not isinstance(content, str):
             raise ValueError("a turn's content is not a string")
         if messages and role == messages[-1]["role"] and role != "tool":

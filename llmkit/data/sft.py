@@ -1,9 +1,21 @@
-"""Encode fine-tuning records into a folder, as arrays of rows with the same length."""
+"""Encode fine-tuning records into a folder: their tokens, one after another, and which of them form a row.
+
+Nothing but a few numbers per example is held in memory. Rows are put together when a batch is read: see
+`batches.packed_batches` and `batches.pair_batches`. The files of a folder are
+    examples.bin       the tokens of all examples, int32: the id of a target, or ~id (below 0) of any other token
+    examples.idx       the ends of the examples in it
+    SPLIT-pieces.npy   packed rows: (place in examples.bin, tokens) of every piece, row after row
+    SPLIT-rows.npy     packed rows: the ends of the rows among the pieces
+    SPLIT-pairs.npy    for an encoder-decoder: (place, tokens before the answer, tokens of the answer)
+    quarantine.jsonl   the bad records
+    report.json        counts and checksums, written last
+"""
 
 import hashlib
+import itertools
 import json
-from collections import Counter
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,140 +23,221 @@ import numpy as np
 
 from llmkit.config.schema import SftData
 from llmkit.data.layouts import detect_layout, to_turns
+from llmkit.data.tokens import ShardWriter, check_unchanged, describe_file
 from llmkit.errors import DataError
 from llmkit.files import file_sha256, write_atomically
-from llmkit.readers.records import BadRecord, read_records
+from llmkit.readers.documents import check_file
+from llmkit.readers.records import read_records
+from llmkit.readers.tally import BadRecord, Tally
 from llmkit.tokenizer.chat_template import default_template, encode_example
 from llmkit.tokenizer.tokenizer import Tokenizer
-from llmkit.types import IGNORE_INDEX
 
-VERSION = 2  # of the encoding; data of another version is encoded again
-ROW_ARRAYS = ("ids", "targets", "segments", "positions")  # the files of a split
-PAIR_ARRAYS = ("sources", "segments", "answers")  # the files of a split for an encoder-decoder
-Example = tuple[str, list[int], list[bool]]  # record name, token ids, which of them are targets
+VERSION = 3  # of the encoding; data of another version is encoded again
+TOKENS = np.dtype("<i4")
+REPORT, QUARANTINE = "report.json", "quarantine.jsonl"
+Example = tuple[list[int], list[bool]]  # token ids, which of them are targets
 
 
 def encode_records(
-    path: Path, tokenizer: Tokenizer, template: str, bad: Counter, layouts: set[str]
+    path: Path,
+    tokenizer: Tokenizer,
+    template: str,
+    tally: Tally,
+    layouts: set[str],
+    quarantine: Callable[[BadRecord], Any] = lambda bad: None,
 ) -> Iterator[Example]:
     """Encode the good records of a JSON, JSONL (.gz, .zst), CSV or Parquet file.
 
-    bad      counts the bad records by reason; updated in place
-    layouts  gets the layout of the file, which its first good record decides
+    tally       counts the records, and the bad ones by reason
+    layouts     gets the layout of the file, which its first good record decides
+    quarantine  is called with every bad record
     """
     layout = None
-    for line, record in read_records(path):
+    for line, record, size in read_records(path):
+        if not isinstance(record, BadRecord):
+            layout = layout or detect_layout(record, f"{path}:{line}")
+            layouts.add(layout)
+            try:
+                example = encode_example(tokenizer, template, to_turns(record, layout))
+            except ValueError as error:
+                record = BadRecord(str(path), line, None, str(error), size)
         if isinstance(record, BadRecord):
-            bad[record.reason] += 1
-            continue
-        layout = layout or detect_layout(record, f"{path}:{line}")
-        layouts.add(layout)
-        try:
-            ids, targets = encode_example(tokenizer, template, to_turns(record, layout))
-        except ValueError as error:
-            bad[str(error)] += 1
-            continue
-        yield f"{path.name}:{line}", ids, targets
-
-
-def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
-    """Choose which examples share a row of `size` tokens: best-fit decreasing (Ding et al. 2024, arXiv:2404.10830).
-
-    >>> pack(np.array([3, 5, 2, 6]), 8)
-    [[3, 2], [1, 0]]
-    """
-    rows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # free tokens -> rows with exactly that many
-    for i in np.argsort(-lengths, kind="stable"):
-        need = int(lengths[i])
-        room = next((r for r in range(need, size + 1) if by_room.get(r)), None)
-        if room is None:
-            rows.append([])
-            row, room = len(rows) - 1, size
+            tally.add(0, record)
+            quarantine(record)
         else:
-            row = by_room[room].pop()
-        rows[row].append(int(i))
-        by_room.setdefault(room - need, []).append(row)
-    return rows
+            tally.add(size)
+            yield example
 
 
 def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pairs: bool = False) -> dict[str, Any]:
-    """Encode `data` into arrays in OUT/<key>/, unless they exist. Return the report, which names the folder.
+    """Encode `data` into OUT/<key>/, unless that is done. Return the report, with the folder added.
 
     The key is a hash of all settings and files, so that the data of other runs is never overwritten.
 
-    A row holds seq_len + 1 tokens: several whole examples (packing), or one example and padding.
-    Files of a split: ids (rows, seq_len + 1) int32, targets bool, segments int32 (the example's number in its row,
-    -1 for padding), positions int32.
+    pairs  for an encoder-decoder: a row is a prompt and an answer; otherwise it is seq_len + 1 tokens, of several whole
+           examples (packing) or of one
 
-    pairs  write pairs of prompts and answers for an encoder-decoder instead: see `write_pairs`
+    Raise DataError if more records are bad than data.on_error allows, or if a file changed after it was written.
     """
     sources = [Path(data.path), *([Path(data.val_path)] if data.val_path else [])]
+    for path in sources:
+        check_file(path)
     template = default_template(tokenizer)
-    settings = [VERSION, pairs, data.model_dump(), seed, template, tokenizer.sha256, *map(checksum, sources)]
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    out = out / key
-    report_path = out / "report.json"
-    if report_path.exists():
-        return json.loads(report_path.read_text())
-    out.mkdir(parents=True, exist_ok=True)
-    bad, layouts = Counter(), set()
-    train = list(encode_records(sources[0], tokenizer, template, bad, layouts))
-    if data.val_path:
-        val = list(encode_records(sources[1], tokenizer, template, bad, layouts))
-    else:
-        order = np.random.default_rng(seed).permutation(len(train))
-        val_indices = set(order[: max(1, round(len(train) * data.val_fraction))].tolist()) if len(train) > 1 else set()
-        val = [one for i, one in enumerate(train) if i in val_indices]
-        train = [one for i, one in enumerate(train) if i not in val_indices]
-    report = {
-        "key": key,
-        "folder": str(out),
-        "files": [str(path) for path in sources],
-        "bad": dict(bad),
+    settings = [VERSION, pairs, data.model_dump(exclude={"on_error"}), seed, template, tokenizer.sha256]
+    key = hashlib.sha256(json.dumps([*settings, *map(file_sha256, sources)]).encode()).hexdigest()[:16]
+    folder = out / key
+    try:
+        report = read_report(folder)
+    except DataError:  # there is none yet, or it is damaged
+        report = write_examples(data, sources, tokenizer, template, folder, seed, pairs)
+        write_atomically(folder / REPORT, json.dumps(report | {"checksum": checksum(report)}, indent=2))
+    check_records(Tally(**report["records"]), data, folder)
+    return report | {"key": key, "folder": str(folder)}
+
+
+def check_records(tally: Tally, data: SftData, folder: Path) -> None:
+    """Raise DataError if there are more bad records than the config allows."""
+    fix = "repair the file, or raise data.on_error.max_bad_fraction"
+    tally.check(data.on_error.max_fraction, fix=fix, listed_in=folder / QUARANTINE)
+
+
+def write_examples(
+    data: SftData, sources: list[Path], tokenizer: Tokenizer, template: str, folder: Path, seed: int, pairs: bool
+) -> dict[str, Any]:
+    """Encode the records of the train and val files into a folder. Return the report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tally, layouts, sizes = Tally(), set(), []
+    answers = array("i")  # example, start and stop of every answer in it
+    with (folder / QUARANTINE).open("w", encoding="utf-8") as file, ShardWriter(folder / "examples", TOKENS) as shard:
+
+        def write_bad(bad: BadRecord) -> None:
+            file.write(json.dumps(vars(bad)) + "\n")
+
+        for path in sources:
+            for ids, targets in encode_records(path, tokenizer, template, tally, layouts, write_bad):
+                for start, stop in answer_spans(targets):
+                    answers.extend((len(shard.ends), start, stop))
+                shard.add(np.where(targets, ids, np.invert(ids)))
+            sizes.append(len(shard.ends) - sum(sizes))
+        file.flush()
+        check_records(tally, data, folder)
+        ends, spans = np.array(shard.ends, np.int64), np.frombuffer(answers, np.int32).reshape(-1, 3)
+        chosen = choose_splits(sizes, data.val_fraction, seed)
+        plans = [(plan_pairs if pairs else plan_rows)(ends, spans, examples, data) for examples in chosen]
+        splits = dict(zip(("train", "val"), (counts for _, counts in plans), strict=True))
+        if not splits["train"]["rows"]:
+            raise no_examples_error(data, splits["train"], tally, folder)
+        arrays = {
+            folder / f"{split}-{name}.npy": array
+            for split, (arrays, _) in zip(splits, plans, strict=True)
+            for name, array in arrays.items()
+        }
+        for path, values in arrays.items():
+            np.save(path, values, allow_pickle=False)
+    return {
+        "files": [describe_file(path, folder) for path in (shard.path, shard.index, *arrays)],
+        "records": tally.counts(),
         "formats": sorted(layouts),
-        "splits": {},
+        "seq_len": data.seq_len,
+        "too_long": data.too_long,
+        "eos_id": tokenizer.eos_id,
+        "splits": splits,
     }
-    for split, encoded in (("train", train), ("val", val)):
-        write = write_pairs if pairs else write_rows
-        report["splits"][split] = write(out / split, encoded, data, tokenizer.eos_id)
-    if not report["splits"]["train"]["rows"]:
-        got = f"{sum(bad.values())} bad records: {dict(bad)}"
-        raise DataError("no example is left to train on", at=data.path, got=got)
-    write_atomically(report_path, json.dumps(report, indent=2))
-    return report
 
 
-def write_rows(out: Path, encoded: list, data: SftData, pad_id: int) -> dict[str, Any]:
-    """Write the arrays of a split of packed rows. Return its counts."""
-    size = data.seq_len + 1
-    fitting, counts = [], Counter(examples=len(encoded))
-    for name, ids, targets in encoded:
-        if len(ids) > size:
-            counts["too long"] += 1
-            if data.too_long == "drop":
-                continue
-            ids, targets = ids[:size], targets[:size]
-        if not any(targets[1:]):  # the answer is empty or was truncated away
-            counts["without a target"] += 1
-            continue
-        fitting.append((name, ids, targets))
-    lengths = np.array([len(ids) for _, ids, _ in fitting], dtype=np.int64)
-    rows = pack(lengths, size) if data.packing is not False else [[i] for i in range(len(fitting))]
-    ids, targets = np.full((len(rows), size), pad_id, np.int32), np.zeros((len(rows), size), bool)
-    segments, positions = np.full((len(rows), size), -1, np.int32), np.zeros((len(rows), size), np.int32)
-    for r, members in enumerate(rows):
-        start = 0
-        for number, i in enumerate(members):
-            _, example, example_targets = fitting[i]
-            cut = slice(start, start + len(example))
-            ids[r, cut], segments[r, cut], positions[r, cut] = example, number, np.arange(len(example))
-            targets[r, cut] = example_targets
-            targets[r, start] = False  # no token precedes the first one, so it can't be predicted
-            start += len(example)
-    for name, array in zip(ROW_ARRAYS, (ids, targets, segments, positions), strict=True):
-        np.save(out.with_name(f"{out.name}-{name}.npy"), array, allow_pickle=False)
-    return dict(counts) | {"rows": len(rows), "tokens": int(lengths.sum()), "targets": int(targets.sum())}
+def no_examples_error(data: SftData, counts: dict[str, Any], tally: Tally, folder: Path) -> DataError:
+    """Return the error for data of which no example is left."""
+    reasons = [f"{counts[name]} {name}" for name in ("examples", "too long", "without a target") if counts.get(name)]
+    got = "; ".join([", ".join(reasons) or "no record", *filter(None, [tally.describe(folder / QUARANTINE)])])
+    return DataError("no example is left to train on", at=data.path, got=got)
+
+
+def answer_spans(targets: list[bool]) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of each run of targets.
+
+    >>> list(answer_spans([False, True, True, False, True]))
+    [(1, 3), (4, 5)]
+    """
+    start = 0
+    for is_target, run in itertools.groupby(targets):
+        stop = start + sum(1 for _ in run)
+        if is_target:
+            yield start, stop
+        start = stop
+
+
+def choose_splits(sizes: list[int], val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return which examples are in train, and which in val, as booleans.
+
+    sizes  number of examples of the train file, and of the val file; without the latter a part of the former is val
+    """
+    total = sum(sizes)
+    if len(sizes) == 2:
+        in_val = np.arange(total) >= sizes[0]
+    else:
+        in_val = np.zeros(total, bool)
+        held_out = max(1, round(total * val_fraction)) if total > 1 else 0
+        in_val[np.random.default_rng(seed).permutation(total)[:held_out]] = True
+    return ~in_val, in_val
+
+
+# ---- packed rows ----------------------------------------------------------------------------------------------------
+
+
+def pack(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Choose which examples share a row of `size` tokens: best-fit decreasing (Ding et al. 2024, arXiv:2404.10830).
+
+    Return (members, ends): row r holds the examples members[ends[r - 1] : ends[r]].
+
+    >>> [array.tolist() for array in pack(np.array([3, 5, 2, 6]), 8)]
+    [[3, 2, 1, 0], [2, 4]]
+    """
+    order = np.argsort(-lengths, kind="stable")
+    row_of, rows = np.empty(len(order), np.int64), 0
+    by_room: list[list[int]] = [[] for _ in range(size + 1)]  # free tokens -> rows with exactly that many
+    rooms = 0  # bit r is set if by_room[r] has a row: the lowest bit from `need` on is the best fit
+    for place, need in enumerate(lengths[order].tolist()):
+        fitting = rooms >> need
+        if fitting:
+            room = need + (fitting & -fitting).bit_length() - 1
+            row = by_room[room].pop()
+            if not by_room[room]:
+                rooms ^= 1 << room
+        else:
+            row, room, rows = rows, size, rows + 1
+        row_of[place] = row
+        by_room[room - need].append(row)
+        rooms |= 1 << (room - need)
+    return order[np.argsort(row_of, kind="stable")], np.cumsum(np.bincount(row_of, minlength=rows))
+
+
+def plan_rows(
+    ends: np.ndarray, answers: np.ndarray, chosen: np.ndarray, data: SftData
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Choose the pieces of each row of a split. Return the arrays `pieces` and `rows`, and the split's counts.
+
+    ends     ends of all examples in the tokens
+    answers  (example, start, stop) of all answers
+    chosen   which examples are in the split
+    """
+    size, lengths = data.seq_len + 1, np.diff(ends, prepend=0)
+    # No token precedes the first one, so it can't be predicted.
+    kept = np.clip(np.minimum(answers[:, 2], size) - np.maximum(answers[:, 1], 1), 0, None)
+    targets = np.bincount(answers[:, 0], weights=kept, minlength=len(ends)).astype(np.int64)
+    too_long = chosen & (lengths > size)
+    fitting = chosen & ~too_long if data.too_long == "drop" else chosen
+    without = fitting & (targets == 0)  # the answer is empty or was cut away
+    counts = {"examples": chosen.sum(), "too long": too_long.sum(), "without a target": without.sum()}
+    examples = np.flatnonzero(fitting & (targets > 0))
+    taken = np.minimum(lengths[examples], size)
+    alone = np.arange(len(examples))
+    members, rows = pack(taken, size) if data.packing is not False else (alone, alone + 1)
+    pieces = np.stack([(ends - lengths)[examples], taken], axis=1)[members]
+    counts |= {"rows": len(rows), "tokens": taken.sum(), "targets": targets[examples].sum()}
+    return {"pieces": pieces, "rows": rows}, {name: int(number) for name, number in counts.items()}
+
+
+# ---- pairs for an encoder-decoder -----------------------------------------------------------------------------------
 
 
 def split_into_pairs(ids: list[int], targets: list[bool], eos_id: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -153,10 +246,8 @@ def split_into_pairs(ids: list[int], targets: list[bool], eos_id: int) -> Iterat
     >>> list(split_into_pairs([5, 6, 7, 1], [False, False, True, True], 1))
     [([5, 6, 1], [7, 1])]
     """
-    for start in range(len(ids)):
-        if targets[start] and not (start and targets[start - 1]):
-            stop = next((i for i in range(start, len(ids)) if not targets[i]), len(ids))
-            yield [*ids[:start], eos_id], ids[start:stop]
+    for start, stop in answer_spans(targets):
+        yield [*ids[:start], eos_id], ids[start:stop]
 
 
 def truncate_pair(source: list[int], answer: list[int], size: int) -> tuple[list[int], list[int]]:
@@ -164,36 +255,55 @@ def truncate_pair(source: list[int], answer: list[int], size: int) -> tuple[list
     return (source if len(source) <= size else [*source[: size - 1], source[-1]]), answer[:size]
 
 
-def write_pairs(out: Path, encoded: list, data: SftData, eos_id: int) -> dict[str, Any]:
-    """Write the arrays of a split of prompts and answers, each padded to the longest. Return the counts.
+def plan_pairs(
+    ends: np.ndarray, answers: np.ndarray, chosen: np.ndarray, data: SftData
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Choose the pairs of a split, as `split_into_pairs` and `truncate_pair` make them; see `plan_rows`.
 
-    Files: sources (rows, S) int32; segments (rows, S) int8, 0 and -1 for padding; answers (rows, T) int32, padded with
-    IGNORE_INDEX.
+    The counts have "longest": the tokens of the longest prompt, end token included, and of the longest answer.
     """
-    counts, fitting = Counter(examples=len(encoded)), []
-    for _, ids, targets in encoded:
-        for source, answer in split_into_pairs(ids, targets, eos_id):
-            if max(len(source), len(answer)) > data.seq_len:
-                counts["too long"] += 1
-                if data.too_long == "drop":
-                    continue
-                source, answer = truncate_pair(source, answer, data.seq_len)
-            fitting.append((source, answer))
-    longest = [max(map(len, side)) for side in zip(*fitting, strict=True)] or [0, 0]
-    sources = np.full((len(fitting), longest[0]), eos_id, np.int32)
-    segments = np.full(sources.shape, -1, np.int8)
-    answers = np.full((len(fitting), longest[1]), IGNORE_INDEX, np.int32)
-    for row, (source, answer) in enumerate(fitting):
-        sources[row, : len(source)], segments[row, : len(source)] = source, 0
-        answers[row, : len(answer)] = answer
-    for name, array in zip(PAIR_ARRAYS, (sources, segments, answers), strict=True):
-        np.save(out.with_name(f"{out.name}-{name}.npy"), array, allow_pickle=False)
-    sizes = {"tokens": int((segments == 0).sum()), "targets": int((answers != IGNORE_INDEX).sum())}
-    return dict(counts) | {"rows": len(fitting)} | sizes
+    examples, starts, stops = answers[chosen[answers[:, 0]]].astype(np.int64).T
+    sources, answered = starts + 1, stops - starts
+    too_long = np.maximum(sources, answered) > data.seq_len
+    counts = {"examples": int(chosen.sum()), "too long": int(too_long.sum())}
+    fitting = ~too_long if data.too_long == "drop" else np.ones(len(examples), bool)
+    sources, answered = (np.minimum(one[fitting], data.seq_len) for one in (sources, answered))
+    places = np.concatenate([[0], ends])[examples[fitting]]
+    pairs = np.stack([places, starts[fitting], answered], axis=1)
+    counts |= {"rows": len(pairs), "tokens": int(sources.sum()), "targets": int(answered.sum())}
+    return {"pairs": pairs}, counts | {"longest": [int(one.max(initial=0)) for one in (sources, answered)]}
 
 
-def checksum(path: Path) -> str:
-    """Return the checksum of a file. Raise DataError if there is none."""
-    if not path.is_file():
-        raise DataError("the data file does not exist", at=path)
-    return file_sha256(path)
+# ---- read it back ---------------------------------------------------------------------------------------------------
+
+
+def checksum(report: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """Return the report of a folder of encoded records. Raise DataError if it is missing or not as it was written."""
+    path = folder / REPORT
+    fix = f"delete {folder} and fine-tune again: the records are then encoded again"
+    try:
+        report = json.loads(path.read_bytes())
+        if report.pop("checksum") != checksum(report):
+            raise ValueError
+        return report
+    except FileNotFoundError:
+        raise DataError("there are no encoded records", at=folder, fix=fix) from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        what = "the report of the encoded records is damaged, or of another version of llmkit"
+        raise DataError(what, at=path, fix=fix) from None
+
+
+def open_encoded(folder: Path, split: str, *names: str) -> tuple[dict[str, Any], np.ndarray, list[np.ndarray]]:
+    """Return (report, tokens, the split's arrays of these names), memory-mapped.
+
+    Raise DataError if a file changed after it was written.
+    """
+    report = read_report(folder)
+    fix = f"delete {folder} and fine-tune again: the records are then encoded again"
+    check_unchanged(folder, report["files"], fix)
+    arrays = [np.load(folder / f"{split}-{name}.npy", mmap_mode="r", allow_pickle=False) for name in names]
+    return report, np.memmap(folder / "examples.bin", TOKENS, "r"), arrays

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from llmkit.data.batches import Batches, Mixture, corpus_batches, open_rows, samples_in
+from llmkit.data.sft import QUARANTINE
 from llmkit.data.tokens import TokenStream, open_split
 from llmkit.errors import DataError
+from llmkit.readers.tally import Tally
 from llmkit.screen import format_count
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -122,9 +124,11 @@ def open_records(
     """
     splits, train, val = report["splits"], report["splits"]["train"], report["splits"]["val"]
     how = "through the chat template" if is_chat else "as they are, no chat template"
-    excluded = [f"{train[why]} {why}" for why in ("too long", "without a target") if why in train]
-    excluded += [f"{number} bad: {reason}" for reason, number in report["bad"].items()]
-    layouts = " and ".join(report.get("formats", ["records"]))
+    cut = "left out" if report["too_long"] == "drop" else f"cut to {report['seq_len']} tokens"
+    notes = {"too long": f"too long, {cut}", "without a target": "without a target, left out"}
+    excluded = [f"{train[why]} {note}" for why, note in notes.items() if train.get(why)]
+    excluded += filter(None, [Tally(**report["records"]).describe(Path(report["folder"]) / QUARANTINE)])
+    layouts = " and ".join(report["formats"])
     return Splits(
         tokenizer,
         lambda split, size, **order: open_rows(Path(report["folder"]), split, size, start_id, **order),

@@ -99,18 +99,21 @@ class TokenStream:
 
 def open_split(folder: Path, files: list[dict], dtype: np.dtype) -> TokenStream:
     """Open the shards of a split as the manifest lists them. Raise DataError if one or its index has changed."""
-    for entry in files:
-        for one in (entry, entry["index"]):
-            path = folder / one["path"]
-            if (problem := find_change(path, one)) is None and path.stat().st_mtime_ns != one["mtime_ns"]:
-                # A copied file has a new time, so compare the contents.
-                problem = "another checksum" if file_sha256(path) != one["sha256"] else None
-            if problem:
-                expected, fix = f"{one['bytes']} bytes as in the manifest", f"delete {folder} and build again"
-                raise DataError(
-                    "a token shard changed after the build", at=path, expected=expected, got=problem, fix=fix
-                )
+    entries = [one for entry in files for one in (entry, entry["index"])]
+    check_unchanged(folder, entries, f"delete {folder} and build again")
     return TokenStream([folder / entry["path"] for entry in files], dtype)
+
+
+def check_unchanged(folder: Path, entries: list[dict], fix: str) -> None:
+    """Raise DataError if a file in the folder is not as its entry says; see `describe_file`."""
+    for entry in entries:
+        path = folder / entry["path"]
+        if (problem := find_change(path, entry)) is None and path.stat().st_mtime_ns != entry["mtime_ns"]:
+            # A copied file has a new time, so compare the contents.
+            problem = "another checksum" if file_sha256(path) != entry["sha256"] else None
+        if problem:
+            expected = f"{entry['bytes']} bytes, as they were written"
+            raise DataError("a data file changed after the build", at=path, expected=expected, got=problem, fix=fix)
 
 
 def describe_file(path: Path, folder: Path) -> dict[str, Any]:

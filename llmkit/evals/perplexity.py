@@ -1,13 +1,13 @@
 """Loss, perplexity and bits per byte of a MODEL on a file, or on the val split of its run."""
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llmkit.config.defaults import MAX_BAD_FRACTION
 from llmkit.data.batches import open_rows
 from llmkit.data.corrupt import shift_right
 from llmkit.data.layouts import LAYOUTS
@@ -19,13 +19,14 @@ from llmkit.objectives import OBJECTIVES, fitting_objectives
 from llmkit.objectives.lm import perplexity
 from llmkit.parallel.device import autocast, choose_precision
 from llmkit.parallel.world import start_world
-from llmkit.readers.documents import read_file
+from llmkit.readers.documents import check_file, keep_documents, read_file
 from llmkit.readers.records import read_records
+from llmkit.readers.tally import Tally
 from llmkit.storage.locate import Located, load_located
 from llmkit.storage.run import ABOUT, read_run_config
 from llmkit.tokenizer.chat_template import default_template
 from llmkit.tokenizer.tokenizer import MAX_VERIFIED_TEXTS, Tokenizer
-from llmkit.types import IGNORE_INDEX, Batch, Document
+from llmkit.types import IGNORE_INDEX, Batch
 
 
 def windows(tokens: np.ndarray, window: int, stride: int, batch_size: int) -> Iterator[Batch]:
@@ -73,6 +74,7 @@ def measure(
     stride: int | None = None,
     batch_size: int = 8,
     precision: str = "auto",
+    max_bad_fraction: float = MAX_BAD_FRACTION,
 ) -> dict[str, Any]:
     """Measure loss, perplexity and bits per byte of a MODEL.
 
@@ -81,6 +83,7 @@ def measure(
             For an encoder the texts are corrupted as its objective does
     window  tokens of context at the most; default: the run's data.seq_len, else the model's longest position
     stride  see `windows`; default: the window
+    max_bad_fraction  of the records, and of the bytes, of `data` that may be bad and left out
     """
     device = start_world().device
     precision = choose_precision(precision, device)
@@ -95,6 +98,7 @@ def measure(
     kind, objective = model.config.kind, (config or {}).get("objective")
     if kind != "causal" and stride != window:
         raise UserError(f"{model.config.model_type} needs stride equal to window", got=f"{stride}, window {window}")
+    tally = Tally()
     if data is None:
         if config and config["data"]["kind"] == "sft" and (stride < window or window != config["data"]["seq_len"]):
             raise UserError("fine-tuning rows have data.seq_len tokens", got=f"window {window}, stride {stride}")
@@ -102,7 +106,8 @@ def measure(
             raise DataError("there is no text to measure on", fix="name a file with --data")
         tokens, rows, what = run_val_split(located.run_dir, config["data"], model.config, tokenizer, batch_size)
     else:
-        tokens, rows, what = read_data(data, model.config, tokenizer, window, stride, batch_size)
+        tokens, rows, what = read_data(data, model.config, tokenizer, window, stride, batch_size, tally)
+        tally.check(max_bad_fraction, fix="repair the file, or raise --max-bad-fraction")
     if tokens is None:
         batches = rows
     elif kind == "causal":
@@ -125,6 +130,7 @@ def measure(
     return {
         "model": str(located.folder),
         "data": what,
+        **({"bad_records": tally.describe()} if tally.bad else {}),
         **figures,
         "window": window,
         "stride": stride,
@@ -151,22 +157,21 @@ def run_val_split(run_dir: Path, data: dict, model_config: Any, tokenizer: Token
     return stream.read(0, len(stream)), None, f"the val split of {folder}, in one stream"
 
 
-def read_data(path: Path, model_config: Any, tokenizer: Tokenizer, window: int, stride: int, batch_size: int) -> Read:
-    """Read a file of fine-tuning records or of texts; see `measure`."""
-    if not path.is_file():
-        what = "--data takes a file, and this is a folder" if path.is_dir() else "there is no such data file"
-        raise DataError(what, at=path)
-    first = next((record for _, record in read_records(path) if isinstance(record, dict)), {})
+def read_data(
+    path: Path, model_config: Any, tokenizer: Tokenizer, window: int, stride: int, batch_size: int, tally: Tally
+) -> Read:
+    """Read a file of fine-tuning records or of texts, and count them; see `measure`."""
+    if path.is_dir():
+        raise DataError("--data takes a file, and this is a folder", at=path)
+    check_file(path)
+    first = next((record for _, record, _ in read_records(path) if isinstance(record, dict)), {})
     records = any(all(field in first for field in fields) for fields in LAYOUTS.values())
     if records and stride < window:
         raise UserError("--stride does not apply to fine-tuning records", got=f"stride {stride}")
     if records and model_config.kind == "masked":
         raise DataError(f"{model_config.model_type} writes no answers", at=path, fix="name a file of texts")
     if records:
-        bad: Counter[str] = Counter()
-        read = encode_records(path, tokenizer, default_template(tokenizer), bad, set())
-        rows = [(ids, targets) for _, ids, targets in read]
-        skipped = f", {sum(bad.values())} bad records left out" if bad else ""
+        rows = list(encode_records(path, tokenizer, default_template(tokenizer), tally, set()))
         if model_config.kind == "causal":
             cut = [(ids[: window + 1], targets[: window + 1]) for ids, targets in rows]
             batches = answer_rows(cut, tokenizer.eos_id, batch_size)
@@ -174,10 +179,10 @@ def read_data(path: Path, model_config: Any, tokenizer: Tokenizer, window: int, 
             pairs = [pair for ids, targets in rows for pair in split_into_pairs(ids, targets, tokenizer.eos_id)]
             start_id = family_of(model_config).start_token_id(model_config)
             batches = pair_rows(pairs, window, start_id, batch_size)
-        return None, batches, f"the answers in {path} ({len(rows)} records{skipped})"
-    documents = [one for one in read_file(path, source="eval", root=path.parent) if isinstance(one, Document)]
+        return None, batches, f"the answers in {path} ({len(rows)} records)"
+    documents = list(keep_documents(read_file(path, source="eval", root=path.parent), tally))
     if not documents:
-        raise DataError("no text can be read from the file", at=path)
+        raise DataError("no text can be read from the file", at=path, got=tally.describe() or None)
     tokenizer.verify_fast_encoder([one.text[:10_000] for one in documents[:MAX_VERIFIED_TEXTS]])
     tokens = np.concatenate(list(tokenizer.encode_documents(one.text for one in documents)))
     return tokens, None, f"{path} ({len(documents)} documents)"

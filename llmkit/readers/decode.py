@@ -71,11 +71,32 @@ def parse_json(data: bytes) -> Any:
         return orjson.loads(data)
     try:
         utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-        # Slow, but it accepts what Python writes and orjson rejects: lone surrogates, NaN, a byte order mark.
-        return json.loads(data.decode("utf-16" if utf16 else "utf-8-sig"))
+        # Slow, but it accepts what Python writes and orjson rejects: lone surrogates and a byte order mark.
+        text = data.decode("utf-16" if utf16 else "utf-8-sig")
+        value = json.loads(text, parse_constant=refuse_constant)
+        if "\\u" in text:  # an escape may be a lone surrogate
+            value = json.loads(replace_surrogates(json.dumps(value, ensure_ascii=False)))
+        return value
     except RecursionError:
         raise ValueError("JSON is nested too deeply") from None
     except UnicodeDecodeError:
         raise ValueError("invalid UTF-16" if utf16 else "invalid UTF-8") from None
     except ValueError as error:
         raise ValueError(f"bad JSON: {error}") from None
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def replace_surrogates(text: str) -> str:
+    """Replace lone surrogates, which UTF-8 can't encode, by U+FFFD. Join pairs of them.
+
+    >>> replace_surrogates("a\\ud800b")
+    'a\ufffdb'
+    """
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

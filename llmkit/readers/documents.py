@@ -4,66 +4,110 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from llmkit.errors import DataError, UserError, did_you_mean
+from llmkit.readers.packed import READ_ERRORS, may_be_empty, suffix_of
 from llmkit.readers.records import (
     DOCUMENT_FORMATS,
     MAX_DOCUMENT_BYTES,
-    READ_ERRORS,
     READERS,
-    BadRecord,
     Record,
     Span,
     read_records,
     read_text,
     read_warc,
-    suffix_of,
 )
+from llmkit.readers.tally import BadRecord, Tally
 from llmkit.types import Document
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
+LINKS_OUT = "links out of the folder"  # a key of what `list_files` skips
+
+
 def list_files(
-    path: str, include: Sequence[str] = (), exclude: Sequence[str] = (), unknown: Counter[str] | None = None
+    path: str,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    skipped: Counter[str] | None = None,
+    *,
+    follow_links: bool = False,
 ) -> list[Path]:
     """List the readable files of a path (a file, folder or glob), sorted. Skip hidden, empty and special files.
 
     include, exclude  globs for the path below the folder, or for the bare name; `*` also matches slashes
-    unknown           counts the selected files that have no reader, by suffix
+    skipped           counts the selected files that are not listed, by reason
+    follow_links      list what symbolic links inside the folder point to outside of it; else they are skipped
 
-    A zip is listed as one file if it is not excluded. `include` selects among its members.
+    A zip is listed as one file if it is not excluded. `include` selects among its members. An empty file of a format
+    that has a header, such as Parquet, is listed, because it is a damaged one. Raise DataError for a dangling link.
     """
     start, root = Path(path).expanduser(), root_of(path)
     if not start.is_dir() and (start.exists() or start.is_symlink()):
         check_file(start)
     elif not root.is_dir():
         raise DataError("no such file or folder", at=path)
-    pattern = start.relative_to(root).as_posix() if start != root else "**"
-    named = [start] if start.is_file() else root.glob(f"{pattern}/*" if pattern.endswith("**") else pattern)
-    if not pattern.endswith("**") and not pattern.endswith("**/*"):  # replace folders by their files
-        named = {file for match in named for file in (match.rglob("*") if is_folder(match) else [match])}
-    found, files = [file for file in named if file.is_file()], []
-    for file in found:
-        suffix = suffix_of(file)
-        selected = is_selected(file.relative_to(root), () if suffix == ".zip" else include, exclude, file == start)
-        if selected and (suffix in READERS or suffix == ".zip") and file.stat().st_size:
+    skipped, found, files = Counter() if skipped is None else skipped, [], []
+    for file in [start] if start.is_file() else find_files(start, root, follow_links):
+        suffix, is_link_out = suffix_of(file), file != start and not follow_links and leaves(file, root)
+        found += [file] if file.is_file() and not is_link_out else []
+        known, globs = suffix in (*READERS, ".zip"), () if suffix == ".zip" or file.is_dir() else include
+        if not is_selected(file.relative_to(root), globs, exclude, file == start):
+            continue
+        if known and file.is_symlink() and not file.exists():
+            check_file(file)
+        elif is_link_out and (known or file.is_dir()):
+            skipped[LINKS_OUT] += 1
+        elif not file.is_file() or is_link_out:
+            continue
+        elif not known:
+            skipped[f"{suffix or 'no suffix'} (unknown type)"] += 1
+        elif not file.stat().st_size and may_be_empty(file):
+            skipped[f"empty {suffix}"] += 1
+        else:
             files.append(file)
-        elif selected and unknown is not None and suffix not in READERS:
-            unknown[suffix or "no suffix"] += 1
     if not files:
         seen = Counter(suffix_of(file) or "no suffix" for file in found).most_common(8)
         globs = "".join(
             f", {key} {list(value)}" for key, value in [("include", include), ("exclude", exclude)] if value
         )
+        links, fix = skipped[LINKS_OUT], None
+        if links:
+            seen.append((LINKS_OUT, links))
+            fix = "set follow_links: true in the source, or name the folder that the links point to"
         got = ", ".join(f"{n} {suffix}" for suffix, n in seen) or "no files at all"
         expected = f"files with a known suffix, neither empty nor hidden{globs}"
-        raise DataError("no file to read", at=path, got=got, expected=expected)
+        raise DataError("no file to read", at=path, got=got, expected=expected, fix=fix)
     return sorted(files, key=Path.as_posix)
+
+
+def find_files(start: Path, root: Path, follow_links: bool) -> set[Path]:
+    """Return the files that a folder or glob matches, those in matched folders too, and links of any kind."""
+    pattern = start.relative_to(root).as_posix() if start != root else "**"
+    matches = root.glob(f"{pattern}/*" if pattern.endswith("**") else pattern)
+    recursive = pattern.endswith(("**", "**/*"))
+    if not recursive:  # replace folders by their files
+        matches = (file for match in matches for file in (match.rglob("*") if is_folder(match) else [match]))
+    found, entered = set(), {root.resolve()}
+    pending = [match for match in matches if not is_folder(match)]
+    while pending:
+        match = pending.pop()
+        found.add(match)
+        if follow_links and match.is_dir() and leaves(match, root) and match.resolve() not in entered:
+            entered.add(match.resolve())  # links can form a cycle
+            pending += [file for file in match.rglob("*") if not is_folder(file)]
+    return found
+
+
+def leaves(path: Path, root: Path) -> bool:
+    """Return whether a path below a folder really lies outside of it, because of a symbolic link."""
+    steps = [path, *path.parents][: len(path.relative_to(root).parts)]
+    return any(step.is_symlink() for step in steps) and not path.resolve().is_relative_to(root.resolve())
 
 
 def root_of(path: str) -> Path:
@@ -160,30 +204,51 @@ def read_zip(
         with zipfile.ZipFile(path) as archive:
             for info in sorted(archive.infolist(), key=lambda info: info.filename):
                 inside = Path(info.filename)
-                if not info.file_size or suffix_of(inside) not in READERS or not is_selected(inside, include, exclude):
+                if suffix_of(inside) not in READERS or not is_selected(inside, include, exclude):
+                    continue
+                if not info.file_size and may_be_empty(inside):
                     continue
                 if info.filename in seen:
-                    yield BadRecord(f"{path}/{info.filename}", 1, None, "the zip has two files of this name")
+                    reason = "the zip has two files of this name"
+                    yield BadRecord(f"{path}/{info.filename}", 1, None, reason, info.file_size)
                     continue
                 seen.add(info.filename)
                 member = zipfile.Path(archive, info.filename)
                 yield from read_single_file(member, f"{prefix}/{inside.as_posix()}", source, text_key)
     except (*READ_ERRORS, UnicodeDecodeError) as error:
-        yield BadRecord(str(path), 1, None, f"the zip is broken: {error}")
+        yield BadRecord(str(path), 1, None, f"the zip is broken: {error}", path.stat().st_size)
     else:
         if not (seen or include or exclude):
-            yield BadRecord(str(path), 1, None, "nothing to read in the zip: no file with a known suffix")
+            reason = "nothing to read in the zip: no file with a known suffix"
+            yield BadRecord(str(path), 1, None, reason, path.stat().st_size)
 
 
-def read_texts(sources: list[str], text_key: str = "text", bad: list[BadRecord] | None = None) -> Iterator[str]:
-    """Yield all texts of files, folders and globs. Append what can't be read to `bad`."""
+def read_texts(
+    sources: list[str], text_key: str = "text", tally: Tally | None = None, skipped: Counter[str] | None = None
+) -> Iterator[str]:
+    """Yield all texts of files, folders and globs.
+
+    tally    counts the records, and those that can't be read
+    skipped  counts the files that are not read: see `list_files`
+    """
     for source in sources:
-        for path in list_files(source):
-            for document in read_file(path, source="text", root=path.parent, text_key=text_key):
-                if isinstance(document, Document):
-                    yield document.text
-                elif bad is not None:
-                    bad.append(document)
+        for path in list_files(source, skipped=skipped):
+            found = read_file(path, source="text", root=path.parent, text_key=text_key)
+            for document in keep_documents(found, Tally() if tally is None else tally):
+                yield document.text
+
+
+def keep_documents(
+    found: Iterable[Document | BadRecord], tally: Tally, quarantine: Callable[[BadRecord], Any] = lambda bad: None
+) -> Iterator[Document]:
+    """Yield the documents, count them and the bad records, and pass each bad record to `quarantine`."""
+    for one in found:
+        if isinstance(one, BadRecord):
+            tally.add(0, one)
+            quarantine(one)
+        else:
+            tally.add(one.size)
+            yield one
 
 
 def to_documents(
@@ -202,7 +267,7 @@ def to_documents(
     """
     decoded = reader in (read_text, read_warc)  # these return text, format and encoding
     text_key, check_key = "text" if decoded else text_key, strict
-    for number, record in records:
+    for number, record, size in records:
         if isinstance(record, BadRecord):
             yield record
             continue
@@ -214,24 +279,19 @@ def to_documents(
         try:
             text = extract_text(record, text_key)
         except ValueError as error:
-            yield BadRecord(path, number, None, str(error))
+            yield BadRecord(path, number, None, str(error), size)
             continue
         meta = {key: value for key, value in record.items() if key != "text"} if decoded else {}
-        yield Document(prefix if reader is read_text else f"{prefix}:{number}", text, source, meta)
+        yield Document(prefix if reader is read_text else f"{prefix}:{number}", text, source, meta, size)
 
 
 def extract_text(record: dict[str, Any], text_key: str) -> str:
-    """Return the text of a record, encodable as UTF-8. Raise ValueError if there is none or it is too large."""
+    """Return the text of a record. Raise ValueError if there is none or it is too large."""
     text = record.get(text_key)
     if not isinstance(text, str):
         empty = "null" if text_key in record else "missing"
         raise ValueError(f"{text_key} is " + (empty if text is None else f"{type(text).__name__}, not text"))
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError:  # join surrogate pairs; a lone surrogate becomes U+FFFD
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        size = len(text.encode())
-    if size > MAX_DOCUMENT_BYTES:
+    if len(text.encode()) > MAX_DOCUMENT_BYTES:
         raise ValueError(f"{text_key} has over {MAX_DOCUMENT_BYTES:,} bytes")
     return text
 
@@ -239,7 +299,9 @@ def extract_text(record: dict[str, Any], text_key: str) -> str:
 # ---- Hugging Face datasets ------------------------------------------------------------------------------------------
 
 
-def dataset_files(name: str, config: str | None, split: str) -> tuple[Path, list[Path]] | None:
+def dataset_files(
+    name: str, config: str | None, split: str, skipped: Counter[str] | None = None, *, follow_links: bool = False
+) -> tuple[Path, list[Path]] | None:
     """Return (root, data files) of a local folder of data files, or None for a hub id or a save_to_disk folder."""
     folder = Path(name).expanduser()
     if not folder.is_dir() and (folder.exists() or name.startswith(("/", ".", "~"))):
@@ -247,7 +309,7 @@ def dataset_files(name: str, config: str | None, split: str) -> tuple[Path, list
     if not folder.is_dir() or is_saved_dataset(folder):
         return None
     folder = folder / config if config else folder
-    return folder, split_files(folder, split)
+    return folder, split_files(folder, split, skipped, follow_links)
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -279,10 +341,13 @@ def read_dataset(
     yield from to_documents(rows, source, f"{source}/{split}", name, text_key)
 
 
-def split_files(folder: Path, split: str) -> list[Path]:
+def split_files(
+    folder: Path, split: str, skipped: Counter[str] | None = None, follow_links: bool = False
+) -> list[Path]:
     """Return the data files whose path names the split (train-00000.parquet, test/a.jsonl), or all files as train."""
     kinds = [f"*{suffix}" for suffix in READERS if suffix not in DOCUMENT_FORMATS]
-    files = list_files(str(folder), kinds, ["dataset_info.json", "dataset_infos.json"])
+    exclude = ["dataset_info.json", "dataset_infos.json"]
+    files = list_files(str(folder), kinds, exclude, skipped, follow_links=follow_links)
     words = {file: set(re.split(r"[^a-z0-9]+", file.relative_to(folder).as_posix().lower())) for file in files}
     known = {"train", "test", "validation", "valid", "val", "dev", "eval"}
     named = [file for file in files if split.lower() in words[file]]
@@ -295,7 +360,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
 def load_dataset_rows(
     name: str, config: str | None, split: str, streaming: bool, saved: bool, text_key: str, revision: str | None
 ) -> Iterator[Record]:
-    """Yield (number from 1, row) from the `datasets` library, with its various errors converted to DataError."""
+    """Yield (number from 1, row, 0) from the `datasets` library, with its various errors converted to DataError."""
     import datasets
 
     datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # before version 4 it would ask on the terminal
@@ -311,7 +376,8 @@ def load_dataset_rows(
         simple = [key for key, kind in (data.features or {}).items() if isinstance(kind, datasets.Value)]
         if text_key in simple:
             data = data.select_columns(simple)  # do not decode images and audio
-        yield from enumerate(data, 1)
+        for number, row in enumerate(data, 1):
+            yield number, row, 0
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().partition("\n")[0][:300]
         raise DataError(

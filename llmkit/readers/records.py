@@ -5,28 +5,25 @@ may also be a `zipfile.Path`, a file inside a zip.
 """
 
 import csv
-import gzip
-import io
-import lzma
 import re
-import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmkit.errors import DataError, MachineError
 from llmkit.readers.decode import decode, parse_json
+from llmkit.readers.packed import READ_ERRORS, open_bytes, size_after, stored_size, suffix_of
+from llmkit.readers.tally import BadRecord
 
 MAX_DOCUMENT_BYTES = 50_000_000  # limit for a text, and for a line of JSON Lines or CSV
 MAX_JSON_BYTES = 256_000_000  # a .json array is parsed as a whole and takes about four times its size in memory
-# errors that truncated or invalid files raise; RuntimeError: a zip with a password
-READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException, zipfile.BadZipFile, RuntimeError)
 
 TEXT_SUFFIXES = tuple(".txt .text .md .markdown .rst .tex .org .adoc".split())
 HTML_SUFFIXES = (".html", ".htm", ".xhtml")
@@ -37,36 +34,8 @@ CODE_SUFFIXES = tuple(
 )
 
 
-@dataclass(frozen=True)
-class BadRecord:
-    """A record that can't become a document. Lines (or rows) count from 1, the offset is in uncompressed bytes.
-
-    In a file that is read in spans, lines count from the start of the span. `count_lines_before` gives the difference.
-    """
-
-    path: str
-    line: int
-    offset: int | None
-    reason: str
-
-
-Record = tuple[int, dict[str, Any] | BadRecord]  # (line or row, record)
+Record = tuple[int, dict[str, Any] | BadRecord, int]  # (line or row, record, bytes of the file that hold it, unpacked)
 Span = tuple[int, int]  # part of a file, [start, stop): bytes of JSON Lines, row groups of Parquet
-
-
-def suffix_of(path: Path) -> str:
-    """Return the key into READERS: `.txt` for `a.b.TXT`, `.jsonl.gz` for `a.b.jsonl.gz`."""
-    return "".join(path.suffixes[-2:] if path.suffix.lower() in (".gz", ".zst") else path.suffixes[-1:]).lower()
-
-
-def open_bytes(path: Path) -> BinaryIO:
-    """Open a file, decompressing .gz and .zst on the fly. Reading a truncated file raises one of READ_ERRORS."""
-    raw = path.open("rb")
-    if path.suffix.lower() == ".gz":
-        return gzip.open(raw)
-    if path.suffix.lower() == ".zst":  # not zstandard, which does not notice that a file is truncated
-        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), "zstd"))
-    return raw
 
 
 def spans_of(path: Path, size: int) -> list[Span | None]:
@@ -120,13 +89,17 @@ def read_lines(path: Path, span: Span | None = None) -> Iterator[tuple[int, int,
         while (stop is None or offset < stop) and (line := file.readline(MAX_DOCUMENT_BYTES + 1)):
             number, size = number + 1, len(line)
             if offset == 0 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
-                yield number, offset, BadRecord(str(path), number, offset, "UTF-16: convert the file to UTF-8")
+                yield (
+                    number,
+                    offset,
+                    BadRecord(str(path), number, offset, "UTF-16: convert the file to UTF-8", size_after(path, 0)),
+                )
                 return
             if size > MAX_DOCUMENT_BYTES:
                 while line and not line.endswith(b"\n"):  # skip its rest
                     line = file.readline(MAX_DOCUMENT_BYTES)
                     size += len(line)
-                line = BadRecord(str(path), number, offset, f"a line over {MAX_DOCUMENT_BYTES:,} bytes")
+                line = BadRecord(str(path), number, offset, f"a line over {MAX_DOCUMENT_BYTES:,} bytes", size)
             yield number, offset, line
             offset += size
 
@@ -140,21 +113,22 @@ def read_text(path: Path) -> Iterator[Record]:
         if len(data) > MAX_DOCUMENT_BYTES:
             raise ValueError(f"over {MAX_DOCUMENT_BYTES:,} bytes: split it, or convert it to a .jsonl of documents")
         text, encoding = decode(data, html=doc_format == "html")
-        yield 1, {"text": text, "format": doc_format, "encoding": encoding}
+        yield 1, {"text": text, "format": doc_format, "encoding": encoding}, len(data)
     except ValueError as error:
-        yield 1, BadRecord(str(path), 1, 0, str(error))
+        yield 1, BadRecord(str(path), 1, 0, str(error), max(len(data), stored_size(path))), len(data)
 
 
 def read_jsonl(path: Path, span: Span | None = None) -> Iterator[Record]:
     """Read one JSON object per line, skipping blank lines."""
     for number, offset, line in read_lines(path, span):
         if isinstance(line, BadRecord):
-            yield number, line
+            yield number, line, line.size
         elif line.strip():
             try:
-                yield number, as_record(parse_json(line), path, number, offset)
+                record = as_record(parse_json(line), path, number, offset, len(line))
             except ValueError as error:
-                yield number, BadRecord(str(path), number, offset, str(error))
+                record = BadRecord(str(path), number, offset, str(error), len(line))
+            yield number, record, len(line)
 
 
 def read_json(path: Path) -> Iterator[Record]:
@@ -174,16 +148,18 @@ def read_json(path: Path) -> Iterator[Record]:
     try:
         content = parse_json(data)
     except ValueError as error:
-        yield 1, BadRecord(str(path), 1, 0, str(error))
+        yield 1, BadRecord(str(path), 1, 0, str(error), len(data)), len(data)
         return
-    for number, record in enumerate(content if isinstance(content, list) else [content], 1):
-        yield number, as_record(record, path, number, None)
+    values = content if isinstance(content, list) else [content]
+    size = len(data) // max(1, len(values))
+    for number, value in enumerate(values, 1):
+        yield number, as_record(value, path, number, None, size), size
 
 
-def as_record(value: Any, path: Path, number: int, offset: int | None) -> dict[str, Any] | BadRecord:
+def as_record(value: Any, path: Path, number: int, offset: int | None, size: int) -> dict[str, Any] | BadRecord:
     kinds = {list: "an array", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
     reason = f"{kinds.get(type(value), 'null')}, not an object"
-    return value if isinstance(value, dict) else BadRecord(str(path), number, offset, reason)
+    return value if isinstance(value, dict) else BadRecord(str(path), number, offset, reason, size)
 
 
 def read_csv(path: Path) -> Iterator[Record]:
@@ -191,12 +167,15 @@ def read_csv(path: Path) -> Iterator[Record]:
     csv.field_size_limit(MAX_DOCUMENT_BYTES)  # for the whole process; the default is 131,072 characters
 
     bad_lines: list[BadRecord] = []  # bad lines of the file, which csv.reader does not get
+    taken = 0  # bytes of the lines that it gets
 
     def lines() -> Iterator[str]:
-        for number, offset, line in read_lines(path):
+        nonlocal taken
+        for _, _, line in read_lines(path):
             if isinstance(line, BadRecord):
-                bad_lines.append(BadRecord(str(path), number, offset, f"bad CSV: {line.reason}"))
+                bad_lines.append(replace(line, reason=f"bad CSV: {line.reason}"))
                 continue
+            taken += len(line)
             try:
                 yield line.decode("utf-8-sig")
             except UnicodeDecodeError:  # decoded line by line: memory stays constant, and other lines may be UTF-8
@@ -205,43 +184,62 @@ def read_csv(path: Path) -> Iterator[Record]:
     rows = csv.reader(lines(), delimiter="\t" if ".tsv" in suffix_of(path) else ",", strict=True)
     header, number = None, 1
     while True:
+        before = taken
         try:
             row = next(rows, None)
             while bad_lines:
                 bad = bad_lines.pop(0)
-                yield bad.line, bad
+                yield bad.line, bad, bad.size
             if row is None:
                 return
-            if header is None:
+            if row and header is None:
                 header = row
+                check_columns(header, path)
             elif row:
                 if len(row) != len(header):
                     raise csv.Error(f"{len(row)} fields, but the header has {len(header)}")
-                yield number, dict(zip(header, row, strict=True))
+                yield number, dict(zip(header, row, strict=True)), taken - before
         except csv.Error as error:
-            yield number, BadRecord(str(path), number, None, f"bad CSV: {error}")
+            if header is None:  # no other row can be understood without it
+                yield number, BadRecord(str(path), number, 0, f"bad CSV header: {error}", size_after(path, 0)), 0
+                return
+            # A quote that is never closed swallows the lines up to the next one.
+            yield number, BadRecord(str(path), number, None, f"bad CSV: {error}", taken - before), taken - before
         number = rows.line_num + 1  # the first line of the next row
+
+
+def check_columns(names: list[str], path: Path) -> None:
+    """Raise DataError if two columns share a name, so that one would hide the other. One may have none: an index."""
+    repeated = [name for name, times in Counter(names).items() if times > 1]
+    if repeated or not any(name.strip() for name in names):
+        what = f"two columns are named {repeated[0]!r}" if repeated else "the columns have no names"
+        raise DataError(what, at=f"{path}:1", got=", ".join(names)[:200], fix="give every column a name of its own")
 
 
 def read_parquet(path: Path, span: Span | None = None) -> Iterator[Record]:
     """Read rows in batches."""
     with path.open("rb") as raw, pq.ParquetFile(raw) as file:
-        start, stop = span or (0, file.num_row_groups)
-        number = sum(file.metadata.row_group(i).num_rows for i in range(start))
+        names, groups = file.schema_arrow.names, range(*(span or (0, file.num_row_groups)))
+        check_columns(names, path)
+        number = sum(file.metadata.row_group(i).num_rows for i in range(groups.start))
+        stop = number + sum(file.metadata.row_group(i).num_rows for i in groups)
+        size = stored_size(path) // max(1, file.metadata.num_rows)
         try:
-            for batch in file.iter_batches(batch_size=256, row_groups=range(start, stop)):
+            for batch in file.iter_batches(batch_size=256, row_groups=groups):
                 columns = to_columns(batch)
                 for row in range(batch.num_rows):
                     number += 1
                     try:
-                        names = batch.schema.names
-                        yield number, {n: columns[n][row] if columns else batch[n][row].as_py() for n in names}
+                        record = {n: columns[n][row] if columns else batch[n][row].as_py() for n in names}
                     except UnicodeDecodeError:
-                        yield number, BadRecord(str(path), number, None, "invalid UTF-8")
+                        record = BadRecord(str(path), number, None, "invalid UTF-8", size)
                     except (ValueError, OverflowError) as error:  # a date in the year 300,000
-                        yield number, BadRecord(str(path), number, None, f"a value that Python can't hold: {error}")
+                        reason = f"a value that Python can't hold: {error}"
+                        record = BadRecord(str(path), number, None, reason, size)
+                    yield number, record, size
         except (OSError, pa.ArrowException) as error:
-            yield number + 1, BadRecord(str(path), number + 1, None, f"the file is broken from here on: {error}")
+            reason, rows = f"the file is broken from here on: {error}", stop - number
+            yield number + 1, BadRecord(str(path), number + 1, None, reason, rows * size, max(1, rows)), rows * size
 
 
 def to_columns(batch: pa.RecordBatch) -> dict[str, list] | None:
@@ -314,7 +312,7 @@ def read_warc(path: Path) -> Iterator[Record]:
             doc_format = MIME_FORMATS.get((mime or "").partition(";")[0].strip().lower())
             if doc_format is None or url.startswith("metadata:"):  # wget's own log
                 continue
-            size = record.content_length
+            size, data = record.content_length, b""
             try:
                 data = record.reader.read(MAX_DOCUMENT_BYTES + 1)
                 if len(data) > MAX_DOCUMENT_BYTES:
@@ -323,14 +321,14 @@ def read_warc(path: Path) -> Iterator[Record]:
                     raise ValueError(f"cut short: {len(data):,} of {size:,} bytes")
                 if NEXT_RECORD.search(data):
                     raise ValueError("cut short: it runs on into the next record")
-                data = decode_body(data, record.http_headers) if record.is_http else data
-                text, encoding = decode(data, html=doc_format == "html", declared=record.http_charset)
+                body = decode_body(data, record.http_headers) if record.is_http else data
+                text, encoding = decode(body, html=doc_format == "html", declared=record.http_charset)
             except (ValueError, OSError) as error:
-                yield number, BadRecord(str(path), number, record.stream_pos, str(error))
+                yield number, BadRecord(str(path), number, record.stream_pos, str(error), len(data)), len(data)
                 continue
-            yield number, {"text": text, "format": doc_format, "encoding": encoding, "url": url}
+            yield number, {"text": text, "format": doc_format, "encoding": encoding, "url": url}, size
     if not number:
-        yield 1, BadRecord(str(path), 1, 0, "no WARC record in the file")
+        yield 1, BadRecord(str(path), 1, 0, "no WARC record in the file", size_after(path, 0)), 0
 
 
 DOCUMENT_FORMATS = {  # suffix -> format, for files that are one document
@@ -342,22 +340,27 @@ DOCUMENT_FORMATS = {  # suffix -> format, for files that are one document
 RECORD_READERS = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".json": read_json, ".csv": read_csv, ".tsv": read_csv}
 READERS: dict[str, Callable[..., Iterator[Record]]] = {
     ".parquet": read_parquet,
-    **dict.fromkeys((".warc", ".warc.gz", ".warc.zst", ".wet.gz"), read_warc),
+    **dict.fromkeys([f".{kind}{packed}" for kind in ("warc", "wet") for packed in ("", ".gz", ".zst")], read_warc),
     **{suffix + packed: reader for suffix, reader in RECORD_READERS.items() for packed in ("", ".gz", ".zst")},
     **dict.fromkeys(DOCUMENT_FORMATS, read_text),
 }
 
 
 def read_records(path: Path, span: Span | None = None) -> Iterator[Record]:
-    """Yield (line, record) of any file. For a damaged file, yield the records before the damage, then a BadRecord.
+    """Yield (line, record, bytes) of any file. A damaged file gives the records before the damage, then a BadRecord.
 
     span  one of `spans_of(path)`, to read only a part of a large file
     """
-    number, reader = 0, READERS.get(suffix_of(path), read_text)
+    number, done, reader = 0, 0, READERS.get(suffix_of(path), read_text)
     try:
-        for number, record in reader(path) if span is None else reader(path, span):
-            yield number, record
+        if not stored_size(path):
+            yield 1, BadRecord(str(path), 1, 0, "the file is empty"), 0
+            return
+        for number, record, size in reader(path) if span is None else reader(path, span):
+            done += size
+            yield number, record, size
     except READ_ERRORS as error:
         if isinstance(error, OSError) and error.errno is not None and isinstance(path, Path):  # from the system
             raise MachineError("can't read the file", at=path, got=error.strerror) from error
-        yield number + 1, BadRecord(str(path), number + 1, None, f"the file is broken from here on: {error}")
+        reason, lost = f"the file is broken from here on: {error}", size_after(path, done)
+        yield number + 1, BadRecord(str(path), number + 1, None, reason, lost), lost

@@ -57,7 +57,7 @@ def open_encoded_records(config: Config, world: World, base: Path, start_id: int
     out, options = Path(config.run_dir) / "data", {"seed": config.seed, "pairs": start_id is not None}
     world.on_main(lambda: encode_sft(data, tokenizer, out, **options))
     report = encode_sft(data, tokenizer, out, **options)  # every rank reads what rank 0 wrote
-    is_chat = report.get("formats") != ["prompt/completion"]
+    is_chat = report["formats"] != ["prompt/completion"]
     if is_chat:  # checkpoints get the template that was trained with
         tokenizer.chat_template = default_template(tokenizer)
     return open_records(report, data.path, tokenizer, start_id, is_chat)
