@@ -79,7 +79,12 @@ def explain(problem: dict, schema: type[BaseModel], origins: dict[tuple, str], p
         return UserError(f"{key}.kind is missing", at=at, expected="kind: corpus or kind: sft")
     expected = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     expected = re.sub(r"dictionary or instance of \w+|dictionary", "a section", expected)
-    expected = {"boolean": "true or false", "False": "false"}.get(expected, expected)
+    names = {
+        "boolean": "true or false",
+        "False": "false",
+        r"String should match pattern '\S'": "some text, not a blank",
+    }
+    expected = names.get(expected, expected)
     return UserError(f"{key} is not valid", at=at, got=repr(problem["input"]), expected=expected)
 
 

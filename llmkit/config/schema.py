@@ -15,6 +15,7 @@ from llmkit.errors import UserError
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+NonBlank = Annotated[str, Field(pattern=r"\S")]  # "" as a path would mean the working folder
 
 
 class Section(BaseModel):
@@ -41,15 +42,15 @@ class Source(Section):
     """A source of documents: `path` (file, folder, glob) or `hf` (a hub id, or a local dataset folder)."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-    path: str | None = None
-    include: list[str] = []
-    exclude: list[str] = []
-    hf: str | None = None
+    path: NonBlank | None = None
+    include: list[NonBlank] = []
+    exclude: list[NonBlank] = []
+    hf: NonBlank | None = None
     config: str | None = None  # the subset of a Hugging Face dataset
     revision: str | None = None  # a commit or tag of a hub dataset; without one, later commits go unnoticed
     split: str = "train"
     streaming: bool = False
-    text_key: str = "text"
+    text_key: NonBlank = "text"
     limit: Count | None = None  # documents
     follow_links: bool = False  # read what symbolic links inside the folder point to outside of it
     weight: Annotated[float, Field(gt=0)] | None = None  # share of the samples; null for all: by size
@@ -88,14 +89,14 @@ class Language(Section):
 class WordList(Section):
     """Drop documents with more than max_per_1k matches of a word list (one entry a line) per 1000 words."""
 
-    path: str
+    path: NonBlank
     max_per_1k: Annotated[float, Field(ge=0)] = 5.0
 
 
 class Classifier(Section):
     """Drop documents for which a local Hugging Face classifier gives `label` a probability above max_score."""
 
-    path: str
+    path: NonBlank
     label: str
     max_score: Fraction = 0.5
 
@@ -134,7 +135,7 @@ class Dedup(Section):
 class Decontaminate(Section):
     """Drop documents that share a word n-gram with evaluation files, so that benchmarks do not measure memorization."""
 
-    files: Annotated[list[str], Field(min_length=1)]
+    files: Annotated[list[NonBlank], Field(min_length=1)]
     ngram: Count = 13
     ignore_if_in_docs: Count = 10  # an n-gram in more documents than this is a common phrase
     action: Literal["drop", "report"] = "drop"
@@ -148,8 +149,8 @@ class TokenizerSection(Section):
     """Train a tokenizer (`train: bpe`), use an existing one (`path`), or add tokens to a BPE (`extend`)."""
 
     train: Literal["bpe", "unigram", "wordpiece", "char"] | None = None
-    path: str | None = None
-    extend: str | None = None
+    path: NonBlank | None = None
+    extend: NonBlank | None = None
     vocab_size: Annotated[int, Field(ge=259)] = VOCAB_SIZE  # of the result, special tokens included
     pattern: str = PATTERN  # how text is split before merging: gpt2, llama3, qwen2 or a regex; for bpe and unigram
     normalize: list[Literal["lowercase", "nfc", "nfd", "nfkc", "strip_accents"]] = []
@@ -162,11 +163,11 @@ class CorpusData(Section):
     """Documents joined into one stream of tokens and cut into samples of `seq_len`."""
 
     kind: Literal["corpus"]
-    dir: str
+    dir: NonBlank
     seed: Annotated[int, Field(ge=0, le=2**32)] = 1234  # of the split and the sample for tokenizer training
     sources: list[Source] = []  # empty: `dir` is already built
     workers: Count | Literal["auto"] = "auto"
-    cluster: str | None = None  # address of a Dask scheduler whose workers see the same files: tcp://host:8786
+    cluster: NonBlank | None = None  # address of a Dask scheduler whose workers see the same files: tcp://host:8786
     on_error: OnError = OnError()
     clean: Clean = Clean()
     filter: Filter = Filter()
@@ -187,13 +188,13 @@ class SftData(Section):
     """
 
     kind: Literal["sft"]
-    path: str
-    val_path: str | None = None
+    path: NonBlank
+    val_path: NonBlank | None = None
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05  # of `path`, if there is no val_path
     seq_len: Count = 1024
     packing: bool | None = None  # put several examples into a row; null: true unless the model has an encoder
     too_long: Literal["truncate", "drop"] = "truncate"
-    chat_template: str | None = None  # a Jinja file; default: the tokenizer's own, else a plain one
+    chat_template: NonBlank | None = None  # a Jinja file; default: the tokenizer's own, else a plain one
     special_tokens: list[str] = []  # to add to the model's tokenizer; see resize_embeddings
     on_error: OnError = OnError()
 
@@ -250,10 +251,10 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 class Config(Section):
     """The config of a run. `where("train.max_steps")` returns the file and line of a key."""
 
-    run_dir: str = "runs/default"
+    run_dir: NonBlank = "runs/default"
     recipe: Literal["modern", "llama", "gpt2"] | None = None  # see RECIPES
     seed: Annotated[int, Field(ge=0)] = 1337
-    init_from: str | None = None
+    init_from: NonBlank | None = None
     resize_embeddings: bool = False  # add embedding rows for tokens that the model of init_from lacks
     model: Choice | None = None
     data: Annotated[CorpusData | SftData, Field(discriminator="kind")]

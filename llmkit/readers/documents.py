@@ -47,6 +47,8 @@ def list_files(
     A zip is listed as one file if it is not excluded. `include` selects among its members. An empty file of a format
     that has a header, such as Parquet, is listed, because it is a damaged one. Raise DataError for a dangling link.
     """
+    if not path.strip():  # it would mean the working folder
+        raise DataError("the path of a file or folder is empty", got=repr(path))
     start, root = Path(path).expanduser(), root_of(path)
     if not start.is_dir() and (start.exists() or start.is_symlink()):
         check_file(start)

@@ -217,29 +217,32 @@ def check_columns(names: list[str], path: Path) -> None:
 
 
 def read_parquet(path: Path, span: Span | None = None) -> Iterator[Record]:
-    """Read rows in batches."""
+    """Read rows in batches. A damaged row group costs its remaining rows, and no other group's."""
     with path.open("rb") as raw, pq.ParquetFile(raw) as file:
-        names, groups = file.schema_arrow.names, range(*(span or (0, file.num_row_groups)))
+        names, metadata = file.schema_arrow.names, file.metadata
         check_columns(names, path)
-        number = sum(file.metadata.row_group(i).num_rows for i in range(groups.start))
-        stop = number + sum(file.metadata.row_group(i).num_rows for i in groups)
-        size = stored_size(path) // max(1, file.metadata.num_rows)
-        try:
-            for batch in file.iter_batches(batch_size=256, row_groups=groups):
-                columns = to_columns(batch)
-                for row in range(batch.num_rows):
-                    number += 1
-                    try:
-                        record = {n: columns[n][row] if columns else batch[n][row].as_py() for n in names}
-                    except UnicodeDecodeError:
-                        record = BadRecord(str(path), number, None, "invalid UTF-8", size)
-                    except (ValueError, OverflowError) as error:  # a date in the year 300,000
-                        reason = f"a value that Python can't hold: {error}"
-                        record = BadRecord(str(path), number, None, reason, size)
-                    yield number, record, size
-        except (OSError, pa.ArrowException) as error:
-            reason, rows = f"the file is broken from here on: {error}", stop - number
-            yield number + 1, BadRecord(str(path), number + 1, None, reason, rows * size, max(1, rows)), rows * size
+        start, stop = span or (0, file.num_row_groups)
+        number = sum(metadata.row_group(i).num_rows for i in range(start))
+        size = stored_size(path) // max(1, metadata.num_rows)
+        for group in range(start, stop):
+            end = number + metadata.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(batch_size=256, row_groups=[group]):
+                    columns = to_columns(batch)
+                    for row in range(batch.num_rows):
+                        number += 1
+                        try:
+                            record = {n: columns[n][row] if columns else batch[n][row].as_py() for n in names}
+                        except UnicodeDecodeError:
+                            record = BadRecord(str(path), number, None, "invalid UTF-8", size)
+                        except (ValueError, OverflowError) as error:  # a date in the year 300,000
+                            reason = f"a value that Python can't hold: {error}"
+                            record = BadRecord(str(path), number, None, reason, size)
+                        yield number, record, size
+            except (OSError, pa.ArrowException) as error:
+                reason, rows = f"the rest of row group {group} is damaged: {error}", end - number
+                yield number + 1, BadRecord(str(path), number + 1, None, reason, rows * size, rows), rows * size
+                number = end
 
 
 def to_columns(batch: pa.RecordBatch) -> dict[str, list] | None:

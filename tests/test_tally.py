@@ -1,0 +1,250 @@
+"""Test what is lost of damaged files: counted in records and bytes, said, and bounded in every command."""
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from conftest import llmkit, sentences, tiny_config
+
+from llmkit.config.schema import CorpusData, OnError, SftData
+from llmkit.corpus.build import build_corpus
+from llmkit.corpus.scorers import read_evaluation_ngrams
+from llmkit.data.inspect import measure_compression
+from llmkit.data.layouts import to_turns
+from llmkit.data.sft import encode_sft
+from llmkit.errors import DATA, UserError
+from llmkit.readers.decode import parse_json
+from llmkit.readers.documents import read_texts
+from llmkit.readers.records import read_records
+from llmkit.readers.tally import BadRecord, Tally
+from llmkit.tokenizer.tokenizer import Tokenizer
+from llmkit.tokenizer.train import train_tokenizer
+
+PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer([sentences(i, 50) for i in range(5)], vocab_size=320)
+
+
+def write(path: Path, content: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def jsonl(number: int, bad: dict[int, str] | None = None, **fields: str) -> str:
+    """Return lines of records {text}, some of them replaced by bad ones."""
+    lines = [(bad or {}).get(i) or json.dumps({"text": sentences(i, 2)} | fields) for i in range(number)]
+    return "\n".join(lines) + "\n"
+
+
+def tally_of(path: Path) -> Tally:
+    tally = Tally()
+    list(read_texts([str(path)], tally=tally))
+    return tally
+
+
+# ---- what is lost with a bad record ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+def test_good_and_bad_lines_add_up_to_the_bytes_of_the_unpacked_file(tmp_path, packed):
+    content = jsonl(300, {7: "{bad json", 100: '{"text": null}', 200: "[1, 2]", 299: '{"text": NaN}'}).encode()
+    tally = tally_of(write(tmp_path / f"a.jsonl{packed}", PACKERS[packed](content)))
+    assert (tally.rows, tally.bad, tally.bytes) == (300, 4, len(content))
+    assert tally.lost == sum(len(line) + 1 for line in (b"{bad json", b'{"text": null}', b"[1, 2]", b'{"text": NaN}'))
+    assert tally.reasons == {"bad JSON": 2, "text is null": 1, "an array, not an object": 1}
+    assert tally.first.startswith(f"{tmp_path}/a.jsonl{packed}:8 (bad JSON")
+    tally.check(0.02, fix="")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".csv.gz"])
+def test_a_quote_that_is_never_closed_costs_the_bytes_that_it_swallows(tmp_path, suffix):
+    rows = [f"{i},some words" if suffix != ".tsv" else f"{i}\tsome words" for i in range(1000)]
+    rows[100] = rows[100].replace("some", '"some')
+    content = "\n".join(["n,text" if suffix != ".tsv" else "n\ttext", *rows]).encode()
+    tally = tally_of(write(tmp_path / f"a{suffix}", PACKERS[".gz" if suffix.endswith(".gz") else ""](content)))
+    assert tally.bad == 1 and tally.rows == 101 and 0.89 < tally.fractions()[1] < 0.91
+    with pytest.raises(UserError, match="too many records can't be used") as error:
+        tally.check(0.01, fix="")
+    assert error.value.code == DATA and "1 of 101 records and 90" in error.value.got
+
+
+def test_a_torn_csv_header_loses_the_file(tmp_path):
+    path = write(tmp_path / "a.csv", '"n"x,"text"\n' + "1,one\n" * 100)
+    ((_, bad, _),) = read_records(path)
+    assert isinstance(bad, BadRecord) and bad.size == path.stat().st_size and "header" in bad.reason
+
+
+def noise(number: int, size: int) -> list[dict[str, str]]:
+    """Return records that hardly compress."""
+    draw = random.Random(0)
+    return [{"text": draw.randbytes(size).hex()} for _ in range(number)]
+
+
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+def test_damage_in_a_packed_file_costs_what_follows(tmp_path, packed):
+    lines = [json.dumps(record).encode() + b"\n" for record in noise(3000, 300)]
+    parts = [PACKERS[packed](b"".join(lines[i : i + 100])) for i in range(0, 3000, 100)]
+    parts[20] = bytes(9) + parts[20][9:]
+    tally = tally_of(write(tmp_path / f"a.jsonl{packed}", b"".join(parts)))
+    assert tally.bad == 1 and 1800 < tally.rows <= 2001
+    assert tally.fractions()[1] == pytest.approx(1 / 3, abs=0.1)
+
+
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+def test_a_cut_packed_file_is_one_bad_record_and_keeps_the_rest(tmp_path, packed):
+    data = PACKERS[packed]("".join(json.dumps(record) + "\n" for record in noise(5000, 99)).encode())
+    tally = tally_of(write(tmp_path / f"a.jsonl{packed}", data[: len(data) // 2]))
+    assert tally.bad == 1 and tally.rows > 1000 and "broken from here on" in tally.first
+
+
+def test_a_damaged_parquet_file_loses_the_rows_of_the_damaged_group(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(noise(1000, 50)), path, row_group_size=100)
+    data = bytearray(path.read_bytes())
+    column = pq.ParquetFile(path).metadata.row_group(5).column(0)
+    data[column.dictionary_page_offset : column.dictionary_page_offset + 200] = bytes(200)
+    tally = tally_of(write(path, bytes(data)))
+    assert (tally.rows, tally.bad) == (1000, 100) and tally.fractions() == (0.1, pytest.approx(0.1))
+    assert f"{path}:501 (the rest of row group 5 is damaged" in tally.first
+    assert tally_of(write(path, bytes(data[:-100]))).fractions() == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("name, content, problem", [
+    ("a.csv", "text,n,text\none,1,two\n", "two columns are named 'text'"),
+    ("a.tsv", "text\ttext\none\ttwo\n", "two columns are named 'text'"),
+    ("a.csv", ",text,\n1,one,2\n", "two columns are named ''"), ("a.csv", " \none\n", "the columns have no names"),
+])  # fmt: skip
+def test_columns_that_hide_each_other_are_an_error(tmp_path, name, content, problem):
+    with pytest.raises(UserError, match=problem) as error:
+        list(read_records(write(tmp_path / name, content)))
+    assert error.value.code == DATA and error.value.at == f"{tmp_path / name}:1"
+
+
+def test_parquet_columns_of_one_name_are_an_error_and_an_index_column_is_none(tmp_path):
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="two columns are named 'text'"):
+        list(read_records(tmp_path / "a.parquet"))
+    ((_, record, _),) = read_records(write(tmp_path / "pandas.csv", "\n,text\n0,one\n"))
+    assert record == {"": "0", "text": "one"}
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_json_lacks_are_named(number):
+    with pytest.raises(ValueError, match=f"{number} is not JSON"):
+        parse_json(f'{{"text": "one", "n": [{number}]}}'.encode())
+
+
+# ---- the bound, in every command ------------------------------------------------------------------------------------
+
+
+def damaged(folder: Path, bad_lines: int) -> str:
+    """Write a.jsonl with 300 records, some of them bad, and return its path."""
+    return str(write(folder / "a.jsonl", jsonl(300, dict.fromkeys(range(50, 50 + bad_lines), "{bad"))))
+
+
+def build(path: str, folder: Path, say=print) -> None:
+    config = tiny_config(folder, data={"sources": [{"name": "s", "path": path}]})
+    build_corpus(CorpusData(**config["data"]), say=say)
+
+
+def test_a_build_stops_over_the_bound_and_says_what_it_left_out_below_it(tmp_path):
+    said = []
+    build(damaged(tmp_path, 2), tmp_path, said.append)
+    assert any("left out 2 of 300 records" in line and "a.jsonl:51" in line for line in said)
+    assert "quarantined: 2 of 300 records" in (tmp_path / "data" / "report.md").read_text()
+    with pytest.raises(UserError, match="too many records can't be used") as error:
+        build(damaged(tmp_path, 9), tmp_path)
+    assert "a.jsonl:51" in error.value.at and "quarantine.jsonl" in error.value.at
+
+
+def test_a_build_counts_the_bytes_that_one_row_swallows(tmp_path):
+    rows = [f"{i},{sentences(i, 1).strip()}" for i in range(400)]
+    rows[200] = '200,"a quote'
+    path = write(tmp_path / "a.csv", "\n".join(["n,text", *rows]))
+    with pytest.raises(UserError, match="too many records can't be used"):
+        build(str(path), tmp_path)
+
+
+def test_skipped_files_are_in_the_report(tmp_path):
+    write(tmp_path / "in" / "a.jsonl", jsonl(50))
+    write(tmp_path / "in" / "b.jsonl", "")
+    write(tmp_path / "in" / "c.exe", "x")
+    (tmp_path / "in" / "d.jsonl").symlink_to(write(tmp_path / "out.jsonl", jsonl(5)))
+    build(str(tmp_path / "in"), tmp_path)
+    report = (tmp_path / "data" / "report.md").read_text()
+    for words in ("1 empty .jsonl", "1 .exe (unknown type)", "1 links out of the folder"):
+        assert words in report
+    source = {"name": "s", "path": str(tmp_path / "in"), "follow_links": True}
+    config = tiny_config(tmp_path, data={"sources": [source]})
+    assert build_corpus(CorpusData(**config["data"]), say=print)["counts"]["read"] == 55
+
+
+@pytest.mark.parametrize("on_error", [{}, {"mode": "fail"}, {"max_bad_fraction": 0.1}])
+def test_fine_tuning_has_the_bound_of_a_build(tokenizer, tmp_path, on_error):
+    record = json.dumps({"prompt": "the ", "completion": "river"})
+    lines = [record] * 40 + ["{bad", json.dumps({"prompt": 3, "completion": "x"})] + [record] * 30
+    path = write(tmp_path / "a.jsonl", "\n".join(lines))
+    data = SftData(kind="sft", path=str(path), seq_len=16, on_error=OnError(**on_error))
+    if on_error.get("max_bad_fraction"):
+        report = encode_sft(data, tokenizer, tmp_path / "out", seed=0)
+        folder, first = Path(report["folder"]), report["records"]["first"]
+        with pytest.raises(UserError, match="too many"):  # the bound holds for data that is encoded already
+            encode_sft(data.model_copy(update={"on_error": OnError()}), tokenizer, tmp_path / "out", seed=0)
+    else:
+        with pytest.raises(UserError, match="records can't be used") as error:
+            encode_sft(data, tokenizer, tmp_path / "out", seed=0)
+        (folder,), first = (tmp_path / "out").iterdir(), str(error.value.at)
+        assert [file.name for file in folder.iterdir()] == ["quarantine.jsonl"] and str(folder) in first
+    assert f"{path}:41 (bad JSON" in first
+    bad = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+    assert [(one["path"], one["line"], one["reason"][:8]) for one in bad] == [
+        (str(path), 41, "bad JSON"), (str(path), 42, "prompt o")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("turn", [
+    {"role": ["user"], "content": "x"}, {"role": {}, "content": "x"}, {"role": None, "content": "x"},
+    {"from": 3, "value": "x"},
+])  # fmt: skip
+def test_a_role_of_another_type_is_a_bad_record(turn):
+    with pytest.raises(ValueError, match="a turn's role is not a string"):
+        to_turns({"messages": [turn]}, "messages")
+    with pytest.raises(ValueError, match="input is not a string"):
+        to_turns({"instruction": "x", "input": {"a": 1}, "output": "y"}, "instruction")
+
+
+def test_lone_surrogates_of_fine_tuning_records_become_replacement_characters(tokenizer, tmp_path):
+    lines = r'{"prompt": "the \ud800 ", "completion": "river \udfff"}' + "\n"
+    data = SftData(kind="sft", path=str(write(tmp_path / "a.jsonl", lines * 2)), seq_len=64)
+    report = encode_sft(data, tokenizer, tmp_path / "out", seed=0)
+    assert report["records"]["bad"] == 0 and report["splits"]["train"]["examples"] == 1
+
+
+def test_evaluation_files_and_compared_texts_are_counted_too(tokenizer, tmp_path):
+    path = damaged(tmp_path, 2)
+    with pytest.raises(UserError, match="some records can't be used") as error:
+        read_evaluation_ngrams((path,), 5)
+    assert "a.jsonl:51" in error.value.at
+    (row,) = measure_compression(tokenizer, None, [path], "text")
+    assert "left out 2 of 300 records" in row["bad records"] and "a.jsonl:51" in row["bad records"]
+    with pytest.raises(UserError, match="too many"):
+        measure_compression(tokenizer, None, [damaged(tmp_path, 9)], "text")
+
+
+def test_tokenizer_train_stops_over_the_bound_and_writes_nothing(tmp_path):
+    damaged(tmp_path, 9)
+    train = ("tokenizer", "train", "a.jsonl", "--vocab-size", 300)
+    done = llmkit(*train, cwd=tmp_path, code=DATA)
+    assert all(words in done.stderr for words in ("too many records", "--max-bad-fraction", "a.jsonl:51"))
+    assert not (tmp_path / "tokenizer").exists()
+    done = llmkit(*train, "--max-bad-fraction", 0.1, cwd=tmp_path)
+    assert "left out 9 of 300 records" in done.stdout and (tmp_path / "tokenizer").exists()
