@@ -54,6 +54,14 @@ def test_the_quickstart_arc(place):
     assert "as they are, no chat template" in tuned and "llmkit generate runs/tiny-lora 'a prompt as in" in tuned
     assert after["perplexity"] < 0.7 * before["perplexity"] and after["window"] == before["window"]
 
+    pairs = (place / "pairs.jsonl").read_text()
+    (place / "damaged.jsonl").write_text(pairs + '{"prompt": "the", "completion": null}\n{"prompt": "cut o')
+    flags = ("eval", "runs/tiny-lora", "--perplexity", "--data", "damaged.jsonl", "--json")
+    refused = llmkit(*flags, cwd=place, code=3).stderr
+    assert "2 of 62 records" in refused and "damaged.jsonl:61" in refused and "--max-bad-fraction" in refused
+    rest = json.loads(llmkit(*flags, "--max-bad-fraction", 0.1, cwd=place).stdout)
+    assert rest["loss"] == after["loss"] and "left out 2 of 62 records" in rest["bad_records"]
+
     text = [
         llmkit("generate", "runs/tiny-lora", "the river", "--max-new-tokens", 8, cwd=place).stdout for _ in range(2)
     ]

@@ -414,6 +414,39 @@ def test_val_path_is_the_val_split_and_nothing_is_held_out(tokenizer, tmp_path):
     assert answers(tokenizer, table_rows(report, "val")) == ["loss<|endoftext|>"]
 
 
+@pytest.mark.parametrize("name", ["examples.bin", "examples.idx", "train-pieces.npy", "val-rows.npy"])
+def test_changed_encoded_records_are_noticed(tokenizer, tmp_path, name):
+    report, _ = encoded(tokenizer, tmp_path, [("the ", "river"), ("one ", "model")])
+    path = Path(report["folder"]) / name
+    data = bytearray(path.read_bytes())
+    for damaged, got in ((data[:-1], "bytes"), (data[:-2] + bytes([data[-2] ^ 64]) + data[-1:], "another checksum")):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="the encoded records changed") as error:
+            table_rows(report, "train")
+        assert error.value.at == path and got in error.value.got and str(path.parent) in error.value.fix
+        assert error.value.code == 3
+    path.unlink()
+    with pytest.raises(UserError, match="the encoded records changed"):
+        table_rows(report, "train")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda text: "", lambda text: text[: len(text) // 2], lambda text: "[]", lambda text: "null", lambda text: '"x"',
+    lambda text: text.replace('"rows": 1', '"rows": 9'), lambda text: "\udcff", lambda text: '{"checksum": 1}',
+    lambda text: "[" * 100_000,
+])  # fmt: skip
+def test_records_with_a_damaged_report_are_encoded_again(tokenizer, tmp_path, damage):
+    report, rows = encoded(tokenizer, tmp_path, [("the ", "river"), ("one ", "model")])
+    path = Path(report["folder"]) / "report.json"
+    text = path.read_text()
+    path.write_bytes(damage(text).encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match="the report of the encoded records is damaged") as error:
+        table_rows(report, "train")
+    assert error.value.at == path and error.value.code == 3
+    again, others = encoded(tokenizer, tmp_path, [("the ", "river"), ("one ", "model")])
+    assert again["splits"] == report["splits"] and (others[0].input_ids == rows[0].input_ids).all()
+
+
 def test_inspect_paints_answers_and_dims_prompts(tokenizer, tmp_path):
     _, rows = encoded(tokenizer, tmp_path, [("the river ", "is small")])
     shown = inspect_rows(rows[0], tokenizer)

@@ -359,7 +359,7 @@ def build_lines(folder: Path, line: bytes) -> tuple[dict, list[dict], str]:
     (folder / "a.jsonl").write_bytes(b"\n".join([*good[:5], line, *good[5:]]))
     values = tiny_config(folder)["data"] | {"sources": [{"name": "s", "path": str(folder / "a.jsonl")}]}
     manifest = build_corpus(
-        CorpusData(**values | {"on_error": {"max_bad_fraction": 0.9}, "split": {"val_fraction": 0.01}}), **quiet
+        CorpusData(**values | {"on_error": {"max_bad_fraction": 1.0}, "split": {"val_fraction": 0.01}}), **quiet
     )
     bad = [json.loads(line) for line in (folder / "data/quarantine.jsonl").read_text().splitlines()]
     tokenizer = load_tokenizer(folder / "data/tokenizer")

@@ -35,6 +35,7 @@ from llmkit.tokenizer.tokenizer import Tokenizer
 VERSION = 3  # of the encoding; data of another version is encoded again
 TOKENS = np.dtype("<i4")
 REPORT, QUARANTINE = "report.json", "quarantine.jsonl"
+ENCODE_AGAIN = "delete {} and fine-tune again: the records are then encoded again"
 Example = tuple[list[int], list[bool]]  # token ids, which of them are targets
 
 
@@ -284,7 +285,7 @@ def checksum(report: dict[str, Any]) -> str:
 def read_report(folder: Path) -> dict[str, Any]:
     """Return the report of a folder of encoded records. Raise DataError if it is missing or not as it was written."""
     path = folder / REPORT
-    fix = f"delete {folder} and fine-tune again: the records are then encoded again"
+    fix = ENCODE_AGAIN.format(folder)
     try:
         report = json.loads(path.read_bytes())
         if report.pop("checksum") != checksum(report):
@@ -303,7 +304,6 @@ def open_encoded(folder: Path, split: str, *names: str) -> tuple[dict[str, Any],
     Raise DataError if a file changed after it was written.
     """
     report = read_report(folder)
-    fix = f"delete {folder} and fine-tune again: the records are then encoded again"
-    check_unchanged(folder, report["files"], fix)
+    check_unchanged(folder, report["files"], "the encoded records changed", fix=ENCODE_AGAIN.format(folder))
     arrays = [np.load(folder / f"{split}-{name}.npy", mmap_mode="r", allow_pickle=False) for name in names]
     return report, np.memmap(folder / "examples.bin", TOKENS, "r"), arrays

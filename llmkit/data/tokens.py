@@ -100,12 +100,13 @@ class TokenStream:
 def open_split(folder: Path, files: list[dict], dtype: np.dtype) -> TokenStream:
     """Open the shards of a split as the manifest lists them. Raise DataError if one or its index has changed."""
     entries = [one for entry in files for one in (entry, entry["index"])]
-    check_unchanged(folder, entries, f"delete {folder} and build again")
+    what, fix = "a token shard changed after the build", f"delete {folder} and build again"
+    check_unchanged(folder, entries, what, fix=fix)
     return TokenStream([folder / entry["path"] for entry in files], dtype)
 
 
-def check_unchanged(folder: Path, entries: list[dict], fix: str) -> None:
-    """Raise DataError if a file in the folder is not as its entry says; see `describe_file`."""
+def check_unchanged(folder: Path, entries: list[dict], what: str, *, fix: str) -> None:
+    """Raise a DataError with this message if a file in the folder is not as its entry says; see `describe_file`."""
     for entry in entries:
         path = folder / entry["path"]
         if (problem := find_change(path, entry)) is None and path.stat().st_mtime_ns != entry["mtime_ns"]:
@@ -113,7 +114,7 @@ def check_unchanged(folder: Path, entries: list[dict], fix: str) -> None:
             problem = "another checksum" if file_sha256(path) != entry["sha256"] else None
         if problem:
             expected = f"{entry['bytes']} bytes, as they were written"
-            raise DataError("a data file changed after the build", at=path, expected=expected, got=problem, fix=fix)
+            raise DataError(what, at=path, expected=expected, got=problem, fix=fix)
 
 
 def describe_file(path: Path, folder: Path) -> dict[str, Any]:
