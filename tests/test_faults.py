@@ -531,10 +531,11 @@ def test_a_damaged_index_of_documents_is_noticed(built, capsys, damage):
     assert str(index) in err
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"recipe": 1}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"recipe": 1}', "\0", "key"])
 @pytest.mark.parametrize("sources", [True, False])
 def test_a_damaged_manifest_is_one_error_or_built_anew(built, content, sources, capsys):
-    (built.parent / "data/manifest.json").write_text(content)
+    manifest = built.parent / "data/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"dtype"', '"dtypd"') if content == "key" else content)
     config = built.with_name("c.yaml" if sources else "built.yaml")
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
@@ -542,6 +543,16 @@ def test_a_damaged_manifest_is_one_error_or_built_anew(built, content, sources, 
     err = capsys.readouterr().err
     assert stopped.value.code in ((0, DATA) if sources else (DATA,)), err
     assert stopped.value.code == 0 or one_block(err)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": 3}', "key"])
+def test_damaged_counts_of_a_unit_are_counted_again(tmp_path, content):
+    config = place(tmp_path, files=12)
+    before = build_corpus(section(config), **quiet)
+    (tmp_path / "data/manifest.json").unlink()
+    for path in (tmp_path / "data/parts").glob("*.json"):
+        path.write_text(path.read_text().replace('"files"', '"filez"') if content == "key" else content)
+    assert build_corpus(section(config), **quiet)["fingerprint"] == before["fingerprint"]
 
 
 def test_one_bit_of_the_tokenizer_is_noticed(built, capsys):

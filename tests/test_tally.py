@@ -89,9 +89,10 @@ def noise(number: int, size: int) -> list[dict[str, str]]:
     return [{"text": draw.randbytes(size).hex()} for _ in range(number)]
 
 
+@pytest.mark.parametrize("size", [10, 300])
 @pytest.mark.parametrize("packed", [".gz", ".zst"])
-def test_damage_in_a_packed_file_costs_what_follows(tmp_path, packed):
-    lines = [json.dumps(record).encode() + b"\n" for record in noise(3000, 300)]
+def test_damage_in_a_packed_file_costs_what_follows(tmp_path, packed, size):
+    lines = [json.dumps(record).encode() + b"\n" for record in noise(3000, size)]
     parts = [PACKERS[packed](b"".join(lines[i : i + 100])) for i in range(0, 3000, 100)]
     parts[20] = bytes(9) + parts[20][9:]
     tally = tally_of(write(tmp_path / f"a.jsonl{packed}", b"".join(parts)))

@@ -34,7 +34,7 @@ from llmkit.corpus.report import make_funnel, merge_records, render_report
 from llmkit.corpus.scorers import check_languages, load_classifier, load_word_list
 from llmkit.corpus.units import VERSION, Unit, count_skipped_files, load_array, make_units, short_hash
 from llmkit.data.splits import read_manifest
-from llmkit.data.tokens import find_change, token_dtype
+from llmkit.data.tokens import find_change, seal, token_dtype
 from llmkit.errors import DataError, MachineError, UserError, did_you_mean, raise_all
 from llmkit.files import lock, write_atomically
 from llmkit.readers.records import count_lines_before
@@ -159,9 +159,10 @@ def needs_build(data: CorpusData) -> bool:
 
 def is_built(folder: Path, recipe: str) -> bool:
     """Return whether the folder holds a finished, unchanged build of this recipe with its tokenizer."""
-    if not (folder / "manifest.json").exists():
+    try:
+        tokenizer, manifest = folder / "tokenizer", read_manifest(folder)
+    except DataError:  # there is none, or it is damaged or of another version
         return False
-    tokenizer, manifest = folder / "tokenizer", read_manifest(folder)
     if manifest["recipe"] != recipe:
         return False
     files = [one for part in manifest["splits"].values() for file in part["files"] for one in (file, file["index"])]
@@ -245,7 +246,7 @@ def run_passes(
     write_atomically(folder / "report.md", render_report(manifest, counts, shards, decision))
     write_atomically(folder / "report.json", json.dumps(manifest | {"units": counts}, indent=1))
     tokenizer.save(folder / "tokenizer")
-    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    write_atomically(folder / "manifest.json", json.dumps(seal(manifest), indent=2) + "\n")
     delete_stale_files(folder, units, [tokenizer_folder, decided], keys)
     return manifest
 

@@ -4,6 +4,7 @@ import itertools
 import json
 from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from llmkit.corpus.decide import FATES, VAL, explain_fate
 from llmkit.corpus.dedup import cut_paragraphs
 from llmkit.corpus.measure import StageTimer, peak_mb
 from llmkit.corpus.units import Unit, load_array, open_zst_writer, read_zst
-from llmkit.data.tokens import ShardWriter, describe_file, find_change, token_dtype
+from llmkit.data.tokens import ShardWriter, describe_file, find_change, read_sealed, seal, token_dtype
 from llmkit.files import write_atomically
 from llmkit.tokenizer.tokenizer import MAX_VERIFIED_TEXTS, Tokenizer, load_tokenizer
 
@@ -59,8 +60,8 @@ def encode_unit(
     folder = Path(data.dir)
     parts, name = folder / "parts", f"{unit.name}-{key}"
     done = parts / f"{unit.part}.tokens-{key}.json"
-    if done.exists():
-        result = json.loads(done.read_text(encoding="utf-8"))
+    with suppress(FileNotFoundError, ValueError):  # a damaged file is encoded again
+        result = read_sealed(done)
         files = [file for split in ("train", "val") for file in result[split]["files"]]
         if not any(find_change(folder / one["path"], one) for file in files for one in (file, file["index"])):
             return result | {"seconds": {}, "peak_mb": 0.0}
@@ -108,5 +109,5 @@ def encode_unit(
         result[split] = {"documents": len(writer.ends), "tokens": writer.tokens, "files": files} | text_sizes
     timer.lap("encoding")
     result |= {"seconds": timer.seconds, "peak_mb": peak_mb()}
-    write_atomically(done, json.dumps(result))
+    write_atomically(done, json.dumps(seal(result)))
     return result

@@ -10,6 +10,7 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from llmkit.corpus.scorers import (
 )
 from llmkit.corpus.units import Unit, measured_rules, open_atomically, open_zst_writer, read_unit, read_zst, save_array
 from llmkit.corpus.words import TextFeatures, hash_ngrams
+from llmkit.data.tokens import read_sealed, seal
 from llmkit.files import write_atomically
 from llmkit.readers.decode import GUESSED_ENCODINGS
 from llmkit.readers.documents import keep_documents
@@ -136,8 +138,8 @@ def make_finders(data: CorpusData) -> dict[str, Callable[[TextFeatures], Iterabl
 def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
     """Run pass A on one unit, unless an earlier build has done it, and return the unit's counts."""
     done, profile = parts / f"{unit.part}.json", unit.source["profile"]
-    if done.exists():
-        counts = json.loads(done.read_text(encoding="utf-8"))
+    with suppress(FileNotFoundError, ValueError):  # a damaged file is measured again
+        counts = read_sealed(done)
         if all(file_size(parts / name) == size for name, size in counts["files"].items()):
             return counts | {"seconds": {}, "peak_mb": 0.0}  # this build spent no time on it
     timer = StageTimer()
@@ -189,8 +191,9 @@ def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
         "peak_mb": peak_mb(),
         "files": {name: file_size(parts / name) for name in written},
     }
+    counts = seal(json.loads(json.dumps(counts)))
     write_atomically(done, json.dumps(counts))
-    return json.loads(json.dumps(counts))
+    return counts
 
 
 def read_clean(

@@ -219,4 +219,9 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def load_array(path: Path, **options: Any) -> np.ndarray:
-    return np.load(path, allow_pickle=False, **options)
+    """Load a .npy file of a build. Raise DataError if it is damaged."""
+    try:
+        return np.load(path, allow_pickle=False, **options)
+    except (ValueError, EOFError, FileNotFoundError) as error:
+        fix = "delete the folder it is in and build again"
+        raise DataError(f"a file of this build is damaged: {error}", at=path, fix=fix) from None

@@ -23,7 +23,7 @@ import numpy as np
 
 from llmkit.config.schema import SftData
 from llmkit.data.layouts import detect_layout, to_turns
-from llmkit.data.tokens import ShardWriter, check_unchanged, describe_file
+from llmkit.data.tokens import ShardWriter, check_unchanged, describe_file, read_sealed, seal
 from llmkit.errors import DataError
 from llmkit.files import file_sha256, write_atomically
 from llmkit.readers.documents import check_file
@@ -90,8 +90,8 @@ def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pai
     try:
         report = read_report(folder)
     except DataError:  # there is none yet, or it is damaged
-        report = write_examples(data, sources, tokenizer, template, folder, seed, pairs)
-        write_atomically(folder / REPORT, json.dumps(report | {"checksum": checksum(report)}, indent=2))
+        report = seal(write_examples(data, sources, tokenizer, template, folder, seed, pairs))
+        write_atomically(folder / REPORT, json.dumps(report, indent=2))
     check_records(Tally(**report["records"]), data, folder)
     return report | {"key": key, "folder": str(folder)}
 
@@ -278,22 +278,14 @@ def plan_pairs(
 # ---- read it back ---------------------------------------------------------------------------------------------------
 
 
-def checksum(report: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()
-
-
 def read_report(folder: Path) -> dict[str, Any]:
     """Return the report of a folder of encoded records. Raise DataError if it is missing or not as it was written."""
-    path = folder / REPORT
-    fix = ENCODE_AGAIN.format(folder)
+    path, fix = folder / REPORT, ENCODE_AGAIN.format(folder)
     try:
-        report = json.loads(path.read_bytes())
-        if report.pop("checksum") != checksum(report):
-            raise ValueError
-        return report
+        return read_sealed(path)
     except FileNotFoundError:
         raise DataError("there are no encoded records", at=folder, fix=fix) from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except ValueError:
         what = "the report of the encoded records is damaged, or of another version of llmkit"
         raise DataError(what, at=path, fix=fix) from None
 

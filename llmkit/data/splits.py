@@ -1,6 +1,5 @@
 """Open the train and val splits of a run's data: token shards of a corpus, or encoded fine-tuning records."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 
 from llmkit.data.batches import Batches, Mixture, corpus_batches, open_rows, samples_in
 from llmkit.data.sft import QUARANTINE
-from llmkit.data.tokens import TokenStream, open_split
+from llmkit.data.tokens import TokenStream, open_split, read_sealed
 from llmkit.errors import DataError
 from llmkit.readers.tally import Tally
 from llmkit.screen import format_count
@@ -44,16 +43,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a built corpus."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(manifest, dict) or not {"recipe", "splits", "tokenizer_sha256"} <= manifest.keys():
-            raise ValueError("it is not a build manifest")
-        return manifest
+        return read_sealed(path)
     except FileNotFoundError:
         fix = "name data.sources, or run `llmkit data build CONFIG`"
         raise DataError("there is no built data", at=folder, fix=fix) from None
     except ValueError as error:
-        fix = "delete it and build again"
-        raise DataError(f"the manifest can't be read: {error}", at=path, fix=fix) from None
+        what, fix = f"the manifest is damaged, or of another version of llmkit: {error}", "delete it and build again"
+        raise DataError(what, at=path, fix=fix) from None
 
 
 def open_stream(folder: Path, manifest: dict[str, Any], split: str, source: str | None = None) -> TokenStream:

@@ -1,5 +1,7 @@
 """Write and memory-map token shards: raw little-endian integers, and an index of the documents' ends."""
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,3 +131,19 @@ def find_change(path: Path, entry: dict[str, Any]) -> str | None:
         return "no such file"
     size = path.stat().st_size
     return f"{size} bytes" if size != entry["bytes"] else None
+
+
+def seal(content: dict[str, Any]) -> dict[str, Any]:
+    """Add the checksum of a report to it, so that `read_sealed` notices any change."""
+    return content | {"checksum": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read a report that was written as JSON by `seal`. Raise ValueError if it is not as it was written."""
+    try:
+        content = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict) or seal({k: v for k, v in content.items() if k != "checksum"}) != content:
+        raise ValueError("it is not as it was written")
+    return content

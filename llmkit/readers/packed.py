@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -44,6 +44,19 @@ def may_be_empty(path: Path) -> bool:
     return not suffix_of(path).endswith((".gz", ".zst", ".zip", ".parquet", ".warc", ".wet"))
 
 
+class ShortReads:
+    """An open file that reads few bytes at a time, so that its position tells where decompression fails."""
+
+    def __init__(self, raw: BinaryIO, most: int):
+        self.raw, self.most = raw, most
+
+    def read(self, size: int) -> bytes:
+        return self.raw.read(min(size, self.most))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)
+
+
 def size_after(path: Path, done: int) -> int:
     """Return how many bytes of a damaged file are lost if only the first `done` ones, unpacked, can be read.
 
@@ -53,7 +66,7 @@ def size_after(path: Path, done: int) -> int:
     if path.suffix.lower() not in (".gz", ".zst"):
         return max(0, size - done)
     with path.open("rb") as raw, suppress(*READ_ERRORS):
-        stream = unpack(raw, path)
+        stream = unpack(ShortReads(raw, max(16, size // 1000)), path)
         while stream.read1(2**16):
             intact = raw.tell()
     return (size - intact) * done // intact if intact and done else size
