@@ -187,23 +187,35 @@ def open_rows(folder: Path, split: str, global_batch_size: int, start_id: int | 
     return pair_batches(folder, split, global_batch_size, start_id=start_id, **order)
 
 
+def count_up(sizes: np.ndarray) -> np.ndarray:
+    """Return 0, 1, ... size - 1 for each of the sizes, one after another.
+
+    >>> count_up(np.array([2, 3])).tolist()
+    [0, 1, 0, 1, 2]
+    """
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
 def packed_batches(folder: Path, split: str, global_batch_size: int, **order) -> Batches:
     """Return the batches of packed rows, in which only the answers are labels."""
     report, tokens, (pieces, row_ends) = open_encoded(folder, split, "pieces", "rows")
     width, pad_id = report["seq_len"] + 1, report["eos_id"]
 
     def rows(indices: list[int]) -> Batch:
-        shape = (len(indices), width)
+        shape, ends = (len(indices), width), row_ends[indices]
         ids, targets = np.full(shape, pad_id, np.int64), np.zeros(shape, bool)
         segments, positions = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
-        for row, index in enumerate(indices):
-            first = int(row_ends[index - 1]) if index else 0
-            place, length = pieces[first : row_ends[index]].T
-            starts = np.cumsum(length) - length
-            at = np.arange(length.sum()) - np.repeat(starts, length)  # position of each token in its example
-            coded, used = tokens[np.repeat(place, length) + at], slice(0, len(at))
-            ids[row, used], targets[row, used] = np.where(coded < 0, ~coded, coded), (coded >= 0) & (at > 0)
-            segments[row, used], positions[row, used] = np.repeat(np.arange(len(length)), length), at
+        firsts = np.where(np.array(indices) > 0, row_ends[np.array(indices) - 1], 0)
+        counts = ends - firsts  # pieces in each row
+        number = count_up(counts)  # of each piece in its row
+        place, length = pieces[np.repeat(firsts, counts) + number].T
+        start = np.cumsum(length) - length
+        start -= np.repeat(start[np.cumsum(counts) - counts], counts)  # of each piece in its row
+        at = count_up(length)  # position of each token in its piece
+        coded = tokens[np.repeat(place, length) + at]
+        cells = np.repeat(np.repeat(np.arange(len(indices)), counts), length), np.repeat(start, length) + at
+        ids[cells], targets[cells] = np.where(coded < 0, ~coded, coded), (coded >= 0) & (at > 0)
+        segments[cells], positions[cells] = np.repeat(number, length), at
         labels = np.where(targets[:, 1:], ids[:, 1:], IGNORE_INDEX)
         return Batch(ids[:, :-1], labels, positions[:, :-1], segments[:, :-1])
 
