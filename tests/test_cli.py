@@ -173,6 +173,7 @@ def test_doctor_answers(tmp_path):
         (["eval", "--perplexity"], 2, "no model is named"),
         (["eval", "nowhere", "--perplexity"], 4, "there is no model at nowhere"),
         (["eval"], 2, "nothing to measure"),
+        (["eval", "x", "--perplexity", "--max-bad-fraction", "0.5"], 2, "has no effect without --data"),
         (["finetune", "--lora", "--full"], 2, "one method"),
         (["finetune"], 2, "needs a method"),
         (["pretrain", "none.yaml"], 2, "no such config file"),

@@ -17,6 +17,7 @@ from llmkit.corpus.scorers import read_evaluation_ngrams
 from llmkit.data.inspect import measure_compression
 from llmkit.data.layouts import to_turns
 from llmkit.data.sft import encode_sft
+from llmkit.data.splits import open_records
 from llmkit.errors import DATA, UserError
 from llmkit.readers.decode import parse_json
 from llmkit.readers.documents import read_texts
@@ -203,6 +204,7 @@ def test_fine_tuning_has_the_bound_of_a_build(tokenizer, tmp_path, on_error):
     else:
         with pytest.raises(UserError, match="records can't be used") as error:
             encode_sft(data, tokenizer, tmp_path / "out", seed=0)
+        assert ("mode: quarantine" if on_error else "max_bad_fraction") in error.value.fix
         (folder,), first = (tmp_path / "out").iterdir(), str(error.value.at)
         assert [file.name for file in folder.iterdir()] == ["quarantine.jsonl"] and str(folder) in first
     assert f"{path}:41 (bad JSON" in first
@@ -210,6 +212,20 @@ def test_fine_tuning_has_the_bound_of_a_build(tokenizer, tmp_path, on_error):
     assert [(one["path"], one["line"], one["reason"][:8]) for one in bad] == [
         (str(path), 41, "bad JSON"), (str(path), 42, "prompt o")
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("too_long, cut", [("truncate", "cut to 16 tokens"), ("drop", "left out")])
+def test_the_header_says_what_became_of_long_and_of_bad_records(tokenizer, tmp_path, too_long, cut):
+    texts = ["river " * 50, "river", "model", "code"]
+    lines = [json.dumps({"prompt": "the ", "completion": text}) for text in texts] + ["{bad"]
+    path = write(tmp_path / "a.jsonl", "\n".join(lines))
+    val = write(tmp_path / "val.jsonl", lines[1])
+    on_error = OnError(max_bad_fraction=0.5)
+    data = SftData(kind="sft", path=str(path), val_path=str(val), seq_len=16, too_long=too_long, on_error=on_error)
+    report = encode_sft(data, tokenizer, tmp_path / "out", seed=0)
+    summary = open_records(report, data.path, tokenizer).summary
+    assert f"1 too long, {cut}" in summary and "left out 1 of 6 records" in summary
+    assert f"the first is {path}:5 (bad JSON" in summary and summary.endswith("quarantine.jsonl)")
 
 
 @pytest.mark.parametrize("turn", [

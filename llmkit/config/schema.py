@@ -68,6 +68,12 @@ class OnError(Section):
     def max_fraction(self) -> float:
         return 0.0 if self.mode == "fail" else self.max_bad_fraction
 
+    @property
+    def fix(self) -> str:
+        """Return what to do about too many bad records."""
+        key = "set data.on_error.mode: quarantine" if self.mode == "fail" else "raise data.on_error.max_bad_fraction"
+        return f"repair the files, or {key}"
+
 
 class Clean(Section):
     html: Literal["auto"] | bool = "auto"  # auto: files and records that are HTML

@@ -311,8 +311,7 @@ def check_bad_records(
     """Raise DataError if there are more bad records than the config allows. Else say how many there are."""
     records, listed_in = merge_records(counts), folder / "quarantine.jsonl"
     records.first = first
-    fix = "repair the files, or raise data.on_error.max_bad_fraction"
-    records.check(on_error.max_fraction, fix=fix, listed_in=listed_in)
+    records.check(on_error.max_fraction, fix=on_error.fix, listed_in=listed_in)
     if records.bad:
         say(records.describe(listed_in))
 

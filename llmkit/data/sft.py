@@ -98,8 +98,7 @@ def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pai
 
 def check_records(tally: Tally, data: SftData, folder: Path) -> None:
     """Raise DataError if there are more bad records than the config allows."""
-    fix = "repair the file, or raise data.on_error.max_bad_fraction"
-    tally.check(data.on_error.max_fraction, fix=fix, listed_in=folder / QUARANTINE)
+    tally.check(data.on_error.max_fraction, fix=data.on_error.fix, listed_in=folder / QUARANTINE)
 
 
 def write_examples(

@@ -74,18 +74,21 @@ def list_files(
         else:
             files.append(file)
     if not files:
-        seen = Counter(suffix_of(file) or "no suffix" for file in found).most_common(8)
-        globs = "".join(
-            f", {key} {list(value)}" for key, value in [("include", include), ("exclude", exclude)] if value
-        )
-        links, fix = skipped[LINKS_OUT], None
-        if links:
-            seen.append((LINKS_OUT, links))
-            fix = "set follow_links: true in the source, or name the folder that the links point to"
-        got = ", ".join(f"{n} {suffix}" for suffix, n in seen) or "no files at all"
-        expected = f"files with a known suffix, neither empty nor hidden{globs}"
-        raise DataError("no file to read", at=path, got=got, expected=expected, fix=fix)
+        raise no_files_error(path, found, skipped[LINKS_OUT], include, exclude)
     return sorted(files, key=Path.as_posix)
+
+
+def no_files_error(
+    path: str, found: list[Path], links: int, include: Sequence[str], exclude: Sequence[str]
+) -> DataError:
+    """Return the error for a path without a readable file: which files are there, and what hides them."""
+    seen = Counter(suffix_of(file) or "no suffix" for file in found).most_common(8)
+    seen += [(LINKS_OUT, links)] if links else []
+    globs = "".join(f", {key} {list(value)}" for key, value in [("include", include), ("exclude", exclude)] if value)
+    got = ", ".join(f"{n} {suffix}" for suffix, n in seen) or "no files at all"
+    expected = f"files with a known suffix, neither empty nor hidden{globs}"
+    fix = "set follow_links: true in the source, or name the folder that the links point to" if links else None
+    return DataError("no file to read", at=path, got=got, expected=expected, fix=fix)
 
 
 def find_files(start: Path, root: Path, follow_links: bool) -> set[Path]:
