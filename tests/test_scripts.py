@@ -89,6 +89,12 @@ def test_the_data_benchmark_measures_and_names_a_peer_that_is_missing(tmp_path):
     assert rows["dedup"]["recall above .8"] > 0.9 and rows["dedup"]["precision at .5"] > 0.9
 
 
+def test_the_encoding_of_fine_tuning_records_is_measured():
+    command = [sys.executable, str(ROOT / "scripts/measure_finetune_data.py"), "60", "--batches", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    assert "60 records" in done.stdout and "MB over the imports" in done.stdout
+
+
 @pytest.mark.slow
 def test_the_benchmark_of_writing_compares_equal_texts():
     options = ["--layers", "1", "--prompt", "4", "--new", "3", "--rounds", "1", "--peers", "plain"]

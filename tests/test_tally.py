@@ -214,6 +214,19 @@ def test_fine_tuning_has_the_bound_of_a_build(tokenizer, tmp_path, on_error):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("content, got", [
+    ("[]", "no record"), ('[{"prompt": "the ", "completion": null}]', "no record; left out 1 of 1 records"),
+    (json.dumps([{"prompt": "river " * 50, "completion": "is"}] * 2), "1 examples, 1 too long"),
+])  # fmt: skip
+@pytest.mark.parametrize("pairs", [False, True])
+def test_data_without_an_example_is_an_error_with_the_counts(tokenizer, tmp_path, content, got, pairs):
+    path = write(tmp_path / "a.json", content)
+    data = SftData(kind="sft", path=str(path), seq_len=16, on_error=OnError(max_bad_fraction=1.0), too_long="drop")
+    with pytest.raises(UserError, match="no example is left to train on") as error:
+        encode_sft(data, tokenizer, tmp_path / "out", seed=0, pairs=pairs)
+    assert error.value.got.startswith(got) and error.value.code == DATA
+
+
 @pytest.mark.parametrize("too_long, cut", [("truncate", "cut to 16 tokens"), ("drop", "left out")])
 def test_the_header_says_what_became_of_long_and_of_bad_records(tokenizer, tmp_path, too_long, cut):
     texts = ["river " * 50, "river", "model", "code"]

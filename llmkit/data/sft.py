@@ -127,15 +127,13 @@ def write_examples(
         splits = dict(zip(("train", "val"), (counts for _, counts in plans), strict=True))
         if not splits["train"]["rows"]:
             raise no_examples_error(data, splits["train"], tally, folder)
-        arrays = {
-            folder / f"{split}-{name}.npy": array
-            for split, (arrays, _) in zip(splits, plans, strict=True)
-            for name, array in arrays.items()
-        }
-        for path, values in arrays.items():
-            np.save(path, values, allow_pickle=False)
+        plan_files = []
+        for split, (arrays, _) in zip(splits, plans, strict=True):
+            for name, values in arrays.items():
+                plan_files.append(folder / f"{split}-{name}.npy")
+                np.save(plan_files[-1], values, allow_pickle=False)
     return {
-        "files": [describe_file(path, folder) for path in (shard.path, shard.index, *arrays)],
+        "files": [describe_file(path, folder) for path in (shard.path, shard.index, *plan_files)],
         "records": tally.counts(),
         "formats": sorted(layouts),
         "seq_len": data.seq_len,
