@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import resource
 import sys
 import time
@@ -16,12 +17,15 @@ from llmkit.types import Batch
 
 CPUINFO = Path("/proc/cpuinfo")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Dense bf16 peak of one GPU in FLOP/s, by a part of its name, from the vendors' data sheets.
+# Dense bf16 peak of one GPU in FLOP/s, by whole words of its name, from the vendors' data sheets.
 PEAK_FLOPS = {
     "H200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989.4e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "A10G": 70e12,
     "L4": 121e12,
     "RTX 4090": 165.2e12,
@@ -114,12 +118,22 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
     return best
 
 
+def data_sheet_flops(name: str) -> float | None:
+    """Return a GPU's peak FLOP/s by its name; None for an unknown one, a part of one (MIG), or a laptop's.
+
+    >>> data_sheet_flops("NVIDIA L4"), data_sheet_flops("NVIDIA L40"), data_sheet_flops("NVIDIA L400")
+    (121000000000000.0, 181000000000000.0, None)
+    """
+    if re.search(r"\b(MIG|Laptop|D)\b", name):
+        return None
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
+
+
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     """Return the peak FLOP/s that MFU refers to, and the source of the number."""
     if device.type == "cuda" and precision != "fp32":
         name = torch.cuda.get_device_name(device)
-        known = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-        if known:
+        if known := data_sheet_flops(name):
             return known, f"{name}'s data sheet"
     return matmul_rate(device, DTYPES[precision]), "measured matrix product"
 
