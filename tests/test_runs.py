@@ -274,6 +274,23 @@ def test_a_lora_run_keeps_its_base_while_the_base_run_goes_on(corpus, tmp_path):
     assert read_run_config(tmp_path / "tuned")["init_from"] == str(best)
 
 
+@pytest.mark.slow
+def test_auto_compiles_where_the_run_is_long_enough_and_keeps_its_choice(corpus, tmp_path, monkeypatch):
+    options = {"train": {"compile": "auto", "max_steps": 3}}
+    said = train_in(tmp_path / "short", corpus, **options)
+    assert "compiled: no (the steps would take 0:00:0" in "\n".join(said)
+    monkeypatch.setattr("llmkit.training.warmup.COMPILE_SECONDS", 0)
+    said = train_in(tmp_path / "long", corpus, **options)
+    assert "compiled: every block, and the loss (the steps" in "\n".join(said)
+    assert any(line.startswith("compiled in ") for line in said)
+    for name, compiled in (("short", False), ("long", True)):
+        assert read_run_config(tmp_path / name / "run")["train"]["compile"] is compiled
+        said = train_in(tmp_path / name, corpus, ["train.max_steps=4"], **options)
+        assert ("compiled: every block" in "\n".join(said)) is compiled
+    speeds = [row["eta_seconds"] for row in read_metrics(tmp_path / "long/run") if "eta_seconds" in row]
+    assert max(speeds) < 5  # the time of the compilation is in no step
+
+
 # ---- what is logged, and when it is saved ---------------------------------------------------------------------------
 
 

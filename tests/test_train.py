@@ -93,7 +93,7 @@ def test_checkpointing_is_the_same_gradient_from_blocks_made_twice(corpus, tmp_p
 @pytest.mark.slow
 def test_compiled_blocks_are_the_same_model(corpus, tmp_path):
     made = []
-    for mode, words in ((False, "compiled: off"), (True, "compiled: every block, and the loss")):
+    for mode, words in ((False, "compiled: no (as the config says)"), (True, "compiled: every block, and the loss")):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         where, _ = run(corpus, tmp_path / str(mode), (said := []).append, optimizer={"lr": 1e-3},

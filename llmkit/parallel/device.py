@@ -103,17 +103,16 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
     # Its own generator, so that the global one keeps its state for a resumed run.
     generator = torch.Generator(device).manual_seed(0)
     a, b = torch.randn(2, size, size, device=device, generator=generator).to(dtype)
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     best = 0.0
     for _ in range(2):
         a @ b
-    wait()
+    synchronize(device)
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline:
         start = time.perf_counter()
         for _ in range(4):
             a @ b
-        wait()
+        synchronize(device)
         best = max(best, 4 * 2 * size**3 / (time.perf_counter() - start))
     return best
 
@@ -143,6 +142,12 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{read_cpuinfo('model name') or 'CPU'}, {torch.get_num_threads()} threads"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was asked; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def total_memory(device: torch.device) -> int:

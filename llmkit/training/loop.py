@@ -35,6 +35,7 @@ from llmkit.training.optim import OPTIMIZERS, clip, set_lr
 from llmkit.training.plan import plan_config, plan_rows
 from llmkit.training.prepare import PreparedRun, describe, next_commands, prepare
 from llmkit.training.signals import Signals
+from llmkit.training.warmup import choose_compile, time_micro_batch
 
 FIRST_SCALE, SCALE_GROWTH = 2.0**16, 2000  # fp16 loss scale: its start; good steps before it doubles (apex, torch)
 Optimizers = list[torch.optim.Optimizer]
@@ -113,8 +114,13 @@ def take_steps(
     config, world, device = run.config, run.world, run.world.device
     model = make_model(run, resumed)
     recomputed = apply_checkpointing(model, config.train.gradient_checkpointing)
-    compiled = compile_blocks(model, config.train.compile, device, run.precision)
-    say(f"{'blocks':>10}  {len(model.blocks)}, {recomputed} recomputed in the backward, compiled: {compiled}")
+    batches = run.batches("train", config.train.global_batch_size)
+    compiled, reason = choose_compile(run, model, batches, checkpoint.step_of(resumed) if resumed else 0)
+    run.config = config = config.model_copy(update={"train": config.train.model_copy(update={"compile": compiled})})
+    if compiled:
+        compile_blocks(model, device, run.precision)
+    how = f"compiled: {'every block, and the loss' if compiled else 'no'} ({reason})"
+    say(f"{'blocks':>10}  {len(model.blocks)}, {recomputed} recomputed in the backward, {how}")
 
     optimizers = OPTIMIZERS[config.optimizer.name](model, **run.options["optimizer"])
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -123,6 +129,7 @@ def take_steps(
         restore(resumed, run, model, optimizers, progress)
         say(f"{'resumed':>10}  {resumed}")
     if directory:
+        directory.config = config.model_dump()
         for change in directory.changes if resumed else []:
             say(f"{'changed':>10}  {change}")
         directory.begin(progress.step if resumed else None)
@@ -133,8 +140,10 @@ def take_steps(
     say(f"{'peak':>10}  {peak / 1e12:.3g} TFLOP/s ({source}); matrix products reach {rate / 1e12:.3g}")
     say("")
 
-    batches = run.batches("train", config.train.global_batch_size)
     logger, interval = MetricsLogger(run, directory, peak, progress.step, say), Interval()
+    if compiled and progress.step < run.max_steps:
+        with logger.pause():
+            say(f"compiled in {time_micro_batch(run, model, batches):.0f} s")
     signals = Signals()
     gc.collect()
     gc.freeze()

@@ -241,6 +241,6 @@ def describe_run(config: Config, options: Options, model_config: Any, device: to
         "lengths": Lengths(*OBJECTIVES[config.objective.name].lengths(config.data.seq_len, **options["objective"])),
         "optimizer": config.optimizer.name,
         "checkpointed": math.ceil(layers / every) if every else 0,
-        "compiled": config.train.compile is not False,
+        "compiled": config.train.compile is True,
         "device": device.type,
     }
