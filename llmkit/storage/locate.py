@@ -11,7 +11,7 @@ from llmkit.errors import ModelError
 from llmkit.files import file_sha256
 from llmkit.models.folder import load_model, read_config, weight_files
 from llmkit.peft.adapter import load_adapter, read_adapter_config, saved_base_sha256
-from llmkit.storage.checkpoint import MANIFEST, best_checkpoint, verify
+from llmkit.storage.manifest import MANIFEST, best_checkpoint, verify
 from llmkit.storage.run import is_run
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_configs
 

@@ -28,6 +28,13 @@ from llmkit.peft import METHODS
 from llmkit.peft.adapter import load_adapter, save_adapter, saved_base_sha256
 from llmkit.screen import format_duration
 from llmkit.storage import checkpoint
+from llmkit.storage.manifest import (
+    add_dependent_run,
+    best_checkpoint,
+    newest_intact_checkpoint,
+    read_checkpoint_manifest,
+    step_of,
+)
 from llmkit.storage.report import plot_runs, write_report
 from llmkit.storage.run import RunDirectory, check_can_open, open_run
 from llmkit.training.log import Interval, MetricsLogger
@@ -96,7 +103,7 @@ def train(
     info |= {"torch": torch.__version__, "data_fingerprint": run.data.fingerprint}
     directory = world.on_main(lambda: open_run(folder, resolved, config_file, fresh=fresh, info=info))
     try:
-        resumed = None if fresh else checkpoint.newest_intact_checkpoint(folder)
+        resumed = None if fresh else newest_intact_checkpoint(folder)
         return take_steps(run, directory, resumed, header, say)
     finally:
         if directory:
@@ -115,7 +122,7 @@ def take_steps(
     model = make_model(run, resumed)
     recomputed = apply_checkpointing(model, config.train.gradient_checkpointing)
     batches = run.batches("train", config.train.global_batch_size)
-    compiled, reason = choose_compile(run, model, batches, checkpoint.step_of(resumed) if resumed else 0)
+    compiled, reason = choose_compile(run, model, batches, step_of(resumed) if resumed else 0)
     run.config = config = config.model_copy(update={"train": config.train.model_copy(update={"compile": compiled})})
     if compiled:
         compile_blocks(model, device, run.precision)
@@ -134,7 +141,7 @@ def take_steps(
             say(f"{'changed':>10}  {change}")
         directory.begin(progress.step if resumed else None)
         if config.init_from:
-            checkpoint.add_dependent_run(run.base, directory.folder)
+            add_dependent_run(run.base, directory.folder)
     peak, source = peak_flops(device, run.precision)
     rate = matmul_rate(device, DTYPES[run.precision])
     say(f"{'peak':>10}  {peak / 1e12:.3g} TFLOP/s ({source}); matrix products reach {rate / 1e12:.3g}")
@@ -151,7 +158,7 @@ def take_steps(
     try:
         stop = early_stop(run, progress)
         # The first step is preceded by an evaluation. A signal may have left no time for the one at the last step.
-        unmeasured = resumed and checkpoint.read_manifest(resumed)["val_loss"] is None
+        unmeasured = resumed and read_checkpoint_manifest(resumed)["val_loss"] is None
         if config.eval.every and (progress.step == 0 or (progress.step == run.max_steps and unmeasured)):
             evaluate(run, model, progress, logger)
             if progress.step:
@@ -235,7 +242,7 @@ def make_model(run: PreparedRun, resumed: Path | None) -> nn.Module:
 def restore(folder: Path, run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: Progress) -> None:
     """Restore counters and optimizer state from a checkpoint; the weights are in the model already."""
     tensors, numbers = checkpoint.load_trainer(folder)
-    if checkpoint.read_manifest(folder)["data_fingerprint"] != run.data.fingerprint:
+    if read_checkpoint_manifest(folder)["data_fingerprint"] != run.data.fingerprint:
         what, fix = "the data has changed since this run's checkpoint was written", "choose another run_dir"
         raise ModelError(what, at=folder, fix=f"{fix}, or start over with --fresh")
     if numbers["step"] > run.max_steps:
@@ -382,8 +389,8 @@ def finish(
     """Plot a finished run, write its report, and return the summary."""
     folder, records = directory.folder, directory.metrics()
     plot_runs([folder], folder / "loss.png")
-    kept = checkpoint.best_checkpoint(folder)  # of all evaluations the best one that has a checkpoint
-    best = next((r for r in records if kept and "val_loss" in r and r["step"] == checkpoint.step_of(kept)), {})
+    kept = best_checkpoint(folder)  # of all evaluations the best one that has a checkpoint
+    best = next((r for r in records if kept and "val_loss" in r and r["step"] == step_of(kept)), {})
     speeds = sorted(r["tokens_per_second"] for r in records if "tokens_per_second" in r)
     memory = max((r["memory_gb"] for r in records if "memory_gb" in r), default=0.0)
     summary = {"steps": progress.step, "tokens": progress.step * run.tokens_per_step}
