@@ -23,6 +23,7 @@ from llmkit.models.folder import load_model, save_model
 from llmkit.models.resize import resize_embeddings
 from llmkit.parallel.compile import apply_checkpointing, compile_blocks
 from llmkit.parallel.device import DTYPES, autocast, device_name, make_deterministic, matmul_rate, peak_flops, to_device
+from llmkit.parallel.signals import Signals
 from llmkit.parallel.world import start_world
 from llmkit.peft import METHODS
 from llmkit.peft.adapter import load_adapter, save_adapter, saved_base_sha256
@@ -41,7 +42,6 @@ from llmkit.training.log import Interval, MetricsLogger
 from llmkit.training.optim import OPTIMIZERS, clip, set_lr
 from llmkit.training.plan import plan_config, plan_rows
 from llmkit.training.prepare import PreparedRun, describe, next_commands, prepare
-from llmkit.training.signals import Signals
 from llmkit.training.warmup import choose_compile, time_micro_batch
 
 FIRST_SCALE, SCALE_GROWTH = 2.0**16, 2000  # fp16 loss scale: its start; good steps before it doubles (apex, torch)
@@ -78,7 +78,7 @@ def train(
 
     fresh    delete what an earlier run left in the run directory
     dry_run  check everything, print the header, and stop
-    Returns the summary. Raises UserError for bad input, divergence, and for an interruption after a checkpoint.
+    Returns the summary on rank 0. Raises UserError for bad input, divergence, and an interruption after a checkpoint.
     """
     world = start_world()
     say = say if world.main else (lambda line: None)
@@ -210,7 +210,7 @@ def take_steps(
         what = f"interrupted at step {progress.step}; a checkpoint is saved"
         fix = "run the same command again to continue"
         raise UserError(what, fix=fix, code=INTERRUPTED[signals.signal or signal.SIGTERM])
-    return finish(run, directory, header, progress, logger, stop) if directory else {}
+    return world.on_main(lambda: finish(run, directory, header, progress, logger, stop))
 
 
 def make_model(run: PreparedRun, resumed: Path | None) -> nn.Module:
@@ -349,8 +349,6 @@ def save(run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: P
     val_loss = logger.pending.get("val_loss", math.nan)
     # Flush before saving: a resumed run does not log the steps before its checkpoint again.
     logger.flush(progress.step)
-    if logger.directory is None:
-        return
     tokenizer, config = run.data.tokenizer, run.config
 
     def write_model(folder: Path) -> None:
@@ -362,7 +360,7 @@ def save(run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: P
             save_model(model, folder, eos_token_ids=tokenizer.stop_ids, bos_token_id=tokenizer.bos_id)
         tokenizer.save(folder)
 
-    with logger.pause():
+    def write() -> None:
         tensors = {f"progress/{key}": value.detach().cpu() for key, value in progress.tensors.items()}
         tensors |= checkpoint.optimizer_tensors(model, optimizers)
         about = {
@@ -376,6 +374,9 @@ def save(run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: P
         numbers = progress.numbers() | {"seconds": progress.seconds + logger.elapsed}
         options = {"about": about, "keep": config.checkpoint.keep}
         checkpoint.save(logger.directory.folder, progress.step, write_model, tensors, numbers, **options)
+
+    with logger.pause():
+        run.world.on_main(write)  # the others wait: the run ends on an error, and no rank ends before it is written
 
 
 def finish(
