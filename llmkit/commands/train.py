@@ -59,9 +59,7 @@ def run_training(config: Any, *, dry_run: bool, fresh: bool, nproc: int, as_json
 
         if nproc > (rows := config.train.global_batch_size):
             what, got = "is less than one row for each process", f"{rows} rows, --nproc {nproc}"
-            raise config.error(
-                "train.global_batch_size", what, got=got, fix=f"raise it, or pass --nproc {rows} at most"
-            )
+            raise config.error("train.global_batch_size", what, got=got, fix=f"pass --nproc {rows} at most")
         summary = launch(train_rank, nproc, config, **options)
     else:
         summary = train_rank(config, **options)

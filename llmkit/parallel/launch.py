@@ -41,7 +41,7 @@ class Rank:
     def poll(self) -> None:
         """Notice a report, and the end of the process."""
         self.ended = self.process.poll() is not None  # asked first: a report may come just before the end
-        with contextlib.suppress(EOFError, ConnectionError):
+        with contextlib.suppress(EOFError, OSError):  # it died before its report, or in the midst of it
             if self.report is None and self.connection.poll():
                 self.report = json.loads(self.connection.recv_bytes())
 
@@ -89,7 +89,7 @@ def launch(function: Callable[..., Any], processes: int, *args: Any, **options: 
             for rank in ranks:
                 rank.stop()
             signals.release()
-    unsuccessful = [rank for rank in ranks if rank.report is None or rank.failed]
+    unsuccessful = [rank for rank in ranks if "result" not in (rank.report or {})]
     if unsuccessful:
         raise choose_failure(unsuccessful, signals.signal)
     return ranks[0].report["result"]

@@ -38,4 +38,5 @@ def end_with_launcher(connection: Connection) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(EOFError, ConnectionError):  # the launcher has ended
+        main()
