@@ -19,7 +19,7 @@ from llmkit.parallel import world as world_module
 from llmkit.parallel.launch import launch
 from llmkit.parallel.report import LostRankError, pack, unpack
 from llmkit.parallel.world import start_world
-from llmkit.storage import checkpoint
+from llmkit.storage.manifest import newest_intact_checkpoint, step_of
 
 NO_SPACE = "No space left on device"
 
@@ -196,7 +196,7 @@ def test_a_signal_saves_and_ends_all_ranks_at_once(corpus, tmp_path, number, gro
         process.kill()
     assert time.monotonic() - start < 5 and process.returncode == code
     assert len(ranks) == 2 and not any(map(is_alive, ranks))
-    step = checkpoint.step_of(checkpoint.newest_intact_checkpoint(tmp_path / "r"))
+    step = step_of(newest_intact_checkpoint(tmp_path / "r"))
     assert errors.splitlines() == [
         f"error: interrupted at step {step}; a checkpoint is saved",
         "  fix: run the same command again to continue",
