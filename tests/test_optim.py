@@ -222,24 +222,24 @@ def test_constant_by_hand():
 
 
 def test_linear_by_hand():
-    assert_factors(linear, 101, {0: 1.0, 25: 0.75, 50: 0.5, 100: 0.0})
-    # the line begins at step 20, 80 steps from the last one
-    warm = {0: 0.05, 9: 0.5, 19: 1.0, 20: 1.0, 60: 0.6, 100: 0.2}
-    assert_factors(linear, 101, warm, warmup_steps=20, min_lr_ratio=0.2)
+    assert_factors(linear, 100, {0: 1.0, 25: 0.75, 50: 0.5, 99: 0.01})
+    # the line begins at step 20, 80 steps from the end
+    warm = {0: 0.05, 9: 0.5, 19: 1.0, 20: 1.0, 60: 0.6, 99: 0.21}
+    assert_factors(linear, 100, warm, warmup_steps=20, min_lr_ratio=0.2)
 
 
 def test_cosine_by_hand():
-    assert_factors(cosine, 101, {0: 1.0, 50: 0.55, 100: 0.1})
+    assert_factors(cosine, 100, {0: 1.0, 50: 0.55, 75: 0.1 + 0.45 * (1 - 0.5**0.5)})
     # thirds of the way: the cosine of 60 and 120 degrees is +-1/2, so three and one quarters of the height are left
-    warm = {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 40: 0.75, 55: 0.5, 70: 0.25, 100: 0.0}
-    assert_factors(cosine, 101, warm, warmup_steps=10, min_lr_ratio=0.0)
+    warm = {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 40: 0.75, 55: 0.5, 70: 0.25}
+    assert_factors(cosine, 100, warm, warmup_steps=10, min_lr_ratio=0.0)
 
 
 def test_wsd_by_hand():
-    # stable until step 61 (101 * 0.6 = 60.6, rounded), then 39 steps down to the last
-    expected = {0: 0.1, 9: 1.0, 10: 1.0, 50: 1.0, 61: 1.0, 74: 2 / 3, 87: 1 / 3, 100: 0.0}
-    assert_factors(wsd, 101, expected, warmup_steps=10)
-    assert_factors(wsd, 101, {0: 1.0, 20: 1.0, 60: 0.75, 100: 0.5}, decay_fraction=0.8, min_lr_ratio=0.5)
+    # stable until step 61 (102 * 0.6 = 61.2, rounded), then 41 steps down to the end
+    expected = {0: 0.1, 9: 1.0, 10: 1.0, 50: 1.0, 61: 1.0, 62: 40 / 41, 101: 1 / 41}
+    assert_factors(wsd, 102, expected, warmup_steps=10)
+    assert_factors(wsd, 100, {0: 1.0, 20: 1.0, 60: 0.75, 80: 0.625}, decay_fraction=0.8, min_lr_ratio=0.5)
 
 
 @pytest.mark.parametrize("schedule", [constant, linear, cosine, wsd])

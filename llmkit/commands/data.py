@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from llmkit.commands.show import AsJson, ConfigArg, MaxBadFraction, Override, progress_printer, show, terminal_text
+from llmkit.commands.show import (
+    AsJson,
+    ConfigArg,
+    MaxBadFraction,
+    Override,
+    check_is_new,
+    progress_printer,
+    show,
+    terminal_text,
+)
 from llmkit.config.defaults import MAX_BAD_FRACTION, PATTERN, VOCAB_SIZE
 
 SAMPLE = "def main(argv=None):\n    return 0\n"
@@ -133,11 +142,13 @@ def tokenizer_train(
 ) -> None:
     """Train a tokenizer on files, or add tokens to an existing one."""
     from llmkit.errors import UserError
+    from llmkit.files import write_beside
     from llmkit.readers.documents import read_texts
     from llmkit.readers.tally import Tally
     from llmkit.tokenizer.tokenizer import load_tokenizer
     from llmkit.tokenizer.train import extend_bpe, train_tokenizer
 
+    check_is_new(out)
     tally, skipped = Tally(), Counter()
     texts = read_texts(sources, text_key, tally, skipped)
     if extend:
@@ -154,7 +165,8 @@ def tokenizer_train(
         options = {"vocab_size": vocab_size, "pattern": pattern, "normalize": normalize, "special_tokens": special}
         tokenizer = train_tokenizer(texts, kind, **options)
     tally.check(max_bad_fraction, fix="repair the files, or raise --max-bad-fraction")
-    tokenizer.save(out)
+    with write_beside(out) as folder:
+        tokenizer.save(folder)
     result = {"written": f"{out}/tokenizer.json", "vocabulary": len(tokenizer)}
     if len(tokenizer) != vocab_size:
         result["asked for"] = f"{vocab_size}, but there was nothing more to learn from the texts"
