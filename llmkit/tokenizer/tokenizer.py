@@ -16,6 +16,7 @@ from llmkit.errors import ModelError, UserError
 from llmkit.tokenizer.foreign import find_tokenizer_file, prevent_special_token_injection, read_foreign_tokenizer
 
 EOS, CHAT_START, CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CONFIG = "tokenizer_config.json"  # of transformers
 EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", CHAT_END, "[SEP]")  # in order of preference
 BOS_NAMES = ("<s>", "<bos>")
 ROLES = {  # role in transformers' tokenizer_config.json -> usual tokens for it, if the file names none
@@ -216,9 +217,9 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, **self.roles}
         if self.bos:
             config["bos_token"] = self.bos
-        if self.chat_template:
+        if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def flatten_steps(spec: dict) -> Iterator[dict]:
@@ -277,7 +278,7 @@ def fetch_tokenizer(name: str) -> Tokenizer:
 def read_tokenizer_configs(path: Path) -> dict:
     """Return the merged contents of the config files in a tokenizer's folder."""
     configs: dict = {}
-    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):  # later files win
+    for name in ("config.json", "generation_config.json", CONFIG):  # later files win
         file = path.with_name(name)
         if file.is_file():
             try:
@@ -288,6 +289,31 @@ def read_tokenizer_configs(path: Path) -> dict:
             except (ValueError, RecursionError) as error:
                 raise ModelError(f"{name} can't be read: {error}", at=file) from None
     return configs
+
+
+def read_template(path: Path) -> str:
+    """Read a Jinja file. Raise ModelError if it can't be read or is empty."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the chat template can't be read: {error}", at=path) from None
+    if not text.strip():
+        raise ModelError("the chat template is empty", at=path)
+    return text
+
+
+def find_template(path: Path, configs: dict) -> str | None:
+    """Return the chat template of a tokenizer's config, where several have names the default one, or of its folder."""
+    template, file = configs.get("chat_template"), path.with_name("chat_template.jinja")
+    if template is None:
+        return read_template(file) if file.is_file() else None
+    if isinstance(template, list):
+        named = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if not isinstance(template, str):
+        expected = "a text, or a list of {name, template} with one named default"
+        raise ModelError("the chat template can't be read", at=path.with_name(CONFIG), expected=expected)
+    return template
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -319,12 +345,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if eos_id is None:
         fix = "name it as eos_token in tokenizer_config.json in the same folder"
         raise ModelError("the tokenizer has no end-of-text token", at=path, expected=" or ".join(EOS_NAMES), fix=fix)
-    template, template_file = configs.get("chat_template"), path.with_name("chat_template.jinja")
-    if template is None and template_file.is_file():
-        template = template_file.read_text(encoding="utf-8")
+    template = find_template(path, configs)
     bos_names = BOS_NAMES if ".model" in path.name else ()  # SentencePiece files may come without a config
     default_bos = next((name for name in bos_names if rust.token_to_id(name) is not None), None)
     bos = role_tokens.pop("bos_token", default_bos)
-    tokenizer = Tokenizer(rust, eos_id, bos, template if isinstance(template, str) else None, role_tokens=role_tokens)
+    tokenizer = Tokenizer(rust, eos_id, bos, template, role_tokens=role_tokens)
     tokenizer.set_extra_stop_ids(configs)
     return tokenizer
