@@ -149,7 +149,7 @@ def tokenizer_train(
         tokenizer = extend_bpe(load_tokenizer(extend), texts, vocab_size)
     else:
         options = {"vocab_size": vocab_size, "pattern": pattern, "normalize": normalize, "special_tokens": special}
-        tokenizer = train_tokenizer(texts, kind, **options)
+        tokenizer = train_tokenizer(texts, kind, say=progress_printer(as_json), **options)
     tokenizer.save(out)
     result = {"written": f"{out}/tokenizer.json", "vocabulary": len(tokenizer)}
     if len(tokenizer) != vocab_size:

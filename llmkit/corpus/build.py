@@ -100,7 +100,7 @@ def build_corpus(
     with lock(folder, "another process is building this data", fix="wait for it, or choose another data.dir"):
         check_space(folder, units)
         try:
-            return run_passes(data, units, given_tokenizer, recipe)
+            return run_passes(data, units, given_tokenizer, recipe, say)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -191,7 +191,9 @@ def check_space(folder: Path, units: list[Unit]) -> None:
         raise MachineError("the disk is too small for this build", at=folder, got=got, expected=expected, fix=fix)
 
 
-def run_passes(data: CorpusData, units: list[Unit], given: Tokenizer | None, recipe: str) -> dict[str, Any]:
+def run_passes(
+    data: CorpusData, units: list[Unit], given: Tokenizer | None, recipe: str, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Run all passes over all units, reusing files of earlier builds with the same inputs; return the manifest."""
     folder, started = Path(data.dir), time.perf_counter()
     parts = folder / "parts"
@@ -208,7 +210,7 @@ def run_passes(data: CorpusData, units: list[Unit], given: Tokenizer | None, rec
             funnel[source.name]["passed over"] = count_unknown_files(source)
         if decision.documents == 0:
             raise no_documents_error(folder, funnel)
-        tokenizer, tokenizer_folder = make_tokenizer(data, parts, decided, units, decision, given)
+        tokenizer, tokenizer_folder = make_tokenizer(data, parts, decided, units, decision, given, say)
         timer.lap("tokenizer")
         main_seconds = timer.seconds
         keys = [encoding_key(data, decided, unit, decision, tokenizer) for unit in units]
@@ -327,7 +329,13 @@ def no_documents_error(folder: Path, funnel: dict[str, Any]) -> DataError:
 
 
 def make_tokenizer(
-    data: CorpusData, parts: Path, decided: Path, units: list[Unit], decision: Decision, given: Tokenizer | None
+    data: CorpusData,
+    parts: Path,
+    decided: Path,
+    units: list[Unit],
+    decision: Decision,
+    given: Tokenizer | None,
+    say: Callable[[str], None],
 ) -> tuple[Tokenizer, Path]:
     """Return the tokenizer of the build and its folder: the given one, or one trained on part of the train split."""
     fate_checksums = [checksum(fates) for fates in decision.fates]
@@ -357,7 +365,7 @@ def make_tokenizer(
     else:
         options = section.model_dump(include={"vocab_size", "pattern", "normalize"})
         options["special_tokens"] = [*section.special_tokens, *(f"<extra_id_{i}>" for i in range(section.extra_ids))]
-        tokenizer = train_tokenizer(sample(), section.train, **options)
+        tokenizer = train_tokenizer(sample(), section.train, say=say, **options)
     temporary = folder.with_name(folder.name + ".tmp")
     tokenizer.save(temporary)
     temporary.rename(folder)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import platform
-import re
 import shutil
 import socket
 import subprocess
@@ -18,6 +17,7 @@ import yaml
 from llmkit import __version__
 from llmkit.errors import UserError
 from llmkit.files import lock, write_atomically
+from llmkit.screen import hide_secrets
 
 CONFIG, ABOUT, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 OUTPUTS = ("checkpoints", "tensorboard", METRICS, CONFIG, ABOUT, "loss.png", "report.md")  # --fresh deletes them
@@ -94,6 +94,7 @@ def open_run(
     config  the resolved config
     fresh   delete the outputs of an earlier run
     """
+    config = json.loads(hide_secrets(json.dumps(config)))  # as it is stored, and compared with what is stored
     what = "another process is training in this run directory"
     held = lock(folder, what, fix="wait for it, or choose another run_dir")
     if fresh:
@@ -141,16 +142,6 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= flatten(value, name + ".") if isinstance(value, dict) else {name: value}
     return flat
-
-
-def hide_secrets(text: str) -> str:
-    """Replace passwords in URLs, and values that are named like a secret, by ***.
-
-    >>> hide_secrets("-o data.path=https://me:hunter2@host/x hf_token=abc")
-    '-o data.path=https://***@host/x hf_token=***'
-    """
-    text = re.sub(r"//[^/@\s]+@", "//***@", text)
-    return re.sub(r"(?i)((?:token|password|secret|api_?key)\s*[=:]\s*)\S+", r"\1***", text)
 
 
 def git_commit() -> str | None:

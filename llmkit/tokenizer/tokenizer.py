@@ -13,7 +13,9 @@ import numpy as np
 from tokenizers import Tokenizer as Rust
 
 from llmkit.errors import ModelError, UserError
+from llmkit.screen import replace_surrogates
 from llmkit.tokenizer.foreign import find_tokenizer_file, prevent_special_token_injection, read_foreign_tokenizer
+from llmkit.tokenizer.guard import library_errors
 
 EOS, CHAT_START, CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONFIG = "tokenizer_config.json"  # of transformers
@@ -78,8 +80,8 @@ class Tokenizer:
     @cached_property
     def prefix(self) -> list[int]:
         """Return the ids that the post-processor puts before a text: Llama's <s>, nothing for GPT-2."""
+        plain = self.encode("a")
         with_specials = self.rust.encode("a", add_special_tokens=True).ids
-        plain = self.rust.encode("a", add_special_tokens=False).ids
         starts = [i for i in range(len(with_specials)) if with_specials[i : i + len(plain)] == plain]
         return with_specials[: starts[0]] if starts else []
 
@@ -115,8 +117,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text. Special tokens spelt out in it are encoded as text."""
-        self.rust.encode_special_tokens = True
-        return self.rust.encode(text, add_special_tokens=False).ids
+        return encode_text(self.rust, text)
 
     @cached_property
     def continuation(self) -> Rust:
@@ -129,8 +130,7 @@ class Tokenizer:
 
     def encode_continuation(self, text: str) -> list[int]:
         """Return the ids of a text that follows a special token."""
-        self.continuation.encode_special_tokens = True
-        return self.continuation.encode(text, add_special_tokens=False).ids
+        return encode_text(self.continuation, text)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a text to continue: `prefix` and the text, or the end token if both are empty."""
@@ -163,7 +163,9 @@ class Tokenizer:
     def encode_slowly(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of many texts. Use the tokenizers library, never tiktoken."""
         self.rust.encode_special_tokens = True
-        return [one.ids for one in self.rust.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
+        texts = [replace_surrogates(text) for text in texts]
+        with library_errors("the tokenizer can't encode a text"):
+            return [one.ids for one in self.rust.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
 
     def verify_fast_encoder(self, texts: list[str]) -> bool:
         """Check that the fast encoder gives the same ids as tokenizers on these texts. Disable it if it does not."""
@@ -222,6 +224,13 @@ class Tokenizer:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def encode_text(rust: Rust, text: str) -> list[int]:
+    """Return the ids of a text without special tokens. Raise ModelError if the tokenizer's own rules fail."""
+    rust.encode_special_tokens = True
+    with library_errors("the tokenizer can't encode a text"):
+        return rust.encode(replace_surrogates(text), add_special_tokens=False).ids
+
+
 def flatten_steps(spec: dict) -> Iterator[dict]:
     """Yield the steps of a pre-tokenizer in tokenizer.json. Nested sequences are flattened."""
     for step in spec.get("pretokenizers", [spec]):
@@ -242,12 +251,12 @@ def find_split_pattern(spec: dict) -> str | None:
     return split["pattern"].get("Regex") if split["behavior"] == "Isolated" and not split["invert"] else None
 
 
-def has_only_short_runs(text: str) -> bool:
-    """Return whether all words and runs of spaces are short. As an upper bound, all extra spaces count as one run."""
-    if len(text) < LONGEST_RUN:
+def has_only_short_runs(text: str, longest: int = LONGEST_RUN) -> bool:
+    """Return whether all words and runs of spaces are shorter. As an upper bound, all extra spaces count as one run."""
+    if len(text) < longest:
         return True
     words = [len(word) for word in text.split()]
-    return max(words, default=0) < LONGEST_RUN and len(text) - sum(words) - len(words) < LONGEST_RUN
+    return max(words, default=0) < longest and len(text) - sum(words) - len(words) < longest
 
 
 def bytes_to_unicode() -> list[str]:
@@ -265,12 +274,8 @@ def fetch_tokenizer(name: str) -> Tokenizer:
     """Load a tokenizer from a path as `load_tokenizer` does, or download it by its id on the hub."""
     if Path(name).exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
         return load_tokenizer(Path(name).expanduser())
-    try:
+    with library_errors("this is neither a file nor a tokenizer on the hub", at=name, fix="name a tokenizer.json"):
         rust = prevent_special_token_injection(Rust.from_pretrained(name))
-    except Exception as error:  # tokenizers raises bare Exception
-        reason = str(error).partition("\n")[0][:200]
-        what = "this is neither a file nor a tokenizer on the hub"
-        raise ModelError(what, at=name, got=reason, fix="name a tokenizer.json") from None
     eos_id = next((i for name in EOS_NAMES if (i := rust.token_to_id(name)) is not None), 0)
     return Tokenizer(rust, eos_id)
 
@@ -327,15 +332,16 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise ModelError("there is no tokenizer", at=path, fix="name a tokenizer.json, or a folder that holds one")
     configs = read_tokenizer_configs(path)
     try:
-        is_json = path.suffix == ".json" and path.name not in ("vocab.json", "encoder.json")
-        rust = Rust.from_file(str(path)) if is_json else read_foreign_tokenizer(path, configs, PATTERNS["qwen2"])
+        with library_errors("the tokenizer can't be read", at=path):
+            is_json = path.suffix == ".json" and path.name not in ("vocab.json", "encoder.json")
+            rust = Rust.from_file(str(path)) if is_json else read_foreign_tokenizer(path, configs, PATTERNS["qwen2"])
+            rust.no_truncation()  # some files were saved with settings that would truncate or pad every text
+            rust.no_padding()
+            rust = prevent_special_token_injection(rust) if is_json else rust
     except UserError:
         raise
-    except Exception as error:  # tokenizers raises bare Exception
+    except Exception as error:  # files with values of other types
         raise ModelError(f"the tokenizer can't be read: {error}", at=path) from None
-    rust.no_truncation()  # some files were saved with settings that would truncate or pad every text
-    rust.no_padding()
-    rust = prevent_special_token_injection(rust) if is_json else rust
     tokens = {role: configs.get(role) for role in ("eos_token", "bos_token", *ROLES)}
     tokens = {role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()}
     vocab = rust.get_vocab(with_added_tokens=True)
