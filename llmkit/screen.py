@@ -12,7 +12,7 @@ SECRETS = [  # what is a secret, and what is shown for it
     (r"(?i)([?&][\w-]*(?:token|key|secret|password|signature|sig|auth)=)[^&#\s\"']+", r"\1***"),
     (r"(?i)(\bauthorization[\"']?\s*[=:]\s*[\"']?)(?:(?:bearer|basic|token)\s+)?[^\s\"',]+", r"\1***"),
     (r"(?i)(\bbearer\s+)[\w.~+/=-]{8,}", r"\1***"),
-    (rf"(?i)({NAMES}[\"']?\s*[=:]\s*[\"']?)[^\s\"',}}]+", r"\1***"),
+    (rf"(?i)({NAMES}[\"']?\s*[=:]\s*[\"']?)[^\s&\"',}}]+", r"\1***"),
     (r"\b(?:hf_|sk-)[A-Za-z0-9_-]{20,}", "***"),
 ]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llmkit.errors import ModelError, did_you_mean, raise_all
 from llmkit.models import FAMILIES, build_model, family_of, shape_problems
 from llmkit.models.family import Config
+from llmkit.screen import printable
 
 MAX_CONFIG_BYTES = 2**20
 # Fields of a config.json that do not affect the forward pass: names, training, generation and output flags.
@@ -117,7 +118,8 @@ def load_model(folder: Path, *, device="cpu", dtype: torch.dtype = torch.float32
     missing = check_weights(model, folder, files)
     weights = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
     if fresh := [name for name in missing if family.may_be_missing.fullmatch(name)]:
-        print(f"warning: {folder} lacks {len(fresh)} weights; initialised: {', '.join(fresh)}", file=sys.stderr)
+        warning = f"warning: {folder} lacks {len(fresh)} weights; initialised: {', '.join(fresh)}"
+        print(printable(warning), file=sys.stderr)
         initial = build_model(config, seed=0).state_dict()
         for name in fresh:
             weights[name].copy_(initial[name])

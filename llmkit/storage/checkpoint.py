@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from llmkit.errors import MachineError, ModelError, UserError
 from llmkit.files import file_sha256
+from llmkit.screen import printable
 
 MANIFEST = "MANIFEST.json"
 DEPENDENTS = "HELD_BY"  # lists the runs whose adapters need a checkpoint as their base
@@ -146,7 +147,7 @@ def newest_intact_checkpoint(run_dir: Path) -> Path | None:
             verify(folder)
             return folder
         except UserError as error:
-            print(f"warning: {error.what}: {error.at}", file=sys.stderr)
+            print(printable(f"warning: {error.what}: {error.at}"), file=sys.stderr)
     if found:
         fix = "restore a good copy, or start over with --fresh"
         raise ModelError("every checkpoint of this run is damaged", at=run_dir / "checkpoints", got=len(found), fix=fix)

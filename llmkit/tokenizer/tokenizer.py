@@ -81,7 +81,8 @@ class Tokenizer:
     def prefix(self) -> list[int]:
         """Return the ids that the post-processor puts before a text: Llama's <s>, nothing for GPT-2."""
         plain = self.encode("a")
-        with_specials = self.rust.encode("a", add_special_tokens=True).ids
+        with library_errors("the tokenizer can't encode a text"):
+            with_specials = self.rust.encode("a", add_special_tokens=True).ids
         starts = [i for i in range(len(with_specials)) if with_specials[i : i + len(plain)] == plain]
         return with_specials[: starts[0]] if starts else []
 
