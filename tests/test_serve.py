@@ -354,6 +354,15 @@ def test_a_request_need_not_name_the_model_and_health_is_told(server, client):
     assert json.loads(server.request(None, "/health", "GET")[1]) == {"status": "ok", "running": 0}
 
 
+def test_a_null_is_no_value(server):
+    names = "model temperature top_p n stop seed stream stream_options user logprobs tools presence_penalty".split()
+    talk = {"messages": [{"role": "user", "content": "a", "refusal": None, "tool_calls": None}], "max_tokens": 3}
+    plain = server.request(talk | {"temperature": 0.0, "seed": 1}, "/v1/chat/completions")
+    nulls = server.request(dict.fromkeys(names) | talk | {"temperature": 0.0, "seed": 1}, "/v1/chat/completions")
+    assert plain[0] == nulls[0] == 200
+    assert json.loads(plain[1])["choices"] == json.loads(nulls[1])["choices"]
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 COMPLETIONS = {  # changes to a good request -> status, and what the message names

@@ -88,7 +88,7 @@ def render_prefixes(
             raise DataError(f"the chat template can't be parsed: {answer['reason']}")
         case "limit":
             size = sum(len(str(message["content"])) for message in messages)
-            got = f"a conversation of {len(messages)} messages with {size} characters"
+            got = f"messages with {size:,} characters"
             raise DataError(f"the chat template {answer['reason']}", got=got)
         case "refusal":
             raise ValueError(f"the chat template fails: {answer['reason']}")
