@@ -1,10 +1,14 @@
 """Write files atomically, lock folders, and fingerprint input files."""
 
+import contextlib
 import fcntl
+import glob
 import hashlib
 import os
+import shutil
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TextIO
 
@@ -12,7 +16,14 @@ from llmkit.errors import LOCKED, MachineError, UserError
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 checksum of a file."""
+    """Return the SHA-256 checksum of a file. A file is read again only if its size or time has changed."""
+    stat = path.stat()
+    return sha256_of(path.absolute(), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def sha256_of(path: Path, *stamp: int) -> str:
+    """Return the checksum of a file; `stamp` tells its versions apart."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -40,6 +51,57 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def write_beside(out: Path) -> Iterator[Path]:
+    """Give a path to write a file or folder to, which gets its final name when the block ends without an error.
+
+    Whoever finds the final name finds all of it. An empty folder of that name is replaced. What earlier processes on
+    this machine left behind when they were killed is deleted.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for path in out.parent.glob(f"{glob.escape(out.name)}.{glob.escape(socket.gethostname())}-*.tmp"):
+        pid = path.name.removesuffix(".tmp").rpartition("-")[2]
+        if not (pid.isdecimal() and is_running(int(pid))):
+            delete(path)
+    temporary = temporary_path(out)
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
+        temporary.replace(out)
+        sync(out.parent)
+    finally:
+        delete(temporary)
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process with this id runs on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder's entries to disk, so that they survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def delete(path: Path) -> None:
+    """Delete a file or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def lock(folder: Path, message: str, *, fix: str) -> TextIO:

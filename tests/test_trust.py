@@ -230,7 +230,7 @@ def test_the_base_of_an_adapter_outlives_its_own_run(tmp_path):
     assert base.is_dir() and len(checkpoint.list_checkpoints(folder / "run")) <= 3
     assert measure(locate(folder / "lora"))["loss"] == before
     shutil.rmtree(folder / "lora")
-    assert not checkpoint.has_dependent_runs(base)
+    assert not checkpoint.dependent_runs(base)
 
 
 def test_a_dry_run_writes_nothing_and_refuses_what_the_run_would(tmp_path):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmkit.commands.show import AsJson, ModelArg, show
+from llmkit.commands.show import AsJson, ModelArg, check_is_new, show
 
 
 def export(
@@ -47,14 +47,6 @@ def import_(
     check_is_new(out)
     import_llama2c(file, tokenizer, out)
     show_written(out, as_json)
-
-
-def check_is_new(out: Path) -> None:
-    """Raise UserError if the output exists already and is not an empty folder."""
-    from llmkit.errors import UserError
-
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise UserError("the output exists already and is not empty", at=out, fix="choose another path")
 
 
 def show_written(out: Path, as_json: bool) -> None:

@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from llmkit.commands.show import AsJson, ConfigArg, Override, progress_printer, show, terminal_text
+from llmkit.commands.show import (
+    AsJson,
+    ConfigArg,
+    Override,
+    check_is_new,
+    progress_printer,
+    show,
+    terminal_text,
+)
 from llmkit.config.defaults import PATTERN, VOCAB_SIZE
 
 SAMPLE = "def main(argv=None):\n    return 0\n"
@@ -131,10 +139,12 @@ def tokenizer_train(
 ) -> None:
     """Train a tokenizer on files, or add tokens to an existing one."""
     from llmkit.errors import UserError
+    from llmkit.files import write_beside
     from llmkit.readers.documents import read_texts
     from llmkit.tokenizer.tokenizer import load_tokenizer
     from llmkit.tokenizer.train import extend_bpe, train_tokenizer
 
+    check_is_new(out)
     bad: list = []
     texts = read_texts(sources, text_key, bad)
     if extend:
@@ -150,7 +160,8 @@ def tokenizer_train(
     else:
         options = {"vocab_size": vocab_size, "pattern": pattern, "normalize": normalize, "special_tokens": special}
         tokenizer = train_tokenizer(texts, kind, say=progress_printer(as_json), **options)
-    tokenizer.save(out)
+    with write_beside(out) as folder:
+        tokenizer.save(folder)
     result = {"written": f"{out}/tokenizer.json", "vocabulary": len(tokenizer)}
     if len(tokenizer) != vocab_size:
         result["asked for"] = f"{vocab_size}, but there was nothing more to learn from the texts"

@@ -33,6 +33,14 @@ def terminal_text(text: str) -> str:
     return for_stream(text, sys.stdout)
 
 
+def check_is_new(out: Path) -> None:
+    """Raise UserError if the output exists already and is not an empty folder."""
+    from llmkit.errors import UserError
+
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise UserError("the output exists already and is not empty", at=out, fix="choose another path")
+
+
 def show(figures: dict[str, Any], as_json: bool) -> None:
     """Print a result as JSON, or as a table of names (underscores become spaces) and values."""
     if as_json:

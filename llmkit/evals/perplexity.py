@@ -1,6 +1,5 @@
 """Loss, perplexity and bits per byte of a MODEL on a file, or on the val split of its run."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from llmkit.parallel.world import start_world
 from llmkit.readers.documents import read_file
 from llmkit.readers.records import read_records
 from llmkit.storage.locate import Located, load_located
-from llmkit.storage.run import ABOUT, read_run_config
+from llmkit.storage.run import read_about, read_run_config
 from llmkit.tokenizer.chat_template import default_template
 from llmkit.tokenizer.tokenizer import MAX_VERIFIED_TEXTS, Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch, Document
@@ -137,7 +136,7 @@ Read = tuple[np.ndarray | None, Iterable[Batch] | None, str]  # tokens, or batch
 
 def run_val_split(run_dir: Path, data: dict, model_config: Any, tokenizer: Tokenizer, batch_size: int) -> Read:
     """Read the val split of a run's data; raise a DataError if data.dir holds another build by now."""
-    key = json.loads((run_dir / ABOUT).read_text())["data_fingerprint"]
+    key = read_about(run_dir).get("data_fingerprint")
     if data["kind"] == "sft":
         start_id = family_of(model_config).start_token_id(model_config)
         batches = open_rows(run_dir / "data" / key, "val", batch_size, start_id, seed=0)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmkit.errors import MachineError, ModelError
-from llmkit.files import temporary_path
+from llmkit.files import write_beside
 from llmkit.models import FAMILIES, family_of
 from llmkit.models.family import Gguf
 from llmkit.models.layers import rope_frequencies
@@ -41,9 +41,8 @@ def write_gguf(model: nn.Module, tokenizer: Tokenizer, path: Path, dtype: str, n
         known = ", ".join(name for name, family in FAMILIES.items() if family.gguf)
         raise ModelError("GGUF is not written for this family", got=config.model_type, expected=known)
     check_supported(config, spec)
-    half = temporary_path(path)
-    writer = gguf.GGUFWriter(half, spec.architecture)
-    try:
+    with write_beside(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, spec.architecture)
         writer.add_name(name or path.stem)
         add_config(writer, config, spec, gguf)
         add_tokenizer(writer, tokenizer, config.vocab_size)
@@ -61,9 +60,6 @@ def write_gguf(model: nn.Module, tokenizer: Tokenizer, path: Path, dtype: str, n
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
 
 
 # ---- the architecture -----------------------------------------------------------------------------------------------

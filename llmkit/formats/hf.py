@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmkit.errors import ModelError, UserError
+from llmkit.files import write_beside
 from llmkit.formats.gguf import TYPES, write_gguf
 from llmkit.models.folder import save_model
 from llmkit.parallel.device import DTYPES
@@ -15,8 +16,10 @@ from llmkit.storage.locate import Located, load_located
 def export_hf(located: Located, out: Path, dtype: str) -> None:
     """Write config.json, model.safetensors and tokenizer.json for transformers. An adapter is merged in fp32 first."""
     model, tokenizer = load_located(located, merge=True)
-    save_model(model, out, eos_token_ids=tokenizer.stop_ids, bos_token_id=tokenizer.bos_id, dtype=DTYPES[dtype])
-    tokenizer.save(out)
+    options = {"eos_token_ids": tokenizer.stop_ids, "bos_token_id": tokenizer.bos_id, "dtype": DTYPES[dtype]}
+    with write_beside(out) as folder:
+        save_model(model, folder, **options)
+        tokenizer.save(folder)
 
 
 def export_peft(located: Located, out: Path, dtype: str) -> None:
@@ -27,14 +30,14 @@ def export_peft(located: Located, out: Path, dtype: str) -> None:
         raise UserError("an adapter can only be exported in fp32", got=dtype, fix="leave --dtype out")
     if not read_adapter_config(located.folder)[1].in_peft:
         raise ModelError("peft does not have this adapter's method", at=located.folder, fix="use --format hf")
-    shutil.copytree(located.folder, out, dirs_exist_ok=True)
+    with write_beside(out) as folder:
+        shutil.copytree(located.folder, folder)
 
 
 def export_gguf(located: Located, out: Path, dtype: str) -> None:
     """Write a file for llama.cpp: OUT itself if it ends in .gguf, else OUT/model.gguf. An adapter is merged first."""
     model, tokenizer = load_located(located, merge=True)
     file = out if out.suffix == ".gguf" else out / "model.gguf"
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_gguf(model, tokenizer, file, dtype, name=out.stem)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmkit.errors import ModelError
+from llmkit.files import write_beside
 from llmkit.models import build_model, llama, shape_problems
 from llmkit.models.folder import save_model
 from llmkit.tokenizer.foreign import from_llama2c
@@ -55,8 +56,9 @@ def import_llama2c(path: Path, tokenizer: Path, out: Path) -> None:
             tensor = deinterleave_rotary(tensor, config.head_dim)
         state[name] = tensor.contiguous()
     model.load_state_dict(state, assign=True)
-    save_model(model, out, eos_token_ids=loaded_tokenizer.stop_ids, bos_token_id=loaded_tokenizer.bos_id)
-    loaded_tokenizer.save(out)
+    with write_beside(out) as folder:
+        save_model(model, folder, eos_token_ids=loaded_tokenizer.stop_ids, bos_token_id=loaded_tokenizer.bos_id)
+        loaded_tokenizer.save(folder)
 
 
 def read_header(raw: bytes) -> tuple[llama.Config, int, int]:

@@ -25,7 +25,7 @@ def sum_of_losses(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, d
     """Return the sum of losses (nats) over the batch's targets; the loop divides by the step's target count.
 
     A family's auxiliary loss is added, multiplied by its weight and the number of targets. The metric `added` is that
-    part: the loop leaves it out of the logged loss.
+    part: the loop leaves it out of the logged loss. Like the loss, metrics are sums over the targets.
     """
     family = family_of(model.config)
     if not (weight := family.aux_loss_weight(model.config)):
@@ -34,7 +34,7 @@ def sum_of_losses(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, d
     balance = family.aux_loss(balances)
     targets = (batch["labels"] != IGNORE_INDEX).sum()
     added = weight * targets * balance
-    return losses + added, {"balance": balance.detach(), "added": added.detach()}
+    return losses + added, {"balance": (targets * balance).detach(), "added": added.detach()}
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from llmkit.data.corrupt import Corrupt
 class Objective:
     """Define what a step minimises and how a model is evaluated.
 
-    loss      (model, micro-batch on the device) -> sum of losses over the targets, and metrics
+    loss      (model, micro-batch on the device) -> sum of losses over the targets, and sums of metrics by name
     evaluate  (model, batches, options as `lm.perplexity` has) -> figures with a "val_loss", of which the lowest is best
     corrupt   changes a batch before the model sees it; None: nothing is changed
     """

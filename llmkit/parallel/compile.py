@@ -38,20 +38,14 @@ def compile_obstacle(model: nn.Module, device: torch.device, precision: str) -> 
     return missing_compiler(device)
 
 
-def compile_blocks(model: nn.Module, asked: str | bool, device: torch.device, precision: str) -> str:
-    """Compile the loss, and each block by itself, so that blocks share one program; return a text for the header."""
-    reason = compile_obstacle(model, device, precision)
-    if asked is False:
-        return "off"
-    if reason and asked is True:
+def compile_blocks(model: nn.Module, device: torch.device, precision: str) -> None:
+    """Compile the loss, and each block by itself, so that blocks share one program."""
+    if reason := compile_obstacle(model, device, precision):
         fix = "install what is missing, or set train.compile to auto"
         raise MachineError(f"train.compile: true is not possible: {reason}", fix=fix)
-    if reason:
-        return f"off ({reason})"
     if device.type == "cpu":
         # Recompute cheap operations (norms, activations): this saves an eighth of the memory in pretraining, and more
         # with LoRA, at the same speed. Not measured on a GPU.
         torch._functorch.config.activation_memory_budget = 0.9
     for part in (*model.blocks, model.chunk_loss):
         part.compile(fullgraph=True, dynamic=False)
-    return "every block, and the loss"

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import resource
 import sys
 import time
@@ -16,12 +17,15 @@ from llmkit.types import Batch
 
 CPUINFO = Path("/proc/cpuinfo")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Dense bf16 peak of one GPU in FLOP/s, by a part of its name, from the vendors' data sheets.
+# Dense bf16 peak of one GPU in FLOP/s, by whole words of its name, from the vendors' data sheets.
 PEAK_FLOPS = {
     "H200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989.4e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "A10G": 70e12,
     "L4": 121e12,
     "RTX 4090": 165.2e12,
@@ -99,27 +103,36 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
     # Its own generator, so that the global one keeps its state for a resumed run.
     generator = torch.Generator(device).manual_seed(0)
     a, b = torch.randn(2, size, size, device=device, generator=generator).to(dtype)
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     best = 0.0
     for _ in range(2):
         a @ b
-    wait()
+    synchronize(device)
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline:
         start = time.perf_counter()
         for _ in range(4):
             a @ b
-        wait()
+        synchronize(device)
         best = max(best, 4 * 2 * size**3 / (time.perf_counter() - start))
     return best
+
+
+def data_sheet_flops(name: str) -> float | None:
+    """Return a GPU's peak FLOP/s by its name; None for an unknown one, a part of one (MIG), or a laptop's.
+
+    >>> data_sheet_flops("NVIDIA L4"), data_sheet_flops("NVIDIA L40"), data_sheet_flops("NVIDIA L400")
+    (121000000000000.0, 181000000000000.0, None)
+    """
+    if re.search(r"\b(MIG|Laptop|D)\b", name):
+        return None
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     """Return the peak FLOP/s that MFU refers to, and the source of the number."""
     if device.type == "cuda" and precision != "fp32":
         name = torch.cuda.get_device_name(device)
-        known = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-        if known:
+        if known := data_sheet_flops(name):
             return known, f"{name}'s data sheet"
     return matmul_rate(device, DTYPES[precision]), "measured matrix product"
 
@@ -129,6 +142,12 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{read_cpuinfo('model name') or 'CPU'}, {torch.get_num_threads()} threads"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was asked; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def total_memory(device: torch.device) -> int:

@@ -6,36 +6,54 @@ checkpoints/step-000500/
     MANIFEST.json  size and sha256 of every file, written last
 """
 
-import contextlib
 import errno
+import hashlib
 import json
-import os
+import math
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from llmkit.errors import MachineError, ModelError, UserError
-from llmkit.files import file_sha256
+from llmkit.files import delete, file_sha256, sync
 from llmkit.screen import printable
 
 MANIFEST = "MANIFEST.json"
-DEPENDENTS = "HELD_BY"  # lists the runs whose adapters need a checkpoint as their base
+DEPENDENTS = "HELD_BY"  # lists the runs that started from a checkpoint and need it to go on
 
 
-def sync(path: Path) -> None:
-    """Flush a file or a folder's entries to disk, so that they survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+class FileEntry(TypedDict):
+    """A file of a checkpoint: its path in the folder, its bytes, and its checksum."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    file: str
+    size: int
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """The content of a MANIFEST.json. Any other key or type in it means that the file is damaged."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    step: int
+    val_loss: float | None  # None: not measured, or not finite
+    llmkit: str
+    world_size: int
+    data_fingerprint: str
+    tokenizer_sha256: str
+    config_sha256: str
+    files: list[FileEntry]
+    sha256: NotRequired[str]  # of all other entries; early versions did not write it
 
 
 def save(
@@ -51,14 +69,14 @@ def save(
     """Write checkpoints/step-N, then delete older ones.
 
     write_model  writes the model into a folder
-    about        further entries of the manifest: val_loss (the lowest is the best), hashes, world size
-    keep         number of the newest to keep; the best by val loss and the bases of adapters are kept too
+    about        further entries of the `Manifest`: val_loss (the lowest is the best), hashes, world size
+    keep         number of the newest to keep; the best by val loss and those that other runs need are kept too
     """
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
     temporary = folder.with_name(folder.name + ".tmp")
     try:
-        if temporary.exists():
-            shutil.rmtree(temporary)
+        for leftover in folder.parent.glob("*.tmp"):  # of a process that was killed while it saved or deleted
+            delete(leftover)
         (temporary / "trainer").mkdir(parents=True)
         write_model(temporary / "model")
         (temporary / "trainer" / "state.json").write_text(json.dumps(state), encoding="utf-8")
@@ -70,13 +88,15 @@ def save(
             name = str(path.relative_to(temporary))
             entries.append({"file": name, "size": path.stat().st_size, "sha256": file_sha256(path)})
         manifest = {"step": step, **about, "files": entries}
+        manifest["sha256"] = manifest_sha256(manifest)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in (temporary / MANIFEST, temporary / "model", temporary / "trainer", temporary):
             sync(path)
-        if folder.exists():  # damaged: the resumed run skipped it
-            shutil.rmtree(folder)
+        old = move_aside(folder) if folder.exists() else None  # damaged, or saved before its evaluation
         temporary.rename(folder)
         sync(folder.parent)
+        if old:
+            delete(old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         details = {}
@@ -86,27 +106,33 @@ def save(
         raise MachineError(f"the checkpoint can't be written: {error}", at=folder, **details) from None
     for abandoned in list_checkpoints(run_dir):
         if step_of(abandoned) > step:  # damaged: the resumed run skipped it
-            shutil.rmtree(abandoned)
+            delete(move_aside(abandoned))
     best = best_checkpoint(run_dir)
     for old in list_checkpoints(run_dir)[:-keep]:
-        if old != best and not has_dependent_runs(old):
-            shutil.rmtree(old)
+        if old != best and not dependent_runs(old):
+            delete(move_aside(old))
     return folder
 
 
+def move_aside(folder: Path) -> Path:
+    """Rename a checkpoint that is to be deleted, so that a kill in between leaves no half of one under its name."""
+    return folder.rename(folder.with_name(f"{folder.name}.old.tmp"))
+
+
 def add_dependent_run(model: Path, run_dir: Path) -> None:
-    """Keep the checkpoint of a base model as long as the run directory of an adapter on it exists."""
+    """Keep the checkpoint that a run starts from as long as its run directory exists."""
     if (model.parent / MANIFEST).is_file():
-        with contextlib.suppress(OSError), (model.parent / DEPENDENTS).open("a+", encoding="utf-8") as file:
+        with suppress(OSError), (model.parent / DEPENDENTS).open("a+", encoding="utf-8") as file:
             file.seek(0)
             if str(run_dir.resolve()) not in file.read().splitlines():
                 file.write(f"{run_dir.resolve()}\n")
 
 
-def has_dependent_runs(folder: Path) -> bool:
-    """Return whether a run still needs this checkpoint as its base."""
+def dependent_runs(folder: Path) -> list[str]:
+    """Return the runs that started from this checkpoint and still exist."""
     names = folder / DEPENDENTS
-    return names.is_file() and any(Path(name).is_dir() for name in names.read_text(encoding="utf-8").splitlines())
+    lines = names.read_text(encoding="utf-8", errors="replace").splitlines() if names.is_file() else []
+    return [name for name in lines if Path(name).is_dir()]
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -120,18 +146,36 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest; raise a ModelError if it can't be read."""
+def manifest_sha256(manifest: dict[str, Any]) -> str:
+    """Return the checksum of a manifest's other entries."""
+    others = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest; raise a ModelError if it is missing or damaged."""
+    path = folder / MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return manifest | {"files": list(manifest["files"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"the checkpoint's manifest can't be read: {error}", at=folder / MANIFEST) from None
+        manifest = TypeAdapter(Manifest).validate_json(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"the checkpoint's manifest can't be read: {error.strerror}", at=path) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        got = ".".join(map(str, first["loc"])) or None
+        raise ModelError(f"the checkpoint's manifest is damaged: {first['msg']}", at=path, got=got) from None
+    if manifest.get("sha256", manifest_sha256(manifest)) != manifest_sha256(manifest):
+        raise ModelError("the checkpoint's manifest has changed since it was written", at=path)
+    return manifest
 
 
-def verify(folder: Path) -> None:
-    """Raise a ModelError with the first file of a checkpoint that is missing or changed."""
+def verify(folder: Path, part: str = "") -> None:
+    """Raise a ModelError with the first file of a checkpoint that is missing or changed.
+
+    part  model or trainer: check only the files of this folder in it
+    """
     for entry in read_manifest(folder)["files"]:
+        if not entry["file"].startswith(part):
+            continue
         path = folder / entry["file"]
         if not path.is_file():
             raise ModelError("a file of the checkpoint is missing", at=path)
@@ -155,12 +199,14 @@ def newest_intact_checkpoint(run_dir: Path) -> Path | None:
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
-    """Return the checkpoint with the lowest val loss, else the newest."""
+    """Return the checkpoint with the lowest val loss, else the newest; warn about damaged manifests."""
     scored = []
     for folder in list_checkpoints(run_dir):
-        with contextlib.suppress(UserError):
-            loss = read_manifest(folder).get("val_loss")
-            scored.append((float("inf") if loss is None else loss, -step_of(folder), folder))
+        try:
+            loss = read_manifest(folder)["val_loss"]
+            scored.append((math.inf if loss is None else loss, -step_of(folder), folder))
+        except UserError as error:
+            print(f"warning: {error.what}: {error.at}", file=sys.stderr)
     return min(scored)[2] if scored else None
 
 

@@ -45,16 +45,21 @@ def locate(model: str | Path, *, check: bool = True) -> Located:
     check  compare a checkpoint's files with their checksums
     """
     path = Path(model)
+    if not str(model).strip():
+        raise ModelError("no model is named", expected="a run, a checkpoint, an adapter or a Hugging Face folder")
     checkpoint = best_checkpoint(path) if is_run(path) else path if (path / MANIFEST).is_file() else None
     if checkpoint:
         if check:
-            verify(checkpoint)
+            verify(checkpoint, "model/")
         return Located(checkpoint / "model", path if checkpoint != path else run_of(path))
     if is_run(path):
         raise ModelError("this run has no checkpoint yet", at=path)
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
-        in_checkpoint = path.name == "model" and (path.parent / MANIFEST).is_file()
-        return Located(path.resolve(), run_of(path.resolve().parent) if in_checkpoint else None)
+        parent = path.resolve().parent
+        in_checkpoint = path.resolve().name == "model" and (parent / MANIFEST).is_file()
+        if in_checkpoint and check:
+            verify(parent, "model/")
+        return Located(path.resolve(), run_of(parent) if in_checkpoint else None)
     if path.suffix == ".gguf":
         raise ModelError("GGUF can be written, but not read", at=path, fix="give the folder that it was exported from")
     on_hub = str(model).count("/") == 1 and not path.exists() and not str(model).startswith((".", "runs/"))

@@ -1,9 +1,11 @@
 """List runs, plot them, and write their reports."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
 
+from llmkit.errors import ModelError
 from llmkit.files import write_atomically
 from llmkit.screen import format_count, hide_secrets
 from llmkit.storage.run import CONFIG, METRICS, RunDirectory, read_metrics, read_run_config
@@ -22,9 +24,12 @@ def list_runs(root: Path) -> list[Path]:
 def summarize(folder: Path) -> dict[str, Any]:
     """Return a table row about a run: its last step and its best val loss."""
     records = read_metrics(folder)
-    config = read_run_config(folder)
+    try:
+        config = read_run_config(folder)
+    except ModelError as error:  # one damaged run does not hide the others
+        config = {"init_from": error.what}
     losses = [record for record in records if "loss" in record]
-    evaluated = [record for record in records if "val_loss" in record]
+    evaluated = [record for record in records if math.isfinite(record.get("val_loss", math.nan))]
     best = min(evaluated, key=lambda record: record["val_loss"], default={})
     model = (config.get("model") or {}).get("name") or config.get("init_from")
     return {

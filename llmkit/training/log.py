@@ -7,12 +7,36 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from llmkit.parallel.device import peak_flops, peak_memory
+from llmkit.parallel.world import World
 from llmkit.screen import format_count, format_duration, printable
 from llmkit.storage.run import RunDirectory
 from llmkit.training.prepare import PreparedRun
+
+
+@dataclass
+class Interval:
+    """The loss and the metrics of the steps since the last log: sums over targets, on the device.
+
+    A step never waits for them.
+    """
+
+    targets: float = 0  # of all ranks
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of this rank
+
+    def add(self, **sums: Tensor) -> None:
+        """Add the sums of a micro-batch."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+
+    def take_averages(self, world: World) -> dict[str, float]:
+        """Return the averages over the targets of all ranks, and begin the next interval."""
+        averages = {name: world.sum(total.item()) / self.targets for name, total in self.sums.items()}
+        self.targets, self.sums = 0, {}
+        return averages
 
 
 @dataclass

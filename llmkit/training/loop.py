@@ -22,19 +22,20 @@ from llmkit.models import build_model
 from llmkit.models.folder import load_model, save_model
 from llmkit.models.resize import resize_embeddings
 from llmkit.parallel.compile import apply_checkpointing, compile_blocks
-from llmkit.parallel.device import DTYPES, autocast, make_deterministic, matmul_rate, peak_flops, to_device
+from llmkit.parallel.device import DTYPES, autocast, device_name, make_deterministic, matmul_rate, peak_flops, to_device
 from llmkit.parallel.world import start_world
 from llmkit.peft import METHODS
 from llmkit.peft.adapter import load_adapter, save_adapter, saved_base_sha256
 from llmkit.screen import format_duration
 from llmkit.storage import checkpoint
 from llmkit.storage.report import plot_runs, write_report
-from llmkit.storage.run import RunDirectory, check_same_config, open_run
-from llmkit.training.log import MetricsLogger
+from llmkit.storage.run import RunDirectory, check_can_open, open_run, without_secrets
+from llmkit.training.log import Interval, MetricsLogger
 from llmkit.training.optim import OPTIMIZERS, clip, set_lr
 from llmkit.training.plan import plan_config, plan_rows
 from llmkit.training.prepare import PreparedRun, describe, next_commands, prepare
 from llmkit.training.signals import Signals
+from llmkit.training.warmup import choose_compile, time_micro_batch
 
 FIRST_SCALE, SCALE_GROWTH = 2.0**16, 2000  # fp16 loss scale: its start; good steps before it doubles (apex, torch)
 Optimizers = list[torch.optim.Optimizer]
@@ -47,7 +48,6 @@ class Progress:
     step: int = 0
     best_val: float = math.inf
     evals_without_gain: int = 0
-    interval_targets: float = 0  # targets since the last log
     seconds: float = 0.0  # that earlier processes of this run took
     # On the device, so that a step never waits for the host:
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Progress:
 
 def initial_counters(device: torch.device, precision: str) -> dict[str, Tensor]:
     """Return the counters that live on the device."""
-    names = ("interval_loss", "skipped", "bad_in_a_row", "good_in_a_row")
+    names = ("skipped", "bad_in_a_row", "good_in_a_row")
     tensors = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
     return tensors | {"scale": torch.tensor(FIRST_SCALE if precision == "fp16" else 1.0, device=device)}
 
@@ -84,33 +84,43 @@ def train(
             say(f"{key:>16}  {value}")
         return figures
     run = prepare(config, world, fresh=fresh, say=say)
-    folder, resolved, header = Path(run.config.run_dir), run.config.model_dump(), describe(run)
+    folder, resolved, header = Path(run.config.run_dir), without_secrets(run.config.model_dump()), describe(run)
+    config_file = Path(config.where(""))
     for key, value in header.items():
         say(f"{key:>10}  {value}")
     if dry_run:
-        if not fresh:
-            check_same_config(folder, resolved)
+        check_can_open(folder, resolved, config_file, fresh=fresh)
         return header
 
-    info = {"device": header["device"], "torch": torch.__version__, "data_fingerprint": run.data.fingerprint}
-    directory = world.on_main(lambda: open_run(folder, resolved, fresh=fresh, info=info))
+    info = {"device": device_name(world.device), "ranks": world.size}
+    info |= {"torch": torch.__version__, "data_fingerprint": run.data.fingerprint}
+    directory = world.on_main(lambda: open_run(folder, resolved, config_file, fresh=fresh, info=info))
     try:
-        return take_steps(run, directory, header, say)
+        resumed = None if fresh else checkpoint.newest_intact_checkpoint(folder)
+        return take_steps(run, directory, resumed, header, say)
     finally:
         if directory:
             directory.close()
 
 
 def take_steps(
-    run: PreparedRun, directory: RunDirectory | None, header: dict[str, str], say: Callable[[str], None]
+    run: PreparedRun,
+    directory: RunDirectory | None,
+    resumed: Path | None,
+    header: dict[str, str],
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Make the model, restore the newest intact checkpoint, and train to the last step. The order is important."""
+    """Make the model, restore the checkpoint `resumed`, and train to the last step. The order is important."""
     config, world, device = run.config, run.world, run.world.device
-    resumed = checkpoint.newest_intact_checkpoint(Path(config.run_dir))
     model = make_model(run, resumed)
     recomputed = apply_checkpointing(model, config.train.gradient_checkpointing)
-    compiled = compile_blocks(model, config.train.compile, device, run.precision)
-    say(f"{'blocks':>10}  {len(model.blocks)}, {recomputed} recomputed in the backward, compiled: {compiled}")
+    batches = run.batches("train", config.train.global_batch_size)
+    compiled, reason = choose_compile(run, model, batches, checkpoint.step_of(resumed) if resumed else 0)
+    run.config = config = config.model_copy(update={"train": config.train.model_copy(update={"compile": compiled})})
+    if compiled:
+        compile_blocks(model, device, run.precision)
+    how = f"compiled: {'every block, and the loss' if compiled else 'no'} ({reason})"
+    say(f"{'blocks':>10}  {len(model.blocks)}, {recomputed} recomputed in the backward, {how}")
 
     optimizers = OPTIMIZERS[config.optimizer.name](model, **run.options["optimizer"])
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -119,25 +129,34 @@ def take_steps(
         restore(resumed, run, model, optimizers, progress)
         say(f"{'resumed':>10}  {resumed}")
     if directory:
+        directory.config = config.model_dump()
+        for change in directory.changes if resumed else []:
+            say(f"{'changed':>10}  {change}")
         directory.begin(progress.step if resumed else None)
-        if config.peft:
+        if config.init_from:
             checkpoint.add_dependent_run(run.base, directory.folder)
     peak, source = peak_flops(device, run.precision)
     rate = matmul_rate(device, DTYPES[run.precision])
     say(f"{'peak':>10}  {peak / 1e12:.3g} TFLOP/s ({source}); matrix products reach {rate / 1e12:.3g}")
     say("")
 
-    batches = run.batches("train", config.train.global_batch_size)
-    logger = MetricsLogger(run, directory, peak, progress.step, say)
+    logger, interval = MetricsLogger(run, directory, peak, progress.step, say), Interval()
+    if compiled and progress.step < run.max_steps:
+        with logger.pause():
+            say(f"compiled in {time_micro_batch(run, model, batches):.0f} s")
     signals = Signals()
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection in mid-step stalls every rank
     try:
-        if progress.step == 0 and config.eval.every:
-            evaluate(run, model, progress, logger)
-            logger.flush(progress.step)
         stop = early_stop(run, progress)
+        # The first step is preceded by an evaluation. A signal may have left no time for the one at the last step.
+        unmeasured = resumed and checkpoint.read_manifest(resumed)["val_loss"] is None
+        if config.eval.every and (progress.step == 0 or (progress.step == run.max_steps and unmeasured)):
+            evaluate(run, model, progress, logger)
+            if progress.step:
+                save(run, model, optimizers, progress, logger)
+            logger.flush(progress.step)
         while progress.step < run.max_steps and not stop:
             # One step: the gradient of (sum of losses / targets of the whole step), however it is cut up.
             step = progress.step
@@ -150,7 +169,7 @@ def take_steps(
                 with autocast(device, run.precision):
                     loss, metrics = run.objective.loss(model, to_device(micro, device))
                 (loss * (scale / targets)).backward()
-                progress.tensors["interval_loss"] += loss.detach() - metrics.pop("added", 0.0)
+                interval.add(loss=loss - metrics.pop("added", 0.0), **metrics)
             world.sum_gradients(trained)
             norm, found_inf = clip(trained, config.train.max_grad_norm, scale)
             for optimizer in optimizers:
@@ -159,20 +178,20 @@ def take_steps(
                 optimizer.zero_grad(set_to_none=True)
             update_loss_scale(progress.tensors, found_inf, run.precision)
             progress.step += 1
-            progress.interval_targets += targets
+            interval.targets += targets
 
-            # After the step: log, evaluate, save, as often as the config says.
+            # After the step: evaluate, log, save, as often as the config says.
             done = progress.step
+            last = done == run.max_steps
+            saving = last or done % config.checkpoint.every == 0
             if world.sum(signals.signal or 0):
                 stop = "interrupted"
-            last = done == run.max_steps or stop is not None
-            saving = done % config.checkpoint.every == 0 or last
-            if done % config.log.every == 0 or last:
-                log_step(run, progress, logger, lr, norm, metrics)
             # Every checkpoint has a val loss, by which the best is known, unless a signal leaves no time for it.
-            if config.eval.every and (done % config.eval.every == 0 or (saving and stop is None)):
-                stop = evaluate(run, model, progress, logger) or stop
-            if saving or stop:
+            elif config.eval.every and (saving or done % config.eval.every == 0):
+                stop = evaluate(run, model, progress, logger)
+            if stop or saving or done % config.log.every == 0:
+                log_step(run, progress, logger, interval, lr, norm)
+            if stop or saving:
                 save(run, model, optimizers, progress, logger)
             logger.flush(progress.step)
     finally:
@@ -180,7 +199,7 @@ def take_steps(
         gc.unfreeze()
         logger.close()
         signals.release()
-    if stop == "interrupted" and progress.step < run.max_steps:
+    if stop == "interrupted":
         what = f"interrupted at step {progress.step}; a checkpoint is saved"
         fix = "run the same command again to continue"
         raise UserError(what, fix=fix, code=INTERRUPTED[signals.signal or signal.SIGTERM])
@@ -224,12 +243,10 @@ def restore(folder: Path, run: PreparedRun, model: nn.Module, optimizers: Optimi
         got, expected = f"step {numbers['step']}", f"at most {run.max_steps}"
         raise ModelError(what, at=folder, got=got, expected=expected, fix=fix)
     checkpoint.restore_optimizers(model, optimizers, tensors)
-    for key, value in numbers.items():
-        setattr(progress, key, value)
+    for key in progress.numbers():
+        setattr(progress, key, numbers[key])
     for key in progress.tensors:
         progress.tensors[key] = tensors[f"progress/{key}"].to(run.world.device)
-    if not run.world.main:
-        progress.tensors["interval_loss"].zero_()  # rank 0 restored the sum over all ranks
 
 
 def update_loss_scale(tensors: dict[str, Tensor], found_inf: Tensor, precision: str) -> None:
@@ -264,24 +281,23 @@ def stop_if_diverged(run: PreparedRun, progress: Progress) -> None:
 
 
 def log_step(
-    run: PreparedRun, progress: Progress, logger: MetricsLogger, lr: float, norm: Tensor, metrics: dict[str, Tensor]
+    run: PreparedRun, progress: Progress, logger: MetricsLogger, interval: Interval, lr: float, norm: Tensor
 ) -> None:
-    """Read the interval's loss from the device, the only wait for it, and log it."""
-    tensors = progress.tensors
-    loss = run.world.sum(tensors["interval_loss"].item()) / progress.interval_targets
-    tensors["interval_loss"].zero_()
-    progress.interval_targets = 0
+    """Log the averages of the interval, for which the host waits for the device. End a run that has diverged."""
     logger.log(
         step=progress.step,
         tokens=progress.step * run.tokens_per_step,
-        loss=loss,
+        **interval.take_averages(run.world),
         lr=lr,
         grad_norm=norm.item(),
-        skipped=int(tensors["skipped"].item()),
-        **{key: value.item() for key, value in metrics.items()},
+        skipped=int(progress.tensors["skipped"].item()),
         **logger.speed(progress.step),
     )
-    stop_if_diverged(run, progress)
+    try:
+        stop_if_diverged(run, progress)
+    except UserError:
+        logger.flush(progress.step)
+        raise
 
 
 def evaluate(run: PreparedRun, model: nn.Module, progress: Progress, logger: MetricsLogger) -> str | None:
@@ -322,12 +338,10 @@ def sample(run: PreparedRun, model: nn.Module) -> str:
 
 
 def save(run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: Progress, logger: MetricsLogger) -> None:
-    """Write a checkpoint, but never a diverged state."""
-    stop_if_diverged(run, progress)
-    val_loss = logger.pending.get("val_loss")
+    """Write a checkpoint. The step is logged before, so it is no state that has diverged."""
+    val_loss = logger.pending.get("val_loss", math.nan)
     # Flush before saving: a resumed run does not log the steps before its checkpoint again.
     logger.flush(progress.step)
-    interval_loss = run.world.sum(progress.tensors["interval_loss"].item())
     if logger.directory is None:
         return
     tokenizer, config = run.data.tokenizer, run.config
@@ -343,10 +357,9 @@ def save(run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: P
 
     with logger.pause():
         tensors = {f"progress/{key}": value.detach().cpu() for key, value in progress.tensors.items()}
-        tensors["progress/interval_loss"] = torch.tensor(interval_loss, dtype=torch.float64)
         tensors |= checkpoint.optimizer_tensors(model, optimizers)
         about = {
-            "val_loss": val_loss,
+            "val_loss": val_loss if math.isfinite(val_loss) else None,
             "llmkit": __version__,
             "world_size": run.world.size,
             "data_fingerprint": run.data.fingerprint,

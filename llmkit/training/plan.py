@@ -22,7 +22,7 @@ def plan_config(config: Config) -> dict[str, Any]:
         section, built = config.data.tokenizer, Path(config.data.dir) / "tokenizer"
         folder = Path(section.path) if section.path else built if built.is_dir() else None
         model_config.vocab_size = len(load_tokenizer(folder)) if folder else section.vocab_size
-    derived = derive(checked, device, 1, config.train)
+    derived = derive(checked, device, 1)
     plan, seq_len, memory = derived.plan, config.data.seq_len, total_memory(device)
     figures = {
         "parameters": plan.total,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmkit.config.schema import Choice, Config, Train
+from llmkit.config.schema import Choice, Config
 from llmkit.data.batches import GOLDEN, MASK, Batches, mix
 from llmkit.data.splits import Splits
 from llmkit.errors import DataError, UserError, raise_all
@@ -24,6 +24,7 @@ from llmkit.parallel.world import World
 from llmkit.peft import METHODS
 from llmkit.screen import format_count
 from llmkit.storage.locate import locate, weights_sha256
+from llmkit.storage.run import check_own, claim
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llmkit.training.build_data import open_data
 from llmkit.training.cost import Plan, make_plan
@@ -41,6 +42,7 @@ from llmkit.training.resolve import (
     describe_choice,
     describe_run,
     find_problems,
+    name_checkpoint,
     reuse_resolved_values,
 )
 from llmkit.training.schedules import SCHEDULES
@@ -50,7 +52,7 @@ from llmkit.training.schedules import SCHEDULES
 class CheckedConfig:
     """A config whose names, options and shapes are good, before any data is opened."""
 
-    config: Config  # objective and packing are resolved
+    config: Config  # objective, packing and init_from are resolved, and what a resumed run keeps
     options: Options
     model_config: Any  # its vocab_size may still be None
     base: Path | None  # folder of the weights to start from
@@ -120,9 +122,12 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
 
     fresh  ignore what an earlier run in the run directory resolved
     """
-    checked = check(config, world.size)
+    checked = check(config, world.size, fresh=fresh)
     check_packages(config)
     config, options, model_config = checked.config, checked.options, checked.model_config
+    check_own(Path(config.run_dir))
+    if config.data.kind == "sft":  # its records are encoded into the run directory
+        world.on_main(lambda: claim(Path(config.run_dir)))
     start_id = family_of(model_config).start_token_id(model_config)
     data = open_data(config, world, checked.base, start_id, say)
     new_tokens = fit_vocabulary(checked, data.tokenizer)
@@ -130,11 +135,10 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
         if samples < 1:
             fix = "lower data.seq_len or add text" + (", or raise data.val_fraction" if split == "val" else "")
             raise DataError(f"the {split} split is shorter than one sample", at=config.where("data"), fix=fix)
-    train = config.train if fresh else reuse_resolved_values(config)
-    derived = derive(checked, world.device, world.size, train, len(new_tokens), data.samples["train"])
+    derived = derive(checked, world.device, world.size, len(new_tokens), data.samples["train"])
     objective = OBJECTIVES[config.objective.name].build(data.tokenizer, config.seed, start_id, **options["objective"])
     run = PreparedRun(
-        config=resolve(checked, train, derived),
+        config=resolve(checked, derived),
         world=world,
         model_config=model_config,
         base=checked.base,
@@ -148,9 +152,13 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
     return run
 
 
-def check(config: Config, ranks: int = 1) -> CheckedConfig:
-    """Check names, options and shapes, and choose the objective; read no data. All errors are raised at once."""
+def check(config: Config, ranks: int = 1, *, fresh: bool = False) -> CheckedConfig:
+    """Check names, options and shapes, and choose the objective; read no data. All errors are raised at once.
+
+    fresh  ignore what an earlier run in the run directory resolved
+    """
     options = check_choices(config)
+    config = name_checkpoint(config if fresh else reuse_resolved_values(config, ranks))
     base = find_base(config)
     model_config = read_config(base) if base else CONFIGS[config.model.name](**options["model"])
     objective, options["objective"] = choose_objective(config, model_config)
@@ -225,25 +233,23 @@ def derive(
     checked: CheckedConfig,
     device: torch.device,
     ranks: int,
-    train: Train,
     new_rows: int = 0,
     samples: int | None = None,
 ) -> Derived:
     """Derive length, precision, micro-batch and plan of a checked config whose vocab_size is known.
 
-    train    the train section, with values that an earlier run resolved
     samples  of the train split; None: not known
     """
     config, options, model_config = checked.config, checked.options, checked.model_config
-    max_steps = count_steps(train, config.data.seq_len, samples)
+    max_steps = count_steps(config.train, config.data.seq_len, samples)
     raise_all(list(check_warmup(config, options, max_steps)))
-    precision = choose_precision(train.precision, device)
+    precision = choose_precision(config.train.precision, device)
     planned = describe_run(config, options, model_config, device, new_rows) | {"precision": precision}
-    micro = choose_micro_batch_size(config, train, model_config, ranks, device, planned)
+    micro = choose_micro_batch_size(config, model_config, ranks, device, planned)
     return Derived(precision, micro, max_steps, make_plan(model_config, micro_batch_size=micro, **planned))
 
 
-def resolve(checked: CheckedConfig, train: Train, derived: Derived) -> Config:
+def resolve(checked: CheckedConfig, derived: Derived) -> Config:
     """Return the config with every option and derived value written out."""
     config, update = checked.config, {"precision": derived.precision, "micro_batch_size": derived.micro_batch_size}
     choices = {
@@ -253,7 +259,7 @@ def resolve(checked: CheckedConfig, train: Train, derived: Derived) -> Config:
     }
     if config.model:
         choices["model"] = Choice(name=config.model.name, **vars(checked.model_config))
-    return config.model_copy(update=choices | {"train": train.model_copy(update=update)})
+    return config.model_copy(update=choices | {"train": config.train.model_copy(update=update)})
 
 
 # ---- what the header says -------------------------------------------------------------------------------------------

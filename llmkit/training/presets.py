@@ -1,5 +1,6 @@
 """The defaults of `llmkit finetune`, and the example configs."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from llmkit.config.load import load_config
 from llmkit.config.schema import Config
 from llmkit.config.yaml import read_yaml
-from llmkit.errors import UserError, did_you_mean
+from llmkit.errors import ModelError, UserError, did_you_mean
 from llmkit.models.folder import read_config
 from llmkit.storage.checkpoint import list_checkpoints
 from llmkit.storage.locate import locate
@@ -60,7 +61,7 @@ def finetune_config(
     newest = None
     if path is None and model is None:
         runs = [run for run in list_runs(Path("runs")) if list_checkpoints(run)]
-        whole = [run for run in runs if not read_run_config(run).get("peft")]
+        whole = [run for run in runs if is_whole_model(run)]
         newest = whole[-1] if whole else None
         if newest:
             say(f"model: {newest}, the newest run")
@@ -103,6 +104,15 @@ def finetune_config(
         flags += ["peft=null"] if method == "full" else ([] if same else [f"peft.name={method}"])
     flags += [f"peft.r={rank}"] if rank else []
     return load_config(path, [*flags, *overrides], defaults)
+
+
+def is_whole_model(run: Path) -> bool:
+    """Return whether a run trained all weights, as opposed to an adapter. Warn about a damaged run."""
+    try:
+        return read_run_config(run)["peft"] is None
+    except ModelError as error:
+        print(f"warning: {error.what}: {error.at}", file=sys.stderr)
+        return False
 
 
 def trained_length(model: str) -> int:

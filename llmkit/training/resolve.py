@@ -15,13 +15,14 @@ from llmkit.models import CONFIGS, build_model, family_of, shape_problems
 from llmkit.objectives import OBJECTIVES, fitting_objectives
 from llmkit.parallel.device import total_memory
 from llmkit.peft import METHODS
-from llmkit.storage.checkpoint import list_checkpoints
+from llmkit.storage.checkpoint import best_checkpoint, list_checkpoints
 from llmkit.storage.run import CONFIG as RUN_CONFIG
-from llmkit.storage.run import read_run_config
+from llmkit.storage.run import is_run, read_run_config
 from llmkit.training.cost import Lengths, make_plan
 from llmkit.training.optim import OPTIMIZERS
 from llmkit.training.schedules import SCHEDULES
 
+RESOLVED_ONCE = ("precision", "micro_batch_size", "compile")  # keys of train whose "auto" a resumed run keeps
 CPU_MICRO_TOKENS, GPU_MICRO_TOKENS = 8192, 65_536  # more tokens in a forward bring no more speed
 MEMORY_SHARE = 0.85  # of the device that a derived micro-batch may plan to fill
 Options = dict[str, dict[str, Any]]  # of the "choose one" sections, by section
@@ -90,6 +91,7 @@ def describe_choice(name: str, options: dict[str, Any]) -> str:
 def find_problems(config: Config, options: Options, model_config: Any, ranks: int) -> Iterator[UserError]:
     """Yield what does not fit among the model, its data, the length and the number of ranks."""
     name, kind, data = model_config.model_type, model_config.kind, config.data.kind
+    yield from check_run_dir(config)
     if kind == "masked" and config.eval.sample_prompt is not None:
         yield config.error("eval.sample_prompt", f"can't be used: {name} writes no text", fix="delete it")
     if kind == "seq2seq" and data == "sft" and config.data.packing:
@@ -127,6 +129,20 @@ def check_packages(config: Config) -> None:
         raise config.error("log.tensorboard", "needs the tensorboard package", kind=MachineError, fix=fix)
 
 
+def check_run_dir(config: Config) -> Iterator[UserError]:
+    """Yield an error if run_dir names a folder that can't be a run's own."""
+    fix, folder = "name a folder of its own, such as runs/NAME", Path(config.run_dir).resolve()
+    if not config.run_dir.strip():
+        yield config.error("run_dir", "is empty", fix=fix)
+    elif Path.cwd().is_relative_to(folder):
+        yield config.error("run_dir", "is the working directory, or contains it", got=config.run_dir, fix=fix)
+    elif isinstance(config.data, CorpusData):
+        paths = {f"data.sources.{i}.path": one.path for i, one in enumerate(config.data.sources) if one.path}
+        for key, path in {"data.dir": config.data.dir, **paths}.items():
+            if Path(path).resolve() == folder:
+                yield config.error("run_dir", f"is the same folder as {key}", got=config.run_dir, fix=fix)
+
+
 def check_warmup(config: Config, options: Options, max_steps: int | None) -> Iterator[UserError]:
     """Yield an error if the warm-up leaves no step to train."""
     warmup = options["schedule"].get("warmup_steps", 0)
@@ -155,14 +171,31 @@ def check_max_epochs(config: Config, epochs: dict[str, float], shares: dict, max
 # ---- "auto" ---------------------------------------------------------------------------------------------------------
 
 
-def reuse_resolved_values(config: Config) -> Train:
-    """Return the train section, its "auto" replaced by what the run resolved before its checkpoints were written."""
+def reuse_resolved_values(config: Config, ranks: int) -> Config:
+    """Return the config with what the run that it resumes has resolved before its first checkpoint.
+
+    These are the values that the config leaves to "auto" (the micro-batch, if it divides a rank's rows), and the
+    checkpoint of the run that init_from names.
+    """
     folder = Path(config.run_dir)
     if not list_checkpoints(folder) or not (folder / RUN_CONFIG).is_file():
-        return config.train
-    before = read_run_config(folder).get("train", {})
-    auto = [key for key in ("precision", "micro_batch_size") if getattr(config.train, key) == "auto" and key in before]
-    return config.train.model_copy(update={key: before[key] for key in auto})
+        return config
+    before, update = read_run_config(folder), {}
+    kept = {key: before["train"][key] for key in RESOLVED_ONCE if getattr(config.train, key) == "auto"}
+    if (micro := kept.get("micro_batch_size", "auto")) != "auto" and config.train.global_batch_size // ranks % micro:
+        kept["micro_batch_size"] = "auto"
+    update["train"] = config.train.model_copy(update=kept)
+    if config.init_from and before["init_from"] and Path(before["init_from"]).is_relative_to(config.init_from):
+        update["init_from"] = before["init_from"]
+    return config.model_copy(update=update)
+
+
+def name_checkpoint(config: Config) -> Config:
+    """Return the config with the best checkpoint of the run that init_from names: a resumed run needs the same one."""
+    run = Path(config.init_from or "")
+    if not config.init_from or not is_run(run) or (best := best_checkpoint(run)) is None:
+        return config
+    return config.model_copy(update={"init_from": str(best)})
 
 
 def count_steps(train: Train, seq_len: int, samples: int | None) -> int | None:
@@ -175,12 +208,12 @@ def count_steps(train: Train, seq_len: int, samples: int | None) -> int | None:
 
 
 def choose_micro_batch_size(
-    config: Config, resolved: Train, model_config: Any, ranks: int, device: torch.device, planned: dict[str, Any]
+    config: Config, model_config: Any, ranks: int, device: torch.device, planned: dict[str, Any]
 ) -> int:
     """Return the sequences of one forward.
 
-    "auto" keeps the earlier run's value (`resolved`) if it divides a rank's rows. Otherwise it is the largest divisor
-    whose planned peak fits the device and whose tokens are within CPU_MICRO_TOKENS or GPU_MICRO_TOKENS.
+    "auto" is the largest divisor of a rank's rows whose planned peak fits the device and whose tokens are within
+    CPU_MICRO_TOKENS or GPU_MICRO_TOKENS.
     """
     asked, rows = config.train.micro_batch_size, config.train.global_batch_size // ranks
     if asked != "auto":
@@ -188,8 +221,6 @@ def choose_micro_batch_size(
             got = f"{asked}, and {rows} rows a rank"
             raise config.error("train.micro_batch_size", "does not divide a rank's share of the batch", got=got)
         return asked
-    if resolved.micro_batch_size != "auto" and rows % resolved.micro_batch_size == 0:
-        return resolved.micro_batch_size
     most_tokens = GPU_MICRO_TOKENS if device.type == "cuda" else CPU_MICRO_TOKENS
     room = MEMORY_SHARE * total_memory(device)
     for micro in range(max(1, min(rows, most_tokens // planned["seq_len"])), 1, -1):
@@ -210,6 +241,6 @@ def describe_run(config: Config, options: Options, model_config: Any, device: to
         "lengths": Lengths(*OBJECTIVES[config.objective.name].lengths(config.data.seq_len, **options["objective"])),
         "optimizer": config.optimizer.name,
         "checkpointed": math.ceil(layers / every) if every else 0,
-        "compiled": config.train.compile is not False,
+        "compiled": config.train.compile is True,
         "device": device.type,
     }

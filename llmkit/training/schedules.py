@@ -17,8 +17,11 @@ def warmup(step: int, warmup_steps: int) -> float:
 
 
 def progress(step: int, max_steps: int, begin: int) -> float:
-    """Return how far a step is between `begin` and the last step, in [0, 1]."""
-    return min(1.0, max(0.0, (step - begin) / max(1, max_steps - 1 - begin)))
+    """Return how far a step is between `begin` and the end of the run, in [0, 1).
+
+    The end comes after the last step, as in transformers' schedules: with a minimum of 0, too, every step trains.
+    """
+    return max(0.0, (step - begin) / max(1, max_steps - begin))
 
 
 def constant(step: int, max_steps: int, *, warmup_steps: Warmup = 0) -> float:
@@ -27,16 +30,16 @@ def constant(step: int, max_steps: int, *, warmup_steps: Warmup = 0) -> float:
 
 
 def linear(step: int, max_steps: int, *, warmup_steps: Warmup = 0, min_lr_ratio: Ratio = 0.0) -> float:
-    """Fall linearly from 1 at the end of the warm-up to min_lr_ratio at the last step."""
+    """Fall linearly from 1 at the end of the warm-up to min_lr_ratio after the last step."""
     decay = 1 - (1 - min_lr_ratio) * progress(step, max_steps, warmup_steps)
     return warmup(step, warmup_steps) if step < warmup_steps else decay
 
 
 def cosine(step: int, max_steps: int, *, warmup_steps: Warmup = 0, min_lr_ratio: Ratio = 0.1) -> float:
-    """Fall along half a cosine from 1 at the end of the warm-up to min_lr_ratio at the last step (arXiv:1608.03983).
+    """Fall along half a cosine from 1 at the end of the warm-up to min_lr_ratio after the last step (arXiv:1608.03983).
 
-    >>> [round(cosine(step, 11, warmup_steps=0, min_lr_ratio=0.1), 3) for step in (0, 5, 10)]
-    [1.0, 0.55, 0.1]
+    >>> [round(cosine(step, 10, warmup_steps=0, min_lr_ratio=0.1), 3) for step in (0, 5, 9)]
+    [1.0, 0.55, 0.122]
     """
     if step < warmup_steps:
         return warmup(step, warmup_steps)
