@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer as Rust
 
 from llmkit.errors import ModelError, UserError
+from llmkit.files import read_json
 from llmkit.tokenizer.foreign import find_tokenizer_file, prevent_special_token_injection, read_foreign_tokenizer
 
 EOS, CHAT_START, CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -281,11 +282,11 @@ def read_tokenizer_configs(path: Path) -> dict:
         file = path.with_name(name)
         if file.is_file():
             try:
-                config = json.loads(file.read_text(encoding="utf-8"))
+                config = read_json(file)
                 if not isinstance(config, dict):
                     raise ValueError("not an object")
                 configs |= config
-            except (ValueError, RecursionError) as error:
+            except (ValueError, OSError) as error:
                 raise ModelError(f"{name} can't be read: {error}", at=file) from None
     return configs
 
