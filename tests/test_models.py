@@ -6,12 +6,15 @@ import struct
 import pytest
 import torch
 import transformers
+import yaml
 from conftest import randomized
 from safetensors.torch import load_file, save_file
 
+from llmkit.config.load import load_config
 from llmkit.errors import MODEL, UserError
 from llmkit.models import build_model, folder, gpt2, llama
 from llmkit.models.attention import KVCache
+from llmkit.training.prepare import check
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 32}
 GPT2 = gpt2.Config(**SIZES, num_attention_heads=4)
@@ -300,6 +303,31 @@ BROKEN = {
     "key_twice": '{"model_type": "gpt2", "model_type": "llama"}', "nested": "[" * 100_000,
     "surrogate": '{"model_type": "llama", "name": "\\ud800"}', "long_number": f'{{"hidden_size": {"9" * 5000}}}',
 }  # fmt: skip
+
+
+HUGE = {  # options of a YAML model section, and what the only error is about
+    "width": ({"hidden_size": 10**9}, "hidden_size"),
+    "depth": ({"num_hidden_layers": 10**7}, "num_hidden_layers"),
+    "vocabulary": ({"vocab_size": 10**12}, "vocab_size"),
+    "heads": ({"num_attention_heads": 10**20}, "num_attention_heads"),
+    "positions": ({"max_position_embeddings": 10**18}, "max_position_embeddings"),
+    "derived": ({"hidden_size": 2**16, "num_attention_heads": 1}, "head_dim"),
+    "experts": ({"name": "mixtral", "num_local_experts": 10**9}, "num_local_experts"),
+    "decoder": ({"name": "t5", "num_decoder_layers": 10**9}, "num_decoder_layers"),
+    "no_eps": ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
+    "endless_rope": ({"rope_scaling": {"rope_type": "linear", "factor": float("inf")}}, "rope_scaling"),
+    "list_of_ropes": ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_scaling"),
+}
+
+
+@pytest.mark.parametrize(("options", "key"), HUGE.values(), ids=HUGE)
+def test_one_error_names_what_a_config_can_not_mean(options, key, tmp_path):
+    section = {"name": "llama"} | options
+    data = {"kind": "corpus", "dir": "data", "seq_len": 8}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"model": section, "data": data, "train": {"max_steps": 1}}))
+    with pytest.raises(UserError) as caught:
+        check(load_config(tmp_path / "a.yaml"))
+    assert caught.value.what.startswith(f"model.{key} ") and not caught.value.others
 
 
 @pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)

@@ -4,7 +4,7 @@ import math
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
@@ -146,7 +146,14 @@ def shape_problems(family: Family, config: Config) -> list[Problem]:
             below = 1 if "drop" in key else math.inf
             if not (0 <= value < below and (value or "_eps" not in key)):
                 found.append((key, f"is {value}, but must be {'in [0, 1)' if below == 1 else 'positive'}"))
-    return found or [*head_problems(config), *family.problems(config)]
+    given = [(key, reason) for key, reason in found if not is_derived(config, key)]
+    return given or found or [*head_problems(config), *family.problems(config)]
+
+
+def is_derived(config: Config, key: str) -> bool:
+    """Return whether an option has the value that its Config derives from others if it is left out."""
+    value, default = getattr(config, key), type(config).__dataclass_fields__[key].default
+    return default is None and getattr(replace(config, **{key: None}), key) == value
 
 
 def head_problems(config: Config) -> Iterator[Problem]:

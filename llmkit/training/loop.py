@@ -26,7 +26,7 @@ from llmkit.parallel.device import DTYPES, autocast, device_name, make_determini
 from llmkit.parallel.signals import Signals
 from llmkit.parallel.world import start_world
 from llmkit.peft import METHODS
-from llmkit.peft.adapter import load_adapter, save_adapter, saved_base_sha256
+from llmkit.peft.adapter import base_change, load_adapter, save_adapter, saved_base_sha256
 from llmkit.screen import format_duration
 from llmkit.storage import checkpoint
 from llmkit.storage.manifest import (
@@ -226,10 +226,9 @@ def make_model(run: PreparedRun, resumed: Path | None) -> nn.Module:
         return model
     model = load_model(run.base, device=device, dtype=DTYPES[run.precision])  # what is frozen needs no fp32
     if resumed:
-        if saved_base_sha256(resumed / "model") != run.base_sha256:
-            what = "init_from has other weights now than when this run began"
+        if change := base_change(saved_base_sha256(resumed / "model") or "", run.base_sha256):
             fix = "name the checkpoint that it began with, or start over with --fresh"
-            raise ModelError(what, at=config.init_from, fix=fix)
+            raise ModelError(f"{change} since this run began", at=config.init_from, fix=fix)
         load_adapter(model, resumed / "model")
         return model
     if run.new_tokens:
