@@ -1,6 +1,7 @@
 """The model families against transformers, published sizes, and what a causal, cached, packed model must obey."""
 
 import json
+import os
 import struct
 
 import pytest
@@ -352,6 +353,11 @@ def test_a_shard_outside_the_folder_is_refused(saved, name):
 def test_an_index_that_is_none_is_refused(saved, text):
     (saved / "model.safetensors.index.json").write_text(text)
     refused(saved, "index")
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(saved):
+    os.mkfifo(saved / "model.safetensors.index.json")
+    refused(saved, "index", "not a file")
 
 
 def sharded(saved) -> dict[str, str]:
