@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from llmkit.models import build_model, gpt2, llama
-from llmkit.training.optim import Muon, adamw, clip, muon, orthogonalize, set_lr
+from llmkit.errors import ENVIRONMENT, UserError
+from llmkit.models import build_model, gpt2, llama, mixtral, t5
+from llmkit.peft import lora
+from llmkit.training.cost import make_plan
+from llmkit.training.optim import Muon, adamw, clip, muon, muon_matrices, orthogonalize, set_lr
+from llmkit.training.resolve import check_memory
 from llmkit.training.schedules import constant, cosine, linear, wsd
 
 SMALL = {"vocab_size": 17, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -73,6 +77,33 @@ def test_muon_gets_exactly_the_matrices_of_the_blocks(family):
     assert rest == set(names.values()) - got
     assert isinstance(first, Muon)
     assert isinstance(second, torch.optim.AdamW)
+
+
+def test_muon_takes_experts_and_routers_but_no_tables():
+    sizes = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for config in (mixtral.Config(**sizes), t5.Config(**sizes)):
+        model = build_model(config)
+        named = dict(model.named_parameters())
+        taken = {id(p) for p in muon_matrices(model)}
+        rest = {name.split(".")[-2] for name, p in named.items() if id(p) not in taken and p.dim() >= 2}
+        tables = {"mixtral": {"embed_tokens", "lm_head"}, "t5": {"shared", "relative_attention_bias"}}
+        assert rest == tables[config.model_type]
+
+
+def test_muon_takes_none_of_loras_factors():
+    model = build_model(llama.Config(**SMALL))
+    lora.apply(model, lora.Options(r=2))
+    assert any(p.requires_grad for p in model.blocks.parameters()) and not muon_matrices(model)
+
+
+def test_a_model_beyond_the_memory_is_refused_before_it_is_built():
+    config = llama.Config(vocab_size=1000, hidden_size=2**15, num_attention_heads=64, num_hidden_layers=1000)
+    options = {"seq_len": 8, "micro_batch_size": 1, "precision": "fp32"}
+    check_memory(make_plan(llama.Config(**SMALL), **options), torch.device("cpu"))
+    for peft in (None, ("lora", {"r": 8})):
+        with pytest.raises(UserError, match="do not fit") as caught:
+            check_memory(make_plan(config, peft=peft, **options), torch.device("cpu"))
+        assert caught.value.code == ENVIRONMENT
 
 
 def test_muons_adamw_takes_its_own_lr_or_muons():
@@ -222,24 +253,24 @@ def test_constant_by_hand():
 
 
 def test_linear_by_hand():
-    assert_factors(linear, 101, {0: 1.0, 25: 0.75, 50: 0.5, 100: 0.0})
-    # the line begins at step 20, 80 steps from the last one
-    warm = {0: 0.05, 9: 0.5, 19: 1.0, 20: 1.0, 60: 0.6, 100: 0.2}
-    assert_factors(linear, 101, warm, warmup_steps=20, min_lr_ratio=0.2)
+    assert_factors(linear, 100, {0: 1.0, 25: 0.75, 50: 0.5, 99: 0.01})
+    # the line begins at step 20, 80 steps from the end
+    warm = {0: 0.05, 9: 0.5, 19: 1.0, 20: 1.0, 60: 0.6, 99: 0.21}
+    assert_factors(linear, 100, warm, warmup_steps=20, min_lr_ratio=0.2)
 
 
 def test_cosine_by_hand():
-    assert_factors(cosine, 101, {0: 1.0, 50: 0.55, 100: 0.1})
+    assert_factors(cosine, 100, {0: 1.0, 50: 0.55, 75: 0.1 + 0.45 * (1 - 0.5**0.5)})
     # thirds of the way: the cosine of 60 and 120 degrees is +-1/2, so three and one quarters of the height are left
-    warm = {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 40: 0.75, 55: 0.5, 70: 0.25, 100: 0.0}
-    assert_factors(cosine, 101, warm, warmup_steps=10, min_lr_ratio=0.0)
+    warm = {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 40: 0.75, 55: 0.5, 70: 0.25}
+    assert_factors(cosine, 100, warm, warmup_steps=10, min_lr_ratio=0.0)
 
 
 def test_wsd_by_hand():
-    # stable until step 61 (101 * 0.6 = 60.6, rounded), then 39 steps down to the last
-    expected = {0: 0.1, 9: 1.0, 10: 1.0, 50: 1.0, 61: 1.0, 74: 2 / 3, 87: 1 / 3, 100: 0.0}
-    assert_factors(wsd, 101, expected, warmup_steps=10)
-    assert_factors(wsd, 101, {0: 1.0, 20: 1.0, 60: 0.75, 100: 0.5}, decay_fraction=0.8, min_lr_ratio=0.5)
+    # stable until step 61 (102 * 0.6 = 61.2, rounded), then 41 steps down to the end
+    expected = {0: 0.1, 9: 1.0, 10: 1.0, 50: 1.0, 61: 1.0, 62: 40 / 41, 101: 1 / 41}
+    assert_factors(wsd, 102, expected, warmup_steps=10)
+    assert_factors(wsd, 100, {0: 1.0, 20: 1.0, 60: 0.75, 80: 0.625}, decay_fraction=0.8, min_lr_ratio=0.5)
 
 
 @pytest.mark.parametrize("schedule", [constant, linear, cosine, wsd])

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from llmkit.errors import MachineError
 from llmkit.parallel.device import choose_precision, make_deterministic
+from llmkit.parallel.world import start_world
 
 CPU = torch.device("cpu")
 
@@ -34,3 +36,11 @@ def test_deterministic_asks_cuda_and_leaves_a_cpu_alone(monkeypatch):
     assert not asked and not environment
     make_deterministic(torch.device("cuda"))
     assert asked == [True] and environment == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
+def test_each_rank_needs_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(MachineError, match="fewer GPUs than ranks"):
+        start_world.__wrapped__()

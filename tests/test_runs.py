@@ -17,6 +17,15 @@ from llmkit.errors import MODEL, USAGE, ModelError, UserError
 from llmkit.files import write_beside
 from llmkit.storage import checkpoint
 from llmkit.storage.locate import locate
+from llmkit.storage.manifest import (
+    MANIFEST,
+    add_dependent_run,
+    best_checkpoint,
+    list_checkpoints,
+    newest_intact_checkpoint,
+    read_checkpoint_manifest,
+    verify,
+)
 from llmkit.storage.report import summarize
 from llmkit.storage.run import METRICS, read_metrics, read_run_config
 from llmkit.training.loop import train
@@ -95,7 +104,7 @@ def test_a_run_resumes_from_its_own_config_and_never_rewrites_it(run, capsys):
     for options, overrides in (({}, ["log.every=1"]), ({"fresh": True}, ["train.max_steps=2"])):
         with pytest.raises(UserError, match="the run's own record"):
             train(load_config(own, [f"run_dir={run}", *overrides]), **options)
-        assert own.read_text() == text and len(checkpoint.list_checkpoints(run)) == 2
+        assert own.read_text() == text and len(list_checkpoints(run)) == 2
 
 
 def test_a_fresh_run_that_can_not_start_leaves_the_old_one(corpus, run, monkeypatch):
@@ -108,13 +117,13 @@ def test_a_fresh_run_that_can_not_start_leaves_the_old_one(corpus, run, monkeypa
 
 def test_fresh_keeps_a_checkpoint_that_another_run_needs(corpus, run, tmp_path):
     (tmp_path / "tuned").mkdir()
-    checkpoint.add_dependent_run(run / "checkpoints/step-000020/model", tmp_path / "tuned")
+    add_dependent_run(run / "checkpoints/step-000020/model", tmp_path / "tuned")
     with pytest.raises(UserError, match="other runs start from") as caught:
         train_in(tmp_path, corpus, fresh=True)
-    assert "step-000020 by" in caught.value.got and len(checkpoint.list_checkpoints(run)) == 2
+    assert "step-000020 by" in caught.value.got and len(list_checkpoints(run)) == 2
     (tmp_path / "tuned").rmdir()
     train_in(tmp_path, corpus, fresh=True, train={"max_steps": 2})
-    assert [path.name for path in checkpoint.list_checkpoints(run)] == ["step-000002"]
+    assert [path.name for path in list_checkpoints(run)] == ["step-000002"]
 
 
 def test_a_tokenizer_never_goes_into_a_folder_with_files(corpus, run):
@@ -159,14 +168,14 @@ def test_what_a_kill_left_behind_is_cleaned_by_the_next_save(corpus, run):
 
 def test_one_bit_in_a_manifest_is_noticed_or_means_nothing(run):
     folder = run / "checkpoints/step-000020"
-    path = folder / checkpoint.MANIFEST
-    content, good = path.read_bytes(), checkpoint.read_manifest(folder)
+    path = folder / MANIFEST
+    content, good = path.read_bytes(), read_checkpoint_manifest(folder)
     noticed = 0
     for place in range(len(content)):
         for bit in range(8):
             path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
             try:
-                assert checkpoint.read_manifest(folder) == good
+                assert read_checkpoint_manifest(folder) == good
             except ModelError as error:
                 noticed += 1
                 assert error.at == path
@@ -175,23 +184,23 @@ def test_one_bit_in_a_manifest_is_noticed_or_means_nothing(run):
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", "3", "{", '{"files": 3}', '{"files": [{"file": 1}]}', "\xff"])
 def test_a_manifest_of_any_shape_is_a_damaged_checkpoint_and_the_one_before_is_used(corpus, run, capsys, text):
-    path = run / "checkpoints/step-000020" / checkpoint.MANIFEST
+    path = run / "checkpoints/step-000020" / MANIFEST
     path.write_bytes(text.encode("latin-1"))
-    assert checkpoint.newest_intact_checkpoint(run).name == "step-000010"
-    assert checkpoint.best_checkpoint(run).name == "step-000010"
+    assert newest_intact_checkpoint(run).name == "step-000010"
+    assert best_checkpoint(run).name == "step-000010"
     assert capsys.readouterr().err.count(str(path)) == 2
     with pytest.raises(ModelError, match="manifest"):
         locate(path.parent)
     train_in(run.parent, corpus)
-    checkpoint.verify(path.parent)
+    verify(path.parent)
 
 
 def test_manifests_without_a_checksum_are_still_read(run):
-    path = run / "checkpoints/step-000020" / checkpoint.MANIFEST
+    path = run / "checkpoints/step-000020" / MANIFEST
     manifest = json.loads(path.read_text())
     del manifest["sha256"]
     path.write_text(json.dumps(manifest))
-    assert checkpoint.newest_intact_checkpoint(run) == path.parent
+    assert newest_intact_checkpoint(run) == path.parent
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"3", b"data: 3", b"train: []", b"run_dir: [", b"{}: 1"])
@@ -266,7 +275,7 @@ def test_a_lora_run_keeps_its_base_while_the_base_run_goes_on(corpus, tmp_path):
     train(load_config(tmp_path / "tune.yaml"), say=lambda line: None)
     began = read_run_config(tmp_path / "tuned")["init_from"]
     train_in(tmp_path / "base", corpus, ["train.max_steps=40", "checkpoint.keep=1"], **options)
-    best = checkpoint.best_checkpoint(tmp_path / "base/run")
+    best = best_checkpoint(tmp_path / "base/run")
     assert Path(began) != best and Path(began).is_dir()
     train(load_config(tmp_path / "tune.yaml", ["train.max_steps=6"]), say=lambda line: None)
     assert read_run_config(tmp_path / "tuned")["init_from"] == began
@@ -343,11 +352,11 @@ def test_sigterm_at_an_evaluation_saves_first_and_is_no_success(corpus, tmp_path
     with pytest.raises(UserError, match="interrupted at step 4; a checkpoint is saved") as caught:
         train_in(tmp_path, corpus, **options)
     assert caught.value.code == 143
-    last = checkpoint.list_checkpoints(tmp_path / "run")[-1]
-    assert last.name == "step-000004" and checkpoint.read_manifest(last)["val_loss"] is None
+    last = list_checkpoints(tmp_path / "run")[-1]
+    assert last.name == "step-000004" and read_checkpoint_manifest(last)["val_loss"] is None
     if max_steps == 4:
         train_in(tmp_path, corpus, **options)
-        assert checkpoint.read_manifest(last)["val_loss"] == metrics(tmp_path / "run")[-1]["val_loss"]
+        assert read_checkpoint_manifest(last)["val_loss"] == metrics(tmp_path / "run")[-1]["val_loss"]
 
 
 def test_a_val_loss_that_is_not_finite_is_never_the_best(corpus, tmp_path, monkeypatch):
@@ -361,8 +370,8 @@ def test_a_val_loss_that_is_not_finite_is_never_the_best(corpus, tmp_path, monke
 
     monkeypatch.setattr(lm, "perplexity", sometimes_nan)
     train_in(tmp_path, corpus)
-    assert checkpoint.read_manifest(tmp_path / "run/checkpoints/step-000020")["val_loss"] is None
-    assert checkpoint.best_checkpoint(tmp_path / "run").name == "step-000010"
+    assert read_checkpoint_manifest(tmp_path / "run/checkpoints/step-000020")["val_loss"] is None
+    assert best_checkpoint(tmp_path / "run").name == "step-000010"
     assert summarize(tmp_path / "run")["best_step"] == 10
 
 

@@ -23,6 +23,7 @@ from llmkit.models.folder import read_config
 from llmkit.parallel.world import start_world
 from llmkit.storage import checkpoint
 from llmkit.storage.locate import load_located, locate
+from llmkit.storage.manifest import list_checkpoints, newest_intact_checkpoint, verify
 from llmkit.storage.run import open_run
 from llmkit.tokenizer.chat_template import encode_chat
 from llmkit.tokenizer.tokenizer import load_tokenizer
@@ -246,8 +247,8 @@ def test_sigterm_saves_and_says_so(corpus, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 143 and "a checkpoint is saved" in errors and "Traceback" not in errors
-    last = checkpoint.list_checkpoints(tmp_path / "r")[-1]
-    checkpoint.verify(last)
+    last = list_checkpoints(tmp_path / "r")[-1]
+    verify(last)
     assert metrics(tmp_path / "r")[-1]["step"] == int(last.name.removeprefix("step-"))
 
 
@@ -264,7 +265,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(corpus, tmp_path, capsys,
     else:
         content[len(content) // 2] ^= 1
         victim.write_bytes(content if damage == "bit" else content[:-1])
-    assert checkpoint.newest_intact_checkpoint(tmp_path / "run").name == "step-000010"
+    assert newest_intact_checkpoint(tmp_path / "run").name == "step-000010"
     warning = capsys.readouterr().err
     assert "warning" in warning and str(victim) in warning
     for name in ("", "/model") if file.startswith("model") else ():  # the trainer's files are not needed to evaluate
@@ -304,7 +305,7 @@ def test_divergence_exits_6_after_max_bad_steps_and_the_weights_stay_finite(corp
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     errors = llmkit("pretrain", "c.yaml", "-o", "run_dir=r", cwd=tmp_path, code=6).stderr
     assert "not finite in 3 steps in a row" in errors and "lr 1e+30" in errors
-    saved = checkpoint.list_checkpoints(tmp_path / "r")
+    saved = list_checkpoints(tmp_path / "r")
     assert saved
     for folder in saved:
         assert all(torch.isfinite(t).all() for t in load_file(folder / "model" / "model.safetensors").values())
@@ -321,10 +322,10 @@ def test_a_full_disk_leaves_older_checkpoints_and_goes_on(corpus, tmp_path, monk
     with pytest.raises(UserError) as caught:
         run(corpus, tmp_path, train=steps(20))
     assert caught.value.code == 5 and "MiB free" in caught.value.got
-    assert [folder.name for folder in checkpoint.list_checkpoints(where)] == ["step-000010"]
+    assert [folder.name for folder in list_checkpoints(where)] == ["step-000010"]
     monkeypatch.setattr(checkpoint, "save_file", real)
     run(corpus, tmp_path, train=steps(20))
-    assert checkpoint.newest_intact_checkpoint(where).name == "step-000020"
+    assert newest_intact_checkpoint(where).name == "step-000020"
 
 
 # ---- options that something must observe ----------------------------------------------------------------------------
@@ -339,7 +340,7 @@ def test_early_stopping_and_the_best_checkpoint_is_kept(corpus, tmp_path):
     assert "stopped early" in summary["ended"] and summary["steps"] < 400
     evaluated = {r["step"]: r["val_loss"] for r in metrics(where) if "val_loss" in r and r["step"]}
     best = min(evaluated, key=evaluated.get)
-    assert {f.name for f in checkpoint.list_checkpoints(where)} == {f"step-{best:06d}", f"step-{summary['steps']:06d}"}
+    assert {f.name for f in list_checkpoints(where)} == {f"step-{best:06d}", f"step-{summary['steps']:06d}"}
     assert len([step for step in evaluated if step > best]) == 3
     assert locate(where).folder.parent.name == f"step-{best:06d}"
 

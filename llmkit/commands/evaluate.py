@@ -34,7 +34,7 @@ def find_default_run(say) -> Path:
     """Return the run of ./llmkit.yaml, or else the newest run, to evaluate when no model is named."""
     from llmkit.config.load import load_config
     from llmkit.errors import UserError
-    from llmkit.storage.checkpoint import list_checkpoints
+    from llmkit.storage.manifest import list_checkpoints
     from llmkit.storage.report import list_runs
     from llmkit.training.presets import LOCAL
 

@@ -1,5 +1,6 @@
 """Define the commands `pretrain`, `finetune` and `plan`."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,11 +55,16 @@ def run_training(config: Any, *, dry_run: bool, fresh: bool, nproc: int, as_json
     """Train in this process or in `nproc` processes, and print the summary."""
     options = {"as_json": as_json, "fresh": fresh, "dry_run": dry_run}
     if nproc > 1:
-        from llmkit.parallel.world import launch
+        from llmkit.parallel.launch import launch
 
+        if nproc > (rows := config.train.global_batch_size):
+            what, got = "is less than one row for each process", f"{rows} rows, --nproc {nproc}"
+            raise config.error("train.global_batch_size", what, got=got, fix=f"pass --nproc {rows} at most")
         summary = launch(train_rank, nproc, config, **options)
     else:
         summary = train_rank(config, **options)
+    if os.environ.get("RANK", "0") != "0":  # started by torchrun: rank 0 prints
+        return
     if as_json:
         show(summary, as_json)
     elif not dry_run:
@@ -68,7 +74,7 @@ def run_training(config: Any, *, dry_run: bool, fresh: bool, nproc: int, as_json
 
 
 def train_rank(config: Any, *, as_json: bool, **options: Any) -> dict[str, Any]:
-    """Train in one process of `--nproc`, and return the summary."""
+    """Train in one process, and return the summary."""
     from llmkit.training.loop import train
 
     return train(config, say=progress_printer(as_json), **options)

@@ -19,7 +19,7 @@ from llmkit.config.load import load_config
 from llmkit.errors import MachineError, ModelError, UserError
 from llmkit.files import delete, lock, write_atomically
 from llmkit.screen import hide_secrets
-from llmkit.storage.checkpoint import dependent_runs, list_checkpoints
+from llmkit.storage.manifest import dependent_runs, list_checkpoints
 
 CONFIG, ABOUT, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 OUTPUTS = ("checkpoints", "tensorboard", METRICS, "loss.png", "report.md")  # --fresh deletes them

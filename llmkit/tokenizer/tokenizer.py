@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer as Rust
 
 from llmkit.errors import ModelError, UserError
+from llmkit.files import read_json
 from llmkit.screen import replace_surrogates
 from llmkit.tokenizer.foreign import find_tokenizer_file, prevent_special_token_injection, read_foreign_tokenizer
 from llmkit.tokenizer.guard import library_errors
@@ -288,11 +289,11 @@ def read_tokenizer_configs(path: Path) -> dict:
         file = path.with_name(name)
         if file.is_file():
             try:
-                config = json.loads(file.read_text(encoding="utf-8"))
+                config = read_json(file)
                 if not isinstance(config, dict):
                     raise ValueError("not an object")
                 configs |= config
-            except (ValueError, RecursionError) as error:
+            except (ValueError, OSError) as error:
                 raise ModelError(f"{name} can't be read: {error}", at=file) from None
     return configs
 

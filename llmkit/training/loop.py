@@ -23,18 +23,25 @@ from llmkit.models.folder import load_model, save_model
 from llmkit.models.resize import resize_embeddings
 from llmkit.parallel.compile import apply_checkpointing, compile_blocks
 from llmkit.parallel.device import DTYPES, autocast, device_name, make_deterministic, matmul_rate, peak_flops, to_device
+from llmkit.parallel.signals import Signals
 from llmkit.parallel.world import start_world
 from llmkit.peft import METHODS
-from llmkit.peft.adapter import load_adapter, save_adapter, saved_base_sha256
+from llmkit.peft.adapter import base_change, load_adapter, save_adapter, saved_base_sha256
 from llmkit.screen import format_duration
 from llmkit.storage import checkpoint
+from llmkit.storage.manifest import (
+    add_dependent_run,
+    best_checkpoint,
+    newest_intact_checkpoint,
+    read_checkpoint_manifest,
+    step_of,
+)
 from llmkit.storage.report import plot_runs, write_report
 from llmkit.storage.run import RunDirectory, check_can_open, open_run, without_secrets
 from llmkit.training.log import Interval, MetricsLogger
 from llmkit.training.optim import OPTIMIZERS, clip, set_lr
 from llmkit.training.plan import plan_config, plan_rows
 from llmkit.training.prepare import PreparedRun, describe, next_commands, prepare
-from llmkit.training.signals import Signals
 from llmkit.training.warmup import choose_compile, time_micro_batch
 
 FIRST_SCALE, SCALE_GROWTH = 2.0**16, 2000  # fp16 loss scale: its start; good steps before it doubles (apex, torch)
@@ -71,7 +78,7 @@ def train(
 
     fresh    delete what an earlier run left in the run directory
     dry_run  check everything, print the header, and stop
-    Returns the summary. Raises UserError for bad input, divergence, and for an interruption after a checkpoint.
+    Returns the summary on rank 0. Raises UserError for bad input, divergence, and an interruption after a checkpoint.
     """
     world = start_world()
     say = say if world.main else (lambda line: None)
@@ -96,7 +103,7 @@ def train(
     info |= {"torch": torch.__version__, "data_fingerprint": run.data.fingerprint}
     directory = world.on_main(lambda: open_run(folder, resolved, config_file, fresh=fresh, info=info))
     try:
-        resumed = None if fresh else checkpoint.newest_intact_checkpoint(folder)
+        resumed = None if fresh else newest_intact_checkpoint(folder)
         return take_steps(run, directory, resumed, header, say)
     finally:
         if directory:
@@ -115,7 +122,7 @@ def take_steps(
     model = make_model(run, resumed)
     recomputed = apply_checkpointing(model, config.train.gradient_checkpointing)
     batches = run.batches("train", config.train.global_batch_size)
-    compiled, reason = choose_compile(run, model, batches, checkpoint.step_of(resumed) if resumed else 0)
+    compiled, reason = choose_compile(run, model, batches, step_of(resumed) if resumed else 0)
     run.config = config = config.model_copy(update={"train": config.train.model_copy(update={"compile": compiled})})
     if compiled:
         compile_blocks(model, device, run.precision)
@@ -129,12 +136,12 @@ def take_steps(
         restore(resumed, run, model, optimizers, progress)
         say(f"{'resumed':>10}  {resumed}")
     if directory:
-        directory.config = config.model_dump()
+        directory.config["train"]["compile"] = compiled
         for change in directory.changes if resumed else []:
             say(f"{'changed':>10}  {change}")
         directory.begin(progress.step if resumed else None)
         if config.init_from:
-            checkpoint.add_dependent_run(run.base, directory.folder)
+            add_dependent_run(run.base, directory.folder)
     peak, source = peak_flops(device, run.precision)
     rate = matmul_rate(device, DTYPES[run.precision])
     say(f"{'peak':>10}  {peak / 1e12:.3g} TFLOP/s ({source}); matrix products reach {rate / 1e12:.3g}")
@@ -151,7 +158,7 @@ def take_steps(
     try:
         stop = early_stop(run, progress)
         # The first step is preceded by an evaluation. A signal may have left no time for the one at the last step.
-        unmeasured = resumed and checkpoint.read_manifest(resumed)["val_loss"] is None
+        unmeasured = resumed and read_checkpoint_manifest(resumed)["val_loss"] is None
         if config.eval.every and (progress.step == 0 or (progress.step == run.max_steps and unmeasured)):
             evaluate(run, model, progress, logger)
             if progress.step:
@@ -203,7 +210,7 @@ def take_steps(
         what = f"interrupted at step {progress.step}; a checkpoint is saved"
         fix = "run the same command again to continue"
         raise UserError(what, fix=fix, code=INTERRUPTED[signals.signal or signal.SIGTERM])
-    return finish(run, directory, header, progress, logger, stop) if directory else {}
+    return world.on_main(lambda: finish(run, directory, header, progress, logger, stop))
 
 
 def make_model(run: PreparedRun, resumed: Path | None) -> nn.Module:
@@ -219,10 +226,9 @@ def make_model(run: PreparedRun, resumed: Path | None) -> nn.Module:
         return model
     model = load_model(run.base, device=device, dtype=DTYPES[run.precision])  # what is frozen needs no fp32
     if resumed:
-        if saved_base_sha256(resumed / "model") != run.base_sha256:
-            what = "init_from has other weights now than when this run began"
+        if change := base_change(saved_base_sha256(resumed / "model") or "", run.base_sha256):
             fix = "name the checkpoint that it began with, or start over with --fresh"
-            raise ModelError(what, at=config.init_from, fix=fix)
+            raise ModelError(f"{change} since this run began", at=config.init_from, fix=fix)
         load_adapter(model, resumed / "model")
         return model
     if run.new_tokens:
@@ -235,7 +241,7 @@ def make_model(run: PreparedRun, resumed: Path | None) -> nn.Module:
 def restore(folder: Path, run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: Progress) -> None:
     """Restore counters and optimizer state from a checkpoint; the weights are in the model already."""
     tensors, numbers = checkpoint.load_trainer(folder)
-    if checkpoint.read_manifest(folder)["data_fingerprint"] != run.data.fingerprint:
+    if read_checkpoint_manifest(folder)["data_fingerprint"] != run.data.fingerprint:
         what, fix = "the data has changed since this run's checkpoint was written", "choose another run_dir"
         raise ModelError(what, at=folder, fix=f"{fix}, or start over with --fresh")
     if numbers["step"] > run.max_steps:
@@ -342,8 +348,6 @@ def save(run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: P
     val_loss = logger.pending.get("val_loss", math.nan)
     # Flush before saving: a resumed run does not log the steps before its checkpoint again.
     logger.flush(progress.step)
-    if logger.directory is None:
-        return
     tokenizer, config = run.data.tokenizer, run.config
 
     def write_model(folder: Path) -> None:
@@ -355,7 +359,7 @@ def save(run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: P
             save_model(model, folder, eos_token_ids=tokenizer.stop_ids, bos_token_id=tokenizer.bos_id)
         tokenizer.save(folder)
 
-    with logger.pause():
+    def write() -> None:
         tensors = {f"progress/{key}": value.detach().cpu() for key, value in progress.tensors.items()}
         tensors |= checkpoint.optimizer_tensors(model, optimizers)
         about = {
@@ -370,6 +374,9 @@ def save(run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: P
         options = {"about": about, "keep": config.checkpoint.keep}
         checkpoint.save(logger.directory.folder, progress.step, write_model, tensors, numbers, **options)
 
+    with logger.pause():
+        run.world.on_main(write)  # the others wait: the run ends on an error, and no rank ends before it is written
+
 
 def finish(
     run: PreparedRun,
@@ -382,8 +389,8 @@ def finish(
     """Plot a finished run, write its report, and return the summary."""
     folder, records = directory.folder, directory.metrics()
     plot_runs([folder], folder / "loss.png")
-    kept = checkpoint.best_checkpoint(folder)  # of all evaluations the best one that has a checkpoint
-    best = next((r for r in records if kept and "val_loss" in r and r["step"] == checkpoint.step_of(kept)), {})
+    kept = best_checkpoint(folder)  # of all evaluations the best one that has a checkpoint
+    best = next((r for r in records if kept and "val_loss" in r and r["step"] == step_of(kept)), {})
     speeds = sorted(r["tokens_per_second"] for r in records if "tokens_per_second" in r)
     memory = max((r["memory_gb"] for r in records if "memory_gb" in r), default=0.0)
     summary = {"steps": progress.step, "tokens": progress.step * run.tokens_per_step}

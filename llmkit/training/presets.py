@@ -10,8 +10,8 @@ from llmkit.config.schema import Config
 from llmkit.config.yaml import read_yaml
 from llmkit.errors import ModelError, UserError, did_you_mean
 from llmkit.models.folder import read_config
-from llmkit.storage.checkpoint import list_checkpoints
 from llmkit.storage.locate import locate
+from llmkit.storage.manifest import list_checkpoints
 from llmkit.storage.report import list_runs
 from llmkit.storage.run import read_run_config
 

@@ -21,7 +21,7 @@ def progress(step: int, max_steps: int, begin: int) -> float:
 
     The end comes after the last step, as in transformers' schedules: with a minimum of 0, too, every step trains.
     """
-    return max(0.0, (step - begin) / max(1, max_steps - begin))
+    return min(1.0, max(0.0, (step - begin) / max(1, max_steps - begin)))
 
 
 def constant(step: int, max_steps: int, *, warmup_steps: Warmup = 0) -> float:

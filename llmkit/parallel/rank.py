@@ -1,0 +1,42 @@
+"""Run one rank that `launch` started: python -m llmkit.parallel.rank DESCRIPTOR."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from multiprocessing.connection import Connection
+
+from llmkit.parallel.report import pack
+
+
+def main() -> None:
+    """Receive a function and its arguments from the launcher, call it, and send back its result or its error."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback: the launcher says what happened
+    descriptor = int(sys.argv[1])
+    os.set_inheritable(descriptor, False)
+    connection = Connection(descriptor)
+    function, args, options = connection.recv()
+    threading.Thread(target=end_with_launcher, args=(connection,), daemon=True).start()
+    try:
+        report = json.dumps({"result": function(*args, **options)})
+    except Exception as error:
+        report = json.dumps({"error": pack(error)})
+    connection.send_bytes(report.encode())
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(0)  # a regular exit waits for the connections to other ranks, which may be dead
+
+
+def end_with_launcher(connection: Connection) -> None:
+    """Kill this process when the launcher ends, even by SIGKILL: its end of the connection closes then."""
+    try:
+        connection.recv_bytes()  # nothing is ever sent
+    except (EOFError, OSError):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(EOFError, ConnectionError):  # the launcher has ended
+        main()

@@ -1,0 +1,231 @@
+"""Test how ranks end: with the error of one of them, by a signal, by a death, and with their launcher."""
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import llmkit, metrics, tiny_config
+
+from llmkit.errors import DATA, ENVIRONMENT, DataError, UserError
+from llmkit.parallel import world as world_module
+from llmkit.parallel.launch import launch
+from llmkit.parallel.report import LostRankError, pack, unpack
+from llmkit.parallel.world import start_world
+from llmkit.storage.manifest import newest_intact_checkpoint, step_of
+
+NO_SPACE = "No space left on device"
+
+
+def is_alive(pid: int) -> bool:
+    psutil = pytest.importorskip("psutil")
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def wait_for(test, seconds: float = 60) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if test():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+# ---- what ranks run: a spawned process imports it from here ---------------------------------------------------------
+
+
+def meet(folder: Path) -> dict:
+    """Write this process's id, and sum over the ranks until something happens."""
+    world = start_world()
+    (folder / str(world.rank)).write_text(str(os.getpid()))
+    while True:
+        world.sum(1.0)
+
+
+def fail(folder: Path, rank: int, how: object) -> dict:
+    """Fail on one rank, in mid-run, while the other waits for it."""
+    if how == signal.SIGSTOP:
+        world_module.PATIENCE = timedelta(seconds=8)
+    world = start_world()
+    (folder / str(world.rank)).write_text(str(os.getpid()))
+    world.sum(1.0)
+    if world.rank == rank:
+        if isinstance(how, signal.Signals):
+            os.kill(os.getpid(), how)
+        if isinstance(how, int):
+            os._exit(how)
+        raise how
+    return meet(folder)
+
+
+def fail_on_main(errors: list[Exception]) -> dict:
+    """Raise errors on rank 0, one after the other, and return how many ranks got each of them."""
+
+    def fail_there() -> None:
+        raise error
+
+    world, counts = start_world(), {}
+    for error in errors:
+        try:
+            world.on_main(fail_there)
+        except Exception as got:
+            counts[str(got)] = world.sum(type(got) is type(error) and str(got) == str(error))
+    return counts
+
+
+def describe() -> dict:
+    """Print a line, and return where this rank listens."""
+    import psutil
+
+    world = start_world()
+    print("the same line", file=sys.stderr)
+    print(f"{world.rank} of {world.size}", file=sys.stderr)
+    sockets = psutil.Process().net_connections("inet")
+    return {
+        "main": world.on_main(lambda: "from rank 0"),
+        "listening": sorted({s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}),
+    }
+
+
+# ---- the launcher ---------------------------------------------------------------------------------------------------
+
+
+def test_ranks_listen_on_loopback_only_and_what_they_print_is_labelled(capfd):
+    pytest.importorskip("psutil")
+    assert launch(describe, 3) == {"main": "from rank 0", "listening": ["127.0.0.1"]}
+    lines = capfd.readouterr().err.splitlines()
+    assert {"the same line", "0 of 3", "rank 1: 1 of 3", "rank 2: 2 of 3"} <= set(lines)
+    assert sum("the same line" in line for line in lines) == 2 and len(lines) == 5  # rank 0's, and once of the others
+
+
+USER = DataError("bad records", at="x.jsonl:7", got=3, fix="mend it", others=[DataError("more")])
+
+
+@pytest.mark.parametrize(
+    ("rank", "how", "words"),
+    [
+        (1, USER, str(USER)),
+        (0, OSError(errno.ENOSPC, NO_SPACE, "/x"), f"[Errno {errno.ENOSPC}] {NO_SPACE}: '/x'"),
+        (1, KeyError("a bug"), "KeyError: 'a bug'"),
+        (0, 3, "died (exit code 3)"),
+        (1, signal.SIGSEGV, "died (SIGSEGV)"),
+        (0, signal.SIGKILL, "was killed (SIGKILL)"),
+        (1, signal.SIGSTOP, "does not answer"),
+    ],
+    ids=["user", "disk", "bug", "exit", "segfault", "kill", "stop"],
+)
+def test_a_failure_on_one_rank_ends_all_with_its_cause(tmp_path, capfd, rank, how, words):
+    with pytest.raises(Exception) as caught:
+        launch(fail, 2, tmp_path, rank, how)
+    pids = [int((tmp_path / name).read_text()) for name in "01"]
+    error, is_death = caught.value, isinstance(how, int)
+    assert words in str(error) and not any(map(is_alive, pids))
+    if is_death:
+        assert str(error).startswith(f"error: rank {rank} (process {pids[rank]}) ") and error.code == ENVIRONMENT
+    elif isinstance(how, UserError):
+        assert type(error) is DataError and error.code == DATA and str(error) == words
+    elif isinstance(how, OSError):
+        assert (error.errno, error.filename) == (errno.ENOSPC, "/x")
+    else:
+        assert "raise how" in error.__notes__[0]  # --debug shows the traceback of the rank
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_no_rank_outlives_a_killed_launcher(tmp_path, stopped):
+    code = "import sys, test_ranks as t; t.launch(t.meet, 2, t.Path(sys.argv[1]))"
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parent)
+    names = [tmp_path / "0", tmp_path / "1"]
+    try:
+        assert wait_for(lambda: all(name.exists() and name.read_text() for name in names))
+        pids = [int(name.read_text()) for name in names]
+        if stopped:
+            os.kill(pids[1], signal.SIGSTOP)
+    finally:
+        process.kill()
+        process.wait()
+    assert wait_for(lambda: not any(map(is_alive, pids)), 3)
+
+
+@pytest.mark.parametrize(
+    "error", [USER, OSError(errno.ENOSPC, NO_SPACE, "/x"), LostRankError("another rank ended", got="x")]
+)
+def test_an_error_travels_unchanged(error):
+    assert (type(unpack(pack(error))), str(unpack(pack(error)))) == (type(error), str(error))
+
+
+def test_memory_that_runs_out_is_no_bug():
+    assert unpack(pack(MemoryError())).code == ENVIRONMENT
+
+
+def test_an_error_of_rank_0_is_raised_on_every_rank():
+    errors = [USER, PermissionError(errno.EACCES, "Permission denied", "/x")]
+    assert launch(fail_on_main, 2, errors) == {str(error): 2.0 for error in errors}
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def write_config(corpus: Path, folder: Path, steps: int) -> None:
+    config = tiny_config(corpus, train={"max_steps": steps}, checkpoint={"every": 10}, eval={"every": 1000})
+    (folder / "c.yaml").write_text(yaml.safe_dump(config))
+
+
+@pytest.mark.parametrize(("number", "group", "code"), [(signal.SIGTERM, False, 143), (signal.SIGINT, True, 130)])
+def test_a_signal_saves_and_ends_all_ranks_at_once(corpus, tmp_path, number, group, code):
+    psutil = pytest.importorskip("psutil")
+    write_config(corpus, tmp_path, 100_000)
+    command = [sys.executable, "-m", "llmkit", "pretrain", "c.yaml", "-o", "run_dir=r", "--nproc", "2"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    hears = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes, **hears)
+    try:
+        assert wait_for(lambda: (tmp_path / "r/checkpoints/step-000020").exists())
+        ranks = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        (os.killpg if group else os.kill)(process.pid, number)
+        start = time.monotonic()
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert time.monotonic() - start < 5 and process.returncode == code
+    assert len(ranks) == 2 and not any(map(is_alive, ranks))
+    step = step_of(newest_intact_checkpoint(tmp_path / "r"))
+    assert errors.splitlines() == [
+        f"error: interrupted at step {step}; a checkpoint is saved",
+        "  fix: run the same command again to continue",
+    ]
+    assert metrics(tmp_path / "r")[-1]["step"] == step
+
+
+def test_a_save_that_fails_on_rank_0_is_one_error(corpus, tmp_path):
+    write_config(corpus, tmp_path, 10)
+    command = [sys.executable, "-m", "llmkit", "pretrain", "c.yaml", "-o", "run_dir=r", "--nproc", "2"]
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, **limit)
+    assert done.returncode == ENVIRONMENT and "File too large" in done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("error: the checkpoint can't be written") and len(lines) == 2
+
+
+def test_more_ranks_than_rows_are_refused_before_they_start(corpus, tmp_path):
+    write_config(corpus, tmp_path, 10)
+    assert "8 rows, --nproc 100000" in llmkit("pretrain", "c.yaml", "--nproc", 100_000, cwd=tmp_path, code=2).stderr
+
+
+@pytest.mark.slow
+def test_torchrun_starts_ranks_too(corpus, tmp_path):
+    write_config(corpus, tmp_path, 10)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "llmkit", "pretrain", "c.yaml", "-o", "run_dir=r"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("best val loss") == 1
+    llmkit("pretrain", "c.yaml", "-o", "run_dir=two", "--nproc", 2, cwd=tmp_path)
+    assert metrics(tmp_path / "r") == metrics(tmp_path / "two")
