@@ -41,7 +41,8 @@ def generate(
     from llmkit.inference.writer import open_writer
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    writer = open_writer(model, precision=precision, compile=compile, expected_tokens=max_new_tokens, say=to_stderr)
+    options = {"expected_tokens": max_new_tokens, "prompts": len(prompts), "say": to_stderr}
+    writer = open_writer(model, precision=precision, compile=compile, **options)
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
     encode = (lambda text: writer.encode_chat([{"role": "user", "content": text}])) if chat else writer.encode
     options = {"sampling": sampling, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed, "chat": chat}
