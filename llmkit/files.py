@@ -4,15 +4,56 @@ import contextlib
 import fcntl
 import glob
 import hashlib
+import json
+import math
 import os
 import shutil
 import socket
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from llmkit.errors import LOCKED, MachineError, UserError
+
+MAX_JSON_BYTES = 2**25  # of one file: the largest published vocabularies and weight indexes have 10 MB
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Return the value in a JSON file. What Python's json accepts beyond the standard is refused.
+
+    Raises ValueError with the reason for a file over max_bytes, bytes that are not UTF-8, bad syntax, deep nesting, a
+    key that an object has twice, NaN and infinite numbers, and lone surrogates. Raises OSError if it can't be read.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a file")
+    if (size := path.stat().st_size) > max_bytes:
+        raise ValueError(f"it has {size} bytes, over {max_bytes}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        value = json.loads(text, object_pairs_hook=unique_keys, parse_float=finite, parse_constant=finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if "\\u" in text:  # only an escape can spell a lone surrogate
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a dict; raise ValueError if a key is there twice."""
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"the key {name!r} is there twice")
+        result[name] = value
+    return result
+
+
+def finite(text: str) -> float:
+    """Return the number that a text spells; raise ValueError for NaN and infinite numbers, such as 1e999."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return number
 
 
 def file_sha256(path: Path) -> str:

@@ -1,16 +1,60 @@
 """Format numbers, times, tables and text for a terminal."""
 
 import re
-from typing import Any
+from typing import Any, TextIO
+
+CONTROLS = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)"  # all but tabs and line ends
+REORDERING = r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"  # Unicode's controls for the direction of text
+LONE_SURROGATES = r"[\ud800-\udfff]"
+NAMES = r"(?:password|secret|api_?key|(?:hf|access|auth|api)_?token|\btoken(?==))"  # but not eos_token
+SECRETS = [  # what is a secret, and what is shown for it
+    (r"://[^/?#\s\"']*@", "://***@"),  # the user and the password in a URL
+    (r"(?i)([?&][\w-]*(?:token|key|secret|password|signature|sig|auth)=)[^&#\s\"']+", r"\1***"),
+    (r"(?i)(\bauthorization[\"']?\s*[=:]\s*[\"']?)(?:(?:bearer|basic|token)\s+)?[^\s\"',]+", r"\1***"),
+    (r"(?i)(\bbearer\s+)[\w.~+/=-]{8,}", r"\1***"),
+    (rf"(?i)({NAMES}[\"']?\s*[=:]\s*[\"']?)[^\s&\"',}}]+", r"\1***"),
+    (r"\b(?:hf_|sk-)[A-Za-z0-9_-]{20,}", "***"),
+]
 
 
 def printable(text: str) -> str:
-    """Replace control characters, which a terminal would interpret. Keep tabs and newlines.
+    """Replace characters that a terminal obeys: controls, but for tabs and newlines, and marks that reorder text.
 
-    >>> printable("a\\x1b[31mb\\n")
-    'a\ufffd[31mb\\n'
+    >>> printable("a\\x1b[31mb\\n"), printable("abc\\u202ecba")
+    ('a\ufffd[31mb\\n', 'abc\ufffdcba')
     """
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", text)
+    return re.sub(f"{CONTROLS}|{REORDERING}|{LONE_SURROGATES}", "\ufffd", text)
+
+
+def for_stream(text: str, stream: TextIO) -> str:
+    """Return a text from a file or a model as it may be printed: `printable` on a terminal, unchanged elsewhere."""
+    return printable(text) if stream.isatty() else text
+
+
+def replace_surrogates(text: str) -> str:
+    """Replace lone surrogates, which UTF-8 can't encode, by U+FFFD. Join pairs of them.
+
+    >>> replace_surrogates("a\\ud800b")
+    'a\ufffdb'
+    """
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def hide_secrets(text: str) -> str:
+    """Replace passwords in URLs, access tokens, and values that are named like a secret, by ***.
+
+    >>> hide_secrets("-o data.path=https://me:hunter2@host/x?sig=1 hf_token=abc")
+    '-o data.path=https://***@host/x?sig=*** hf_token=***'
+    >>> hide_secrets("Authorization: Bearer abc.def, and hf_" + "a" * 34)
+    'Authorization: ***, and ***'
+    """
+    for pattern, replacement in SECRETS:
+        text = re.sub(pattern, replacement, text)
+    return text
 
 
 def format_count(number: float) -> str:

@@ -21,7 +21,7 @@ from llmkit.data.layouts import to_turns
 from llmkit.data.sft import encode_sft, pack
 from llmkit.data.tokens import ShardWriter, TokenStream, open_split, token_dtype
 from llmkit.errors import UserError
-from llmkit.tokenizer.chat_template import CHATML_TEMPLATE, compile_template, encode_chat, encode_example
+from llmkit.tokenizer.chat_template import CHATML_TEMPLATE, encode_chat, encode_example
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llmkit.tokenizer.train import train_tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
@@ -256,9 +256,8 @@ def test_only_answers_are_targets(tokenizer):
     ]
     ids, targets = encode_example(tokenizer, CHATML_TEMPLATE, messages)
     assert tokenizer.decode([i for i, t in zip(ids, targets, strict=True) if t]) == "three<|im_end|>five<|im_end|>"
-    assert tokenizer.decode(ids) == compile_template(CHATML_TEMPLATE).render(
-        messages=messages, add_generation_prompt=False
-    )
+    turns = "".join(f"<|im_start|>{one['role']}\n{one['content']}<|im_end|>\n" for one in messages)
+    assert tokenizer.decode(ids) == turns
     prompt = encode_chat(tokenizer, [{"role": "user", "content": "two"}])
     assert tokenizer.decode(prompt) == "<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n"
 
@@ -299,17 +298,6 @@ def test_control_tokens_in_messages_stay_text(tokenizer):
 def test_bad_conversations_have_reasons(record, form, reason):
     with pytest.raises(ValueError, match=reason):
         to_turns(record, form)
-
-
-@pytest.mark.parametrize(
-    "template",
-    ["{{ 9 ** 999999999 }}", "{{ 'x' * 1000000000 }}", "{% for a in m %}{% for b in m %}{% for c in m %}"
-     "{% for d in m %}x{% endfor %}{% endfor %}{% endfor %}{% endfor %}", "{% for", "{{ ''.__class__.__mro__ }}",
-     "{% for i in range(1000000000) %}x{% endfor %}"],
-)  # fmt: skip
-def test_heavy_and_hostile_templates_are_refused(tokenizer, template):
-    with pytest.raises((UserError, ValueError)):
-        encode_example(tokenizer, template, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}])
 
 
 def scan_for_best_fit(lengths, size: int) -> list[list[int]]:

@@ -1,6 +1,8 @@
 """Every model family against transformers: weights, config fields, experts, sizes, and who sees whom."""
 
+import itertools
 import json
+import math
 from dataclasses import asdict, fields, replace
 
 import peft
@@ -27,8 +29,10 @@ from llmkit.models import (
     mixtral,
     qwen2,
     qwen3,
+    shape_problems,
     t5,
 )
+from llmkit.models.family import MOST, MOST_BY_FIELD
 from llmkit.models.layers import rope_table
 from llmkit.models.mixtral import balance_loss
 from llmkit.objectives.lm import sum_of_losses
@@ -306,8 +310,7 @@ ROPES = {
     "new_yarn": {"rope_parameters": WIDE_YARN | {"rope_theta": 123.0}},
     "new_null": {"rope_parameters": None},
     "both": {"rope_theta": 123.0, "rope_scaling": LINEAR, "rope_parameters": LINEAR | {"rope_theta": 123.0}},
-    "both_differ": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 77.0}},
-    "theta_twice": {"rope_theta": 55.0, "rope_parameters": {"rope_type": "default", "rope_theta": 77.0}},
+    "theta_twice": {"rope_theta": 77.0, "rope_parameters": {"rope_type": "default", "rope_theta": 77.0}},
 }
 ROTARY = {
     "llama": transformers.models.llama.modeling_llama.LlamaRotaryEmbedding,
@@ -354,8 +357,8 @@ WINDOWS = {
     "on_at_no_layer": {"use_sliding_window": True, "sliding_window": 5, "layer_types": [FULL] * 4},
     "on_null": {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0},
     "types": {"use_sliding_window": True, "sliding_window": 5, "layer_types": [FULL, SLIDING, SLIDING, SLIDING]},
-    "types_win": {
-        "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "layer_types": [FULL] * 3 + [SLIDING],
+    "types_repeat": {
+        "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3, "layer_types": [FULL] * 3 + [SLIDING],
     },
     "types_null": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3, "layer_types": None},
 }  # fmt: skip
@@ -530,6 +533,41 @@ def test_what_changes_the_mathematics_and_is_not_built_is_refused_by_name(family
     refused(tmp_path, name)
 
 
+TWICE = {  # a field in two spellings that disagree
+    "width": ("gpt2", {"hidden_size": 32}, ("n_embd and hidden_size", "384 and 32")),
+    "positions": ("gpt2", {"max_position_embeddings": 65}, ("n_positions and max_position_embeddings", "64 and 65")),
+    "heads": ("t5", {"num_attention_heads": 8}, ("num_heads and num_attention_heads", "4 and 8")),
+    "gate": ("t5", {"is_gated_act": False}, ("feed_forward_proj and is_gated_act",)),
+    "t5_activation": ("t5", {"dense_act_fn": "relu"}, ("feed_forward_proj and dense_act_fn", "silu and relu")),
+    "falcons_mlp": ("falcon", {"intermediate_size": 44}, ("ffn_hidden_size and intermediate_size", "40 and 44")),
+    "gemmas_activation": ("gemma", {"hidden_activation": "silu"}, ("hidden_act and hidden_activation",)),
+    "theta": ("llama", {"rope_parameters": {"rope_theta": 77.0}}, ("rope_theta and rope_parameters", "77.0")),
+    "old_theta": ("mistral", {"rope_scaling": LINEAR | {"rope_theta": 9.0}}, ("rope_theta and rope_scaling",)),
+    "factor": ("llama", {"rope_scaling": LINEAR, "rope_parameters": LINEAR | {"factor": 4.0}}, ("3.0 and 4.0",)),
+    "kind": ("qwen3", {"rope_scaling": LINEAR, "rope_parameters": {"factor": 3.0}}, ("linear and default",)),
+    "kind_in_one": ("llama", {"rope_scaling": LINEAR | {"type": "yarn"}}, ("rope_scaling.type", "linear and yarn")),
+    "windows": ("qwen2", {"layer_types": [FULL, FULL, SLIDING]}, ("max_window_layers and layer_types", "1 and 2")),
+    "no_windows": (
+        "qwen2", {"use_sliding_window": False, "layer_types": [FULL, SLIDING, SLIDING]},
+        ("use_sliding_window and layer_types",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "fields", "words"), TWICE.values(), ids=TWICE)
+def test_two_spellings_of_a_field_that_disagree_are_refused_by_name(family, fields, words, tmp_path):
+    write_config(tmp_path, model_type=family, **SPELT[family] | fields)
+    refused(tmp_path, "disagree", str(tmp_path / "config.json"), *words)
+
+
+def test_two_spellings_of_a_field_that_agree_are_accepted(tmp_path):
+    write_config(tmp_path, model_type="gpt2", **SPELT["gpt2"], hidden_size=384, num_hidden_layers=None)
+    assert folder.read_config(tmp_path).hidden_size == 384
+    repeated = {"num_layers": 3, "num_hidden_layers": 3, "dense_act_fn": "silu", "is_gated_act": True}
+    write_config(tmp_path, model_type="t5", **SPELT["t5"] | repeated)
+    assert folder.read_config(tmp_path).num_hidden_layers == 3
+
+
 SENSELESS = {
     "types_of_fewer_layers": ("qwen2", QWEN | {"layer_types": [FULL, SLIDING]}, "layer_types"),
     "types_of_more_layers": ("qwen3", {"layer_types": [FULL] * 4}, "layer_types"),
@@ -538,6 +576,25 @@ SENSELESS = {
     "no_base": ("llama", {"rope_theta": 0.0}, "rope_theta"),
     "more_taken_than_there_are": ("mixtral", {"num_experts_per_tok": 6}, "num_experts_per_tok"),
     "no_window": ("mistral", {"sliding_window": 0}, "sliding_window"),
+    "window_below_zero": ("qwen2", {"sliding_window": -1}, "sliding_window"),
+    "types_for_text": ("qwen2", {"layer_types": [FULL] * 3, "num_hidden_layers": "3"}, "layer_types"),
+    "base_below_zero": ("falcon", {"rope_theta": -1e4}, "rope_theta"),
+    "base_of_nan": ("llama", {"rope_theta": math.nan}, "NaN is not a finite number"),
+    "base_without_end": ("llama", {"rope_theta": 10**400}, "rope_theta"),
+    "factor_without_end": ("llama", {"rope_scaling": {"type": "linear", "factor": 10**400}}, "factor"),
+    "factors_crossed": ("llama", {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "high_freq_factor"),
+    "kind_of_rope_list": ("llama", {"rope_scaling": {"type": ["linear"]}}, "rope_type"),
+    "odd_heads": ("gemma", {"head_dim": 9}, "head_dim"),
+    "no_head": ("mistral", {"head_dim": 0}, "head_dim"),
+    "no_eps": ("gemma", {"rms_norm_eps": 0.0}, "rms_norm_eps"),
+    "eps_below_zero": ("bert", {"layer_norm_eps": -1e-5}, "layer_norm_eps"),
+    "eps_zero_of_gpt2": ("gpt2", {"layer_norm_epsilon": 0}, "layer_norm_epsilon"),
+    "range_below_zero": ("llama", {"initializer_range": -0.02}, "initializer_range"),
+    "dropout_over_one": ("falcon", {"attention_dropout": 1.5}, "attention_dropout"),
+    "all_dropped": ("t5", {"dropout_rate": 1.0}, "dropout_rate"),
+    "id_below_zero": ("t5", {"decoder_start_token_id": -1}, "decoder_start_token_id"),
+    "id_over_the_vocabulary": ("t5", {"decoder_start_token_id": 61}, "decoder_start_token_id"),
+    "coefficient": ("mixtral", {"router_aux_loss_coef": -1.0}, "router_aux_loss_coef"),
 }
 
 
@@ -545,6 +602,39 @@ SENSELESS = {
 def test_senseless_values_are_refused_by_name(family, fields, name, tmp_path):
     write_config(tmp_path, model_type=family, **SPELT[family] | fields)
     refused(tmp_path, name)
+
+
+SIZES_OF = {  # every family's fields that are sizes
+    family: [key for key, value in fields.items() if isinstance(value, int) and not isinstance(value, bool)]
+    for family, fields in SPELT.items()
+}
+
+
+@pytest.mark.parametrize("family", SIZES_OF)
+def test_sizes_beyond_any_model_are_refused_before_a_module_is_built(family, tmp_path):
+    built = []
+    hook = torch.nn.modules.module.register_module_module_registration_hook(lambda *names: built.append(names))
+    with hook:
+        for field, size in itertools.product(SIZES_OF[family], [10**8, 2**63, 10**100]):
+            write_config(tmp_path, model_type=family, **SPELT[family] | {field: size})
+            with pytest.raises(UserError, match=r"config.json: \w+ (is|makes)") as caught:
+                folder.load_model(tmp_path)
+            assert caught.value.code == MODEL and not built, (field, size)
+
+
+def test_experts_in_many_layers_are_counted_together(tmp_path):
+    write_config(
+        tmp_path, model_type="mixtral", **SPELT["mixtral"] | {"num_local_experts": 4096, "num_hidden_layers": 999}
+    )
+    refused(tmp_path, "num_local_experts", str(4096 * 999))
+
+
+def test_the_largest_sizes_that_are_allowed_can_be_planned():
+    """No tensor has so many elements that torch can't count them."""
+    largest = {field: MOST_BY_FIELD.get(field, MOST) for field in SIZES_OF["mixtral"]} | {"num_hidden_layers": 1}
+    config = mixtral.Config(**largest | {"num_experts_per_tok": 2})
+    assert not shape_problems(config)
+    assert sum(p.numel() for p in build_model(config, device="meta", seed=None).parameters()) > 2**50
 
 
 def test_what_says_nothing_of_a_bert_without_a_pooler_is_passed_over(tmp_path):

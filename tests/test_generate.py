@@ -8,7 +8,7 @@ import torch
 import transformers
 from test_families import CAUSAL, OURS, SIZES, equal, made, opened_by_transformers, tokens
 
-from llmkit.errors import DATA, UserError
+from llmkit.errors import DATA, MachineError, UserError
 from llmkit.inference.generate import (
     apply_repetition_penalty,
     compile_decoding,
@@ -21,7 +21,7 @@ from llmkit.inference.generate import (
     stream,
 )
 from llmkit.inference.sampling import Sampling
-from llmkit.inference.writer import Writer
+from llmkit.inference.writer import Writer, open_writer
 from llmkit.models import build_model, folder, gpt2, llama
 from llmkit.models.attention import KVCache
 from llmkit.tokenizer.tokenizer import Tokenizer
@@ -427,6 +427,20 @@ def test_several_texts_are_each_what_they_are_alone(config_type, stop):
         [alone] = writer.write([prompt], seed=4 + row, **options)
         assert list(text) == list(alone)
         assert (text.tokens, text.ended) == (alone.tokens, alone.ended)
+
+
+@pytest.mark.parametrize("config_type", [llama.Config, type(OURS["t5"])], ids=["llama", "t5"])
+def test_decoding_is_compiled_only_where_compiled_blocks_write(tmp_path, config_type):
+    writer = writer_of(config_type)
+    folder.save_model(writer.model, tmp_path)
+    writer.tokenizer.save(tmp_path)
+    is_decoder = config_type is llama.Config
+    for prompts, compiled in ((1, is_decoder), (2, False)):
+        options = {"precision": "bf16", "prompts": prompts, "say": [].append}
+        assert open_writer(str(tmp_path), expected_tokens=10**9, **options).compiled is compiled
+        if not compiled:
+            with pytest.raises(MachineError, match="only one text at a time of a decoder"):
+                open_writer(str(tmp_path), compile=True, **options)
 
 
 def test_a_text_says_how_it_ended_and_what_was_drawn():

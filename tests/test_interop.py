@@ -478,6 +478,17 @@ def test_a_write_that_fails_leaves_no_file(bpe, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
+def test_weights_beyond_the_range_of_fp16_are_refused_in_it(bpe, tmp_path):
+    pytest.importorskip("gguf")
+    model = randomized("llama")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1e5
+    write_gguf(model, bpe, tmp_path / "m.gguf", "bf16")
+    with pytest.raises(UserError, match=r"not finite, for example lm_head\.weight"):
+        write_gguf(model, bpe, tmp_path / "n.gguf", "fp16")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
 def test_an_export_to_a_full_disk_is_one_error_and_leaves_no_file(saved, tmp_path, capsys):
     pytest.importorskip("gguf")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -673,6 +684,7 @@ CHECKPOINTS = {
     "truncated": lambda first, second: first[:-4],
     "a_byte_less": lambda first, second: first[:-1],
     "longer": lambda first, second: first + b"\0" * 4,
+    "nan": lambda first, second: first[:-4] + struct.pack("<f", float("nan")),
     "second_truncated": lambda first, second: second[:-4],
     "second_longer": lambda first, second: second + b"\0",
     "second_header_cut": lambda first, second: second[:36],

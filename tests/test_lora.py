@@ -1,6 +1,9 @@
 """Adapters: the same in peft and here, merged or not, and refused when they ask for what is not built."""
 
 import json
+import os
+import subprocess
+import sys
 
 import peft
 import pytest
@@ -8,14 +11,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from llmkit.config.load import load_config
 from llmkit.errors import MODEL, UserError
 from llmkit.formats.hf import export_hf, export_peft
 from llmkit.models import build_model, folder, gpt2, llama
 from llmkit.peft import bitfit, lora
 from llmkit.peft.adapter import load_adapter, save_adapter
-from llmkit.storage.locate import Located, load_located, weights_sha256
+from llmkit.storage.locate import Located, base_sha256, load_located, weights_sha256
 from llmkit.tokenizer.train import train_tokenizer
-from llmkit.training.optim import muon
+from llmkit.training.prepare import check
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 32, "num_attention_heads": 4}
 CONFIGS = {
@@ -258,9 +262,23 @@ def test_merged_bitfit_has_the_dtype_of_its_base(dtype):
     assert torch.equal(model(tokens()), base(tokens()))
 
 
-def test_muon_trains_biases_alone_with_adamw():
-    (optimizer,) = muon(bitfit_of())
-    assert isinstance(optimizer, torch.optim.AdamW)
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_muon_is_refused_beside_a_method_that_trains_no_whole_matrix(method, base_folder, tmp_path):
+    options = ["data.kind=sft", "data.path=x", "data.seq_len=32", "train.max_steps=1", f"peft.name={method}"]
+    options += [f"init_from={base_folder('gpt2')}", f"run_dir={tmp_path / 'run'}"]
+    check(load_config(None, options))
+    with pytest.raises(UserError, match=f"optimizer.name has nothing to train beside peft.name {method}") as caught:
+        check(load_config(None, [*options, "optimizer.name=muon"]))
+    assert caught.value.at == "-o optimizer.name=muon"
+
+
+def test_a_rank_that_no_matrix_can_have_is_refused_before_it_is_allocated():
+    lora.apply(base_of("llama"), options_of(r=32))
+    lora.apply(base_of("llama"), options_of(r=32, target_modules=["k_proj", "up_proj"]))  # k_proj: at most 16
+    for rank, targets, most in ((33, None, 32), (10**12, None, 32), (17, ["k_proj"], 16)):
+        with pytest.raises(UserError, match=r"peft\.r is over") as caught:
+            lora.apply(base_of("llama"), options_of(r=rank, target_modules=targets))
+        assert caught.value.expected == f"at most {most}"
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -308,13 +326,54 @@ def test_pissa_adapters_are_refused_because_peft_changes_the_base_for_them(base_
     refused(tmp_path / "adapter", "init_lora_weights")
 
 
-WRONG = {"r": ["4", 0, None], "lora_alpha": [None, "big"], "lora_dropout": ["x"], "target_modules": [[1], 3]}
+@pytest.mark.parametrize("name", ["lora", "bitfit"])
+@pytest.mark.parametrize("value", [0.5, True, {"x": 1}, "on", [1]], ids=str)
+def test_a_field_that_nobody_knows_is_refused_by_name_unless_it_is_off(name, value, tmp_path):
+    model = adapted_of("gpt2") if name == "lora" else bitfit_of()
+    options = options_of() if name == "lora" else bitfit.Options()
+    save_adapter(model, tmp_path, name, options, base="base", base_sha256="")
+    rewrite(tmp_path, new_mathematics=value)
+    refused(tmp_path, "new_mathematics", name="gpt2")
+    rewrite(tmp_path, new_mathematics=None, other=False, empty={}, none=[])
+    load_adapter(base_of("gpt2"), tmp_path)
+
+
+HARMLESS = {
+    "auto_mapping": {"base_model_class": "LlamaForCausalLM"}, "peft_version": "0.9.0", "revision": "main",
+    "task_type": "CAUSAL_LM", "inference_mode": False, "fan_in_fan_out": True, "loftq_config": {"loftq_bits": 4},
+    "eva_config": {"rho": 2.0}, "corda_config": {"corda_method": "ipm"}, "lora_ga_config": {"direction": "x"},
+    "qalora_group_size": 16, "megatron_core": "megatron.core", "runtime_config": {"ephemeral_gpu_offload": True},
+}  # fmt: skip
+
+
+def test_fields_of_peft_that_change_nothing_are_accepted(saved):
+    rewrite(saved, **HARMLESS)
+    load_adapter(base_of("llama"), saved)
+
+
+def test_layer_zero_is_a_layer(saved):
+    rewrite(saved, layers_to_transform=0)
+    refused(saved, "layers_to_transform")
+
+
+WRONG = {
+    "r": ["4", 0, None, 4.0, True, 10**12], "lora_alpha": [None, "big", 0, -1.0, 10**400],
+    "lora_dropout": ["x", 1.0, 2], "target_modules": [[1], 3], "use_rslora": [1, "yes"],
+    "base_model_name_or_path": [3, ["base"]], "peft_type": [None, ["LORA"], 1],
+    "trainable_token_indices": [[1], {"embed_tokens": [10**12]}, {"embed_tokens": [-1]}, {"embed_tokens": 3}],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values])
 def test_senseless_values_are_refused(saved, key, value):
     rewrite(saved, **{key: value})
     refused(saved)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"r": NaN}', '{"peft_type": "LORA", "peft_type": "LORA"}'])
+def test_an_adapter_config_that_is_none_is_refused(saved, text):
+    (saved / "adapter_config.json").write_text(text)
+    refused(saved, "can't be read")
 
 
 @pytest.mark.parametrize("key", ["peft_type", "r", "lora_alpha"])
@@ -346,6 +405,62 @@ def test_truncated_factors_are_refused(saved):
     refused(saved, "can't be read")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_factors_in_floats_of_every_width_are_read(saved, dtype):
+    path = saved / "adapter_model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    model = base_of("llama")
+    read = load_adapter(model, saved).tensors(model)
+    assert all(torch.equal(parameter, tensors[f"base_model.model.{name}"].float()) for name, parameter in read.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
+def test_factors_that_are_no_floats_are_refused_by_name(saved, dtype):
+    path = saved / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = max(tensors)
+    save_file(tensors | {name: tensors[name].to(dtype)}, path)
+    refused(saved, name, "type that is not supported")
+
+
+def test_factors_that_are_not_finite_are_refused_by_name(saved):
+    path = saved / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = max(tensors)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path)
+    refused(saved, name, "not finite")
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+SAVE = """
+import sys
+from pathlib import Path
+from llmkit.models import build_model, folder, gpt2
+from llmkit.peft import METHODS
+from llmkit.peft.adapter import save_adapter
+
+out = Path(sys.argv[1])
+for i in range(6):
+    model = build_model(gpt2.Config(vocab_size=61, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    folder.save_model(model, out / "whole", eos_token_ids=[1, 2])
+    name = ["lora", "bitfit"][i % 2]
+    METHODS[name].apply(model, METHODS[name].options(), 0, [])
+    save_adapter(model, out / f"{name}{i}", name, METHODS[name].options(), base="base", base_sha256="a-b")
+"""
+
+
+def test_equal_models_and_adapters_are_equal_bytes_in_every_process(tmp_path):
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", SAVE, tmp_path / seed], check=True, env=environment)
+    files = {path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*.*")}
+    assert len(files) == 3 + 6 * 2
+    assert all((tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes() for name in files)
+
+
 # ---- export ---------------------------------------------------------------------------------------------------------
 
 
@@ -365,7 +480,7 @@ def trained(request, tokenizer, tmp_path):
     options = lora.Options(r=4, rslora=True)
     lora.apply(model, options)
     randomize((p for p in model.parameters() if p.requires_grad), seed=5)
-    digest = weights_sha256(tmp_path / "base")
+    digest = base_sha256(tmp_path / "base")
     save_adapter(model, tmp_path / "adapter", "lora", options, base=str(tmp_path / "base"), base_sha256=digest)
     tokenizer.save(tmp_path / "adapter")
     return tmp_path / "adapter", model
@@ -415,3 +530,27 @@ def test_an_adapter_on_a_base_that_changed_is_refused(trained, tmp_path):
     with pytest.raises(UserError, match="weights of the base have changed") as caught:
         export_hf(Located(adapter), tmp_path / "out", "fp32")
     assert caught.value.code == MODEL
+
+
+def change_base(path, **changes) -> None:
+    path = path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_an_adapter_on_a_base_whose_mathematics_changed_is_refused(trained, tmp_path):
+    adapter, model = trained
+    same = {"_name_or_path": "elsewhere", "transformers_version": "9", "dtype": "bfloat16", "use_cache": False}
+    change_base(tmp_path, **same)
+    load_located(Located(adapter))
+    change_base(tmp_path, **{{"gpt2": "layer_norm_epsilon", "llama": "rms_norm_eps"}[model.config.model_type]: 1e-2})
+    with pytest.raises(UserError, match=r"config\.json of the base has changed") as caught:
+        load_located(Located(adapter))
+    assert caught.value.code == MODEL
+
+
+def test_adapters_that_remember_only_the_weights_still_open(trained, tmp_path):
+    adapter, model = trained
+    path = adapter / "adapter_model.safetensors"
+    metadata = {"format": "pt", "base_sha256": weights_sha256(tmp_path / "base")}
+    save_file(load_file(path), path, metadata=metadata)
+    torch.testing.assert_close(load_located(Located(adapter))[0](tokens()), model(tokens()))

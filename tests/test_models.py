@@ -1,16 +1,21 @@
 """The model families against transformers, published sizes, and what a causal, cached, packed model must obey."""
 
 import json
+import os
+import struct
 
 import pytest
 import torch
 import transformers
+import yaml
 from conftest import randomized
 from safetensors.torch import load_file, save_file
 
+from llmkit.config.load import load_config
 from llmkit.errors import MODEL, UserError
 from llmkit.models import build_model, folder, gpt2, llama
 from llmkit.models.attention import KVCache
+from llmkit.training.prepare import check
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 32}
 GPT2 = gpt2.Config(**SIZES, num_attention_heads=4)
@@ -293,7 +298,40 @@ def test_senseless_values_are_refused(saved, wrong):
     refused(saved)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "null"])
+BROKEN = {
+    "empty": "", "list": "[]", "open": "{", "null": "null", "nan": '{"model_type": "llama", "rope_theta": NaN}',
+    "infinite": '{"rope_theta": -Infinity}', "over_the_range": '{"rope_theta": 1e999}',
+    "key_twice": '{"model_type": "gpt2", "model_type": "llama"}', "nested": "[" * 100_000,
+    "surrogate": '{"model_type": "llama", "name": "\\ud800"}', "long_number": f'{{"hidden_size": {"9" * 5000}}}',
+}  # fmt: skip
+
+
+HUGE = {  # options of a YAML model section, and what the only error is about
+    "width": ({"hidden_size": 10**9}, "hidden_size"),
+    "depth": ({"num_hidden_layers": 10**7}, "num_hidden_layers"),
+    "vocabulary": ({"vocab_size": 10**12}, "vocab_size"),
+    "heads": ({"num_attention_heads": 10**20}, "num_attention_heads"),
+    "positions": ({"max_position_embeddings": 10**18}, "max_position_embeddings"),
+    "derived": ({"hidden_size": 2**16, "num_attention_heads": 1}, "head_dim"),
+    "experts": ({"name": "mixtral", "num_local_experts": 10**9}, "num_local_experts"),
+    "decoder": ({"name": "t5", "num_decoder_layers": 10**9}, "num_decoder_layers"),
+    "no_eps": ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
+    "endless_rope": ({"rope_scaling": {"rope_type": "linear", "factor": float("inf")}}, "rope_scaling"),
+    "list_of_ropes": ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_scaling"),
+}
+
+
+@pytest.mark.parametrize(("options", "key"), HUGE.values(), ids=HUGE)
+def test_one_error_names_what_a_config_can_not_mean(options, key, tmp_path):
+    section = {"name": "llama"} | options
+    data = {"kind": "corpus", "dir": "data", "seq_len": 8}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"model": section, "data": data, "train": {"max_steps": 1}}))
+    with pytest.raises(UserError) as caught:
+        check(load_config(tmp_path / "a.yaml"))
+    assert caught.value.what.startswith(f"model.{key} ") and not caught.value.others
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
 def test_a_config_that_is_no_object_is_refused(saved, text):
     (saved / "config.json").write_text(text)
     refused(saved, "config.json")
@@ -309,10 +347,93 @@ def test_a_shard_outside_the_folder_is_refused(saved, name):
     refused(saved)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": ["b"]}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": ["b"]}}', '{"weight_map": {"a": 1, "a": 1}}']
+)
 def test_an_index_that_is_none_is_refused(saved, text):
     (saved / "model.safetensors.index.json").write_text(text)
     refused(saved, "index")
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(saved):
+    os.mkfifo(saved / "model.safetensors.index.json")
+    refused(saved, "index", "not a file")
+
+
+def sharded(saved) -> dict[str, str]:
+    """Split the saved weights into two files with an index; return its map."""
+    weights = list(load_file(saved / "model.safetensors").items())
+    (saved / "model.safetensors").unlink()
+    where = {}
+    for name, part in (("one.safetensors", weights[:5]), ("two.safetensors", weights[5:])):
+        save_file(dict(part), saved / name)
+        where |= {tensor: name for tensor, _ in part}
+    (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return where
+
+
+def test_a_tensor_in_two_shards_is_refused_by_name(saved):
+    name = next(iter(sharded(saved)))
+    save_file(
+        load_file(saved / "two.safetensors") | {name: load_file(saved / "one.safetensors")[name]},
+        saved / "two.safetensors",
+    )
+    refused(saved, name, "two.safetensors", "not in the index")
+
+
+def test_an_index_that_lists_another_file_or_too_little_is_refused(saved):
+    where = sharded(saved)
+    folder.load_model(saved)
+    name, path = next(iter(where)), saved / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": where | {name: "two.safetensors"}}))
+    refused(saved, name, "two.safetensors", "only in the index")
+    path.write_text(json.dumps({"weight_map": {key: value for key, value in where.items() if key != name}}))
+    refused(saved, name, "one.safetensors", "not in the index")
+
+
+def test_a_weight_under_two_names_is_refused(tmp_path):
+    folder.save_model(build_model(GPT2), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "transformer.h.0.ln_1.weight"
+    save_file(weights | {name.removeprefix("transformer."): weights[name] + 1}, tmp_path / "model.safetensors")
+    refused(tmp_path, name, "twice")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
+)
+def test_weights_that_are_no_floats_are_refused_by_name(saved, dtype):
+    weights = load_file(saved / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(dtype)
+    save_file(weights, saved / "model.safetensors")
+    refused(saved, "model.norm.weight", "quantized")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_floats_of_every_width_are_read(saved, dtype):
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(saved / "model.safetensors").items()}
+    save_file(weights, saved / "model.safetensors")
+    assert all(torch.equal(p, weights[name].float()) for name, p in folder.load_model(saved).named_parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(saved, value):
+    weights = load_file(saved / "model.safetensors")
+    weights["lm_head.weight"][3, 4] = value
+    save_file(weights, saved / "model.safetensors")
+    refused(saved, "lm_head.weight", "not finite")
+
+
+def test_weights_beyond_the_range_of_fp16_are_refused_in_it(saved, tmp_path):
+    weights = load_file(saved / "model.safetensors")
+    weights["lm_head.weight"][3, 4] = 1e5
+    save_file(weights, saved / "model.safetensors")
+    model = folder.load_model(saved)
+    with pytest.raises(UserError, match="not finite"):
+        folder.load_model(saved, dtype=torch.float16)
+    with pytest.raises(UserError, match="not finite"):
+        folder.save_model(model, tmp_path / "out", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_shard_is_refused(saved):
@@ -342,4 +463,24 @@ def test_a_wrong_shape_is_refused_with_both_shapes(saved):
 def test_truncated_weights_are_refused(saved, keep):
     path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
+    refused(saved, "can't be read")
+
+
+def header(shape: list[int], *ends: int) -> dict:
+    return {str(i): {"dtype": "F32", "shape": shape, "data_offsets": [0, end]} for i, end in enumerate(ends)}
+
+
+LIES = {"shape": header([10**9, 10**9], 16), "overflow": header([2**62, 8], 16), "overlap": header([4], 16, 16),
+        "too_little": header([5], 20), "negative": header([-4], 16)}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
+def test_headers_that_lie_about_sizes_are_refused(saved, lie):
+    text = json.dumps(lie).encode()
+    (saved / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    refused(saved, "can't be read")
+
+
+def test_a_header_beyond_any_size_is_refused(saved):
+    (saved / "model.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
     refused(saved, "can't be read")

@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from llmkit.models import build_model, gpt2, llama
-from llmkit.training.optim import Muon, adamw, clip, muon, orthogonalize, set_lr
+from llmkit.errors import ENVIRONMENT, UserError
+from llmkit.models import build_model, gpt2, llama, mixtral, t5
+from llmkit.peft import lora
+from llmkit.training.cost import make_plan
+from llmkit.training.optim import Muon, adamw, clip, muon, muon_matrices, orthogonalize, set_lr
+from llmkit.training.resolve import check_memory
 from llmkit.training.schedules import constant, cosine, linear, wsd
 
 SMALL = {"vocab_size": 17, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -73,6 +77,33 @@ def test_muon_gets_exactly_the_matrices_of_the_blocks(family):
     assert rest == set(names.values()) - got
     assert isinstance(first, Muon)
     assert isinstance(second, torch.optim.AdamW)
+
+
+def test_muon_takes_experts_and_routers_but_no_tables():
+    sizes = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for config in (mixtral.Config(**sizes), t5.Config(**sizes)):
+        model = build_model(config)
+        named = dict(model.named_parameters())
+        taken = {id(p) for p in muon_matrices(model)}
+        rest = {name.split(".")[-2] for name, p in named.items() if id(p) not in taken and p.dim() >= 2}
+        tables = {"mixtral": {"embed_tokens", "lm_head"}, "t5": {"shared", "relative_attention_bias"}}
+        assert rest == tables[config.model_type]
+
+
+def test_muon_takes_none_of_loras_factors():
+    model = build_model(llama.Config(**SMALL))
+    lora.apply(model, lora.Options(r=2))
+    assert any(p.requires_grad for p in model.blocks.parameters()) and not muon_matrices(model)
+
+
+def test_a_model_beyond_the_memory_is_refused_before_it_is_built():
+    config = llama.Config(vocab_size=1000, hidden_size=2**15, num_attention_heads=64, num_hidden_layers=1000)
+    options = {"seq_len": 8, "micro_batch_size": 1, "precision": "fp32"}
+    check_memory(make_plan(llama.Config(**SMALL), **options), torch.device("cpu"))
+    for peft in (None, ("lora", {"r": 8})):
+        with pytest.raises(UserError, match="do not fit") as caught:
+            check_memory(make_plan(config, peft=peft, **options), torch.device("cpu"))
+        assert caught.value.code == ENVIRONMENT
 
 
 def test_muons_adamw_takes_its_own_lr_or_muons():

@@ -13,16 +13,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+import uvicorn
 from conftest import sentences
+from starlette.responses import Response
+from starlette.routing import Route
 
 from llmkit.commands import app as cli
 from llmkit.errors import ENVIRONMENT, MODEL
+from llmkit.inference.connections import WatchedProtocol
+from llmkit.inference.protocol import Limits
 from llmkit.inference.sampling import Sampling
+from llmkit.inference.server import Server
 from llmkit.inference.writer import Writer
 from llmkit.models import bert, build_model, folder, llama
 from llmkit.tokenizer.tokenizer import load_tokenizer
@@ -348,6 +354,15 @@ def test_a_request_need_not_name_the_model_and_health_is_told(server, client):
     assert json.loads(server.request(None, "/health", "GET")[1]) == {"status": "ok", "running": 0}
 
 
+def test_a_null_is_no_value(server):
+    names = "model temperature top_p n stop seed stream stream_options user logprobs tools presence_penalty".split()
+    talk = {"messages": [{"role": "user", "content": "a", "refusal": None, "tool_calls": None}], "max_tokens": 3}
+    plain = server.request(talk | {"temperature": 0.0, "seed": 1}, "/v1/chat/completions")
+    nulls = server.request(dict.fromkeys(names) | talk | {"temperature": 0.0, "seed": 1}, "/v1/chat/completions")
+    assert plain[0] == nulls[0] == 200
+    assert json.loads(plain[1])["choices"] == json.loads(nulls[1])["choices"]
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 COMPLETIONS = {  # changes to a good request -> status, and what the message names
@@ -368,7 +383,9 @@ COMPLETIONS = {  # changes to a good request -> status, and what the message nam
     "five_stops": ({"stop": list("abcde")}, 400, "stop"),
     "too_long": ({"prompt": [90] * POSITIONS}, 400, "4096"),
     "no_prompts": ({"prompt": []}, 400, "prompt"),
-    "empty_prompt": ({"prompt": [[]]}, 400, "prompt"),
+    "empty_prompt": ({"prompt": [[]]}, 400, "a prompt is empty prompt"),
+    "empty_text": ({"prompt": ""}, 400, "a prompt is empty prompt"),
+    "one_text_is_empty": ({"prompt": ["a", ""]}, 400, "a prompt is empty prompt"),
     "one_is_empty": ({"prompt": [[90], []]}, 400, "prompt"),
     "no_prompt": ({"prompt": None}, 400, "prompt"),
     "object": ({"prompt": {"a": 1}}, 400, "prompt"),
@@ -382,6 +399,8 @@ CHATS = {
     "no_messages": ({"messages": []}, 400, "messages"),
     "name": ({"messages": [{"role": "user", "content": "a", "name": "Ada"}]}, 400, "name"),
     "unknown_role": ({"messages": [{"role": "boss", "content": "a"}]}, 400, "role"),
+    "list_for_a_role": ({"messages": [{"role": ["user"], "content": "a"}]}, 400, "role"),
+    "object_for_a_role": ({"messages": [{"role": {"a": 1}, "content": "a"}]}, 400, "role"),
     "picture": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
         400,
@@ -464,14 +483,15 @@ def test_a_content_type_may_name_its_letters(server):
 
 
 @pytest.mark.parametrize("path", ["/", "/v1/models", "/v1/completions"])
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", ""])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", "", "[::2]", "[::1"]
+)
 def test_a_foreign_host_is_refused(server, path, host):
     body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
-    status, answer = server.request(body, path, "POST" if "completions" in path else "GET", host=host)
-    assert status == 400 and "host" in answer.lower()
+    is_an_error(server.request(body, path, "POST" if "completions" in path else "GET", host=host), 400, "Host header")
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1234", "127.0.0.1:80"])
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1234", "127.0.0.1:80", "[::1]", "[::1]:80"])
 def test_its_own_names_are_let_in(server, host):
     assert server.request(None, "/v1/models", "GET", host=host)[0] == 200
 
@@ -489,9 +509,113 @@ def test_the_page_may_only_talk_to_this_server(server):
     connection.request("GET", "/")
     answer = connection.getresponse()
     policy = answer.getheader("content-security-policy")
-    assert "default-src 'none'" in policy and "connect-src 'self'" in policy
+    assert all(rule in policy for rule in ("default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'"))
+    assert answer.getheader("x-content-type-options") == "nosniff"
     assert b"<title>llmkit</title>" in answer.read()
     connection.close()
+
+
+def test_lone_surrogates_are_no_error_of_the_server(server):
+    for path, body in (("/v1/completions", '{"prompt": "\\ud800", "max_tokens": 1}'),
+                       ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "\\ud83d"}]}')):  # fmt: skip
+        is_an_error(server.request(body, path), 400)
+
+
+# ---- connections ----------------------------------------------------------------------------------------------------
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
+STUCK = {  # what a client sends, and goes on sending now and then
+    "nothing": (b"", b""),
+    "half_a_head": (HEAD, b"X-A: b\r\n"),
+    "half_a_body": (HEAD + b"\r\n{", b" "),
+    "a_body_that_no_one_wants": (HEAD.replace(b"/v1/completions", b"/nowhere") + b"\r\n", b" "),
+    "silence_after_an_answer": (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b""),
+}
+
+
+@contextlib.contextmanager
+def watched(writer: Writer | None = None) -> Iterator[int]:
+    """Run uvicorn with the application of a server in this process, and return its port."""
+    server = Server(writer, "none", Limits(body_bytes=1000, new_tokens=9, concurrent_requests=3))
+    huge = Route("/huge", lambda request: Response(b"x" * 50_000_000))
+    app = server.build_app({"localhost"})
+    app.router.routes.append(huge)
+    http_server = uvicorn.Server(uvicorn.Config(app, http=WatchedProtocol, log_level="error"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=http_server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield listening.getsockname()[1]
+        http_server.should_exit = http_server.force_exit = True
+        thread.join()
+
+
+def seconds_until_closed(connection: socket.socket, more: bytes) -> float:
+    """Send `more` now and then until the server closes the connection."""
+    begin = time.monotonic()
+    connection.settimeout(0.1)
+    while time.monotonic() < begin + 20:
+        try:
+            connection.send(more)
+            if connection.recv(1000) == b"":
+                break
+        except TimeoutError:
+            continue
+        except OSError:
+            break
+    return time.monotonic() - begin
+
+
+@pytest.mark.parametrize("first, more", STUCK.values(), ids=STUCK)
+def test_a_connection_that_is_stuck_is_closed(first, more, monkeypatch):
+    monkeypatch.setattr("llmkit.inference.connections.CHECK_SECONDS", 0.5)
+    with watched() as port, socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.send(first)
+        assert seconds_until_closed(connection, more) < 10
+
+
+def test_a_client_that_does_not_read_is_closed_and_one_that_reads_slowly_is_not(monkeypatch):
+    monkeypatch.setattr("llmkit.inference.connections.CHECK_SECONDS", 0.4)
+    with watched() as port:
+        ask = b"GET /huge HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        with (
+            socket.create_connection(("127.0.0.1", port)) as idle,
+            socket.create_connection(("127.0.0.1", port)) as slow,
+        ):
+            idle.send(ask)
+            slow.send(ask)
+            for _ in range(20):
+                time.sleep(0.1)
+                assert slow.recv(1_000_000)
+            with contextlib.suppress(ConnectionResetError):
+                assert sum(len(part) for part in iter(lambda: idle.recv(1_000_000), b"")) < 50_000_000
+
+
+def test_idle_connections_do_not_lock_out_others(monkeypatch):
+    monkeypatch.setattr("llmkit.inference.connections.MOST_CONNECTIONS", 5)
+    with watched() as port, contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(9)]
+        for _ in range(3):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            connection.request("GET", "/health", headers={"host": "localhost"})
+            assert connection.getresponse().status == 200
+            connection.close()
+        idle[0].settimeout(10)
+        with contextlib.suppress(ConnectionResetError):
+            assert idle[0].recv(1) == b""  # the oldest ones were closed
+
+
+def test_a_heavy_chat_template_is_an_error_of_its_request(writer):
+    template = "{% set a = 'xx' %}" + "{% set a = a ~ a %}" * 40 + "{{ a }}"
+    heavy = replace(writer, tokenizer=replace(writer.tokenizer, chat_template=template))
+    with watched(heavy) as port:
+        for path, body, status in (("chat/completions", {"messages": asking("Hello")}, 400),
+                                   ("completions", {"prompt": "The", "max_tokens": 2}, 200)):  # fmt: skip
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            headers = {"host": "localhost", "content-type": "application/json"}
+            connection.request("POST", f"/v1/{path}", json.dumps(body), headers)
+            answer = connection.getresponse()
+            said = answer.read().decode()
+            assert answer.status == status and ("the chat template takes over" in said) == (status == 400)
 
 
 # ---- several at once ------------------------------------------------------------------------------------------------

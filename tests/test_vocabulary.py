@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import time
 import unicodedata
 import zipfile
 from collections import Counter
@@ -15,7 +16,7 @@ from conftest import SHARED, llmkit, needs_shared, sentences
 from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Rust
 
-from llmkit.errors import UserError
+from llmkit.errors import ModelError, UserError
 from llmkit.models import build_model, llama
 from llmkit.models.folder import save_model
 from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer, bytes_to_unicode, load_tokenizer
@@ -188,6 +189,68 @@ def test_a_pattern_that_is_no_regex(kind, pattern):
     with pytest.raises(UserError, match="is not a valid regex") as error:
         train_tokenizer([LATIN], kind, vocab_size=300, pattern=pattern)
     assert error.value.got == pattern
+
+
+@pytest.mark.parametrize("train", [
+    lambda texts, pattern: train_tokenizer(texts, vocab_size=300, pattern=pattern),
+    lambda texts, pattern: extend_bpe(train_tokenizer(["b c"], vocab_size=270, pattern=pattern), texts, 300),
+], ids=["train", "extend"])  # fmt: skip
+def test_a_pattern_that_takes_too_many_steps_is_one_error(train, capfd):
+    with pytest.raises(UserError, match="retry-limit"):
+        train(["a" * 40 + "b"], "(a+)+$")
+    assert capfd.readouterr().err == ""  # nothing of Rust's panic
+
+
+def test_a_pattern_that_takes_too_many_steps_is_one_error_when_it_is_read(tmp_path):
+    train_tokenizer(["b c"], vocab_size=270, pattern="(a+)+$").save(tmp_path)
+    one = load_tokenizer(tmp_path)
+    for encode in (one.encode, one.encode_continuation, lambda text: one.encode_batch([text])):
+        with pytest.raises(ModelError, match="can't encode a text: Onig"):
+            encode("a" * 40 + "b")
+    assert one.decode(one.encode("aaa")) == "aaa"
+
+
+def test_lone_surrogates_are_replaced(kind, made):
+    one = made[kind]
+    assert one.encode("a\ud800b") == one.encode("a\ufffdb")
+    assert one.encode_continuation("\udfff") == one.encode_continuation("\ufffd")
+    assert one.encode("\ud83d\ude00") == one.encode("\U0001f600")  # a pair of them
+    assert [ids.tolist() for ids in one.encode_batch(["\ud800"] * 2)] == [one.encode("\ufffd")] * 2
+    assert "\ufffd" in train_tokenizer(["a\ud800b"] * 9, "char", vocab_size=270).rust.get_vocab()
+
+
+# ---- words of any length --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_training_time_grows_with_the_length_of_a_word_and_not_with_its_square(kind):
+    def seconds(length: int) -> float:
+        word, begin = "".join(random.Random(5).choices("abcdefghij", k=length)), time.process_time()
+        train_tokenizer([word], kind, vocab_size=500)
+        return time.process_time() - begin
+
+    assert seconds(160_000) < 8 * seconds(40_000)
+
+
+def test_long_words_are_cut_for_training_only_and_counted(kind):
+    said: list[str] = []
+    word = "abcdefgh" * 1000
+    one = train_tokenizer([f"{word} and {word} {LATIN}"], kind, vocab_size=400, say=said.append)
+    assert said == ([] if kind == "char" else [
+        "the tokenizer learned from parts of 2 words that are longer than 1,000 letters"
+    ])  # fmt: skip
+    assert one.decode(one.encode(word)) == ("[UNK]" if kind == "wordpiece" else word)
+    spec = one.rust.to_str()
+    train_tokenizer([LATIN], kind, vocab_size=400, say=said.append)
+    assert len(said) == (kind != "char") and "1000" not in spec
+
+
+def test_tokens_of_usual_texts_do_not_depend_on_the_longest_word(monkeypatch):
+    made = []
+    for longest in (1000, 50_000):
+        monkeypatch.setattr("llmkit.tokenizer.train.LONGEST_WORD", longest)
+        made.append(train_tokenizer([LATIN, FOREIGN, NUMBERS], vocab_size=600).sha256)
+    assert made[0] == made[1]
 
 
 # ---- normalizers ----------------------------------------------------------------------------------------------------

@@ -42,13 +42,13 @@ def data_build(
     section = loaded.data
     if dry_run:
         text, funnel = try_corpus(section, dry_run, where=loaded.where)
-        show({"funnel": funnel}, as_json) if as_json else print(text)
+        show({"funnel": funnel}, as_json) if as_json else print(terminal_text(text))
         return
     manifest = build_corpus(section, say=progress_printer(as_json), where=loaded.where)
     if as_json:
         show(manifest, as_json)
     else:
-        print((Path(section.dir) / "report.md").read_text(encoding="utf-8"))
+        print(terminal_text((Path(section.dir) / "report.md").read_text(encoding="utf-8")))
         overrides = "".join(f" -o {shlex.quote(override)}" for override in o)  # without them it is another build
         print(f"next: llmkit data inspect {config}{overrides} --dropped 20\n      llmkit pretrain {config}{overrides}")
 
@@ -66,7 +66,7 @@ def data_report(
         check_corpus(section)
         folder = Path(section.dir)
     manifest = read_manifest(folder)
-    show(manifest, as_json) if as_json else print((folder / "report.md").read_text(encoding="utf-8"))
+    show(manifest, as_json) if as_json else print(terminal_text((folder / "report.md").read_text("utf-8")))
 
 
 @data_app.command("inspect")
@@ -123,7 +123,7 @@ def inspect_documents(data: Any, id: str | None, dropped: int, kept: int, rule: 
         show({"documents": samples}, as_json)
         return
     for sample in samples:
-        print(f"--- {sample['id']}: {sample['why']}\n{terminal_text(sample['text'][:1000])}\n")
+        print(terminal_text(f"--- {sample['id']}: {sample['why']}\n{sample['text'][:1000]}\n"))
 
 
 @tokenizer_app.command("train")
@@ -163,7 +163,7 @@ def tokenizer_train(
         tokenizer = extend_bpe(load_tokenizer(extend), texts, vocab_size)
     else:
         options = {"vocab_size": vocab_size, "pattern": pattern, "normalize": normalize, "special_tokens": special}
-        tokenizer = train_tokenizer(texts, kind, **options)
+        tokenizer = train_tokenizer(texts, kind, say=progress_printer(as_json), **options)
     tally.check(max_bad_fraction, fix="repair the files, or raise --max-bad-fraction")
     with write_beside(out) as folder:
         tokenizer.save(folder)
@@ -201,5 +201,5 @@ def tokenizer_show(
         if not is_path(text):
             ids = loaded.encode(text)
             print(format_tokens([loaded.decode([i]) for i in ids], colour=sys.stdout.isatty()) + "\n")
-    print(format_table(rows))
+    print(terminal_text(format_table(rows)))
     print(f"vocabulary: {len(loaded)}")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmkit.commands.show import AsJson, show
+from llmkit.commands.show import AsJson, show, terminal_text
 
 
 def runs(
@@ -24,7 +24,7 @@ def runs(
     if missing or not folders:
         raise UserError("there is no run", at=", ".join(missing) or "./runs", fix="llmkit pretrain CONFIG makes one")
     rows = [summarize(folder) for folder in folders]
-    show({"runs": rows}, as_json) if as_json else print(format_table(rows))
+    show({"runs": rows}, as_json) if as_json else print(terminal_text(format_table(rows)))
     if plot:
         plot_runs(folders, plot)
 

@@ -18,14 +18,22 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for
 
 def progress_printer(as_json: bool):
     """Return a function that prints progress lines, to standard error if standard output is to hold only JSON."""
-    return lambda line: print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
+    from llmkit.screen import for_stream, hide_secrets
+
+    stream = sys.stderr if as_json else sys.stdout
+    return lambda line: print(for_stream(hide_secrets(line), stream), file=stream, flush=True)
+
+
+def to_stderr(line: str) -> None:
+    """Print a line about a command, whose result goes to standard output."""
+    progress_printer(as_json=True)(line)
 
 
 def terminal_text(text: str) -> str:
     """Replace the control characters of an untrusted text if it goes to a terminal, not if it goes to a file."""
-    from llmkit.screen import printable
+    from llmkit.screen import for_stream
 
-    return printable(text) if sys.stdout.isatty() else text
+    return for_stream(text, sys.stdout)
 
 
 def check_is_new(out: Path) -> None:
@@ -46,4 +54,4 @@ def show(figures: dict[str, Any], as_json: bool) -> None:
     width = max(map(len, figures), default=0)
     for key, value in figures.items():
         value = f"{value:.4f}" if isinstance(value, float) and abs(value) < 1e4 else value
-        print(f"{key.replace('_', ' '):>{width}}  {value}")
+        print(terminal_text(f"{key.replace('_', ' '):>{width}}  {value}"))

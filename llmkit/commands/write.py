@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmkit.commands.show import AsJson, ModelArg, Precision, show, terminal_text
+from llmkit.commands.show import AsJson, ModelArg, Precision, show, terminal_text, to_stderr
 from llmkit.inference.sampling import CHAT_MAX_NEW_TOKENS, GENERATE_MAX_NEW_TOKENS, Sampling
 
 MaxNewTokens = Annotated[int, typer.Option(min=1)]
@@ -41,7 +41,8 @@ def generate(
     from llmkit.inference.writer import open_writer
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    writer = open_writer(model, precision=precision, compile=compile, expected_tokens=max_new_tokens, say=to_stderr)
+    options = {"expected_tokens": max_new_tokens, "prompts": len(prompts), "say": to_stderr}
+    writer = open_writer(model, precision=precision, compile=compile, **options)
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
     encode = (lambda text: writer.encode_chat([{"role": "user", "content": text}])) if chat else writer.encode
     options = {"sampling": sampling, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed, "chat": chat}
@@ -58,16 +59,12 @@ def generate(
         for row in rows:
             print(f"--- {terminal_text(row['prompt'])}\n{terminal_text(row['text'])}")
         return
-    print(texts[0] if writer.is_causal and not chat else "", end="", flush=True)
+    print(terminal_text(texts[0]) if writer.is_causal and not chat else "", end="", flush=True)
     for piece in written[0]:
         print(terminal_text(piece), end="", flush=True)
     print()
     if written[0].ended == "length" and len(written[0].tokens) < max_new_tokens:
         to_stderr(f"(the model's {writer.max_length} positions are full after {len(written[0].tokens)} tokens)")
-
-
-def to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def chat(

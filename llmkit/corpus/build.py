@@ -211,7 +211,7 @@ def run_passes(
             funnel[source.name]["skipped files"] = count_skipped_files(source)
         if decision.documents == 0:
             raise no_documents_error(folder, funnel)
-        tokenizer, tokenizer_folder = make_tokenizer(data, parts, decided, units, decision, given)
+        tokenizer, tokenizer_folder = make_tokenizer(data, parts, decided, units, decision, given, say)
         timer.lap("tokenizer")
         main_seconds = timer.seconds
         keys = [encoding_key(data, decided, unit, decision, tokenizer) for unit in units]
@@ -330,7 +330,13 @@ def no_documents_error(folder: Path, funnel: dict[str, Any]) -> DataError:
 
 
 def make_tokenizer(
-    data: CorpusData, parts: Path, decided: Path, units: list[Unit], decision: Decision, given: Tokenizer | None
+    data: CorpusData,
+    parts: Path,
+    decided: Path,
+    units: list[Unit],
+    decision: Decision,
+    given: Tokenizer | None,
+    say: Callable[[str], None],
 ) -> tuple[Tokenizer, Path]:
     """Return the tokenizer of the build and its folder: the given one, or one trained on part of the train split."""
     fate_checksums = [checksum(fates) for fates in decision.fates]
@@ -360,7 +366,7 @@ def make_tokenizer(
     else:
         options = section.model_dump(include={"vocab_size", "pattern", "normalize"})
         options["special_tokens"] = [*section.special_tokens, *(f"<extra_id_{i}>" for i in range(section.extra_ids))]
-        tokenizer = train_tokenizer(sample(), section.train, **options)
+        tokenizer = train_tokenizer(sample(), section.train, say=say, **options)
     temporary = folder.with_name(folder.name + ".tmp")
     tokenizer.save(temporary)
     temporary.rename(folder)

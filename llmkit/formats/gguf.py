@@ -15,6 +15,7 @@ from llmkit.errors import MachineError, ModelError
 from llmkit.files import write_beside
 from llmkit.models import FAMILIES, family_of
 from llmkit.models.family import Gguf
+from llmkit.models.folder import check_finite
 from llmkit.models.layers import rope_frequencies
 from llmkit.tokenizer.foreign import SPACE
 from llmkit.tokenizer.tokenizer import PATTERNS, Tokenizer, find_split_pattern
@@ -55,6 +56,8 @@ def write_gguf(model: nn.Module, tokenizer: Tokenizer, path: Path, dtype: str, n
                 kind = gguf.GGMLQuantizationType.F32  # vectors, and the router
             elif kind == gguf.GGMLQuantizationType.Q8_0 and tensor.shape[-1] % 32:
                 kind = gguf.GGMLQuantizationType.F16
+            if kind == gguf.GGMLQuantizationType.F16:
+                check_finite({ours: tensor.half()}, path)
             writer.add_tensor(named, gguf.quants.quantize(tensor.float().cpu().numpy(), kind), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmkit.errors import ModelError
 from llmkit.files import write_beside
 from llmkit.models import build_model, llama, shape_problems
-from llmkit.models.folder import save_model
+from llmkit.models.folder import check_finite, save_model
 from llmkit.tokenizer.foreign import from_llama2c
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -55,6 +55,7 @@ def import_llama2c(path: Path, tokenizer: Path, out: Path) -> None:
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             tensor = deinterleave_rotary(tensor, config.head_dim)
         state[name] = tensor.contiguous()
+    check_finite(state, path)
     model.load_state_dict(state, assign=True)
     with write_beside(out) as folder:
         save_model(model, folder, eos_token_ids=loaded_tokenizer.stop_ids, bos_token_id=loaded_tokenizer.bos_id)

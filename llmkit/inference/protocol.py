@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -42,9 +42,15 @@ Zero = Annotated[float, AfterValidator(check_zero)]
 
 
 class StrictModel(BaseModel):
-    """Refuse unknown fields, because ignoring one would change the meaning of the request."""
+    """Refuse unknown fields, because ignoring one would change the meaning of the request. A null is no value."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_nulls(cls, fields: Any) -> Any:
+        """Leave out the fields that are null: clients send them for all that they do not set."""
+        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
 
 
 class SamplingRequest(StrictModel):

@@ -15,15 +15,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import uvicorn
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llmkit.errors import MachineError, UserError
+from llmkit.inference.connections import WatchedProtocol
 from llmkit.inference.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -38,8 +41,14 @@ from llmkit.inference.sampling import Sampling
 from llmkit.inference.writer import GeneratedText, Writer
 
 PAGE = Path(__file__).with_name("server.html")
-# The page may load nothing from other hosts and may connect only to this server.
-PAGE_POLICY = "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+PAGE_HEADERS = {  # it loads nothing from other hosts, connects only to this server, and is shown in no other page
+    "content-security-policy": (
+        "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
 
 
 class Server:
@@ -76,8 +85,8 @@ class Server:
         [text] = self.writer.write([self.writer.encode("a")], sampling=Sampling(temperature=0), max_new_tokens=3)
         self.executor.submit(list, text).result()
 
-    def build_app(self, hosts: list[str]) -> Starlette:
-        """Return the application. It refuses requests whose Host header is not in `hosts` (against DNS rebinding)."""
+    def build_app(self, hosts: set[str]) -> Starlette:
+        """Return the application, for requests to `hosts`; see `check_host`."""
         routes = [
             Route("/", self.page),
             Route("/health", self.health),
@@ -87,7 +96,7 @@ class Server:
         ]
         return Starlette(
             routes=routes,
-            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+            middleware=[Middleware(check_host, hosts=hosts)],
             exception_handlers={
                 RequestError: lambda request, error: error.response(),
                 UserError: lambda request, error: RequestError(400, str(error.what)).response(),
@@ -98,7 +107,7 @@ class Server:
         )
 
     async def page(self, request: Request) -> Response:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": PAGE_POLICY})
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok", "running": self.running})
@@ -112,6 +121,8 @@ class Server:
         body = await read_request(request, CompletionRequest, self.limits)
         prompts = [body.prompt] if isinstance(body.prompt, str) or is_token_ids(body.prompt) else body.prompt
         self.check(body, len(prompts), body.max_tokens)
+        if not prompts or not all(prompts):
+            raise RequestError(400, "a prompt is empty", param="prompt")
         encode = self.writer.encode
         ids = await self.encode(lambda: [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts])
         self.check_prompts(ids)
@@ -183,8 +194,6 @@ class Server:
     def check_prompts(self, prompts: list[list[int]]) -> None:
         """Raise RequestError if the model can't read one of the prompts."""
         longest, size = self.writer.max_length, len(self.writer.tokenizer)
-        if not prompts or not all(prompts):
-            raise RequestError(400, "a prompt is empty", param="prompt")
         if any(not 0 <= token < size for prompt in prompts for token in prompt):
             raise RequestError(400, f"a token id is outside 0..{size - 1}", param="prompt")
         if (most := max(map(len, prompts))) >= longest:
@@ -210,11 +219,24 @@ class Server:
                     self.executor.submit(text.pieces.close)
 
 
+def check_host(app: ASGIApp, hosts: set[str]) -> ASGIApp:
+    """Return an application that refuses requests to other names, against DNS rebinding. "*" stands for all names."""
+
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        host = Headers(scope=scope).get("host", "") if scope["type"] == "http" else ""
+        name = host.rpartition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
+        if scope["type"] == "http" and not {"*", name.lower()} & hosts:
+            await RequestError(400, "the Host header names another host").response()(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return checked
+
+
 def serve(writer: Writer, name: str, host: str, port: int, limits: Limits, say: Callable[[str], None] = print) -> None:
     """Answer requests until interrupted."""
-    import uvicorn
-
-    hosts = ["*"] if host in ("0.0.0.0", "::") else list({host, "127.0.0.1", "localhost", "[::1]"})
+    address = f"[{host}]" if ":" in host else host
+    hosts = {"*"} if host in ("0.0.0.0", "::") else {address.lower(), "127.0.0.1", "localhost", "[::1]"}
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -222,9 +244,9 @@ def serve(writer: Writer, name: str, host: str, port: int, limits: Limits, say: 
         raise MachineError(what, at=f"{host}:{port}", fix=fix) from None
     server = Server(writer, name, limits)
     server.warm_up()
-    address = f"[{host}]" if ":" in host else host
     say(f"http://{address}:{port}  chat page at /, API at /v1/completions and /v1/chat/completions  (Ctrl-C to stop)")
-    config = uvicorn.Config(server.build_app(hosts), log_level="warning", timeout_graceful_shutdown=1)
+    options = {"http": WatchedProtocol, "ws": "none", "log_level": "warning", "timeout_graceful_shutdown": 1}
+    config = uvicorn.Config(server.build_app(hosts), **options)
     http_server = uvicorn.Server(config)
     handle_exit = http_server.handle_exit
 

@@ -141,12 +141,14 @@ def open_writer(
     precision: str = "auto",
     compile: bool | None = None,
     expected_tokens: int = 2000,
+    prompts: int = 1,
     say: Callable[[str], None] = print,
 ) -> Writer:
     """Load a MODEL to write with, an adapter merged into its base.
 
     precision  of the weights
     compile    the decoding; None compiles if that saves time over the expected number of tokens
+    prompts    texts that are written side by side: only a single one is written by compiled blocks
     """
     device = start_world().device
     precision = choose_precision(precision, device)
@@ -154,6 +156,8 @@ def open_writer(
     if loaded.config.kind == "masked":
         raise ModelError(f"{loaded.config.model_type} reads in both directions, and writes no text", at=model)
     reason = compile_obstacle(loaded, device, precision)
+    if prompts > 1 or loaded.config.kind != "causal":
+        reason = "only one text at a time of a decoder is written by compiled blocks"
     if compile and reason:
         raise MachineError(f"--compile is not possible here: {reason}")
     if compile is None:

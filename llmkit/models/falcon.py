@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from llmkit.models import llama
 from llmkit.models.attention import attend
 from llmkit.models.causal import CausalLM, Context
-from llmkit.models.family import Family, Gguf
+from llmkit.models.family import Family, Gguf, rename
 from llmkit.models.layers import MultiHeadSizes, TokenEmbedding, rope_problems, rope_table, rotate
 
 
@@ -114,10 +114,7 @@ class Model(CausalLM):
 
 def from_hf(hf: dict) -> dict:
     """Return our options from a config.json without its number of key heads, which multi-query attention ignores."""
-    options = llama.from_hf(hf)
-    for theirs, ours in (("ffn_hidden_size", "intermediate_size"), ("n_embed", "hidden_size")):
-        if theirs in options:
-            options[ours] = options.pop(theirs)
+    options = rename(llama.from_hf(hf), {"ffn_hidden_size": "intermediate_size", "n_embed": "hidden_size"})
     options.pop("num_kv_heads", None)
     return options
 

@@ -1,13 +1,26 @@
 """The contract of a model family: what its file tells the rest of llmkit, in one typed object."""
 
+import math
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
-MAX_LAYERS = 10_000  # a deeper model is a mistake or an attack: even empty layers take memory
+from llmkit.errors import ModelError
+
+# More than any published model has: a larger value is a mistake or an attack. Within these limits a model without
+# weights is built in seconds, and no tensor has 2^63 elements.
+MOST_BY_FIELD = {
+    **dict.fromkeys(("num_hidden_layers", "num_decoder_layers"), 1000),  # DeepNet: 1,000 (arXiv:2203.00555)
+    "hidden_size": 2**17,  # Megatron-Turing NLG: 20,480
+    "intermediate_size": 2**20,  # PaLM: 73,728
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**12),  # Llama 3.1: 128; Gemma: 256
+    "num_local_experts": 2**12,  # Switch-C: 2,048
+}
+MOST = 2**24  # of other integers: Llama 4 Scout has 10,485,760 positions, XLM-V a million tokens
 NOTHING = re.compile(r"(?!)")  # matches no name
 Problem = tuple[str, str]  # a key of a Config, and what is wrong with its value
 
@@ -67,7 +80,7 @@ class Family:
 
     # Hugging Face's folder:
     architecture: str  # the class name in transformers
-    from_hf: Callable[[dict], dict] = dict  # config.json -> our options
+    from_hf: Callable[[dict], dict] = dict  # config.json -> our options; raises ModelError if fields disagree
     to_hf: Callable[[dict], dict] = dict
     fixed_values: dict[str, Any] = field(default_factory=dict)  # field -> the only value that is supported
     hf_defaults: dict[str, Any] = field(default_factory=dict)  # what transformers assumes, where ours differs
@@ -98,18 +111,49 @@ class Family:
         return {name: tensor.T if name.endswith(self.transposed) else tensor}
 
 
+def unite(fields: Iterable[tuple[str, str, Any]]) -> dict[str, Any]:
+    """Return the fields of a config.json under our names; raise a ModelError if two spellings of one disagree.
+
+    fields  (spelling, our name, value); null says nothing
+
+    >>> unite([("n_embd", "hidden_size", 8), ("hidden_size", "hidden_size", None)])
+    {'hidden_size': 8}
+    """
+    found: dict[str, Any] = {}
+    first: dict[str, str] = {}  # our name -> the spelling that gave the value
+    for spelling, name, value in fields:
+        if found.get(name) is None:
+            found[name], first[name] = value, spelling
+        elif value is not None and value != found[name]:
+            what, got = f"config.json: {first[name]} and {spelling} disagree", f"{found[name]} and {value}"
+            raise ModelError(what, got=got, fix="correct one of them, or delete it")
+    return found
+
+
+def rename(hf: dict, names: dict[str, str]) -> dict[str, Any]:
+    """Return the fields of a config.json under our names: `unite` with names (another spelling -> our name)."""
+    return unite((key, names.get(key, key), value) for key, value in hf.items())
+
+
 def shape_problems(family: Family, config: Config) -> list[Problem]:
     """Return every value of a config that can't be built; [] if the shapes fit."""
     found = []
     for key, value in asdict(config).items():
-        least = int(key not in family.may_be_zero)
-        if isinstance(value, int) and not isinstance(value, bool) and value < least:
-            found.append((key, f"is {value}, but must be at least {least}"))
-        if isinstance(value, float) and (value < 0 or ("drop" in key and value >= 1)):
-            found.append((key, f"is {value}, but must be {'in [0, 1)' if 'drop' in key else 'positive'}"))
-    if config.num_hidden_layers > MAX_LAYERS:
-        found.append(("num_hidden_layers", f"is {config.num_hidden_layers}, over {MAX_LAYERS}"))
-    return found or [*head_problems(config), *family.problems(config)]
+        least, most = int(key not in family.may_be_zero), MOST_BY_FIELD.get(key, MOST)
+        if isinstance(value, int) and not isinstance(value, bool) and not least <= value <= most:
+            found.append((key, f"is {reprlib.repr(value)}, but must be from {least} to {most}"))
+        if isinstance(value, float):
+            below = 1 if "drop" in key else math.inf
+            if not (0 <= value < below and (value or "_eps" not in key)):
+                found.append((key, f"is {value}, but must be {'in [0, 1)' if below == 1 else 'positive'}"))
+    given = [(key, reason) for key, reason in found if not is_derived(config, key)]
+    return given or found or [*head_problems(config), *family.problems(config)]
+
+
+def is_derived(config: Config, key: str) -> bool:
+    """Return whether an option has the value that its Config derives from others if it is left out."""
+    value, default = getattr(config, key), type(config).__dataclass_fields__[key].default
+    return default is None and getattr(replace(config, **{key: None}), key) == value
 
 
 def head_problems(config: Config) -> Iterator[Problem]:

@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmkit.errors import ModelError, did_you_mean, raise_all
+from llmkit.files import read_json
 from llmkit.models import FAMILIES, build_model, family_of, shape_problems
 from llmkit.models.family import Config
+from llmkit.screen import printable
 
 MAX_CONFIG_BYTES = 2**20
 # Fields of a config.json that do not affect the forward pass: names, training, generation and output flags.
@@ -27,6 +29,7 @@ IGNORED_FIELDS = re.compile(
     r"|is_llama_config|transformers\.js_config|tokenizer_class|prefix|torchscript|use_bfloat16|pruned_heads"
     r"|finetuning_task|tie_encoder_decoder|auto_map|directionality|pooler_\w+|unsloth_\w+|classifier_dropout"
 )
+FLOATS = ("F64", "F32", "F16", "BF16")  # types in safetensors files that are read, all by rounding to the model's dtype
 MAX_SHARD_BYTES = 5 * 10**9  # of a weight file, as in transformers
 
 
@@ -34,21 +37,23 @@ def read_config(folder: Path) -> Config:
     """Return the Config of a model's folder; raise a ModelError if a field asks for mathematics that is not built."""
     path = folder / "config.json"
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ModelError(f"config.json is larger than {MAX_CONFIG_BYTES} bytes", at=path)
-        hf = json.loads(path.read_text(encoding="utf-8"))
+        hf = read_json(path, max_bytes=MAX_CONFIG_BYTES)
         if not isinstance(hf, dict):
             raise ValueError("not an object")
     except FileNotFoundError:
         raise ModelError(f"{folder} is not a model: it has no config.json", at=folder) from None
-    except (ValueError, RecursionError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise ModelError(f"config.json can't be read: {error}", at=path) from None
     name = hf.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         expected, fix = " or ".join(FAMILIES), did_you_mean(str(name), FAMILIES)
         raise ModelError("this model family is not supported", at=path, got=name, expected=expected, fix=fix)
     family = FAMILIES[name]
-    options = family.hf_defaults | family.from_hf(hf)
+    try:
+        options = family.hf_defaults | family.from_hf(hf)
+    except ModelError as error:
+        error.at = path
+        raise
     known = {field.name for field in fields(family.config)}
     errors = [
         ModelError(f"{name} with this {key} is not supported", at=path, got=value, expected=expected)
@@ -73,23 +78,28 @@ def read_config(folder: Path) -> Config:
     return config
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder; raise a ModelError if its index names a file elsewhere."""
+def weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """Return the safetensors files of a folder, and the tensors that its index lists for each; None without an index.
+
+    Raises ModelError for a broken index, and for one that names a file elsewhere.
+    """
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        return [folder / "model.safetensors"]
+        return {folder / "model.safetensors": None}
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
+        weight_map = read_json(index)["weight_map"].items()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"the weight index can't be read: {error}", at=index) from None
-    for name in names:
+    listed: dict[str, set[str]] = {}
+    for tensor, name in weight_map:
         if not isinstance(name, str) or Path(name).name != name:
             raise ModelError("a weight file must be in the model's folder", at=index, got=name)
-    return [folder / name for name in names]
+        listed.setdefault(name, set()).add(tensor)
+    return {folder / name: listed[name] for name in sorted(listed)}
 
 
 def open_weights(path: Path):
-    """Open a safetensors file without reading its tensors."""
+    """Open a safetensors file without reading its tensors. safetensors refuses headers that lie about sizes."""
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
@@ -117,7 +127,8 @@ def load_model(folder: Path, *, device="cpu", dtype: torch.dtype = torch.float32
     missing = check_weights(model, folder, files)
     weights = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
     if fresh := [name for name in missing if family.may_be_missing.fullmatch(name)]:
-        print(f"warning: {folder} lacks {len(fresh)} weights; initialised: {', '.join(fresh)}", file=sys.stderr)
+        warning = f"warning: {folder} lacks {len(fresh)} weights; initialised: {', '.join(fresh)}"
+        print(printable(warning), file=sys.stderr)
         initial = build_model(config, seed=0).state_dict()
         for name in fresh:
             weights[name].copy_(initial[name])
@@ -129,12 +140,13 @@ def load_model(folder: Path, *, device="cpu", dtype: torch.dtype = torch.float32
     for name, other in family.missing_copies.items():
         if name in missing:
             weights[name].copy_(weights[other])
+    check_finite(weights, folder)
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(True)
 
 
-def check_weights(model: nn.Module, folder: Path, files: list[Path]) -> list[str]:
-    """Raise a ModelError with the names and shapes in files that do not fit a model. Return the missing weights.
+def check_weights(model: nn.Module, folder: Path, files: dict[Path, set[str] | None]) -> list[str]:
+    """Raise a ModelError with what does not fit a model in `weight_files`. Return the names of missing weights.
 
     Only weights that `Family` allows to be missing are returned.
     """
@@ -145,15 +157,24 @@ def check_weights(model: nn.Module, folder: Path, files: list[Path]) -> list[str
         for disk, view in family.disk_views(name, p).items()
     }
     errors, seen = [], set()
-    for path in files:
+    for path, listed in files.items():
         with open_weights(path) as file:
+            names = set(file.keys())
+            for name in sorted((names if listed is None else listed) ^ names):
+                fix = "copy index and files again from one source"
+                got = "it is in the file, but not in the index" if name in names else "it is only in the index"
+                errors.append(ModelError(f"the weight index is wrong about {name}", at=path, got=got, fix=fix))
             for disk_name, name in weight_names(model.config, file.keys()):
-                seen.add(name)
-                shape = tuple(file.get_slice(disk_name).get_shape())
-                if name not in shapes:
+                shape, dtype = tuple(file.get_slice(disk_name).get_shape()), file.get_slice(disk_name).get_dtype()
+                if name in seen:
+                    errors.append(ModelError(f"the weight {name} is there twice", at=path))
+                elif name not in shapes:
                     errors.append(ModelError(f"the model has no weight {disk_name}", at=path))
                 elif shape != (expected := shapes[name]):
                     errors.append(ModelError(f"{disk_name} has the wrong shape", at=path, got=shape, expected=expected))
+                elif dtype not in FLOATS:
+                    errors.append(unsupported_type(disk_name, dtype, path))
+                seen.add(name)
     missing = [name for name in shapes if name not in seen]
     allowed = [name for name in missing if name in family.missing_copies or family.may_be_missing.fullmatch(name)]
     needed = [name for name in missing if name not in allowed]
@@ -161,6 +182,21 @@ def check_weights(model: nn.Module, folder: Path, files: list[Path]) -> list[str
         errors.append(ModelError(f"{len(needed)} weights are missing, for example {needed[0]}", at=folder))
     raise_all(errors[:10])
     return missing
+
+
+def unsupported_type(name: str, dtype: str, path: Path) -> ModelError:
+    """Return the error about a tensor whose type is not one of FLOATS."""
+    what, expected = f"{name} has a type that is not supported", ", ".join(FLOATS)
+    return ModelError(what, at=path, got=dtype, expected=expected, fix="take the model's files that are not quantized")
+
+
+def check_finite(weights: dict[str, Tensor], at: Path) -> None:
+    """Raise a ModelError with the weights that have NaN or infinite values, `at` a file or folder."""
+    bad = [name for name, tensor in weights.items() if not torch.stack(torch.aminmax(tensor)).isfinite().all()]
+    if bad:
+        what, dtype = f"{len(bad)} weights have values that are not finite, for example {bad[0]}", weights[bad[0]].dtype
+        fix = "use bf16 or fp32, which have a wider range" if dtype == torch.float16 else None
+        raise ModelError(what, at=at, got=str(dtype).removeprefix("torch."), fix=fix)
 
 
 def disk_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -180,10 +216,12 @@ def save_model(
 ) -> None:
     """Write config.json and model.safetensors, and generation_config.json if there are several stop tokens.
 
-    dtype  of the weights; None: that of the parameters
+    dtype  of the weights; None: that of the parameters. Raises ModelError if its range is too small
     """
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in disk_weights(model)}
+    if dtype:
+        check_finite(weights, folder)
+    folder.mkdir(parents=True, exist_ok=True)
     token_ids = {"bos_token_id": bos_token_id, "eos_token_id": next(iter(eos_token_ids), None)}
     config = hf_config(model.config) | token_ids
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmkit.models import llama
-from llmkit.models.family import Family, Gguf
+from llmkit.models.family import Family, Gguf, rename
 from llmkit.models.layers import RMSNorm
 
 
@@ -36,11 +36,13 @@ def build(config: Config) -> llama.Model:
     return llama.Model(config, llama.Variant(norm=Norm, qkv_bias=bias, output_bias=bias, embed_scale=scale))
 
 
+ACTS = ("hidden_act", "hidden_activation")  # two spellings of one field
+
+
 def from_hf(hf: dict) -> dict:
     """Return our options from a config.json; in Gemma's first files, `gelu` means its tanh approximation."""
-    options = llama.from_hf(hf)
-    act = options.pop("hidden_activation", None) or options.get("hidden_act", "gelu_pytorch_tanh")
-    return options | {"hidden_act": "gelu_pytorch_tanh" if act == "gelu" else act}
+    acts = {key: "gelu_pytorch_tanh" if hf[key] == "gelu" else hf[key] for key in ACTS if hf.get(key) is not None}
+    return rename(llama.from_hf(hf | acts), dict.fromkeys(ACTS, "hidden_act"))
 
 
 GEMMA = llama.LLAMA | {

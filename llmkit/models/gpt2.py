@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmkit.models.attention import attend
 from llmkit.models.causal import CausalLM, Context
-from llmkit.models.family import Family, Gguf
+from llmkit.models.family import Family, Gguf, rename
 from llmkit.models.layers import MultiHeadSizes, TokenEmbedding
 
 
@@ -125,8 +125,7 @@ UNSUPPORTED = ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "ad
 
 def from_hf(hf: dict) -> dict:
     """Return our options from a config.json."""
-    ours = {theirs: name for name, theirs in HF_NAMES.items()}
-    return {ours.get(key, key): value for key, value in hf.items()}
+    return rename(hf, {theirs: name for name, theirs in HF_NAMES.items()})
 
 
 def to_hf(options: dict) -> dict:

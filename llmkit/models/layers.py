@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkit.models.family import Family, Problem
+from llmkit.models.family import MOST, Family, Problem
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by Hugging Face's names
     "gelu": F.gelu,
@@ -225,7 +225,7 @@ def rope_problems(config) -> Iterator[Problem]:
 def scaling_problem(scaling: dict) -> str | None:
     """Return why a `rope_scaling` can't be built, None if it can."""
     kind, options = scaling.get("rope_type"), {key: value for key, value in scaling.items() if key != "rope_type"}
-    if kind not in ROPE_SCALING:
+    if not isinstance(kind, str) or kind not in ROPE_SCALING:
         return f"has the rope_type {kind!r}, not one of {', '.join(ROPE_SCALING)}"
     known = list(inspect.signature(ROPE_SCALING[kind]).parameters.values())[2:]
     missing = [p.name for p in known if p.default is p.empty and p.name not in options]
@@ -233,8 +233,12 @@ def scaling_problem(scaling: dict) -> str | None:
         return f"of type {kind} has no option {', '.join(sorted(unknown))}"
     if missing:
         return f"of type {kind} needs {', '.join(missing)}"
-    wrong = [key for key, x in options.items() if isinstance(x, bool) or not isinstance(x, int | float) or x <= 0]
-    return f"of type {kind} needs a positive {wrong[0]}" if wrong else None
+    numbers = {key: x for key, x in options.items() if isinstance(x, int | float) and not isinstance(x, bool)}
+    if wrong := [key for key in options if not 0 < numbers.get(key, 0) <= MOST]:
+        return f"of type {kind} needs a positive {wrong[0]}, at most {MOST}"
+    if kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+        return "of type llama3 needs a high_freq_factor over its low_freq_factor"
+    return None
 
 
 # ---- initialisation -------------------------------------------------------------------------------------------------

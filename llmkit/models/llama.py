@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llmkit.models.attention import Window, attend
 from llmkit.models.causal import CausalLM, Context
-from llmkit.models.family import Family, Gguf
+from llmkit.models.family import Family, Gguf, unite
 from llmkit.models.layers import ACTIVATIONS, RMSNorm, TokenEmbedding, rope_problems, rope_table, rotate
 
 
@@ -176,14 +176,19 @@ def build(config: Config) -> Model:
 
 def from_hf(hf: dict) -> dict:
     """Return our options from a config.json. transformers 5 has rotary base and scaling in `rope_parameters`."""
-    hf = dict(hf)
-    scaling, rope = hf.pop("rope_scaling", None), hf.pop("rope_parameters", None)
-    wrong = [value for value in (scaling, rope) if value and not isinstance(value, dict)]
-    if wrong or not (scaling or rope):
-        return hf | ({"rope_scaling": wrong[0]} if wrong else {})  # `read_config` refuses it
-    rope = dict(scaling or rope)  # the older field has priority, as in transformers
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
+    hf, spelt = dict(hf), []
+    if "rope_theta" in hf:
+        spelt.append(("rope_theta", "rope_theta", hf.pop("rope_theta")))
+    for field in ("rope_scaling", "rope_parameters"):
+        section = hf.pop(field, None)
+        if section and not isinstance(section, dict):
+            return hf | {"rope_scaling": section}  # `read_config` refuses it
+        if section and not {"rope_type", "type"} & section.keys():
+            section = section | {"rope_type": "default"}
+        names = {"type": "rope_type"}
+        spelt += [(f"{field}.{key}", names.get(key, key), value) for key, value in (section or {}).items()]
+    rope = unite(spelt)
+    kind = rope.pop("rope_type", "default")
     if "rope_theta" in rope:
         hf["rope_theta"] = rope.pop("rope_theta")
     if kind != "default" or rope:

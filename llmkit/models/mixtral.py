@@ -16,6 +16,8 @@ from llmkit.models.causal import Context
 from llmkit.models.family import Family, Problem
 from llmkit.models.layers import ACTIVATIONS, rope_problems
 
+MOST_EXPERTS = 2**16  # in all layers: each has names of its own in files. Switch-C: 15 * 2,048 (arXiv:2101.03961)
+
 
 @dataclass(kw_only=True)
 class Config(mistral.Config):
@@ -112,6 +114,8 @@ def balance_loss(balances: Tensor) -> Tensor:
 def problems(config: Config) -> Iterator[Problem]:
     """Yield the problems of rotary positions and of the numbers of experts."""
     yield from rope_problems(config)
+    if (experts := config.num_local_experts * config.num_hidden_layers) > MOST_EXPERTS:
+        yield "num_local_experts", f"makes {experts} experts in all layers, over {MOST_EXPERTS}"
     if config.num_experts_per_tok > config.num_local_experts:
         yield "num_experts_per_tok", f"is {config.num_experts_per_tok}, over the {config.num_local_experts} experts"
 

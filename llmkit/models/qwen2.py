@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from llmkit.models import llama
 from llmkit.models.attention import Window
-from llmkit.models.family import Family, Gguf
+from llmkit.models.family import Family, Gguf, unite
 
 
 @dataclass(kw_only=True)
@@ -37,10 +37,17 @@ def from_hf(hf: dict) -> dict:
     types = options.pop("layer_types", None)
     if types is None:
         return options
-    full = types.count("full_attention") if isinstance(types, list) else 0
-    layers = options.get("num_hidden_layers", HF_DEFAULTS["num_hidden_layers"])
-    if full > layers or types != ["full_attention"] * full + ["sliding_attention"] * (layers - full):
+    layers, lowest = (
+        options.get("num_hidden_layers", HF_DEFAULTS["num_hidden_layers"]),
+        options.get("max_window_layers"),
+    )
+    full = types.count("full_attention") if isinstance(types, list) and len(types) == layers else -1
+    if full < 0 or types != ["full_attention"] * full + ["sliding_attention"] * (layers - full):
         return options | {"layer_types": types}  # `read_config` refuses it
+    if not options.get("use_sliding_window"):
+        unite([("use_sliding_window", "full", layers), ("layer_types", "full", full)])
+    elif isinstance(lowest, int):
+        unite([("max_window_layers", "full", min(lowest, layers)), ("layer_types", "full", full)])
     return options | {"max_window_layers": full}
 
 

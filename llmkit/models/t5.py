@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.models.attention import KVCache, LayerCache, attend, attention_mask, visible
-from llmkit.models.family import MAX_LAYERS, Family, Problem
+from llmkit.models.family import Family, Problem, rename, unite
 from llmkit.models.layers import ACTIVATIONS, Head, RMSNorm, TokenEmbedding, token_tables
 from llmkit.models.loss import ChunkLoss, Logits, linear_cross_entropy
 
@@ -305,14 +305,11 @@ HF_NAMES = {  # our option -> Hugging Face's
     "head_dim": "d_kv",
     "max_position_embeddings": "n_positions",
 }
-DERIVED_FIELDS = ("initializer_factor", "dense_act_fn", "is_gated_act")  # they repeat other fields
 CROSS_KEYS_AND_VALUES = ("EncDecAttention.k.weight", "EncDecAttention.v.weight")
 
 
 def problems(config: Config) -> Iterator[Problem]:
-    """Yield the problems of the decoder's depth, the buckets of distances and the start token."""
-    if config.num_decoder_layers > MAX_LAYERS:
-        yield "num_decoder_layers", f"is {config.num_decoder_layers}, over {MAX_LAYERS}"
+    """Yield the problems of the buckets of distances and the start token."""
     buckets, longest = config.relative_attention_num_buckets, config.relative_attention_max_distance
     if buckets < 4:
         yield "relative_attention_num_buckets", f"is {buckets}, but must be at least 4"
@@ -324,8 +321,13 @@ def problems(config: Config) -> Iterator[Problem]:
 
 def from_hf(hf: dict) -> dict:
     """Return our options from a config.json; transformers 5 ties every T5, and `scale_decoder_outputs` decides."""
-    ours = {theirs: name for name, theirs in HF_NAMES.items()}
-    options = {ours.get(key, key): value for key, value in hf.items() if key not in DERIVED_FIELDS}
+    options = rename(hf, {theirs: name for name, theirs in HF_NAMES.items()})
+    options.pop("initializer_factor", None)
+    kind = str(options.get("feed_forward_proj", "relu"))
+    derived = [("dense_act_fn", "act", options.pop("dense_act_fn", None))]
+    derived += [("is_gated_act", "gated", options.pop("is_gated_act", None))]
+    act = "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-")
+    unite([("feed_forward_proj", "act", act), ("feed_forward_proj", "gated", kind.startswith("gated-")), *derived])
     tied = options.pop("scale_decoder_outputs", options.get("tie_word_embeddings", True))
     return options | {"tie_word_embeddings": tied}
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from llmkit.errors import ModelError, UserError, raise_all
-from llmkit.models.folder import open_weights
+from llmkit.files import read_json
+from llmkit.models.folder import FLOATS, check_finite, open_weights, unsupported_type
 from llmkit.models.resize import resize_embeddings
 from llmkit.peft import METHODS
 from llmkit.peft.method import Method
@@ -19,6 +21,10 @@ from llmkit.peft.method import Method
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "masked": None}  # PEFT's names for kinds of models
 PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
+# Fields of an adapter_config.json that do not change what an adapter computes: names, versions, training and loading.
+IGNORED_FIELDS = set(
+    "peft_type task_type inference_mode auto_mapping peft_version base_model_name_or_path revision".split()
+)
 
 
 def save_adapter(model: nn.Module, folder: Path, name: str, options: Any, *, base: str, base_sha256: str) -> None:
@@ -34,33 +40,51 @@ def save_adapter(model: nn.Module, folder: Path, name: str, options: Any, *, bas
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {f"{PREFIX}{key}": value.detach().cpu().contiguous() for key, value in method.tensors(model).items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "base_sha256": base_sha256})
+    # One entry: safetensors writes several in another order each time, and equal runs would have different files.
+    save_file(tensors, folder / WEIGHTS, metadata={"base_sha256": base_sha256})
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)
 
 
 def saved_base_sha256(folder: Path) -> str | None:
-    """Return the checksum of the base's weights that an adapter was trained on, if its file has one."""
+    """Return the checksum of the base that an adapter was trained on, if its file has one; see `base_change`."""
     with open_weights(folder / WEIGHTS) as file:
         return (file.metadata() or {}).get("base_sha256")
+
+
+def base_change(saved: str, now: str) -> str | None:
+    """Return what differs between two checksums of a base, in words; None if nothing does.
+
+    A checksum is "weights-config". Adapters of llmkit 0.1 have its first half only.
+
+    >>> base_change("a1-b2", "a1-c3"), base_change("a1", "a1-c3")
+    ('the config.json of the base has changed', None)
+    """
+    parts = ("the weights of the base have changed", "the config.json of the base has changed")
+    pairs = zip(parts, saved.split("-"), now.split("-"), strict=False)
+    return next((part for part, before, after in pairs if before != after), None)
 
 
 def read_adapter_config(folder: Path) -> tuple[dict[str, Any], Method]:
     """Return an adapter_config.json and its method; refuse a value that would change what the adapter does."""
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         kind = config["peft_type"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{CONFIG} can't be read: {error}", at=path) from None
     method = next((one for one in METHODS.values() if one.peft_type == kind), None)
     if method is None:
         known = ", ".join(one.peft_type for one in METHODS.values())
         raise ModelError("adapters of this method are not supported", at=path, got=kind, expected=known)
+    known = {field.name for field in fields(method.fields)} | IGNORED_FIELDS | method.ignored_fields
+    supported = method.supported_values
     errors = [
-        ModelError(f"the adapter's {key} is not supported", at=path, got=config[key])
-        for key, values in method.supported_values.items()
-        if key in config and config[key] not in values
+        ModelError(f"the adapter's {key} is not supported", at=path, got=value)
+        for key, value in config.items()
+        if key not in known and (value not in supported[key] if key in supported else value)
     ]
+    if not isinstance(config.get("base_model_name_or_path"), str | None):
+        errors.append(ModelError(f"{CONFIG}: base_model_name_or_path is not a text", at=path))
     try:
         TypeAdapter(method.fields).validate_json(json.dumps(config), strict=True)
     except ValidationError as error:
@@ -77,7 +101,10 @@ def load_adapter(model: nn.Module, folder: Path) -> Method:
     config, method = read_adapter_config(folder)
     path, fix = folder / WEIGHTS, "name the base it was trained on"
     with open_weights(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        raise_all([unsupported_type(name, dtype, path) for name, dtype in types.items() if dtype not in FLOATS][:10])
+        tensors = {name: file.get_tensor(name) for name in types}
+    check_finite(tensors, path)
     try:
         options, new_ids = method.from_peft(model, TypeAdapter(method.fields).validate_python(config))
         if new_ids:

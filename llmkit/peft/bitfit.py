@@ -77,7 +77,7 @@ METHOD = Method(
     peft_type="BITFIT",
     in_peft=False,
     fields=Options,
-    supported_values={key: (None, []) for key in ("target_modules", "modules_to_save", "layers_to_transform")},
+    supported_values={"layers_to_transform": (None, [])},  # 0 is a layer
     to_peft=lambda model, options: {},
     from_peft=lambda model, fields: (Options(), []),
 )

@@ -33,7 +33,7 @@ class Options:
     """
 
     r: Annotated[int, Field(ge=1)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: list[str] | None = None
     rslora: bool = False
@@ -68,15 +68,20 @@ def candidates(model: nn.Module) -> list[str]:
 def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[int] = ()) -> None:
     """Freeze the model and give the chosen linears a trainable A (r, in) and B (out, r), both fp32.
 
-    A is uniform in +-1/sqrt(in), PEFT's initialisation; B is 0.
+    A is uniform in +-1/sqrt(in), PEFT's initialisation; B is 0. Raises UserError for targets that match nothing, and
+    for an r that no matrix of the chosen ones could have as its rank.
     """
     linears, wanted = block_linears(model), options.target_modules
     matching = {target: [name for name in linears if f".{name}".endswith(f".{target}")] for target in wanted or []}
     what, known = "peft.target_modules matches no linear of the blocks", ", ".join(candidates(model))
     raise_all([UserError(what, got=target, expected=known) for target, names in matching.items() if not names])
-    chosen = set(linears if wanted is None else itertools.chain.from_iterable(matching.values()))
+    names = set(linears if wanted is None else itertools.chain.from_iterable(matching.values()))
+    chosen = [module for name, module in linears.items() if name in names]
+    if options.r > (largest := max(min(module.weight.shape) for module in chosen)):
+        what, expected = "peft.r is over the rank of every matrix that it would update", f"at most {largest}"
+        raise UserError(what, got=options.r, expected=expected)
     model.requires_grad_(False)
-    for index, module in enumerate(module for name, module in linears.items() if name in chosen):
+    for index, module in enumerate(chosen):
         device = module.weight.device
         a = torch.empty(options.r, module.in_features, device=device)
         if device.type != "meta":
@@ -118,22 +123,21 @@ class PeftFields:
     """The fields of an adapter_config.json that are read."""
 
     r: Annotated[int, Field(ge=1)]
-    lora_alpha: Annotated[float, Field(gt=0)]
+    lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
     target_modules: list[str] | None = None
     trainable_token_indices: dict[str, list[int]] | None = None  # see `rows.common_rows`
 
 
+IGNORED_FIELDS = frozenset(  # they say how an adapter is initialised, or how peft computes the same
+    "fan_in_fan_out loftq_config eva_config corda_config lora_ga_config qalora_group_size megatron_core"
+    " runtime_config".split()
+)
 SUPPORTED_VALUES = {
     "bias": ("none",),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # others change the base itself
-    **dict.fromkeys(("use_dora", "lora_bias", "use_qalora"), (False,)),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({}, None)),
-    **dict.fromkeys("modules_to_save layers_to_transform layers_pattern exclude_modules".split(), (None, [])),
-    **dict.fromkeys(("layer_replication", "alora_invocation_tokens", "megatron_config", "arrow_config"), (None,)),
-    "target_parameters": (None, []),
-    "use_bdlora": (None, False),
+    "layers_to_transform": (None, []),  # 0 is a layer
 }
 
 
@@ -184,6 +188,7 @@ METHOD = Method(
     peft_type="LORA",
     in_peft=True,
     fields=PeftFields,
+    ignored_fields=IGNORED_FIELDS,
     supported_values=SUPPORTED_VALUES,
     to_peft=to_peft,
     from_peft=from_peft,

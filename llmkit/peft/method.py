@@ -24,7 +24,9 @@ class Method:
     peft_type: str  # the method's name in adapter_config.json
     in_peft: bool  # whether the peft library has the method
     fields: type  # dataclass of the fields of adapter_config.json that are read
-    supported_values: dict[str, tuple] = field(default_factory=dict)  # fields that change the adapter: values built
+    ignored_fields: frozenset[str] = frozenset()  # fields that change only training or loading
+    # further fields -> the values that are built; of all others null, false and empty ones
+    supported_values: dict[str, tuple] = field(default_factory=dict)
     to_peft: Callable[[nn.Module, Any], dict[str, Any]]  # (model, options) -> fields of adapter_config.json
     # (model, fields) -> (options, ids of added tokens); raises ValueError if they do not fit
     from_peft: Callable[[nn.Module, Any], tuple[Any, list[int]]]

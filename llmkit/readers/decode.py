@@ -8,6 +8,8 @@ from typing import Any
 
 import orjson
 
+from llmkit.screen import replace_surrogates
+
 BYTE_ORDER_MARKS = {  # UTF-32 comes first, because its mark starts with that of UTF-16
     b"\xff\xfe\0\0": "utf-32",
     b"\0\0\xfe\xff": "utf-32",
@@ -87,16 +89,3 @@ def parse_json(data: bytes) -> Any:
 
 def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-def replace_surrogates(text: str) -> str:
-    """Replace lone surrogates, which UTF-8 can't encode, by U+FFFD. Join pairs of them.
-
-    >>> replace_surrogates("a\\ud800b")
-    'a\ufffdb'
-    """
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

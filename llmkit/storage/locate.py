@@ -1,7 +1,8 @@
 """Find and load the model of a MODEL argument: a run, a checkpoint, an adapter or a Hugging Face folder."""
 
 import hashlib
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from llmkit.errors import ModelError
 from llmkit.files import file_sha256
 from llmkit.models.folder import load_model, read_config, weight_files
-from llmkit.peft.adapter import load_adapter, read_adapter_config, saved_base_sha256
+from llmkit.peft.adapter import base_change, load_adapter, read_adapter_config, saved_base_sha256
 from llmkit.storage.manifest import MANIFEST, best_checkpoint, verify
 from llmkit.storage.run import is_run
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_configs
@@ -75,8 +76,19 @@ def run_of(folder: Path) -> Path | None:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Return one checksum of a folder's weight files, which identifies the base of an adapter."""
+    """Return one checksum of a folder's weight files."""
     return hashlib.sha256("".join(file_sha256(path) for path in weight_files(folder)).encode()).hexdigest()
+
+
+def base_sha256(folder: Path) -> str:
+    """Return the checksum of an adapter's base: of its weights, and of the options of its Config; see `base_change`.
+
+    Options at their default do not count, so that a new one does not change the checksum.
+    """
+    config = read_config(folder)
+    changed = {one.name: value for one in fields(config) if (value := getattr(config, one.name)) != one.default}
+    text = json.dumps({"model_type": config.model_type} | changed, sort_keys=True)
+    return f"{weights_sha256(folder)}-{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def load_located(
@@ -91,9 +103,9 @@ def load_located(
         return load_model(located.folder, device=device, dtype=dtype), tokenizer
     base = located.base
     tokenizer.set_extra_stop_ids(read_tokenizer_configs(base / "tokenizer.json"))
-    expected = saved_base_sha256(located.folder)
-    if expected and weights_sha256(base) != expected:
-        raise ModelError("the weights of the base have changed since the adapter was trained", at=base)
+    saved = saved_base_sha256(located.folder)
+    if saved and (change := base_change(saved, base_sha256(base))):
+        raise ModelError(f"{change} since the adapter was trained", at=base)
     model = load_model(base, device=device, dtype=torch.float32 if merge else dtype)
     method = load_adapter(model, located.folder)
     if merge:

@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from llmkit.errors import ModelError, UserError
 from llmkit.files import file_sha256
+from llmkit.screen import printable
 
 MANIFEST = "MANIFEST.json"
 DEPENDENTS = "HELD_BY"  # lists the runs that started from a checkpoint and need it to go on
@@ -90,6 +91,11 @@ def verify(folder: Path, part: str = "") -> None:
             raise ModelError("a file of the checkpoint has changed since it was written", at=path)
 
 
+def warn(error: UserError) -> None:
+    """Print a problem that does not end the command."""
+    print(printable(f"warning: {error.what}: {error.at}"), file=sys.stderr)
+
+
 def newest_intact_checkpoint(run_dir: Path) -> Path | None:
     """Return the newest intact checkpoint, None if there are none at all; warn about damaged ones."""
     found = list_checkpoints(run_dir)
@@ -98,7 +104,7 @@ def newest_intact_checkpoint(run_dir: Path) -> Path | None:
             verify(folder)
             return folder
         except UserError as error:
-            print(f"warning: {error.what}: {error.at}", file=sys.stderr)
+            warn(error)
     if found:
         fix = "restore a good copy, or start over with --fresh"
         raise ModelError("every checkpoint of this run is damaged", at=run_dir / "checkpoints", got=len(found), fix=fix)
@@ -113,7 +119,7 @@ def best_checkpoint(run_dir: Path) -> Path | None:
             loss = read_checkpoint_manifest(folder)["val_loss"]
             scored.append((math.inf if loss is None else loss, -step_of(folder), folder))
         except UserError as error:
-            print(f"warning: {error.what}: {error.at}", file=sys.stderr)
+            warn(error)
     return min(scored)[2] if scored else None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmkit.errors import ModelError
 from llmkit.files import write_atomically
-from llmkit.screen import format_count
+from llmkit.screen import format_count, hide_secrets
 from llmkit.storage.run import CONFIG, METRICS, RunDirectory, read_metrics, read_run_config
 
 
@@ -92,4 +92,4 @@ def write_report(run: RunDirectory, header: dict[str, Any], summary: dict[str, A
             *(f"| {k.replace('_', ' ')} | {v} |" for k, v in rows.items()),
             "",
         ]
-    write_atomically(run.folder / "report.md", "\n".join(lines))
+    write_atomically(run.folder / "report.md", hide_secrets("\n".join(lines)))

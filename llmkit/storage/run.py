@@ -2,7 +2,6 @@
 
 import json
 import platform
-import re
 import socket
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from llmkit import __version__
 from llmkit.config.load import load_config
 from llmkit.errors import MachineError, ModelError, UserError
 from llmkit.files import delete, lock, write_atomically
+from llmkit.screen import hide_secrets
 from llmkit.storage.manifest import dependent_runs, list_checkpoints
 
 CONFIG, ABOUT, METRICS = "config.yaml", "run.json", "metrics.jsonl"
@@ -243,6 +243,11 @@ def check_same_config(folder: Path, config: dict[str, Any]) -> None:
         raise UserError("this run directory holds a run with another config", at=folder / CONFIG, got=got, fix=fix)
 
 
+def without_secrets(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a resolved config as it may be stored."""
+    return json.loads(hide_secrets(json.dumps(config)))
+
+
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the values of nested sections by their dotted keys."""
     flat: dict[str, Any] = {}
@@ -250,16 +255,6 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= flatten(value, name + ".") if isinstance(value, dict) else {name: value}
     return flat
-
-
-def hide_secrets(text: str) -> str:
-    """Replace passwords in URLs, and values that are named like a secret, by ***.
-
-    >>> hide_secrets("-o data.path=https://me:hunter2@host/x hf_token=abc")
-    '-o data.path=https://***@host/x hf_token=***'
-    """
-    text = re.sub(r"//[^/@\s]+@", "//***@", text)
-    return re.sub(r"(?i)((?:token|password|secret|api_?key)\s*[=:]\s*)\S+", r"\1***", text)
 
 
 def git_commit() -> str | None:

@@ -1,13 +1,10 @@
 """Render conversations with chat templates, encode them, and mark the tokens that are targets."""
 
 import re
-from functools import cache
+from collections.abc import Iterator
 from typing import Any
 
-from jinja2 import TemplateError, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
-
-from llmkit.errors import DataError
+from llmkit.tokenizer.renderer import render_prefixes
 from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, Tokenizer
 
 # ChatML, for tokenizers that have no template of their own.
@@ -24,73 +21,39 @@ PLAIN_TEMPLATE = (
     "{{ message.content }}\n{% endif %}{% endfor %}"
 )
 
-MAX_LOOP_DEPTH, MAX_CHARACTERS = 2, 10_000_000  # nested loops and output: no real template needs more
 BREAK = "\ue000"  # a private-use character, inserted into special tokens that a message spells out
 
 
 # ---- templates ------------------------------------------------------------------------------------------------------
 
 
-@cache
-def compile_template(source: str):
-    """Compile a chat template in jinja2's immutable sandbox. Refuse one that could run for hours or fill memory.
+def render(
+    tokenizer: Tokenizer, template: str, messages: list[dict[str, str]], renderings: list[tuple[int, bool]]
+) -> Iterator[str]:
+    """Yield a text for each of `renderings`; see `render_prefixes`, which also says what is raised.
 
-    The sandbox forbids private attributes and mutation, but allows `**`, nested loops and repeated strings.
+    Raise ValueError if the last text is blank.
     """
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-
-    def raise_exception(message: str):
-        raise ValueError(message)  # templates call it for conversations that they do not support
-
-    for name in ("center", "format", "indent", "replace", "wordwrap"):
-        env.filters.pop(name)  # these can make long strings from short ones
-    env.globals = {"raise_exception": raise_exception, "namespace": env.globals["namespace"]}
-    try:
-        tree = env.parse(source)
-        heavy = [node for kind in (nodes.Pow, nodes.Mul) for node in tree.find_all(kind)]
-        depth = max((loop_depth(loop) for loop in tree.find_all(nodes.For)), default=0)
-        if heavy or depth > MAX_LOOP_DEPTH:
-            got = f"{type(heavy[0]).__name__} at line {heavy[0].lineno}" if heavy else f"{depth} nested loops"
-            raise DataError("the chat template uses operations that could run for hours or fill memory", got=got)
-        return env.from_string(source)
-    except TemplateError as error:
-        raise DataError(f"the chat template can't be parsed: {error}") from None
-
-
-def loop_depth(loop: nodes.Node) -> int:
-    """Return the nesting depth of a loop, counting the loop itself."""
-    return 1 + max((loop_depth(inner) for inner in loop.find_all(nodes.For)), default=0)
-
-
-def render(tokenizer: Tokenizer, template: str, messages: list[dict[str, str]], *, start_answer: bool = False) -> str:
-    """Render messages. Raise ValueError if the template rejects them.
-
-    start_answer  append the start of an assistant's answer: the template's generation prompt
-    """
-    try:
-        text = compile_template(template).render(
-            messages=messages,
-            add_generation_prompt=start_answer,
-            bos_token=tokenizer.bos or "",
-            eos_token=tokenizer.eos,
-            tools=None,
-        )
-    except (TemplateError, SecurityError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
-        raise ValueError(f"the chat template fails: {error}") from None
-    if len(text) > MAX_CHARACTERS:
-        raise ValueError("the chat template renders more than 10 million characters")
-    return text
+    variables = {"bos_token": tokenizer.bos or "", "eos_token": tokenizer.eos, "tools": None, "documents": None}
+    text = ""
+    for text in render_prefixes(template, messages, renderings, variables):
+        yield text
+    if not text.strip():
+        raise ValueError("the chat template renders nothing")
 
 
 def default_template(tokenizer: Tokenizer) -> str:
     """Return the tokenizer's own template, else ChatML if it has the markers, else the plain-text template."""
-    return tokenizer.chat_template or (CHATML_TEMPLATE if CHAT_START in tokenizer.specials else PLAIN_TEMPLATE)
+    if tokenizer.chat_template is not None:
+        return tokenizer.chat_template
+    return CHATML_TEMPLATE if CHAT_START in tokenizer.specials else PLAIN_TEMPLATE
 
 
 def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
     """Return the ids of a conversation up to the start of the next answer. Raise ValueError as `render` does."""
     messages = break_special_tokens(tokenizer, messages)
-    return encode_rendered(tokenizer, render(tokenizer, default_template(tokenizer), messages, start_answer=True))
+    [text] = render(tokenizer, default_template(tokenizer), messages, [(len(messages), True)])
+    return encode_rendered(tokenizer, text)
 
 
 # ---- tokens and targets ---------------------------------------------------------------------------------------------
@@ -134,24 +97,27 @@ def encode_example(tokenizer: Tokenizer, template: str, turns: Any) -> tuple[lis
         prompt, completion = tokenizer.encode_prompt(turns[0]), tokenizer.encode(turns[1])
         return [*prompt, *completion, tokenizer.eos_id], [False] * len(prompt) + [True] * (len(completion) + 1)
     messages = break_special_tokens(tokenizer, turns)
+    renderings: list[tuple[int, bool]] = []  # up to each answer, and with it
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            renderings += [(i, True), (i + 1, False)] if i else [(1, False)]
+    if messages[-1]["role"] != "assistant":
+        renderings.append((len(messages), False))
     ids: list[int] = []
     targets: list[bool] = []
     done = ""  # the text that is encoded already
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant" and i + 1 < len(messages):
-            continue
-        is_answer = message["role"] == "assistant"
-        before = render(tokenizer, template, messages[:i], start_answer=True) if is_answer and i else done
-        rendered = render(tokenizer, template, messages[: i + 1])
-        if not (before.startswith(done) and rendered.startswith(before)):
+    for (number, starts_answer), text in zip(
+        renderings, render(tokenizer, template, messages, renderings), strict=True
+    ):
+        if not text.startswith(done):
             raise ValueError("the chat template rewrites earlier turns, so targets can't be told from prompts")
+        is_answer = messages[number - 1]["role"] == "assistant" and not starts_answer
         # White space after the end token (a line break in ChatML) is part of the template, not of the answer.
-        turn = rendered[len(before) :]
+        turn = text[len(done) :]
         end = len(turn.rstrip()) if turn.rstrip().endswith(tuple(tokenizer.specials)) else len(turn)
-        pieces = ((before[len(done) :], False), (turn[:end], is_answer), (turn[end:], False))
-        for piece, target in pieces:
+        for piece, target in ((turn[:end], is_answer), (turn[end:], False)):
             new = encode_rendered(tokenizer, piece, is_start=not ids)
             ids += new
             targets += [target] * len(new)
-        done = rendered
+        done = text
     return ids, targets

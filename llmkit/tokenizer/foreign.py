@@ -1,6 +1,5 @@
 """Convert older tokenizer files to `tokenizers` objects: SentencePiece files, vocab.json with merges.txt, llama2.c."""
 
-import json
 import re
 import struct
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Rust
 
 from llmkit.errors import MachineError, ModelError
+from llmkit.files import read_json
 
 SPACE = "\u2581"  # SentencePiece's symbol for a space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # piece types in sentencepiece_model.proto
@@ -46,7 +46,7 @@ def from_gpt2(vocab: Path, configs: dict[str, Any], qwen2: str) -> Rust:
     if merges is None:
         raise ModelError("the vocabulary has no merges file", at=vocab, fix="put merges.txt into its folder")
     try:
-        tokens = json.loads(vocab.read_text(encoding="utf-8"))
+        tokens = read_json(vocab)
         lines = merges.read_text(encoding="utf-8").splitlines()
         pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         rust = Rust(models.BPE(vocab=tokens, merges=pairs))
@@ -253,7 +253,7 @@ def add_listed_tokens(rust: Rust, path: Path, configs: dict[str, Any]) -> None:
     added = {int(i): token for i, token in (configs.get("added_tokens_decoder") or {}).items()}
     file = path.with_name("added_tokens.json")
     if file.is_file():
-        named = json.loads(file.read_text(encoding="utf-8"))
+        named = read_json(file)
         added |= {i: {"content": token, "special": True} for token, i in named.items() if i not in added}
     known = rust.get_vocab(with_added_tokens=True)
     for i, token in sorted(added.items()):

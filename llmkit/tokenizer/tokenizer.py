@@ -13,9 +13,13 @@ import numpy as np
 from tokenizers import Tokenizer as Rust
 
 from llmkit.errors import ModelError, UserError
+from llmkit.files import read_json
+from llmkit.screen import replace_surrogates
 from llmkit.tokenizer.foreign import find_tokenizer_file, prevent_special_token_injection, read_foreign_tokenizer
+from llmkit.tokenizer.guard import library_errors
 
 EOS, CHAT_START, CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CONFIG = "tokenizer_config.json"  # of transformers
 EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", CHAT_END, "[SEP]")  # in order of preference
 BOS_NAMES = ("<s>", "<bos>")
 ROLES = {  # role in transformers' tokenizer_config.json -> usual tokens for it, if the file names none
@@ -77,8 +81,9 @@ class Tokenizer:
     @cached_property
     def prefix(self) -> list[int]:
         """Return the ids that the post-processor puts before a text: Llama's <s>, nothing for GPT-2."""
-        with_specials = self.rust.encode("a", add_special_tokens=True).ids
-        plain = self.rust.encode("a", add_special_tokens=False).ids
+        plain = self.encode("a")
+        with library_errors("the tokenizer can't encode a text"):
+            with_specials = self.rust.encode("a", add_special_tokens=True).ids
         starts = [i for i in range(len(with_specials)) if with_specials[i : i + len(plain)] == plain]
         return with_specials[: starts[0]] if starts else []
 
@@ -114,8 +119,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text. Special tokens spelt out in it are encoded as text."""
-        self.rust.encode_special_tokens = True
-        return self.rust.encode(text, add_special_tokens=False).ids
+        return encode_text(self.rust, text)
 
     @cached_property
     def continuation(self) -> Rust:
@@ -128,8 +132,7 @@ class Tokenizer:
 
     def encode_continuation(self, text: str) -> list[int]:
         """Return the ids of a text that follows a special token."""
-        self.continuation.encode_special_tokens = True
-        return self.continuation.encode(text, add_special_tokens=False).ids
+        return encode_text(self.continuation, text)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a text to continue: `prefix` and the text, or the end token if both are empty."""
@@ -162,7 +165,9 @@ class Tokenizer:
     def encode_slowly(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of many texts. Use the tokenizers library, never tiktoken."""
         self.rust.encode_special_tokens = True
-        return [one.ids for one in self.rust.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
+        texts = [replace_surrogates(text) for text in texts]
+        with library_errors("the tokenizer can't encode a text"):
+            return [one.ids for one in self.rust.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
 
     def verify_fast_encoder(self, texts: list[str]) -> bool:
         """Check that the fast encoder gives the same ids as tokenizers on these texts. Disable it if it does not."""
@@ -216,9 +221,16 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, **self.roles}
         if self.bos:
             config["bos_token"] = self.bos
-        if self.chat_template:
+        if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def encode_text(rust: Rust, text: str) -> list[int]:
+    """Return the ids of a text without special tokens. Raise ModelError if the tokenizer's own rules fail."""
+    rust.encode_special_tokens = True
+    with library_errors("the tokenizer can't encode a text"):
+        return rust.encode(replace_surrogates(text), add_special_tokens=False).ids
 
 
 def flatten_steps(spec: dict) -> Iterator[dict]:
@@ -241,12 +253,12 @@ def find_split_pattern(spec: dict) -> str | None:
     return split["pattern"].get("Regex") if split["behavior"] == "Isolated" and not split["invert"] else None
 
 
-def has_only_short_runs(text: str) -> bool:
-    """Return whether all words and runs of spaces are short. As an upper bound, all extra spaces count as one run."""
-    if len(text) < LONGEST_RUN:
+def has_only_short_runs(text: str, longest: int = LONGEST_RUN) -> bool:
+    """Return whether all words and runs of spaces are shorter. As an upper bound, all extra spaces count as one run."""
+    if len(text) < longest:
         return True
     words = [len(word) for word in text.split()]
-    return max(words, default=0) < LONGEST_RUN and len(text) - sum(words) - len(words) < LONGEST_RUN
+    return max(words, default=0) < longest and len(text) - sum(words) - len(words) < longest
 
 
 def bytes_to_unicode() -> list[str]:
@@ -264,12 +276,8 @@ def fetch_tokenizer(name: str) -> Tokenizer:
     """Load a tokenizer from a path as `load_tokenizer` does, or download it by its id on the hub."""
     if Path(name).exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
         return load_tokenizer(Path(name).expanduser())
-    try:
+    with library_errors("this is neither a file nor a tokenizer on the hub", at=name, fix="name a tokenizer.json"):
         rust = prevent_special_token_injection(Rust.from_pretrained(name))
-    except Exception as error:  # tokenizers raises bare Exception
-        reason = str(error).partition("\n")[0][:200]
-        what = "this is neither a file nor a tokenizer on the hub"
-        raise ModelError(what, at=name, got=reason, fix="name a tokenizer.json") from None
     eos_id = next((i for name in EOS_NAMES if (i := rust.token_to_id(name)) is not None), 0)
     return Tokenizer(rust, eos_id)
 
@@ -277,17 +285,42 @@ def fetch_tokenizer(name: str) -> Tokenizer:
 def read_tokenizer_configs(path: Path) -> dict:
     """Return the merged contents of the config files in a tokenizer's folder."""
     configs: dict = {}
-    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):  # later files win
+    for name in ("config.json", "generation_config.json", CONFIG):  # later files win
         file = path.with_name(name)
         if file.is_file():
             try:
-                config = json.loads(file.read_text(encoding="utf-8"))
+                config = read_json(file)
                 if not isinstance(config, dict):
                     raise ValueError("not an object")
                 configs |= config
-            except (ValueError, RecursionError) as error:
+            except (ValueError, OSError) as error:
                 raise ModelError(f"{name} can't be read: {error}", at=file) from None
     return configs
+
+
+def read_template(path: Path) -> str:
+    """Read a Jinja file. Raise ModelError if it can't be read or is empty."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the chat template can't be read: {error}", at=path) from None
+    if not text.strip():
+        raise ModelError("the chat template is empty", at=path)
+    return text
+
+
+def find_template(path: Path, configs: dict) -> str | None:
+    """Return the chat template of a tokenizer's config, where several have names the default one, or of its folder."""
+    template, file = configs.get("chat_template"), path.with_name("chat_template.jinja")
+    if template is None:
+        return read_template(file) if file.is_file() else None
+    if isinstance(template, list):
+        named = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if not isinstance(template, str):
+        expected = "a text, or a list of {name, template} with one named default"
+        raise ModelError("the chat template can't be read", at=path.with_name(CONFIG), expected=expected)
+    return template
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -301,15 +334,16 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise ModelError("there is no tokenizer", at=path, fix="name a tokenizer.json, or a folder that holds one")
     configs = read_tokenizer_configs(path)
     try:
-        is_json = path.suffix == ".json" and path.name not in ("vocab.json", "encoder.json")
-        rust = Rust.from_file(str(path)) if is_json else read_foreign_tokenizer(path, configs, PATTERNS["qwen2"])
+        with library_errors("the tokenizer can't be read", at=path):
+            is_json = path.suffix == ".json" and path.name not in ("vocab.json", "encoder.json")
+            rust = Rust.from_file(str(path)) if is_json else read_foreign_tokenizer(path, configs, PATTERNS["qwen2"])
+            rust.no_truncation()  # some files were saved with settings that would truncate or pad every text
+            rust.no_padding()
+            rust = prevent_special_token_injection(rust) if is_json else rust
     except UserError:
         raise
-    except Exception as error:  # tokenizers raises bare Exception
+    except Exception as error:  # files with values of other types
         raise ModelError(f"the tokenizer can't be read: {error}", at=path) from None
-    rust.no_truncation()  # some files were saved with settings that would truncate or pad every text
-    rust.no_padding()
-    rust = prevent_special_token_injection(rust) if is_json else rust
     tokens = {role: configs.get(role) for role in ("eos_token", "bos_token", *ROLES)}
     tokens = {role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()}
     vocab = rust.get_vocab(with_added_tokens=True)
@@ -319,12 +353,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if eos_id is None:
         fix = "name it as eos_token in tokenizer_config.json in the same folder"
         raise ModelError("the tokenizer has no end-of-text token", at=path, expected=" or ".join(EOS_NAMES), fix=fix)
-    template, template_file = configs.get("chat_template"), path.with_name("chat_template.jinja")
-    if template is None and template_file.is_file():
-        template = template_file.read_text(encoding="utf-8")
+    template = find_template(path, configs)
     bos_names = BOS_NAMES if ".model" in path.name else ()  # SentencePiece files may come without a config
     default_bos = next((name for name in bos_names if rust.token_to_id(name) is not None), None)
     bos = role_tokens.pop("bos_token", default_bos)
-    tokenizer = Tokenizer(rust, eos_id, bos, template if isinstance(template, str) else None, role_tokens=role_tokens)
+    tokenizer = Tokenizer(rust, eos_id, bos, template, role_tokens=role_tokens)
     tokenizer.set_extra_stop_ids(configs)
     return tokenizer

@@ -11,13 +11,16 @@ from tokenizers import Tokenizer as Rust
 
 from llmkit.config.defaults import PATTERN, VOCAB_SIZE
 from llmkit.errors import DataError, UserError, did_you_mean
+from llmkit.screen import replace_surrogates
 from llmkit.tokenizer.foreign import prevent_special_token_injection
-from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, PATTERNS, Tokenizer
+from llmkit.tokenizer.guard import hide_panics, library_errors
+from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, PATTERNS, Tokenizer, has_only_short_runs
 
 SPECIALS = (EOS, CHAT_START, CHAT_END)  # with chat markers, so that fine-tuning need not resize the embeddings
 PAD = {"pad_token": EOS}  # for transformers; it never ends a turn of a chat
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # in the order of BERT's own vocabularies
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # SentencePiece's names of the tokens for single bytes
+LONGEST_WORD = 1000  # letters of a word that training sees whole; in the byte-level kinds a letter is a byte
 # `extend_bpe` maps tokens to the private-use planes 15 and 16. The last two code points of a plane are noncharacters.
 PRIVATE_USE_START, MAX_MAPPED_TOKENS = 0xF0000, 65_534 + 2 + 65_534
 
@@ -38,6 +41,7 @@ def train_tokenizer(
     pattern: str = PATTERN,
     normalize: Sequence[str] = (),
     special_tokens: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: None,
 ) -> Tokenizer:
     """Train a tokenizer of one of the kinds in TRAINERS.
 
@@ -45,6 +49,7 @@ def train_tokenizer(
     pattern         a name in PATTERNS or a regex, for bpe and unigram
     normalize       names in NORMALIZERS, applied in order to every text; lossy
     special_tokens  tokens in addition to the built-in ones
+    say             gets a line if words were too long to learn from; see `train_on_words`
 
     bpe and char are deterministic. unigram and wordpiece may differ in a few tokens between runs, because the
     tokenizers library counts in a random order.
@@ -64,7 +69,8 @@ def train_tokenizer(
         raise UserError(f"{kind} takes no pattern", got=pattern, fix="leave it out")
     steps = [NORMALIZERS[name]() for name in normalize]
     texts = remove_special_tokens(texts, [*SPECIALS, *special_tokens])
-    tokenizer = TRAINERS[kind](texts, vocab_size, pattern, steps, special_tokens)
+    with hide_panics(), library_errors("the tokenizer can't be trained", UserError, got=f"the pattern {pattern}"):
+        tokenizer = TRAINERS[kind](texts, vocab_size, pattern, steps, special_tokens, say)
     if len(tokenizer) > vocab_size:
         what, expected = "vocab_size is too small for the special tokens and the alphabet", f"at least {len(tokenizer)}"
         raise UserError(what, got=vocab_size, expected=expected, fix="raise vocab_size")
@@ -72,8 +78,11 @@ def train_tokenizer(
 
 
 def remove_special_tokens(texts: Iterable[str], specials: Sequence[str]) -> Iterator[str]:
-    """Replace special tokens that are spelt out in texts by spaces, so that no merge ever produces one."""
-    for text in texts:
+    """Replace special tokens that are spelt out in texts by spaces, so that no merge ever produces one.
+
+    Replace lone surrogates too: the tokenizers library takes none.
+    """
+    for text in map(replace_surrogates, texts):
         for token in specials:
             if token in text:
                 text = text.replace(token, " ")
@@ -88,6 +97,7 @@ def train_byte_level(
     pattern: str,
     steps: list,
     specials: Sequence[str],
+    say: Callable[[str], None],
 ) -> Rust:
     """Train a model on bytes, as GPT-2 does, so that it encodes every text without loss."""
     rust = Rust(model)
@@ -95,36 +105,75 @@ def train_byte_level(
         rust.normalizer = normalizers.Sequence(steps)
     bytelevel = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern == "gpt2")
     if pattern != "gpt2":
-        try:
+        with library_errors("data.tokenizer.pattern is not a valid regex", UserError, got=pattern):
             split = pre_tokenizers.Split(Regex(PATTERNS.get(pattern, pattern)), "isolated")
-        except Exception as error:  # tokenizers raises bare Exception
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"data.tokenizer.pattern is not a valid regex: {reason}", got=pattern) from None
         bytelevel = pre_tokenizers.Sequence([split, bytelevel])
     rust.pre_tokenizer, rust.decoder = bytelevel, decoders.ByteLevel()
     alphabet, special_tokens = pre_tokenizers.ByteLevel.alphabet(), [*SPECIALS, *specials]
     options = {"special_tokens": special_tokens, "initial_alphabet": alphabet, "show_progress": False}
-    rust.train_from_iterator(texts, trainer(vocab_size=vocab_size, **options))
+    train_on_words(rust, texts, trainer(vocab_size=vocab_size, **options), say)
     return rust
 
 
-def train_bpe(texts: Iterator[str], vocab_size: int, pattern: str, steps: list, specials: Sequence[str]) -> Tokenizer:
+def train_on_words(
+    rust: Rust, texts: Iterable[str], trainer: trainers.Trainer, say: Callable[[str], None] = lambda line: None
+) -> None:
+    """Train on the words that the pre-tokenizer finds, and cut those over LONGEST_WORD letters into such parts.
+
+    Training time grows with the square of a word's length, and a file without spaces is one word. Texts have no such
+    words, so their tokens stay the same. The tokenizer does not cut words when it encodes.
+    """
+    whole, cut = rust.pre_tokenizer, 0
+
+    def counted() -> Iterator[str]:
+        nonlocal cut
+        for text in texts:
+            if not has_only_short_runs(text, LONGEST_WORD):
+                cut += sum(len(word) > LONGEST_WORD for word, _ in whole.pre_tokenize_str(text))
+            yield text
+
+    parts = pre_tokenizers.Split(Regex(f".{{{LONGEST_WORD}}}"), "isolated")
+    rust.pre_tokenizer = pre_tokenizers.Sequence([whole, parts])
+    rust.train_from_iterator(counted(), trainer)
+    rust.pre_tokenizer = whole
+    if cut:
+        say(f"the tokenizer learned from parts of {cut:,} words that are longer than {LONGEST_WORD:,} letters")
+
+
+def train_bpe(
+    texts: Iterator[str],
+    vocab_size: int,
+    pattern: str,
+    steps: list,
+    specials: Sequence[str],
+    say: Callable[[str], None],
+) -> Tokenizer:
     """Train byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) on bytes, as in GPT-2."""
-    rust = train_byte_level(models.BPE(), trainers.BpeTrainer, texts, vocab_size, pattern, steps, specials)
+    rust = train_byte_level(models.BPE(), trainers.BpeTrainer, texts, vocab_size, pattern, steps, specials, say)
     return Tokenizer(rust, rust.token_to_id(EOS), role_tokens=PAD)
 
 
 def train_unigram(
-    texts: Iterator[str], vocab_size: int, pattern: str, steps: list, specials: Sequence[str]
+    texts: Iterator[str],
+    vocab_size: int,
+    pattern: str,
+    steps: list,
+    specials: Sequence[str],
+    say: Callable[[str], None],
 ) -> Tokenizer:
     """Train the unigram language model (Kudo 2018, arXiv:1804.10959) on bytes, so that no text is unknown."""
-    rust = train_byte_level(models.Unigram(), trainers.UnigramTrainer, texts, vocab_size, pattern, steps, specials)
+    rust = train_byte_level(models.Unigram(), trainers.UnigramTrainer, texts, vocab_size, pattern, steps, specials, say)
     rust = Rust.from_str(rust.to_str())  # rounds the scores like saving to a file
     return Tokenizer(prevent_special_token_injection(rust), rust.token_to_id(EOS), role_tokens=PAD)
 
 
 def train_wordpiece(
-    texts: Iterator[str], vocab_size: int, pattern: str, steps: list, specials: Sequence[str]
+    texts: Iterator[str],
+    vocab_size: int,
+    pattern: str,
+    steps: list,
+    specials: Sequence[str],
+    say: Callable[[str], None],
 ) -> Tokenizer:
     """Train BERT's WordPiece (Devlin et al. 2018, arXiv:1810.04805): words and ##parts. White space is lost."""
     rust = Rust(models.WordPiece(unk_token="[UNK]"))
@@ -137,13 +186,20 @@ def train_wordpiece(
         show_progress=False,
         limit_alphabet=vocab_size // 3,  # each letter takes two tokens: at the start and inside a word
     )
-    rust.train_from_iterator(texts, trainer)
+    train_on_words(rust, texts, trainer, say)
     markers = [(token, rust.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     rust.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=markers)
     return Tokenizer(rust, rust.token_to_id("[SEP]"))
 
 
-def train_char(texts: Iterator[str], vocab_size: int, pattern: str, steps: list, specials: Sequence[str]) -> Tokenizer:
+def train_char(
+    texts: Iterator[str],
+    vocab_size: int,
+    pattern: str,
+    steps: list,
+    specials: Sequence[str],
+    say: Callable[[str], None],
+) -> Tokenizer:
     """Make a token for each of the most frequent characters. Other characters are encoded as bytes."""
     normalizer = normalizers.Sequence(steps)
     counts: Counter[str] = Counter()
@@ -169,6 +225,8 @@ TRAINERS: dict[str, Callable[..., Tokenizer]] = {
 }
 
 
+@hide_panics()
+@library_errors("the tokenizer can't be extended")
 def extend_bpe(base: Tokenizer, texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Extend a byte-level BPE with tokens learned from texts that it compresses badly, e.g. in another language.
 
@@ -203,7 +261,7 @@ def extend_bpe(base: Tokenizer, texts: Iterable[str], vocab_size: int) -> Tokeni
     repeated = itertools.chain.from_iterable(
         itertools.repeat(word, number) for word, number in zip(spelled, words.values(), strict=True)
     )
-    learner.train_from_iterator(repeated, trainer)
+    train_on_words(learner, repeated, trainer)
     merges = json.loads(learner.to_str())["model"]["merges"]
     if not merges:
         raise DataError("there is nothing to learn from these texts: no pair of tokens occurs twice")

@@ -11,7 +11,7 @@ from llmkit.data.splits import Splits, open_corpus, open_records, read_manifest
 from llmkit.errors import DataError
 from llmkit.parallel.world import World
 from llmkit.tokenizer.chat_template import default_template
-from llmkit.tokenizer.tokenizer import load_tokenizer
+from llmkit.tokenizer.tokenizer import load_tokenizer, read_template
 
 
 def open_data(
@@ -48,12 +48,8 @@ def open_encoded_records(config: Config, world: World, base: Path, start_id: int
     """Encode the records once into the run directory, and open them."""
     data, tokenizer = config.data, load_tokenizer(base)
     tokenizer.add_specials(data.special_tokens)
-    if data.chat_template:
-        try:
-            tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            at = config.where("data.chat_template")
-            raise DataError(f"the chat template can't be read: {error}", at=at) from None
+    if data.chat_template is not None:
+        tokenizer.chat_template = read_template(Path(data.chat_template))
     out, options = Path(config.run_dir) / "data", {"seed": config.seed, "pairs": start_id is not None}
     world.on_main(lambda: encode_sft(data, tokenizer, out, **options))
     report = encode_sft(data, tokenizer, out, **options)  # every rank reads what rank 0 wrote

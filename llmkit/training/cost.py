@@ -11,7 +11,9 @@ from llmkit.models.family import Config
 from llmkit.models.layers import Head, RMSNorm, token_tables
 from llmkit.models.loss import CHUNK_BYTES
 from llmkit.peft import METHODS
+from llmkit.training.optim import muon_matrices
 
+TRAINED, FROZEN = "trained weights, gradients, optimizer", "frozen weights"  # parts of the memory that are exact
 RUNTIME_BYTES = 520 * 2**20  # resident memory of a process that compiled and ran small models, measured on Linux
 
 
@@ -128,7 +130,7 @@ def memory(
     fp32_factor = 2 if precision == "fp32" else 1
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    matrices = {id(p) for p in model.blocks.parameters() if p.dim() >= 2} if optimizer == "muon" else set()
+    matrices = {id(p) for p in muon_matrices(model)} if optimizer == "muon" else set()
     state = sum(p.numel() * (12 if id(p) in matrices else 16) for p in trained)
     per_width = (6 if compiled else 8) if family.gated(config) else 4
     per_layer = 12 * h + 4 * kv + per_width * config.intermediate_size * experts_per_token
@@ -146,8 +148,8 @@ def memory(
     copies = sum(p.numel() for p in model.parameters() if p.dim() >= 2) * 2 if precision != "fp32" else 0
     result = {
         "python and torch": RUNTIME_BYTES if device == "cpu" else 0,
-        "trained weights, gradients, optimizer": state,
-        "frozen weights": frozen * 2 * fp32_factor,
+        TRAINED: state,
+        FROZEN: frozen * 2 * fp32_factor,
         "low-precision copies of weights": copies if not frozen else 0,
         "activations": round(activations),
         "loss": 3 * CHUNK_BYTES,

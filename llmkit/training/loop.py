@@ -26,7 +26,7 @@ from llmkit.parallel.device import DTYPES, autocast, device_name, make_determini
 from llmkit.parallel.signals import Signals
 from llmkit.parallel.world import start_world
 from llmkit.peft import METHODS
-from llmkit.peft.adapter import load_adapter, save_adapter, saved_base_sha256
+from llmkit.peft.adapter import base_change, load_adapter, save_adapter, saved_base_sha256
 from llmkit.screen import format_duration
 from llmkit.storage import checkpoint
 from llmkit.storage.manifest import (
@@ -37,7 +37,7 @@ from llmkit.storage.manifest import (
     step_of,
 )
 from llmkit.storage.report import plot_runs, write_report
-from llmkit.storage.run import RunDirectory, check_can_open, open_run
+from llmkit.storage.run import RunDirectory, check_can_open, open_run, without_secrets
 from llmkit.training.log import Interval, MetricsLogger
 from llmkit.training.optim import OPTIMIZERS, clip, set_lr
 from llmkit.training.plan import plan_config, plan_rows
@@ -91,7 +91,7 @@ def train(
             say(f"{key:>16}  {value}")
         return figures
     run = prepare(config, world, fresh=fresh, say=say)
-    folder, resolved, header = Path(run.config.run_dir), run.config.model_dump(), describe(run)
+    folder, resolved, header = Path(run.config.run_dir), without_secrets(run.config.model_dump()), describe(run)
     config_file = Path(config.where(""))
     for key, value in header.items():
         say(f"{key:>10}  {value}")
@@ -136,7 +136,7 @@ def take_steps(
         restore(resumed, run, model, optimizers, progress)
         say(f"{'resumed':>10}  {resumed}")
     if directory:
-        directory.config = config.model_dump()
+        directory.config["train"]["compile"] = compiled
         for change in directory.changes if resumed else []:
             say(f"{'changed':>10}  {change}")
         directory.begin(progress.step if resumed else None)
@@ -226,10 +226,9 @@ def make_model(run: PreparedRun, resumed: Path | None) -> nn.Module:
         return model
     model = load_model(run.base, device=device, dtype=DTYPES[run.precision])  # what is frozen needs no fp32
     if resumed:
-        if saved_base_sha256(resumed / "model") != run.base_sha256:
-            what = "init_from has other weights now than when this run began"
+        if change := base_change(saved_base_sha256(resumed / "model") or "", run.base_sha256):
             fix = "name the checkpoint that it began with, or start over with --fresh"
-            raise ModelError(what, at=config.init_from, fix=fix)
+            raise ModelError(f"{change} since this run began", at=config.init_from, fix=fix)
         load_adapter(model, resumed / "model")
         return model
     if run.new_tokens:

@@ -115,22 +115,32 @@ def muon(
     eps: Positive = 1e-8,
     weight_decay: NotNegative = 0.1,
 ) -> list[torch.optim.Optimizer]:
-    """Use Muon for the matrices of the blocks, and AdamW for embeddings, head, norms and biases.
+    """Use Muon for `muon_matrices`, and AdamW for embeddings, head, norms and biases.
 
     adamw_lr  learning rate of AdamW; None: lr
     """
-    inner = (module for module in model.blocks.modules() if not isinstance(module, nn.Embedding))
-    found = (p for module in inner for p in module.parameters(recurse=False))
-    blocks = {id(p) for p in found if p.dim() >= 2 and p.requires_grad}
-    params = [p for p in model.parameters() if p.requires_grad]
-    matrices, rest = [p for p in params if id(p) in blocks], [p for p in params if id(p) not in blocks]
-    optimizers: list[torch.optim.Optimizer] = []
-    if matrices:
-        optimizers.append(Muon(matrices, lr, weight_decay, momentum, adjust_lr))
-    if rest:
-        groups = adamw_groups(rest, weight_decay)
-        optimizers.append(torch.optim.AdamW(groups, lr=adamw_lr or lr, betas=tuple(betas), eps=eps, fused=True))
-    return optimizers
+    matrices = muon_matrices(model)
+    taken = {id(p) for p in matrices}
+    groups = adamw_groups((p for p in model.parameters() if id(p) not in taken), weight_decay)
+    return [
+        Muon(matrices, lr, weight_decay, momentum, adjust_lr),
+        torch.optim.AdamW(groups, lr=adamw_lr or lr, betas=tuple(betas), eps=eps, fused=True),
+    ]
+
+
+def muon_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Return the trained matrices of the blocks: weights of linears and routers, and those of experts (E, out, in).
+
+    Tables are none of them, such as T5's biases of distances: a step sees few of their rows. Nor are LoRA's factors A
+    and B: an orthogonal update of a factor is none of the product B A, which is what LoRA trains.
+    """
+    return [
+        p
+        for module in model.blocks.modules()
+        if not isinstance(module, nn.Embedding)
+        for name, p in module.named_parameters(recurse=False)
+        if p.requires_grad and (p.dim() == 3 or (p.dim() == 2 and name == "weight"))
+    ]
 
 
 OPTIMIZERS: dict[str, Callable[..., list[torch.optim.Optimizer]]] = {"adamw": adamw, "muon": muon}

@@ -23,7 +23,7 @@ from llmkit.parallel.device import choose_precision, device_name
 from llmkit.parallel.world import World
 from llmkit.peft import METHODS
 from llmkit.screen import format_count
-from llmkit.storage.locate import locate, weights_sha256
+from llmkit.storage.locate import base_sha256, locate
 from llmkit.storage.run import check_own, claim
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llmkit.training.build_data import open_data
@@ -32,6 +32,7 @@ from llmkit.training.resolve import (
     Options,
     check_choices,
     check_max_epochs,
+    check_memory,
     check_method,
     check_packages,
     check_warmup,
@@ -96,8 +97,8 @@ class PreparedRun:
 
     @cached_property
     def base_sha256(self) -> str:
-        """The checksum of the base's weights, which an adapter remembers."""
-        return weights_sha256(self.base)
+        """The checksum of the base, which an adapter remembers."""
+        return base_sha256(self.base)
 
     def batches(self, split: str, global_batch_size: int) -> Batches:
         """Return the batches of a split, corrupted as the objective wants them; of train, this rank's."""
@@ -136,6 +137,7 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
             fix = "lower data.seq_len or add text" + (", or raise data.val_fraction" if split == "val" else "")
             raise DataError(f"the {split} split is shorter than one sample", at=config.where("data"), fix=fix)
     derived = derive(checked, world.device, world.size, len(new_tokens), data.samples["train"])
+    check_memory(derived.plan, world.device)
     objective = OBJECTIVES[config.objective.name].build(data.tokenizer, config.seed, start_id, **options["objective"])
     run = PreparedRun(
         config=resolve(checked, derived),

@@ -18,8 +18,8 @@ from llmkit.peft import METHODS
 from llmkit.storage.manifest import best_checkpoint, list_checkpoints
 from llmkit.storage.run import CONFIG as RUN_CONFIG
 from llmkit.storage.run import is_run, read_run_config
-from llmkit.training.cost import Lengths, make_plan
-from llmkit.training.optim import OPTIMIZERS
+from llmkit.training.cost import FROZEN, TRAINED, Lengths, Plan, make_plan
+from llmkit.training.optim import OPTIMIZERS, muon_matrices
 from llmkit.training.schedules import SCHEDULES
 
 RESOLVED_ONCE = ("precision", "micro_batch_size", "compile")  # keys of train whose "auto" a resumed run keeps
@@ -113,13 +113,16 @@ def find_problems(config: Config, options: Options, model_config: Any, ranks: in
 
 def check_method(config: Config, options: dict[str, Any], model_config: Any) -> None:
     """Raise a UserError if the PEFT method does not fit the model; nothing is allocated."""
-    method = METHODS[config.peft.name]
+    method, model = METHODS[config.peft.name], build_model(model_config, device="meta", seed=None)
     try:
-        method.apply(build_model(model_config, device="meta", seed=None), method.options(**options), 0, [])
+        method.apply(model, method.options(**options), 0, [])
     except UserError as error:
         for one in (error, *error.others):
             one.at = config.where("peft")
         raise
+    if config.optimizer.name == "muon" and not muon_matrices(model):
+        what = f"has nothing to train beside peft.name {config.peft.name}: it updates whole matrices"
+        raise config.error("optimizer.name", what, got="muon", fix="optimizer.name: adamw")
 
 
 def check_packages(config: Config) -> None:
@@ -149,6 +152,15 @@ def check_warmup(config: Config, options: Options, max_steps: int | None) -> Ite
     if max_steps and warmup >= max_steps:
         expected = f"less than {max_steps} (the steps of this run)"
         yield config.error("schedule.warmup_steps", "leaves no step to train", got=warmup, expected=expected)
+
+
+def check_memory(plan: Plan, device: torch.device) -> None:
+    """Raise a MachineError if the weights and what the optimizer keeps of them are more than the device's memory."""
+    needed, there = sum(plan.memory.get(part, 0) for part in (TRAINED, FROZEN)), total_memory(device)
+    if needed > there:
+        got, expected = f"{needed / 2**30:.1f} GiB", f"at most {there / 2**30:.1f} GiB"
+        fix = "choose a smaller model, or train an adapter; `llmkit plan` shows what takes the memory"
+        raise MachineError("the weights and the optimizer's state do not fit", got=got, expected=expected, fix=fix)
 
 
 def check_max_epochs(config: Config, epochs: dict[str, float], shares: dict, max_steps: int) -> Iterator[UserError]:

@@ -1,0 +1,98 @@
+"""Start the process that renders chat templates, and send it requests."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from multiprocessing import Pipe
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from llmkit.errors import DataError
+from llmkit.tokenizer.sandbox import CPU_SECONDS
+
+WALL_SECONDS = 60  # without an answer; the limit of CPU_SECONDS comes first, unless the machine is very busy
+NEEDED = ("PATH", "HOME", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ")  # no other variable is handed on
+
+
+class Renderer:
+    """Hold the process that renders chat templates. It starts at the first request, and again after its death."""
+
+    def __init__(self):
+        self.lock, self.process, self.connection = Lock(), None, None
+
+    def start(self) -> None:
+        """Start the process. It ends when this process closes its end of the connection or dies."""
+        self.connection, theirs = Pipe()
+        program = str(Path(__file__).with_name("sandbox.py"))
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", program, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env={name: os.environ[name] for name in NEEDED if name in os.environ},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            process_group=0,  # Ctrl-C is for this process alone
+        )
+        theirs.close()
+
+    def stop(self) -> int:
+        """End the process. Return its exit code, negative for a signal."""
+        self.connection.close()
+        self.process.kill()
+        code, self.process = self.process.wait(), None
+        return code
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the answer to a request as sandbox.py describes it."""
+        with self.lock:
+            if self.process is None:
+                self.start()
+            try:
+                self.connection.send_bytes(json.dumps(request).encode())
+                if self.connection.poll(WALL_SECONDS):
+                    return json.loads(self.connection.recv_bytes())
+                reason = f"gave no answer for {WALL_SECONDS} s"
+            except (OSError, EOFError):
+                reason = ""
+            except BaseException:
+                self.stop()
+                raise
+            code = self.stop()
+        if code == -signal.SIGPROF:
+            reason = f"takes over {CPU_SECONDS:g} s of computing time"
+        return {"error": "limit", "reason": reason or f"ended its process (exit code {code})"}
+
+
+@cache
+def renderer(pid: int) -> Renderer:
+    """Return the renderer of a process: a forked process must not share the one of its parent."""
+    return Renderer()
+
+
+def render_prefixes(
+    template: str, messages: list[dict[str, Any]], renderings: list[tuple[int, bool]], variables: dict[str, Any]
+) -> Iterator[str]:
+    """Yield a text for each rendering: (number of messages from the first on, whether to start an answer after them).
+
+    Raise DataError if the template can't be parsed or exceeds a limit, and ValueError if it rejects the messages.
+    """
+    request = {"template": template, "messages": messages, "renderings": renderings, "variables": variables}
+    answer = renderer(os.getpid()).ask(request)
+    match answer.get("error"):
+        case "syntax":
+            raise DataError(f"the chat template can't be parsed: {answer['reason']}")
+        case "limit":
+            size = sum(len(str(message["content"])) for message in messages)
+            got = f"messages with {size:,} characters"
+            raise DataError(f"the chat template {answer['reason']}", got=got)
+        case "refusal":
+            raise ValueError(f"the chat template fails: {answer['reason']}")
+    text = ""
+    for shared, rest in answer["texts"]:
+        text = text[:shared] + rest
+        yield text
