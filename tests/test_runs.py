@@ -1,6 +1,7 @@
 """The run directory: whose files it holds, what damage it survives, and what a resumed run is told."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from conftest import llmkit, metrics, tiny_config
 
 from llmkit.config.load import load_config
 from llmkit.errors import MODEL, USAGE, ModelError, UserError
+from llmkit.evals.perplexity import measure
 from llmkit.files import write_beside
 from llmkit.storage import checkpoint
 from llmkit.storage.locate import locate
@@ -373,6 +375,36 @@ def test_a_val_loss_that_is_not_finite_is_never_the_best(corpus, tmp_path, monke
     assert read_checkpoint_manifest(tmp_path / "run/checkpoints/step-000020")["val_loss"] is None
     assert best_checkpoint(tmp_path / "run").name == "step-000010"
     assert summarize(tmp_path / "run")["best_step"] == 10
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "llama"])
+def test_eval_measures_what_the_evaluations_of_the_run_did(corpus, tmp_path, family):
+    """The same rows, corrupted by the same seed; a text with unknown tokens has the bytes that it has."""
+    (tmp_path / "text").mkdir()
+    for i in range(12):
+        text = (corpus / "text" / f"{i:02d}.txt").read_text()
+        (tmp_path / "text" / f"{i}.txt").write_text(text.replace("river", "\u6cb3" if i else "\u5ddd"))
+    model = {"name": family, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model |= {"head_dim": 16} if family == "t5" else {}
+    tokenizer = {"train": "wordpiece", "vocab_size": 300, "extra_ids": 20 if family == "t5" else 0}
+    data = {
+        "dir": str(tmp_path / "data"), "seq_len": 32, "tokenizer": tokenizer, "split": {"val_fraction": 0.3},
+        "sources": [{"name": "text", "path": str(tmp_path / "text")}],
+    }  # fmt: skip
+    options = {"train": {"max_steps": 4}, "eval": {"every": 4, "max_batches": None}, "seed": 7}
+    path = write_config(tmp_path / "c.yaml", corpus, data=data, **options)
+    values = yaml.safe_load(path.read_text()) | {"model": model}
+    path.write_text(yaml.safe_dump(values))
+    train(load_config(path, [f"run_dir={tmp_path / 'run'}"]), say=lambda line: None)
+    in_training, result = metrics(tmp_path / "run")[-1], measure(locate(tmp_path / "run"), precision="fp32")
+    if family != "llama":
+        assert result["loss"] == pytest.approx(in_training["val_loss"], abs=1e-6)
+        return
+    manifest = json.loads((tmp_path / "data/manifest.json").read_text())["splits"]["val"]
+    share = result["tokens"] / (manifest["tokens"] - manifest["documents"])  # each document has an end token
+    bits = result["loss"] * result["tokens"] / math.log(2)
+    assert 0.97 < bits / manifest["bytes"] / result["bits_per_byte"] < 1.03 and 0.97 < share < 1.03
+    assert result["bits_per_byte"] == pytest.approx(in_training["bits_per_byte"], rel=0.05)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

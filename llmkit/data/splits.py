@@ -28,6 +28,7 @@ class Splits:
     summary      description of the data for the run's header
     shares       in a mixture: source -> (share of the samples, samples of the source)
     is_chat      whether the records went through the chat template
+    token_bytes  bytes of text per token (V,), see `bytes_per_token`
     """
 
     tokenizer: Tokenizer
@@ -37,6 +38,22 @@ class Splits:
     summary: str
     shares: dict[str, tuple[float, int]] = field(default_factory=dict)
     is_chat: bool = False
+    token_bytes: np.ndarray | None = None
+
+
+def bytes_per_token(tokenizer: Tokenizer, tokens: np.ndarray | None = None, text_bytes: int = 0) -> np.ndarray:
+    """Return the bytes of text that each token stands for, float64 (V,), for bits per byte.
+
+    tokens, text_bytes  a text's ids and its size. The result is scaled so that its sum over the ids is that size:
+                        unknown tokens and normalization change what the ids spell. None: the text is not known, and
+                        the unknown token has NaN bytes
+    """
+    sizes = tokenizer.token_bytes.astype(np.float64)
+    if tokens is not None:
+        return sizes * (text_bytes / max(1.0, sizes[tokens].sum()))
+    if tokenizer.unknown_id is not None:
+        sizes[tokenizer.unknown_id] = np.nan
+    return sizes
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -100,6 +117,7 @@ def open_corpus(
         return corpus_batches(streams[split], seq_len, size, mixture=mixed, document_mask=document_mask, **order)
 
     train, val = (format_count(manifest["splits"][split]["tokens"]) for split in SPLITS)
+    val_tokens = streams["val"][0].read(0, len(streams["val"][0]))
     documents = "{kept} of {read} documents kept".format(**manifest["counts"])
     return Splits(
         tokenizer,
@@ -108,6 +126,7 @@ def open_corpus(
         manifest["fingerprint"],
         f"{folder}: {train} train and {val} val tokens, {documents}, vocabulary {len(tokenizer)}",
         shares=dict(zip(weights, zip(mixture.shares(), mixture.samples, strict=True), strict=True)) if mixture else {},
+        token_bytes=bytes_per_token(tokenizer, val_tokens, manifest["splits"]["val"]["bytes"]),
     )
 
 
@@ -133,4 +152,5 @@ def open_records(
         f"{path}: {layouts} {how}; {train['examples']} train and {val['examples']} val examples in {train['rows']} "
         f"rows, {format_count(train['targets'])} targets" + (f" ({'; '.join(excluded)})" if excluded else ""),
         is_chat=is_chat,
+        token_bytes=bytes_per_token(tokenizer),
     )

@@ -11,7 +11,7 @@ from llmkit.data.batches import open_rows
 from llmkit.data.corrupt import shift_right
 from llmkit.data.layouts import LAYOUTS
 from llmkit.data.sft import encode_records, split_into_pairs, truncate_pair
-from llmkit.data.splits import open_stream, read_manifest
+from llmkit.data.splits import bytes_per_token, open_stream, read_manifest
 from llmkit.errors import DataError, UserError
 from llmkit.models import family_of
 from llmkit.objectives import OBJECTIVES, fitting_objectives
@@ -103,23 +103,23 @@ def measure(
             raise UserError("fine-tuning rows have data.seq_len tokens", got=f"window {window}, stride {stride}")
         if config is None:
             raise DataError("there is no text to measure on", fix="name a file with --data")
-        tokens, rows, what = run_val_split(located.run_dir, config["data"], model.config, tokenizer, batch_size)
+        read = run_val_split(located.run_dir, config["data"], model.config, tokenizer, batch_size)
     else:
-        tokens, rows, what = read_data(data, model.config, tokenizer, window, stride, batch_size, tally)
+        read = read_data(data, model.config, tokenizer, window, stride, batch_size, tally)
         tally.check(max_bad_fraction, fix="repair the file, or raise --max-bad-fraction")
-    if tokens is None:
-        batches = rows
-    elif kind == "causal":
+    tokens, batches, what, text_bytes = read
+    if kind == "causal" and tokens is not None:
         batches = windows(tokens, window, stride, batch_size)
-    else:
-        batches = corrupted_rows(tokens, model.config, tokenizer, window, batch_size, objective)
+    elif tokens is not None:
+        seed = config["seed"] if config else 0
+        batches = corrupted_rows(tokens, model.config, tokenizer, window, batch_size, objective, seed)
         what += ", of which only masked tokens count" if kind == "masked" else ", of which only cut-out spans count"
     with autocast(device, precision):
         result = perplexity(
             model,
             batches,
             device=device,
-            token_bytes=tokenizer.token_bytes if kind == "causal" else None,
+            token_bytes=bytes_per_token(tokenizer, tokens, text_bytes) if kind == "causal" else None,
             micro_batch_size=batch_size,
         )
     if not result["val_tokens"]:
@@ -137,7 +137,8 @@ def measure(
     }
 
 
-Read = tuple[np.ndarray | None, Iterable[Batch] | None, str]  # tokens, or batches of rows; and a description
+# Tokens of a text, or batches of rows; a description; bytes of the text.
+Read = tuple[np.ndarray | None, Iterable[Batch] | None, str, int]
 
 
 def run_val_split(run_dir: Path, data: dict, model_config: Any, tokenizer: Tokenizer, batch_size: int) -> Read:
@@ -146,14 +147,15 @@ def run_val_split(run_dir: Path, data: dict, model_config: Any, tokenizer: Token
     if data["kind"] == "sft":
         start_id = family_of(model_config).start_token_id(model_config)
         batches = open_rows(run_dir / "data" / key, "val", batch_size, start_id, seed=0)
-        return None, batches.in_order(), f"the val split of {data['path']}"
+        return None, batches.in_order(), f"the val split of {data['path']}", 0
     folder = Path(data["dir"])
     manifest = read_manifest(folder)
     if manifest["fingerprint"] != key or manifest["tokenizer_sha256"] != tokenizer.sha256:
         fix = "build it as it was, or name a file with --data"
         raise DataError("the data was built anew since this run", at=folder, fix=fix)
     stream = open_stream(folder, manifest, "val")
-    return stream.read(0, len(stream)), None, f"the val split of {folder}, in one stream"
+    text_bytes = manifest["splits"]["val"]["bytes"]
+    return stream.read(0, len(stream)), None, f"the val split of {folder}, in one stream", text_bytes
 
 
 def read_data(
@@ -178,27 +180,35 @@ def read_data(
             pairs = [pair for ids, targets in rows for pair in split_into_pairs(ids, targets, tokenizer.eos_id)]
             start_id = family_of(model_config).start_token_id(model_config)
             batches = pair_rows(pairs, window, start_id, batch_size)
-        return None, batches, f"the answers in {path} ({len(rows)} records)"
+        return None, batches, f"the answers in {path} ({len(rows)} records)", 0
     documents = list(keep_documents(read_file(path, source="eval", root=path.parent), tally))
     if not documents:
         raise DataError("no text can be read from the file", at=path, got=tally.describe() or None)
     tokenizer.verify_fast_encoder([one.text[:10_000] for one in documents[:MAX_VERIFIED_TEXTS]])
     tokens = np.concatenate(list(tokenizer.encode_documents(one.text for one in documents)))
-    return tokens, None, f"{path} ({len(documents)} documents)"
+    return tokens, None, f"{path} ({len(documents)} documents)", sum(len(one.text.encode()) for one in documents)
 
 
 def corrupted_rows(
-    tokens: np.ndarray, model_config: Any, tokenizer: Tokenizer, window: int, batch_size: int, objective: dict | None
+    tokens: np.ndarray,
+    model_config: Any,
+    tokenizer: Tokenizer,
+    window: int,
+    batch_size: int,
+    objective: dict | None,
+    seed: int,
 ) -> Iterator[Batch]:
-    """Yield rows of `window` tokens, corrupted as in training and the same every time. An incomplete row is left out.
+    """Yield rows of `window` tokens, the same and corrupted in the same way as the evaluations of a training run do.
 
     objective  of the run; if it does not fit texts, the default for this model kind
+    seed       of the run
     """
     fitting = fitting_objectives(model_config.kind, "corpus")
     choice = dict(objective) if objective and objective["name"] in fitting else {"name": fitting[0]}
     start_id = family_of(model_config).start_token_id(model_config)
-    corrupt = OBJECTIVES[choice.pop("name")].build(tokenizer, 0, start_id, **choice).corrupt
-    rows = tokens[: len(tokens) // window * window].reshape(-1, window).astype(np.int64)
+    corrupt = OBJECTIVES[choice.pop("name")].build(tokenizer, seed, start_id, **choice).corrupt
+    number = (len(tokens) - 1) // window  # as `samples_in` counts them
+    rows = tokens[: number * window].reshape(-1, window).astype(np.int64)
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         yield corrupt(Batch(part, part), range(start, start + len(part)))

@@ -56,19 +56,19 @@ def perplexity(
     training = model.training
     model.eval()
     losses = torch.zeros((), dtype=torch.float64, device=device)
-    targets = text_bytes = 0
+    targets, text_bytes = 0, 0.0
     for batch in batches:
         for micro in batch.split(micro_batch_size):
             full = pad_rows(micro, micro_batch_size)
             losses += model(**to_device(full, device), reduction="none").double().sum()
             scored = micro.labels[micro.labels != IGNORE_INDEX]
             targets += len(scored)
-            text_bytes += int(token_bytes[scored].sum()) if token_bytes is not None else 0
+            text_bytes += float(token_bytes[scored].sum()) if token_bytes is not None else 0
     model.train(training)
-    nats, targets, text_bytes = total(losses.item()), int(total(targets)), int(total(text_bytes))
+    nats, targets, text_bytes = total(losses.item()), int(total(targets)), total(text_bytes)
     loss = nats / targets if targets else math.nan
     result: dict[str, Any] = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700)), "val_tokens": targets}
-    if text_bytes:
+    if text_bytes > 0:  # NaN if a target's bytes are not known
         result["bits_per_byte"] = nats / math.log(2) / text_bytes
     return result
 

@@ -114,7 +114,7 @@ class Tokenizer:
     def add_specials(self, tokens: list[str]) -> None:
         """Append special tokens to the vocabulary."""
         self.rust.add_special_tokens([token for token in tokens if token not in self.specials])
-        for cached in ("specials", "size", "sha256", "prefix", "continuation", "fast", "token_bytes"):
+        for cached in ("specials", "size", "sha256", "prefix", "continuation", "fast", "token_bytes", "unknown_id"):
             self.__dict__.pop(cached, None)
 
     def encode(self, text: str) -> list[int]:
@@ -197,8 +197,14 @@ class Tokenizer:
         return tiktoken.Encoding("llmkit", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.specials)
 
     @cached_property
+    def unknown_id(self) -> int | None:
+        """Return the id of the token for text that the vocabulary can't express, None if there is none."""
+        model = json.loads(self.rust.to_str())["model"]
+        return model["unk_id"] if "unk_id" in model else self.rust.token_to_id(model.get("unk_token") or "")
+
+    @cached_property
     def token_bytes(self) -> np.ndarray:
-        """Return how many bytes of text each token stands for, int32 (V,): 0 for special tokens."""
+        """Return how many bytes of text each token stands for, int32 (V,): 0 for special and unknown tokens."""
         sizes = np.zeros(len(self), dtype=np.int32)
         spec = json.loads(self.rust.to_str())
         bytelevel = "ByteLevel" in json.dumps(spec["decoder"])

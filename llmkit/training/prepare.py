@@ -93,7 +93,7 @@ class PreparedRun:
     @property
     def token_bytes(self) -> np.ndarray | None:
         """The bytes of text per token, for bits per byte; None if not all tokens of a text are predicted."""
-        return self.data.tokenizer.token_bytes if self.model_config.kind == "causal" else None
+        return self.data.token_bytes if self.model_config.kind == "causal" else None
 
     @cached_property
     def base_sha256(self) -> str:
