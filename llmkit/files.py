@@ -102,10 +102,7 @@ def write_beside(out: Path) -> Iterator[Path]:
     this machine left behind when they were killed is deleted.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    for path in out.parent.glob(f"{glob.escape(out.name)}.{glob.escape(socket.gethostname())}-*.tmp"):
-        pid = path.name.removesuffix(".tmp").rpartition("-")[2]
-        if not (pid.isdecimal() and is_running(int(pid))):
-            delete(path)
+    delete_leftovers(out.parent, out.name)
     temporary = temporary_path(out)
     try:
         yield temporary
@@ -115,6 +112,17 @@ def write_beside(out: Path) -> Iterator[Path]:
         sync(out.parent)
     finally:
         delete(temporary)
+
+
+def delete_leftovers(folder: Path, name: str | None = None) -> None:
+    """Delete what killed processes of this machine left at a `temporary_path` in a folder.
+
+    name  of the file that they were writing; None: of any
+    """
+    for path in folder.glob(f"{glob.escape(name) if name else '*'}.{glob.escape(socket.gethostname())}-*.tmp"):
+        pid = path.name.removesuffix(".tmp").rpartition("-")[2]
+        if pid.isdecimal() and not is_running(int(pid)):
+            delete(path)
 
 
 def is_running(pid: int) -> bool:

@@ -14,7 +14,7 @@ import yaml
 from conftest import llmkit, metrics, tiny_config
 
 from llmkit.config.load import load_config
-from llmkit.errors import MODEL, USAGE, ModelError, UserError
+from llmkit.errors import MODEL, USAGE, DataError, ModelError, UserError
 from llmkit.evals.perplexity import measure
 from llmkit.files import write_beside
 from llmkit.storage import checkpoint
@@ -126,6 +126,15 @@ def test_fresh_keeps_a_checkpoint_that_another_run_needs(corpus, run, tmp_path):
     (tmp_path / "tuned").rmdir()
     train_in(tmp_path, corpus, fresh=True, train={"max_steps": 2})
     assert [path.name for path in list_checkpoints(run)] == ["step-000002"]
+
+
+def test_a_build_never_replaces_a_file_of_the_users(corpus, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/report.md").write_text("mine")
+    path = write_config(tmp_path / "c.yaml", corpus, data={"dir": str(tmp_path / "data")})
+    with pytest.raises(DataError, match="a build would replace") as caught:
+        train(load_config(path, [f"run_dir={tmp_path / 'run'}"]))
+    assert caught.value.got == "report.md" and snapshot(tmp_path / "data") == {f"{tmp_path}/data/report.md": b"mine"}
 
 
 def test_a_tokenizer_never_goes_into_a_folder_with_files(corpus, run):

@@ -36,7 +36,7 @@ from llmkit.corpus.units import VERSION, Unit, count_skipped_files, load_array, 
 from llmkit.data.splits import read_manifest
 from llmkit.data.tokens import find_change, seal, token_dtype
 from llmkit.errors import DataError, MachineError, UserError, did_you_mean, raise_all
-from llmkit.files import lock, write_atomically
+from llmkit.files import delete_leftovers, lock, write_atomically
 from llmkit.readers.records import count_lines_before
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llmkit.tokenizer.train import extend_bpe, train_tokenizer
@@ -46,6 +46,9 @@ COMPRESSED_SUFFIXES = (".jsonl.gz", ".jsonl.zst", ".zip", ".parquet")
 MIN_COMPRESSION_RATIO = 2  # bytes of text per byte of a compressed file
 MARKUP_SUFFIXES = (".html", ".htm", ".xhtml", ".warc", ".warc.gz", ".warc.zst")
 DISK_BYTES_PER_TEXT_BYTE = 0.8  # clean texts, compressed: 0.4; tokens: 0.5; minus the dropped documents
+
+# What a build writes into data.dir after `parts`.
+WRITTEN = ("manifest.json", "report.md", "report.json", "val_documents.txt", "quarantine.jsonl", "tokenizer", "tokens")
 
 Locator = Callable[[str], str | None]  # returns the file and line of a key of the config
 
@@ -95,6 +98,7 @@ def build_corpus(
         say(f"data is already built: {folder}/manifest.json")
         return read_manifest(folder)
     check_scorers(data, where)
+    check_folder(folder)
     if (folder / "manifest.json").exists():
         say(f"replacing another build in {folder}")
     with lock(folder, "another process is building this data", fix="wait for it, or choose another data.dir"):
@@ -108,6 +112,14 @@ def build_corpus(
             expected = f"about {space_needed(folder, units):,} more bytes"
             fix = "free some space and run the same command again: it resumes"
             raise MachineError("the disk is full", at=folder, got=got, expected=expected, fix=fix) from None
+
+
+def check_folder(folder: Path) -> None:
+    """Raise DataError if a build would replace files in a folder that no build has written to."""
+    taken = [name for name in WRITTEN if (folder / name).exists()]
+    if taken and not (folder / "parts").is_dir():
+        got, fix = ", ".join(taken), "choose another data.dir, or move those files away"
+        raise DataError("data.dir holds files that a build would replace", at=folder, got=got, fix=fix)
 
 
 def try_corpus(data: CorpusData, documents: int, *, where: Locator = lambda key: None) -> tuple[str, dict[str, Any]]:
@@ -269,6 +281,7 @@ def checksum(array: np.ndarray) -> str:
 
 def delete_stale_files(folder: Path, units: list[Unit], keep: list[Path], keys: list[str]) -> None:
     """Delete the files of earlier builds that the manifest no longer uses. Keep files that no build wrote."""
+    delete_leftovers(folder)
     current = {unit.part for unit in units} | {f"{unit.name}-{key}" for unit, key in zip(units, keys, strict=True)}
     known = set(keys)
     for path in itertools.chain(folder.glob("parts/*"), (folder / "tokens").rglob("*"), folder.glob("dropped/*")):

@@ -25,7 +25,7 @@ from llmkit.config.schema import SftData
 from llmkit.data.layouts import detect_layout, to_turns
 from llmkit.data.tokens import ShardWriter, check_unchanged, describe_file, read_sealed, seal
 from llmkit.errors import DataError
-from llmkit.files import file_sha256, write_atomically
+from llmkit.files import delete_leftovers, file_sha256, write_atomically
 from llmkit.readers.documents import check_file
 from llmkit.readers.records import read_records
 from llmkit.readers.tally import BadRecord, Tally
@@ -106,6 +106,7 @@ def write_examples(
 ) -> dict[str, Any]:
     """Encode the records of the train and val files into a folder. Return the report."""
     folder.mkdir(parents=True, exist_ok=True)
+    delete_leftovers(folder)
     tally, layouts, sizes = Tally(), set(), []
     answers = array("i")  # example, start and stop of every answer in it
     with (folder / QUARANTINE).open("w", encoding="utf-8") as file, ShardWriter(folder / "examples", TOKENS) as shard:
