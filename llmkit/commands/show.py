@@ -5,12 +5,32 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 ConfigArg = Annotated[Path, typer.Argument(help="A YAML file.")]
 ModelArg = Annotated[str, typer.Argument(help="A run, checkpoint, adapter or Hugging Face folder.")]
 Precision = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
 Override = Annotated[list[str], typer.Option("-o", help="Override a key: section.key=value. May be repeated.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
+
+
+class Command(TyperCommand):
+    """A command that refuses a repeated option and an empty value. By itself, typer takes the last one, or a default.
+
+    Options that may be repeated are declared as lists.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        from llmkit.errors import UserError
+
+        given, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in order:
+            name, value = parameter.get_error_hint(), given[parameter.name]
+            if order.count(parameter) > 1 and not parameter.multiple:
+                raise UserError(f"{name} is given twice", at=ctx.command_path, fix="give it once")
+            if value == "" or (isinstance(value, list | tuple) and "" in value):
+                raise UserError(f"{name} is empty", at=ctx.command_path, fix="give a value, or leave it out")
+        return super().parse_args(ctx, args)
 
 
 def progress_printer(as_json: bool):

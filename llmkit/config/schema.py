@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from llmkit.config.defaults import PATTERN, VOCAB_SIZE
-from llmkit.config.yaml import find_origin
+from llmkit.config.yaml import find_origin, key_path
 from llmkit.errors import UserError
 
 Count = Annotated[int, Field(ge=1)]
@@ -262,7 +262,7 @@ class Config(Section):
 
     def where(self, key: str) -> str:
         """Return the file and line of a dotted key, or of the innermost section that contains it."""
-        return find_origin(self._origins, tuple(key.split(".")))
+        return find_origin(self._origins, key_path(key))
 
     def error(self, key: str, problem: str, *, kind: type[UserError] = UserError, **details: Any) -> UserError:
         """Return an error about a dotted key, with its file and line."""
