@@ -59,6 +59,9 @@ def conflicts(config: Config) -> Iterator[UserError]:
         yield error("model", "and init_from are both given", fix="delete the model section: init_from has one")
     if config.peft and config.init_from is None:
         yield error("peft", "needs a model to start from", fix="name one as init_from, or delete the peft section")
+    if config.train.early_stopping_patience and config.eval.every is None:
+        what, fix = "needs evaluations, but eval.every is null", "set eval.every, or delete the patience"
+        yield error("train.early_stopping_patience", what, fix=fix)
     if config.resize_embeddings and config.init_from is None:
         yield error("resize_embeddings", "needs a model to start from", fix="name one as init_from, or delete it")
     if isinstance(config.data, SftData):

@@ -4,17 +4,32 @@ A "choose one" section is `{name: adamw, lr: 3e-4}`: `name` picks a function, th
 arguments. `load.check_options` checks them against its signature later, when torch may be imported.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic_core import PydanticCustomError
 
 from llmkit.config.defaults import PATTERN, VOCAB_SIZE
 from llmkit.config.yaml import find_origin, key_path
 from llmkit.errors import UserError
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Tokens = Annotated[int, Field(ge=1, le=10**15)]
+SeqLen = Annotated[int, Field(ge=2, le=10**9)]  # of one token, nothing would be predicted
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random generator accepts
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def expand_home(path: str) -> str:
+    """Replace a leading ~ by the home folder."""
+    if not path.strip():
+        raise PydanticCustomError("path", "Input should be a path, not empty")
+    return f"{Path.home()}{path[1:]}" if path == "~" or path.startswith("~/") else path
+
+
+PathStr = Annotated[str, AfterValidator(expand_home)]
 
 
 class Section(BaseModel):
@@ -41,10 +56,10 @@ class Source(Section):
     """A source of documents: `path` (file, folder, glob) or `hf` (a hub id, or a local dataset folder)."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-    path: str | None = None
+    path: PathStr | None = None
     include: list[str] = []
     exclude: list[str] = []
-    hf: str | None = None
+    hf: PathStr | None = None
     config: str | None = None  # the subset of a Hugging Face dataset
     revision: str | None = None  # a commit or tag of a hub dataset; without one, later commits go unnoticed
     split: str = "train"
@@ -68,7 +83,7 @@ class Clean(Section):
     control: bool = True
     whitespace: bool = True
     # Remove lines of web pages that occur in this many documents of a work unit; null: keep all.
-    boilerplate_min_docs: Annotated[int, Field(ge=2)] | None = 20
+    boilerplate_min_docs: Annotated[int, Field(ge=2, le=10**9)] | None = 20
 
 
 class Language(Section):
@@ -81,14 +96,14 @@ class Language(Section):
 class WordList(Section):
     """Drop documents with more than max_per_1k matches of a word list (one entry a line) per 1000 words."""
 
-    path: str
+    path: PathStr
     max_per_1k: Annotated[float, Field(ge=0)] = 5.0
 
 
 class Classifier(Section):
     """Drop documents for which a local Hugging Face classifier gives `label` a probability above max_score."""
 
-    path: str
+    path: PathStr
     label: str
     max_score: Fraction = 0.5
 
@@ -108,7 +123,9 @@ class Pii(Section):
     kinds: list[Literal["email", "phone", "ip", "card", "iban", "ssn", "secret"]] = []
     # replace: by values that nobody owns; tag: replace by <EMAIL> etc.; drop: remove the whole document.
     action: Literal["replace", "tag", "drop"] = "replace"
-    drop_above: Annotated[int, Field(ge=0)] = 50  # drop a document with more findings: it is probably a list of people
+    drop_above: Annotated[int, Field(ge=0, le=10**9)] = (
+        50  # drop a document with more findings: it is probably a list of people
+    )
 
 
 class NearDedup(Section):
@@ -127,7 +144,7 @@ class Dedup(Section):
 class Decontaminate(Section):
     """Drop documents that share a word n-gram with evaluation files, so that benchmarks do not measure memorization."""
 
-    files: Annotated[list[str], Field(min_length=1)]
+    files: Annotated[list[PathStr], Field(min_length=1)]
     ngram: Count = 13
     ignore_if_in_docs: Count = 10  # an n-gram in more documents than this is a common phrase
     action: Literal["drop", "report"] = "drop"
@@ -141,9 +158,9 @@ class TokenizerSection(Section):
     """Train a tokenizer (`train: bpe`), use an existing one (`path`), or add tokens to a BPE (`extend`)."""
 
     train: Literal["bpe", "unigram", "wordpiece", "char"] | None = None
-    path: str | None = None
-    extend: str | None = None
-    vocab_size: Annotated[int, Field(ge=259)] = VOCAB_SIZE  # of the result, special tokens included
+    path: PathStr | None = None
+    extend: PathStr | None = None
+    vocab_size: Annotated[int, Field(ge=259, le=2**24)] = VOCAB_SIZE  # of the result, special tokens included
     pattern: str = PATTERN  # how text is split before merging: gpt2, llama3, qwen2 or a regex; for bpe and unigram
     normalize: list[Literal["lowercase", "nfc", "nfd", "nfkc", "strip_accents"]] = []
     special_tokens: list[str] = []  # in addition to <|endoftext|> and the chat markers
@@ -155,8 +172,8 @@ class CorpusData(Section):
     """Documents joined into one stream of tokens and cut into samples of `seq_len`."""
 
     kind: Literal["corpus"]
-    dir: str
-    seed: Annotated[int, Field(ge=0, le=2**32)] = 1234  # of the split and the sample for tokenizer training
+    dir: PathStr
+    seed: Seed = 1234  # of the split and the sample for tokenizer training
     sources: list[Source] = []  # empty: `dir` is already built
     workers: Count | Literal["auto"] = "auto"
     cluster: str | None = None  # address of a Dask scheduler whose workers see the same files: tcp://host:8786
@@ -168,7 +185,7 @@ class CorpusData(Section):
     decontaminate: Decontaminate | None = None
     split: Split = Split()
     tokenizer: TokenizerSection = TokenizerSection(train="bpe")
-    seq_len: Count = 1024
+    seq_len: SeqLen = 1024
     document_mask: bool = False  # attention stays inside a document; positions restart in each
 
 
@@ -180,13 +197,13 @@ class SftData(Section):
     """
 
     kind: Literal["sft"]
-    path: str
-    val_path: str | None = None
+    path: PathStr
+    val_path: PathStr | None = None
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05  # of `path`, if there is no val_path
-    seq_len: Count = 1024
+    seq_len: SeqLen = 1024
     packing: bool | None = None  # put several examples into a row; null: true unless the model has an encoder
     too_long: Literal["truncate", "drop"] = "truncate"
-    chat_template: str | None = None  # a Jinja file; default: the tokenizer's own, else a plain one
+    chat_template: PathStr | None = None  # a Jinja file; default: the tokenizer's own, else a plain one
     special_tokens: list[str] = []  # to add to the model's tokenizer; see resize_embeddings
 
 
@@ -195,7 +212,7 @@ class SftData(Section):
 
 class Train(Section):
     max_steps: Count | None = None
-    max_tokens: Count | None = None
+    max_tokens: Tokens | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
     global_batch_size: Count = 32  # sequences in one optimizer step
     micro_batch_size: Count | Literal["auto"] = "auto"  # sequences in one forward
@@ -242,10 +259,10 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 class Config(Section):
     """The config of a run. `where("train.max_steps")` returns the file and line of a key."""
 
-    run_dir: str = "runs/default"
+    run_dir: PathStr = "runs/default"
     recipe: Literal["modern", "llama", "gpt2"] | None = None  # see RECIPES
-    seed: Annotated[int, Field(ge=0)] = 1337
-    init_from: str | None = None
+    seed: Seed = 1337
+    init_from: PathStr | None = None
     resize_embeddings: bool = False  # add embedding rows for tokens that the model of init_from lacks
     model: Choice | None = None
     data: Annotated[CorpusData | SftData, Field(discriminator="kind")]

@@ -1,5 +1,6 @@
 """The defaults of `llmkit finetune`, and the example configs."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -97,13 +98,16 @@ def finetune_config(
         defaults["data"] = {"kind": "sft"}
         if start is not None:
             defaults["data"]["seq_len"] = min(LONGEST, trained_length(start))
-    flags = [f"init_from={model}"] if model else []
-    flags += [f"data.path={data}"] if data else []
+    flags = [f"init_from={json.dumps(model)}"] if model else []  # JSON puts what YAML could misread in quotes
+    flags += [f"data.path={json.dumps(str(data))}"] if data else []
     if methods:
-        same = own_peft.get("name") == method
-        flags += ["peft=null"] if method == "full" else ([] if same else [f"peft.name={method}"])
+        flags += ["peft=null" if method == "full" else f"peft.name={method}"]
     flags += [f"peft.r={rank}"] if rank else []
-    return load_config(path, [*flags, *overrides], defaults)
+    config = load_config(path, [*flags, *overrides], defaults)
+    if config.model_dump() != load_config(path, [*flags, *overrides, *flags], defaults).model_dump():
+        what, got = "-o contradicts an option of finetune", f"-o {' '.join(overrides)}, against {' '.join(flags)}"
+        raise UserError(what, got=got, fix="leave one of them out")
+    return config
 
 
 def is_whole_model(run: Path) -> bool:

@@ -144,11 +144,17 @@ def check_run_dir(config: Config) -> Iterator[UserError]:
 
 
 def check_warmup(config: Config, options: Options, max_steps: int | None) -> Iterator[UserError]:
-    """Yield an error if the warm-up leaves no step to train."""
-    warmup = options["schedule"].get("warmup_steps", 0)
-    if max_steps and warmup >= max_steps:
+    """Yield an error if the warm-up leaves no step to train, or overlaps with the decay of WSD."""
+    warmup, fraction = (options["schedule"].get(key, 0) for key in ("warmup_steps", "decay_fraction"))
+    if not max_steps:
+        return
+    if warmup >= max_steps:
         expected = f"less than {max_steps} (the steps of this run)"
         yield config.error("schedule.warmup_steps", "leaves no step to train", got=warmup, expected=expected)
+    elif fraction and warmup > (begin := round(max_steps * (1 - fraction))):
+        what, got = "overlaps with the decay", f"{warmup}, but the decay begins at step {begin} of {max_steps}"
+        fix = f"lower it to {begin}, or lower schedule.decay_fraction"
+        yield config.error("schedule.warmup_steps", what, got=got, fix=fix)
 
 
 def check_max_epochs(config: Config, epochs: dict[str, float], shares: dict, max_steps: int) -> Iterator[UserError]:
