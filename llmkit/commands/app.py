@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             what = "the machine" if isinstance(error, MemoryError) else "the device"
-            fix = "lower train.micro_batch_size, or set train.gradient_checkpointing: full"
+            fix = "lower train.micro_batch_size (--batch-size), or set train.gradient_checkpointing: full"
             code = print_error(MachineError(f"{what} is out of memory", fix=fix))
         elif type(error).__name__ == "NoArgsIsHelpError":
             print(error.ctx.get_help(), file=sys.stderr)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmkit.commands.show import (
+    MOST,
     AsJson,
     Command,
     ConfigArg,
@@ -30,7 +31,9 @@ tokenizer_app = typer.Typer(help="Train and inspect tokenizers.", no_args_is_hel
 def data_build(
     config: ConfigArg,
     o: Override = [],
-    dry_run: Annotated[int | None, typer.Option(min=1, help="Only try this many documents of each source.")] = None,
+    dry_run: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Only try this many documents of each source.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Clean, filter, deduplicate and tokenize the sources of CONFIG."""
@@ -72,10 +75,12 @@ def data_report(
 def data_inspect(
     config: ConfigArg,
     o: Override = [],
-    rows: Annotated[int | None, typer.Option(min=1, help="Show this many rows of the first batch; default: 2.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Show this many rows of the first batch; default: 2.")
+    ] = None,
     id: Annotated[str | None, typer.Option(help="Show why this document was kept or dropped.")] = None,
-    dropped: Annotated[int, typer.Option(min=0, help="Show this many dropped documents.")] = 0,
-    kept: Annotated[int, typer.Option(min=0, help="Show this many kept documents.")] = 0,
+    dropped: Annotated[int, typer.Option(min=0, max=MOST, help="Show this many dropped documents.")] = 0,
+    kept: Annotated[int, typer.Option(min=0, max=MOST, help="Show this many kept documents.")] = 0,
     rule: Annotated[str | None, typer.Option(help="With --dropped: only documents dropped by this rule.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -131,7 +136,9 @@ def tokenizer_train(
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("tokenizer"),
     kind: Annotated[str, typer.Option(help="bpe, unigram, wordpiece or char.")] = "bpe",
     extend: Annotated[Path | None, typer.Option(help="Add tokens to this BPE instead of training a new one.")] = None,
-    vocab_size: Annotated[int, typer.Option(min=259, help="Tokens of the result, all kinds counted.")] = VOCAB_SIZE,
+    vocab_size: Annotated[
+        int, typer.Option(min=259, max=2**24, help="Tokens of the result, all kinds counted.")
+    ] = VOCAB_SIZE,
     pattern: Annotated[str, typer.Option(help="How text is split: gpt2, llama3, qwen2 or a regex.")] = PATTERN,
     normalize: Annotated[list[str], typer.Option(help="lowercase, nfc, nfd, nfkc, strip_accents; repeatable.")] = [],
     special: Annotated[list[str], typer.Option(help="A further special token. May be repeated.")] = [],

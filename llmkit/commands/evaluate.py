@@ -5,16 +5,18 @@ from typing import Annotated
 
 import typer
 
-from llmkit.commands.show import AsJson, Precision, progress_printer, show
+from llmkit.commands.show import MOST, AsJson, Precision, progress_printer, show
 
 
 def evaluate(
     model: Annotated[str | None, typer.Argument(help="A run, checkpoint, adapter or folder.")] = None,
     perplexity: Annotated[bool, typer.Option("--perplexity", help="Loss, perplexity and bits per byte.")] = False,
     data: Annotated[Path | None, typer.Option(help="Texts or records; default: the val split.")] = None,
-    window: Annotated[int | None, typer.Option(min=1, help="Tokens in a sliding window.")] = None,
-    stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; default: the window.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    window: Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens in a sliding window.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Tokens between windows; default: the window.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST)] = 8,
     precision: Precision = "auto",
     as_json: AsJson = False,
 ) -> None:

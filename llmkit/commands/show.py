@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+MOST = 10**9  # of what an option counts
 ConfigArg = Annotated[Path, typer.Argument(help="A YAML file.")]
 ModelArg = Annotated[str, typer.Argument(help="A run, checkpoint, adapter or Hugging Face folder.")]
 Precision = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]

@@ -16,6 +16,7 @@ from llmkit.config.yaml import find_origin, key_path
 from llmkit.errors import UserError
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
+Fewer = Annotated[int, Field(ge=1, le=1000)]
 Tokens = Annotated[int, Field(ge=1, le=10**15)]
 SeqLen = Annotated[int, Field(ge=2, le=10**9)]  # of one token, nothing would be predicted
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random generator accepts
@@ -129,9 +130,9 @@ class Pii(Section):
 
 
 class NearDedup(Section):
-    ngram: Count = 5
-    bands: Count = 14
-    rows: Count = 8
+    ngram: Fewer = 5
+    bands: Fewer = 14
+    rows: Fewer = 8
     keep: Literal["longest", "all"] = "longest"  # all: drop nothing, but keep each cluster in one split
 
 
@@ -145,7 +146,7 @@ class Decontaminate(Section):
     """Drop documents that share a word n-gram with evaluation files, so that benchmarks do not measure memorization."""
 
     files: Annotated[list[PathStr], Field(min_length=1)]
-    ngram: Count = 13
+    ngram: Fewer = 13
     ignore_if_in_docs: Count = 10  # an n-gram in more documents than this is a common phrase
     action: Literal["drop", "report"] = "drop"
 
@@ -214,7 +215,7 @@ class Train(Section):
     max_steps: Count | None = None
     max_tokens: Tokens | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
-    global_batch_size: Count = 32  # sequences in one optimizer step
+    global_batch_size: Annotated[int, Field(ge=1, le=10**6)] = 32  # sequences in one optimizer step
     micro_batch_size: Count | Literal["auto"] = "auto"  # sequences in one forward
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
