@@ -99,6 +99,26 @@ def shorten(value: object) -> str:
     return text if len(text) <= MAX_VALUE else f"{text[:300]} ... {text[-(MAX_VALUE - 305) :]}"
 
 
+# Well-known names of methods, objectives and formats that are not built yet.
+NOT_YET = set(
+    "dora qlora adalora ia3 prefix prefix_tuning prompt prompt_tuning p_tuning vera loha lokr oft boft galore"
+    " dpo ipo orpo kto simpo grpo ppo rlhf reward distill distillation"
+    " awq gptq int8 int4 nf4 fp8 onnx mlx exl2 lion sophia shampoo soap adafactor sgd".split()
+)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return what to write instead of an unknown name: a similar one, or all that exist.
+
+    >>> suggest("lorra", ["lora", "bitfit"]), suggest("dora", ["lora", "bitfit"])
+    ('did you mean lora?', 'dora is not there yet; there is lora or bitfit')
+    """
+    known = list(known)
+    if word.lower().replace("-", "_") in NOT_YET:
+        return f"{word} is not there yet; there is {' or '.join(known)}"
+    return did_you_mean(word, known) or f"one of: {', '.join(known)}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     """Return "did you mean ...?" for a misspelt word, or None if no known word is similar."""
     from difflib import get_close_matches

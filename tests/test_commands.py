@@ -4,6 +4,7 @@ import io
 
 import pytest
 
+import llmkit
 from llmkit.commands.app import main
 from llmkit.errors import DataError, UserError, raise_all
 from llmkit.inference.sampling import Sampling
@@ -16,6 +17,12 @@ def run(capsys, *arguments: str, code: int = 0) -> str:
     said = capsys.readouterr()
     assert ended.value.code == code, said.err
     return said.err if code else said.out
+
+
+def test_version_and_completion(capsys, monkeypatch):
+    assert run(capsys, "--version") == f"llmkit {llmkit.__version__}\n"
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    assert "_LLMKIT_COMPLETE" in run(capsys, "--show-completion", "bash")
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from llmkit.config.yaml import merge, parse_yaml, set_override
 from llmkit.errors import UserError
 from llmkit.models import FAMILIES
 from llmkit.training.plan import plan_config
+from llmkit.training.resolve import check_choices
 
 GOOD = "model: {name: llama}\ndata: {kind: corpus, dir: x}\ntrain: {max_steps: 10}\n"
 
@@ -220,6 +221,47 @@ train: {max_steps: 10}
     sft = load(tmp_path, "init_from: m\ntrain: {max_steps: 1}\ndata: " + other).data
     assert [sft.path, sft.val_path, sft.chat_template] == [f"{home}/p", f"{home}/v", f"{home}/j"]
     assert load(tmp_path, GOOD, "run_dir='~'").run_dir == str(home)
+
+
+def test_sources_have_a_short_form_and_a_corpus_is_the_default_kind(tmp_path):
+    text = "data: {dir: d, sources: %s}\nmodel: {name: llama}\ntrain: {max_steps: 1}"
+    sources = lambda value: [(one.name, one.path) for one in load(tmp_path, text % value).data.sources]  # noqa: E731
+    assert sources("corpora/my docs.d/**/*.md") == [("my-docs", "corpora/my docs.d/**/*.md")]
+    mixed = "[{name: text, path: p}, a/text.txt, b/text.jsonl.gz, '*.txt']"
+    assert sources(mixed) == [
+        ("text", "p"), ("text-2", "a/text.txt"), ("text-3", "b/text.jsonl.gz"), ("text-4", "*.txt"),
+    ]  # fmt: skip
+    assert problems(tmp_path, text % "[3]")[0].what == "data.sources.0 is not valid"
+
+
+def test_data_alone_can_be_loaded_but_not_trained_on(tmp_path):
+    text = "data: {dir: d, sources: text}"
+    (tmp_path / "c.yaml").write_text(text)
+    assert load_config(tmp_path / "c.yaml", for_training=False).data.kind == "corpus"
+    assert {error.what for error in problems(tmp_path, text)} == {"train needs exactly one length", "there is no model"}
+
+
+def test_a_corpus_for_a_model_takes_its_tokenizer(tmp_path):
+    text = "init_from: runs/base\ndata: {dir: d, sources: text}\ntrain: {max_steps: 1}"
+    tokenizer = load(tmp_path, text).data.tokenizer
+    assert (tokenizer.path, tokenizer.train) == ("runs/base", None)
+    assert load(tmp_path, text, "data.tokenizer={train: char}").data.tokenizer.train == "char"
+    assert load(tmp_path, text, "data.sources=[]").data.tokenizer.train == "bpe"  # it is built, with its own
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("dora", "dora is not there yet; there is lora or bitfit"),
+        ("lorra", "did you mean lora?"),
+        ("x", "one of: lora"),
+    ],
+)
+def test_an_unknown_method_says_what_exists(tmp_path, name, fix):
+    config = load(tmp_path, GOOD.replace("model: {name: llama}", "init_from: m"), f"peft.name={name}")
+    with pytest.raises(UserError) as caught:
+        check_choices(config)
+    assert caught.value.fix.startswith(fix)
 
 
 def test_merge_replaces_choices_and_lengths():

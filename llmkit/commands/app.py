@@ -7,15 +7,27 @@ from typing import Annotated, Any
 
 import typer
 
+from llmkit import __version__
 from llmkit.commands import convert, evaluate, look, train, write
 from llmkit.commands.data import data_app, tokenizer_app
 from llmkit.commands.show import Command
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"llmkit {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def common(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
     """From raw text to a trained, fine-tuned, evaluated and exported language model."""
 
 

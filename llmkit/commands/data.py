@@ -39,20 +39,23 @@ def data_build(
     """Clean, filter, deduplicate and tokenize the sources of CONFIG."""
     from llmkit.config.load import load_config
     from llmkit.corpus.build import build_corpus, try_corpus
+    from llmkit.screen import format_markdown
 
-    loaded = load_config(config, o)
+    loaded = load_config(config, o, for_training=False)
     section = loaded.data
     if dry_run:
         text, funnel = try_corpus(section, dry_run, where=loaded.where)
-        show({"funnel": funnel}, as_json) if as_json else print(text)
+        show({"funnel": funnel}, as_json) if as_json else print(format_markdown(text))
         return
     manifest = build_corpus(section, say=progress_printer(as_json), where=loaded.where)
     if as_json:
         show(manifest, as_json)
     else:
-        print((Path(section.dir) / "report.md").read_text(encoding="utf-8"))
-        overrides = "".join(f" -o {shlex.quote(override)}" for override in o)  # without them it is another build
-        print(f"next: llmkit data inspect {config}{overrides} --dropped 20\n      llmkit pretrain {config}{overrides}")
+        print(format_markdown((Path(section.dir) / "report.md").read_text(encoding="utf-8")))
+        same = f"{config}" + "".join(f" -o {shlex.quote(override)}" for override in o)  # without -o: another build
+        print(f"next: llmkit data inspect {same} --dropped 20")
+        trains = loaded.model or loaded.init_from
+        print(f"      llmkit pretrain {same}" if trains else "      add `model:` and `train:` (llmkit init pretrain)")
 
 
 @data_app.command("report", cls=Command)
@@ -62,13 +65,14 @@ def data_report(
     """Print the report of a finished build again."""
     from llmkit.config.load import load_config
     from llmkit.corpus.build import check_corpus, read_manifest
+    from llmkit.screen import format_markdown
 
     if folder.is_file():
-        section = load_config(folder).data
+        section = load_config(folder, for_training=False).data
         check_corpus(section)
         folder = Path(section.dir)
     manifest = read_manifest(folder)
-    show(manifest, as_json) if as_json else print((folder / "report.md").read_text(encoding="utf-8"))
+    show(manifest, as_json) if as_json else print(format_markdown((folder / "report.md").read_text(encoding="utf-8")))
 
 
 @data_app.command("inspect", cls=Command)
@@ -88,12 +92,13 @@ def data_inspect(
     from llmkit.config.load import load_config
     from llmkit.errors import UserError
 
-    loaded = load_config(config, o)
+    for_training = not (id or dropped or kept)
+    loaded = load_config(config, o, for_training=for_training)
     if rule and not dropped:
         raise UserError("--rule needs --dropped", fix=f"--dropped 20 --rule {rule}")
     if (id is not None) + bool(dropped or kept) + (rows is not None) > 1:
         raise UserError("--rows, --id and --dropped or --kept show different things", fix="choose one of them")
-    if id or dropped or kept:
+    if not for_training:
         inspect_documents(loaded.data, id, dropped, kept, rule, as_json)
         return
     from llmkit.data.inspect import format_rows, inspect_rows

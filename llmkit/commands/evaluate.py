@@ -5,12 +5,14 @@ from typing import Annotated
 
 import typer
 
-from llmkit.commands.show import MOST, AsJson, Precision, progress_printer, show
+from llmkit.commands.show import MOST, AsJson, Precision, progress_printer, show, to_stderr
 
 
 def evaluate(
     model: Annotated[str | None, typer.Argument(help="A run, checkpoint, adapter or folder.")] = None,
-    perplexity: Annotated[bool, typer.Option("--perplexity", help="Loss, perplexity and bits per byte.")] = False,
+    perplexity: Annotated[
+        bool, typer.Option("--perplexity", help="Loss, perplexity, bits per byte: the default.")
+    ] = False,
     data: Annotated[Path | None, typer.Option(help="Texts or records; default: the val split.")] = None,
     window: Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens in a sliding window.")] = None,
     stride: Annotated[
@@ -20,15 +22,12 @@ def evaluate(
     precision: Precision = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model."""
-    from llmkit.errors import UserError
-
-    if not perplexity:
-        raise UserError("nothing to measure was chosen", fix="llmkit eval MODEL --perplexity")
+    """Measure a model: its loss, perplexity and bits per byte."""
     from llmkit.evals.perplexity import measure
     from llmkit.storage.locate import locate
 
     located = locate(model or find_default_run(progress_printer(as_json)))
+    to_stderr(located.choice)
     show(measure(located, data=data, window=window, stride=stride, batch_size=batch_size, precision=precision), as_json)
 
 

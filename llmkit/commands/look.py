@@ -9,22 +9,22 @@ from llmkit.commands.show import AsJson, show
 
 
 def runs(
-    names: Annotated[list[Path], typer.Argument(help="Run directories; default: all under ./runs.")] = [],
+    names: Annotated[list[Path], typer.Argument(help="Run directories, or names under ./runs; default: all.")] = [],
     plot: Annotated[Path | None, typer.Option(help="Plot their losses to this PNG file.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List and compare runs."""
     from llmkit.errors import UserError
     from llmkit.screen import format_table
-    from llmkit.storage.report import list_runs, plot_runs, summarize
-    from llmkit.storage.run import CONFIG
+    from llmkit.storage.report import list_runs, plot_runs, summarize, summary_table
+    from llmkit.storage.run import is_run
 
-    folders = names or list_runs(Path("runs"))
-    missing = [str(folder) for folder in folders if not (folder / CONFIG).is_file()]
+    folders = [name if is_run(name) else Path("runs") / name for name in names] or list_runs(Path("runs"))
+    missing = [str(folder) for folder in folders if not is_run(folder)]
     if missing or not folders:
         raise UserError("there is no run", at=", ".join(missing) or "./runs", fix="llmkit pretrain CONFIG makes one")
     rows = [summarize(folder) for folder in folders]
-    show({"runs": rows}, as_json) if as_json else print(format_table(rows))
+    show({"runs": rows}, as_json) if as_json else print(format_table(summary_table(rows)))
     if plot:
         plot_runs(folders, plot)
 

@@ -39,6 +39,12 @@ def progress_printer(as_json: bool):
     return lambda line: print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
+def to_stderr(line: str) -> None:
+    """Print a line about a command, whose result goes to standard output; nothing if it is empty."""
+    if line:
+        print(line, file=sys.stderr)
+
+
 def terminal_text(text: str) -> str:
     """Replace the control characters of an untrusted text if it goes to a terminal, not if it goes to a file."""
     from llmkit.screen import printable

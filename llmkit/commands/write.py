@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmkit.commands.show import AsJson, ModelArg, Precision, show, terminal_text
+from llmkit.commands.show import AsJson, ModelArg, Precision, show, terminal_text, to_stderr
 from llmkit.inference.sampling import CHAT_MAX_NEW_TOKENS, GENERATE_MAX_NEW_TOKENS, Sampling
 
 MaxNewTokens = Annotated[int, typer.Option(min=1)]
@@ -64,10 +64,6 @@ def generate(
     print()
     if written[0].ended == "length" and len(written[0].tokens) < max_new_tokens:
         to_stderr(f"(the model's {writer.max_length} positions are full after {len(written[0].tokens)} tokens)")
-
-
-def to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def chat(

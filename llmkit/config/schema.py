@@ -4,11 +4,13 @@ A "choose one" section is `{name: adamw, lr: 3e-4}`: `name` picks a function, th
 arguments. `load.check_options` checks them against its signature later, when torch may be imported.
 """
 
+import itertools
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 from pydantic_core import PydanticCustomError
 
 from llmkit.config.defaults import PATTERN, VOCAB_SIZE
@@ -70,6 +72,30 @@ class Source(Section):
     weight: Annotated[float, Field(gt=0)] | None = None  # share of the samples; null for all: by size
     max_epochs: Annotated[float, Field(gt=0)] | None = None  # a run that would exceed this is refused
     profile: Literal["web", "docs", "code", "books", "none"] = "none"
+
+
+def name_sources(sources: Any) -> Any:
+    """Expand the short form of sources, a path or a list of paths, and name each source after its path.
+
+    >>> name_sources("corpora/docs/*.md")
+    [{'name': 'docs', 'path': 'corpora/docs/*.md'}]
+    """
+    if isinstance(sources, str):
+        sources = [sources]
+    if not isinstance(sources, list):
+        return sources
+    named, used = [], {one["name"] for one in sources if isinstance(one, dict) and isinstance(one.get("name"), str)}
+    for one in sources:
+        if isinstance(one, str):
+            parts = [part for part in Path(one).parts if not re.search(r"[*?[]", part)]
+            stem = (
+                re.sub(r"[^\w.-]+", "-", Path(parts[-1]).name.partition(".")[0] if parts else "").strip("-.") or "text"
+            )
+            name = next(name for i in itertools.count(1) if (name := f"{stem}-{i}" if i > 1 else stem) not in used)
+            used.add(name)
+            one = {"name": name, "path": one}
+        named.append(one)
+    return named
 
 
 class OnError(Section):
@@ -175,7 +201,7 @@ class CorpusData(Section):
     kind: Literal["corpus"]
     dir: PathStr
     seed: Seed = 1234  # of the split and the sample for tokenizer training
-    sources: list[Source] = []  # empty: `dir` is already built
+    sources: Annotated[list[Source], BeforeValidator(name_sources)] = []  # empty: `dir` is already built
     workers: Count | Literal["auto"] = "auto"
     cluster: str | None = None  # address of a Dask scheduler whose workers see the same files: tcp://host:8786
     on_error: OnError = OnError()

@@ -9,7 +9,7 @@ from typing import Any
 from llmkit.config.load import load_config
 from llmkit.config.schema import Config
 from llmkit.config.yaml import read_yaml
-from llmkit.errors import ModelError, UserError, did_you_mean
+from llmkit.errors import ModelError, UserError, suggest
 from llmkit.models.folder import read_config
 from llmkit.storage.checkpoint import list_checkpoints
 from llmkit.storage.locate import locate
@@ -29,8 +29,7 @@ def example(kind: str) -> str:
     name = EXAMPLE_NAMES.get(kind, kind)
     if name not in names:
         known = [*EXAMPLE_NAMES, *names]
-        fix = did_you_mean(kind, known) or f"one of: {', '.join(known)}"
-        raise UserError("there is no such example", got=kind, fix=fix)
+        raise UserError("there is no such example", got=kind, fix=suggest(kind, known))
     return (EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8")
 
 

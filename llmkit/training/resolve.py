@@ -1,7 +1,9 @@
 """Resolve what a config leaves open: the options of "choose one" sections, the objective, and every "auto"."""
 
 import importlib.util
+import json
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from llmkit.models import CONFIGS, build_model, family_of, shape_problems
 from llmkit.objectives import OBJECTIVES, fitting_objectives
 from llmkit.parallel.device import total_memory
 from llmkit.peft import METHODS
+from llmkit.readers.records import DOCUMENT_FORMATS, suffix_of
 from llmkit.storage.checkpoint import best_checkpoint, list_checkpoints
 from llmkit.storage.run import CONFIG as RUN_CONFIG
 from llmkit.storage.run import is_run, read_run_config
@@ -98,6 +101,10 @@ def find_problems(config: Config, options: Options, model_config: Any, ranks: in
         yield config.error("data.packing", f"can't be done: {name} has each prompt in a row of its own")
     if kind == "seq2seq" and data == "corpus" and config.data.document_mask:
         yield config.error("data.document_mask", "can't be done: spans are cut out of whole rows")
+    if data == "sft" and suffix_of(Path(config.data.path)) in DOCUMENT_FORMATS:
+        yield config.error(
+            "data.path", "is text, not prompts and answers", got=config.data.path, fix=continue_on(config)
+        )
     section = "model" if config.model else "init_from"
     for key, reason in shape_problems(model_config):
         yield UserError(f"model.{key} {reason}", at=config.where(f"{section}.{key}"))
@@ -109,6 +116,17 @@ def find_problems(config: Config, options: Options, model_config: Any, ranks: in
         yield config.error(
             "train.global_batch_size", "is not a multiple of the number of ranks", got=f"{size}, {ranks}"
         )
+
+
+def continue_on(config: Config) -> str:
+    """Return the lines of a config that continues the pretraining of init_from on the text of data.path."""
+    name = Path(config.data.path).stem
+    return f"""to continue the pretraining on this text, save these lines as {name}.yaml:
+init_from: {json.dumps(config.init_from)}
+data: {{dir: {json.dumps(f"data/{name}")}, sources: {json.dumps(config.data.path)}, seq_len: {config.data.seq_len}}}
+optimizer: {{name: adamw, lr: 1.0e-4}}
+train: {{epochs: 1}}
+and run: llmkit pretrain {shlex.quote(f"{name}.yaml")}"""
 
 
 def check_method(config: Config, options: dict[str, Any], model_config: Any) -> None:
