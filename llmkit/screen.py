@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import textwrap
 from typing import Any
 
 
@@ -63,6 +64,21 @@ def format_markdown(text: str) -> str:
         else:
             lines += [line.lstrip("# ") if line.startswith("#") else line for line in group]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines).replace("**", ""))
+
+
+def format_keys(rows: list[dict[str, str]], width: int = 98) -> str:
+    """Format the keys of a config, each with its meaning indented below it.
+
+    >>> print(format_keys([{"key": "log.every", "type": "number", "default": "10", "meaning": "Steps."}]))
+    log.every: number = 10
+        Steps.
+    """
+    lines = []
+    for row in rows:
+        head = f"{row['key']}: {row['type']}" + (f" = {row['default']}" if row["default"] else "")
+        lines += textwrap.wrap(head, width, subsequent_indent="        ")
+        lines += textwrap.wrap(row["meaning"], width, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)
 
 
 def format_cell(value: Any) -> str:

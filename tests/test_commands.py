@@ -1,13 +1,16 @@
 """Arguments, errors and texts of the command line, in this process."""
 
 import io
+import json
 
 import pytest
 
 import llmkit
 from llmkit.commands.app import main
+from llmkit.config.keys import list_keys
 from llmkit.errors import DataError, UserError, raise_all
 from llmkit.inference.sampling import Sampling
+from llmkit.training.resolve import TABLES
 
 
 def run(capsys, *arguments: str, code: int = 0) -> str:
@@ -23,6 +26,33 @@ def test_version_and_completion(capsys, monkeypatch):
     assert run(capsys, "--version") == f"llmkit {llmkit.__version__}\n"
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     assert "_LLMKIT_COMPLETE" in run(capsys, "--show-completion", "bash")
+
+
+# ---- the keys -------------------------------------------------------------------------------------------------------
+
+
+def test_every_key_has_a_meaning_and_fits_the_screen(capsys):
+    said = run(capsys, "keys")
+    assert max(map(len, said.splitlines())) <= 100
+    rows = list(list_keys(None, TABLES))
+    fields = [row for row in rows if "(" not in row["key"]]
+    assert not [row["key"] for row in fields if not row["meaning"]]
+    keys = {row["key"] for row in rows}
+    assert {"data.sources.0.weight", "data.seq_len", "train.max_steps", "peft.r (lora)", "data.dedup.near.rows"} <= keys
+    assert {row["type"] for row in rows if row["key"] == "optimizer.name"} >= {"adamw", "muon"}
+
+
+def test_keys_of_a_section_with_type_default_and_meaning(capsys):
+    assert run(capsys, "keys", "log.every") == "log.every: number = 10\n    Steps between lines of the log.\n"
+    assert "did you mean train?" in run(capsys, "keys", "trian", code=2)
+    assert json.loads(run(capsys, "keys", "log.tensorboard", "--json"))["keys"][0]["default"] == "false"
+
+
+def test_the_schema_for_editors_describes_the_keys(capsys):
+    schema = json.loads(run(capsys, "schema"))
+    assert schema["$defs"]["Train"]["properties"]["epochs"]["description"].startswith("Length of the run")
+    assert schema["properties"]["schedule"]["anyOf"][0]["properties"]["name"]["enum"] == list(TABLES["schedule"])
+    assert schema["additionalProperties"] is False
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

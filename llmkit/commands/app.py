@@ -43,6 +43,8 @@ for name, command in {
     "plan": train.plan,
     "runs": look.runs,
     "init": look.init,
+    "keys": look.keys,
+    "schema": look.schema,
     "doctor": look.doctor,
 }.items():
     app.command(name, cls=Command)(command)

@@ -1,4 +1,4 @@
-"""Define the commands `runs`, `init` and `doctor`."""
+"""Define the commands `runs`, `init`, `keys`, `schema` and `doctor`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -48,6 +48,29 @@ def init(
             raise UserError("the file exists already", at=out, fix="choose another name")
         out.write_text(text, encoding="utf-8")
         print(f"written: {out}")
+
+
+def keys(
+    section: Annotated[str | None, typer.Argument(help="A section, such as train or data.tokenizer.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the keys of a config with their types, defaults and meanings."""
+    from llmkit.config.keys import list_keys
+    from llmkit.screen import format_keys
+    from llmkit.training.resolve import TABLES
+
+    rows = list(list_keys(section, TABLES))
+    show({"keys": rows}, as_json) if as_json else print(format_keys(rows))
+
+
+def schema() -> None:
+    """Print a JSON schema of the config, for editors."""
+    import json
+
+    from llmkit.config.keys import json_schema
+    from llmkit.training.resolve import TABLES
+
+    print(json.dumps(json_schema(TABLES), indent=2))
 
 
 def doctor(as_json: AsJson = False) -> None:

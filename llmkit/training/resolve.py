@@ -4,7 +4,7 @@ import importlib.util
 import json
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,13 @@ from llmkit.training.schedules import SCHEDULES
 RESOLVED_ONCE = ("precision", "micro_batch_size", "compile")  # keys of train whose "auto" a resumed run keeps
 CPU_MICRO_TOKENS, GPU_MICRO_TOKENS = 8192, 65_536  # more tokens in a forward bring no more speed
 MEMORY_SHARE = 0.85  # of the device that a derived micro-batch may plan to fill
+TABLES: dict[str, dict[str, Callable]] = {  # "choose one" section -> name -> function or dataclass with the options
+    "model": CONFIGS,
+    "objective": {name: one.build for name, one in OBJECTIVES.items()},
+    "peft": {name: method.options for name, method in METHODS.items()},
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+}
 Options = dict[str, dict[str, Any]]  # of the "choose one" sections, by section
 
 # ---- choices --------------------------------------------------------------------------------------------------------
@@ -35,14 +42,10 @@ Options = dict[str, dict[str, Any]]  # of the "choose one" sections, by section
 
 def check_choices(config: Config) -> Options:
     """Return the options of every "choose one" section, defaults filled in; raise all errors at once."""
-    tables = {
-        "model": CONFIGS,
-        "peft": {name: method.options for name, method in METHODS.items()},
-        "optimizer": OPTIMIZERS,
-        "schedule": SCHEDULES,
-    }
     options, errors = {}, []
-    for section, table in tables.items():
+    for section, table in TABLES.items():
+        if section == "objective":  # its options are checked when the model is known
+            continue
         choice = getattr(config, section)
         if choice is not None:
             options[section], wrong = check_options(table, section, choice, config)
@@ -55,7 +58,7 @@ def check_choices(config: Config) -> Options:
 
 def check_objective(config: Config, choice: Choice) -> tuple[dict[str, Any], list[UserError]]:
     """Return the options of an objective, defaults filled in, and what is wrong with them."""
-    return check_options({name: one.build for name, one in OBJECTIVES.items()}, "objective", choice, config)
+    return check_options(TABLES["objective"], "objective", choice, config)
 
 
 def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[str, Any]]:
