@@ -6,6 +6,8 @@ User mistakes raise `UserError`. Any other uncaught exception is a bug in llmkit
 from collections.abc import Iterable
 
 USAGE, DATA, MODEL, ENVIRONMENT, DIVERGED, LOCKED, BUG = 2, 3, 4, 5, 6, 7, 70
+MAX_LINES = 14  # of a printed error; more errors are counted in its last line
+MAX_VALUE, MAX_FIX = 400, 8  # characters of a value in it, lines of a fix
 INTERRUPTED = {2: 130, 15: 143}  # signal number -> the shell's exit code for it
 
 
@@ -38,11 +40,27 @@ class UserError(Exception):
         self.others = list(others)
 
     def __str__(self) -> str:
+        blocks = [one.block() for one in (self, *self.others)]
+        if sum(map(len, blocks)) + len(self.others) <= MAX_LINES:
+            return "\n\n".join("\n".join(lines) for lines in blocks)
+        lines = blocks[0]
+        room = MAX_LINES - len(lines)
+        shown = self.others[: room if len(self.others) <= room else room - 1]
+        lines += [shorten(f"also: {one.what}" + (f", at {one.at}" if one.at else "")) for one in shown]
+        if hidden := len(self.others) - len(shown):
+            lines.append(f"... and {hidden:,} more errors")
+        return "\n".join(lines)
+
+    def block(self) -> list[str]:
+        """Return the lines of this error without `others`. Only `fix` may have several lines."""
         rows = {"at": self.at, "got": self.got, "expected": self.expected, "fix": self.fix}
-        width = max((len(name) + 1 for name, value in rows.items() if value is not None), default=0)
-        lines = [f"error: {self.what}"]
-        lines += [f"  {name + ':':<{width}} {value}" for name, value in rows.items() if value is not None]
-        return "\n\n".join(["\n".join(lines), *map(str, self.others)])
+        rows = {name: value for name, value in rows.items() if value is not None}
+        width = max((len(name) + 1 for name in rows), default=0)
+        lines = [f"error: {shorten(self.what)}"]
+        for name, value in rows.items():
+            parts = map(shorten, value.splitlines()[:MAX_FIX]) if name == "fix" else [shorten(value)]
+            lines += [f"  {'' if i else f'{name}:':<{width}} {part}" for i, part in enumerate(parts)]
+        return lines
 
 
 class DataError(UserError):
@@ -67,8 +85,38 @@ def raise_all(errors: list[UserError]) -> None:
     """Raise the first error with the rest in its `others`. Do nothing if there are no errors."""
     if errors:
         first, *rest = errors
-        first.others += rest
+        first.others += [one for error in rest for one in (error, *error.others)]
         raise first
+
+
+def shorten(value: object) -> str:
+    """Return a value on one line of at most MAX_VALUE characters, cut in the middle.
+
+    >>> shorten("a" * 1000)[297:305], shorten("two\\nlines")
+    ('aaa ... ', 'two lines')
+    """
+    text = " ".join(str(value).splitlines())
+    return text if len(text) <= MAX_VALUE else f"{text[:300]} ... {text[-(MAX_VALUE - 305) :]}"
+
+
+# Well-known names of methods, objectives and formats that are not built yet.
+NOT_YET = set(
+    "dora qlora adalora ia3 prefix prefix_tuning prompt prompt_tuning p_tuning vera loha lokr oft boft galore"
+    " dpo ipo orpo kto simpo grpo ppo rlhf reward distill distillation"
+    " awq gptq int8 int4 nf4 fp8 onnx mlx exl2 lion sophia shampoo soap adafactor sgd".split()
+)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return what to write instead of an unknown name: a similar one, or all that exist.
+
+    >>> suggest("lorra", ["lora", "bitfit"]), suggest("dora", ["lora", "bitfit"])
+    ('did you mean lora?', 'dora is not there yet; there is lora or bitfit')
+    """
+    known = list(known)
+    if word.lower().replace("-", "_") in NOT_YET:
+        return f"{word} is not there yet; there is {' or '.join(known)}"
+    return did_you_mean(word, known) or f"one of: {', '.join(known)}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:

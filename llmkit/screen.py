@@ -1,6 +1,8 @@
 """Format numbers, times, tables and text for a terminal."""
 
+import itertools
 import re
+import textwrap
 from typing import Any, TextIO
 
 CONTROLS = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)"  # all but tabs and line ends
@@ -88,6 +90,39 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     cells = [list(rows[0]), *[[format_cell(value) for value in row.values()] for row in rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def format_markdown(text: str) -> str:
+    """Return a report in Markdown as it reads best on a terminal: aligned tables, no marks of headings and bold.
+
+    >>> print(format_markdown("## a\\n| x | y |\\n|---|---|\\n| long | **b** |"))
+    a
+    x     y
+    long  b
+    """
+    lines = []
+    for is_table, group in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")):
+        if is_table:
+            header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in group)
+            lines.append(format_table([dict(zip(header, row, strict=True)) for row in rows]))
+        else:
+            lines += [line.lstrip("# ") if line.startswith("#") else line for line in group]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines).replace("**", ""))
+
+
+def format_keys(rows: list[dict[str, str]], width: int = 98) -> str:
+    """Format the keys of a config, each with its meaning indented below it.
+
+    >>> print(format_keys([{"key": "log.every", "type": "number", "default": "10", "meaning": "Steps."}]))
+    log.every: number = 10
+        Steps.
+    """
+    lines = []
+    for row in rows:
+        head = f"{row['key']}: {row['type']}" + (f" = {row['default']}" if row["default"] else "")
+        lines += textwrap.wrap(head, width, subsequent_indent="        ")
+        lines += textwrap.wrap(row["meaning"], width, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)
 
 
 def format_cell(value: Any) -> str:

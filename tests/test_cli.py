@@ -37,7 +37,7 @@ def place(tmp_path_factory) -> Path:
 
 def test_the_quickstart_arc(place):
     built = llmkit("data", "build", "tiny.yaml", cwd=place).stdout
-    assert "| text | 30 | 0 | 0 | 30 |" in built
+    assert "text    30    0            0        30 " in built and "|" not in built
     dry = llmkit("pretrain", "tiny.yaml", "--dry-run", cwd=place).stdout
     assert "parameters" in dry and not (place / "runs").exists()
     first = llmkit("pretrain", "tiny.yaml", cwd=place).stdout
@@ -45,7 +45,9 @@ def test_the_quickstart_arc(place):
     assert "\x1b" not in first
     assert "resumed" in llmkit("pretrain", "tiny.yaml", cwd=place).stdout
 
-    before = json.loads(llmkit("eval", "--perplexity", "--data", "pairs.jsonl", "--json", cwd=place).stdout)
+    before = llmkit("eval", "--data", "pairs.jsonl", "--json", cwd=place)
+    assert "with the best val loss, " in before.stderr
+    before = json.loads(before.stdout)
     tuned = llmkit("finetune", "--lora", "--data", "pairs.jsonl", "-o", "train.max_steps=30", "-o", "optimizer.lr=1e-2",
                    "-o", "train.compile=false", cwd=place).stdout  # fmt: skip
     assert "the newest run" in tuned and "runs/tiny-lora" in tuned
@@ -75,7 +77,11 @@ def test_the_quickstart_arc(place):
 
     listed = json.loads(llmkit("runs", "--json", cwd=place).stdout)["runs"]
     assert [Path(row["run"]).name for row in listed] == ["tiny", "tiny-lora"]
-    llmkit("runs", "runs/tiny", "runs/tiny-lora", "--plot", "both.png", cwd=place)
+    tiny = listed[0]
+    assert (tiny["data"], tiny["lr"]) == ("data/tiny", 1e-2)
+    assert (place / f"runs/tiny/checkpoints/step-{tiny['best_step']:06d}").is_dir()
+    table = llmkit("runs", "tiny", "runs/tiny-lora", "--plot", "both.png", cwd=place).stdout
+    assert "best val loss" in table and "0.01" in table and "runs/tiny-lora" in table
     assert (place / "both.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -95,6 +101,34 @@ def test_a_batch_of_more_rows_than_there_are_is_noted_and_a_config_names_its_run
     llmkit("export", "runs/mine-lora", "chats", cwd=place)
     assert "<|im_start|>" in load_tokenizer(place / "chats").chat_template
     shutil.rmtree(place / "runs" / "mine-lora")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("peft.name=lora", "peft.name=lora, against"), ("init_from=x", "against init_from="), ("train.epochs=1", "")],
+)
+def test_an_override_may_not_undo_an_option_of_finetune(place, override, words):
+    options = ["--full", "--data", "pairs.jsonl", "--from", "runs/tiny", "--dry-run", "-o", override]
+    assert words in llmkit("finetune", *options, cwd=place, code=2 if words else 0).stderr
+
+
+def test_finetune_on_text_names_the_way_to_continue_pretraining(place):
+    (place / "more.txt").write_text(sentences(9, 300))
+    said = llmkit("finetune", "--lora", "--from", "runs/tiny", "--data", "more.txt", cwd=place, code=2).stderr
+    assert "is text, not prompts and answers" in said and "llmkit pretrain more.yaml" in said
+    lines = [line.strip() for line in said[said.index("init_from:") :].splitlines()]
+    (place / "more.yaml").write_text("\n".join(lines[:-1]))
+    assert "best val loss" in llmkit("pretrain", "more.yaml", "-o", "train.compile=false", cwd=place).stdout
+    assert load_tokenizer(place / "data/more/tokenizer").sha256 == load_tokenizer(place / "runs/tiny").sha256
+    shutil.rmtree(place / "runs" / "more")
+
+
+def test_data_is_built_from_a_config_with_data_alone(place):
+    (place / "only.yaml").write_text("data: {dir: data/only, sources: text, tokenizer: {train: char}}")
+    said = llmkit("data", "build", "only.yaml", cwd=place).stdout
+    assert "text    30" in said and "llmkit pretrain" not in said
+    assert "text    30" in llmkit("data", "report", "only.yaml", cwd=place).stdout
+    assert not llmkit("data", "inspect", "only.yaml", "--kept", 1, cwd=place).stderr
 
 
 def test_a_run_never_deletes_the_model_that_it_begins_with(place):
@@ -172,8 +206,10 @@ def test_doctor_answers(tmp_path):
         (["finetune", "--lora"], 2, "finetune needs a model and data"),
         (["eval", "--perplexity"], 2, "no model is named"),
         (["eval", "nowhere", "--perplexity"], 4, "there is no model at nowhere"),
-        (["eval"], 2, "nothing to measure"),
         (["eval", "x", "--perplexity", "--max-bad-fraction", "0.5"], 2, "has no effect without --data"),
+        (["eval"], 2, "no model is named"),
+        (["finetune", "--method", "dora", "--from", "x", "--data", "y"], 4, "there is no model at x"),
+        (["export", "nowhere", "out", "--format", "awq"], 2, "awq is not there yet"),
         (["finetune", "--lora", "--full"], 2, "one method"),
         (["finetune"], 2, "needs a method"),
         (["pretrain", "none.yaml"], 2, "no such config file"),

@@ -10,6 +10,7 @@ from llmkit.config.yaml import merge, parse_yaml, set_override
 from llmkit.errors import UserError
 from llmkit.models import FAMILIES
 from llmkit.training.plan import plan_config
+from llmkit.training.resolve import check_choices
 
 GOOD = "model: {name: llama}\ndata: {kind: corpus, dir: x}\ntrain: {max_steps: 10}\n"
 
@@ -28,8 +29,57 @@ def problems(tmp_path, text: str, *overrides: str) -> list[UserError]:
 
 
 def test_numbers_as_people_write_them():
-    values, _ = parse_yaml("a: 1e-5\nb: 3.0e-4\nc: no\nd: true\ne: 1_000\nf: .5\ng: 1e6", "x")
+    values, _ = parse_yaml("a: 1e-5\nb: 3.0e-4\nc: 'no'\nd: true\ne: 1_000\nf: .5\ng: 1e6", "x")
     assert values == {"a": 1e-5, "b": 3e-4, "c": "no", "d": True, "e": 1000, "f": 0.5, "g": 1e6}
+
+
+@pytest.mark.parametrize(
+    "trap",
+    [
+        "010", "-07", "0_7", "0x10", "0XfF", "0b1", "0o17", "1:30", "1:30:00", "190:20:30.15", "yes", "No", "ON", "off",
+        "2024-01-01", "2024-1-1", "2001-12-14t21:59:43.10-05:00", "2001-12-14 21:59:43",
+    ],
+)  # fmt: skip
+def test_what_yaml_reads_as_something_else_is_refused_unless_quoted(trap):
+    with pytest.raises(UserError) as caught:
+        parse_yaml(f"a:\n  - {trap}", "x.yaml")
+    assert caught.value.what == "a.0 has two meanings in YAML" and caught.value.at == "x.yaml:2"
+    assert "quotes" in caught.value.fix
+    assert parse_yaml(f"a: '{trap}'\nb: \"{trap}\"", "x")[0] == {"a": trap, "b": trap}
+    with pytest.raises(UserError) as caught:
+        set_override({}, {}, f"train.max_steps={trap}")
+    assert (caught.value.what, caught.value.at) == (
+        "train.max_steps has two meanings in YAML", f"-o train.max_steps={trap}",
+    )  # fmt: skip
+
+
+def test_all_traps_are_told_at_once():
+    with pytest.raises(UserError) as caught:
+        parse_yaml("a: 010\nb: {c: yes}\nd: 1:30", "x")
+    assert len(caught.value.others) == 2
+
+
+def test_words_that_are_near_to_a_trap_are_read_as_written():
+    text = "a: 10.0.0.1\nb: host:80\nc: =\nd: nope\ne: ~\nf: 0\ng: -0.5\nh: 0.10\ni: TRUE\nj: 1-2\nk:\nl: 8000:80"
+    assert parse_yaml(text, "x")[0] == {
+        "a": "10.0.0.1", "b": "host:80", "c": "=", "d": "nope", "e": None, "f": 0, "g": -0.5, "h": 0.1, "i": True,
+        "j": "1-2", "k": None, "l": "8000:80",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('a: "x\\0y"', "a has control characters"), ('a: "\\ud800"', "control characters"),
+        ('"a\\eb": 1', "key has control characters"), ("a: &x {b: 1}\nc: {<<: *x}", "merge key"),
+        ("a: !!int '010'", "tag"), ("a: !!binary aGk=", "tag"), ("a: !!timestamp 2024-01-01", "tag"),
+        ("a: !!set {b, c}", "tag"), ("a: " + "9" * 5000, "too large a number"),
+    ],
+)  # fmt: skip
+def test_yaml_that_no_config_needs_is_refused(text, words):
+    with pytest.raises(UserError, match=words) as caught:
+        parse_yaml(text, "x")
+    assert len(str(caught.value)) < 1000
 
 
 def test_defaults_live_in_the_schema_and_round_trip(tmp_path):
@@ -110,6 +160,8 @@ def test_conflicts(tmp_path):
     assert model.what == "there is no model"
     (method,) = problems(tmp_path, GOOD, "peft.name=lora")
     assert method.what == "peft needs a model to start from"
+    (patience,) = problems(tmp_path, GOOD, "train.early_stopping_patience=2", "eval.every=null")
+    assert patience.what == "train.early_stopping_patience needs evaluations, but eval.every is null"
     (kind,) = problems(tmp_path, GOOD.replace("corpus", "korpus"))
     assert kind.what == "data.kind is unknown"
 
@@ -126,12 +178,106 @@ def test_overrides_reach_lists_and_new_sections(tmp_path):
         assert problems(tmp_path, text, wrong)
 
 
+@pytest.mark.parametrize("part", ["\u0663", "\xb2", "9" * 20, "-1", "1e0"])
+def test_odd_numbers_in_an_override_are_no_items(tmp_path, part):
+    text = GOOD.replace("dir: x", "dir: x, sources: [{name: a, path: p}]")
+    assert "has no" in problems(tmp_path, text, f"data.sources.{part}.path=q")[0].what
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", "4294967296"), ("data.seed", "9" * 100), ("train.max_steps", "1000000001"), ("data.seq_len", "1"),
+        ("train.global_batch_size", "1000000000"), ("train.max_tokens", "9" * 100), ("train.max_grad_norm", "9" * 400),
+        ("data.decontaminate", "{files: [a], ngram: 100000}"), ("data.tokenizer.vocab_size", "9" * 30),
+        ("run_dir", "''"), ("data.dir", "' '"), ("init_from", "''"), ("data.tokenizer.path", "''"),
+    ],
+)  # fmt: skip
+def test_numbers_without_sense_and_empty_paths_are_refused(tmp_path, key, value):
+    found = problems(tmp_path, GOOD, f"{key}={value}")
+    assert found[0].what.startswith(key) and found[0].what.endswith("is not valid") and len(str(found[0])) < 1000
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path):
+    text = """
+run_dir: ~/r
+init_from: ~/m
+data:
+  kind: corpus
+  dir: ~/d
+  sources: [{name: a, path: ~/a/*.txt}, {name: b, hf: ~/b}]
+  filter: {words: {path: ~/w}, classifier: {path: ~/c, label: x}}
+  decontaminate: {files: [~/e, /f/~g]}
+  tokenizer: {extend: ~/t}
+train: {max_steps: 10}
+"""
+    config, home = load(tmp_path, text), Path.home()
+    data = config.data
+    assert [config.run_dir, config.init_from, data.dir] == [f"{home}/r", f"{home}/m", f"{home}/d"]
+    assert [data.sources[0].path, data.sources[1].hf] == [f"{home}/a/*.txt", f"{home}/b"]
+    assert [data.filter.words.path, data.filter.classifier.path] == [f"{home}/w", f"{home}/c"]
+    assert data.decontaminate.files == [f"{home}/e", "/f/~g"] and data.tokenizer.extend == f"{home}/t"
+    other = "{kind: sft, path: ~/p, val_path: ~/v, chat_template: ~/j}"
+    sft = load(tmp_path, "init_from: m\ntrain: {max_steps: 1}\ndata: " + other).data
+    assert [sft.path, sft.val_path, sft.chat_template] == [f"{home}/p", f"{home}/v", f"{home}/j"]
+    assert load(tmp_path, GOOD, "run_dir='~'").run_dir == str(home)
+
+
+def test_sources_have_a_short_form_and_a_corpus_is_the_default_kind(tmp_path):
+    text = "data: {dir: d, sources: %s}\nmodel: {name: llama}\ntrain: {max_steps: 1}"
+    sources = lambda value: [(one.name, one.path) for one in load(tmp_path, text % value).data.sources]  # noqa: E731
+    assert sources("corpora/my docs.d/**/*.md") == [("my-docs", "corpora/my docs.d/**/*.md")]
+    mixed = "[{name: text, path: p}, a/text.txt, b/text.jsonl.gz, '*.txt']"
+    assert sources(mixed) == [
+        ("text", "p"), ("text-2", "a/text.txt"), ("text-3", "b/text.jsonl.gz"), ("text-4", "*.txt"),
+    ]  # fmt: skip
+    assert problems(tmp_path, text % "[3]")[0].what == "data.sources.0 is not valid"
+
+
+def test_data_alone_can_be_loaded_but_not_trained_on(tmp_path):
+    text = "data: {dir: d, sources: text}"
+    (tmp_path / "c.yaml").write_text(text)
+    assert load_config(tmp_path / "c.yaml", for_training=False).data.kind == "corpus"
+    assert {error.what for error in problems(tmp_path, text)} == {"train needs exactly one length", "there is no model"}
+
+
+def test_a_corpus_for_a_model_takes_its_tokenizer(tmp_path):
+    text = "init_from: runs/base\ndata: {dir: d, sources: text}\ntrain: {max_steps: 1}"
+    tokenizer = load(tmp_path, text).data.tokenizer
+    assert (tokenizer.path, tokenizer.train) == ("runs/base", None)
+    assert load(tmp_path, text, "data.tokenizer={train: char}").data.tokenizer.train == "char"
+    assert load(tmp_path, text, "data.sources=[]").data.tokenizer.train == "bpe"  # it is built, with its own
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("dora", "dora is not there yet; there is lora or bitfit"),
+        ("lorra", "did you mean lora?"),
+        ("x", "one of: lora"),
+    ],
+)
+def test_an_unknown_method_says_what_exists(tmp_path, name, fix):
+    config = load(tmp_path, GOOD.replace("model: {name: llama}", "init_from: m"), f"peft.name={name}")
+    with pytest.raises(UserError) as caught:
+        check_choices(config)
+    assert caught.value.fix.startswith(fix)
+
+
 def test_merge_replaces_choices_and_lengths():
     base = {"optimizer": {"name": "adamw", "lr": 1, "eps": 2}, "train": {"epochs": 3, "compile": False}}
     assert merge(base, {"optimizer": {"lr": 5}})["optimizer"] == {"name": "adamw", "lr": 5, "eps": 2}
     assert merge(base, {"optimizer": {"name": "muon"}})["optimizer"] == {"name": "muon"}
     assert merge(base, {"train": {"max_steps": 7}})["train"] == {"compile": False, "max_steps": 7}
     assert set_override({}, {}, "a.b=1") == {"a": {"b": 1}}
+
+
+def test_a_warm_up_that_overlaps_with_the_decay_is_refused(tmp_path):
+    schedule = ["schedule={name: wsd, decay_fraction: 0.5, warmup_steps: 6}", "data.seq_len=64"]
+    with pytest.raises(UserError, match=r"warmup_steps overlaps with the decay") as caught:
+        plan_config(load(tmp_path, GOOD, *schedule))
+    assert "begins at step 5 of 10" in caught.value.got
+    assert plan_config(load(tmp_path, GOOD, *schedule, "schedule.warmup_steps=5"))
 
 
 # ---- the shipped ones -----------------------------------------------------------------------------------------------

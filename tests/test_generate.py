@@ -41,7 +41,7 @@ LOGITS = torch.tensor([0.15, 0.5, 0.1, 0.25]).log()
         ({"top_k": 1}, [0, 1, 0, 0]),
         ({"top_k": 2}, [0, 2 / 3, 0, 1 / 3]),
         ({"top_k": 9}, [0.15, 0.5, 0.1, 0.25]),
-        ({"top_p": 0.0}, [0, 1, 0, 0]),
+        ({"top_p": 1e-9}, [0, 1, 0, 0]),
         ({"top_p": 0.45}, [0, 1, 0, 0]),
         ({"top_p": 0.7}, [0, 2 / 3, 0, 1 / 3]),
         ({"top_p": 0.8}, [0.15 / 0.9, 0.5 / 0.9, 0, 0.25 / 0.9]),
@@ -146,7 +146,7 @@ def test_temperature_zero_is_the_likeliest_token_of_the_whole_text(model):
     with torch.no_grad():
         likeliest = model(torch.tensor([ids]))[0].argmax(-1).tolist()
     assert ids[3:] == likeliest[2:-1]
-    assert drawn(model, top_k=1) == drawn(model, top_p=0.0) == ids[3:] != drawn(model, temperature=5.0)
+    assert drawn(model, top_k=1) == drawn(model, top_p=1e-9) == ids[3:] != drawn(model, temperature=5.0)
 
 
 def test_a_stop_token_ends_the_text_and_is_not_in_it(model):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmkit.commands.show import AsJson, ModelArg, check_is_new, show
+from llmkit.commands.show import AsJson, ModelArg, check_is_new, show, to_stderr
 
 
 def export(
@@ -16,18 +16,22 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a model for transformers, vLLM, peft or llama.cpp."""
-    from llmkit.errors import UserError
+    from llmkit.errors import UserError, suggest
     from llmkit.formats.hf import EXPORTERS
     from llmkit.storage.locate import locate
 
     if format not in EXPORTERS:
-        raise UserError("--format is unknown", got=format, expected=" or ".join(EXPORTERS))
+        raise UserError("--format is unknown", got=format, fix=suggest(format, EXPORTERS))
     write, dtypes = EXPORTERS[format]
     if dtype not in dtypes:
-        fix = "export bf16 or q8_0, then convert it with llama.cpp's llama-quantize" if format == "gguf" else None
+        fix = suggest(dtype, dtypes)
+        if format == "gguf":
+            fix = "export bf16 or q8_0, then convert it with llama.cpp's llama-quantize"
         raise UserError(f"--dtype is unknown to --format {format}", got=dtype, expected=" or ".join(dtypes), fix=fix)
     check_is_new(out)
-    write(locate(model), out, dtype)
+    located = locate(model)
+    to_stderr(located.choice)
+    write(located, out, dtype)
     show_written(out, as_json)
 
 

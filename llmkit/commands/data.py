@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from llmkit.commands.show import (
+    MOST,
     AsJson,
+    Command,
     ConfigArg,
     MaxBadFraction,
     Override,
@@ -27,56 +29,65 @@ data_app = typer.Typer(help="Build and inspect training data.", no_args_is_help=
 tokenizer_app = typer.Typer(help="Train and inspect tokenizers.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@data_app.command("build")
+@data_app.command("build", cls=Command)
 def data_build(
     config: ConfigArg,
     o: Override = [],
-    dry_run: Annotated[int | None, typer.Option(min=1, help="Only try this many documents of each source.")] = None,
+    dry_run: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Only try this many documents of each source.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Clean, filter, deduplicate and tokenize the sources of CONFIG."""
     from llmkit.config.load import load_config
     from llmkit.corpus.build import build_corpus, try_corpus
+    from llmkit.screen import format_markdown
 
-    loaded = load_config(config, o)
+    loaded = load_config(config, o, for_training=False)
     section = loaded.data
     if dry_run:
         text, funnel = try_corpus(section, dry_run, where=loaded.where)
-        show({"funnel": funnel}, as_json) if as_json else print(terminal_text(text))
+        show({"funnel": funnel}, as_json) if as_json else print(terminal_text(format_markdown(text)))
         return
     manifest = build_corpus(section, say=progress_printer(as_json), where=loaded.where)
     if as_json:
         show(manifest, as_json)
     else:
-        print(terminal_text((Path(section.dir) / "report.md").read_text(encoding="utf-8")))
-        overrides = "".join(f" -o {shlex.quote(override)}" for override in o)  # without them it is another build
-        print(f"next: llmkit data inspect {config}{overrides} --dropped 20\n      llmkit pretrain {config}{overrides}")
+        print(terminal_text(format_markdown((Path(section.dir) / "report.md").read_text(encoding="utf-8"))))
+        same = f"{config}" + "".join(f" -o {shlex.quote(override)}" for override in o)  # without -o: another build
+        print(f"next: llmkit data inspect {same} --dropped 20")
+        trains = loaded.model or loaded.init_from
+        print(f"      llmkit pretrain {same}" if trains else "      add `model:` and `train:` (llmkit init pretrain)")
 
 
-@data_app.command("report")
+@data_app.command("report", cls=Command)
 def data_report(
     folder: Annotated[Path, typer.Argument(help="The data.dir of a build, or its config.")], as_json: AsJson = False
 ) -> None:
     """Print the report of a finished build again."""
     from llmkit.config.load import load_config
     from llmkit.corpus.build import check_corpus, read_manifest
+    from llmkit.screen import format_markdown
 
     if folder.is_file():
-        section = load_config(folder).data
+        section = load_config(folder, for_training=False).data
         check_corpus(section)
         folder = Path(section.dir)
     manifest = read_manifest(folder)
-    show(manifest, as_json) if as_json else print(terminal_text((folder / "report.md").read_text("utf-8")))
+    report = terminal_text(format_markdown((folder / "report.md").read_text(encoding="utf-8")))
+    show(manifest, as_json) if as_json else print(report)
 
 
-@data_app.command("inspect")
+@data_app.command("inspect", cls=Command)
 def data_inspect(
     config: ConfigArg,
     o: Override = [],
-    rows: Annotated[int | None, typer.Option(min=1, help="Show this many rows of the first batch; default: 2.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Show this many rows of the first batch; default: 2.")
+    ] = None,
     id: Annotated[str | None, typer.Option(help="Show why this document was kept or dropped.")] = None,
-    dropped: Annotated[int, typer.Option(min=0, help="Show this many dropped documents.")] = 0,
-    kept: Annotated[int, typer.Option(min=0, help="Show this many kept documents.")] = 0,
+    dropped: Annotated[int, typer.Option(min=0, max=MOST, help="Show this many dropped documents.")] = 0,
+    kept: Annotated[int, typer.Option(min=0, max=MOST, help="Show this many kept documents.")] = 0,
     rule: Annotated[str | None, typer.Option(help="With --dropped: only documents dropped by this rule.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -84,12 +95,13 @@ def data_inspect(
     from llmkit.config.load import load_config
     from llmkit.errors import UserError
 
-    loaded = load_config(config, o)
+    for_training = not (id or dropped or kept)
+    loaded = load_config(config, o, for_training=for_training)
     if rule and not dropped:
         raise UserError("--rule needs --dropped", fix=f"--dropped 20 --rule {rule}")
     if (id is not None) + bool(dropped or kept) + (rows is not None) > 1:
         raise UserError("--rows, --id and --dropped or --kept show different things", fix="choose one of them")
-    if id or dropped or kept:
+    if not for_training:
         inspect_documents(loaded.data, id, dropped, kept, rule, as_json)
         return
     from llmkit.data.inspect import format_rows, inspect_rows
@@ -126,13 +138,15 @@ def inspect_documents(data: Any, id: str | None, dropped: int, kept: int, rule: 
         print(terminal_text(f"--- {sample['id']}: {sample['why']}\n{sample['text'][:1000]}\n"))
 
 
-@tokenizer_app.command("train")
+@tokenizer_app.command("train", cls=Command)
 def tokenizer_train(
     sources: Annotated[list[str], typer.Argument(help="Files, folders or globs.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("tokenizer"),
     kind: Annotated[str, typer.Option(help="bpe, unigram, wordpiece or char.")] = "bpe",
     extend: Annotated[Path | None, typer.Option(help="Add tokens to this BPE instead of training a new one.")] = None,
-    vocab_size: Annotated[int, typer.Option(min=259, help="Tokens of the result, all kinds counted.")] = VOCAB_SIZE,
+    vocab_size: Annotated[
+        int, typer.Option(min=259, max=2**24, help="Tokens of the result, all kinds counted.")
+    ] = VOCAB_SIZE,
     pattern: Annotated[str, typer.Option(help="How text is split: gpt2, llama3, qwen2 or a regex.")] = PATTERN,
     normalize: Annotated[list[str], typer.Option(help="lowercase, nfc, nfd, nfkc, strip_accents; repeatable.")] = [],
     special: Annotated[list[str], typer.Option(help="A further special token. May be repeated.")] = [],
@@ -177,7 +191,7 @@ def tokenizer_train(
     show(result, as_json)
 
 
-@tokenizer_app.command("show")
+@tokenizer_app.command("show", cls=Command)
 def tokenizer_show(
     tokenizer: Annotated[Path, typer.Argument(help="A tokenizer.json, or a folder with one.")],
     texts: Annotated[list[str], typer.Argument(help="Text, or files, folders and globs.")] = [SAMPLE],

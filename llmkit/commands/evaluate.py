@@ -5,32 +5,35 @@ from typing import Annotated
 
 import typer
 
-from llmkit.commands.show import AsJson, MaxBadFraction, Precision, progress_printer, show
+from llmkit.commands.show import MOST, AsJson, MaxBadFraction, Precision, progress_printer, show, to_stderr
 from llmkit.config.defaults import MAX_BAD_FRACTION
 
 
 def evaluate(
     model: Annotated[str | None, typer.Argument(help="A run, checkpoint, adapter or folder.")] = None,
-    perplexity: Annotated[bool, typer.Option("--perplexity", help="Loss, perplexity and bits per byte.")] = False,
+    perplexity: Annotated[
+        bool, typer.Option("--perplexity", help="Loss, perplexity, bits per byte: the default.")
+    ] = False,
     data: Annotated[Path | None, typer.Option(help="Texts or records; default: the val split.")] = None,
-    window: Annotated[int | None, typer.Option(min=1, help="Tokens in a sliding window.")] = None,
-    stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; default: the window.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    window: Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens in a sliding window.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="Tokens between windows; default: the window.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST)] = 8,
     precision: Precision = "auto",
     max_bad_fraction: MaxBadFraction = MAX_BAD_FRACTION,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model."""
+    """Measure a model: its loss, perplexity and bits per byte."""
     from llmkit.errors import UserError
 
-    if not perplexity:
-        raise UserError("nothing to measure was chosen", fix="llmkit eval MODEL --perplexity")
     if max_bad_fraction != MAX_BAD_FRACTION and data is None:
         raise UserError("--max-bad-fraction has no effect without --data", fix="leave it out")
     from llmkit.evals.perplexity import measure
     from llmkit.storage.locate import locate
 
     located = locate(model or find_default_run(progress_printer(as_json)))
+    to_stderr(located.choice)
     options = {"window": window, "stride": stride, "batch_size": batch_size, "precision": precision}
     show(measure(located, data=data, max_bad_fraction=max_bad_fraction, **options), as_json)
 

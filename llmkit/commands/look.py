@@ -1,4 +1,4 @@
-"""Define the commands `runs`, `init` and `doctor`."""
+"""Define the commands `runs`, `init`, `keys`, `schema` and `doctor`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,22 +9,22 @@ from llmkit.commands.show import AsJson, show, terminal_text
 
 
 def runs(
-    names: Annotated[list[Path], typer.Argument(help="Run directories; default: all under ./runs.")] = [],
+    names: Annotated[list[Path], typer.Argument(help="Run directories, or names under ./runs; default: all.")] = [],
     plot: Annotated[Path | None, typer.Option(help="Plot their losses to this PNG file.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List and compare runs."""
     from llmkit.errors import UserError
     from llmkit.screen import format_table
-    from llmkit.storage.report import list_runs, plot_runs, summarize
-    from llmkit.storage.run import CONFIG
+    from llmkit.storage.report import list_runs, plot_runs, summarize, summary_table
+    from llmkit.storage.run import is_run
 
-    folders = names or list_runs(Path("runs"))
-    missing = [str(folder) for folder in folders if not (folder / CONFIG).is_file()]
+    folders = [name if is_run(name) else Path("runs") / name for name in names] or list_runs(Path("runs"))
+    missing = [str(folder) for folder in folders if not is_run(folder)]
     if missing or not folders:
         raise UserError("there is no run", at=", ".join(missing) or "./runs", fix="llmkit pretrain CONFIG makes one")
     rows = [summarize(folder) for folder in folders]
-    show({"runs": rows}, as_json) if as_json else print(terminal_text(format_table(rows)))
+    show({"runs": rows}, as_json) if as_json else print(terminal_text(format_table(summary_table(rows))))
     if plot:
         plot_runs(folders, plot)
 
@@ -48,6 +48,29 @@ def init(
             raise UserError("the file exists already", at=out, fix="choose another name")
         out.write_text(text, encoding="utf-8")
         print(f"written: {out}")
+
+
+def keys(
+    section: Annotated[str | None, typer.Argument(help="A section, such as train or data.tokenizer.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the keys of a config with their types, defaults and meanings."""
+    from llmkit.config.keys import list_keys
+    from llmkit.screen import format_keys
+    from llmkit.training.resolve import TABLES
+
+    rows = list(list_keys(section, TABLES))
+    show({"keys": rows}, as_json) if as_json else print(format_keys(rows))
+
+
+def schema() -> None:
+    """Print a JSON schema of the config, for editors."""
+    import json
+
+    from llmkit.config.keys import json_schema
+    from llmkit.training.resolve import TABLES
+
+    print(json.dumps(json_schema(TABLES), indent=2))
 
 
 def doctor(as_json: AsJson = False) -> None:

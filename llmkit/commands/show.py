@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
+MOST = 10**9  # of what an option counts
 ConfigArg = Annotated[Path, typer.Argument(help="A YAML file.")]
 ModelArg = Annotated[str, typer.Argument(help="A run, checkpoint, adapter or Hugging Face folder.")]
 Precision = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
@@ -14,6 +16,25 @@ MaxBadFraction = Annotated[
     float, typer.Option(min=0, max=1, help="Stop if more of the records, or of the bytes, can't be used.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
+
+
+class Command(TyperCommand):
+    """A command that refuses a repeated option and an empty value. By itself, typer takes the last one, or a default.
+
+    Options that may be repeated are declared as lists.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        from llmkit.errors import UserError
+
+        given, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in order:
+            name, value = parameter.get_error_hint(), given[parameter.name]
+            if order.count(parameter) > 1 and not parameter.multiple:
+                raise UserError(f"{name} is given twice", at=ctx.command_path, fix="give it once")
+            if value == "" or (isinstance(value, list | tuple) and "" in value):
+                raise UserError(f"{name} is empty", at=ctx.command_path, fix="give a value, or leave it out")
+        return super().parse_args(ctx, args)
 
 
 def progress_printer(as_json: bool):
@@ -25,8 +46,9 @@ def progress_printer(as_json: bool):
 
 
 def to_stderr(line: str) -> None:
-    """Print a line about a command, whose result goes to standard output."""
-    progress_printer(as_json=True)(line)
+    """Print a line about a command, whose result goes to standard output; nothing if it is empty."""
+    if line:
+        progress_printer(as_json=True)(line)
 
 
 def terminal_text(text: str) -> str:

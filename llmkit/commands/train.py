@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from llmkit.commands.show import AsJson, ConfigArg, Override, progress_printer, show
+from llmkit.commands.show import MOST, AsJson, ConfigArg, Override, progress_printer, show
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the header, and stop.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in the run directory.")]
-Nproc = Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine, one per device.")]
+Nproc = Annotated[int, typer.Option("--nproc", min=1, max=1024, help="Processes on this machine, one per device.")]
 
 
 def pretrain(
@@ -34,7 +34,7 @@ def finetune(
     method: Annotated[str | None, typer.Option(help="Another PEFT method, by name.")] = None,
     from_: Annotated[str | None, typer.Option("--from", help="The model to start from.")] = None,
     data: Annotated[Path | None, typer.Option(help="Prompts and answers: JSONL, JSON, CSV or Parquet.")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the LoRA adapter.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, max=MOST, help="Rank of the LoRA adapter.")] = None,
     o: Override = [],
     dry_run: DryRun = False,
     fresh: Fresh = False,

@@ -15,7 +15,7 @@ TopP = Annotated[float, typer.Option(min=0, max=1, help="Only the likeliest toke
 MinP = Annotated[float, typer.Option(min=0, max=1, help="Only tokens with this fraction of the top probability.")]
 Penalty = Annotated[float, typer.Option(min=0.01, max=100, help="Above 1: repeated tokens become less likely.")]
 Stop = Annotated[list[str], typer.Option("--stop", help="A text that ends the answer. May be repeated.")]
-Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same text.")]
 Compile = Annotated[
     bool | None, typer.Option("--compile/--no-compile", help="Faster tokens after some seconds; default: if it pays.")
 ]

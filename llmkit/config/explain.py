@@ -58,7 +58,7 @@ def explain(problem: dict, schema: type[BaseModel], origins: dict[tuple, str], p
     """Convert one problem of a validation error to a UserError."""
     loc = [part for part in problem["loc"] if part not in ("corpus", "sft", "[key]")]
     known = fields_at(schema, loc[:-1])
-    if problem["type"] not in ("extra_forbidden", "missing", "union_tag_invalid", "union_tag_not_found"):
+    if problem["type"] not in ("extra_forbidden", "missing", "union_tag_invalid"):
         while len(loc) > 1 and (*prefix, *loc) not in origins:  # the branches of a union end in type names
             loc.pop()
     path = (*prefix, *loc)
@@ -75,8 +75,6 @@ def explain(problem: dict, schema: type[BaseModel], origins: dict[tuple, str], p
         return UserError(f"{key} is missing", at=at, fix=f"add `{path[-1]}:`")
     if problem["type"] == "union_tag_invalid":
         return UserError(f"{key}.kind is unknown", at=at, got=problem["ctx"]["tag"], expected="corpus or sft")
-    if problem["type"] == "union_tag_not_found":
-        return UserError(f"{key}.kind is missing", at=at, expected="kind: corpus or kind: sft")
     expected = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     expected = re.sub(r"dictionary or instance of \w+|dictionary", "a section", expected)
     names = {

@@ -11,15 +11,18 @@ from llmkit.config.defaults import PATTERN
 from llmkit.config.explain import explain_all
 from llmkit.config.schema import RECIPES, Choice, Config, CorpusData, Pii, Section, SftData, TokenizerSection
 from llmkit.config.yaml import LENGTHS, merge, read_yaml, set_override
-from llmkit.errors import UserError, did_you_mean, raise_all
+from llmkit.errors import UserError, raise_all, suggest
 
 
-def load_config(path: Path | None, overrides: list[str] = (), defaults: dict | None = None) -> Config:
+def load_config(
+    path: Path | None, overrides: list[str] = (), defaults: dict | None = None, *, for_training: bool = True
+) -> Config:
     """Read, override and check a config against the schema.
 
-    path       a YAML file, or None for a config made of `defaults` and `overrides` alone
-    overrides  "section.key=value" strings, applied in order
-    defaults   values that the file may replace
+    path          a YAML file, or None for a config made of `defaults` and `overrides` alone
+    overrides     "section.key=value" strings, applied in order
+    defaults      values that the file may replace
+    for_training  False: only the data section is used, so that a model and a length may be missing
     """
     values, origins = read_yaml(path) if path else ({}, {(): "the command line"})
     values = merge(defaults or {}, values)
@@ -29,6 +32,7 @@ def load_config(path: Path | None, overrides: list[str] = (), defaults: dict | N
     if values.get("init_from"):
         recipe = {section: value for section, value in recipe.items() if section != "model"}
     values = merge(recipe, values)
+    values = complete_data(values)
     if path and "run_dir" not in values:
         values["run_dir"] = f"runs/{path.stem}"
     try:
@@ -36,12 +40,26 @@ def load_config(path: Path | None, overrides: list[str] = (), defaults: dict | N
     except ValidationError as error:
         raise_all(explain_all(error, Config, origins))
     config._origins = origins
-    raise_all(list(conflicts(config)))
+    raise_all([*(run_conflicts(config) if for_training else ()), *data_conflicts(config)])
     return config
 
 
-def conflicts(config: Config) -> Iterator[UserError]:
-    """Yield errors about keys that contradict each other."""
+def complete_data(values: dict) -> dict:
+    """Return the parsed config with what its data section leaves open.
+
+    The kind is corpus. A corpus that is built for the model of init_from gets that model's tokenizer.
+    """
+    data, base = values.get("data"), values.get("init_from")
+    if not isinstance(data, dict):
+        return values
+    data = {"kind": "corpus"} | data
+    if data["kind"] == "corpus" and data.get("sources") and isinstance(base, str) and data.get("tokenizer") is None:
+        data["tokenizer"] = {"path": base}
+    return values | {"data": data}
+
+
+def run_conflicts(config: Config) -> Iterator[UserError]:
+    """Yield errors about keys of a training run that contradict each other."""
     error = config.error
     lengths = [name for name in LENGTHS if getattr(config.train, name) is not None]
     if len(lengths) != 1:
@@ -59,11 +77,18 @@ def conflicts(config: Config) -> Iterator[UserError]:
         yield error("model", "and init_from are both given", fix="delete the model section: init_from has one")
     if config.peft and config.init_from is None:
         yield error("peft", "needs a model to start from", fix="name one as init_from, or delete the peft section")
+    if config.train.early_stopping_patience and config.eval.every is None:
+        what, fix = "needs evaluations, but eval.every is null", "set eval.every, or delete the patience"
+        yield error("train.early_stopping_patience", what, fix=fix)
     if config.resize_embeddings and config.init_from is None:
         yield error("resize_embeddings", "needs a model to start from", fix="name one as init_from, or delete it")
+    if isinstance(config.data, SftData) and config.init_from is None:
+        yield error("data.kind", "sft needs a trained model to start from", fix="name one as init_from")
+
+
+def data_conflicts(config: Config) -> Iterator[UserError]:
+    """Yield errors about keys of the data section that contradict each other."""
     if isinstance(config.data, SftData):
-        if config.init_from is None:
-            yield error("data.kind", "sft needs a trained model to start from", fix="name one as init_from")
         yield from ignored_keys(config, "data", config.data, "val_path", ["val_fraction"])
     if isinstance(config.data, CorpusData):
         yield from source_conflicts(config, config.data)
@@ -127,8 +152,7 @@ def check_options(
     Return (all options with defaults filled in, errors).
     """
     if choice.name not in table:
-        hint = did_you_mean(choice.name, table) or f"one of: {', '.join(table)}"
-        return {}, [config.error(f"{section}.name", "is unknown", got=choice.name, fix=hint)]
+        return {}, [config.error(f"{section}.name", "is unknown", got=choice.name, fix=suggest(choice.name, table))]
     chosen = table[choice.name]
     parameters = inspect.signature(chosen).parameters.values()
     hints = get_type_hints(chosen, include_extras=True)

@@ -1,33 +1,46 @@
 """Read YAML with the file and line of every key, and apply overrides from the command line."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from llmkit.errors import UserError
+from llmkit.errors import UserError, raise_all
 
 MAX_NODES = 20_000  # more than any real config has; an alias bomb expands to billions
 LENGTHS = ("max_steps", "max_tokens", "epochs")  # of a training run: one of them replaces the others
 
 
 class Loader(yaml.SafeLoader):
-    """A YAML loader that reads 1e-5 as a number, and yes, no, on and off as strings instead of booleans."""
+    """A YAML loader that reads 1e-5 as a number, and only decimal numbers, true, false and null as something else.
+
+    YAML 1.1 also reads 010 as 8, 1:30 as 90, yes as true and 2024-01-01 as a date: `TRAPS` refuses these.
+    """
 
 
-Loader.yaml_implicit_resolvers = {
-    first: [(tag, regex) for tag, regex in rules if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+DECIMAL = r"[-+]?(?:0|[1-9][\d_]*)"
+FLOAT = r"[-+]?(?:\d[\d_]*\.[\d_]*(?:e[-+]?\d+)?|\.\d+(?:e[-+]?\d+)?|\d+e[-+]?\d+|\.inf|\.nan)"
+Loader.yaml_implicit_resolvers = {}
+for kind, pattern, letters in (
+    ("bool", "true|false", "tTfF"),
+    ("null", "|~|null", ["", *"~nN"]),
+    ("int", DECIMAL, "-+0123456789"),
+    ("float", FLOAT, "-+.0123456789"),
+):
+    regex = re.compile(rf"^(?:{pattern})$", re.IGNORECASE | re.ASCII)
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", regex, list(letters))
+
+# Words without quotes that YAML 1.1 reads as something else -> what to write instead.
+TRAPS = {
+    r"yes|no|on|off": "write true or false, or put it in quotes if it is a word",
+    r"[-+]?0[\d_]+": "write the number without leading zeros (YAML reads them as octal), or put it in quotes",
+    r"[-+]?0[xob][\da-f_]+": "write the number in decimal, or put it in quotes if it is a word",
+    r"[-+]?\d[\d_]*(?::[0-5]?\d)+(?:\.\d*)?": "put it in quotes (YAML reads it as a number to base 60)",
+    r"\d{4}-\d\d?-\d\d?(?:[t ].*)?": "put it in quotes (YAML reads it as a date)",
 }
-Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:e[-+]?\d+)?|\.\d+(?:e[-+]?\d+)?|\d+e[-+]?\d+|\.inf|\.nan)$", re.IGNORECASE
-    ),
-    list("-+.0123456789"),
-)
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # also halves of characters, as in "\ud800"
 
 
 def read_yaml(path: Path) -> tuple[dict, dict[tuple, str]]:
@@ -65,6 +78,7 @@ def parse_yaml(text: str, name: str) -> tuple[dict, dict[tuple, str]]:
 
     origins: dict[tuple, str] = {(): name}
     budget = MAX_NODES
+    errors: list[UserError] = []
 
     def build(node: yaml.Node, path: tuple) -> Any:
         nonlocal budget
@@ -72,7 +86,8 @@ def parse_yaml(text: str, name: str) -> tuple[dict, dict[tuple, str]]:
         if budget < 0:
             raise UserError("the YAML expands to too many values (aliases within aliases?)", at=name)
         where = f"{name}:{node.start_mark.line + 1}"
-        if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
+        plain = isinstance(node, yaml.ScalarNode) and node.style is None
+        if node.tag != loader.resolve(type(node), node.value, (plain, not plain)):
             raise UserError(f"the YAML tag {node.tag} is not allowed", at=where, fix="write a plain value")
         if isinstance(node, yaml.SequenceNode):
             for i, item in enumerate(node.value):
@@ -84,21 +99,36 @@ def parse_yaml(text: str, name: str) -> tuple[dict, dict[tuple, str]]:
                 key, line = key_node.value, key_node.start_mark.line + 1
                 if not isinstance(key, str):
                     raise UserError("a YAML key must be a word", at=f"{name}:{line}")
+                if key == "<<":
+                    raise UserError("the YAML merge key << is not supported", at=f"{name}:{line}", fix="copy the keys")
+                if CONTROL.search(key):
+                    raise UserError("a YAML key has control characters", at=f"{name}:{line}", got=ascii(key))
                 if key in result:
                     first = origins[(*path, key)]
                     raise UserError(f"the key `{key}` appears twice", at=f"{first} and {name}:{line}", fix="delete one")
                 origins[(*path, key)] = f"{name}:{line}"
                 result[key] = build(value_node, (*path, key))
             return result
+        key = ".".join(map(str, path))
+        if CONTROL.search(node.value):
+            what, fix = f"{key} has control characters", "delete them; in double quotes, write a backslash twice"
+            errors.append(UserError(what, at=where, got=ascii(node.value), fix=fix))
+            return node.value
+        for trap, fix in TRAPS.items():
+            if plain and re.fullmatch(trap, node.value, re.IGNORECASE | re.ASCII):
+                errors.append(UserError(f"{key} has two meanings in YAML", at=where, got=node.value, fix=fix))
+                return node.value
         try:
             return loader.construct_object(node)
-        except (yaml.YAMLError, ValueError):
-            raise UserError(f"not a value: {node.value}", at=where) from None
+        except ValueError:  # Python reads no number of over 4300 digits
+            raise UserError(f"{key} is too large a number", at=where, got=node.value) from None
 
     try:
-        return build(root, ()), origins
+        values = build(root, ())
     except RecursionError:
         raise UserError("the YAML is nested too deeply, or contains itself", at=name) from None
+    raise_all(errors)
+    return values, origins
 
 
 def set_override(values: dict, origins: dict[tuple, str], override: str) -> dict:
@@ -113,8 +143,13 @@ def set_override(values: dict, origins: dict[tuple, str], override: str) -> dict
     at = f"-o {override}"
     if not equals or not key or "\n" in text:
         raise UserError("an override must have the form section.key=value", at=at)
-    parts = tuple(int(part) if part.isdigit() else part for part in key.strip().split("."))
-    value: Any = parse_yaml(f"value: {text}", at)[0]["value"]
+    parts = key_path(key.strip())
+    try:
+        (value,) = parse_yaml(f"{json.dumps(key.strip())}: {text}", at)[0].values()
+    except UserError as error:
+        for one in (error, *error.others):
+            one.at = at  # there are no lines
+        raise
     parent: Any = values
     for depth, part in enumerate(parts[:-1]):
         if isinstance(part, int) != isinstance(parent, list) or (isinstance(part, int) and part >= len(parent)):
@@ -158,9 +193,17 @@ def merge(base: dict, over: dict, *, deep: bool = True) -> dict:
     return result
 
 
+def key_path(key: str) -> tuple[str | int, ...]:
+    """Return the parts of a dotted key, with numbers for the items of a list.
+
+    >>> key_path("data.sources.0.path")
+    ('data', 'sources', 0, 'path')
+    """
+    return tuple(int(part) if re.fullmatch("[0-9]{1,9}", part) else part for part in key.split("."))
+
+
 def find_origin(origins: dict[tuple, str], path: tuple) -> str:
     """Return the "file:line" of a key path, or of the innermost section around it that was written."""
-    path = tuple(int(part) if isinstance(part, str) and part.isdigit() else part for part in path)
     while path and path not in origins:
         path = path[:-1]
     return origins.get(path, origins.get((), "the config"))

@@ -32,7 +32,6 @@ def logits_to_probs(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]
     logits, tokens = logits.topk(kept)
     probs = logits.softmax(-1)
     outside = (probs.cumsum(-1) - probs >= sampling.top_p) | (probs < sampling.min_p * probs[:, :1])
-    outside[:, 0] = False  # top_p 0 keeps the likeliest token
     probs = probs.masked_fill(outside, 0.0)
     tokens, order = tokens.sort()
     return tokens, (probs / probs.sum(-1, keepdim=True)).gather(-1, order)

@@ -152,7 +152,9 @@ def open_writer(
     """
     device = start_world().device
     precision = choose_precision(precision, device)
-    loaded, tokenizer = load_located(locate(model), device=device, dtype=DTYPES[precision], merge=True)
+    located = locate(model)
+    say(located.choice)
+    loaded, tokenizer = load_located(located, device=device, dtype=DTYPES[precision], merge=True)
     if loaded.config.kind == "masked":
         raise ModelError(f"{loaded.config.model_type} reads in both directions, and writes no text", at=model)
     reason = compile_obstacle(loaded, device, precision)

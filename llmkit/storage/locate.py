@@ -12,7 +12,7 @@ from llmkit.errors import ModelError
 from llmkit.files import file_sha256
 from llmkit.models.folder import load_model, read_config, weight_files
 from llmkit.peft.adapter import base_change, load_adapter, read_adapter_config, saved_base_sha256
-from llmkit.storage.manifest import MANIFEST, best_checkpoint, verify
+from llmkit.storage.manifest import MANIFEST, best_checkpoint, read_checkpoint_manifest, verify
 from llmkit.storage.run import is_run
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_configs
 
@@ -23,6 +23,7 @@ class Located:
 
     folder: Path  # a Hugging Face folder, or an adapter
     run_dir: Path | None = None  # the run it belongs to
+    choice: str = ""  # which checkpoint of a run it is, and why, if the argument named a run
 
     @property
     def is_adapter(self) -> bool:
@@ -52,7 +53,11 @@ def locate(model: str | Path, *, check: bool = True) -> Located:
     if checkpoint:
         if check:
             verify(checkpoint, "model/")
-        return Located(checkpoint / "model", path if checkpoint != path else run_of(path))
+        if checkpoint == path:
+            return Located(checkpoint / "model", run_of(path))
+        loss = read_checkpoint_manifest(checkpoint)["val_loss"]
+        why = "the newest checkpoint" if loss is None else f"the checkpoint with the best val loss, {loss:.4f}"
+        return Located(checkpoint / "model", path, f"model: {checkpoint}, {why}")
     if is_run(path):
         raise ModelError("this run has no checkpoint yet", at=path)
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():

@@ -8,6 +8,7 @@ from typing import Any
 from llmkit.errors import ModelError
 from llmkit.files import write_atomically
 from llmkit.screen import format_count, hide_secrets
+from llmkit.storage.manifest import list_checkpoints, step_of
 from llmkit.storage.run import CONFIG, METRICS, RunDirectory, read_metrics, read_run_config
 
 
@@ -22,19 +23,23 @@ def list_runs(root: Path) -> list[Path]:
 
 
 def summarize(folder: Path) -> dict[str, Any]:
-    """Return a table row about a run: its last step and its best val loss."""
+    """Return figures of a run: its setup, its last step, and the best val loss of a checkpoint that exists."""
     records = read_metrics(folder)
     try:
         config = read_run_config(folder)
     except ModelError as error:  # one damaged run does not hide the others
         config = {"init_from": error.what}
     losses = [record for record in records if "loss" in record]
-    evaluated = [record for record in records if math.isfinite(record.get("val_loss", math.nan))]
+    kept = {step_of(checkpoint) for checkpoint in list_checkpoints(folder)}
+    evaluated = [r for r in records if r["step"] in kept and math.isfinite(r.get("val_loss", math.nan))]
     best = min(evaluated, key=lambda record: record["val_loss"], default={})
     model = (config.get("model") or {}).get("name") or config.get("init_from")
+    data = config.get("data") or {}
     return {
         "run": str(folder),
         "model": f"{model} + {config['peft']['name']}" if config.get("peft") else model,
+        "data": data.get("path") or data.get("dir"),
+        "lr": (config.get("optimizer") or {}).get("lr"),
         "step": records[-1]["step"] if records else 0,
         "tokens": records[-1].get("tokens") if records else 0,
         "loss": losses[-1]["loss"] if losses else None,
@@ -43,6 +48,21 @@ def summarize(folder: Path) -> dict[str, Any]:
         "bits_per_byte": best.get("bits_per_byte"),
         "best_step": best.get("step"),
     }
+
+
+def summary_table(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a table about runs that fits a screen; "at step" is the step of the best checkpoint."""
+    return [
+        {
+            **{key: one[key] for key in ("run", "model", "data")},
+            "lr": None if one["lr"] is None else f"{one['lr']:g}",
+            "step": one["step"],
+            "tokens": one["tokens"] and format_count(one["tokens"]),
+            "best val loss": one["val_loss"],
+            "at step": one["best_step"],
+        }
+        for one in summaries
+    ]
 
 
 def plot_runs(folders: list[Path], out: Path) -> None:

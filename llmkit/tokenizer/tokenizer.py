@@ -332,9 +332,12 @@ def find_template(path: Path, configs: dict) -> str | None:
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load a tokenizer.json, a SentencePiece .model or a vocab.json with merges.txt, or a folder that holds one.
 
+    A checkpoint and a run hold one too: all checkpoints of a run have the same.
+
     The end token and the chat template come from the config files in its folder.
     """
     if path.is_dir():
+        path = next((one for glob in ("model", "checkpoints/*/model") for one in sorted(path.glob(glob))), path)
         path = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else find_tokenizer_file(path) or path
     if not path.is_file():
         raise ModelError("there is no tokenizer", at=path, fix="name a tokenizer.json, or a folder that holds one")

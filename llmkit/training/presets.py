@@ -1,5 +1,6 @@
 """The defaults of `llmkit finetune`, and the example configs."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from llmkit.config.load import load_config
 from llmkit.config.schema import Config
 from llmkit.config.yaml import read_yaml
-from llmkit.errors import ModelError, UserError, did_you_mean
+from llmkit.errors import ModelError, UserError, suggest
 from llmkit.models.folder import read_config
 from llmkit.storage.locate import locate
 from llmkit.storage.manifest import list_checkpoints
@@ -28,8 +29,7 @@ def example(kind: str) -> str:
     name = EXAMPLE_NAMES.get(kind, kind)
     if name not in names:
         known = [*EXAMPLE_NAMES, *names]
-        fix = did_you_mean(kind, known) or f"one of: {', '.join(known)}"
-        raise UserError("there is no such example", got=kind, fix=fix)
+        raise UserError("there is no such example", got=kind, fix=suggest(kind, known))
     return (EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8")
 
 
@@ -97,13 +97,16 @@ def finetune_config(
         defaults["data"] = {"kind": "sft"}
         if start is not None:
             defaults["data"]["seq_len"] = min(LONGEST, trained_length(start))
-    flags = [f"init_from={model}"] if model else []
-    flags += [f"data.path={data}"] if data else []
+    flags = [f"init_from={json.dumps(model)}"] if model else []  # JSON puts what YAML could misread in quotes
+    flags += [f"data.path={json.dumps(str(data))}"] if data else []
     if methods:
-        same = own_peft.get("name") == method
-        flags += ["peft=null"] if method == "full" else ([] if same else [f"peft.name={method}"])
+        flags += ["peft=null" if method == "full" else f"peft.name={method}"]
     flags += [f"peft.r={rank}"] if rank else []
-    return load_config(path, [*flags, *overrides], defaults)
+    config = load_config(path, [*flags, *overrides], defaults)
+    if config.model_dump() != load_config(path, [*flags, *overrides, *flags], defaults).model_dump():
+        what, got = "-o contradicts an option of finetune", f"-o {' '.join(overrides)}, against {' '.join(flags)}"
+        raise UserError(what, got=got, fix="leave one of them out")
+    return config
 
 
 def is_whole_model(run: Path) -> bool:

@@ -1,8 +1,10 @@
 """Resolve what a config leaves open: the options of "choose one" sections, the objective, and every "auto"."""
 
 import importlib.util
+import json
 import math
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from llmkit.models import CONFIGS, build_model, family_of, shape_problems
 from llmkit.objectives import OBJECTIVES, fitting_objectives
 from llmkit.parallel.device import total_memory
 from llmkit.peft import METHODS
+from llmkit.readers.records import DOCUMENT_FORMATS, suffix_of
 from llmkit.storage.manifest import best_checkpoint, list_checkpoints
 from llmkit.storage.run import CONFIG as RUN_CONFIG
 from llmkit.storage.run import is_run, read_run_config
@@ -25,6 +28,13 @@ from llmkit.training.schedules import SCHEDULES
 RESOLVED_ONCE = ("precision", "micro_batch_size", "compile")  # keys of train whose "auto" a resumed run keeps
 CPU_MICRO_TOKENS, GPU_MICRO_TOKENS = 8192, 65_536  # more tokens in a forward bring no more speed
 MEMORY_SHARE = 0.85  # of the device that a derived micro-batch may plan to fill
+TABLES: dict[str, dict[str, Callable]] = {  # "choose one" section -> name -> function or dataclass with the options
+    "model": CONFIGS,
+    "objective": {name: one.build for name, one in OBJECTIVES.items()},
+    "peft": {name: method.options for name, method in METHODS.items()},
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+}
 Options = dict[str, dict[str, Any]]  # of the "choose one" sections, by section
 
 # ---- choices --------------------------------------------------------------------------------------------------------
@@ -32,14 +42,10 @@ Options = dict[str, dict[str, Any]]  # of the "choose one" sections, by section
 
 def check_choices(config: Config) -> Options:
     """Return the options of every "choose one" section, defaults filled in; raise all errors at once."""
-    tables = {
-        "model": CONFIGS,
-        "peft": {name: method.options for name, method in METHODS.items()},
-        "optimizer": OPTIMIZERS,
-        "schedule": SCHEDULES,
-    }
     options, errors = {}, []
-    for section, table in tables.items():
+    for section, table in TABLES.items():
+        if section == "objective":  # its options are checked when the model is known
+            continue
         choice = getattr(config, section)
         if choice is not None:
             options[section], wrong = check_options(table, section, choice, config)
@@ -52,7 +58,7 @@ def check_choices(config: Config) -> Options:
 
 def check_objective(config: Config, choice: Choice) -> tuple[dict[str, Any], list[UserError]]:
     """Return the options of an objective, defaults filled in, and what is wrong with them."""
-    return check_options({name: one.build for name, one in OBJECTIVES.items()}, "objective", choice, config)
+    return check_options(TABLES["objective"], "objective", choice, config)
 
 
 def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[str, Any]]:
@@ -98,6 +104,10 @@ def find_problems(config: Config, options: Options, model_config: Any, ranks: in
         yield config.error("data.packing", f"can't be done: {name} has each prompt in a row of its own")
     if kind == "seq2seq" and data == "corpus" and config.data.document_mask:
         yield config.error("data.document_mask", "can't be done: spans are cut out of whole rows")
+    if data == "sft" and suffix_of(Path(config.data.path)) in DOCUMENT_FORMATS:
+        yield config.error(
+            "data.path", "is text, not prompts and answers", got=config.data.path, fix=continue_on(config)
+        )
     section = "model" if config.model else "init_from"
     for key, reason in shape_problems(model_config):
         yield UserError(f"model.{key} {reason}", at=config.where(f"{section}.{key}"))
@@ -109,6 +119,17 @@ def find_problems(config: Config, options: Options, model_config: Any, ranks: in
         yield config.error(
             "train.global_batch_size", "is not a multiple of the number of ranks", got=f"{size}, {ranks}"
         )
+
+
+def continue_on(config: Config) -> str:
+    """Return the lines of a config that continues the pretraining of init_from on the text of data.path."""
+    name = Path(config.data.path).stem
+    return f"""to continue the pretraining on this text, save these lines as {name}.yaml:
+init_from: {json.dumps(config.init_from)}
+data: {{dir: {json.dumps(f"data/{name}")}, sources: {json.dumps(config.data.path)}, seq_len: {config.data.seq_len}}}
+optimizer: {{name: adamw, lr: 1.0e-4}}
+train: {{epochs: 1}}
+and run: llmkit pretrain {shlex.quote(f"{name}.yaml")}"""
 
 
 def check_method(config: Config, options: dict[str, Any], model_config: Any) -> None:
@@ -147,11 +168,17 @@ def check_run_dir(config: Config) -> Iterator[UserError]:
 
 
 def check_warmup(config: Config, options: Options, max_steps: int | None) -> Iterator[UserError]:
-    """Yield an error if the warm-up leaves no step to train."""
-    warmup = options["schedule"].get("warmup_steps", 0)
-    if max_steps and warmup >= max_steps:
+    """Yield an error if the warm-up leaves no step to train, or overlaps with the decay of WSD."""
+    warmup, fraction = (options["schedule"].get(key, 0) for key in ("warmup_steps", "decay_fraction"))
+    if not max_steps:
+        return
+    if warmup >= max_steps:
         expected = f"less than {max_steps} (the steps of this run)"
         yield config.error("schedule.warmup_steps", "leaves no step to train", got=warmup, expected=expected)
+    elif fraction and warmup > (begin := round(max_steps * (1 - fraction))):
+        what, got = "overlaps with the decay", f"{warmup}, but the decay begins at step {begin} of {max_steps}"
+        fix = f"lower it to {begin}, or lower schedule.decay_fraction"
+        yield config.error("schedule.warmup_steps", what, got=got, fix=fix)
 
 
 def check_memory(plan: Plan, device: torch.device) -> None:

@@ -1,0 +1,146 @@
+"""Arguments, errors and texts of the command line, in this process."""
+
+import io
+import json
+
+import pytest
+
+import llmkit
+from llmkit.commands.app import main
+from llmkit.config.keys import list_keys
+from llmkit.errors import DataError, UserError, raise_all
+from llmkit.inference.sampling import Sampling
+from llmkit.training.resolve import TABLES
+
+
+def run(capsys, *arguments: str, code: int = 0) -> str:
+    """Run the command line here, assert its exit code, and return what it printed: the errors, or else the output."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    assert ended.value.code == code, said.err
+    return said.err if code else said.out
+
+
+def test_version_and_completion(capsys, monkeypatch):
+    assert run(capsys, "--version") == f"llmkit {llmkit.__version__}\n"
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    assert "_LLMKIT_COMPLETE" in run(capsys, "--show-completion", "bash")
+
+
+# ---- the keys -------------------------------------------------------------------------------------------------------
+
+
+def test_every_key_has_a_meaning_and_fits_the_screen(capsys):
+    said = run(capsys, "keys")
+    assert max(map(len, said.splitlines())) <= 100
+    rows = list(list_keys(None, TABLES))
+    fields = [row for row in rows if "(" not in row["key"]]
+    assert not [row["key"] for row in fields if not row["meaning"]]
+    keys = {row["key"] for row in rows}
+    assert {"data.sources.0.weight", "data.seq_len", "train.max_steps", "peft.r (lora)", "data.dedup.near.rows"} <= keys
+    assert {row["type"] for row in rows if row["key"] == "optimizer.name"} >= {"adamw", "muon"}
+
+
+def test_keys_of_a_section_with_type_default_and_meaning(capsys):
+    assert run(capsys, "keys", "log.every") == "log.every: number = 10\n    Steps between lines of the log.\n"
+    assert "did you mean train?" in run(capsys, "keys", "trian", code=2)
+    assert json.loads(run(capsys, "keys", "log.tensorboard", "--json"))["keys"][0]["default"] == "false"
+
+
+def test_the_schema_for_editors_describes_the_keys(capsys):
+    schema = json.loads(run(capsys, "schema"))
+    assert schema["$defs"]["Train"]["properties"]["epochs"]["description"].startswith("Length of the run")
+    assert schema["properties"]["schedule"]["anyOf"][0]["properties"]["name"]["enum"] == list(TABLES["schedule"])
+    assert schema["additionalProperties"] is False
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [1, 3, 4, 12, 10_000])
+def test_an_error_prints_at_most_14_lines_and_counts_the_rest(number):
+    with pytest.raises(DataError) as caught:
+        raise_all([DataError(f"row {i} is bad", at=f"x:{i}", got=i, fix="mend it") for i in range(number)])
+    lines = str(caught.value).splitlines()
+    assert lines[:4] == ["error: row 0 is bad", "  at:  x:0", "  got: 0", "  fix: mend it"]
+    assert len(lines) <= 14 and len(caught.value.others) == number - 1
+    told = sum("is bad" in line for line in lines)
+    assert told == number or lines[-1] == f"... and {number - told:,} more errors"
+
+
+def test_errors_of_errors_are_counted_too():
+    inner = UserError("b", others=[UserError("c")])
+    with pytest.raises(UserError) as caught:
+        raise_all([UserError("a"), inner])
+    assert [one.what for one in caught.value.others] == ["b", "c"]
+
+
+def test_long_and_many_lined_values_take_one_line_each_and_a_fix_keeps_its_lines():
+    error = UserError("x" * 10_000, at="a\nb\r\nc", got="7" * 100_000, fix="one\ntwo")
+    what, at, got, *fix = str(error).splitlines()
+    assert len(what) < 420 and at == "  at:  a b c" and len(got) < 420
+    assert fix == ["  fix: one", "       two"]
+
+
+def test_an_error_is_safe_for_a_terminal_and_without_passwords(capsys):
+    said = run(capsys, "init", "\x1b]0;owned\x07https://me:hunter2@host/x", code=2)
+    assert "\x1b" not in said and "\x07" not in said and "hunter2" not in said and "host/x" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["eval", "a", "--data", "x", "--data", "y"], "'--data' is given twice"),
+        (["generate", "m", "p", "--top-k", "5", "--top-k=6"], "'--top-k' is given twice"),
+        (["generate", "m", "p", "--compile", "--no-compile"], "is given twice"),
+        (["eval", ""], "'model' is empty"),
+        (["finetune", "--lora", "--from", ""], "'--from' is empty"),
+        (["finetune", "--lora", "--data="], "'--data' is empty"),
+        (["runs", ""], "'names' is empty"),
+        (["tokenizer", "train", ""], "'sources' is empty"),
+        (["eval", "caf\udce9"], "not UTF-8"),
+        (["pretrain", "c.yaml", "-o", "run_dir=caf\udce9"], "not UTF-8"),
+        (["pretrain", "c.yaml", "--fres"], "did you mean --fresh?"),
+        (["data", "bild"], "did you mean build?"),
+        (["pretrain", "c.yaml", "--nproc", "a"], "Invalid value for '--nproc'"),
+        (["pretrain", "c.yaml", "--nproc", "9" * 30], "Invalid value for '--nproc'"),
+        (["data", "build", "c.yaml", "--dry-run", "9" * 30], "Invalid value for '--dry-run'"),
+        (["generate", "m", "p", "--seed", "9" * 30], "Invalid value for '--seed'"),
+        (["generate", "m", "p", "--temperature", "inf"], "temperature is out of range"),
+        (["generate", "m", "p", "--top-p", "0"], "top_p is out of range"),
+    ],
+)
+def test_odd_arguments_get_one_block(capsys, arguments, words):
+    said = run(capsys, *arguments, code=2)
+    assert said.startswith("error: ") and words in said and said.count("error: ") == 1
+    assert len(said.splitlines()) <= 5
+
+
+def test_options_declared_as_lists_may_be_repeated(capsys):
+    assert "there is no model at m" in run(capsys, "generate", "m", "p", "--stop", "a", "--stop", "b", code=4)
+
+
+def test_standard_input_that_is_not_utf8_is_repaired_and_every_character_can_be_printed(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    monkeypatch.setattr("sys.stdout", out := io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    import sys
+
+    assert sys.stdin.read() == "caf\ufffd"
+    print("caf\xe9", file=out, flush=True)
+    assert out.buffer.getvalue().endswith(b"caf\\xe9\n")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": -0.1}, {"top_p": 0.0},
+        {"top_p": float("nan")}, {"top_p": 1.1}, {"min_p": float("nan")}, {"top_k": -1}, {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("nan")},
+    ],
+)  # fmt: skip
+def test_sampling_refuses_what_is_out_of_range(options):
+    with pytest.raises(UserError, match="is out of range"):
+        Sampling(**options)
