@@ -84,7 +84,7 @@ def test_a_folder_with_files_of_the_users_is_never_written_to(corpus, tmp_path, 
 
 @pytest.mark.parametrize(
     ("run_dir", "words"),
-    [("''", "is empty"), (".", "working dir"), ("..", "working dir"), ("data", "data.dir"), ("text", "path")],
+    [("''", "not empty"), (".", "working dir"), ("..", "working dir"), ("data", "data.dir"), ("text", "path")],
 )
 def test_a_folder_that_can_be_no_run_is_refused(corpus, tmp_path, monkeypatch, run_dir, words):
     (tmp_path / "here").mkdir()

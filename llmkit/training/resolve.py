@@ -156,9 +156,7 @@ def check_packages(config: Config) -> None:
 def check_run_dir(config: Config) -> Iterator[UserError]:
     """Yield an error if run_dir names a folder that can't be a run's own."""
     fix, folder = "name a folder of its own, such as runs/NAME", Path(config.run_dir).resolve()
-    if not config.run_dir.strip():
-        yield config.error("run_dir", "is empty", fix=fix)
-    elif Path.cwd().is_relative_to(folder):
+    if Path.cwd().is_relative_to(folder):
         yield config.error("run_dir", "is the working directory, or contains it", got=config.run_dir, fix=fix)
     elif isinstance(config.data, CorpusData):
         paths = {f"data.sources.{i}.path": one.path for i, one in enumerate(config.data.sources) if one.path}
