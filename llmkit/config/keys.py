@@ -14,6 +14,58 @@ from llmkit.config.schema import Choice, Config
 from llmkit.errors import UserError, suggest
 
 YAML_WORDS = {None: "null", True: "true", False: "false"}
+# Meanings of the options of models, optimizers and so on, for those that a docstring leaves out: one name, one meaning.
+MEANINGS = {
+    "vocab_size": "Tokens of the vocabulary; null: the tokenizer's.",
+    "hidden_size": "Width: numbers per token between the blocks.",
+    "intermediate_size": "Width inside the MLP; null: by the family's rule.",
+    "num_hidden_layers": "Depth: number of blocks.",
+    "num_decoder_layers": "Number of blocks of the decoder; null: as many as the encoder has.",
+    "num_attention_heads": "Heads of the queries.",
+    "num_key_value_heads": "Heads of keys and values, which queries share; null: as many as queries have.",
+    "head_dim": "Numbers per head; null: hidden_size / num_attention_heads.",
+    "hidden_act": "Activation of the MLP.",
+    "feed_forward_proj": "Activation of the MLP, gated or not.",
+    "max_position_embeddings": "The longest position that the model can read.",
+    "rope_theta": "Base of the rotary position frequencies.",
+    "rope_scaling": "Scaling of rotary positions: {rope_type: linear, llama3 or yarn, factor: 8.0, ...}.",
+    "sliding_window": "Tokens back that attention sees; null: all.",
+    "use_sliding_window": "Whether sliding_window applies.",
+    "max_window_layers": "The sliding window applies to blocks from this one on.",
+    "num_local_experts": "Experts in a block.",
+    "num_experts_per_tok": "Experts that a token is sent to.",
+    "router_aux_loss_coef": "Weight of the loss that balances the load of the experts.",
+    "relative_attention_num_buckets": "Buckets of distances between positions.",
+    "relative_attention_max_distance": "Distances from here on share a bucket.",
+    "decoder_start_token_id": "The token that a decoder begins with.",
+    "type_vocab_size": "Kinds of segments; only the first is used.",
+    "bias": "Biases in the linear layers.",
+    "attention_bias": "Biases in the projections of attention.",
+    "mlp_bias": "Biases in the MLP.",
+    **dict.fromkeys(("layer_norm_epsilon", "layer_norm_eps", "rms_norm_eps"), "Added to the variance in norms."),
+    "tie_word_embeddings": "The head uses the embedding's weights.",
+    "initializer_range": "Standard deviation of the initial weights.",
+    "init": "How weights are initialised; zero: each block starts as the identity.",
+    **dict.fromkeys(("dropout_rate", "embd_pdrop", "resid_pdrop", "hidden_dropout", "hidden_dropout_prob"), "Dropout."),
+    **dict.fromkeys(("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob"), "Dropout of attention."),
+    "mask_fraction": "Share of a row's tokens that are predicted.",
+    "random_fraction": "Share of these that are replaced by random tokens.",
+    "keep_fraction": "Share of these that stay visible; the others are masked.",
+    "noise_fraction": "Share of a row's tokens that is cut out.",
+    "mean_span": "Average length of a span in tokens.",
+    "r": "Rank of the factors.",
+    "dropout": "Dropout on the input of the adapter.",
+    "rslora": "Scale by alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732).",
+    "lr": "Highest learning rate.",
+    "betas": "Decay of the averages of gradients and of their squares.",
+    "eps": "Added to the root of the average square.",
+    "weight_decay": "Decay of matrices; norms and biases have none.",
+    "momentum": "Decay of the average of gradients.",
+    "adjust_lr": "match_rms_adamw: lr and weight decay carry over from AdamW; original: as in Jordan's post.",
+    "warmup_steps": "Steps in which the rate rises linearly to its highest.",
+    "min_lr_ratio": "What the rate falls to, as a share of its highest.",
+    "decay_fraction": "Share of the steps, at the end, in which the rate falls.",
+}
 Tables = dict[str, dict[str, Callable]]  # "choose one" section -> name -> function or dataclass with the options
 
 
@@ -46,17 +98,26 @@ def walk(model: type[BaseModel], prefix: str, tables: Tables) -> Iterator[dict[s
 
 
 def choices(section: str, table: dict[str, Callable]) -> Iterator[dict[str, str]]:
-    """Yield the rows of the options of a "choose one" section, for each name it may have."""
+    """Yield the rows of the names that a "choose one" section may have, and of their options.
+
+    An option that is the same for several names has one row, which lists them unless it is there for all.
+    """
+    options: dict[tuple[str, ...], list[str]] = {}
     for name, chosen in table.items():
         text = inspect.getdoc(chosen) or ""
+        text = "" if text.startswith(f"{chosen.__name__}(") else text  # what dataclass writes
         yield {"key": f"{section}.name", "type": name, "default": "", "meaning": text.partition("\n\n")[0]}
         hints = typing.get_type_hints(chosen, include_extras=True)
         for parameter in inspect.signature(chosen).parameters.values():
             if parameter.kind is parameter.KEYWORD_ONLY:
                 meaning = re.search(rf"^{parameter.name}  +(\S.*(?:\n {{4,}}.*)*)", text, re.MULTILINE)
+                meaning = meaning[1] if meaning else MEANINGS.get(parameter.name)
                 default = PydanticUndefined if parameter.default is parameter.empty else parameter.default
-                row = make_row(f"{section}.{parameter.name}", hints[parameter.name], default, meaning and meaning[1])
-                yield row | {"key": f"{section}.{parameter.name} ({name})"}
+                row = make_row(f"{section}.{parameter.name}", hints[parameter.name], default, meaning)
+                options.setdefault(tuple(row.values()), []).append(name)
+    for values, names in options.items():
+        row = dict(zip(("key", "type", "default", "meaning"), values, strict=True))
+        yield row if len(names) == len(table) else row | {"key": f"{row['key']} ({', '.join(names)})"}
 
 
 def make_row(key: str, annotation: Any, default: Any, meaning: str | None) -> dict[str, str]:
@@ -67,7 +128,8 @@ def make_row(key: str, annotation: Any, default: Any, meaning: str | None) -> di
         shown = "required"
     else:
         shown = YAML_WORDS.get(default, str(default)) if isinstance(default, bool | None) else str(default)
-    return {"key": key, "type": describe(annotation), "default": shown, "meaning": " ".join((meaning or "").split())}
+    text = " ".join((meaning or "").split())
+    return {"key": key, "type": describe(annotation), "default": shown, "meaning": text[:1].upper() + text[1:]}
 
 
 def leaves(annotation: Any) -> list[Any]:
