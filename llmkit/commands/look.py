@@ -16,7 +16,8 @@ def runs(
     """List and compare runs."""
     from llmkit.errors import UserError
     from llmkit.screen import format_table
-    from llmkit.storage.report import list_runs, plot_runs, summarize
+    from llmkit.storage.plot import plot_runs
+    from llmkit.storage.report import list_runs, summarize
     from llmkit.storage.run import CONFIG
 
     folders = names or list_runs(Path("runs"))

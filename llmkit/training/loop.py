@@ -28,7 +28,8 @@ from llmkit.peft import METHODS
 from llmkit.peft.adapter import load_adapter, save_adapter, saved_base_sha256
 from llmkit.screen import format_duration
 from llmkit.storage import checkpoint
-from llmkit.storage.report import plot_runs, write_report
+from llmkit.storage.plot import plot_runs
+from llmkit.storage.report import write_report
 from llmkit.storage.run import RunDirectory, check_same_config, open_run
 from llmkit.training.log import MetricsLogger
 from llmkit.training.optim import OPTIMIZERS, clip, set_lr
