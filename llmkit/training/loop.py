@@ -4,6 +4,7 @@ import gc
 import hashlib
 import itertools
 import math
+import shlex
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from llmkit.screen import format_duration
 from llmkit.storage import checkpoint
 from llmkit.storage.plot import plot_runs
 from llmkit.storage.report import write_report
-from llmkit.storage.run import RunDirectory, check_same_config, open_run
+from llmkit.storage.run import CONFIG, RunDirectory, check_same_config, open_run
 from llmkit.training.log import MetricsLogger
 from llmkit.training.optim import OPTIMIZERS, clip, set_lr
 from llmkit.training.plan import plan_config, plan_rows
@@ -255,8 +256,8 @@ def stop_if_diverged(run: PreparedRun, progress: Progress) -> None:
             f"the gradients were not finite in {bad} steps in a row",
             at=f"steps {first} to {progress.step - 1}",
             got=f"lr {run.options['optimizer']['lr']}; the weights were left as before step {first}",
-            fix="lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data of "
-            f"batch_at({first}); checkpoints hold the last finite weights",
+            fix="lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data: llmkit data inspect "
+            f"{shlex.quote(f'{run.config.run_dir}/{CONFIG}')} --step {first}; checkpoints hold the last finite weights",
             code=DIVERGED,
         )
 
