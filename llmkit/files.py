@@ -1,14 +1,22 @@
 """Write files atomically, lock folders, and fingerprint input files."""
 
+import errno
 import fcntl
 import hashlib
 import os
 import socket
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
 from llmkit.errors import LOCKED, MachineError, UserError
+
+NO_SPACE = {
+    errno.ENOSPC: "a disk is full",
+    errno.EDQUOT: "the quota of disk space is used up",
+    errno.EFBIG: "a file would be larger than is allowed here (ulimit -f)",
+}
 
 
 def file_sha256(path: Path) -> str:
@@ -40,6 +48,20 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def free_space(folder: Path) -> str:
+    """Say how much room is left in a folder and in those for temporary files, one of which an error ENOSPC is about.
+
+    A disk that has room for bytes may have none for further files.
+    """
+    rooms = []
+    for place in (folder, Path(tempfile.gettempdir()), Path("/dev/shm")):
+        if place.is_dir():
+            disk = os.statvfs(place)
+            files = f" and {disk.f_favail:,} files" if disk.f_files else ""
+            rooms.append(f"{disk.f_bavail * disk.f_frsize:,} bytes free{files} in {place}")
+    return "; ".join(rooms)
 
 
 def lock(folder: Path, message: str, *, fix: str) -> TextIO:

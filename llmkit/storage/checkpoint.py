@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmkit.errors import MachineError, ModelError, UserError
-from llmkit.files import file_sha256
+from llmkit.files import file_sha256, free_space
 
 MANIFEST = "MANIFEST.json"
 DEPENDENTS = "HELD_BY"  # lists the runs whose adapters need a checkpoint as their base
@@ -80,7 +80,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         details = {}
         if getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error):
-            details["got"] = f"{shutil.disk_usage(run_dir).free / 2**20:.0f} MiB free"
+            details["got"] = free_space(run_dir)
             details["fix"] = "free some space and run the same command again: older checkpoints are intact"
         raise MachineError(f"the checkpoint can't be written: {error}", at=folder, **details) from None
     for abandoned in list_checkpoints(run_dir):

@@ -72,7 +72,7 @@ def train(
     """Train what the config says, from its newest intact checkpoint if the run directory has one.
 
     fresh    delete what an earlier run left in the run directory
-    dry_run  check everything, print the header, and stop
+    dry_run  check the config, and the data if it is built, print the header, and stop; no weights are loaded
     Returns the summary. Raises UserError for bad input, divergence, and for an interruption after a checkpoint.
     """
     world = start_world()
