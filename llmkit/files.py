@@ -1,6 +1,7 @@
 """Write files atomically, lock folders, and fingerprint input files."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -9,6 +10,7 @@ import math
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +18,11 @@ from typing import Any, TextIO
 
 from llmkit.errors import LOCKED, MachineError, UserError
 
+NO_SPACE = {
+    errno.ENOSPC: "a disk is full",
+    errno.EDQUOT: "the quota of disk space is used up",
+    errno.EFBIG: "a file would be larger than is allowed here (ulimit -f)",
+}
 MAX_JSON_BYTES = 2**25  # of one file: the largest published vocabularies and weight indexes have 10 MB
 
 
@@ -92,6 +99,20 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def free_space(folder: Path) -> str:
+    """Say how much room is left in a folder and in those for temporary files, one of which an error ENOSPC is about.
+
+    A disk that has room for bytes may have none for further files.
+    """
+    rooms = []
+    for place in (folder, Path(tempfile.gettempdir()), Path("/dev/shm")):
+        if place.is_dir():
+            disk = os.statvfs(place)
+            files = f" and {disk.f_favail:,} files" if disk.f_files else ""
+            rooms.append(f"{disk.f_bavail * disk.f_frsize:,} bytes free{files} in {place}")
+    return "; ".join(rooms)
 
 
 @contextlib.contextmanager

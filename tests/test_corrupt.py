@@ -18,15 +18,18 @@ from llmkit.config.load import load_config
 from llmkit.config.schema import SftData
 from llmkit.data.batches import Batches, pair_batches
 from llmkit.data.corrupt import masking, span_corruption, span_lengths
+from llmkit.data.inspect import format_rows, inspect_rows
 from llmkit.data.sft import encode_sft, split_into_pairs
 from llmkit.errors import DATA, MODEL, USAGE, UserError
 from llmkit.evals.perplexity import read_data
 from llmkit.models import t5
+from llmkit.parallel.world import start_world
 from llmkit.readers.tally import Tally
 from llmkit.storage.locate import load_located, locate
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llmkit.tokenizer.train import train_tokenizer
 from llmkit.training.loop import train
+from llmkit.training.prepare import prepare
 from llmkit.types import IGNORE_INDEX, Batch
 
 TEXT = sentences(0, 200)
@@ -418,6 +421,33 @@ def test_a_file_of_texts_is_corrupted_and_measured(command, trained, name):
     assert "of which only" in measured["data"] and measured["loss"] < before["loss"]
 
 
+def test_data_inspect_shows_a_masked_token_and_then_what_stood_there(command, trained):
+    run = prepare(load_config(trained / "bert.yaml"), start_world())
+    tokenizer, rows = run.data.tokenizer, command("data", "inspect", "bert.yaml", "--rows", 4)["rows"]
+    batch = run.batches("train", 4).batch_at(0)
+    for row, ids, labels in zip(rows, batch.input_ids, batch.labels, strict=True):
+        expected = []
+        for read, label in zip(ids.tolist(), labels.tolist(), strict=True):
+            expected += [(read, False), *([(label, True)] if label != IGNORE_INDEX else [])]
+        assert [(token["id"], token["target"]) for token in row] == expected
+    printed = format_rows(inspect_rows(batch, tokenizer, "masked"), tokenizer, colour=False)
+    assert printed.count("[[") == (batch.labels != IGNORE_INDEX).sum() + 1  # one in the legend
+    assert " [MASK] [[" in printed and "\u00b7" not in printed.rpartition("\n")[0]  # words, with plain spaces between
+
+
+def test_data_inspect_shows_what_an_encoder_reads_and_what_its_decoder_writes(command, trained):
+    run = prepare(load_config(trained / "t5.yaml"), start_world())
+    rows = command("data", "inspect", "t5.yaml", "--rows", 4)["rows"]
+    batch = run.batches("train", 4).batch_at(0)
+    assert batch.input_ids.shape[1] != batch.labels.shape[1]
+    for row, ids, labels in zip(rows, batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
+        assert [token["id"] for token in row if not token["target"]] == ids
+        assert [token["id"] for token in row if token["target"]] == labels
+        assert [token["target"] for token in row] == [False] * len(ids) + [True] * len(labels)
+    printed = format_rows(inspect_rows(batch, run.data.tokenizer, "seq2seq"), run.data.tokenizer, colour=False)
+    assert printed.count("<|endoftext|>[[<extra_id_0>") == printed.count("<|endoftext|>]]") == 4
+
+
 ANSWERS = {"the model ": "river", "the loss ": "small"}
 
 
@@ -450,6 +480,15 @@ def test_a_t5_learns_to_answer(command, tuned):
     after = command("eval", "runs/t5-full", "--perplexity", "--data", "pairs.jsonl")
     assert after["loss"] < 0.3 < 2 < before["loss"]
     assert command("eval", "runs/t5-full", "--perplexity")["loss"] < 0.3
+
+
+def test_data_inspect_shows_questions_and_answers_of_a_t5_without_padding(command, tuned):
+    rows = command("data", "inspect", "runs/t5-full/config.yaml", "--rows", 6)["rows"]
+    pairs = {f"{prompt}<|endoftext|>": f"{answer}<|endoftext|>" for prompt, answer in ANSWERS.items()}
+    for row in rows:
+        question, answer = ("".join(token["text"] for token in row if token["target"] is is_target)
+                            for is_target in (False, True))  # fmt: skip
+        assert pairs[question] == answer
 
 
 @torch.no_grad()

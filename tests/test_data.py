@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Rust
 from tokenizers import models, pre_tokenizers
 
 from llmkit.commands.app import main
+from llmkit.config.load import load_config
 from llmkit.config.schema import Config, OnError, SftData
 from llmkit.corpus.build import build_corpus, read_manifest
 from llmkit.data.batches import Batches, corpus_batches, packed_batches, permute
@@ -21,9 +22,12 @@ from llmkit.data.layouts import to_turns
 from llmkit.data.sft import encode_sft, pack
 from llmkit.data.tokens import ShardWriter, TokenStream, open_split, token_dtype
 from llmkit.errors import UserError
+from llmkit.parallel.world import start_world
 from llmkit.tokenizer.chat_template import CHATML_TEMPLATE, encode_chat, encode_example
+from llmkit.tokenizer.spell import LEGEND
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llmkit.tokenizer.train import train_tokenizer
+from llmkit.training.prepare import prepare
 from llmkit.types import IGNORE_INDEX, Batch
 
 
@@ -437,11 +441,46 @@ def test_records_with_a_damaged_report_are_encoded_again(tokenizer, tmp_path, da
 
 def test_inspect_paints_answers_and_dims_prompts(tokenizer, tmp_path):
     _, rows = encoded(tokenizer, tmp_path, [("the river ", "is small")])
-    shown = inspect_rows(rows[0], tokenizer)
-    _, coloured = format_rows(shown, colour=True).split("\n")
-    assert coloured == f"{RESET}{CONTEXT}the river {RESET}{TARGET}is small<|endoftext|>{RESET}"
-    _, plain = format_rows(shown, colour=False).split("\n")
-    assert plain == "the river [[is small<|endoftext|>]]"
+    shown = inspect_rows(rows[0], tokenizer, "causal")
+    _, coloured, _ = format_rows(shown, tokenizer, colour=True).split("\n")
+    assert coloured == f"{RESET}{CONTEXT}the\u00b7river\u00b7{RESET}{TARGET}is\u00b7small<|endoftext|>{RESET}"
+    _, plain, _ = format_rows(shown, tokenizer, colour=False).split("\n")
+    assert plain == "the\u00b7river\u00b7[[is\u00b7small<|endoftext|>]]"
+
+
+def test_inspect_shows_all_examples_of_a_packed_row_and_no_padding(tokenizer, tmp_path):
+    _, [row] = encoded(tokenizer, tmp_path, [("the ", "river"), ("code ", "loss")])
+    shown = inspect_rows(row, tokenizer, "causal")
+    _, plain, _ = format_rows(shown, tokenizer, colour=False).split("\n")
+    assert sorted(plain.split("]]")) == ["", "code\u00b7[[loss<|endoftext|>", "the\u00b7[[river<|endoftext|>"]
+    assert len(shown[0]) == (row.segments[0] >= 0).sum() < row.segments.shape[1]
+
+
+def test_inspect_shows_the_last_token_of_a_full_row(tokenizer, tmp_path):
+    _, rows = encoded(tokenizer, tmp_path, [("the ", "river " * 50)], too_long="truncate")
+    [shown] = inspect_rows(rows[0], tokenizer, "causal")
+    assert [token["id"] for token in shown] == [*rows[0].input_ids[0], rows[0].labels[0, -1]]
+    assert [token["target"] for token in shown] == [False, *(rows[0].labels[0] != IGNORE_INDEX)]
+
+
+def test_inspect_shows_the_rows_of_any_step(corpus, monkeypatch, capsys):
+    config = tiny_config(corpus)
+    (corpus / "inspect.yaml").write_text(yaml.safe_dump(config))
+
+    def shown(*options: str) -> list[list[int]]:
+        with pytest.raises(SystemExit, match="0"):
+            main(["data", "inspect", str(corpus / "inspect.yaml"), "--json", *options])
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        return [[token["id"] for token in row] for row in rows]
+
+    loaded = load_config(corpus / "inspect.yaml")
+    batches = prepare(loaded, start_world(), say=lambda line: None).batches("train", 8)
+    for step in (0, 3):
+        batch = batches.batch_at(step)
+        expected = [[*ids, labels[-1]] for ids, labels in zip(batch.input_ids.tolist(), batch.labels, strict=True)]
+        assert shown("--step", str(step), "--rows", "8") == expected
+        assert shown("--step", str(step)) == expected[:2]
+    assert shown() == shown("--step", "0") and shown("--rows", "9")[8:] == shown("--step", "1", "--rows", "1")
 
 
 def test_inspect_shows_targets_in_colour_on_a_terminal_only(corpus, monkeypatch, capsys):
@@ -452,3 +491,4 @@ def test_inspect_shows_targets_in_colour_on_a_terminal_only(corpus, monkeypatch,
             main(["data", "inspect", str(corpus / "inspect.yaml"), "--rows", "1"])
         shown = capsys.readouterr().out
         assert "row 0: 33 tokens, 32 targets" in shown and (TARGET in shown) == terminal == ("\x1b" in shown)
+        assert LEGEND in shown

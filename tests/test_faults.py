@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -245,7 +246,8 @@ def test_a_full_disk_is_one_error_and_costs_nothing_that_was_there(tmp_path, dis
     filler = leave_free(disk, kilobytes)
     again = ("data", "build", config, "-o", "data.clean.html=false")
     err = run_main(capsys, *again, code=ENVIRONMENT)
-    assert "the disk is full" in err and "bytes free" in err
+    assert "a disk is full" in err
+    assert (free := re.search(rf"([\d,]+) bytes free.* in {disk}/data", err)) and int(free[1].replace(",", "")) < 2**20
     there = tokens_of(disk / "data")
     assert all(there[name] == content for name, content in before.items())
     assert (disk / "data/manifest.json").read_bytes() == manifest
@@ -273,6 +275,7 @@ def test_a_file_that_may_not_grow_is_one_error_and_the_next_build_goes_on(undist
     done = subprocess.run(command(tmp_path / "x", "data", "build", config), preexec_fn=limit, capture_output=True,
                           text=True)  # fmt: skip
     assert done.returncode == ENVIRONMENT and one_block(done.stderr), done.stderr
+    assert "ulimit -f" in done.stderr and "full" not in done.stderr and "free" not in done.stderr
     assert not list((tmp_path / "x").rglob("tokens/*/*/*.bin")) and not (tmp_path / "x/data/manifest.json").exists()
     finish(config)
     assert tokens_of(tmp_path / "x/data") == tokens_of(undisturbed / "data")
@@ -478,7 +481,15 @@ def test_too_few_tokens_for_a_sample_are_one_error(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("The model reads a token.")
     sources = [{"name": "s", "path": str(tmp_path / "a.txt")}]
     err = run_main(capsys, "pretrain", config, "-o", f"data.sources={json.dumps(sources)}", code=DATA)
-    assert "shorter than one sample" in err and not (tmp_path / "run/checkpoints").exists()
+    assert "the train split is shorter than one sample" in err and not (tmp_path / "run/checkpoints").exists()
+    assert "val_fraction" not in err  # val is too short, too
+
+
+@pytest.mark.parametrize(("fraction", "short", "way"), [(0.0001, "val", "raise"), (0.9999, "train", "lower")])
+def test_a_split_that_is_too_short_names_the_fraction_that_makes_it_longer(tmp_path, capsys, fraction, short, way):
+    config = place(tmp_path)
+    err = run_main(capsys, "pretrain", config, "-o", f"data.split.val_fraction={fraction}", code=DATA)
+    assert f"the {short} split is shorter than one sample" in err and f"{way} data.split.val_fraction" in err
 
 
 # ---- what is damaged between the build and the training -------------------------------------------------------------

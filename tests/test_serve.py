@@ -233,6 +233,15 @@ def test_a_chat_completion_is_the_models_own_text(client, writer, seed):
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), len(tokens))
 
 
+def test_an_answer_does_not_begin_with_the_space_of_its_first_word(client, writer):
+    ids = writer.encode("The model")
+    text, tokens, ended = written(writer, ids, temperature=0)
+    assert text[0] == " " and written(writer, ids, temperature=0, chat=True) == (text[1:], tokens, ended)
+    spaced = asking("What is it? The model")
+    [pieces] = writer.write([writer.encode_chat(spaced)], sampling=Sampling(temperature=0), max_new_tokens=9, chat=True)
+    assert all(pieces)
+
+
 def test_answers_end_by_the_end_token_or_at_the_length(client, writer):
     ids = writer.encode_chat(asking("Go on"))
     ended = {seed: written(writer, ids, seed, 30, chat=True)[2] for seed in range(20)}
@@ -770,7 +779,7 @@ def test_a_message_is_answered_on_the_page_as_it_is_written(page, writer):
     early = page.messages()[-1][1]
     page.until(lambda: not page.writes())
     text, _, _ = written(writer, writer.encode_chat(asking("What is <b>it</b>?")), 0, 400, chat=True, temperature=0)
-    assert page.messages() == [("user", "What is <b>it</b>?"), ("assistant", text)]
+    assert page.messages() == [("user", "What is <b>it</b>?"), ("assistant", text.strip())]
     assert len(early) < len(text) and text.startswith(early) and page.find("#text").get_attribute("value") == ""
     page.set("tokens", 3)
     page.type("And now?")
@@ -790,7 +799,9 @@ def test_stop_ends_an_answer_and_the_talk_goes_on(page):
     page.set("tokens", 3)
     page.type("More")
     page.until(lambda: len(page.messages()) == 4 and not page.writes())
-    assert page.asked() == asking("Go on", stopped[1][1], "More")
+    first, answer, last = page.asked()
+    assert [first, last] == asking("Go on", "", "More")[::2]
+    assert answer["role"] == "assistant" and answer["content"].strip() == stopped[1][1]
 
 
 def test_enter_while_an_answer_is_written_keeps_the_text(page):
@@ -833,6 +844,191 @@ def test_an_error_is_shown_and_not_told_to_the_model(page):
     page.type("Hello")
     page.until(lambda: len(page.messages()) == 4 and not page.writes())
     assert not any("max_tokens" in message["content"] for message in page.asked())
+
+
+def test_a_system_prompt_comes_first_if_there_is_one(page):
+    page.set("tokens", 3)
+    page.press("open")
+    page.find("#system").send_keys(" Be brief ")
+    page.type("Go on")
+    page.until(lambda: len(page.messages()) == 2 and not page.writes())
+    assert page.asked() == [{"role": "system", "content": "Be brief"}, *asking("Go on")]
+    page.set("system", " ")
+    page.press("new")
+    page.type("Go on")
+    page.until(lambda: len(page.messages()) == 2 and not page.writes())
+    assert page.asked() == asking("Go on")
+
+
+@contextlib.contextmanager
+def screen(page: Page, width: int, height: int, scheme: str = "light") -> Iterator[None]:
+    """Give the page a size and a colour scheme."""
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    yield
+    page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+SHOWN = {
+    "nothing": [],
+    "a long word": [("user", "x" * 500), ("assistant", "y" * 500 + " `" + "z" * 500 + "` **" + "w" * 500 + "**")],
+    "wide blocks": [("assistant", "```\n" + "code " * 200 + "\n```\n\n| a | b |\n|--|--|\n| " + "c " * 300 + "| d |")],
+    "many": [(("user", "assistant")[i % 2], f"line {i}\n\n- item\n  - item\n") for i in range(60)],
+    "an error": [("user", "x"), ("assistant error", "https://" + "x" * 300)],
+}
+
+
+@pytest.mark.parametrize("width", [360, 1440])
+@pytest.mark.parametrize("settings", [False, True], ids=["settings_closed", "settings_open"])
+@pytest.mark.parametrize("messages", SHOWN.values(), ids=SHOWN)
+def test_nothing_collides_and_only_messages_scroll(page, width, settings, messages):
+    with screen(page, width, 740):
+        if settings:
+            page.press("open")
+        for role, text in messages:
+            page.driver.execute_script(
+                "const one = show(arguments[0], ''); follow(() => render(one, arguments[1]))", role, text
+            )
+        boxes = page.driver.execute_script(
+            "return Object.fromEntries(['h1', '#open', '#new', '#settings', 'main', '#text', '#send'].map(name => "
+            "[name, document.querySelector(name).getBoundingClientRect().toJSON()]))"
+        )
+        overflow = page.driver.execute_script(
+            "return [document.documentElement, document.querySelector('main')].map(x => x.scrollWidth - x.clientWidth)"
+        )
+        last = page.driver.execute_script(
+            "return document.querySelector('.message:last-child')?.getBoundingClientRect().toJSON()"
+        )
+    assert overflow == [0, 0]
+    visible = {name: box for name, box in boxes.items() if box["width"]}
+    assert ("#settings" in visible) == settings
+    for one, other in itertools.combinations(visible.values(), 2):
+        apart = (one["right"] <= other["left"], other["right"] <= one["left"],
+                 one["bottom"] <= other["top"], other["bottom"] <= one["top"])  # fmt: skip
+        assert any(apart)
+    assert all(box["left"] >= 0 and box["right"] <= width and box["top"] >= 0 and box["bottom"] <= 740
+               for box in visible.values())  # fmt: skip
+    assert boxes["main"]["bottom"] <= boxes["#text"]["top"] and boxes["main"]["height"] > 300
+    assert last is None or boxes["main"]["top"] < last["bottom"] <= boxes["main"]["bottom"]
+    assert last is None or (last["left"] >= 0 and last["right"] <= width)
+
+
+def test_the_page_is_dark_where_the_system_is(page):
+    colours = {}
+    for scheme in ("light", "dark"):
+        with screen(page, 800, 600, scheme):
+            colours[scheme] = page.driver.execute_script(
+                "const style = getComputedStyle(document.body); return [style.color, style.backgroundColor].map("
+                "colour => colour.match(/\\d+/g).slice(0, 3).map(Number).reduce((sum, part) => sum + part))"
+            )
+    assert colours["light"][0] < 150 < 600 < colours["light"][1]
+    assert colours["dark"][1] < 150 < 600 < colours["dark"][0]
+
+
+def test_every_control_has_a_name(page):
+    page.press("open")
+    names = [one.accessible_name for one in page.driver.find_elements("css selector", "button, input, textarea")]
+    assert len(names) == len(set(names)) == 7 and all(names)
+
+
+def markdown(page: Page, *texts: str) -> str:
+    """Return the HTML of an answer that grows from text to text."""
+    script = "const one = make('div'); for (const text of arguments) render(one, text); return one.innerHTML"
+    return page.driver.execute_script(script, *texts)
+
+
+WEB = 'target="_blank" rel="noopener noreferrer"'
+MARKDOWN = {
+    "text": ("  Hello\nyou", "<p>Hello\nyou</p>"),
+    "paragraphs": ("a\n\n\nb", "<p>a</p><p>b</p>"),
+    "headings": ("# a\n###### b #c\n#d", "<h2>a</h2><h6>b #c</h6><p>#d</p>"),
+    "emphasis": ("**a** *b* __c__ _d_ ~~e~~",
+                 "<p><strong>a</strong> <em>b</em> <strong>c</strong> <em>d</em> <del>e</del></p>"),
+    "both": ("***a*** **b *c***", "<p><strong><em>a</em></strong> <strong>b <em>c</em></strong></p>"),
+    "no emphasis": ("2 * 3 * 4, snake_case_name, **open, \\*a\\*", "<p>2 * 3 * 4, snake_case_name, **open, *a*</p>"),
+    "code": ("`a <b>` and `` c`d ``", "<p><code>a &lt;b&gt;</code> and <code>c`d</code></p>"),
+    "code is not read": ("`**a**` **`b*`**", "<p><code>**a**</code> <strong><code>b*</code></strong></p>"),
+    "block": ("```python\na\n\n  **b**\n```\nc", "<pre><code>a\n\n  **b**</code></pre><p>c</p>"),
+    "open block": ("~~~\na\n```\n", "<pre><code>a\n```\n</code></pre>"),
+    "list": ("- a\n- b\n  c\n\n- d", "<ul><li>a</li><li>b\nc</li><li>d</li></ul>"),
+    "numbers": ("3. a\n4. b\n- c", '<ol start="3"><li>a</li><li>b</li></ol><ul><li>c</li></ul>'),
+    "lists in lists": ("1. a\n   - b\n     - c\n2. d",
+                       '<ol start="1"><li>a<ul><li>b<ul><li>c</li></ul></li></ul></li><li>d</li></ol>'),
+    "code in a list": ("- a\n  ```\n  b\n    c\n  ```", "<ul><li>a<pre><code>b\n  c</code></pre></li></ul>"),
+    "quote": ("> a\n> - b\n\nc", "<blockquote><p>a</p><ul><li>b</li></ul></blockquote><p>c</p>"),
+    "rule": ("a\n\n---\n* * *", "<p>a</p><hr><hr>"),
+    "table": ("| a | **b** |\n|---|:-:|\n| c | d |\ne",
+              '<div class="table"><table><tr><th>a</th><th><strong>b</strong></th></tr><tr><td>c</td><td>d</td></tr>'
+              "</table></div><p>e</p>"),
+    "no table": ("a | b\nc", "<p>a | b\nc</p>"),
+    "link": ("[a *b*](https://c.d/e?f=g)", f'<p><a href="https://c.d/e?f=g" {WEB}>a *b*</a></p>'),
+    "address": ("see https://a.b/c_d_e.", f'<p>see <a href="https://a.b/c_d_e" {WEB}>https://a.b/c_d_e</a>.</p>'),
+    "image": ("![a](http://b.c/d.png)", f'<p><a href="http://b.c/d.png" {WEB}>a</a></p>'),
+    "other links": ("[a](ftp://b) [c](/d)", "<p><span>a (ftp://b)</span> <span>c (/d)</span></p>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "html"), MARKDOWN.values(), ids=MARKDOWN)
+def test_markdown_is_shown(page, text, html):
+    assert markdown(page, text) == html
+    assert markdown(page, *(text[:end] for end in range(len(text) + 1))) == html  # as it is written
+
+
+def test_a_block_that_is_complete_is_not_made_again(page):
+    same = page.driver.execute_script(
+        "const one = make('div'); render(one, '# a\\n\\nb\\n\\nc'); const before = [...one.children];"
+        "render(one, '# a\\n\\nb\\n\\nc d'); return before.map((child, i) => child === one.children[i])"
+    )
+    assert same == [True, True, False]
+
+
+HOSTILE = [
+    "<script>window.hacked = 1</script>",
+    "<img src=x onerror='window.hacked = 1'>",
+    "<svg onload='window.hacked = 1'><iframe srcdoc='<script>parent.hacked = 1</script>'>",
+    "[x](javascript:window.hacked=1) [y](JaVaScRiPt:window.hacked=1) [z](data:text/html,<script>1</script>)",
+    "[x](\x01javascript:window.hacked=1) [y](java\tscript:window.hacked=1) [z](https:javascript:alert`1`)",
+    "![x](javascript:window.hacked=1) [<img src=x onerror=window.hacked=1>](https://a.b)",
+    '[x](https://a.b/"onmouseover="window.hacked=1) https://a.b/"onclick="window.hacked=1',
+    "```html\n<script>window.hacked = 1</script>\n```\n# <b onclick=1>\n- <i>\n> <u>\n\n|<a>|<b>|\n|-|-|\n|<c>|<d>|",
+    "`<script>window.hacked = 1</script>` **<img src=x onerror='window.hacked = 1'>**",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_nothing_that_a_model_writes_runs(page, text):
+    allowed = {"P", "A", "SPAN", "CODE", "PRE", "STRONG", "H2", "UL", "LI", "BLOCKQUOTE", "DIV", "TABLE", "TBODY", "TR",
+               "TH", "TD"}  # fmt: skip
+    elements = page.driver.execute_script(
+        "const one = show('assistant', ''); render(one, arguments[0]); for (const a of one.querySelectorAll('a')) "
+        "a.dispatchEvent(new MouseEvent('mouseover')); return [...one.querySelectorAll('*')].map("
+        "x => [x.tagName, x.getAttributeNames(), x.getAttribute('href')])",
+        text,
+    )
+    for tag, attributes, address in elements:
+        assert tag in allowed and set(attributes) <= {"href", "target", "rel", "class"}
+        assert address is None or address.startswith(("http://", "https://"))
+    time.sleep(0.05)
+    assert page.driver.execute_script("return window.hacked") is None
+
+
+LONG_LINES = ["*", "_", "`", "~~", "[", "[a](", "!", "> ", "- ", "1. ", "|", "*a ", "_a ", "**a *b ", "`a``", "<", "http://a",
+              "https://a.b/)", "\\", "# ", " ", "a|b\n", "-|", "- a\n\n", "> a\n", "```\n", "x"]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", [*LONG_LINES, "nested"])
+def test_100_kb_are_rendered_at_once(page, part):
+    nested = "\n".join("  " * i + "- > " * i + "x" for i in range(150))
+    text = nested if part == "nested" else part * (100_000 // len(part))
+    for whole in (text, f"a|b\n{text}x", f"{text} end*_`~"):
+        seconds = page.driver.execute_script(
+            "const one = make('div'), begun = performance.now(); render(one, arguments[0]); "
+            "return (performance.now() - begun) / 1000",
+            whole,
+        )
+        assert seconds < 2
 
 
 # ---- its end --------------------------------------------------------------------------------------------------------

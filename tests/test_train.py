@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -305,6 +306,9 @@ def test_divergence_exits_6_after_max_bad_steps_and_the_weights_stay_finite(corp
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     errors = llmkit("pretrain", "c.yaml", "-o", "run_dir=r", cwd=tmp_path, code=6).stderr
     assert "not finite in 3 steps in a row" in errors and "lr 1e+30" in errors
+    command, step = re.search(r"llmkit (data inspect \S+) --step (\d+)", errors).groups()
+    assert f"steps {step} to" in errors
+    assert "33 tokens, 32 targets" in llmkit(*command.split(), "--step", step, cwd=tmp_path).stdout
     saved = list_checkpoints(tmp_path / "r")
     assert saved
     for folder in saved:
@@ -321,7 +325,7 @@ def test_a_full_disk_leaves_older_checkpoints_and_goes_on(corpus, tmp_path, monk
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError) as caught:
         run(corpus, tmp_path, train=steps(20))
-    assert caught.value.code == 5 and "MiB free" in caught.value.got
+    assert caught.value.code == 5 and "bytes free" in caught.value.got and str(where) in caught.value.got
     assert [folder.name for folder in list_checkpoints(where)] == ["step-000010"]
     monkeypatch.setattr(checkpoint, "save_file", real)
     run(corpus, tmp_path, train=steps(20))

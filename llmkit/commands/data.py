@@ -82,8 +82,9 @@ def data_report(
 def data_inspect(
     config: ConfigArg,
     o: Override = [],
-    rows: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Show this many rows of the first batch; default: 2.")
+    rows: Annotated[int | None, typer.Option(min=1, max=MOST, help="Show this many rows; default: 2.")] = None,
+    step: Annotated[
+        int | None, typer.Option(min=0, max=MOST, help="Begin with the batch of this step, counted from 0.")
     ] = None,
     id: Annotated[str | None, typer.Option(help="Show why this document was kept or dropped.")] = None,
     dropped: Annotated[int, typer.Option(min=0, max=MOST, help="Show this many dropped documents.")] = 0,
@@ -99,8 +100,9 @@ def data_inspect(
     loaded = load_config(config, o, for_training=for_training)
     if rule and not dropped:
         raise UserError("--rule needs --dropped", fix=f"--dropped 20 --rule {rule}")
-    if (id is not None) + bool(dropped or kept) + (rows is not None) > 1:
-        raise UserError("--rows, --id and --dropped or --kept show different things", fix="choose one of them")
+    if (id is not None) + bool(dropped or kept) + (rows is not None or step is not None) > 1:
+        what = "--rows and --step, --id, and --dropped or --kept show different things"
+        raise UserError(what, fix="choose one of them")
     if not for_training:
         inspect_documents(loaded.data, id, dropped, kept, rule, as_json)
         return
@@ -109,11 +111,12 @@ def data_inspect(
     from llmkit.training.prepare import prepare
 
     run = prepare(loaded, start_world(), say=progress_printer(as_json))
-    shown = inspect_rows(run.batches("train", rows or 2).batch_at(0), run.data.tokenizer)
+    batches = run.batches("train", run.config.train.global_batch_size)
+    shown = inspect_rows(batches.rows_from(step or 0, rows or 2), run.data.tokenizer, run.model_config.kind)
     if as_json:
         show({"rows": shown}, as_json)
     else:
-        print(format_rows(shown, colour=sys.stdout.isatty()))
+        print(format_rows(shown, run.data.tokenizer, colour=sys.stdout.isatty()))
 
 
 def inspect_documents(data: Any, id: str | None, dropped: int, kept: int, rule: str | None, as_json: bool) -> None:
@@ -202,6 +205,7 @@ def tokenizer_show(
     """Show how a tokenizer splits texts, and how well it compresses each text or file."""
     from llmkit.data.inspect import format_tokens, is_path, measure_compression
     from llmkit.screen import format_table
+    from llmkit.tokenizer.spell import LEGEND, spell_tokens
     from llmkit.tokenizer.tokenizer import fetch_tokenizer, load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
@@ -211,9 +215,10 @@ def tokenizer_show(
             row |= {} if is_path(text) else {"ids": loaded.encode(text)}
         show({"vocabulary": len(loaded), "sources": rows}, as_json)
         return
-    for text in texts:
-        if not is_path(text):
-            ids = loaded.encode(text)
-            print(format_tokens([loaded.decode([i]) for i in ids], colour=sys.stdout.isatty()) + "\n")
+    shown = [text for text in texts if not is_path(text)]
+    for text in shown:
+        print(format_tokens(spell_tokens(loaded, loaded.encode(text)), colour=sys.stdout.isatty()) + "\n")
+    if shown:
+        print(f"{LEGEND}\n")
     print(terminal_text(format_table(rows)))
     print(f"vocabulary: {len(loaded)}")

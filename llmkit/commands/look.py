@@ -16,7 +16,8 @@ def runs(
     """List and compare runs."""
     from llmkit.errors import UserError
     from llmkit.screen import format_table
-    from llmkit.storage.report import list_runs, plot_runs, summarize, summary_table
+    from llmkit.storage.plot import plot_runs
+    from llmkit.storage.report import list_runs, summarize, summary_table
     from llmkit.storage.run import is_run
 
     folders = [name if is_run(name) else Path("runs") / name for name in names] or list_runs(Path("runs"))

@@ -8,7 +8,10 @@ import typer
 
 from llmkit.commands.show import MOST, AsJson, ConfigArg, Override, progress_printer, show
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the header, and stop.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check the config, and the data if it is built; print the header; load no weights."),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in the run directory.")]
 Nproc = Annotated[int, typer.Option("--nproc", min=1, max=1024, help="Processes on this machine, one per device.")]
 

@@ -36,7 +36,7 @@ from llmkit.corpus.units import VERSION, Unit, count_skipped_files, load_array, 
 from llmkit.data.splits import read_manifest
 from llmkit.data.tokens import find_change, seal, token_dtype
 from llmkit.errors import DataError, MachineError, UserError, did_you_mean, raise_all
-from llmkit.files import delete_leftovers, lock, write_atomically
+from llmkit.files import NO_SPACE, delete_leftovers, free_space, lock, write_atomically
 from llmkit.readers.records import count_lines_before
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llmkit.tokenizer.train import extend_bpe, train_tokenizer
@@ -106,12 +106,13 @@ def build_corpus(
         try:
             return run_passes(data, units, given_tokenizer, recipe, say)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in NO_SPACE:
                 raise
-            got = f"{shutil.disk_usage(folder).free:,} bytes free"
-            expected = f"about {space_needed(folder, units):,} more bytes"
-            fix = "free some space and run the same command again: it resumes"
-            raise MachineError("the disk is full", at=folder, got=got, expected=expected, fix=fix) from None
+            got = free_space(folder) if error.errno == errno.ENOSPC else error.strerror
+            expected = f"room for about {space_needed(folder, units):,} more bytes"
+            fix = "make room and run the same command again: it resumes"
+            at = error.filename or folder
+            raise MachineError(NO_SPACE[error.errno], at=at, got=got, expected=expected, fix=fix) from None
 
 
 def check_folder(folder: Path) -> None:

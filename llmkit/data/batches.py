@@ -112,8 +112,12 @@ class Batches:
 
     def batch_at(self, step: int) -> Batch:
         """Return this rank's share of a step."""
-        first = step * self.global_batch_size
-        positions = range(first + self.rank, first + self.global_batch_size, self.world)
+        return self.rows_from(step, -(-(self.global_batch_size - self.rank) // self.world))
+
+    def rows_from(self, step: int, number: int) -> Batch:
+        """Return this rank's first rows from a step on. They may go on into later steps."""
+        first = step * self.global_batch_size + self.rank
+        positions = range(first, first + number * self.world, self.world)
         return self.make_batch([self.sample_at(position) for position in positions], positions)
 
     def make_batch(self, samples: list[int], numbers: Sequence[int]) -> Batch:

@@ -1,14 +1,18 @@
 """Show the tokens and targets of training rows, and measure how well a tokenizer compresses text."""
 
+import itertools
+import re
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from llmkit.config.defaults import MAX_BAD_FRACTION
 from llmkit.readers.documents import read_texts
 from llmkit.readers.packed import suffix_of
 from llmkit.readers.records import READERS
 from llmkit.readers.tally import Tally
-from llmkit.screen import printable
+from llmkit.tokenizer.spell import LEGEND, spell_text, spell_tokens, token_gap, visible
 from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
 
@@ -16,43 +20,61 @@ MAX_CHARACTERS = 2_000_000  # of each source that `tokenizer show` encodes
 TARGET, CONTEXT, SHADES, RESET = "\x1b[1;32m", "\x1b[2m", ("\x1b[44m", "\x1b[45m"), "\x1b[0m"
 
 
-def inspect_rows(batch: Batch, tokenizer: Tokenizer) -> list[list[dict[str, Any]]]:
-    """Return the rows of a batch as tokens {id, text, target}. The model is trained to predict the targets."""
+def inspect_rows(batch: Batch, tokenizer: Tokenizer, kind: str) -> list[list[dict[str, Any]]]:
+    """Return the rows of a batch as tokens {id, text, target}, without padding. The model learns to predict targets.
+
+    kind  "causal": the tokens of a row, of which some are targets
+          "masked": the tokens that the encoder reads; where it has to predict the original one, that one follows
+          "seq2seq": the tokens that the encoder reads, then the targets of the decoder
+    """
     rows = []
-    for inputs, labels in zip(batch.input_ids, batch.labels, strict=True):
-        targets = [False, *(labels != IGNORE_INDEX).tolist()]  # label t is the token at t + 1
-        ids = [*inputs.tolist(), int(labels[-1]) if labels[-1] != IGNORE_INDEX else tokenizer.eos_id]
-        row = [{"id": i, "text": tokenizer.decode([i]), "target": t} for i, t in zip(ids, targets, strict=True)]
-        while row and not row[-1]["target"] and row[-1]["id"] == tokenizer.eos_id:  # padding
-            row.pop()
-        rows.append(row)
+    for number, (inputs, labels) in enumerate(zip(batch.input_ids, batch.labels, strict=True)):
+        is_target = labels != IGNORE_INDEX
+        if batch.segments is not None:  # padding has the segment -1
+            inputs = inputs[batch.segments[number] >= 0]
+        if kind == "causal":  # label t is the token at t + 1
+            ids = [*inputs, *labels[-1:][is_target[-1:]]]
+            targets = [False, *is_target][: len(ids)]
+        elif kind == "masked":
+            places = np.flatnonzero(is_target)
+            ids = np.insert(inputs, places + 1, labels[places])
+            targets = np.insert(np.zeros(len(inputs), bool), places + 1, True)
+        else:
+            ids = [*inputs, *labels[is_target]]
+            targets = [False] * len(inputs) + [True] * int(is_target.sum())
+        tokens = zip(map(int, ids), spell_tokens(tokenizer, map(int, ids)), map(bool, targets), strict=True)
+        rows.append([{"id": i, "text": text.decode(errors="replace"), "target": target} for i, text, target in tokens])
     return rows
 
 
-def format_rows(rows: list[list[dict[str, Any]]], *, colour: bool) -> str:
-    """Format rows for a terminal: targets bright green, context dim. Without colour, targets are in [[brackets]]."""
+def format_rows(rows: list[list[dict[str, Any]]], tokenizer: Tokenizer, *, colour: bool) -> str:
+    """Format rows for a terminal: targets bright green, context dim. Without colour, targets are in [[brackets]].
+
+    LEGEND explains the marks. Of two equal brackets in a text, the first is escaped.
+    """
     formatted = []
     for number, row in enumerate(rows):
         targets = sum(token["target"] for token in row)
-        text, previous = "", None
-        for token in row:
-            if token["target"] != previous:
-                if colour:
-                    text += RESET + (TARGET if token["target"] else CONTEXT)
-                elif previous is not None or token["target"]:
-                    text += "[[" if token["target"] else "]]"
-                previous = token["target"]
-            text += printable(token["text"]) if colour else token["text"]
-        text += RESET if colour else ("]]" if previous else "")
+        parts = []
+        for is_target, tokens in itertools.groupby(row, key=lambda token: token["target"]):
+            part = spell_text(tokenizer, [token["id"] for token in tokens])
+            if colour:
+                part = RESET + (TARGET if is_target else CONTEXT) + part
+            else:
+                part = re.sub(r"\[(?=\[)|\](?=\])", lambda sign: f"\\x{ord(sign[0]):x}", part)
+                part = f"[[{part}]]" if is_target else part
+            parts.append(part)
+        text = token_gap(tokenizer).join(parts) + (RESET if colour else "")
         formatted.append(f"--- row {number}: {len(row)} tokens, {targets} targets\n{text}")
-    return "\n".join(formatted)
+    return "\n".join([*formatted, f"{'green' if colour else '[[ ]]'}: targets, {LEGEND}"])
 
 
-def format_tokens(texts: list[str], *, colour: bool) -> str:
-    """Format tokens side by side in alternating shades, or separated by | without colour."""
+def format_tokens(tokens: list[bytes], *, colour: bool) -> str:
+    """Format tokens side by side in alternating shades, or separated by | without colour. A | in a token is \\x7c."""
+    texts = [visible(token) for token in tokens]
     if not colour:
-        return "|".join(texts)
-    return "".join(f"{SHADES[i % 2]}{printable(text)}" for i, text in enumerate(texts)) + RESET
+        return "|".join(text.replace("|", "\\x7c") for text in texts)
+    return "".join(f"{SHADES[i % 2]}{text}" for i, text in enumerate(texts)) + RESET
 
 
 def is_path(text: str) -> bool:

@@ -107,7 +107,8 @@ class Writer:
         texts = [GeneratedText() for _ in prompts]
         for row, own_steps in enumerate(itertools.tee(steps, len(prompts))):
             prompt = prompts[row] if self.is_causal else []
-            texts[row].pieces = self._write_row(texts[row], row, own_steps, prompt, limits[row], stop)
+            pieces = self._write_row(texts[row], row, own_steps, prompt, limits[row], stop)
+            texts[row].pieces = drop_first_space(pieces) if chat else pieces
         return texts
 
     def _write_row(
@@ -133,6 +134,13 @@ class Writer:
 
         yield from decode_until_stop(self.tokenizer, prompt, record(), stop)
         text.ended = "stop" if is_cut or len(text.tokens) < limit else "length"
+
+
+def drop_first_space(pieces: Iterator[str]) -> Iterator[str]:
+    """Yield an answer without the space before its first word, which is a part of SentencePiece's word tokens."""
+    if first := next(pieces, "").removeprefix(" "):
+        yield first
+    yield from pieces
 
 
 def open_writer(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmkit.errors import MachineError, ModelError
-from llmkit.files import delete, file_sha256, sync
+from llmkit.files import delete, file_sha256, free_space, sync
 from llmkit.storage.manifest import (
     MANIFEST,
     best_checkpoint,
@@ -75,7 +75,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         details = {}
         if getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error):
-            details["got"] = f"{shutil.disk_usage(run_dir).free / 2**20:.0f} MiB free"
+            details["got"] = free_space(run_dir)
             details["fix"] = "free some space and run the same command again: older checkpoints are intact"
         raise MachineError(f"the checkpoint can't be written: {error}", at=folder, **details) from None
     for abandoned in list_checkpoints(run_dir):

@@ -1,4 +1,4 @@
-"""List runs, plot them, and write their reports."""
+"""List runs, and write their reports."""
 
 import math
 import time
@@ -63,41 +63,6 @@ def summary_table(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for one in summaries
     ]
-
-
-def plot_runs(folders: list[Path], out: Path) -> None:
-    """Plot train and val loss over the tokens seen, of one or several runs, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), dpi=130)
-    for i, folder in enumerate(folders):
-        records = read_metrics(folder)
-        name = f"{folder.name} " if len(folders) > 1 else ""
-        train = [(r["tokens"], r["loss"]) for r in records if r.get("loss") is not None]
-        val = [(r["tokens"], r["val_loss"]) for r in records if "val_loss" in r and "tokens" in r]
-        if train:
-            axes.plot(*zip(*train, strict=True), color=f"C{i}", alpha=0.45, linewidth=1.2, label=f"{name}train")
-        if val:
-            axes.plot(*zip(*val, strict=True), "o-", color=f"C{i}", markersize=4, linewidth=1.6, label=f"{name}val")
-            tokens, loss = val[-1]
-            axes.annotate(
-                f"{loss:.3f}", (tokens, loss), textcoords="offset points", xytext=(0, 8), ha="right", fontsize=9
-            )
-    axes.set_xlabel("tokens seen")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(folders[0].name if len(folders) == 1 else "runs")
-    axes.xaxis.set_major_formatter(lambda value, _: format_count(value))
-    axes.grid(alpha=0.25)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
-    figure.tight_layout()
-    temporary = out.with_name(out.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    pyplot.close(figure)
-    temporary.replace(out)
 
 
 def write_report(run: RunDirectory, header: dict[str, Any], summary: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import itertools
 import math
+import shlex
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,8 +37,9 @@ from llmkit.storage.manifest import (
     read_checkpoint_manifest,
     step_of,
 )
-from llmkit.storage.report import plot_runs, write_report
-from llmkit.storage.run import RunDirectory, check_can_open, open_run, without_secrets
+from llmkit.storage.plot import plot_runs
+from llmkit.storage.report import write_report
+from llmkit.storage.run import CONFIG, RunDirectory, check_can_open, open_run, without_secrets
 from llmkit.training.log import Interval, MetricsLogger
 from llmkit.training.optim import OPTIMIZERS, clip, set_lr
 from llmkit.training.plan import plan_config, plan_rows
@@ -77,7 +79,7 @@ def train(
     """Train what the config says, from its newest intact checkpoint if the run directory has one.
 
     fresh    delete what an earlier run left in the run directory
-    dry_run  check everything, print the header, and stop
+    dry_run  check the config, and the data if it is built, print the header, and stop; no weights are loaded
     Returns the summary on rank 0. Raises UserError for bad input, divergence, and an interruption after a checkpoint.
     """
     world = start_world()
@@ -277,8 +279,8 @@ def stop_if_diverged(run: PreparedRun, progress: Progress) -> None:
             f"the gradients were not finite in {bad} steps in a row",
             at=f"steps {first} to {progress.step - 1}",
             got=f"lr {run.options['optimizer']['lr']}; the weights were left as before step {first}",
-            fix="lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data of "
-            f"batch_at({first}); checkpoints hold the last finite weights",
+            fix="lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data: llmkit data inspect "
+            f"{shlex.quote(f'{run.config.run_dir}/{CONFIG}')} --step {first}; checkpoints hold the last finite weights",
             code=DIVERGED,
         )
 

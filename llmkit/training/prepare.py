@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmkit.config.schema import Choice, Config
+from llmkit.config.schema import Choice, Config, CorpusData
 from llmkit.data.batches import GOLDEN, MASK, Batches, mix
 from llmkit.data.splits import Splits
 from llmkit.errors import DataError, UserError, raise_all
@@ -134,7 +134,10 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
     new_tokens = fit_vocabulary(checked, data.tokenizer)
     for split, samples in data.samples.items():
         if samples < 1:
-            fix = "lower data.seq_len or add text" + (", or raise data.val_fraction" if split == "val" else "")
+            fix = "lower data.seq_len or add text"
+            if data.samples["train" if split == "val" else "val"] > 1 and not getattr(config.data, "val_path", None):
+                key = "data.split.val_fraction" if isinstance(config.data, CorpusData) else "data.val_fraction"
+                fix += f", or {'raise' if split == 'val' else 'lower'} {key}"
             raise DataError(f"the {split} split is shorter than one sample", at=config.where("data"), fix=fix)
     derived = derive(checked, world.device, world.size, len(new_tokens), data.samples["train"])
     check_memory(derived.plan, world.device)
