@@ -28,8 +28,9 @@ from llmkit.storage.manifest import list_checkpoints, newest_intact_checkpoint, 
 from llmkit.storage.run import open_run
 from llmkit.tokenizer.chat_template import encode_chat
 from llmkit.tokenizer.tokenizer import load_tokenizer
-from llmkit.training.loop import initial_counters, train, update_loss_scale
+from llmkit.training.loop import train
 from llmkit.training.prepare import check_rows_option, prepare
+from llmkit.training.progress import initial_counters, update_loss_scale
 from llmkit.types import IGNORE_INDEX
 
 
@@ -148,7 +149,7 @@ def test_low_precision_trains_close_to_fp32(corpus, tmp_path, monkeypatch, preci
 
 
 def test_the_fp16_scale_halves_after_a_bad_step_and_doubles_after_enough_good_ones(monkeypatch):
-    monkeypatch.setattr("llmkit.training.loop.SCALE_GROWTH", 3)
+    monkeypatch.setattr("llmkit.training.progress.SCALE_GROWTH", 3)
     steps_found_inf = [1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
     scales = {}
     for precision in ("fp16", "bf16"):

@@ -4,10 +4,8 @@ import gc
 import hashlib
 import itertools
 import math
-import shlex
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from llmkit import __version__
 from llmkit.config.schema import Config, CorpusData
 from llmkit.corpus.build import needs_build
-from llmkit.errors import DIVERGED, INTERRUPTED, ModelError, UserError
+from llmkit.errors import INTERRUPTED, ModelError, UserError
 from llmkit.inference.generate import stream
 from llmkit.models import build_model
 from llmkit.models.folder import load_model, save_model
@@ -39,38 +37,15 @@ from llmkit.storage.manifest import (
 )
 from llmkit.storage.plot import plot_runs
 from llmkit.storage.report import write_report
-from llmkit.storage.run import CONFIG, RunDirectory, check_can_open, open_run, without_secrets
+from llmkit.storage.run import RunDirectory, check_can_open, open_run, without_secrets
 from llmkit.training.log import Interval, MetricsLogger
 from llmkit.training.optim import OPTIMIZERS, clip, set_lr
 from llmkit.training.plan import plan_config, plan_rows
 from llmkit.training.prepare import PreparedRun, describe, next_commands, prepare
+from llmkit.training.progress import Progress, early_stop, initial_counters, stop_if_diverged, update_loss_scale
 from llmkit.training.warmup import choose_compile, time_micro_batch
 
-FIRST_SCALE, SCALE_GROWTH = 2.0**16, 2000  # fp16 loss scale: its start; good steps before it doubles (apex, torch)
 Optimizers = list[torch.optim.Optimizer]
-
-
-@dataclass
-class Progress:
-    """Count what a run has done. A resumed run needs it, the weights and the optimizer state, nothing else."""
-
-    step: int = 0
-    best_val: float = math.inf
-    evals_without_gain: int = 0
-    seconds: float = 0.0  # that earlier processes of this run took
-    # On the device, so that a step never waits for the host:
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-
-    def numbers(self) -> dict[str, float]:
-        """Return what is not on the device."""
-        return {key: value for key, value in vars(self).items() if key != "tensors"}
-
-
-def initial_counters(device: torch.device, precision: str) -> dict[str, Tensor]:
-    """Return the counters that live on the device."""
-    names = ("skipped", "bad_in_a_row", "good_in_a_row")
-    tensors = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
-    return tensors | {"scale": torch.tensor(FIRST_SCALE if precision == "fp16" else 1.0, device=device)}
 
 
 def train(
@@ -257,34 +232,6 @@ def restore(folder: Path, run: PreparedRun, model: nn.Module, optimizers: Optimi
         progress.tensors[key] = tensors[f"progress/{key}"].to(run.world.device)
 
 
-def update_loss_scale(tensors: dict[str, Tensor], found_inf: Tensor, precision: str) -> None:
-    """Count skipped steps. Halve fp16's loss scale after one, and double it after enough good steps."""
-    tensors["skipped"] += found_inf
-    tensors["bad_in_a_row"] = (tensors["bad_in_a_row"] + found_inf) * found_inf
-    tensors["good_in_a_row"] = (tensors["good_in_a_row"] + 1) * (1 - found_inf)
-    if precision == "fp16":
-        grow = (tensors["good_in_a_row"] > 0) & (tensors["good_in_a_row"] % SCALE_GROWTH == 0)
-        factor = torch.where(found_inf > 0, 0.5, torch.where(grow, 2.0, 1.0))
-        tensors["scale"] = (tensors["scale"] * factor).float()
-
-
-def stop_if_diverged(run: PreparedRun, progress: Progress) -> None:
-    """Raise a UserError after too many steps in a row that are not finite. The last finite weights are kept."""
-    bad = int(progress.tensors["bad_in_a_row"].item())
-    # fp16 may need 16 steps to halve its scale from 2^16 to 1: that is no divergence.
-    allowed = run.config.train.max_bad_steps + (int(math.log2(FIRST_SCALE)) if run.precision == "fp16" else 0)
-    if bad >= allowed:
-        first = progress.step - bad
-        raise UserError(
-            f"the gradients were not finite in {bad} steps in a row",
-            at=f"steps {first} to {progress.step - 1}",
-            got=f"lr {run.options['optimizer']['lr']}; the weights were left as before step {first}",
-            fix="lower optimizer.lr, lengthen schedule.warmup_steps, or look at the data: llmkit data inspect "
-            f"{shlex.quote(f'{run.config.run_dir}/{CONFIG}')} --step {first}; checkpoints hold the last finite weights",
-            code=DIVERGED,
-        )
-
-
 # ---- around the steps -----------------------------------------------------------------------------------------------
 
 
@@ -325,14 +272,6 @@ def evaluate(run: PreparedRun, model: nn.Module, progress: Progress, logger: Met
     else:
         progress.evals_without_gain += 1
     return early_stop(run, progress)
-
-
-def early_stop(run: PreparedRun, progress: Progress) -> str | None:
-    """Return why to stop before the full length, if patience has run out."""
-    patience = run.config.train.early_stopping_patience
-    if patience and progress.evals_without_gain >= patience:
-        return f"stopped early: {patience} evaluations without a lower val loss"
-    return None
 
 
 def sample(run: PreparedRun, model: nn.Module) -> str:
