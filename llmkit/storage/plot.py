@@ -115,7 +115,7 @@ def read_curves(folder: Path) -> Curves:
     curves: dict[str, list[Point]] = {"loss": [], "val_loss": []}
     for record in read_metrics(folder):
         for key, points in curves.items():
-            if record.get(key) is not None and math.isfinite(record[key]):
+            if "tokens" in record and math.isfinite(record.get(key, math.nan)):
                 points.append(Point(record["tokens"], record[key], record["step"]))
     train, val = curves.values()
     return Curves(train, val, [min(val, key=lambda point: point.loss)] if val else [])
