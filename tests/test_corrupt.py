@@ -326,7 +326,7 @@ def test_records_are_measured_in_the_rows_that_they_are_trained_in(sentinels, tm
                {"prompt": "a ", "completion": "one"}]  # fmt: skip
     trained = describe_choice(sentinels, encoded(sentinels, tmp_path, records, seq_len=16)[1]["train"])
     config, tally = t5.Config(decoder_start_token_id=3), Tally()
-    _, batches, _ = read_data(tmp_path / "train.jsonl", config, sentinels, 16, 16, 2, tally)
+    _, batches, _, _ = read_data(tmp_path / "train.jsonl", config, sentinels, 16, 16, 2, tally)
     assert (tally.rows, tally.bad) == (3, 0)
     assert sorted(pair for batch in batches for pair in describe_choice(sentinels, batch)) == sorted(trained)
 

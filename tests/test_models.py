@@ -456,7 +456,7 @@ def test_a_tensor_without_a_place_is_refused_by_name(saved):
 
 def test_a_wrong_shape_is_refused_with_both_shapes(saved):
     rewrite(saved / "config.json", lambda config: config.update(intermediate_size=50))
-    refused(saved, "wrong shape", "(48, 32)", "(50, 32)")
+    refused(saved, "wrong shape", "(32, 48)", "(32, 50)", "gate_proj.weight has the wrong shape")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, -100])

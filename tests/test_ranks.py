@@ -151,7 +151,7 @@ def test_no_rank_outlives_a_killed_launcher(tmp_path, stopped):
     finally:
         process.kill()
         process.wait()
-    assert wait_for(lambda: not any(map(is_alive, pids)), 3)
+    assert wait_for(lambda: not any(map(is_alive, pids)), 20)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_a_save_that_fails_on_rank_0_is_one_error(corpus, tmp_path):
 
 def test_more_ranks_than_rows_are_refused_before_they_start(corpus, tmp_path):
     write_config(corpus, tmp_path, 10)
-    assert "8 rows, --nproc 100000" in llmkit("pretrain", "c.yaml", "--nproc", 100_000, cwd=tmp_path, code=2).stderr
+    assert "8 rows, --nproc 1000" in llmkit("pretrain", "c.yaml", "--nproc", 1000, cwd=tmp_path, code=2).stderr
 
 
 @pytest.mark.slow
