@@ -6,7 +6,7 @@ import pytest
 
 from llmkit.config.load import load_config
 from llmkit.config.schema import Config
-from llmkit.config.yaml import merge, parse_yaml, set_override
+from llmkit.config.yaml import dump_yaml, merge, parse_yaml, set_override
 from llmkit.errors import UserError
 from llmkit.models import FAMILIES
 from llmkit.training.plan import plan_config
@@ -302,3 +302,12 @@ def test_every_family_has_a_tiny_config_and_a_published_one():
     for name, found in families.items():
         assert any(c.run_dir == f"runs/tiny-{name}" for c in found), name
         assert any(c.run_dir.removeprefix("runs/") in PUBLISHED for c in found), name
+
+
+AMBIGUOUS = "1e5 010 0o17 0x1F 1:30 yes OFF 2024-01-01 ~ null .inf 1_000 << = true # - ' -.5 10.0 1E+5".split()
+
+
+@pytest.mark.parametrize("text", [*AMBIGUOUS, "", "a: b", "# x", "- x", " x ", "x\ny", "\u2028"])
+def test_what_a_run_writes_is_read_as_the_same(text):
+    values = {"name": text, "list": [text, 1, 2.5, 1e-7, 1e22, None, True], "section": {"inner": text}}
+    assert parse_yaml(dump_yaml(values), "x")[0] == values

@@ -9,12 +9,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 from pydantic_core import PydanticCustomError
 
 from llmkit.config.defaults import MAX_BAD_FRACTION, PATTERN, VOCAB_SIZE
-from llmkit.config.yaml import find_origin, key_path
+from llmkit.config.yaml import dump_yaml, find_origin, key_path
 from llmkit.errors import UserError
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -445,4 +444,4 @@ class Config(Section):
 
     def dump(self) -> str:
         """Return the whole config as YAML, every default written out."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump())

@@ -43,6 +43,26 @@ TRAPS = {
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # also halves of characters, as in "\ud800"
 
 
+class Dumper(yaml.SafeDumper):
+    """A YAML dumper that puts every text in quotes that `Loader` or YAML 1.1 reads as something else."""
+
+
+for first, rules in Loader.yaml_implicit_resolvers.items():
+    for tag, regex in rules:
+        Dumper.add_implicit_resolver(tag, regex, [first])
+for trap in TRAPS:
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:trap", re.compile(rf"^(?:{trap})$", re.IGNORECASE | re.ASCII), None)
+
+
+def dump_yaml(values: dict) -> str:
+    """Return values as YAML, which `parse_yaml` reads as the same values.
+
+    >>> dump_yaml({"name": "1e5", "lr": 1e-5})
+    "name: '1e5'\\nlr: 1.0e-05\\n"
+    """
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
 def read_yaml(path: Path) -> tuple[dict, dict[tuple, str]]:
     """Read a YAML mapping. Return (values, origins), where origins maps each key path to its "file:line"."""
     if not path.exists():

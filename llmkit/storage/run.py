@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
 from pydantic import TypeAdapter
 
 from llmkit import __version__
 from llmkit.config.load import load_config
+from llmkit.config.yaml import dump_yaml
 from llmkit.errors import MachineError, ModelError, UserError
 from llmkit.files import delete, lock, write_atomically
 from llmkit.screen import hide_secrets
@@ -59,7 +59,7 @@ class RunDirectory:
         for leftover in self.folder.glob("*.tmp"):  # of a process that was killed
             delete(leftover)
         if not is_same_config(self.folder, self.config):
-            write_atomically(self.folder / CONFIG, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+            write_atomically(self.folder / CONFIG, dump_yaml(self.config))
         write_atomically(self.folder / ABOUT, json.dumps(self.about, indent=2) + "\n")
         kept = [record for record in self.metrics() if step is not None and record["step"] <= step]
         write_atomically(self.folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
