@@ -1,5 +1,6 @@
 """The run directory: whose files it holds, what damage it survives, and what a resumed run is told."""
 
+import hashlib
 import json
 import math
 import os
@@ -16,9 +17,8 @@ from conftest import llmkit, metrics, tiny_config
 from llmkit.config.load import load_config
 from llmkit.errors import MODEL, USAGE, DataError, ModelError, UserError
 from llmkit.evals.perplexity import measure
-from llmkit.files import write_beside
-from llmkit.storage import checkpoint
-from llmkit.storage.locate import locate
+from llmkit.files import temporary_path, write_beside
+from llmkit.storage.locate import base_sha256, load_located, locate
 from llmkit.storage.manifest import (
     MANIFEST,
     add_dependent_run,
@@ -70,10 +70,14 @@ def run(finished, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("fresh", [[], ["--fresh"]])
-@pytest.mark.parametrize("files", [["config.yaml"], ["report.md", "checkpoints/mine.txt"], ["notes.txt"]])
+@pytest.mark.parametrize(
+    "files", [["config.yaml"], ["report.md", "checkpoints/mine.txt"], ["notes.txt"], ["run.json", "metrics.jsonl"]]
+)
 def test_a_folder_with_files_of_the_users_is_never_written_to(corpus, tmp_path, files, fresh):
     for name in files:
         write_config(tmp_path / "mine" / name, corpus, run_dir="mine")
+    if "run.json" in files:
+        (tmp_path / "mine/run.json").write_text('{"a": 1}')  # of another tool
     config = write_config(tmp_path / "c.yaml", corpus, run_dir="mine")
     config = tmp_path / "mine/config.yaml" if files == ["config.yaml"] else config
     before = snapshot(tmp_path)
@@ -128,13 +132,15 @@ def test_fresh_keeps_a_checkpoint_that_another_run_needs(corpus, run, tmp_path):
     assert [path.name for path in list_checkpoints(run)] == ["step-000002"]
 
 
-def test_a_build_never_replaces_a_file_of_the_users(corpus, tmp_path, capsys):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/report.md").write_text("mine")
+@pytest.mark.parametrize("name", ["report.md", "parts/mine.txt", "notes/a.txt"])
+def test_a_build_never_writes_between_files_of_the_users(corpus, tmp_path, name):
+    (tmp_path / "data" / name).parent.mkdir(parents=True)
+    (tmp_path / "data" / name).write_text("mine")
     path = write_config(tmp_path / "c.yaml", corpus, data={"dir": str(tmp_path / "data")})
-    with pytest.raises(DataError, match="a build would replace") as caught:
+    with pytest.raises(DataError, match="files that are no build's") as caught:
         train(load_config(path, [f"run_dir={tmp_path / 'run'}"]))
-    assert caught.value.got == "report.md" and snapshot(tmp_path / "data") == {f"{tmp_path}/data/report.md": b"mine"}
+    assert caught.value.got == name.split("/")[0]
+    assert snapshot(tmp_path / "data") == {f"{tmp_path}/data/{name}": b"mine"}
 
 
 def test_a_tokenizer_never_goes_into_a_folder_with_files(corpus, run):
@@ -167,11 +173,13 @@ def test_an_output_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_what_a_kill_left_behind_is_cleaned_by_the_next_save(corpus, run):
-    torn = [run / "config.yaml.host-1.tmp", run / "checkpoints/step-000015.tmp", run / "checkpoints/step-5.old.tmp"]
-    for path in torn:
-        path.mkdir()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    half = temporary_path(run / "config.yaml").name.replace(str(os.getpid()), str(dead.pid))
+    for name in (half, "checkpoints/step-000015.tmp", "checkpoints/step-5.old.tmp", "tensorboard.old.tmp", "notes.tmp"):
+        (run / name).mkdir()
     train_in(run.parent, corpus, train={"max_steps": 21})
-    assert not any(path.exists() for path in torn) and not list(run.rglob("*.tmp"))
+    assert [path.name for path in run.rglob("*.tmp")] == ["notes.tmp"]  # the user's
 
 
 # ---- damage ---------------------------------------------------------------------------------------------------------
@@ -248,12 +256,15 @@ def test_a_damaged_line_of_the_metrics_is_told_and_costs_no_other(corpus, run, c
     assert read_metrics(run) == good
 
 
-def test_a_checkpoint_is_hashed_once_and_only_what_is_read(corpus, run, monkeypatch):
-    read: list[str] = []
-    digest = checkpoint.file_sha256.__globals__["sha256_of"].__wrapped__
-    monkeypatch.setattr("llmkit.files.sha256_of", lambda path, *stamp: read.append(path.name) or digest(path))
-    locate(run)
-    assert "tensors.safetensors" not in read and "model.safetensors" in read
+def test_a_checkpoint_is_hashed_once_and_only_what_is_read(run, monkeypatch):
+    hashed: list[str] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or digest(file, name))
+    for _ in range(2):
+        load_located(locate(run))
+        base_sha256(locate(run).folder)
+    assert len(hashed) == len(set(hashed)) and any(name.endswith("model.safetensors") for name in hashed)
+    assert not any("trainer" in name for name in hashed)
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------
@@ -328,7 +339,8 @@ def test_metrics_are_averages_of_the_interval_however_the_batch_is_cut(corpus, t
     for i, row in enumerate(rows[8]):
         for key in ("loss", "balance"):
             assert row[key] == pytest.approx((steps[2 * i][key] + steps[2 * i + 1][key]) / 2, abs=1e-6)
-            assert rows[2][i][key] == pytest.approx(row[key], rel=0.05)  # the balance of fewer rows is another one
+        assert rows[2][i]["loss"] == pytest.approx(row["loss"], abs=1e-4)
+        assert rows[2][i]["balance"] == pytest.approx(row["balance"], rel=0.05)  # that of fewer rows is another one
 
 
 def test_the_loss_that_ended_a_run_is_logged(corpus, tmp_path):
@@ -368,6 +380,9 @@ def test_sigterm_at_an_evaluation_saves_first_and_is_no_success(corpus, tmp_path
     if max_steps == 4:
         train_in(tmp_path, corpus, **options)
         assert read_checkpoint_manifest(last)["val_loss"] == metrics(tmp_path / "run")[-1]["val_loss"]
+        train_in(tmp_path, corpus, **options)
+        assert [row["step"] for row in metrics(tmp_path / "run")] == [0, 4]
+        verify(last)
 
 
 def test_a_val_loss_that_is_not_finite_is_never_the_best(corpus, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from llmkit import __version__
 from llmkit.config.schema import CorpusData, OnError
 from llmkit.corpus.decide import VAL, Decision, collect_limits, count_fates, decide, uniform_hash
 from llmkit.corpus.encode import encode_unit, read_decided, split_text
@@ -47,8 +48,7 @@ MIN_COMPRESSION_RATIO = 2  # bytes of text per byte of a compressed file
 MARKUP_SUFFIXES = (".html", ".htm", ".xhtml", ".warc", ".warc.gz", ".warc.zst")
 DISK_BYTES_PER_TEXT_BYTE = 0.8  # clean texts, compressed: 0.4; tokens: 0.5; minus the dropped documents
 
-# What a build writes into data.dir after `parts`.
-WRITTEN = ("manifest.json", "report.md", "report.json", "val_documents.txt", "quarantine.jsonl", "tokenizer", "tokens")
+MARKER = "llmkit.json"  # the first file of a build, in parts/: the folder is llmkit's
 
 Locator = Callable[[str], str | None]  # returns the file and line of a key of the config
 
@@ -116,11 +116,15 @@ def build_corpus(
 
 
 def check_folder(folder: Path) -> None:
-    """Raise DataError if a build would replace files in a folder that no build has written to."""
-    taken = [name for name in WRITTEN if (folder / name).exists()]
-    if taken and not (folder / "parts").is_dir():
-        got, fix = ", ".join(taken), "choose another data.dir, or move those files away"
-        raise DataError("data.dir holds files that a build would replace", at=folder, got=got, fix=fix)
+    """Raise DataError if a folder holds files, and none that a build has left: they are the user's."""
+    parts = folder / "parts"
+    if (parts / MARKER).is_file() or (parts.is_dir() and (folder / "manifest.json").is_file()) or not folder.is_dir():
+        return
+    killed_early = parts.is_dir() and all(path.suffix == ".tmp" for path in parts.iterdir())
+    ours = {"lock", "parts"} if killed_early else {"lock"}
+    if found := sorted({path.name for path in folder.iterdir()} - ours):
+        got, fix = ", ".join(found[:6]), "choose a new or empty folder as data.dir"
+        raise DataError("data.dir holds files that are no build's", at=folder, got=got, fix=fix)
 
 
 def try_corpus(data: CorpusData, documents: int, *, where: Locator = lambda key: None) -> tuple[str, dict[str, Any]]:
@@ -212,6 +216,7 @@ def run_passes(
     folder, started = Path(data.dir), time.perf_counter()
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
+    write_atomically(parts / MARKER, json.dumps({"llmkit": __version__}) + "\n")
     with open_pool(data, len(units)) as pool:
         counts = measure_units(pool, units, data, parts)
         check_bad_records(data.on_error, counts, write_quarantine(units, parts, folder), folder, say)

@@ -1,6 +1,6 @@
 """Open the train and val splits of a run's data: token shards of a corpus, or encoded fine-tuning records."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,16 +41,19 @@ class Splits:
     token_bytes: np.ndarray | None = None
 
 
-def bytes_per_token(tokenizer: Tokenizer, tokens: np.ndarray | None = None, text_bytes: int = 0) -> np.ndarray:
+def bytes_per_token(
+    tokenizer: Tokenizer, pieces: Iterable[np.ndarray] | None = None, text_bytes: int = 0
+) -> np.ndarray:
     """Return the bytes of text that each token stands for, float64 (V,), for bits per byte.
 
-    tokens, text_bytes  a text's ids and its size. The result is scaled so that its sum over the ids is that size:
-                        unknown tokens and normalization change what the ids spell. None: the text is not known, and
-                        the unknown token has NaN bytes
+    pieces, text_bytes  the ids of a text, piece by piece, and its size. The result is scaled so that its sum over the
+                        ids is that size: unknown tokens and normalization change what the ids spell. None: the text is
+                        not known, and the unknown token has NaN bytes
     """
     sizes = tokenizer.token_bytes.astype(np.float64)
-    if tokens is not None:
-        return sizes * (text_bytes / max(1.0, sizes[tokens].sum()))
+    if pieces is not None:
+        spelt = sum(sizes @ np.bincount(piece, minlength=len(sizes)) for piece in pieces)
+        return sizes * (text_bytes / max(1.0, spelt))
     if tokenizer.unknown_id is not None:
         sizes[tokenizer.unknown_id] = np.nan
     return sizes
@@ -117,7 +120,8 @@ def open_corpus(
         return corpus_batches(streams[split], seq_len, size, mixture=mixed, document_mask=document_mask, **order)
 
     train, val = (format_count(manifest["splits"][split]["tokens"]) for split in SPLITS)
-    val_tokens = streams["val"][0].read(0, len(streams["val"][0]))
+    val = streams["val"][0]
+    pieces = (val.read(start, 2**20) for start in range(0, len(val), 2**20))
     documents = "{kept} of {read} documents kept".format(**manifest["counts"])
     return Splits(
         tokenizer,
@@ -126,7 +130,7 @@ def open_corpus(
         manifest["fingerprint"],
         f"{folder}: {train} train and {val} val tokens, {documents}, vocabulary {len(tokenizer)}",
         shares=dict(zip(weights, zip(mixture.shares(), mixture.samples, strict=True), strict=True)) if mixture else {},
-        token_bytes=bytes_per_token(tokenizer, val_tokens, manifest["splits"]["val"]["bytes"]),
+        token_bytes=bytes_per_token(tokenizer, pieces, manifest["splits"]["val"]["bytes"]),
     )
 
 

@@ -114,12 +114,15 @@ def measure(
         seed = config["seed"] if config else 0
         batches = corrupted_rows(tokens, model.config, tokenizer, window, batch_size, objective, seed)
         what += ", of which only masked tokens count" if kind == "masked" else ", of which only cut-out spans count"
+    token_bytes = None
+    if kind == "causal":
+        token_bytes = bytes_per_token(tokenizer, None if tokens is None else [tokens], text_bytes)
     with autocast(device, precision):
         result = perplexity(
             model,
             batches,
             device=device,
-            token_bytes=bytes_per_token(tokenizer, tokens, text_bytes) if kind == "causal" else None,
+            token_bytes=token_bytes,
             micro_batch_size=batch_size,
         )
     if not result["val_tokens"]:

@@ -17,7 +17,8 @@ from llmkit.parallel.device import keep_freed_memory
 from llmkit.parallel.report import LostRankError, pack, unpack
 
 PATIENCE = timedelta(minutes=5)  # how long a rank waits for the others to reach the same sum
-ON_MAIN = timedelta(days=365)  # how long the others wait for rank 0, which may build data
+SAVING = timedelta(minutes=30)  # how long they wait for rank 0 while it reads or writes files of the run
+BUILDING = timedelta(days=365)  # and while it builds data
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
-    waiting: dist.ProcessGroup | None = None  # all ranks, with the timeout ON_MAIN
+    saving: dist.ProcessGroup | None = None  # all ranks, with the timeout SAVING
+    building: dist.ProcessGroup | None = None  # all ranks, with the timeout BUILDING
 
     @property
     def main(self) -> bool:
@@ -54,8 +56,11 @@ class World:
             for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(part.view_as(grad))
 
-    def on_main(self, function: Callable[[], Any]) -> Any:
-        """Call a function on rank 0 while the others wait; return its result there, and raise its error on all."""
+    def on_main(self, function: Callable[[], Any], *, builds_data: bool = False) -> Any:
+        """Call a function on rank 0 while the others wait; return its result there, and raise its error on all.
+
+        builds_data  wait for days, not for minutes
+        """
         if self.size == 1:
             return function()
         result, error, packed = None, None, [None]
@@ -65,7 +70,7 @@ class World:
             except Exception as raised:
                 error, packed = raised, [pack(raised)]
         with notice_lost_ranks():
-            dist.broadcast_object_list(packed, src=0, group=self.waiting)
+            dist.broadcast_object_list(packed, src=0, group=self.building if builds_data else self.saving)
         if packed[0] is not None:
             raise error or unpack(packed[0])
         return result
@@ -99,4 +104,4 @@ def start_world() -> World:
     backend, rendezvous = "nccl" if device.type == "cuda" else "gloo", os.environ.get("LLMKIT_RENDEZVOUS")
     with notice_lost_ranks():
         dist.init_process_group(backend, rendezvous, timeout=PATIENCE, rank=rank, world_size=size)
-        return World(device, rank, size, dist.new_group(timeout=ON_MAIN))
+        return World(device, rank, size, dist.new_group(timeout=SAVING), dist.new_group(timeout=BUILDING))

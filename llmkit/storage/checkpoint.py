@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmkit.errors import MachineError, ModelError
-from llmkit.files import delete, file_sha256, free_space, sync
+from llmkit.files import delete, file_sha256, free_space, sync, write_atomically
 from llmkit.storage.manifest import (
     MANIFEST,
     best_checkpoint,
     dependent_runs,
     list_checkpoints,
     manifest_sha256,
+    read_checkpoint_manifest,
     step_of,
 )
 
@@ -49,7 +50,7 @@ def save(
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
     temporary = folder.with_name(folder.name + ".tmp")
     try:
-        for leftover in folder.parent.glob("*.tmp"):  # of a process that was killed while it saved or deleted
+        for leftover in folder.parent.glob("step-*.tmp"):  # of a process that was killed while it saved or deleted
             delete(leftover)
         (temporary / "trainer").mkdir(parents=True)
         write_model(temporary / "model")
@@ -66,11 +67,10 @@ def save(
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in (temporary / MANIFEST, temporary / "model", temporary / "trainer", temporary):
             sync(path)
-        old = move_aside(folder) if folder.exists() else None  # damaged, or saved before its evaluation
+        if folder.exists():  # damaged: the resumed run skipped it
+            delete(move_aside(folder))
         temporary.rename(folder)
         sync(folder.parent)
-        if old:
-            delete(old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         details = {}
@@ -91,6 +91,13 @@ def save(
 def move_aside(folder: Path) -> Path:
     """Rename a checkpoint that is to be deleted, so that a kill in between leaves no half of one under its name."""
     return folder.rename(folder.with_name(f"{folder.name}.old.tmp"))
+
+
+def record_val_loss(folder: Path, val_loss: float) -> None:
+    """Add the val loss to the manifest of a checkpoint that was saved before its evaluation."""
+    manifest = read_checkpoint_manifest(folder) | {"val_loss": val_loss}
+    manifest["sha256"] = manifest_sha256(manifest)
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def load_trainer(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -134,15 +134,15 @@ def describe(run: Curves) -> str:
 def name_runs(folders: list[Path]) -> list[str]:
     """Return the names of run directories, or their paths if two have the same name. Long names are shortened."""
     names = [folder.absolute().name for folder in folders]
-    return shorten(names if len(set(names)) == len(names) else [str(folder) for folder in folders])
+    return shorten_names(names if len(set(names)) == len(names) else [str(folder) for folder in folders])
 
 
-def shorten(names: list[str], longest: int = 44) -> list[str]:
+def shorten_names(names: list[str], longest: int = 44) -> list[str]:
     """Cut the middle out of long names, but keep what tells them apart: their first difference, else the whole name.
 
-    >>> shorten(["llama-wide-and-deep-1", "llama-wide-and-deep-2"], 17)
+    >>> shorten_names(["llama-wide-and-deep-1", "llama-wide-and-deep-2"], 17)
     ['llama-w...-deep-1', 'llama-w...-deep-2']
-    >>> shorten(["llama-wide-with-lr-1-and-decay", "llama-wide-with-lr-2-and-decay"], 21)
+    >>> shorten_names(["llama-wide-with-lr-1-and-decay", "llama-wide-with-lr-2-and-decay"], 21)
     ['llama...lr-1-...decay', 'llama...lr-2-...decay']
     """
     side, third = (longest - 3) // 2, (longest - 6) // 3

@@ -17,9 +17,9 @@ from llmkit import __version__
 from llmkit.config.load import load_config
 from llmkit.config.yaml import dump_yaml
 from llmkit.errors import MachineError, ModelError, UserError
-from llmkit.files import delete, lock, write_atomically
+from llmkit.files import delete, delete_leftovers, lock, write_atomically
 from llmkit.screen import hide_secrets
-from llmkit.storage.manifest import dependent_runs, list_checkpoints
+from llmkit.storage.manifest import MANIFEST, dependent_runs, list_checkpoints
 
 CONFIG, ABOUT, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 OUTPUTS = ("checkpoints", "tensorboard", METRICS, "loss.png", "report.md")  # --fresh deletes them
@@ -56,13 +56,22 @@ class RunDirectory:
             for path in (self.folder / name for name in OUTPUTS):
                 if path.exists():  # renamed first: a kill while it is deleted leaves no half of it under its name
                     delete(path.rename(path.with_name(f"{path.name}.old.tmp")))
-        for leftover in self.folder.glob("*.tmp"):  # of a process that was killed
-            delete(leftover)
+        delete_leftovers(self.folder)
+        for half_deleted in self.folder.glob("*.old.tmp"):
+            delete(half_deleted)
         if not is_same_config(self.folder, self.config):
             write_atomically(self.folder / CONFIG, dump_yaml(self.config))
         write_atomically(self.folder / ABOUT, json.dumps(self.about, indent=2) + "\n")
         kept = [record for record in self.metrics() if step is not None and record["step"] <= step]
-        write_atomically(self.folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+        self.write_metrics(kept)
+
+    def write_metrics(self, records: list[dict[str, Any]]) -> None:
+        write_atomically(self.folder / METRICS, "".join(json.dumps(record) + "\n" for record in records))
+
+    def complete(self, record: dict[str, Any]) -> None:
+        """Add what was measured after all to the metrics of the last step."""
+        *others, last = self.metrics()
+        self.write_metrics([*others, last | record])
 
     def append(self, record: dict[str, Any]) -> None:
         """Append the events of one step to the metrics."""
@@ -129,12 +138,17 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 # ---- open ------------------------------------------------------------------------------------------------------------
 
 
-def check_own(folder: Path) -> None:
-    """Raise a UserError if a folder holds files, and is no run directory: llmkit never writes between a user's files.
+def is_own(folder: Path) -> bool:
+    """Return whether `claim` has made a folder: its run.json says so, or holds a checkpoint if that is damaged."""
+    try:
+        return "llmkit" in read_about(folder)
+    except ModelError:
+        return (folder / ABOUT).is_file() and any((path / MANIFEST).is_file() for path in list_checkpoints(folder))
 
-    What `claim` has made holds a run.json.
-    """
-    if (folder / ABOUT).is_file() or not folder.exists():
+
+def check_own(folder: Path) -> None:
+    """Raise a UserError if a folder holds files and is no run directory: llmkit never writes between a user's files."""
+    if not folder.exists() or is_own(folder):
         return
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ["a file"]
     if found:
@@ -145,7 +159,7 @@ def check_own(folder: Path) -> None:
 def claim(folder: Path) -> None:
     """Create a run directory, if it is none yet, and mark it as one; raise a UserError as `check_own` does."""
     check_own(folder)
-    if not (folder / ABOUT).is_file():
+    if not is_own(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / ABOUT, json.dumps({"llmkit": __version__}) + "\n")

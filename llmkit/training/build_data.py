@@ -30,7 +30,7 @@ def open_built_corpus(config: Config, world: World, say: Callable[[str], None]) 
     """Build the corpus if the config names sources, and open it."""
     data, folder = config.data, Path(config.data.dir)
     if data.sources:
-        world.on_main(lambda: build_corpus(data, say=say, where=config.where))
+        world.on_main(lambda: build_corpus(data, say=say, where=config.where), builds_data=True)
     if read_manifest(folder).get("version") != VERSION:
         raise DataError("the data was built by another version of llmkit", at=folder, fix="build it again")
     names = [source.name for source in data.sources]
@@ -51,7 +51,7 @@ def open_encoded_records(config: Config, world: World, base: Path, start_id: int
     if data.chat_template is not None:
         tokenizer.chat_template = read_template(Path(data.chat_template))
     out, options = Path(config.run_dir) / "data", {"seed": config.seed, "pairs": start_id is not None}
-    world.on_main(lambda: encode_sft(data, tokenizer, out, **options))
+    world.on_main(lambda: encode_sft(data, tokenizer, out, **options), builds_data=True)
     report = encode_sft(data, tokenizer, out, **options)  # every rank reads what rank 0 wrote
     is_chat = report["formats"] != ["prompt/completion"]
     if is_chat:  # checkpoints get the template that was trained with

@@ -23,7 +23,7 @@ from llmkit.models.resize import resize_embeddings
 from llmkit.parallel.compile import apply_checkpointing, compile_blocks
 from llmkit.parallel.device import DTYPES, autocast, device_name, make_deterministic, matmul_rate, peak_flops, to_device
 from llmkit.parallel.signals import Signals
-from llmkit.parallel.world import start_world
+from llmkit.parallel.world import World, start_world
 from llmkit.peft import METHODS
 from llmkit.peft.adapter import base_change, load_adapter, save_adapter, saved_base_sha256
 from llmkit.screen import format_duration
@@ -134,13 +134,12 @@ def take_steps(
     gc.disable()  # a collection in mid-step stalls every rank
     try:
         stop = early_stop(run, progress)
-        # The first step is preceded by an evaluation. A signal may have left no time for the one at the last step.
-        unmeasured = resumed and read_checkpoint_manifest(resumed)["val_loss"] is None
-        if config.eval.every and (progress.step == 0 or (progress.step == run.max_steps and unmeasured)):
+        if config.eval.every and progress.step == 0:
             evaluate(run, model, progress, logger)
-            if progress.step:
-                save(run, model, optimizers, progress, logger)
             logger.flush(progress.step)
+        if config.eval.every and progress.step == run.max_steps and lacks_evaluation(resumed, directory, world):
+            evaluate(run, model, progress, logger)
+            complete_last_step(resumed, directory, logger)
         while progress.step < run.max_steps and not stop:
             # One step: the gradient of (sum of losses / targets of the whole step), however it is cut up.
             step = progress.step
@@ -230,6 +229,21 @@ def restore(folder: Path, run: PreparedRun, model: nn.Module, optimizers: Optimi
         setattr(progress, key, numbers[key])
     for key in progress.tensors:
         progress.tensors[key] = tensors[f"progress/{key}"].to(run.world.device)
+
+
+def lacks_evaluation(resumed: Path, directory: RunDirectory | None, world: World) -> bool:
+    """Return whether a signal left no time to evaluate the last step of a run."""
+    records = directory.metrics() if directory else []
+    return not world.sum(sum(record["step"] == step_of(resumed) and "val_loss" in record for record in records))
+
+
+def complete_last_step(resumed: Path, directory: RunDirectory | None, logger: MetricsLogger) -> None:
+    """Add a late evaluation to the record and the checkpoint of the last step."""
+    if directory:
+        directory.complete(logger.pending)
+        if math.isfinite(logger.pending["val_loss"]):
+            checkpoint.record_val_loss(resumed, logger.pending["val_loss"])
+    logger.pending = {}
 
 
 # ---- around the steps -----------------------------------------------------------------------------------------------

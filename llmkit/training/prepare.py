@@ -43,7 +43,6 @@ from llmkit.training.resolve import (
     describe_choice,
     describe_run,
     find_problems,
-    name_checkpoint,
     reuse_resolved_values,
 )
 from llmkit.training.schedules import SCHEDULES
@@ -163,7 +162,7 @@ def check(config: Config, ranks: int = 1, *, fresh: bool = False) -> CheckedConf
     fresh  ignore what an earlier run in the run directory resolved
     """
     options = check_choices(config)
-    config = name_checkpoint(config if fresh else reuse_resolved_values(config, ranks))
+    config = reuse_resolved_values(config, ranks, fresh=fresh)
     base = find_base(config)
     model_config = read_config(base) if base else CONFIGS[config.model.name](**options["model"])
     objective, options["objective"] = choose_objective(config, model_config)

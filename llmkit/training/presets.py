@@ -106,6 +106,9 @@ def finetune_config(
     if config.model_dump() != load_config(path, [*flags, *overrides, *flags], defaults).model_dump():
         what, got = "-o contradicts an option of finetune", f"-o {' '.join(overrides)}, against {' '.join(flags)}"
         raise UserError(what, got=got, fix="leave one of them out")
+    if (chosen := config.peft.name if config.peft else "full") != method:
+        what, fix = "the config trains with another method than the run is named after", "name the method by its option"
+        raise config.error("peft.name", what, got=f"{chosen}, and {method}", fix=f"{fix}: --{chosen}")
     return config
 
 

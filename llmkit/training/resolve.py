@@ -208,27 +208,34 @@ def check_max_epochs(config: Config, epochs: dict[str, float], shares: dict, max
 # ---- "auto" ---------------------------------------------------------------------------------------------------------
 
 
-def reuse_resolved_values(config: Config, ranks: int) -> Config:
+def reuse_resolved_values(config: Config, ranks: int, *, fresh: bool) -> Config:
     """Return the config with what the run that it resumes has resolved before its first checkpoint.
 
     These are the values that the config leaves to "auto" (the micro-batch, if it divides a rank's rows), and the
-    checkpoint of the run that init_from names.
+    checkpoint of the run that init_from names: a new run takes the best one.
+
+    fresh  there is no run to resume
     """
     folder = Path(config.run_dir)
-    if not list_checkpoints(folder) or not (folder / RUN_CONFIG).is_file():
-        return config
+    if fresh or not list_checkpoints(folder) or not (folder / RUN_CONFIG).is_file():
+        return name_checkpoint(config)
     before, update = read_run_config(folder), {}
     kept = {key: before["train"][key] for key in RESOLVED_ONCE if getattr(config.train, key) == "auto"}
     if (micro := kept.get("micro_batch_size", "auto")) != "auto" and config.train.global_batch_size // ranks % micro:
         kept["micro_batch_size"] = "auto"
     update["train"] = config.train.model_copy(update=kept)
-    if config.init_from and before["init_from"] and Path(before["init_from"]).is_relative_to(config.init_from):
-        update["init_from"] = before["init_from"]
-    return config.model_copy(update=update)
+    if config.init_from and before["init_from"] and is_inside(before["init_from"], config.init_from):
+        return config.model_copy(update=update | {"init_from": before["init_from"]})
+    return name_checkpoint(config.model_copy(update=update))
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Return whether a path lies in a folder, however the two are spelt."""
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
 def name_checkpoint(config: Config) -> Config:
-    """Return the config with the best checkpoint of the run that init_from names: a resumed run needs the same one."""
+    """Return the config with the best checkpoint of the run that init_from names."""
     run = Path(config.init_from or "")
     if not config.init_from or not is_run(run) or (best := best_checkpoint(run)) is None:
         return config
