@@ -81,6 +81,15 @@ class MachineError(UserError):
     code = ENVIRONMENT
 
 
+def explain_memory(error: Exception) -> MachineError | None:
+    """Return what to tell about Python's MemoryError, or torch's OutOfMemoryError; None for any other error."""
+    if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+        return None
+    what = "the machine" if isinstance(error, MemoryError) else "the device"
+    fix = "lower train.micro_batch_size (--batch-size), or set train.gradient_checkpointing: full"
+    return MachineError(f"{what} is out of memory", fix=fix)
+
+
 def raise_all(errors: list[UserError]) -> None:
     """Raise the first error with the rest in its `others`. Do nothing if there are no errors."""
     if errors:

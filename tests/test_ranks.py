@@ -17,7 +17,7 @@ from conftest import llmkit, metrics, tiny_config
 from llmkit.errors import DATA, ENVIRONMENT, DataError, UserError
 from llmkit.parallel import world as world_module
 from llmkit.parallel.launch import launch
-from llmkit.parallel.report import LostRankError, pack, unpack
+from llmkit.parallel.transport import LostRankError, pack, unpack
 from llmkit.parallel.world import start_world
 from llmkit.storage.manifest import newest_intact_checkpoint, step_of
 

@@ -54,7 +54,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Print a user's mistake as one block with an exit code, never as a traceback."""
-    from llmkit.errors import BUG, INTERRUPTED, MachineError, UserError
+    from llmkit.errors import BUG, INTERRUPTED, MachineError, UserError, explain_memory
 
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
@@ -78,10 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         code = print_error(MachineError(error.strerror or str(error), at=error.filename))
     except Exception as error:
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            what = "the machine" if isinstance(error, MemoryError) else "the device"
-            fix = "lower train.micro_batch_size (--batch-size), or set train.gradient_checkpointing: full"
-            code = print_error(MachineError(f"{what} is out of memory", fix=fix))
+        if memory := explain_memory(error):
+            code = print_error(memory)
         elif type(error).__name__ == "NoArgsIsHelpError":
             print(error.ctx.get_help(), file=sys.stderr)
             code = error.exit_code

@@ -17,8 +17,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from llmkit.errors import INTERRUPTED, MachineError, UserError
-from llmkit.parallel.report import LostRankError, unpack
 from llmkit.parallel.signals import Signals
+from llmkit.parallel.transport import LostRankError, unpack
 
 GRACE = 2.0  # seconds in which the other ranks may report their error too, after the first one failed
 AGAIN = "run the same command again to continue"

@@ -8,7 +8,7 @@ import sys
 import threading
 from multiprocessing.connection import Connection
 
-from llmkit.parallel.report import pack
+from llmkit.parallel.transport import pack
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from llmkit.errors import MachineError
 from llmkit.parallel.device import keep_freed_memory
-from llmkit.parallel.report import LostRankError, pack, unpack
+from llmkit.parallel.transport import LostRankError, pack, unpack
 
 PATIENCE = timedelta(minutes=5)  # how long a rank waits for the others to reach the same sum
 SAVING = timedelta(minutes=30)  # how long they wait for rank 0 while it reads or writes files of the run

@@ -3,7 +3,7 @@
 import traceback
 from typing import Any
 
-from llmkit.errors import DataError, MachineError, ModelError, UserError
+from llmkit.errors import DataError, MachineError, ModelError, UserError, explain_memory
 
 
 class LostRankError(MachineError):
@@ -15,10 +15,7 @@ KINDS = {kind.__name__: kind for kind in (UserError, DataError, ModelError, Mach
 
 def pack(error: Exception) -> dict[str, Any]:
     """Return an error as JSON values, which `unpack` reads. `at`, `got` and the rest become text."""
-    name = type(error).__name__
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError":  # the latter is torch's
-        fix = "lower train.micro_batch_size, or set train.gradient_checkpointing: full"
-        error = MachineError(str(error) or "out of memory", fix=fix)
+    error = explain_memory(error) or error
     if isinstance(error, UserError):
         fields = {key: getattr(error, key) for key in ("what", "at", "got", "expected", "fix")}
         fields = {key: None if value is None else str(value) for key, value in fields.items()}
@@ -26,7 +23,11 @@ def pack(error: Exception) -> dict[str, Any]:
     if isinstance(error, OSError) and error.errno:
         filename = None if error.filename is None else str(error.filename)
         return {"kind": "OSError", "args": [error.errno, error.strerror, filename]}
-    return {"kind": "bug", "text": f"{name}: {error}", "traceback": "".join(traceback.format_exception(error))}
+    return {
+        "kind": "bug",
+        "text": f"{type(error).__name__}: {error}",
+        "traceback": "".join(traceback.format_exception(error)),
+    }
 
 
 def unpack(packed: dict[str, Any]) -> Exception:
