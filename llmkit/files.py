@@ -122,6 +122,7 @@ def write_beside(out: Path) -> Iterator[Path]:
     Whoever finds the final name finds all of it. An empty folder of that name is replaced. What earlier processes on
     this machine left behind when they were killed is deleted.
     """
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     delete_leftovers(out.parent, out.name)
     temporary = temporary_path(out)

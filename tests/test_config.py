@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import yaml
+from conftest import tiny_config
 
 from llmkit.config.load import load_config
 from llmkit.config.schema import Config
-from llmkit.config.yaml import dump_yaml, merge, parse_yaml, set_override
+from llmkit.config.yaml import dump_yaml, merge, parse_yaml, quote, set_override
 from llmkit.errors import UserError
 from llmkit.models import FAMILIES
 from llmkit.training.plan import plan_config
@@ -311,3 +313,15 @@ AMBIGUOUS = "1e5 010 0o17 0x1F 1:30 yes OFF 2024-01-01 ~ null .inf 1_000 << = tr
 def test_what_a_run_writes_is_read_as_the_same(text):
     values = {"name": text, "list": [text, 1, 2.5, 1e-7, 1e22, None, True], "section": {"inner": text}}
     assert parse_yaml(dump_yaml(values), "x")[0] == values
+
+
+def test_every_letter_can_be_in_a_quoted_value():
+    text = "runs/\U0001f600 'x' \\ 1:30"
+    assert set_override({}, {}, f"init_from={quote(text)}") == {"init_from": text}
+
+
+@pytest.mark.parametrize("key", ["train.epochs", "data.sources.0.weight", "data.tokenizer.sample_mb"])
+def test_huge_lengths_and_shares_are_refused(corpus, tmp_path, key):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_config(corpus)))
+    with pytest.raises(UserError, match=f"{key} is not valid"):
+        load_config(tmp_path / "c.yaml", ["train.max_steps=null", "train.epochs=1", f"{key}=1.7e308"])

@@ -14,6 +14,7 @@ import torch
 import yaml
 from conftest import llmkit, metrics, tiny_config
 
+from llmkit.commands.show import check_is_new
 from llmkit.config.load import load_config
 from llmkit.errors import MODEL, USAGE, DataError, ModelError, UserError
 from llmkit.evals.perplexity import measure
@@ -28,8 +29,9 @@ from llmkit.storage.manifest import (
     read_checkpoint_manifest,
     verify,
 )
+from llmkit.storage.plot import plot_runs
 from llmkit.storage.report import summarize
-from llmkit.storage.run import METRICS, read_metrics, read_run_config
+from llmkit.storage.run import METRICS, metrics_line, read_metrics, read_run_config, without_secrets
 from llmkit.training.loop import train
 from llmkit.training.schedules import SCHEDULES
 
@@ -88,7 +90,14 @@ def test_a_folder_with_files_of_the_users_is_never_written_to(corpus, tmp_path, 
 
 @pytest.mark.parametrize(
     ("run_dir", "words"),
-    [("''", "not empty"), (".", "working dir"), ("..", "working dir"), ("data", "data.dir"), ("text", "path")],
+    [
+        ("''", "not empty"),
+        (".", "working dir"),
+        ("..", "working dir"),
+        ("data", "data.dir"),
+        ("text", "path"),
+        ("data/run", "lies in data.dir"),
+    ],
 )
 def test_a_folder_that_can_be_no_run_is_refused(corpus, tmp_path, monkeypatch, run_dir, words):
     (tmp_path / "here").mkdir()
@@ -243,17 +252,68 @@ def test_a_damaged_run_json_is_one_error_and_written_again_by_the_run(corpus, ru
 
 
 @pytest.mark.parametrize(
-    "line", [b"\xff\xfe", b"[]", b"3", b'{"loss": 1.0}', b'{"step": "a"}', b'{"step": 1, "loss": []}', b"{"]
+    "line",
+    [
+        b"\xff\xfe",
+        b"[]",
+        b"3",
+        b'{"loss": 1.0}',
+        b'{"step": "a"}',
+        b'{"step": 1, "loss": []}',
+        b"{",
+        b'{"step": 1, "val_loss": ' + b"9" * 401 + b"}",
+        b'{"step": null}',
+    ],
 )
 def test_a_damaged_line_of_the_metrics_is_told_and_costs_no_other(corpus, run, capsys, line):
     good = read_metrics(run)
     path = run / METRICS
     path.write_bytes(line + b"\n" + path.read_bytes() + line[:-1])  # the last one was cut off by a kill
     assert read_metrics(run) == good
-    assert "1 damaged lines, the first at line 1" in capsys.readouterr().err
+    assert "1 of the lines are damaged, the first is line 1" in capsys.readouterr().err
     assert summarize(run)["step"] == 20
     train_in(run.parent, corpus)
     assert read_metrics(run) == good
+
+
+def test_metrics_are_json_even_if_they_are_not_finite(run):
+    line = metrics_line({"step": 30, "tokens": 1, "loss": math.nan, "val_loss": math.inf})
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 30, "tokens": 1, "loss": None, "val_loss": None}
+    with (run / METRICS).open("a") as file:
+        file.write(line)
+    assert read_metrics(run)[-1]["loss"] is None
+    row = summarize(run)
+    assert row["step"] == 30 and row["loss"] is None and row["best_step"] in (10, 20)
+    plot_runs([run], run / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("text", "stored"),
+    [
+        ('password="abc" and more', 'password="abc" and more'),
+        ("pairs?token=abc.jsonl", "pairs?token=abc.jsonl"),
+        ("https://me:pw@host/x?token=abc", "https://***@host/x?token=***"),
+    ],
+)
+def test_a_stored_config_has_no_secrets_and_is_else_the_same(text, stored):
+    assert without_secrets({"a": [text, 1], "b": {"c": text}}) == {"a": [stored, 1], "b": {"c": stored}}
+
+
+def test_an_output_that_can_not_be_replaced_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="working directory"):
+        check_is_new(Path())
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    half = temporary_path(tmp_path / "real/model.gguf").name.replace(str(os.getpid()), str(dead.pid))
+    (tmp_path / "real" / half).write_text("half")
+    check_is_new(tmp_path / "link")
+    with write_beside(tmp_path / "link") as folder:
+        folder.mkdir()
+        (folder / "a").write_text("a")
+    assert (tmp_path / "link/a").read_text() == "a"
 
 
 def test_a_checkpoint_is_hashed_once_and_only_what_is_read(run, monkeypatch):

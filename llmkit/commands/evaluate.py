@@ -46,9 +46,9 @@ def find_default_run(say) -> Path:
     from llmkit.storage.report import list_runs
     from llmkit.training.presets import LOCAL
 
-    if LOCAL.is_file():
+    if LOCAL.is_file() and list_checkpoints(run := Path(load_config(LOCAL, for_training=False).run_dir)):
         say(f"config: {LOCAL}")
-        return Path(load_config(LOCAL).run_dir)
+        return run
     found = [run for run in list_runs(Path("runs")) if list_checkpoints(run)]
     if not found:
         fix = "llmkit eval MODEL --perplexity --data FILE"

@@ -21,9 +21,11 @@ def runs(
     from llmkit.storage.run import is_run
 
     folders = [name if is_run(name) else Path("runs") / name for name in names] or list_runs(Path("runs"))
-    missing = [str(folder) for folder in folders if not is_run(folder)]
+    missing = [str(name) for name, folder in zip(names or folders, folders, strict=True) if not is_run(folder)]
     if missing or not folders:
         raise UserError("there is no run", at=", ".join(missing) or "./runs", fix="llmkit pretrain CONFIG makes one")
+    if plot and plot.suffix != ".png":
+        raise UserError("--plot writes a PNG", got=plot, fix="name a file that ends in .png")
     rows = [summarize(folder) for folder in folders]
     show({"runs": rows}, as_json) if as_json else print(terminal_text(format_table(summary_table(rows))))
     if plot:

@@ -1,5 +1,6 @@
 """Declare the options that several commands share, and print results."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,11 +60,25 @@ def terminal_text(text: str) -> str:
 
 
 def check_is_new(out: Path) -> None:
-    """Raise UserError if the output exists already and is not an empty folder."""
+    """Raise UserError if the output exists already and is not an empty folder, or can't be replaced by one."""
     from llmkit.errors import UserError
+    from llmkit.files import delete_leftovers
 
+    if out.resolve() == Path.cwd():
+        raise UserError("the output is the working directory", at=out, fix="name a folder in it")
+    if out.is_dir():
+        delete_leftovers(out)
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError("the output exists already and is not empty", at=out, fix="choose another path")
+
+
+def without_nan(value: Any) -> Any:
+    """Return JSON values with null for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: without_nan(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(figures: dict[str, Any], as_json: bool) -> None:
@@ -71,7 +86,7 @@ def show(figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
         import json
 
-        print(json.dumps(figures))
+        print(json.dumps(without_nan(figures), allow_nan=False))
         return
     width = max(map(len, figures), default=0)
     for key, value in figures.items():

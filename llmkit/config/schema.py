@@ -83,7 +83,7 @@ class Source(Section):
     """Read at most this many documents."""
     follow_links: bool = False
     """Read what symbolic links inside the folder point to outside of it."""
-    weight: Annotated[float, Field(gt=0)] | None = None
+    weight: Annotated[float, Field(gt=0, le=10**9)] | None = None
     """Share of the samples; null for all: by size."""
     max_epochs: Annotated[float, Field(gt=0)] | None = None
     """A run that would exceed this is refused."""
@@ -259,7 +259,7 @@ class TokenizerSection(Section):
     """Special tokens to add to <|endoftext|> and the chat markers."""
     extra_ids: Annotated[int, Field(ge=0, le=1000)] = 0
     """Sentinels <extra_id_0> ... for span corruption; T5 has 100."""
-    sample_mb: Annotated[float, Field(gt=0)] = 64.0
+    sample_mb: Annotated[float, Field(gt=0, le=10**9)] = 64.0
     """Megabytes of text that the training reads."""
 
 
@@ -337,7 +337,7 @@ class Train(Section):
     """Length of the run in optimizer steps."""
     max_tokens: Tokens | None = None
     """Length of the run in tokens."""
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=10**6)] | None = None
     """Length of the run in passes over the data."""
     global_batch_size: Annotated[int, Field(ge=1, le=10**6)] = 32
     """Sequences in one optimizer step."""

@@ -40,7 +40,7 @@ TRAPS = {
     r"[-+]?\d[\d_]*(?::[0-5]?\d)+(?:\.\d*)?": "put it in quotes (YAML reads it as a number to base 60)",
     r"\d{4}-\d\d?-\d\d?(?:[t ].*)?": "put it in quotes (YAML reads it as a date)",
 }
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # also halves of characters, as in "\ud800"
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # also halves of characters, as in "\ud800"
 
 
 class Dumper(yaml.SafeDumper):
@@ -165,7 +165,7 @@ def set_override(values: dict, origins: dict[tuple, str], override: str) -> dict
         raise UserError("an override must have the form section.key=value", at=at)
     parts = key_path(key.strip())
     try:
-        (value,) = parse_yaml(f"{json.dumps(key.strip())}: {text}", at)[0].values()
+        (value,) = parse_yaml(f"{quote(key.strip())}: {text}", at)[0].values()
     except UserError as error:
         for one in (error, *error.others):
             one.at = at  # there are no lines
@@ -211,6 +211,15 @@ def merge(base: dict, over: dict, *, deep: bool = True) -> dict:
         chooses_other = both_sections and any(tag in value and value[tag] != old.get(tag) for tag in ("name", "kind"))
         result[key] = merge(old, value) if both_sections and not chooses_other else value
     return result
+
+
+def quote(text: str) -> str:
+    """Return a text in double quotes, which YAML reads as it is.
+
+    >>> quote("1:30")
+    '"1:30"'
+    """
+    return json.dumps(text, ensure_ascii=False)
 
 
 def key_path(key: str) -> tuple[str | int, ...]:

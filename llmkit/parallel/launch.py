@@ -19,8 +19,10 @@ from typing import Any
 from llmkit.errors import INTERRUPTED, MachineError, UserError
 from llmkit.parallel.signals import Signals
 from llmkit.parallel.transport import LostRankError, unpack
+from llmkit.screen import for_stream
 
 GRACE = 2.0  # seconds in which the other ranks may report their error too, after the first one failed
+MOST_LINES = 1000  # that are remembered, so that each is printed for one rank only
 AGAIN = "run the same command again to continue"
 
 
@@ -77,7 +79,7 @@ def launch(function: Callable[..., Any], processes: int, *args: Any, **options: 
     SIGINT and SIGTERM are passed on to all ranks as SIGTERM. All ranks end when one fails, or when this process ends.
     Raises the error of a rank, or MachineError for one that died or does not answer.
     """
-    signals, ranks, printed = Signals(), [], set()
+    signals, ranks, printed = Signals(), [], {}
     with tempfile.TemporaryDirectory(prefix="llmkit-") as folder:
         try:
             for number in range(processes):
@@ -95,7 +97,7 @@ def launch(function: Callable[..., Any], processes: int, *args: Any, **options: 
     return ranks[0].report["result"]
 
 
-def start_rank(number: int, processes: int, rendezvous: str, printed: set[str]) -> Rank:
+def start_rank(number: int, processes: int, rendezvous: str, printed: dict[str, int]) -> Rank:
     """Start a process in a group of its own, so that a terminal's Ctrl-C reaches it through the launcher alone."""
     ours, theirs = multiprocessing.Pipe()
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
@@ -127,12 +129,16 @@ def start_rank(number: int, processes: int, rendezvous: str, printed: set[str]) 
     return Rank(number, process, ours, printer)
 
 
-def print_labelled(number: int, lines: Any, printed: set[str]) -> None:
-    """Print what a rank prints, with its number; a line that several ranks print is printed once."""
+def print_labelled(number: int, lines: Any, printed: dict[str, int]) -> None:
+    """Print what a rank prints, with its number, but for lines that another rank has printed.
+
+    printed  the lines so far -> the rank that printed them first
+    """
     for line in lines:
-        if line not in printed:
-            printed.add(line)
-            print(f"rank {number}: {line}", end="", file=sys.stderr, flush=True)
+        if printed.setdefault(line, number) == number:
+            print(for_stream(f"rank {number}: {line}", sys.stderr), end="", file=sys.stderr, flush=True)
+        if len(printed) > MOST_LINES:
+            printed.clear()
 
 
 def wait_for_ranks(ranks: list[Rank], signals: Signals) -> None:

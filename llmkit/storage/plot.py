@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import math
 import textwrap
 import warnings
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from llmkit.files import write_atomically
 from llmkit.screen import format_count, printable
+from llmkit.storage.report import is_finite
 from llmkit.storage.run import read_metrics
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def read_curves(folder: Path) -> Curves:
     curves: dict[str, list[Point]] = {"loss": [], "val_loss": []}
     for record in read_metrics(folder):
         for key, points in curves.items():
-            if "tokens" in record and math.isfinite(record.get(key, math.nan)):
+            if "tokens" in record and is_finite(record.get(key)):
                 points.append(Point(record["tokens"], record[key], record["step"]))
     train, val = curves.values()
     return Curves(train, val, [min(val, key=lambda point: point.loss)] if val else [])

@@ -31,7 +31,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         config = {"init_from": error.what}
     losses = [record for record in records if "loss" in record]
     kept = {step_of(checkpoint) for checkpoint in list_checkpoints(folder)}
-    evaluated = [r for r in records if r["step"] in kept and math.isfinite(r.get("val_loss", math.nan))]
+    evaluated = [r for r in records if r["step"] in kept and is_finite(r.get("val_loss"))]
     best = min(evaluated, key=lambda record: record["val_loss"], default={})
     model = (config.get("model") or {}).get("name") or config.get("init_from")
     data = config.get("data") or {}
@@ -48,6 +48,10 @@ def summarize(folder: Path) -> dict[str, Any]:
         "bits_per_byte": best.get("bits_per_byte"),
         "best_step": best.get("step"),
     }
+
+
+def is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def summary_table(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Manage a run directory: one writer at a time, and each step exactly once in the metrics."""
 
 import json
+import math
 import platform
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from llmkit.config.yaml import dump_yaml
 from llmkit.errors import MachineError, ModelError, UserError
 from llmkit.files import delete, delete_leftovers, lock, write_atomically
 from llmkit.screen import hide_secrets
-from llmkit.storage.manifest import MANIFEST, dependent_runs, list_checkpoints
+from llmkit.storage.manifest import MANIFEST, dependent_runs, list_checkpoints, warn
 
 CONFIG, ABOUT, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 OUTPUTS = ("checkpoints", "tensorboard", METRICS, "loss.png", "report.md")  # --fresh deletes them
@@ -28,6 +29,7 @@ CHANGEABLE_KEYS = set(
     "run_dir data.workers data.cluster eval checkpoint log train.max_steps train.max_tokens train.epochs"
     " train.early_stopping_patience train.max_bad_steps train.micro_batch_size".split()
 )
+LARGEST = 1e300  # of these numbers; JSON may hold longer ones than a float
 NUMBERS = ("step", "tokens", "loss", "val_loss", "tokens_per_second", "memory_gb")  # keys of a record that are numbers
 SHOWN_FACTS = ("device", "ranks", "torch", "llmkit")  # of run.json: a change may change the last digits
 
@@ -66,7 +68,7 @@ class RunDirectory:
         self.write_metrics(kept)
 
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
-        write_atomically(self.folder / METRICS, "".join(json.dumps(record) + "\n" for record in records))
+        write_atomically(self.folder / METRICS, "".join(map(metrics_line, records)))
 
     def complete(self, record: dict[str, Any]) -> None:
         """Add what was measured after all to the metrics of the last step."""
@@ -76,13 +78,19 @@ class RunDirectory:
     def append(self, record: dict[str, Any]) -> None:
         """Append the events of one step to the metrics."""
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(metrics_line(record))
 
     def metrics(self) -> list[dict[str, Any]]:
         return read_metrics(self.folder)
 
     def close(self) -> None:
         self.lock.close()
+
+
+def metrics_line(record: dict[str, Any]) -> str:
+    """Return a record as a line of JSON, which has no NaN: null stands for a number that is not finite."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 # ---- read ------------------------------------------------------------------------------------------------------------
@@ -116,22 +124,25 @@ def read_about(folder: Path) -> dict[str, Any]:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return all complete records of a run's metrics; warn about lines that are no records.
 
-    The last line may be incomplete, because a kill cut it off.
+    The last line may be incomplete, because a kill cut it off. None is a number that was not finite.
     """
     path, records, damaged = folder / METRICS, [], []
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    schema = TypeAdapter(dict[str, int | float | str])
+    schema = TypeAdapter(dict[str, int | float | str | None])
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
                 record = schema.validate_python(json.loads(line), strict=True)
-                if not all(isinstance(record.get(key, 0), int | float) for key in NUMBERS) or "step" not in record:
+                numbers = [record.get(key, 0) for key in NUMBERS]
+                fit = all(one is None or (isinstance(one, int | float) and not abs(one) > LARGEST) for one in numbers)
+                if not fit or not isinstance(record.get("step"), int):
                     raise ValueError("no record of a step")
                 records.append(record)
         except (ValueError, RecursionError):
             damaged += [number] if number < len(lines) else []
     if damaged:
-        print(f"warning: {path} has {len(damaged)} damaged lines, the first at line {damaged[0]}", file=sys.stderr)
+        what = f"{len(damaged)} of the lines are damaged, the first is line {damaged[0]}"
+        warn(ModelError(what, at=path))
     return records
 
 
@@ -257,9 +268,13 @@ def check_same_config(folder: Path, config: dict[str, Any]) -> None:
         raise UserError("this run directory holds a run with another config", at=folder / CONFIG, got=got, fix=fix)
 
 
-def without_secrets(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a resolved config as it may be stored."""
-    return json.loads(hide_secrets(json.dumps(config)))
+def without_secrets(value: Any) -> Any:
+    """Return a resolved config as it may be stored: without the passwords and tokens of its URLs."""
+    if isinstance(value, dict):
+        return {key: without_secrets(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(one) for one in value]
+    return hide_secrets(value) if isinstance(value, str) and "://" in value else value
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -345,7 +345,7 @@ def finish(
     folder, records = directory.folder, directory.metrics()
     plot_runs([folder], folder / "loss.png")
     kept = best_checkpoint(folder)  # of all evaluations the best one that has a checkpoint
-    best = next((r for r in records if kept and "val_loss" in r and r["step"] == step_of(kept)), {})
+    best = next((r for r in records if kept and r.get("val_loss") is not None and r["step"] == step_of(kept)), {})
     speeds = sorted(r["tokens_per_second"] for r in records if "tokens_per_second" in r)
     memory = max((r["memory_gb"] for r in records if "memory_gb" in r), default=0.0)
     summary = {"steps": progress.step, "tokens": progress.step * run.tokens_per_step}

@@ -1,18 +1,16 @@
 """The defaults of `llmkit finetune`, and the example configs."""
 
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llmkit.config.load import load_config
 from llmkit.config.schema import Config
-from llmkit.config.yaml import read_yaml
+from llmkit.config.yaml import quote, read_yaml
 from llmkit.errors import ModelError, UserError, suggest
 from llmkit.models.folder import read_config
 from llmkit.storage.locate import locate
-from llmkit.storage.manifest import list_checkpoints
+from llmkit.storage.manifest import list_checkpoints, warn
 from llmkit.storage.report import list_runs
 from llmkit.storage.run import read_run_config
 
@@ -97,8 +95,8 @@ def finetune_config(
         defaults["data"] = {"kind": "sft"}
         if start is not None:
             defaults["data"]["seq_len"] = min(LONGEST, trained_length(start))
-    flags = [f"init_from={json.dumps(model)}"] if model else []  # JSON puts what YAML could misread in quotes
-    flags += [f"data.path={json.dumps(str(data))}"] if data else []
+    flags = [f"init_from={quote(model)}"] if model else []
+    flags += [f"data.path={quote(str(data))}"] if data else []
     if methods:
         flags += ["peft=null" if method == "full" else f"peft.name={method}"]
     flags += [f"peft.r={rank}"] if rank else []
@@ -117,7 +115,7 @@ def is_whole_model(run: Path) -> bool:
     try:
         return read_run_config(run)["peft"] is None
     except ModelError as error:
-        print(f"warning: {error.what}: {error.at}", file=sys.stderr)
+        warn(error)
         return False
 
 

@@ -1,7 +1,6 @@
 """Resolve what a config leaves open: the options of "choose one" sections, the objective, and every "auto"."""
 
 import importlib.util
-import json
 import math
 import shlex
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ import torch
 
 from llmkit.config.load import check_options
 from llmkit.config.schema import Choice, Config, CorpusData, Train
+from llmkit.config.yaml import quote
 from llmkit.errors import DataError, MachineError, UserError, raise_all
 from llmkit.models import CONFIGS, build_model, family_of, shape_problems
 from llmkit.objectives import OBJECTIVES, fitting_objectives
@@ -125,8 +125,8 @@ def continue_on(config: Config) -> str:
     """Return the lines of a config that continues the pretraining of init_from on the text of data.path."""
     name = Path(config.data.path).stem
     return f"""to continue the pretraining on this text, save these lines as {name}.yaml:
-init_from: {json.dumps(config.init_from)}
-data: {{dir: {json.dumps(f"data/{name}")}, sources: {json.dumps(config.data.path)}, seq_len: {config.data.seq_len}}}
+init_from: {quote(config.init_from)}
+data: {{dir: {quote(f"data/{name}")}, sources: {quote(config.data.path)}, seq_len: {config.data.seq_len}}}
 optimizer: {{name: adamw, lr: 1.0e-4}}
 train: {{epochs: 1}}
 and run: llmkit pretrain {shlex.quote(f"{name}.yaml")}"""
@@ -159,6 +159,10 @@ def check_run_dir(config: Config) -> Iterator[UserError]:
     if Path.cwd().is_relative_to(folder):
         yield config.error("run_dir", "is the working directory, or contains it", got=config.run_dir, fix=fix)
     elif isinstance(config.data, CorpusData):
+        data = Path(config.data.dir).resolve()
+        if folder != data and (folder.is_relative_to(data) or data.is_relative_to(folder)):
+            got = f"{config.run_dir}, data.dir: {config.data.dir}"
+            yield config.error("run_dir", "lies in data.dir, or data.dir in it", got=got, fix=fix)
         paths = {f"data.sources.{i}.path": one.path for i, one in enumerate(config.data.sources) if one.path}
         for key, path in {"data.dir": config.data.dir, **paths}.items():
             if Path(path).resolve() == folder:
