@@ -424,13 +424,21 @@ def test_factors_that_are_no_floats_are_refused_by_name(saved, dtype):
     refused(saved, name, "type that is not supported")
 
 
-def test_factors_that_are_not_finite_are_refused_by_name(saved):
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e300])  # the last one is infinite in fp32
+def test_factors_that_are_not_finite_are_refused_by_name(saved, value):
     path = saved / "adapter_model.safetensors"
     tensors = load_file(path)
     name = max(tensors)
-    tensors[name][0, 0] = float("nan")
+    tensors[name] = tensors[name].double()
+    tensors[name][0, 0] = value
     save_file(tensors, path)
-    refused(saved, name, "not finite")
+    refused(saved, name.removeprefix("base_model.model."), "not finite")
+
+
+def test_a_tensor_without_elements_is_one_error(saved):
+    path = saved / "adapter_model.safetensors"
+    save_file(load_file(path) | {"base_model.model.x": torch.empty(0)}, path)
+    refused(saved, "no place", "base_model.model.x")
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

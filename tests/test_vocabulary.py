@@ -693,3 +693,14 @@ def test_options_that_do_nothing_when_extending_are_refused(files):
     train_tokenizer([LATIN], vocab_size=400).save(files / "base")
     llmkit("tokenizer", "train", "latin.txt", "--extend", "base", "--special", "<x>", "--kind", "unigram",
            "--vocab-size", 450, cwd=files, code=2)  # fmt: skip
+
+
+def test_a_folder_gives_its_own_tokenizer_before_that_of_a_model_in_it(tmp_path):
+    own, other = (train_tokenizer(["a cat and a cat"] * 9, vocab_size=size) for size in (264, 266))
+    own.save(tmp_path)
+    (tmp_path / "model").mkdir()
+    assert load_tokenizer(tmp_path).sha256 == own.sha256
+    other.save(tmp_path / "model")
+    assert load_tokenizer(tmp_path).sha256 == own.sha256
+    (tmp_path / "tokenizer.json").unlink()
+    assert load_tokenizer(tmp_path).sha256 == other.sha256

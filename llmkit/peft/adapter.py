@@ -104,7 +104,6 @@ def load_adapter(model: nn.Module, folder: Path) -> Method:
         types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
         raise_all([unsupported_type(name, dtype, path) for name, dtype in types.items() if dtype not in FLOATS][:10])
         tensors = {name: file.get_tensor(name) for name in types}
-    check_finite(tensors, path)
     try:
         options, new_ids = method.from_peft(model, TypeAdapter(method.fields).validate_python(config))
         if new_ids:
@@ -122,6 +121,7 @@ def load_adapter(model: nn.Module, folder: Path) -> Method:
             got = "nothing" if found is None else tuple(found.shape)
             raise ModelError(what, at=path, got=got, expected=tuple(parameter.shape), fix=fix)
         parameter.copy_(found)
+    check_finite(method.tensors(model), path)
     if tensors:
         raise ModelError("the adapter has tensors for which the model has no place", at=path, got=min(tensors))
     return method

@@ -50,6 +50,8 @@ class Renderer:
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return the answer to a request as sandbox.py describes it."""
         with self.lock:
+            if self.process and self.process.poll() is not None:  # killed while it waited, which is no template's fault
+                self.stop()
             if self.process is None:
                 self.start()
             try:

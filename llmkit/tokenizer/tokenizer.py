@@ -337,8 +337,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     The end token and the chat template come from the config files in its folder.
     """
     if path.is_dir():
-        path = next((one for glob in ("model", "checkpoints/*/model") for one in sorted(path.glob(glob))), path)
-        path = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else find_tokenizer_file(path) or path
+        folders = [path, *(one for glob in ("model", "checkpoints/*/model") for one in sorted(path.glob(glob)))]
+        found = ([folder / "tokenizer.json", find_tokenizer_file(folder)] for folder in folders)
+        path = next((file for files in found for file in files if file and file.is_file()), path)
     if not path.is_file():
         raise ModelError("there is no tokenizer", at=path, fix="name a tokenizer.json, or a folder that holds one")
     configs = read_tokenizer_configs(path)
