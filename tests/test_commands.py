@@ -51,6 +51,10 @@ def test_the_schema_for_editors_describes_the_keys(capsys):
     schema = json.loads(run(capsys, "schema"))
     assert schema["$defs"]["Train"]["properties"]["epochs"]["description"].startswith("Length of the run")
     assert schema["properties"]["schedule"]["anyOf"][0]["properties"]["name"]["enum"] == list(TABLES["schedule"])
+    corpus = schema["$defs"]["CorpusData"]
+    assert corpus["required"] == ["dir"] and {"type": "string"} in corpus["properties"]["sources"]["anyOf"]
+    assert {"type": "string"} in corpus["properties"]["sources"]["anyOf"][0]["items"]["anyOf"]
+    assert schema["$defs"]["SftData"]["required"] == ["kind", "path"]
     assert schema["additionalProperties"] is False
 
 

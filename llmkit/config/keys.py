@@ -168,6 +168,13 @@ def json_schema(tables: Tables) -> dict[str, Any]:
     """Return a JSON schema of a config, for editors. Names of "choose one" sections are enumerated."""
     schema = TypeAdapter(Config).json_schema()
     schema["required"] = ["data"]
+    corpus = schema["$defs"]["CorpusData"]
+    corpus["required"] = ["dir"]  # the default of kind is added before pydantic sees it, and the short form of sources
+    sources, text = corpus["properties"]["sources"], {"type": "string"}
+    sources["items"] = {"anyOf": [sources["items"], text]}
+    corpus["properties"]["sources"] = {"anyOf": [{k: v for k, v in sources.items() if k in ("type", "items")}, text]}
+    corpus["properties"]["sources"]["description"] = sources.get("description", "")
+    schema["properties"]["data"] = {"anyOf": [{"$ref": "#/$defs/CorpusData"}, {"$ref": "#/$defs/SftData"}]}
     for section, table in tables.items():
         named = schema["properties"][section]
         named["anyOf"] = [{"type": "object", "properties": {"name": {"enum": list(table)}}}, {"type": "null"}]

@@ -10,7 +10,7 @@ from pydantic import ValidationError, create_model
 from llmkit.config.defaults import PATTERN
 from llmkit.config.explain import explain_all
 from llmkit.config.schema import RECIPES, Choice, Config, CorpusData, Pii, Section, SftData, TokenizerSection
-from llmkit.config.yaml import LENGTHS, merge, read_yaml, set_override
+from llmkit.config.yaml import LENGTHS, find_origin, merge, read_yaml, set_override
 from llmkit.errors import UserError, raise_all, suggest
 
 
@@ -32,7 +32,7 @@ def load_config(
     if values.get("init_from"):
         recipe = {section: value for section, value in recipe.items() if section != "model"}
     values = merge(recipe, values)
-    values = complete_data(values)
+    values = complete_data(values, origins)
     if path and "run_dir" not in values:
         values["run_dir"] = f"runs/{path.stem}"
     try:
@@ -44,14 +44,18 @@ def load_config(
     return config
 
 
-def complete_data(values: dict) -> dict:
+def complete_data(values: dict, origins: dict[tuple, str]) -> dict:
     """Return the parsed config with what its data section leaves open.
 
     The kind is corpus. A corpus that is built for the model of init_from gets that model's tokenizer.
+    Raises UserError for a section of records that does not say so.
     """
     data, base = values.get("data"), values.get("init_from")
     if not isinstance(data, dict):
         return values
+    if "path" in data and not data.keys() & {"kind", "dir", "sources"}:
+        at = find_origin(origins, ("data", "path"))
+        raise UserError("data.kind is missing", at=at, fix="add kind: sft to train on prompts and answers")
     data = {"kind": "corpus"} | data
     if data["kind"] == "corpus" and data.get("sources") and isinstance(base, str) and data.get("tokenizer") is None:
         data["tokenizer"] = {"path": base}

@@ -1,5 +1,6 @@
 """The defaults of `llmkit finetune`, and the example configs."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from llmkit.config.schema import Config
 from llmkit.config.yaml import quote, read_yaml
 from llmkit.errors import ModelError, UserError, suggest
 from llmkit.models.folder import read_config
+from llmkit.readers.packed import suffix_of
+from llmkit.readers.records import DOCUMENT_FORMATS
 from llmkit.storage.locate import locate
 from llmkit.storage.manifest import list_checkpoints, warn
 from llmkit.storage.report import list_runs
@@ -50,6 +53,9 @@ def finetune_config(
         say(f"config: {LOCAL}")
     own = read_yaml(path)[0] if path else {}
     own_peft = own["peft"] if isinstance(own.get("peft"), dict) else {}
+    if data and suffix_of(data) in DOCUMENT_FORMATS:
+        fix = continue_pretraining(model or "MODEL", str(data))
+        raise UserError("--data is text, not prompts and answers", got=data, fix=fix)
     if len(methods) > 1:
         raise UserError("finetune takes one method", got=" and ".join(methods), fix="name --lora, --full or --method")
     if not methods and not own_peft.get("name"):
@@ -91,7 +97,7 @@ def finetune_config(
         defaults["peft"] = {"name": method}
     if section:
         defaults["data"] = section
-    elif data is not None or "data" in own:
+    elif data is not None or is_records(own.get("data")):
         defaults["data"] = {"kind": "sft"}
         if start is not None:
             defaults["data"]["seq_len"] = min(LONGEST, trained_length(start))
@@ -108,6 +114,22 @@ def finetune_config(
         what, fix = "the config trains with another method than the run is named after", "name the method by its option"
         raise config.error("peft.name", what, got=f"{chosen}, and {method}", fix=f"{fix}: --{chosen}")
     return config
+
+
+def is_records(data: Any) -> bool:
+    """Return whether a data section of a YAML file that names no kind is one of records, not of a corpus."""
+    return isinstance(data, dict) and not data.keys() & {"dir", "sources"}
+
+
+def continue_pretraining(model: str, path: str) -> str:
+    """Return what to do to continue the pretraining of a model on a text: the lines of a config, and the command."""
+    name = Path(path).stem
+    return f"""to continue the pretraining on this text, save these lines as {name}.yaml:
+init_from: {quote(model)}
+data: {{dir: {quote(f"data/{name}")}, sources: {quote(path)}, seq_len: 256}}
+optimizer: {{name: adamw, lr: 1.0e-4}}
+train: {{epochs: 1}}
+and run: llmkit pretrain {shlex.quote(f"{name}.yaml")}"""
 
 
 def is_whole_model(run: Path) -> bool:

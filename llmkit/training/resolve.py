@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 
 from llmkit.config.load import check_options
 from llmkit.config.schema import Choice, Config, CorpusData, Train
-from llmkit.config.yaml import quote
 from llmkit.errors import DataError, MachineError, UserError, raise_all
 from llmkit.models import CONFIGS, build_model, family_of, shape_problems
 from llmkit.objectives import OBJECTIVES, fitting_objectives
@@ -23,6 +21,7 @@ from llmkit.storage.run import CONFIG as RUN_CONFIG
 from llmkit.storage.run import is_run, read_run_config
 from llmkit.training.cost import FROZEN, TRAINED, Lengths, Plan, make_plan
 from llmkit.training.optim import OPTIMIZERS, muon_matrices
+from llmkit.training.presets import continue_pretraining
 from llmkit.training.schedules import SCHEDULES
 
 RESOLVED_ONCE = ("precision", "micro_batch_size", "compile")  # keys of train whose "auto" a resumed run keeps
@@ -106,7 +105,10 @@ def find_problems(config: Config, options: Options, model_config: Any, ranks: in
         yield config.error("data.document_mask", "can't be done: spans are cut out of whole rows")
     if data == "sft" and suffix_of(Path(config.data.path)) in DOCUMENT_FORMATS:
         yield config.error(
-            "data.path", "is text, not prompts and answers", got=config.data.path, fix=continue_on(config)
+            "data.path",
+            "is text, not prompts and answers",
+            got=config.data.path,
+            fix=continue_pretraining(config.init_from, config.data.path),
         )
     section = "model" if config.model else "init_from"
     for key, reason in shape_problems(model_config):
@@ -119,17 +121,6 @@ def find_problems(config: Config, options: Options, model_config: Any, ranks: in
         yield config.error(
             "train.global_batch_size", "is not a multiple of the number of ranks", got=f"{size}, {ranks}"
         )
-
-
-def continue_on(config: Config) -> str:
-    """Return the lines of a config that continues the pretraining of init_from on the text of data.path."""
-    name = Path(config.data.path).stem
-    return f"""to continue the pretraining on this text, save these lines as {name}.yaml:
-init_from: {quote(config.init_from)}
-data: {{dir: {quote(f"data/{name}")}, sources: {quote(config.data.path)}, seq_len: {config.data.seq_len}}}
-optimizer: {{name: adamw, lr: 1.0e-4}}
-train: {{epochs: 1}}
-and run: llmkit pretrain {shlex.quote(f"{name}.yaml")}"""
 
 
 def check_method(config: Config, options: dict[str, Any], model_config: Any) -> None:
