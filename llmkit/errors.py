@@ -81,8 +81,10 @@ class MachineError(UserError):
     code = ENVIRONMENT
 
 
-def explain_memory(error: Exception) -> MachineError | None:
-    """Return what to tell about Python's MemoryError, or torch's OutOfMemoryError; None for any other error."""
+def explain_machine(error: Exception) -> MachineError | None:
+    """Return what to tell about an error of the machine: memory, or a loop of links; None for any other error."""
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve before Python 3.13
+        return MachineError("a symbolic link leads back to itself", at=str(error).partition("'")[2].rstrip("'"))
     if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
         return None
     what = "the machine" if isinstance(error, MemoryError) else "the device"

@@ -94,11 +94,14 @@ def temporary_path(path: Path) -> Path:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that readers see either its old or its new content, never a part of it."""
     temporary = temporary_path(path)
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # after an error
 
 
 def free_space(folder: Path) -> str:
@@ -132,6 +135,11 @@ def write_beside(out: Path) -> Iterator[Path]:
             sync(path)
         temporary.replace(out)
         sync(out.parent)
+    except Exception as error:  # safetensors has errors of its own
+        reason = next((reason for number, reason in NO_SPACE.items() if os.strerror(number) in str(error)), None)
+        if reason is None:
+            raise
+        raise MachineError(reason, at=out, got=free_space(out.parent), fix="make room, and try again") from None
     finally:
         delete(temporary)
 

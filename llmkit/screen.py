@@ -30,7 +30,7 @@ def printable(text: str) -> str:
 
 def for_stream(text: str, stream: TextIO) -> str:
     """Return a text from a file or a model as it may be printed: `printable` on a terminal, unchanged elsewhere."""
-    return printable(text) if stream.isatty() else text
+    return printable(text) if stream and stream.isatty() else text  # None: the stream was closed
 
 
 def replace_surrogates(text: str) -> str:
@@ -102,10 +102,11 @@ def format_markdown(text: str) -> str:
     """
     lines = []
     for is_table, group in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")):
-        if is_table:
-            header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in group)
-            lines.append(format_table([dict(zip(header, row, strict=True)) for row in rows]))
-        else:
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in group] if is_table else []
+        if len(rows) > 2:  # a header, its underline, and what is below
+            padding = [""] * len(rows[0])  # for a line that is cut off
+            lines.append(format_table([dict(zip(rows[0], [*row, *padding], strict=False)) for row in rows[2:]]))
+        elif not is_table:
             lines += [line.lstrip("# ") if line.startswith("#") else line for line in group]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines).replace("**", ""))
 

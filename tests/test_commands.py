@@ -1,15 +1,26 @@
 """Arguments, errors and texts of the command line, in this process."""
 
+import errno
 import io
 import json
+import os
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
+import yaml
+from conftest import tiny_config
 
 import llmkit
 from llmkit.commands.app import main
 from llmkit.config.keys import list_keys
-from llmkit.errors import DataError, UserError, raise_all
+from llmkit.errors import DataError, MachineError, UserError, raise_all
+from llmkit.evals.perplexity import describe_cuts
+from llmkit.files import NO_SPACE, write_beside
 from llmkit.inference.sampling import Sampling
+from llmkit.screen import for_stream
+from llmkit.tokenizer.tokenizer import fetch_tokenizer
 from llmkit.training.resolve import TABLES
 
 
@@ -147,3 +158,54 @@ def test_standard_input_that_is_not_utf8_is_repaired_and_every_character_can_be_
 def test_sampling_refuses_what_is_out_of_range(options):
     with pytest.raises(UserError, match="is out of range"):
         Sampling(**options)
+
+
+# ---- what trials found ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="Path.resolve raises nothing any more")
+def test_a_loop_of_links_is_one_error(capsys, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    Path("c.yaml").write_text(yaml.safe_dump(tiny_config(corpus, run_dir="loop/x")))
+    said = run(capsys, "pretrain", "c.yaml", code=5)
+    assert "a symbolic link leads back to itself" in said and "loop" in said
+
+
+def test_an_output_that_does_not_fit_names_the_disk(tmp_path):
+    for number in (errno.ENOSPC, errno.EFBIG):
+        with pytest.raises(MachineError) as caught, write_beside(tmp_path / "out") as file:
+            file.write_text("half")
+            raise ValueError(f"a library: {os.strerror(number)}")
+        assert caught.value.what == NO_SPACE[number] and "bytes free" in caught.value.got
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_example_is_never_written_through_a_link(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("link.yaml").symlink_to("elsewhere.yaml")
+    assert "exists already" in run(capsys, "init", "pretrain", "--out", "link.yaml", code=2)
+    assert not Path("elsewhere.yaml").exists()
+
+
+def test_a_damaged_report_is_printed_as_far_as_it_goes(capsys, corpus, tmp_path):
+    shutil.copytree(corpus / "data", tmp_path / "data")
+    report = tmp_path / "data/report.md"
+    report.write_bytes(report.read_bytes()[:150] + b"\xff\n| a | b |\n|---|---|\n| c")
+    assert "Data report" in run(capsys, "data", "report", tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", [" ", "a\0b", "a b/c"])
+def test_a_name_that_can_be_no_tokenizer_is_one_error(name):
+    with pytest.raises(UserError, match="neither a file nor a tokenizer"):
+        fetch_tokenizer(name)
+
+
+def test_a_closed_stream_is_no_terminal():
+    assert for_stream("a\x1b", None) == "a\x1b"
+
+
+def test_eval_says_which_answers_it_cuts(tmp_path):
+    rows = [([1] * 20, [False] * 15 + [True] * 5), ([1] * 20, [False, *[True] * 19]), ([1] * 3, [False, True, True])]
+    assert describe_cuts(rows, 8) == ("; 2 are cut to 8 tokens, 1 of them left out, because their answers come later")
+    assert describe_cuts(rows, 19) == ""

@@ -54,7 +54,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Print a user's mistake as one block with an exit code, never as a traceback."""
-    from llmkit.errors import BUG, INTERRUPTED, MachineError, UserError, explain_memory
+    from llmkit.errors import BUG, INTERRUPTED, MachineError, UserError, explain_machine
 
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
@@ -78,8 +78,10 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         code = print_error(MachineError(error.strerror or str(error), at=error.filename))
     except Exception as error:
-        if memory := explain_memory(error):
-            code = print_error(memory)
+        if known := explain_machine(error):
+            code = print_error(known)
+        elif "KeyboardInterrupt" in f"{type(error.__cause__)} {type(error.__context__)} {error}":
+            code = INTERRUPTED[2]  # a library was interrupted, and raised an error of its own
         elif type(error).__name__ == "NoArgsIsHelpError":
             print(error.ctx.get_help(), file=sys.stderr)
             code = error.exit_code

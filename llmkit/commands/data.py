@@ -74,7 +74,7 @@ def data_report(
         check_corpus(section)
         folder = Path(section.dir)
     manifest = read_manifest(folder)
-    report = terminal_text(format_markdown((folder / "report.md").read_text(encoding="utf-8")))
+    report = terminal_text(format_markdown((folder / "report.md").read_text(encoding="utf-8", errors="replace")))
     show(manifest, as_json) if as_json else print(report)
 
 

@@ -46,10 +46,11 @@ def init(
         print(text, end="")
     else:
         from llmkit.errors import UserError
+        from llmkit.files import write_atomically
 
-        if out.exists():
+        if out.exists() or out.is_symlink():
             raise UserError("the file exists already", at=out, fix="choose another name")
-        out.write_text(text, encoding="utf-8")
+        write_atomically(out, text)
         print(f"written: {out}")
 
 

@@ -43,7 +43,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     options = {"expected_tokens": max_new_tokens, "prompts": len(prompts), "say": to_stderr}
     writer = open_writer(model, precision=precision, compile=compile, **options)
-    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
+    texts = [(sys.stdin.read() if sys.stdin else "") if prompt == "-" else prompt for prompt in prompts]
     encode = (lambda text: writer.encode_chat([{"role": "user", "content": text}])) if chat else writer.encode
     options = {"sampling": sampling, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed, "chat": chat}
     written = writer.write([encode(text) for text in texts], **options)

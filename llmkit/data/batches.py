@@ -115,7 +115,8 @@ class Batches:
         return self.rows_from(step, -(-(self.global_batch_size - self.rank) // self.world))
 
     def rows_from(self, step: int, number: int) -> Batch:
-        """Return this rank's first rows from a step on. They may go on into later steps."""
+        """Return this rank's first rows from a step on, at most an epoch. They may go on into later steps."""
+        number = min(number, max(1, self.samples // self.world))
         first = step * self.global_batch_size + self.rank
         positions = range(first, first + number * self.world, self.world)
         return self.make_batch([self.sample_at(position) for position in positions], positions)

@@ -10,7 +10,7 @@ from llmkit.config.defaults import MAX_BAD_FRACTION
 from llmkit.data.batches import open_rows
 from llmkit.data.corrupt import shift_right
 from llmkit.data.layouts import LAYOUTS
-from llmkit.data.sft import encode_records, split_into_pairs, truncate_pair
+from llmkit.data.sft import Example, encode_records, split_into_pairs, truncate_pair
 from llmkit.data.splits import bytes_per_token, open_stream, read_manifest
 from llmkit.errors import DataError, UserError
 from llmkit.models import family_of
@@ -176,6 +176,7 @@ def read_data(
         raise DataError(f"{model_config.model_type} writes no answers", at=path, fix="name a file of texts")
     if records:
         rows = list(encode_records(path, tokenizer, default_template(tokenizer), tally, set()))
+        what = f"the answers in {path} ({len(rows)} records{describe_cuts(rows, window)})"
         if model_config.kind == "causal":
             cut = [(ids[: window + 1], targets[: window + 1]) for ids, targets in rows]
             batches = answer_rows(cut, tokenizer.eos_id, batch_size)
@@ -183,13 +184,21 @@ def read_data(
             pairs = [pair for ids, targets in rows for pair in split_into_pairs(ids, targets, tokenizer.eos_id)]
             start_id = family_of(model_config).start_token_id(model_config)
             batches = pair_rows(pairs, window, start_id, batch_size)
-        return None, batches, f"the answers in {path} ({len(rows)} records)", 0
+        return None, batches, what, 0
     documents = list(keep_documents(read_file(path, source="eval", root=path.parent), tally))
     if not documents:
         raise DataError("no text can be read from the file", at=path, got=tally.describe() or None)
     tokenizer.verify_fast_encoder([one.text[:10_000] for one in documents[:MAX_VERIFIED_TEXTS]])
     tokens = np.concatenate(list(tokenizer.encode_documents(one.text for one in documents)))
     return tokens, None, f"{path} ({len(documents)} documents)", sum(len(one.text.encode()) for one in documents)
+
+
+def describe_cuts(rows: list[Example], window: int) -> str:
+    """Return how many records are longer than the window, and how many of them lose all of their answers."""
+    long = [targets for ids, targets in rows if len(ids) > window + 1]
+    lost = sum(not any(targets[1 : window + 1]) for targets in long)
+    left_out = f", {lost} of them left out, because their answers come later" if lost else ""
+    return f"; {len(long)} are cut to {window} tokens{left_out}" if long else ""
 
 
 def corrupted_rows(

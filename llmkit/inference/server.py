@@ -239,8 +239,8 @@ def serve(writer: Writer, name: str, host: str, port: int, limits: Limits, say: 
     hosts = {"*"} if host in ("0.0.0.0", "::") else {address.lower(), "127.0.0.1", "localhost", "[::1]"}
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        what, fix = f"the server can't listen: {error.strerror or error}", "choose another --port"
+    except (OSError, TypeError, ValueError) as error:  # the latter for names that can be none
+        what, fix = f"the server can't listen: {getattr(error, 'strerror', None) or error}", "choose another --port"
         raise MachineError(what, at=f"{host}:{port}", fix=fix) from None
     server = Server(writer, name, limits)
     server.warm_up()

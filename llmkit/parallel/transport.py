@@ -3,7 +3,7 @@
 import traceback
 from typing import Any
 
-from llmkit.errors import DataError, MachineError, ModelError, UserError, explain_memory
+from llmkit.errors import DataError, MachineError, ModelError, UserError, explain_machine
 
 
 class LostRankError(MachineError):
@@ -15,7 +15,7 @@ KINDS = {kind.__name__: kind for kind in (UserError, DataError, ModelError, Mach
 
 def pack(error: Exception) -> dict[str, Any]:
     """Return an error as JSON values, which `unpack` reads. `at`, `got` and the rest become text."""
-    error = explain_memory(error) or error
+    error = explain_machine(error) or error
     if isinstance(error, UserError):
         fields = {key: getattr(error, key) for key in ("what", "at", "got", "expected", "fix")}
         fields = {key: None if value is None else str(value) for key, value in fields.items()}

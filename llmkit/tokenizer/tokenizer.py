@@ -282,8 +282,12 @@ def fetch_tokenizer(name: str) -> Tokenizer:
     """Load a tokenizer from a path as `load_tokenizer` does, or download it by its id on the hub."""
     if Path(name).exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
         return load_tokenizer(Path(name).expanduser())
-    with library_errors("this is neither a file nor a tokenizer on the hub", at=name, fix="name a tokenizer.json"):
-        rust = prevent_special_token_injection(Rust.from_pretrained(name))
+    what, fix = "this is neither a file nor a tokenizer on the hub", "name a tokenizer.json"
+    try:
+        with library_errors(what, at=name, fix=fix):
+            rust = prevent_special_token_injection(Rust.from_pretrained(name))
+    except ValueError as error:  # the name can be no id of the hub
+        raise ModelError(f"{what}: {error}", at=repr(name), fix=fix) from None
     eos_id = next((i for name in EOS_NAMES if (i := rust.token_to_id(name)) is not None), 0)
     return Tokenizer(rust, eos_id)
 

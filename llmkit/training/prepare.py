@@ -22,6 +22,7 @@ from llmkit.objectives.objective import Objective
 from llmkit.parallel.device import choose_precision, device_name
 from llmkit.parallel.world import World
 from llmkit.peft import METHODS
+from llmkit.readers.documents import check_file
 from llmkit.screen import format_count
 from llmkit.storage.locate import base_sha256, locate
 from llmkit.storage.run import check_own, claim
@@ -127,6 +128,7 @@ def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[
     config, options, model_config = checked.config, checked.options, checked.model_config
     check_own(Path(config.run_dir))
     if config.data.kind == "sft":  # its records are encoded into the run directory
+        check_file(Path(config.data.path))
         world.on_main(lambda: claim(Path(config.run_dir)))
     start_id = family_of(model_config).start_token_id(model_config)
     data = open_data(config, world, checked.base, start_id, say)
