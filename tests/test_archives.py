@@ -19,7 +19,7 @@ from llmkit.errors import UserError
 from llmkit.readers import records
 from llmkit.readers.documents import list_files, read_file, read_texts
 from llmkit.readers.records import count_lines_before, read_records, spans_of
-from llmkit.readers.tally import BadRecord
+from llmkit.readers.tally import BadRecord, Tally
 from llmkit.types import Document
 
 ZIPPED, CHUNKED = "Content-Encoding: gzip\r\n", "Transfer-Encoding: chunked\r\n"
@@ -151,6 +151,37 @@ def test_an_archive_that_ends_too_early_keeps_what_came_before(tmp_path):
         assert one.text == "<p>one" and (bad.line, bad.offset) == (2, start) and "cut short" in bad.reason
     (one,), (bad,) = read(write(tmp_path / "a.warc.zst", zstandard.compress(A) + zstandard.compress(long)[:-1000]))
     assert one.text == "<p>one" and bad.line == 2 and "broken" in bad.reason
+
+
+PACKS = {
+    "a.warc": b"".join, "a.wet.gz": lambda all: gzip.compress(b"".join(all)),
+    "a.warc.gz": lambda all: b"".join(map(gzip.compress, all)),
+    "a.warc.zst": lambda all: b"".join(map(zstandard.compress, all)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PACKS)
+@pytest.mark.parametrize("kind", ["page", "request"])
+def test_an_archive_cut_anywhere_in_its_last_record_has_a_bad_one(tmp_path, name, kind):
+    last = page("http://c/", NOISE[:300]) if kind == "page" else warc("request", "http://c/", NOISE[:300])
+    whole = PACKS[name]([A, B, last])
+    start = len(PACKS[name]([A, B])) if name != "a.wet.gz" else len(whole) - 150
+    good, bad = read(write(tmp_path / name, whole))
+    assert len(good) == 2 + (kind == "page") and not bad
+    for size in range(start + 1, len(whole) - 4, 3):
+        good, bad = read(write(tmp_path / name, whole[:size]))
+        assert len(bad) == 1 and [one.text for one in good][:2] == ["<p>one", "<p>two"][: len(good)], size
+
+
+@pytest.mark.parametrize("name", ["a.warc", "a.warc.gz", "a.warc.zst"])
+def test_a_bad_header_costs_what_follows_it_and_not_what_is_no_page(tmp_path, name):
+    image = page("http://i/", NOISE, "image/png")
+    pages = [image, page("http://a/", NOISE[:200])] * 50
+    pages[90] = pages[90].replace(b"WARC/1.0", b"WORC/1.0")
+    tally = Tally()
+    texts = list(read_texts([str(write(tmp_path / name, PACKS[name](pages)))], tally=tally))
+    assert len(texts) == 45 and tally.bad == 1 and "broken from here on" in tally.first
+    assert tally.fractions()[1] == pytest.approx(0.1, abs=0.02)
 
 
 def test_a_page_without_text_costs_no_other(tmp_path, monkeypatch):

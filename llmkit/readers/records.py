@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from llmkit.errors import DataError, MachineError
 from llmkit.readers.decode import decode, parse_json
-from llmkit.readers.packed import READ_ERRORS, open_bytes, size_after, stored_size, suffix_of
+from llmkit.readers.packed import READ_ERRORS, open_bytes, size_after, stored_size, suffix_of, unpack
 from llmkit.readers.tally import BadRecord
 
 MAX_DOCUMENT_BYTES = 50_000_000  # limit for a text, and for a line of JSON Lines or CSV
@@ -305,33 +305,62 @@ def read_warc(path: Path) -> Iterator[Record]:
     from fastwarc.warc import ArchiveIterator, WarcRecordType
 
     wanted = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
-    number = 0
-    with path.open("rb") as raw:
-        for number, record in enumerate(ArchiveIterator(raw), 1):
-            url = (record.headers.get("WARC-Target-URI") or "").strip("<>")
-            if not record.record_type & wanted or (record.is_http and record.http_headers.status_code != 200):
-                continue
-            mime = record.http_content_type if record.is_http else record.headers.get("Content-Type")
-            doc_format = MIME_FORMATS.get((mime or "").partition(";")[0].strip().lower())
-            if doc_format is None or url.startswith("metadata:"):  # wget's own log
-                continue
-            size, data = record.content_length, b""
-            try:
-                data = record.reader.read(MAX_DOCUMENT_BYTES + 1)
-                if len(data) > MAX_DOCUMENT_BYTES:
-                    raise ValueError(f"over {MAX_DOCUMENT_BYTES:,} bytes")
-                if len(data) < size:
-                    raise ValueError(f"cut short: {len(data):,} of {size:,} bytes")
-                if NEXT_RECORD.search(data):
-                    raise ValueError("cut short: it runs on into the next record")
-                body = decode_body(data, record.http_headers) if record.is_http else data
-                text, encoding = decode(body, html=doc_format == "html", declared=record.http_charset)
-            except (ValueError, OSError) as error:
-                yield number, BadRecord(str(path), number, record.stream_pos, str(error), len(data)), len(data)
-                continue
-            yield number, {"text": text, "format": doc_format, "encoding": encoding, "url": url}, size
+    number, start, done, is_bad = 0, 0, 0, False
+    try:
+        with path.open("rb") as raw:
+            for number, record in enumerate(ArchiveIterator(raw), 1):
+                start, size, data, is_bad = record.stream_pos, record.content_length, b"", False
+                mime = record.http_content_type if record.is_http else record.headers.get("Content-Type")
+                doc_format = MIME_FORMATS.get((mime or "").partition(";")[0].strip().lower())
+                url = (record.headers.get("WARC-Target-URI") or "").strip("<>")
+                is_page = doc_format and record.record_type & wanted and not url.startswith("metadata:")  # wget's log
+                is_page = is_page and (not record.is_http or record.http_headers.status_code == 200)
+                try:
+                    if not record.headers.get("Content-Length"):
+                        raise ValueError("a header without Content-Length: damaged, or cut short")
+                    data = record.reader.read(MAX_DOCUMENT_BYTES + 1) if is_page else b""
+                    if len(data) > MAX_DOCUMENT_BYTES:
+                        raise ValueError(f"over {MAX_DOCUMENT_BYTES:,} bytes")
+                    if (found := len(data) + record.reader.consume()) < size:
+                        raise ValueError(f"cut short: {found:,} of {size:,} bytes")
+                    if not is_page:
+                        continue
+                    if NEXT_RECORD.search(data):
+                        raise ValueError("cut short: it runs on into the next record")
+                    body = decode_body(data, record.http_headers) if record.is_http else data
+                    text, encoding = decode(body, html=doc_format == "html", declared=record.http_charset)
+                except (ValueError, OSError) as error:
+                    is_bad = True
+                    yield number, BadRecord(str(path), number, start, str(error), len(data)), len(data)
+                    continue
+                done += size
+                yield number, {"text": text, "format": doc_format, "encoding": encoding, "url": url}, size
+        if path.suffix.lower() == ".gz" and not is_bad:  # else the end is reported already
+            check_gzip_end(path, start)
+    except (OSError, EOFError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # from the system
+            raise
+        rest = stored_size(path) - start  # counts as if its share of pages were that of what precedes it
+        lost = rest * done // start if start and done else rest
+        reason = f"the file is broken from here on: {error}"
+        yield number + 1, BadRecord(str(path), number + 1, None, reason, lost), lost
+        return
     if not number:
         yield 1, BadRecord(str(path), 1, 0, "no WARC record in the file", size_after(path, 0)), 0
+
+
+def check_gzip_end(path: Path, start: int) -> None:
+    """Raise EOFError if a .gz ends inside a member, which FastWARC takes for the end of the archive.
+
+    start  where the last member begins. If none begins there, the file is a single member and is unpacked as a whole.
+    """
+    with path.open("rb") as raw:
+        raw.seek(start)
+        is_member = raw.read(3) == b"\x1f\x8b\x08"
+        raw.seek(start if is_member else 0)
+        stream = unpack(raw, path)
+        while stream.read(2**20):
+            pass
 
 
 DOCUMENT_FORMATS = {  # suffix -> format, for files that are one document
