@@ -17,7 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from llmkit.errors import ModelError, UserError
 from llmkit.tokenizer.chat_template import CHATML_TEMPLATE, encode_chat, encode_example
-from llmkit.tokenizer.renderer import render_prefixes, renderer
+from llmkit.tokenizer.renderer import TemplateLimit, render_prefixes, renderer
 from llmkit.tokenizer.tokenizer import load_tokenizer, read_template
 from llmkit.tokenizer.train import train_tokenizer
 
@@ -107,7 +107,7 @@ def test_a_process_that_dies_or_stops_is_replaced(tokenizer, monkeypatch):
     text_of(tokenizer, CHATML_TEMPLATE)
     monkeypatch.setattr("llmkit.tokenizer.renderer.WALL_SECONDS", 0.2)
     renderer(os.getpid()).process.send_signal(signal.SIGSTOP)
-    with pytest.raises(UserError, match="no answer"):
+    with pytest.raises(TemplateLimit, match="no answer"):
         text_of(tokenizer, CHATML_TEMPLATE)
     monkeypatch.undo()
     text_of(tokenizer, CHATML_TEMPLATE)

@@ -26,16 +26,18 @@ from llmkit.data.layouts import detect_layout, to_turns
 from llmkit.data.tokens import ShardWriter, check_unchanged, describe_file, read_sealed, seal
 from llmkit.errors import DataError
 from llmkit.files import delete_leftovers, file_sha256, write_atomically
-from llmkit.readers.documents import check_file
+from llmkit.readers.documents import check_file, refuse_zip
 from llmkit.readers.records import read_records
 from llmkit.readers.tally import BadRecord, Tally
 from llmkit.tokenizer.chat_template import default_template, encode_example
+from llmkit.tokenizer.renderer import TemplateLimit
 from llmkit.tokenizer.tokenizer import Tokenizer
 
 VERSION = 3  # of the encoding; data of another version is encoded again
 TOKENS = np.dtype("<i4")
 REPORT, QUARANTINE = "report.json", "quarantine.jsonl"
 ENCODE_AGAIN = "delete {} and fine-tune again: the records are then encoded again"
+MAX_LIMITS = 10  # so many records in a row that exceed a limit of the template show that the template is at fault
 Example = tuple[list[int], list[bool]]  # token ids, which of them are targets
 
 
@@ -52,15 +54,25 @@ def encode_records(
     tally       counts the records, and the bad ones by reason
     layouts     gets the layout of the file, which its first good record decides
     quarantine  is called with every bad record
+
+    Raise DataError if the template can't be parsed, or exceeds its limits for MAX_LIMITS records in a row.
     """
-    layout = None
+    layout, limits = None, 0
     for line, record, size in read_records(path):
         if not isinstance(record, BadRecord):
             layout = layout or detect_layout(record, f"{path}:{line}")
             layouts.add(layout)
             try:
                 example = encode_example(tokenizer, template, to_turns(record, layout))
+                limits = 0
+            except DataError as error:  # the template can't be parsed, whatever the record
+                error.at = f"{path}:{line}"
+                raise
             except ValueError as error:
+                limits = limits + 1 if isinstance(error, TemplateLimit) else 0
+                if limits == MAX_LIMITS:  # each of them takes seconds
+                    got, fix = f"{limits} such records in a row", "correct the template, or shorten the conversations"
+                    raise DataError(str(error), at=f"{path}:{line}", got=got, fix=fix) from None
                 record = BadRecord(str(path), line, None, str(error), size)
         if isinstance(record, BadRecord):
             tally.add(0, record)
@@ -83,6 +95,7 @@ def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pai
     sources = [Path(data.path), *([Path(data.val_path)] if data.val_path else [])]
     for path in sources:
         check_file(path)
+        refuse_zip(path, "fine-tuning records")
     template = default_template(tokenizer)
     settings = [VERSION, pairs, data.model_dump(exclude={"on_error"}), seed, template, tokenizer.sha256]
     key = hashlib.sha256(json.dumps([*settings, *map(file_sha256, sources)]).encode()).hexdigest()[:16]
@@ -147,7 +160,7 @@ def write_examples(
 def no_examples_error(data: SftData, counts: dict[str, Any], tally: Tally, folder: Path) -> DataError:
     """Return the error for data of which no example is left."""
     reasons = [f"{counts[name]} {name}" for name in ("examples", "too long", "without a target") if counts.get(name)]
-    got = "; ".join([", ".join(reasons) or "no record", *filter(None, [tally.describe(folder / QUARANTINE)])])
+    got = "; ".join([", ".join(reasons) or "no usable record", *filter(None, [tally.describe(folder / QUARANTINE)])])
     return DataError("no example is left to train on", at=data.path, got=got)
 
 

@@ -19,6 +19,10 @@ WALL_SECONDS = 60  # without an answer; the limit of CPU_SECONDS comes first, un
 NEEDED = ("PATH", "HOME", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ")  # no other variable is handed on
 
 
+class TemplateLimit(ValueError):
+    """Say that a chat template exceeds a limit of time, memory or text for these messages."""
+
+
 class Renderer:
     """Hold the process that renders chat templates. It starts at the first request, and again after its death."""
 
@@ -81,7 +85,8 @@ def render_prefixes(
 ) -> Iterator[str]:
     """Yield a text for each rendering: (number of messages from the first on, whether to start an answer after them).
 
-    Raise DataError if the template can't be parsed or exceeds a limit, and ValueError if it rejects the messages.
+    Raise DataError if the template can't be parsed, TemplateLimit if it exceeds a limit, and another ValueError if it
+    rejects the messages.
     """
     request = {"template": template, "messages": messages, "renderings": renderings, "variables": variables}
     answer = renderer(os.getpid()).ask(request)
@@ -91,7 +96,7 @@ def render_prefixes(
         case "limit":
             size = sum(len(str(message["content"])) for message in messages)
             got = f"messages with {size:,} characters"
-            raise DataError(f"the chat template {answer['reason']}", got=got)
+            raise TemplateLimit(f"the chat template {answer['reason']}: {got}")
         case "refusal":
             raise ValueError(f"the chat template fails: {answer['reason']}")
     text = ""
