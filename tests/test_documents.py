@@ -77,6 +77,18 @@ def test_a_dangling_link_in_a_folder_is_an_error_unless_it_is_left_out(tree):
     assert names(tree, "sub", exclude=["gone*"]) == ["sub/c.py", "sub/d.jsonl.gz", "sub/deep/e.py"]
 
 
+@pytest.mark.parametrize("follow_links", [False, True])
+def test_a_link_to_itself_is_a_dangling_one(tmp_path, follow_links):
+    write(tmp_path / "a.txt", "a text")
+    (tmp_path / "loop").symlink_to("loop")  # a file of unknown type is skipped
+    assert names(tmp_path, follow_links=follow_links) == ["a.txt"]
+    (tmp_path / "b.jsonl").symlink_to("c.jsonl")
+    (tmp_path / "c.jsonl").symlink_to("b.jsonl")
+    for path in ("", "*.jsonl", "b.jsonl"):
+        with pytest.raises(UserError, match="the link points to a missing file"):
+            list_files(str(tmp_path / path), follow_links=follow_links)
+
+
 def test_links_out_of_a_folder_are_followed_only_on_request(tmp_path):
     for name in ("out/blob", "out/more/b.txt", "out/more/c/d.txt", "in/a.txt"):
         write(tmp_path / name, name)
@@ -88,7 +100,7 @@ def test_links_out_of_a_folder_are_followed_only_on_request(tmp_path):
     for pattern in ("", "**", "**/*.txt"):
         assert names(tmp_path / "in", pattern) == ["a.txt", "inner.txt"]
     list_files(str(tmp_path / "in"), skipped=skipped)
-    assert skipped == {"links out of the folder": 2}
+    assert skipped == {"linked from outside the folder": 2}
     followed = names(tmp_path / "in", follow_links=True)
     assert {"a.txt", "file.txt", "folder/b.txt", "folder/c/d.txt", "inner.txt"} <= set(followed) and len(followed) < 9
     assert names(tmp_path / "in", "folder/*.txt", follow_links=True) == ["folder/b.txt"]
@@ -103,7 +115,7 @@ def test_a_hub_cache_of_links_names_the_key(tmp_path):
     for pattern in ("snapshot", "snapshot/*.jsonl"):
         with pytest.raises(UserError, match="no file to read") as error:
             list_files(str(tmp_path / pattern), ["*.jsonl"])
-        assert "follow_links: true" in error.value.fix and "1 links out of the folder" in error.value.got
+        assert "follow_links: true" in error.value.fix and "1 linked from outside the folder" in error.value.got
     root, files = documents.dataset_files(str(tmp_path / "snapshot"), None, "train", follow_links=True)
     assert [one.text for one in read_file(files[0], source="s", root=root)] == ["one"]
 

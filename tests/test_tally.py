@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,9 +15,11 @@ from conftest import llmkit, sentences, tiny_config
 from llmkit.config.schema import CorpusData, OnError, SftData
 from llmkit.corpus.build import build_corpus
 from llmkit.corpus.scorers import read_evaluation_ngrams
+from llmkit.corpus.units import make_units
+from llmkit.data import sft
 from llmkit.data.inspect import measure_compression
 from llmkit.data.layouts import to_turns
-from llmkit.data.sft import encode_sft
+from llmkit.data.sft import encode_records, encode_sft
 from llmkit.data.splits import open_records
 from llmkit.errors import DATA, UserError
 from llmkit.readers.decode import parse_json
@@ -108,6 +111,19 @@ def test_a_cut_packed_file_is_one_bad_record_and_keeps_the_rest(tmp_path, packed
     assert tally.bad == 1 and tally.rows > 1000 and "broken from here on" in tally.first
 
 
+def test_a_damaged_member_of_a_zip_is_one_bad_record_and_costs_no_other(tmp_path):
+    draw = random.Random(0)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("a.txt", "b.txt", "c.jsonl"):
+            archive.writestr(name, json.dumps({"text": draw.randbytes(1000).hex()}) + "\n")
+        middle = archive.getinfo("b.txt").header_offset + 300
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[middle : middle + 100] = bytes(100)
+    tally = tally_of(write(tmp_path / "a.zip", bytes(data)))
+    assert (tally.rows, tally.bad) == (3, 1) and f"{tmp_path}/a.zip/b.txt:1 (" in tally.first
+    assert tally.fractions()[1] == pytest.approx(1 / 3, abs=0.05)
+
+
 def test_a_damaged_parquet_file_loses_the_rows_of_the_damaged_group(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist(noise(1000, 50)), path, row_group_size=100)
@@ -183,7 +199,7 @@ def test_skipped_files_are_in_the_report(tmp_path):
     (tmp_path / "in" / "d.jsonl").symlink_to(write(tmp_path / "out.jsonl", jsonl(5)))
     build(str(tmp_path / "in"), tmp_path)
     report = (tmp_path / "data" / "report.md").read_text()
-    for words in ("1 empty .jsonl", "1 .exe (unknown type)", "1 links out of the folder"):
+    for words in ("1 empty .jsonl", "1 .exe (unknown type)", "1 linked from outside the folder"):
         assert words in report
     source = {"name": "s", "path": str(tmp_path / "in"), "follow_links": True}
     config = tiny_config(tmp_path, data={"sources": [source]})
@@ -215,7 +231,8 @@ def test_fine_tuning_has_the_bound_of_a_build(tokenizer, tmp_path, on_error):
 
 
 @pytest.mark.parametrize("content, got", [
-    ("[]", "no record"), ('[{"prompt": "the ", "completion": null}]', "no record; left out 1 of 1 records"),
+    ("[]", "no usable record"),
+    ('[{"prompt": "the ", "completion": null}]', "no usable record; left out 1 of 1 records"),
     (json.dumps([{"prompt": "river " * 50, "completion": "is"}] * 2), "1 examples, 1 too long"),
 ])  # fmt: skip
 @pytest.mark.parametrize("pairs", [False, True])
@@ -252,6 +269,36 @@ def test_a_role_of_another_type_is_a_bad_record(turn):
         to_turns({"instruction": "x", "input": {"a": 1}, "output": "y"}, "instruction")
 
 
+LOOP = "{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}"
+
+
+def test_a_record_that_exceeds_a_limit_of_the_template_is_a_bad_one(tokenizer, tmp_path, monkeypatch):
+    chat = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "river"}]
+    lines = [json.dumps({"messages": chat * number}) for number in (1, 5, 1)]
+    path = write(tmp_path / "a.jsonl", "\n".join(lines))
+    slow = "{% if messages | length > 2 %}" + LOOP + "{% endif %}{% for one in messages %}{{ one.content }}{% endfor %}"
+    tally, bad = Tally(), []
+    found = list(encode_records(path, tokenizer, slow, tally, set(), bad.append))
+    assert len(found) == 2 and (tally.rows, tally.bad) == (3, 1)
+    assert bad[0].line == 2 and "computing time" in bad[0].reason
+    for template, what in ((LOOP, "computing time"), ("{% if %}", "can't be parsed")):
+        monkeypatch.setattr(sft, "MAX_LIMITS", 1)
+        with pytest.raises(UserError, match=what) as error:
+            list(encode_records(path, tokenizer, template, Tally(), set()))
+        assert error.value.at == f"{path}:1"
+
+
+@pytest.mark.parametrize("key", ["path", "val_path"])
+def test_fine_tuning_records_in_a_zip_are_refused_by_name(tokenizer, tmp_path, key):
+    record = json.dumps({"prompt": "the ", "completion": "river"})
+    paths = {"path": str(write(tmp_path / "a.jsonl", record)), key: str(tmp_path / "b.zip")}
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.writestr("a.jsonl", record)
+    with pytest.raises(UserError, match="fine-tuning records in a zip are not supported") as error:
+        encode_sft(SftData(kind="sft", seq_len=16, **paths), tokenizer, tmp_path / "out", seed=0)
+    assert error.value.at == tmp_path / "b.zip" and not (tmp_path / "out").exists()
+
+
 def test_lone_surrogates_of_fine_tuning_records_become_replacement_characters(tokenizer, tmp_path):
     lines = r'{"prompt": "the \ud800 ", "completion": "river \udfff"}' + "\n"
     data = SftData(kind="sft", path=str(write(tmp_path / "a.jsonl", lines * 2)), seq_len=64)
@@ -268,6 +315,23 @@ def test_evaluation_files_and_compared_texts_are_counted_too(tokenizer, tmp_path
     assert "left out 2 of 300 records" in row["bad records"] and "a.jsonl:51" in row["bad records"]
     with pytest.raises(UserError, match="too many"):
         measure_compression(tokenizer, None, [damaged(tmp_path, 9)], "text")
+
+
+def test_linked_evaluation_files_are_read_and_linked_texts_are_said(tokenizer, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").symlink_to(write(tmp_path / "out" / "f00", jsonl(20)))
+    assert read_evaluation_ngrams((str(tmp_path / "in"),), 5)[1] == 20
+    write(tmp_path / "in" / "b.jsonl", jsonl(5))
+    (row,) = measure_compression(tokenizer, None, [str(tmp_path / "in")], "text")
+    assert row["skipped files"] == "1 linked from outside the folder" and "bad records" not in row
+
+
+def test_the_units_of_a_build_come_with_the_files_that_were_skipped_for_them(tmp_path):
+    write(tmp_path / "in" / "a.jsonl", jsonl(5))
+    write(tmp_path / "in" / "b.csv", "")
+    config = tiny_config(tmp_path, data={"sources": [{"name": "s", "path": str(tmp_path / "in")}]})
+    units, skipped = make_units(CorpusData(**config["data"]))
+    assert len(units) == 1 and skipped == {"s": {"empty .csv": 1}}
 
 
 def test_tokenizer_train_stops_over_the_bound_and_writes_nothing(tmp_path):

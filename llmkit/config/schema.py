@@ -119,7 +119,7 @@ class OnError(Section):
     """List bad records in a file and go on, unless more than max_bad_fraction of the records or bytes are lost."""
 
     mode: Literal["quarantine", "fail"] = "quarantine"
-    """What to do with records that can't be used: set them aside in quarantine.jsonl, or fail at the first."""
+    """What to do with records that can't be used: set them aside in quarantine.jsonl, or fail if there is any."""
     max_bad_fraction: Fraction = MAX_BAD_FRACTION
     """Fail if more than this share of the records, or of the bytes, is lost."""
 

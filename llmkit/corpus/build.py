@@ -33,7 +33,7 @@ from llmkit.corpus.filters import RULES
 from llmkit.corpus.measure import StageTimer, file_size, measure_unit, peak_mb
 from llmkit.corpus.report import make_funnel, merge_records, render_report
 from llmkit.corpus.scorers import check_languages, load_classifier, load_word_list
-from llmkit.corpus.units import VERSION, Unit, count_skipped_files, load_array, make_units, short_hash
+from llmkit.corpus.units import VERSION, Unit, load_array, make_units, short_hash
 from llmkit.data.splits import read_manifest
 from llmkit.data.tokens import find_change, seal, token_dtype
 from llmkit.errors import DataError, MachineError, UserError, did_you_mean, raise_all
@@ -93,7 +93,7 @@ def build_corpus(
     """Build data.dir from data.sources, unless the same build is there already, and return its manifest."""
     check_corpus(data, where)
     folder = Path(data.dir)
-    units, given_tokenizer, recipe = make_recipe(data)
+    units, skipped, given_tokenizer, recipe = make_recipe(data)
     if is_built(folder, recipe):
         say(f"data is already built: {folder}/manifest.json")
         return read_manifest(folder)
@@ -104,7 +104,7 @@ def build_corpus(
     with lock(folder, "another process is building this data", fix="wait for it, or choose another data.dir"):
         check_space(folder, units)
         try:
-            return run_passes(data, units, given_tokenizer, recipe, say)
+            return run_passes(data, units, skipped, given_tokenizer, recipe, say)
         except OSError as error:
             if error.errno not in NO_SPACE:
                 raise
@@ -135,7 +135,7 @@ def try_corpus(data: CorpusData, documents: int, *, where: Locator = lambda key:
     with tempfile.TemporaryDirectory() as folder:
         on_error = OnError(max_bad_fraction=1.0)
         trial = data.model_copy(update={"sources": sources, "cluster": None, "on_error": on_error})
-        units, parts = make_units(trial), Path(folder)
+        (units, _), parts = make_units(trial), Path(folder)
         with open_pool(trial, len(units)) as pool:
             counts = measure_units(pool, units, trial, parts)
         decision = decide(units, trial, parts, parts / "decided")
@@ -149,13 +149,13 @@ def measure_units(pool: Pool, units: list[Unit], data: CorpusData, parts: Path) 
     return pool.map(measure_unit, [(unit, data, parts) for unit in units], "read, clean, measure", sizes)
 
 
-def make_recipe(data: CorpusData) -> tuple[list[Unit], Tokenizer | None, str]:
-    """Return (work units, the tokenizer that the config names or None, a hash of all inputs of the build)."""
-    units = make_units(data)
+def make_recipe(data: CorpusData) -> tuple[list[Unit], dict[str, dict[str, int]], Tokenizer | None, str]:
+    """Return (work units, skipped files by source, the tokenizer named in the config or None, hash of all inputs)."""
+    units, skipped = make_units(data)
     path = data.tokenizer.path or data.tokenizer.extend
     given = load_tokenizer(Path(path)) if path else None
     settings = data.model_dump(exclude={"dir", "sources", "workers", "cluster", "seq_len", "document_mask"})
-    return units, given, short_hash(VERSION, [unit.part for unit in units], settings, given and given.sha256)
+    return units, skipped, given, short_hash(VERSION, [unit.part for unit in units], settings, given and given.sha256)
 
 
 def decision_folder(folder: Path, recipe: str) -> Path:
@@ -168,7 +168,7 @@ def needs_build(data: CorpusData) -> bool:
     if not data.sources:
         return False
     check_corpus(data)
-    if is_built(Path(data.dir), make_recipe(data)[2]):
+    if is_built(Path(data.dir), make_recipe(data)[-1]):
         return False
     check_scorers(data, lambda key: None)
     return True
@@ -210,7 +210,12 @@ def check_space(folder: Path, units: list[Unit]) -> None:
 
 
 def run_passes(
-    data: CorpusData, units: list[Unit], given: Tokenizer | None, recipe: str, say: Callable[[str], None]
+    data: CorpusData,
+    units: list[Unit],
+    skipped: dict[str, dict[str, int]],
+    given: Tokenizer | None,
+    recipe: str,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Run all passes over all units, reusing files of earlier builds with the same inputs; return the manifest."""
     folder, started = Path(data.dir), time.perf_counter()
@@ -226,7 +231,7 @@ def run_passes(
         timer.lap("deciding")
         funnel = make_funnel(units, counts, decision)
         for source in data.sources:
-            funnel[source.name]["skipped files"] = count_skipped_files(source)
+            funnel[source.name]["skipped files"] = skipped[source.name]
         if decision.documents == 0:
             raise no_documents_error(folder, funnel)
         tokenizer, tokenizer_folder = make_tokenizer(data, parts, decided, units, decision, given, say)

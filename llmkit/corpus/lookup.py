@@ -17,7 +17,7 @@ from llmkit.errors import DataError, UserError, did_you_mean
 
 def find_build(data: CorpusData) -> tuple[list[Unit], Path]:
     """Return the units of the finished build of this config, and the folder of its decisions."""
-    units, _, recipe = make_recipe(data)
+    units, _, _, recipe = make_recipe(data)
     if not is_built(Path(data.dir), recipe):
         other = (Path(data.dir) / "manifest.json").is_file()
         raise DataError(

@@ -11,7 +11,7 @@ from llmkit.corpus.words import TextFeatures, hash_ngrams, hash_words, split_wor
 from llmkit.errors import DataError, MachineError, ModelError, UserError
 from llmkit.files import file_stamps, folder_stamps
 from llmkit.readers.decode import decode
-from llmkit.readers.documents import list_files
+from llmkit.readers.documents import list_files, refuse_zip
 from llmkit.readers.packed import suffix_of
 from llmkit.readers.records import READERS, read_records, read_text
 from llmkit.readers.tally import BadRecord, Tally
@@ -113,10 +113,10 @@ def list_matches_per_1k(text: TextFeatures, listed: dict[int, NgramSet]) -> floa
 
 
 def list_evaluation_files(patterns: Sequence[str]) -> list[Path]:
-    """List the evaluation files for decontamination. Raise DataError for a zip."""
-    files = [file for pattern in patterns for file in list_files(pattern)]
-    if zips := [file for file in files if file.suffix.lower() == ".zip"]:
-        raise DataError("evaluation files in a zip are not supported", at=zips[0], fix="unpack it")
+    """List the evaluation files for decontamination, linked ones too. Raise DataError for a zip."""
+    files = [file for pattern in patterns for file in list_files(pattern, follow_links=True)]
+    for file in files:
+        refuse_zip(file, "evaluation files")
     return files
 
 

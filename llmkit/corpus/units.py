@@ -81,16 +81,18 @@ def measuring_key(data: CorpusData, source: Source) -> str:
     )
 
 
-def make_units(data: CorpusData) -> list[Unit]:
-    """Split every source into units of about UNIT_BYTES."""
-    units = []
+def make_units(data: CorpusData) -> tuple[list[Unit], dict[str, dict[str, int]]]:
+    """Split every source into units of about UNIT_BYTES. Return them and, by source, counts of the skipped files."""
+    units, skipped = [], {}
     for source in data.sources:
+        counts: Counter[str] = Counter()
         key, section = measuring_key(data, source), source.model_dump()
         try:
-            files = exclude_build(source, source_files(source), Path(data.dir))
+            files = exclude_build(source, source_files(source, counts), Path(data.dir))
         except UserError as error:
             error.fix = error.fix or f"correct the source {source.name} in the config"
             raise
+        skipped[source.name] = dict(counts)
         if files is None:
             stamps = folder_stamps(Path(source.hf).expanduser())
             size = sum(size for _, size, _ in stamps)
@@ -101,10 +103,10 @@ def make_units(data: CorpusData) -> list[Unit]:
             stamps = file_stamps({Path(path) for path, _ in pieces})
             unit_key = short_hash(key, stamps, pieces)
             units.append(Unit(f"{source.name}-{number:03d}", section, str(root), tuple(pieces), size, unit_key))
-    return units
+    return units, skipped
 
 
-def source_files(source: Source, skipped: Counter[str] | None = None) -> tuple[Path, list[Path]] | None:
+def source_files(source: Source, skipped: Counter[str]) -> tuple[Path, list[Path]] | None:
     """Return (root, files) of a source, or None if `datasets` reads it.
 
     skipped  counts the files that are not read: see `list_files`
@@ -129,13 +131,6 @@ def exclude_build(source: Source, files: tuple[Path, list[Path]] | None, built: 
     if not found:
         raise UserError("all files of the source are in data.dir itself", at=source.path, got=f"data.dir {built}")
     return root, found
-
-
-def count_skipped_files(source: Source) -> dict[str, int]:
-    """Count the files of a source that are not read, by reason."""
-    skipped: Counter[str] = Counter()
-    source_files(source, skipped)
-    return dict(skipped)
 
 
 def group_files(files: list[Path], whole: bool) -> Iterator[tuple[list[tuple[str, Span | None]], int]]:

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,8 @@ def measure_compression(
     """
     rows = []
     for source in sources:
-        texts, size, tally = [], 0, Tally()
-        for text in read_texts([source], text_key, tally) if is_path(source) else [source]:
+        texts, size, tally, skipped = [], 0, Tally(), Counter()
+        for text in read_texts([source], text_key, tally, skipped) if is_path(source) else [source]:
             texts.append(text)
             size += len(text)
             if size > MAX_CHARACTERS:
@@ -107,6 +108,7 @@ def measure_compression(
             if one is not None:
                 tokens = sum(map(len, one.encode_slowly(texts)))
                 row |= {f"{prefix}tokens": tokens, f"{prefix}characters a token": round(size / max(1, tokens), 3)}
-        rows.append(row | {"bad records": tally.describe() or None})
-    is_any_bad = any(row["bad records"] for row in rows)
-    return [{name: value for name, value in row.items() if is_any_bad or name != "bad records"} for row in rows]
+        not_read = ", ".join(f"{number} {reason}" for reason, number in skipped.items())
+        rows.append(row | {"bad records": tally.describe() or None, "skipped files": not_read or None})
+    empty = {name for name in ("bad records", "skipped files") if not any(row[name] for row in rows)}
+    return [{name: value for name, value in row.items() if name not in empty} for row in rows]

@@ -27,7 +27,7 @@ from llmkit.types import Document
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-LINKS_OUT = "links out of the folder"  # a key of what `list_files` skips
+LINKS_OUT = "linked from outside the folder"  # a key of what `list_files` skips
 
 
 def list_files(
@@ -87,7 +87,7 @@ def no_files_error(
     globs = "".join(f", {key} {list(value)}" for key, value in [("include", include), ("exclude", exclude)] if value)
     got = ", ".join(f"{n} {suffix}" for suffix, n in seen) or "no files at all"
     expected = f"files with a known suffix, neither empty nor hidden{globs}"
-    fix = "set follow_links: true in the source, or name the folder that the links point to" if links else None
+    fix = "name the folder that the links point to, or in a config set follow_links: true" if links else None
     return DataError("no file to read", at=path, got=got, expected=expected, fix=fix)
 
 
@@ -112,7 +112,8 @@ def find_files(start: Path, root: Path, follow_links: bool) -> set[Path]:
 def leaves(path: Path, root: Path) -> bool:
     """Return whether a path below a folder really lies outside of it, because of a symbolic link."""
     steps = [path, *path.parents][: len(path.relative_to(root).parts)]
-    return any(step.is_symlink() for step in steps) and not path.resolve().is_relative_to(root.resolve())
+    target = Path(os.path.realpath(path))  # path.resolve() raises an error for a link to itself
+    return any(step.is_symlink() for step in steps) and not target.is_relative_to(root.resolve())
 
 
 def root_of(path: str) -> Path:
@@ -146,6 +147,12 @@ def check_file(path: Path) -> None:
         problem, fix = "no reader for files with this suffix", did_you_mean(got, READERS)
     if problem:
         raise DataError(problem, at=path, got=got, fix=fix)
+
+
+def refuse_zip(path: Path, what: str) -> None:
+    """Raise DataError for a zip, where only files of records are read."""
+    if path.suffix.lower() == ".zip":
+        raise DataError(f"{what} in a zip are not supported", at=path, fix="unpack it")
 
 
 def is_selected(path: Path, include: Sequence[str], exclude: Sequence[str], hidden: bool = False) -> bool:
