@@ -37,7 +37,7 @@ VERSION = 3  # of the encoding; data of another version is encoded again
 TOKENS = np.dtype("<i4")
 REPORT, QUARANTINE = "report.json", "quarantine.jsonl"
 ENCODE_AGAIN = "delete {} and fine-tune again: the records are then encoded again"
-MAX_LIMITS = 10  # so many records in a row that exceed a limit of the template show that the template is at fault
+MAX_LIMITS = 2  # records in a row that exceed a limit of the template: it is at fault, and each costs seconds
 Example = tuple[list[int], list[bool]]  # token ids, which of them are targets
 
 
