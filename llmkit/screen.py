@@ -8,14 +8,17 @@ from typing import Any, TextIO
 CONTROLS = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)"  # all but tabs and line ends
 REORDERING = r"[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"  # Unicode's controls for the direction of text
 LONE_SURROGATES = r"[\ud800-\udfff]"
-NAMES = r"(?:password|secret|api_?key|(?:hf|access|auth|api)_?token|\btoken(?==))"  # but not eos_token
+# But not eos_token or max_tokens.
+NAMES = r"[\w-]*(?:password|passwd|secret|(?:api|access)[_-]?key|(?:hf|access|auth|api|github|gitlab)[_-]?token)"
 SECRETS = [  # what is a secret, and what is shown for it
-    (r"://[^/?#\s\"']*@", "://***@"),  # the user and the password in a URL
+    (r"://(?:[^/?#\s\"']*|[^/?#\s\"'@:]*:(?!\d+/)[^\s\"']*)@", "://***@"),  # the user and the password in a URL
     (r"(?i)([?&][\w-]*(?:token|key|secret|password|signature|sig|auth)=)[^&#\s\"']+", r"\1***"),
     (r"(?i)(\bauthorization[\"']?\s*[=:]\s*[\"']?)(?:(?:bearer|basic|token)\s+)?[^\s\"',]+", r"\1***"),
     (r"(?i)(\bbearer\s+)[\w.~+/=-]{8,}", r"\1***"),
-    (rf"(?i)({NAMES}[\"']?\s*[=:]\s*[\"']?)[^\s&\"',}}]+", r"\1***"),
-    (r"\b(?:hf_|sk-)[A-Za-z0-9_-]{20,}", "***"),
+    (rf"(?i)((?:{NAMES}|\btoken)[\"']?\s*=\s*[\"']?)[^\s&\"',}}]+", r"\1***"),
+    (rf"(?im)({NAMES}[\"']?\s*:\s*[\"']?)[^\s&\"',}}]+(?=[\"',}}]*\s*(?:[,}}]|$))", r"\1***"),  # no prose
+    (rf"(?i)(--(?:{NAMES}|token)\s+)\S+", r"\1***"),
+    (r"\b(?:hf_|sk-|gh[pousr]_)[A-Za-z0-9_-]{20,}", "***"),
 ]
 
 

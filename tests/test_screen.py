@@ -56,7 +56,8 @@ def test_secrets_are_struck_out(text, shown):
 
 @pytest.mark.parametrize("text", [
     "eos_token: <|endoftext|>", "data/a@b/c.jsonl", "https://host/a@b", "git@github.com:a/b", "tokens: 7", "hf_hub",
-    "the tokenizer: a BPE", "batch_tokens=5", "bos_token=<s>",
+    "the tokenizer: a BPE", "batch_tokens=5", "bos_token=<s>", "password: the user forgot it", "https://host:80/a@b",
+    "--max-new-tokens 5", "no secret: it is open to all",
 ])  # fmt: skip
 def test_what_is_no_secret_stays(text):
     assert hide_secrets(text) == text
@@ -75,3 +76,13 @@ def test_a_run_directory_holds_no_secrets_and_is_the_same_run_again(tmp_path, mo
     }  # fmt: skip
     assert "***" in json.loads((tmp_path / "run.json").read_text())["command"]
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
+
+
+@pytest.mark.parametrize("text", [
+    "GITHUB_TOKEN=ghp_" + "a" * 36, "AWS_SECRET_ACCESS_KEY=wJalrXUtnFEMI/K7MDENG", "passwd=hunter2", "--token hunter2",
+    "--hf-token hunter2", "https://me:hun/ter2@host/x", "https://me:hun#ter2@host/x", "password: hunter2",
+    '{"api_key": "hunter2", "x": 1}', "see ghp_" + "b" * 36,
+])  # fmt: skip
+def test_the_usual_spellings_of_secrets_are_struck_out(text):
+    assert "***" in hide_secrets(text)
+    assert not any(secret in hide_secrets(text) for secret in ("hunter2", "ter2", "aaaa", "bbbb", "MDENG"))
