@@ -544,7 +544,7 @@ TWICE = {  # a field in two spellings that disagree
     "theta": ("llama", {"rope_parameters": {"rope_theta": 77.0}}, ("rope_theta and rope_parameters", "77.0")),
     "old_theta": ("mistral", {"rope_scaling": LINEAR | {"rope_theta": 9.0}}, ("rope_theta and rope_scaling",)),
     "factor": ("llama", {"rope_scaling": LINEAR, "rope_parameters": LINEAR | {"factor": 4.0}}, ("3.0 and 4.0",)),
-    "kind": ("qwen3", {"rope_scaling": LINEAR, "rope_parameters": {"factor": 3.0}}, ("linear and default",)),
+    "kind": ("qwen3", {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default"}}, ("linear and default",)),
     "kind_in_one": ("llama", {"rope_scaling": LINEAR | {"type": "yarn"}}, ("rope_scaling.type", "linear and yarn")),
     "windows": ("qwen2", {"layer_types": [FULL, FULL, SLIDING]}, ("max_window_layers and layer_types", "1 and 2")),
     "no_windows": (
@@ -918,3 +918,15 @@ def test_peft_opens_our_adapter_with_equal_logits(name, tmp_path):
     again = folder.load_model(tmp_path / "base").eval()
     load_adapter(again, tmp_path / "adapter")
     assert torch.equal(logits(again), logits(ours))
+
+
+def test_a_section_that_names_no_kind_of_scaling_contradicts_none(tmp_path):
+    config = llama.Config(vocab_size=16, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
+    folder.save_model(build_model(config), tmp_path)
+    path = tmp_path / "config.json"
+    hf = json.loads(path.read_text())
+    del hf["rope_theta"]
+    hf |= {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 500.0}}
+    path.write_text(json.dumps(hf))
+    read = folder.read_config(tmp_path)
+    assert read.rope_scaling == {"rope_type": "linear", "factor": 2.0} and read.rope_theta == 500.0

@@ -183,8 +183,6 @@ def from_hf(hf: dict) -> dict:
         section = hf.pop(field, None)
         if section and not isinstance(section, dict):
             return hf | {"rope_scaling": section}  # `read_config` refuses it
-        if section and not {"rope_type", "type"} & section.keys():
-            section = section | {"rope_type": "default"}
         names = {"type": "rope_type"}
         spelt += [(f"{field}.{key}", names.get(key, key), value) for key, value in (section or {}).items()]
     rope = unite(spelt)
