@@ -48,7 +48,7 @@ MIN_COMPRESSION_RATIO = 2  # bytes of text per byte of a compressed file
 MARKUP_SUFFIXES = (".html", ".htm", ".xhtml", ".warc", ".warc.gz", ".warc.zst")
 DISK_BYTES_PER_TEXT_BYTE = 0.8  # clean texts, compressed: 0.4; tokens: 0.5; minus the dropped documents
 
-MARKER = "llmkit.json"  # the first file of a build, in parts/: the folder is llmkit's
+MARKER = "made-by-llmkit"  # the first file of a build, in parts/: the folder is llmkit's
 
 Locator = Callable[[str], str | None]  # returns the file and line of a key of the config
 

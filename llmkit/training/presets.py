@@ -54,7 +54,7 @@ def finetune_config(
     own = read_yaml(path)[0] if path else {}
     own_peft = own["peft"] if isinstance(own.get("peft"), dict) else {}
     if data and suffix_of(data) in DOCUMENT_FORMATS:
-        fix = continue_pretraining(model or "MODEL", str(data))
+        fix = continue_pretraining(model, str(data))
         raise UserError("--data is text, not prompts and answers", got=data, fix=fix)
     if len(methods) > 1:
         raise UserError("finetune takes one method", got=" and ".join(methods), fix="name --lora, --full or --method")
@@ -121,12 +121,12 @@ def is_records(data: Any) -> bool:
     return isinstance(data, dict) and not data.keys() & {"dir", "sources"}
 
 
-def continue_pretraining(model: str, path: str) -> str:
+def continue_pretraining(model: str | None, path: str) -> str:
     """Return what to do to continue the pretraining of a model on a text: the lines of a config, and the command."""
-    name = Path(path).stem
+    name, seq_len = Path(path).stem, min(LONGEST, trained_length(model)) if model else 256
     return f"""to continue the pretraining on this text, save these lines as {name}.yaml:
-init_from: {quote(model)}
-data: {{dir: {quote(f"data/{name}")}, sources: {quote(path)}, seq_len: 256}}
+init_from: {quote(model or "MODEL")}
+data: {{dir: {quote(f"data/{name}")}, sources: {quote(path)}, seq_len: {seq_len}}}
 optimizer: {{name: adamw, lr: 1.0e-4}}
 train: {{epochs: 1}}
 and run: llmkit pretrain {shlex.quote(f"{name}.yaml")}"""
