@@ -229,3 +229,12 @@ def test_torchrun_starts_ranks_too(corpus, tmp_path):
     assert done.stdout.count("best val loss") == 1
     llmkit("pretrain", "c.yaml", "-o", "run_dir=two", "--nproc", 2, cwd=tmp_path)
     assert metrics(tmp_path / "r") == metrics(tmp_path / "two")
+
+
+def test_a_rank_of_torchrun_ends_without_a_regular_exit():
+    """torch 2.13 aborts in one of three regular exits, with "terminate called without an active exception"."""
+    code = "import atexit, llmkit.commands.app as app; atexit.register(print, 'exits'); app.main(['--version'])"
+    for size, exits in (("1", True), ("2", False)):
+        environment = os.environ | {"RANK": "1", "WORLD_SIZE": size}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith("llmkit") and ("exits" in done.stdout) == exits

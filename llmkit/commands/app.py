@@ -1,6 +1,7 @@
 """Define the entry point of the command line: the table of commands, and the handling of errors."""
 
 import io
+import os
 import re
 import sys
 from typing import Annotated, Any
@@ -92,6 +93,10 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             fix = "this is a bug in llmkit; --debug shows the traceback"
             code = print_error(UserError(f"{type(error).__name__}: {error}", fix=fix, code=BUG))
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # a rank that torchrun or a cluster's launcher started
+        from llmkit.parallel.rank import end_process
+
+        end_process(code or 0)
     sys.exit(code or 0)
 
 

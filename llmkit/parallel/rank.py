@@ -29,9 +29,19 @@ def main() -> None:
     except Exception as error:
         report = json.dumps({"error": pack(error)})
     connection.send_bytes(report.encode())
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    os._exit(0)  # a regular exit waits for the connections to other ranks, which may be dead
+    end_process(0)
+
+
+def end_process(code: int) -> None:
+    """End this rank at once.
+
+    A regular exit waits for the connections to other ranks, which may be dead. It aborts when the interpreter ends
+    before the threads of gloo do.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe, a closed stream
+            stream.flush()
+    os._exit(code)
 
 
 def end_with_launcher(connection: Connection) -> None:
