@@ -3,24 +3,33 @@
 import itertools
 import json
 import random
-import time
+import sys
 import unicodedata
 import zipfile
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
 from conftest import SHARED, llmkit, needs_shared, sentences
-from tokenizers import AddedToken, models
+from tokenizers import AddedToken, Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Rust
 
-from llmkit.errors import ModelError, UserError
+from llmkit.errors import DataError, ModelError, UserError
 from llmkit.models import build_model, llama
 from llmkit.models.folder import save_model
 from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer, bytes_to_unicode, load_tokenizer
-from llmkit.tokenizer.train import BERT_SPECIALS, PATTERNS, SPECIALS, TRAINERS, extend_bpe, train_tokenizer
+from llmkit.tokenizer.train import (
+    BERT_SPECIALS,
+    PATTERNS,
+    SPECIALS,
+    TRAINERS,
+    extend_bpe,
+    train_on_words,
+    train_tokenizer,
+)
 
 
 def prose(seed: int, letters: str, number: int = 4000) -> str:
@@ -197,8 +206,13 @@ def test_a_pattern_that_is_no_regex(kind, pattern):
 ], ids=["train", "extend"])  # fmt: skip
 def test_a_pattern_that_takes_too_many_steps_is_one_error(train, capfd):
     with pytest.raises(UserError, match="retry-limit"):
-        train(["a" * 40 + "b"], "(a+)+$")
-    assert capfd.readouterr().err == ""  # nothing of Rust's panic
+
+        def texts():
+            print("reading", file=sys.stderr)
+            yield "a" * 40 + "b"
+
+        train(texts(), "(a+)+$")
+    assert capfd.readouterr().err == "reading\n"  # nothing of Rust's panic
 
 
 def test_a_pattern_that_takes_too_many_steps_is_one_error_when_it_is_read(tmp_path):
@@ -219,17 +233,49 @@ def test_lone_surrogates_are_replaced(kind, made):
     assert "\ufffd" in train_tokenizer(["a\ud800b"] * 9, "char", vocab_size=270).rust.get_vocab()
 
 
+@pytest.mark.parametrize("texts", [[], [""], [" \n", "\t"]])
+def test_no_text_is_refused(kind, texts):
+    with pytest.raises(DataError, match="there is no text to train a tokenizer on"):
+        train_tokenizer(texts, kind, vocab_size=400)
+
+
+def test_a_vocab_size_without_room_for_the_alphabet_is_refused(kind):
+    with pytest.raises(UserError, match="vocab_size is too small for the special tokens and the alphabet") as error:
+        train_tokenizer([LATIN], kind, vocab_size=5)
+    assert error.value.expected.startswith("at least ")
+
+
 # ---- words of any length --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
-def test_training_time_grows_with_the_length_of_a_word_and_not_with_its_square(kind):
-    def seconds(length: int) -> float:
-        word, begin = "".join(random.Random(5).choices("abcdefghij", k=length)), time.process_time()
-        train_tokenizer([word], kind, vocab_size=500)
-        return time.process_time() - begin
+@pytest.mark.parametrize("pattern", [PATTERNS["gpt2"], r"[^\n]+\n?"])
+def test_training_gets_no_long_word(pattern):
+    """Training time grows with the square of a word's length."""
+    lengths: list[int] = []
 
-    assert seconds(160_000) < 8 * seconds(40_000)
+    def train_from_iterator(texts, trainer):
+        lengths.extend(len(word) for text in texts for word, _ in rust.pre_tokenizer.pre_tokenize_str(text))
+
+    whole = pre_tokenizers.Split(Regex(pattern), "isolated")
+    rust = SimpleNamespace(pre_tokenizer=whole, normalizer=None, train_from_iterator=train_from_iterator)
+    train_on_words(rust, ["abcdefgh" * 5000], None, lambda line: None)
+    assert lengths == [1000] * 40 and rust.pre_tokenizer is whole
+
+
+@pytest.mark.parametrize(("pattern", "text", "words"), [
+    ("gpt2", "\u65e5\u672c" * 200, 1),  # 400 characters, 1200 bytes
+    ("qwen2", "\u65e5\u672c\u3002" * 1000, 0),  # words of 2 characters, without a space
+    ("llama3", "=" * 3000 + " " + "ab" * 600, 2),
+    (r"[^\n]+\n?", "one line of words " * 100 + "\nand a short one", 1),
+], ids=["CJK", "signs between", "signs", "own pattern"])  # fmt: skip
+def test_every_cut_word_is_said(pattern, text, words):
+    said: list[str] = []
+    train_tokenizer([text], vocab_size=300, pattern=pattern, say=said.append)
+    expected = [f"the tokenizer learned from parts of {words} words that are longer than 1,000 letters"]
+    assert said == (expected if words else [])
+    if words:  # the words of `extend` are those of the base, with its tokens as letters
+        extend_bpe(train_tokenizer(["b c"], vocab_size=259, pattern=pattern), [text * 2], 300, say=said.append)
+        assert len(said) == 2
 
 
 def test_long_words_are_cut_for_training_only_and_counted(kind):

@@ -166,7 +166,7 @@ def tokenizer_train(
     from llmkit.tokenizer.train import extend_bpe, train_tokenizer
 
     check_is_new(out)
-    tally, skipped = Tally(), Counter()
+    tally, skipped, say = Tally(), Counter(), progress_printer(as_json)
     texts = read_texts(sources, text_key, tally, skipped)
     if extend:
         given = {
@@ -177,10 +177,10 @@ def tokenizer_train(
         }
         if ignored := [option for option, is_given in given.items() if is_given]:
             raise UserError(f"{ignored[0]} has no effect with --extend", fix="leave it out: the base tokenizer decides")
-        tokenizer = extend_bpe(load_tokenizer(extend), texts, vocab_size)
+        tokenizer = extend_bpe(load_tokenizer(extend), texts, vocab_size, say=say)
     else:
         options = {"vocab_size": vocab_size, "pattern": pattern, "normalize": normalize, "special_tokens": special}
-        tokenizer = train_tokenizer(texts, kind, say=progress_printer(as_json), **options)
+        tokenizer = train_tokenizer(texts, kind, say=say, **options)
     tally.check(max_bad_fraction, fix="repair the files, or raise --max-bad-fraction")
     with write_beside(out) as folder:
         tokenizer.save(folder)

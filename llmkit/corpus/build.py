@@ -386,7 +386,7 @@ def make_tokenizer(
     if section.path:
         tokenizer = given
     elif section.extend:
-        tokenizer = extend_bpe(given, sample(), section.vocab_size)
+        tokenizer = extend_bpe(given, sample(), section.vocab_size, say=say)
     else:
         options = section.model_dump(include={"vocab_size", "pattern", "normalize"})
         options["special_tokens"] = [*section.special_tokens, *(f"<extra_id_{i}>" for i in range(section.extra_ids))]

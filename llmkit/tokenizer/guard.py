@@ -27,24 +27,24 @@ def library_errors(what: str, kind: type[UserError] = ModelError, **rows: Any) -
 
 @contextlib.contextmanager
 def hide_panics() -> Iterator[None]:
-    """Hold back what is written to standard error, and drop it if a UserError ends the block.
+    """Hold back what is written to standard error; if a UserError ends the block, drop what Rust printed of a panic.
 
-    Rust prints each panic there, and Python can't prevent it. For long calls of one thread.
+    Python can't prevent that Rust prints it. For long calls of one thread.
     """
     sys.stderr.flush()
     with tempfile.TemporaryFile() as held:
         stderr = os.dup(2)
         os.dup2(held.fileno(), 2)
-        dropped = False
+        panicked = False
         try:
             yield
         except UserError:
-            dropped = True
+            panicked = True
             raise
         finally:
             sys.stderr.flush()
             os.dup2(stderr, 2)
             os.close(stderr)
             held.seek(0)
-            if not dropped:
-                os.write(2, held.read())
+            text = held.read()
+            os.write(2, text.partition(b"\nthread '")[0] if panicked else text)
