@@ -3,6 +3,7 @@
 User mistakes raise `UserError`. Any other uncaught exception is a bug in llmkit (exit code 70).
 """
 
+import errno
 from collections.abc import Iterable
 
 USAGE, DATA, MODEL, ENVIRONMENT, DIVERGED, LOCKED, BUG = 2, 3, 4, 5, 6, 7, 70
@@ -81,8 +82,21 @@ class MachineError(UserError):
     code = ENVIRONMENT
 
 
+FILE_FIXES = {
+    errno.ENOSPC: "free some space, or write to another disk",
+    errno.EDQUOT: "free some space, or write to another disk",
+    errno.EFBIG: "raise the limit on the size of files: ulimit -f unlimited",
+    errno.EMFILE: "raise the limit on open files: ulimit -n 4096",
+    errno.EACCES: "check who owns it, and its permissions",
+    errno.EPERM: "check who owns it, and its permissions",
+    errno.EROFS: "write to another folder: this one is read-only",
+}
+
+
 def explain_machine(error: Exception) -> MachineError | None:
-    """Return what to tell about an error of the machine: memory, or a loop of links; None for any other error."""
+    """Return what to tell about an error of the machine: memory, files, a loop of links; None for any other error."""
+    if isinstance(error, OSError):
+        return MachineError(error.strerror or str(error), at=error.filename, fix=FILE_FIXES.get(error.errno))
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve before Python 3.13
         return MachineError("a symbolic link leads back to itself", at=str(error).partition("'")[2].rstrip("'"))
     if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":

@@ -206,6 +206,14 @@ def test_a_body_that_is_not_packed_as_its_header_says_is_taken_as_it_is(tmp_path
     assert [one.text for one in good] == ["<p>one", "<p>no gzip", "<p>two"] and not bad
 
 
+@pytest.mark.parametrize("line", ["HTTP/1.1 OK", "HTTP/1.1"])
+def test_a_page_without_a_status_is_named(tmp_path, line):
+    block = f"{line}\r\nContent-Type: text/html\r\n\r\n<p>x".encode()
+    broken = warc("response", "http://c/", block, "application/http; msgtype=response")
+    good, (bad,) = read(write(tmp_path / "a.warc", A + broken + B))
+    assert len(good) == 2 and bad.line == 2 and bad.reason == "a response without a status"
+
+
 @pytest.mark.parametrize("headers, body", [
     (ZIPPED, gzip.compress(NOISE)[:1000]), (CHUNKED, chunks(NOISE, 500)[:1000]),
 ])  # fmt: skip

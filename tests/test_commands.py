@@ -15,7 +15,7 @@ from conftest import tiny_config
 import llmkit
 from llmkit.commands.app import main
 from llmkit.config.keys import list_keys
-from llmkit.errors import DataError, MachineError, UserError, raise_all
+from llmkit.errors import ENVIRONMENT, DataError, MachineError, UserError, explain_machine, raise_all
 from llmkit.evals.perplexity import describe_cuts
 from llmkit.files import NO_SPACE, write_beside
 from llmkit.inference.sampling import Sampling
@@ -170,6 +170,14 @@ def test_a_loop_of_links_is_one_error(capsys, corpus, tmp_path, monkeypatch):
     Path("c.yaml").write_text(yaml.safe_dump(tiny_config(corpus, run_dir="loop/x")))
     said = run(capsys, "pretrain", "c.yaml", code=5)
     assert "a symbolic link leads back to itself" in said and "loop" in said
+
+
+def test_an_error_of_the_system_says_what_to_do():
+    for number, words in ((errno.EFBIG, "ulimit -f"), (errno.EACCES, "permissions"), (errno.ENOSPC, "free some space")):
+        error = explain_machine(OSError(number, os.strerror(number), "/x"))
+        assert (
+            error.code == ENVIRONMENT and error.what == os.strerror(number) and error.at == "/x" and words in error.fix
+        )
 
 
 def test_an_output_that_does_not_fit_names_the_disk(tmp_path):

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from llmkit.errors import UserError
+from llmkit.errors import DataError, UserError
 from llmkit.readers import documents, records
 from llmkit.readers.decode import decode
 from llmkit.readers.documents import list_files, read_dataset, read_file, read_texts, root_of
@@ -242,6 +242,8 @@ def test_a_file_of_unknown_kind_read_by_name_is_text(tmp_path):
     ("a".encode("utf-32"), "a", "utf-32"),
     (b"caf\xe9 \x93x\x94", "caf\u00e9 \u201cx\u201d", "cp1252"),
     (b"<meta charset=windows-1251>\xcf", "<meta charset=windows-1251>\u041f", "windows-1251"),
+    (b"<meta charset=utf-16>ab", "<meta charset=utf-16>ab", "utf-8"),  # bytes that can be read prove it wrong
+    (b"<meta charset=utf-16>\xe9", "<meta charset=utf-16>\u00e9", "cp1252"),
     (b"<meta charset=rot13>\xe9", "<meta charset=rot13>\u00e9", "cp1252"),
     ("\u201cd\u00e9j\u00e0\u201d".encode() + b"\xff", "\u201cd\u00e9j\u00e0\u201d\ufffd", "utf-8 (damaged)"),
     (b"", "", "utf-8"),
@@ -328,6 +330,19 @@ def test_bad_csv_rows(tmp_path):
     good, bad = read(write(tmp_path / "a.csv", b'text,n\na,1\nb\n"c\nc",3\ncaf\xe9,4\nd,5,6\n"e"e,7\nf,8\n"open,9'))
     assert [one.text for one in good] == ["a", "c\nc", "caf\u00e9", "f"]
     assert [one.line for one in bad] == [3, 7, 8, 10] and "1 fields, but the header has 2" in bad[0].reason
+
+
+def test_csv_lines_in_no_known_encoding_are_bad(tmp_path):
+    good, (bad,) = read(write(tmp_path / "a.csv", b"text,n\na,1\n" + "\u30ab\u30fc,2\n".encode("shift-jis")))
+    assert [one.text for one in good] == ["a"] and bad.line == 3 and bad.reason == "bad CSV: neither UTF-8 nor cp1252"
+
+
+@pytest.mark.parametrize("glob", ["**x", "a/***", "**.txt/b"])
+def test_a_glob_that_can_not_be_read(tmp_path, glob):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(DataError, match="the glob can't be read") as error:
+        list_files(f"{tmp_path}/{glob}")
+    assert "docs/**/*.txt" in error.value.fix
 
 
 def test_sizes_are_bounded(tmp_path, monkeypatch):

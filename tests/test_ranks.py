@@ -211,7 +211,7 @@ def test_a_save_that_fails_on_rank_0_is_one_error(corpus, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, **limit)
     assert done.returncode == ENVIRONMENT and "File too large" in done.stderr
     lines = done.stderr.splitlines()
-    assert lines[0].startswith("error: the checkpoint can't be written") and len(lines) == 2
+    assert lines[0].startswith("error: the checkpoint can't be written") and len(lines) == 3
 
 
 def test_more_ranks_than_rows_are_refused_before_they_start(corpus, tmp_path):

@@ -582,6 +582,19 @@ def test_a_connection_that_is_stuck_is_closed(first, more, monkeypatch):
         assert seconds_until_closed(connection, more) < 10
 
 
+def test_a_slow_upload_is_not_closed(monkeypatch):
+    monkeypatch.setattr("llmkit.inference.connections.CHECK_SECONDS", 0.4)
+    monkeypatch.setattr("llmkit.inference.connections.LEAST_BYTES", 30)
+    with watched() as port, socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.send(HEAD.replace(b"99", b"400") + b"\r\n{")
+        for _ in range(39):  # 100 bytes a second
+            time.sleep(0.1)
+            connection.send(b" " * 10)
+        connection.send(b" " * 8 + b"}")
+        connection.settimeout(5)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 4")  # an answer: this server has no model
+
+
 def test_a_client_that_does_not_read_is_closed_and_one_that_reads_slowly_is_not(monkeypatch):
     monkeypatch.setattr("llmkit.inference.connections.CHECK_SECONDS", 0.4)
     with watched() as port:

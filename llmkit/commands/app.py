@@ -55,7 +55,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Print a user's mistake as one block with an exit code, never as a traceback."""
-    from llmkit.errors import BUG, INTERRUPTED, MachineError, UserError, explain_machine
+    from llmkit.errors import BUG, INTERRUPTED, UserError, explain_machine
 
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
@@ -76,8 +76,6 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         code = 0
-    except OSError as error:
-        code = print_error(MachineError(error.strerror or str(error), at=error.filename))
     except Exception as error:
         if known := explain_machine(error):
             code = print_error(known)

@@ -180,7 +180,7 @@ def check_weights(model: nn.Module, folder: Path, files: dict[Path, set[str] | N
     needed = [name for name in missing if name not in allowed]
     if needed and not errors:
         errors.append(ModelError(f"{len(needed)} weights are missing, for example {needed[0]}", at=folder))
-    raise_all(errors[:10])
+    raise_all(errors)
     return missing
 
 

@@ -37,10 +37,8 @@ def from_hf(hf: dict) -> dict:
     types = options.pop("layer_types", None)
     if types is None:
         return options
-    layers, lowest = (
-        options.get("num_hidden_layers", HF_DEFAULTS["num_hidden_layers"]),
-        options.get("max_window_layers"),
-    )
+    layers = options.get("num_hidden_layers", HF_DEFAULTS["num_hidden_layers"])
+    lowest = options.get("max_window_layers")
     full = types.count("full_attention") if isinstance(types, list) and len(types) == layers else -1
     if full < 0 or types != ["full_attention"] * full + ["sliding_attention"] * (layers - full):
         return options | {"layer_types": types}  # `read_config` refuses it

@@ -15,7 +15,8 @@ KINDS = {kind.__name__: kind for kind in (UserError, DataError, ModelError, Mach
 
 def pack(error: Exception) -> dict[str, Any]:
     """Return an error as JSON values, which `unpack` reads. `at`, `got` and the rest become text."""
-    error = explain_machine(error) or error
+    if not isinstance(error, OSError):
+        error = explain_machine(error) or error
     if isinstance(error, UserError):
         fields = {key: getattr(error, key) for key in ("what", "at", "got", "expected", "fix")}
         fields = {key: None if value is None else str(value) for key, value in fields.items()}

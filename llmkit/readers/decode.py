@@ -35,7 +35,7 @@ def decode(data: bytes, html: bool = False, declared: str | None = None) -> tupl
             return data.decode(encoding), encoding.removesuffix("-sig")
     named = list(declared_encodings(data, html, declared))
     for name, encoding in named:  # before UTF-8: UTF-16 has NULs and ISO-2022-JP is ASCII
-        if encoding.startswith("utf-16") or (encoding == "iso2022_jp" and b"\x1b" in data):
+        if (encoding.startswith("utf-16") and 0 in data) or (encoding == "iso2022_jp" and b"\x1b" in data):
             with suppress(UnicodeDecodeError):
                 return data.decode(encoding), name
     if data.count(0) > len(data) / 100:
@@ -45,7 +45,7 @@ def decode(data: bytes, html: bool = False, declared: str | None = None) -> tupl
     if 0 in data:
         raise ValueError("binary: NUL bytes and not UTF-8")
     for name, encoding in named:
-        if not encoding.startswith("utf"):
+        if not encoding.startswith("utf"):  # a page in UTF-16 has NULs, whatever it declares
             with suppress(UnicodeDecodeError):
                 return data.decode(encoding), name
     repaired = data.decode("utf-8", "replace")

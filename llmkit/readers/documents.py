@@ -55,7 +55,12 @@ def list_files(
     elif not root.is_dir():
         raise DataError("no such file or folder", at=path)
     skipped, found, files = Counter() if skipped is None else skipped, [], []
-    for file in [start] if start.is_file() else find_files(start, root, follow_links):
+    try:
+        candidates = [start] if start.is_file() else find_files(start, root, follow_links)
+    except ValueError as error:  # of Path.glob
+        fix = "** stands for any folders, alone between slashes: docs/**/*.txt"
+        raise DataError("the glob can't be read", at=path, got=error, fix=fix) from None
+    for file in candidates:
         suffix, is_link_out = suffix_of(file), file != start and not follow_links and leaves(file, root)
         found += [file] if file.is_file() and not is_link_out else []
         known, globs = suffix in (*READERS, ".zip"), () if suffix == ".zip" or file.is_dir() else include

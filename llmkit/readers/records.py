@@ -171,7 +171,7 @@ def read_csv(path: Path) -> Iterator[Record]:
 
     def lines() -> Iterator[str]:
         nonlocal taken
-        for _, _, line in read_lines(path):
+        for number, offset, line in read_lines(path):
             if isinstance(line, BadRecord):
                 bad_lines.append(replace(line, reason=f"bad CSV: {line.reason}"))
                 continue
@@ -179,7 +179,11 @@ def read_csv(path: Path) -> Iterator[Record]:
             try:
                 yield line.decode("utf-8-sig")
             except UnicodeDecodeError:  # decoded line by line: memory stays constant, and other lines may be UTF-8
-                yield line.decode("cp1252", "replace")
+                try:
+                    yield line.decode("cp1252")
+                except UnicodeDecodeError:
+                    reason = "bad CSV: neither UTF-8 nor cp1252"
+                    bad_lines.append(BadRecord(str(path), number, offset, reason, len(line)))
 
     rows = csv.reader(lines(), delimiter="\t" if ".tsv" in suffix_of(path) else ",", strict=True)
     header, number = None, 1
@@ -323,6 +327,8 @@ def read_warc(path: Path) -> Iterator[Record]:
                         raise ValueError(f"over {MAX_DOCUMENT_BYTES:,} bytes")
                     if (found := len(data) + record.reader.consume()) < size:
                         raise ValueError(f"cut short: {found:,} of {size:,} bytes")
+                    if record.is_http and doc_format and record.http_headers.status_code is None:
+                        raise ValueError("a response without a status")
                     if not is_page:
                         continue
                     if NEXT_RECORD.search(data):

@@ -8,6 +8,7 @@ checkpoints/step-000500/
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -73,11 +74,9 @@ def save(
         sync(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        details = {}
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error):
-            details["got"] = free_space(run_dir)
-            details["fix"] = "free some space and run the same command again: older checkpoints are intact"
-        raise MachineError(f"the checkpoint can't be written: {error}", at=folder, **details) from None
+        got = free_space(run_dir) if os.strerror(errno.ENOSPC) in str(error) else None
+        fix = "run the same command again when it can: older checkpoints are intact"
+        raise MachineError(f"the checkpoint can't be written: {error}", at=folder, got=got, fix=fix) from None
     for abandoned in list_checkpoints(run_dir):
         if step_of(abandoned) > step:  # damaged: the resumed run skipped it
             delete(move_aside(abandoned))
