@@ -30,7 +30,7 @@ def write_records(path: Path, number: int) -> None:
 
 def measure(number: int, batches: int) -> None:
     """Encode `number` records and read some batches. Print one line of figures."""
-    from llmkit.config.schema import SftData
+    from llmkit.config.data import SftData
     from llmkit.data.batches import packed_batches
     from llmkit.data.sft import encode_sft
     from llmkit.tokenizer.train import train_tokenizer

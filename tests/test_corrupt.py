@@ -14,8 +14,8 @@ from conftest import llmkit, metrics, sentences, tiny_config
 from safetensors.torch import load_file
 
 from llmkit.commands import app as cli
+from llmkit.config.data import SftData
 from llmkit.config.load import load_config
-from llmkit.config.schema import SftData
 from llmkit.data.batches import Batches, pair_batches
 from llmkit.data.corrupt import masking, span_corruption, span_lengths
 from llmkit.data.inspect import format_rows, inspect_rows

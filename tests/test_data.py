@@ -13,8 +13,9 @@ from tokenizers import Tokenizer as Rust
 from tokenizers import models, pre_tokenizers
 
 from llmkit.commands.app import main
+from llmkit.config.data import OnError, SftData
 from llmkit.config.load import load_config
-from llmkit.config.schema import Config, OnError, SftData
+from llmkit.config.schema import Config
 from llmkit.corpus.build import build_corpus, read_manifest
 from llmkit.data.batches import Batches, corpus_batches, packed_batches, permute
 from llmkit.data.inspect import CONTEXT, RESET, TARGET, format_rows, inspect_rows

@@ -23,8 +23,8 @@ import yaml
 from conftest import llmkit, sentences, tiny_config
 
 from llmkit.commands.app import main
+from llmkit.config.data import CorpusData
 from llmkit.config.load import load_config
-from llmkit.config.schema import CorpusData
 from llmkit.corpus.build import build_corpus, read_manifest
 from llmkit.data.tokens import open_split
 from llmkit.errors import DATA, ENVIRONMENT, MODEL, UserError

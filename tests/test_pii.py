@@ -9,8 +9,8 @@ import pytest
 import yaml
 from conftest import sentences, tiny_config
 
+from llmkit.config.data import CorpusData, Pii
 from llmkit.config.load import load_config
-from llmkit.config.schema import CorpusData, Pii
 from llmkit.corpus.build import build_corpus
 from llmkit.corpus.pii import PII_KINDS, find_pii, scrub
 from llmkit.errors import UserError

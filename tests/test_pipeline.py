@@ -18,8 +18,8 @@ import yaml
 from conftest import WORDS, llmkit, sentences, tiny_config
 
 from llmkit.commands.app import main
+from llmkit.config.data import CorpusData
 from llmkit.config.load import load_config
-from llmkit.config.schema import CorpusData
 from llmkit.corpus.build import build_corpus, read_manifest
 from llmkit.corpus.decide import TRAIN
 from llmkit.corpus.dedup import exact_key

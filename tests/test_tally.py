@@ -12,7 +12,7 @@ import pytest
 import zstandard
 from conftest import llmkit, sentences, tiny_config
 
-from llmkit.config.schema import CorpusData, OnError, SftData
+from llmkit.config.data import CorpusData, OnError, SftData
 from llmkit.corpus.build import build_corpus
 from llmkit.corpus.scorers import read_evaluation_ngrams
 from llmkit.corpus.units import make_units

@@ -16,8 +16,8 @@ import yaml
 from conftest import llmkit, metrics, tiny_config
 from safetensors.torch import load_file
 
+from llmkit.config.fields import Choice
 from llmkit.config.load import load_config
-from llmkit.config.schema import Choice
 from llmkit.errors import USAGE, UserError
 from llmkit.models import llama
 from llmkit.models.folder import read_config

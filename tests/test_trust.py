@@ -13,8 +13,8 @@ import yaml
 from conftest import llmkit, sentences, tiny_config
 from tokenizers.processors import TemplateProcessing
 
+from llmkit.config.data import CorpusData
 from llmkit.config.load import load_config
-from llmkit.config.schema import CorpusData
 from llmkit.corpus.build import build_corpus, read_manifest
 from llmkit.errors import DATA, LOCKED, MODEL, UserError
 from llmkit.evals.perplexity import measure

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter
 from pydantic_core import PydanticUndefined
 
-from llmkit.config.schema import Choice, Config
+from llmkit.config.fields import Choice
+from llmkit.config.schema import Config
 from llmkit.errors import UserError, suggest
 
 YAML_WORDS = {None: "null", True: "true", False: "false"}

@@ -7,9 +7,11 @@ from typing import Any, get_type_hints
 
 from pydantic import ValidationError, create_model
 
+from llmkit.config.data import CorpusData, Pii, SftData, TokenizerSection
 from llmkit.config.defaults import PATTERN
 from llmkit.config.explain import explain_all
-from llmkit.config.schema import RECIPES, Choice, Config, CorpusData, Pii, Section, SftData, TokenizerSection
+from llmkit.config.fields import Choice, Section
+from llmkit.config.schema import RECIPES, Config
 from llmkit.config.yaml import LENGTHS, find_origin, merge, read_yaml, set_override
 from llmkit.errors import UserError, raise_all, suggest
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from llmkit import __version__
-from llmkit.config.schema import CorpusData, OnError
+from llmkit.config.data import CorpusData, OnError
 from llmkit.corpus.decide import VAL, Decision, collect_limits, count_fates, decide, uniform_hash
 from llmkit.corpus.encode import encode_unit, read_decided, split_text
 from llmkit.corpus.engine import Pool, open_pool

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmkit.config.schema import CorpusData, NearDedup
+from llmkit.config.data import CorpusData, NearDedup
 from llmkit.corpus.dedup import first_occurrences, longest_of, min_agreement, near_clusters
 from llmkit.corpus.filters import RULES, Bounds, explain, is_outside, profile_limits
 from llmkit.corpus.scorers import read_evaluation_ngrams

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llmkit.config.schema import CorpusData
+from llmkit.config.data import CorpusData
 from llmkit.corpus.decide import FATES, VAL, explain_fate
 from llmkit.corpus.dedup import cut_paragraphs
 from llmkit.corpus.measure import StageTimer, peak_mb

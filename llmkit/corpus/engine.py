@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llmkit import __version__
-from llmkit.config.schema import CorpusData
+from llmkit.config.data import CorpusData
 from llmkit.errors import MachineError
 
 # Names of the exceptions for a dead local worker, a Dask worker that died repeatedly, and a dead scheduler.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.config.schema import CorpusData
+from llmkit.config.data import CorpusData
 from llmkit.corpus.build import decision_folder, is_built, make_recipe
 from llmkit.corpus.decide import FATES, VAL, collect_limits, explain_fate
 from llmkit.corpus.units import Unit, load_array, read_zst

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.recfunctions import repack_fields
 
-from llmkit.config.schema import Clean, CorpusData, NearDedup
+from llmkit.config.data import Clean, CorpusData, NearDedup
 from llmkit.corpus.clean import STEPS, clean, clean_whitespace
 from llmkit.corpus.dedup import band_keys, exact_key, minhash, paragraph_hashes, sketch
 from llmkit.corpus.filters import measure

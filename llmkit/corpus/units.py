@@ -19,7 +19,7 @@ import numpy as np
 import orjson
 import zstandard
 
-from llmkit.config.schema import CorpusData, Source
+from llmkit.config.data import CorpusData, Source
 from llmkit.corpus.filters import PROFILES
 from llmkit.corpus.scorers import list_evaluation_files
 from llmkit.errors import DataError, UserError

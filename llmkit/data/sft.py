@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.config.schema import SftData
+from llmkit.config.data import SftData
 from llmkit.data.layouts import detect_layout, to_turns
 from llmkit.data.tokens import ShardWriter, check_unchanged, describe_file, read_sealed, seal
 from llmkit.errors import DataError

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from llmkit.errors import ModelError
 from llmkit.models import llama
 from llmkit.models.attention import Window
-from llmkit.models.family import Family, Gguf, unite
+from llmkit.models.family import Family, Gguf
 
 
 @dataclass(kw_only=True)
@@ -42,10 +43,12 @@ def from_hf(hf: dict) -> dict:
     full = types.count("full_attention") if isinstance(types, list) and len(types) == layers else -1
     if full < 0 or types != ["full_attention"] * full + ["sliding_attention"] * (layers - full):
         return options | {"layer_types": types}  # `read_config` refuses it
-    if not options.get("use_sliding_window"):
-        unite([("use_sliding_window", "full", layers), ("layer_types", "full", full)])
-    elif isinstance(lowest, int):
-        unite([("max_window_layers", "full", min(lowest, layers)), ("layer_types", "full", full)])
+    field = "max_window_layers" if options.get("use_sliding_window") else "use_sliding_window"
+    without = lowest if field == "max_window_layers" else layers
+    if isinstance(without, int) and min(without, layers) != full:
+        got = f"{field} {options.get(field)}, and {full} of {layers} layers without a window"
+        fix = "correct one of them, or delete it"
+        raise ModelError(f"config.json: {field} and layer_types disagree", got=got, fix=fix)
     return options | {"max_window_layers": full}
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from llmkit.config.schema import Config, CorpusData
+from llmkit.config.data import CorpusData
+from llmkit.config.schema import Config
 from llmkit.corpus.build import build_corpus
 from llmkit.corpus.units import VERSION
 from llmkit.data.sft import encode_sft

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from llmkit import __version__
-from llmkit.config.schema import Config, CorpusData
+from llmkit.config.data import CorpusData
+from llmkit.config.schema import Config
 from llmkit.corpus.build import needs_build
 from llmkit.errors import INTERRUPTED, ModelError, UserError
 from llmkit.inference.generate import stream

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmkit.config.schema import Choice, Config, CorpusData
+from llmkit.config.data import CorpusData
+from llmkit.config.fields import Choice
+from llmkit.config.schema import Config
 from llmkit.data.batches import GOLDEN, MASK, Batches, mix
 from llmkit.data.splits import Splits
 from llmkit.errors import DataError, UserError, raise_all

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from llmkit.config.data import CorpusData
+from llmkit.config.fields import Choice
 from llmkit.config.load import check_options
-from llmkit.config.schema import Choice, Config, CorpusData, Train
+from llmkit.config.schema import Config, Train
 from llmkit.errors import DataError, MachineError, UserError, raise_all
 from llmkit.models import CONFIGS, build_model, family_of, shape_problems
 from llmkit.objectives import OBJECTIVES, fitting_objectives
