@@ -9,6 +9,7 @@ from collections.abc import Iterable
 USAGE, DATA, MODEL, ENVIRONMENT, DIVERGED, LOCKED, BUG = 2, 3, 4, 5, 6, 7, 70
 MAX_LINES = 14  # of a printed error; more errors are counted in its last line
 MAX_VALUE, MAX_FIX = 400, 8  # characters of a value in it, lines of a fix
+MAX_SHORT_FIX = 60  # characters of a fix in a line
 INTERRUPTED = {2: 130, 15: 143}  # signal number -> the shell's exit code for it
 
 
@@ -47,10 +48,15 @@ class UserError(Exception):
         lines = blocks[0]
         room = MAX_LINES - len(lines)
         shown = self.others[: room if len(self.others) <= room else room - 1]
-        lines += [shorten(f"also: {one.what}" + (f", at {one.at}" if one.at else "")) for one in shown]
+        lines += [one.line() for one in shown]
         if hidden := len(self.others) - len(shown):
             lines.append(f"... and {hidden:,} more errors")
         return "\n".join(lines)
+
+    def line(self) -> str:
+        """Return this error as one of many, in one line, with its fix if that is short."""
+        fix = f" ({self.fix})" if self.fix and len(self.fix) <= MAX_SHORT_FIX and "\n" not in self.fix else ""
+        return shorten(f"also: {self.what}" + (f", at {self.at}" if self.at else "") + fix)
 
     def block(self) -> list[str]:
         """Return the lines of this error without `others`. Only `fix` may have several lines."""

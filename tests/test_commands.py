@@ -80,6 +80,7 @@ def test_an_error_prints_at_most_14_lines_and_counts_the_rest(number):
     assert lines[:4] == ["error: row 0 is bad", "  at:  x:0", "  got: 0", "  fix: mend it"]
     assert len(lines) <= 14 and len(caught.value.others) == number - 1
     told = sum("is bad" in line for line in lines)
+    assert number != 12 or lines[4] == "also: row 1 is bad, at x:1 (mend it)"
     assert told == number or lines[-1] == f"... and {number - told:,} more errors"
 
 

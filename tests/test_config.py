@@ -99,6 +99,13 @@ def test_unknown_key_has_line_and_suggestion(tmp_path):
     assert "max_steps" in error.fix
 
 
+@pytest.mark.parametrize(("kind", "key", "other"), [("corpus", "packing", "sft"), ("sft", "dedup", "corpus")])
+def test_a_key_of_the_other_kind_of_data_says_so(tmp_path, kind, key, other):
+    where = "dir" if kind == "corpus" else "path"
+    (error,) = problems(tmp_path, f"data: {{kind: {kind}, {where}: d, {key}: 1}}\n")
+    assert error.what == f"data.{key} is not a key" and error.fix == f"it is a key of data of kind {other}"
+
+
 def test_all_errors_at_once(tmp_path):
     text = "modle: 1\ndata: {kind: corpus, dir: 3}\n"
     text += "train: {max_steps: three, global_batch_size: true, max_grad_norm: -1}\n"

@@ -33,6 +33,7 @@ ALIASES = {
     "checkpoint.every": "save_steps",
     "log.every": "logging_steps",
 }
+KINDS = ("corpus", "sft")  # of the section data; pydantic names the one that it took in the path of a problem
 KEY_OF_ALIAS = {alias: key for key, aliases in ALIASES.items() for alias in aliases.split()}
 
 
@@ -56,8 +57,9 @@ def explain_all(
 
 def explain(problem: dict, schema: type[BaseModel], origins: dict[tuple, str], prefix: tuple = ()) -> UserError:
     """Convert one problem of a validation error to a UserError."""
-    loc = [part for part in problem["loc"] if part not in ("corpus", "sft", "[key]")]
-    known = fields_at(schema, loc[:-1])
+    tagged = [part for part in problem["loc"] if part != "[key]"]
+    loc = [part for part in tagged if part not in KINDS]
+    known = fields_at(schema, tagged[:-1])
     if problem["type"] not in ("extra_forbidden", "missing", "union_tag_invalid"):
         while len(loc) > 1 and (*prefix, *loc) not in origins:  # the branches of a union end in type names
             loc.pop()
@@ -65,7 +67,13 @@ def explain(problem: dict, schema: type[BaseModel], origins: dict[tuple, str], p
     key, at = ".".join(map(str, path)), find_origin(origins, path)
     if problem["type"] == "extra_forbidden":
         word = str(path[-1])
-        hint = did_you_mean(word, known) or (f"use {KEY_OF_ALIAS[word]}" if word in KEY_OF_ALIAS else None)
+        kinds = [
+            kind
+            for kind in KINDS
+            if word in fields_at(schema, [kind if part in KINDS else part for part in tagged[:-1]])
+        ]
+        hint = f"it is a key of data of kind {kinds[0]}" if kinds else did_you_mean(word, known)
+        hint = hint or (f"use {KEY_OF_ALIAS[word]}" if word in KEY_OF_ALIAS else None)
         if hint is None:
             sections = [name for name, section in Config.model_fields.items() if word in fields_at(Config, [name])]
             keys = f"known keys: {', '.join(sorted(known))}" if known else "delete it: this section has no such options"
@@ -87,15 +95,25 @@ def explain(problem: dict, schema: type[BaseModel], origins: dict[tuple, str], p
 
 
 def fields_at(schema: type[BaseModel], loc: list) -> set[str]:
-    """Return the keys that the schema allows at a key path."""
+    """Return the keys that the schema allows at a key path. One of KINDS in it chooses a branch of a union."""
     models: list[Any] = [schema]
     for part in loc:
+        of_kind = [model for model in models if part in kinds_of(model)]
+        if of_kind:
+            models = of_kind
+            continue
         inner = []
         for model in models:
             field = getattr(model, "model_fields", {}).get(part) if isinstance(part, str) else None
             inner += flatten(field.annotation) if field else ([model] if isinstance(part, int) else [])
         models = inner
     return {name for model in models for name in getattr(model, "model_fields", {})}
+
+
+def kinds_of(model: Any) -> tuple[str, ...]:
+    """Return the values of `kind` that choose a section: ("corpus",) for CorpusData."""
+    kind = getattr(model, "model_fields", {}).get("kind")
+    return get_args(kind.annotation) if kind else ()
 
 
 def flatten(annotation: Any) -> list[Any]:
