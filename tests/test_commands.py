@@ -190,6 +190,17 @@ def test_an_output_that_does_not_fit_names_the_disk(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_example_is_written_whole_or_not_at_all(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(capsys, "init", "pretrain", "--out", "c.yaml")
+    assert Path("c.yaml").read_text() == run(capsys, "init", "pretrain")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", lambda file: 1 / 0)
+        with pytest.raises(SystemExit):
+            main(["init", "pretrain", "--out", "d.yaml"])
+    assert [path.name for path in Path().iterdir()] == ["c.yaml"]
+
+
 def test_an_example_is_never_written_through_a_link(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("link.yaml").symlink_to("elsewhere.yaml")

@@ -24,11 +24,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from llmkit.commands import app as cli
-from llmkit.errors import ENVIRONMENT, MODEL
+from llmkit.errors import ENVIRONMENT, MODEL, MachineError
 from llmkit.inference.connections import WatchedProtocol
 from llmkit.inference.protocol import Limits
 from llmkit.inference.sampling import Sampling
-from llmkit.inference.server import Server
+from llmkit.inference.server import Server, serve
 from llmkit.inference.writer import Writer
 from llmkit.models import bert, build_model, folder, llama
 from llmkit.tokenizer.tokenizer import load_tokenizer
@@ -582,6 +582,13 @@ def test_a_connection_that_is_stuck_is_closed(first, more, monkeypatch):
         assert seconds_until_closed(connection, more) < 10
 
 
+@pytest.mark.parametrize("host", ["bad host!", "a\0b", "x" * 300, "256.0.0.1"])
+def test_an_address_that_can_not_be_listened_on_is_one_error(writer, host):
+    with pytest.raises(MachineError, match="the server can't listen") as error:
+        serve(writer, "none", host, 0, Limits(body_bytes=1, new_tokens=1, concurrent_requests=1), say=pytest.fail)
+    assert error.value.at == f"{host}:0"
+
+
 def test_a_slow_upload_is_not_closed(monkeypatch):
     monkeypatch.setattr("llmkit.inference.connections.CHECK_SECONDS", 0.4)
     monkeypatch.setattr("llmkit.inference.connections.LEAST_BYTES", 30)
@@ -857,6 +864,20 @@ def test_an_error_is_shown_and_not_told_to_the_model(page):
     page.type("Hello")
     page.until(lambda: len(page.messages()) == 4 and not page.writes())
     assert not any("max_tokens" in message["content"] for message in page.asked())
+
+
+def test_an_answer_without_a_text_is_said_and_its_question_not_asked_again(page):
+    page.driver.execute_script(
+        "const real = window.fetch; window.fetch = async () => {"
+        " window.fetch = real; return new Response('data: [DONE]\\n\\n') }"
+    )
+    page.type("Hello")
+    page.until(lambda: len(page.messages()) == 2 and not page.writes())
+    assert page.messages()[1] == ("assistant error", "The model ended its answer without a text.")
+    page.set("tokens", 3)
+    page.type("And now?")
+    page.until(lambda: len(page.messages()) == 4 and not page.writes())
+    assert page.asked() == asking("And now?")
 
 
 def test_a_system_prompt_comes_first_if_there_is_one(page):
