@@ -65,13 +65,13 @@ def tiny_config(folder: Path, **sections) -> dict:
 
 
 def llmkit(*arguments: object, cwd: Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess:
-    """Run the real command line; its exit code is asserted, and tracebacks are never allowed."""
+    """Run the real command line; assert its exit code, and that no traceback and no bare Python object is printed."""
     command = [sys.executable, "-m", "llmkit", *map(str, arguments)]
     done = subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
     )
     assert done.returncode == code, f"{arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and " object at 0x" not in done.stdout + done.stderr
     return done
 
 

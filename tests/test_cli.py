@@ -176,7 +176,7 @@ def test_plan_json_and_exit_code(place):
     assert figures["peak_memory"] == sum(figures["memory_by_part"].values()) and figures["fits"]
     assert figures["seconds"] > 0
     said = llmkit("plan", "tiny.yaml", cwd=place).stdout
-    assert f"{figures['parameters']:,}" in said and "measured matrix rate" in said
+    assert f"{figures['parameters']:,}" in said and "TFLOP/s, this device's matrix rate" in said
     huge = ["-o", "model={name: llama, hidden_size: 16384, num_hidden_layers: 200, num_attention_heads: 128}"]
     llmkit("plan", "tiny.yaml", *huge, cwd=place, code=5)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import time
 from itertools import chain
 from pathlib import Path
@@ -843,6 +844,8 @@ def test_a_source_without_one_sample_is_an_error(tmp_path, tokenizer, rules):
 def test_the_header_shows_the_mixture_and_training_draws_it(tmp_path, tokenizer):
     run = prepare(load_config(mixed(tmp_path, tokenizer, [1.0, 3.0])), start_world(), **quiet)
     (a, b) = (run.data.shares[name][1] for name in "ab")
+    sizes = run.data.summary.partition(", vocabulary")[0]
+    assert re.fullmatch(r"\S+: [\d.]+k train and [\d.]+k? val tokens, 40 of 40 documents kept", sizes)
     assert describe(run)["mixture"] == f"a 25.0% x {40 / a:.2f}, b 75.0% x {120 / b:.2f}"
     decode, seen = run.data.tokenizer.decode, {"a": 0, "b": 0}
     known = {name: "\n".join(texts(20, i * 100)) for i, name in enumerate("ab")}

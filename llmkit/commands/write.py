@@ -46,6 +46,7 @@ def generate(
     texts = [(sys.stdin.read() if sys.stdin else "") if prompt == "-" else prompt for prompt in prompts]
     encode = (lambda text: writer.encode_chat([{"role": "user", "content": text}])) if chat else writer.encode
     options = {"sampling": sampling, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed, "chat": chat}
+    continues = writer.is_causal and not chat
     written = writer.write([encode(text) for text in texts], **options)
     if as_json or len(texts) > 1:
         answers = ["".join(text) for text in written]
@@ -56,10 +57,10 @@ def generate(
         if as_json:
             show(rows[0] if len(rows) == 1 else {"texts": rows}, as_json)
             return
-        for row in rows:
-            print(f"--- {terminal_text(row['prompt'])}\n{terminal_text(row['text'])}")
+        between = "" if continues else "\n"
+        print("\n---\n".join(terminal_text(row["prompt"] + between + row["text"]) for row in rows))
         return
-    print(terminal_text(texts[0]) if writer.is_causal and not chat else "", end="", flush=True)
+    print(terminal_text(texts[0]) if continues else "", end="", flush=True)
     for piece in written[0]:
         print(terminal_text(piece), end="", flush=True)
     print()

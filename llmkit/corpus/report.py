@@ -47,33 +47,40 @@ def render_report(manifest: dict[str, Any], counts: list[dict], shards: list[dic
         lines += render_sizes(manifest, counts, shards)
     lines += [f"- {line}" for line in summarize_decision(decision)]
     for source, row in manifest["funnel"].items():
-        lines += ["", f"## {source}", ""]
-        source_counts = [one for one in counts if one["source"] == source]
-        if not row["kept"]:
-            lines.append("- **no document of this source is left**")
-        if skipped := row.get("skipped files"):
-            lines.append("- skipped files: " + join_counts(skipped.items()))
-        lines += [f"- warning: {number} documents {what}" for what, number in row["warnings"].items()]
-        if row["quarantined"]:
-            lines.append(f"- quarantined: {merge_records(source_counts).summary()}")
-        if row["languages"]:
-            found = Counter(row["languages"]).most_common(8)
-            lines.append("- languages: " + ", ".join(f"{code} {number}" for code, number in found))
-        if row["pii"]:
-            lines.append("- personal data found: " + join_counts(row["pii"].items()))
-        boilerplate = [one["boilerplate"] for one in source_counts if "boilerplate" in one]
-        if removed := sum(one["lines"] for one in boilerplate):
-            most = Counter({line: number for one in boilerplate for line, number in one["most"].items()}).most_common(3)
-            shown = ", ".join(f"{line[:60]!r} on {number} pages" for line, number in most)
-            lines.append(f"- {removed} lines removed that many pages share: {shown}")
-        for rule, number in sorted(row["dropped"].items(), key=lambda item: -item[1]):
-            share = number / row["read"]
-            warning = " - **check these**" if share > WARN_DROP_FRACTION else ""
-            lines.append(f"- dropped {number} ({share:.1%}) by `{rule}`{warning}")
-            shown = [e for one in shards if one["source"] == source for e in one["examples"].get(rule, [])]
-            lines += [f"  - `{e['id']}`: {e['why']}: {e['text'][:100]!r}" for e in shown[:MAX_EXAMPLES]]
+        units, parts = ([one for one in part if one["source"] == source] for part in (counts, shards))
+        if about := describe_source(row, units, parts):
+            lines += ["", f"## {source}", "", *about]
     lines += ["", "Names and addresses of people are not detected."]
     return "\n".join(lines) + "\n"
+
+
+def describe_source(row: dict[str, Any], counts: list[dict], shards: list[dict]) -> list[str]:
+    """Return lines in Markdown about what is remarkable in a source: a row of the funnel, and its units."""
+    about = []
+    if not row["kept"]:
+        about.append("- **no document of this source is left**")
+    if skipped := row.get("skipped files"):
+        about.append("- skipped files: " + join_counts(skipped.items()))
+    about += [f"- warning: {number} documents {what}" for what, number in row["warnings"].items()]
+    if row["quarantined"]:
+        about.append(f"- quarantined: {merge_records(counts).summary()}")
+    if row["languages"]:
+        found = Counter(row["languages"]).most_common(8)
+        about.append("- languages: " + ", ".join(f"{code} {number}" for code, number in found))
+    if row["pii"]:
+        about.append("- personal data found: " + join_counts(row["pii"].items()))
+    boilerplate = [one["boilerplate"] for one in counts if "boilerplate" in one]
+    if removed := sum(one["lines"] for one in boilerplate):
+        most = Counter({line: number for one in boilerplate for line, number in one["most"].items()}).most_common(3)
+        shown = ", ".join(f"{line[:60]!r} on {number} pages" for line, number in most)
+        about.append(f"- {removed} lines removed that many pages share: {shown}")
+    for rule, number in sorted(row["dropped"].items(), key=lambda item: -item[1]):
+        share = number / row["read"]
+        warning = " - **check these**" if share > WARN_DROP_FRACTION else ""
+        about.append(f"- dropped {number} ({share:.1%}) by `{rule}`{warning}")
+        shown = [e for one in shards for e in one["examples"].get(rule, [])]
+        about += [f"  - `{e['id']}`: {e['why']}: {e['text'][:100]!r}" for e in shown[:MAX_EXAMPLES]]
+    return about
 
 
 def merge_records(counts: list[dict]) -> Tally:
@@ -117,7 +124,7 @@ def render_sizes(manifest: dict[str, Any], counts: list[dict], shards: list[dict
         *lines,
         "",
         f"Split by {manifest['split_by']}; vocabulary {manifest['vocab_size']}. {manifest['seconds']:.2f} s with "
-        f"{manifest['workers']} workers, {total:.1f} s of CPU, {speed} "
+        f"{manifest['workers']} worker{'s' if manifest['workers'] > 1 else ''}, {total:.1f} s of CPU, {speed} "
         f"({', '.join(f'{stage} {seconds:.1f}' for stage, seconds in stages)}); at most "
         f"{manifest['peak_mb']:.0f} MB of memory per process.",
         "",

@@ -120,8 +120,8 @@ def open_corpus(
         return corpus_batches(streams[split], seq_len, size, mixture=mixed, document_mask=document_mask, **order)
 
     train, val = (format_count(manifest["splits"][split]["tokens"]) for split in SPLITS)
-    val = streams["val"][0]
-    pieces = (val.read(start, 2**20) for start in range(0, len(val), 2**20))
+    stream = streams["val"][0]
+    pieces = (stream.read(start, 2**20) for start in range(0, len(stream), 2**20))
     documents = "{kept} of {read} documents kept".format(**manifest["counts"])
     return Splits(
         tokenizer,

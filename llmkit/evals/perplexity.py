@@ -166,7 +166,7 @@ def read_data(
 ) -> Read:
     """Read a file of fine-tuning records or of texts, and count them; see `measure`."""
     if path.is_dir():
-        raise DataError("--data takes a file, and this is a folder", at=path)
+        raise DataError("--data takes a file, and this is a folder", at=path, fix="name one of its files")
     check_file(path)
     first = next((record for _, record, _ in read_records(path) if isinstance(record, dict)), {})
     records = any(all(field in first for field in fields) for fields in LAYOUTS.values())

@@ -43,8 +43,8 @@ def plan_config(config: Config) -> dict[str, Any]:
     if derived.max_steps:
         tokens = config.train.max_tokens or derived.max_steps * config.train.global_batch_size * seq_len
         flops = tokens * plan.flops_per_token
-        seconds = flops / (EXPECTED_MFU * matmul_rate(device, DTYPES[derived.precision]))
-        figures |= {"tokens": tokens, "flops": flops, "seconds": seconds}
+        rate = matmul_rate(device, DTYPES[derived.precision])
+        figures |= {"tokens": tokens, "flops": flops, "flops_per_second": rate, "seconds": flops / rate / EXPECTED_MFU}
     return figures
 
 
@@ -65,5 +65,6 @@ def plan_rows(figures: dict[str, Any]) -> dict[str, str]:
     if "tokens" in figures:
         rows["FLOPs in all"] = f"{figures['flops']:.3g} for {format_count(figures['tokens'])} tokens"
         time = format_duration(figures["seconds"])
-        rows["time"] = f"{time} at {EXPECTED_MFU:.0%} of this device's measured matrix rate"
+        rate = f"{figures['flops_per_second'] / 1e12:.3g} TFLOP/s"
+        rows["time"] = f"{time} at {EXPECTED_MFU:.0%} of {rate}, this device's matrix rate as measured now"
     return rows

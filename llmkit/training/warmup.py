@@ -35,7 +35,7 @@ def choose_compile(run: PreparedRun, model: nn.Module, batches: Batches, done: i
     Return the choice, the same on all ranks, and the reason for the header.
     """
     if run.config.train.compile != "auto":
-        return run.config.train.compile, "as the config says"
+        return run.config.train.compile, "as when the run began" if done else "as the config says"
     if obstacle := compile_obstacle(model, run.world.device, run.precision):
         return False, obstacle
     time_micro_batch(run, model, batches)  # the first one allocates memory
