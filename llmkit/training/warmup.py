@@ -42,7 +42,6 @@ def choose_compile(run: PreparedRun, model: nn.Module, batches: Batches, done: i
     accumulation = run.config.train.global_batch_size // run.world.size // run.micro_batch_size
     seconds = run.world.sum(time_micro_batch(run, model, batches)) / run.world.size * accumulation
     eager = seconds * (run.max_steps - done)
-    reason = (
-        f"the steps would take {format_duration(eager)} without, compiling about {format_duration(COMPILE_SECONDS)}"
-    )
-    return COMPILE_GAIN * eager > COMPILE_SECONDS, reason
+    gain = COMPILE_GAIN * eager
+    cost, saved, all_steps = map(format_duration, (COMPILE_SECONDS, gain, eager))
+    return gain > COMPILE_SECONDS, f"takes about {cost}, saves about {saved} of the steps' {all_steps}"
