@@ -129,6 +129,11 @@ def format_keys(rows: list[dict[str, str]], width: int = 98) -> str:
     return "\n".join(lines)
 
 
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 rank", "2 ranks"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def format_cell(value: Any) -> str:
     if value is None:
         return "-"

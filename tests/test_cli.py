@@ -170,6 +170,25 @@ def test_pretrain_builds_the_data_that_is_missing(place):
     shutil.rmtree(place / "runs" / "new")
 
 
+def test_line_ends_do_not_change_an_evaluation(place):
+    text = "The river is small.\nThe small river moves.\n" * 20
+    for name, ends in (("lf", "\n"), ("crlf", "\r\n"), ("cr", "\r")):
+        (place / f"{name}.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", ends).encode())
+    figures = []
+    for name in ("lf", "crlf", "cr"):
+        found = json.loads(llmkit("eval", "runs/tiny", "--data", f"{name}.txt", "--json", cwd=place).stdout)
+        figures.append({key: value for key, value in found.items() if key != "data"})
+    assert figures[0] == figures[1] == figures[2]
+
+
+def test_what_can_not_be_evaluated_and_a_misspelt_run_say_what_to_do(place):
+    (place / "odd.csv").write_text("id,Frage,Antwort\n1,a,b\n")
+    said = llmkit("eval", "runs/tiny", "--data", "odd.csv", cwd=place, code=3).stderr
+    assert "neither texts nor prompts and answers" in said and "the fields id, Frage, Antwort" in said
+    assert "rename the fields" in llmkit("finetune", "--lora", "--data", "odd.csv", cwd=place, code=3).stderr
+    assert "did you mean runs/tiny?" in llmkit("generate", "runs/tinny", "x", cwd=place, code=4).stderr
+
+
 def test_plan_json_and_exit_code(place):
     figures = json.loads(llmkit("plan", "tiny.yaml", "--json", cwd=place).stdout)
     assert figures["parameters"] == sum(figures["parameters_by_part"].values())

@@ -165,9 +165,9 @@ def test_a_folder_without_anything_says_what_it_holds(tmp_path):
 ])  # fmt: skip
 def test_whole_files(tmp_path, name, form):
     pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix, bytes)
-    path = write(tmp_path / "in" / name, pack(b"  caf\xc3\xa9\r\n"))
+    path = write(tmp_path / "in" / name, pack(b"  caf\xc3\xa9\r\n\r"))
     (one,) = read_file(path, source="s", root=tmp_path, text_key="body")  # text_key is for records
-    assert (one.id, one.text, one.source) == (f"s/in/{name}", "  caf\u00e9\r\n", "s")
+    assert (one.id, one.text, one.source) == (f"s/in/{name}", "  caf\u00e9\n\n", "s")
     assert one.meta == {"format": form, "encoding": "utf-8"}
 
 
@@ -273,6 +273,11 @@ def test_bad_lines_have_a_place_and_a_reason_and_cost_no_other(tmp_path, line, r
     good, (bad,) = read(write(tmp_path / "a.jsonl", b'{"text": "a"}\n\n' + line + b'\n{"text": "b"}'))
     assert [one.text for one in good] == ["a", "b"] and good[1].id == "s/a.jsonl:4"
     assert bad.path.endswith("a.jsonl") and bad.line == 3 and bad.offset in (15, None) and reason in bad.reason
+
+
+def test_a_line_of_json_that_ends_too_early_says_where_and_how(tmp_path):
+    _, (bad,) = read(write(tmp_path / "a.jsonl", b'{"text": "a model\n'))
+    assert bad.reason == "bad JSON: Unterminated string starting at column 10"
 
 
 def test_json_oddities_that_are_fine(tmp_path):

@@ -90,5 +90,5 @@ def show(figures: dict[str, Any], as_json: bool) -> None:
         return
     width = max(map(len, figures), default=0)
     for key, value in figures.items():
-        value = f"{value:.4f}" if isinstance(value, float) and abs(value) < 1e4 else value
+        value = (f"{value:.4f}" if abs(value) < 1e4 else f"{value:.6g}") if isinstance(value, float) else value
         print(terminal_text(f"{key.replace('_', ' '):>{width}}  {value}"))

@@ -31,7 +31,7 @@ def pretrain(
 
 
 def finetune(
-    config: Annotated[Path | None, typer.Argument(help="A YAML file; default: ./llmkit.yaml.")] = None,
+    config: Annotated[Path | None, typer.Argument(help="A YAML file; default: ./llmkit.yaml, if it is there.")] = None,
     lora: Annotated[bool, typer.Option("--lora", help="Train a LoRA adapter.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Train all weights.")] = False,
     method: Annotated[str | None, typer.Option(help="Another PEFT method, by name.")] = None,
@@ -44,7 +44,7 @@ def finetune(
     nproc: Nproc = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a model on prompts and answers, with --lora, --full or another --method."""
+    """Fine-tune a model on prompts and answers, with --lora, --full or another --method; by default the newest run."""
     from llmkit.training.presets import finetune_config
 
     chosen = [name for name, given in (("lora", lora), ("full", full), (method, method is not None)) if given]

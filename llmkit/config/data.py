@@ -222,7 +222,7 @@ class CorpusData(Section):
     """Documents joined into one stream of tokens and cut into samples of `seq_len`."""
 
     kind: Literal["corpus"]
-    """corpus: documents for pretraining. It is the default."""
+    """corpus: documents for pretraining; may be left out."""
     dir: PathStr
     """The folder of the built data."""
     seed: Seed = 1234

@@ -12,7 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from llmkit.config.fields import Choice
 from llmkit.config.schema import Config
-from llmkit.errors import UserError, suggest
+from llmkit.errors import UserError, did_you_mean
 
 YAML_WORDS = {None: "null", True: "true", False: "false"}
 # Meanings of the options of models, optimizers and so on, for those that a docstring leaves out: one name, one meaning.
@@ -79,8 +79,10 @@ def list_keys(section: str | None, tables: Tables) -> Iterator[dict[str, str]]:
     rows = list(walk(Config, "", tables))
     found = [row for row in rows if not section or row["key"] == section or row["key"].startswith(f"{section}.")]
     if not found:
-        sections = {row["key"].rpartition(".")[0] or row["key"] for row in rows} | {row["key"] for row in rows}
-        raise UserError("there is no such section", got=section, fix=suggest(section, sorted(sections)))
+        names = [row["key"] for row in rows]
+        near = did_you_mean(section, [*names, *(name.rpartition(".")[0] for name in names)])
+        fix = near or f"one of: {', '.join(dict.fromkeys(name.partition('.')[0] for name in names))}"
+        raise UserError("there is no such section", got=section, fix=fix)
     yield from found
 
 

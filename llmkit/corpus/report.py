@@ -8,7 +8,7 @@ from llmkit.corpus.decide import FATE_IDS, VAL, Decision, count_fates
 from llmkit.corpus.encode import MAX_EXAMPLES
 from llmkit.corpus.units import Unit
 from llmkit.readers.tally import Tally
-from llmkit.screen import format_count
+from llmkit.screen import count, format_count
 
 WARN_DROP_FRACTION = 0.25  # the report marks rules that drop more of a source than this
 
@@ -124,7 +124,7 @@ def render_sizes(manifest: dict[str, Any], counts: list[dict], shards: list[dict
         *lines,
         "",
         f"Split by {manifest['split_by']}; vocabulary {manifest['vocab_size']}. {manifest['seconds']:.2f} s with "
-        f"{manifest['workers']} worker{'s' if manifest['workers'] > 1 else ''}, {total:.1f} s of CPU, {speed} "
+        f"{count(manifest['workers'], 'worker')}, {total:.1f} s of CPU, {speed} "
         f"({', '.join(f'{stage} {seconds:.1f}' for stage, seconds in stages)}); at most "
         f"{manifest['peak_mb']:.0f} MB of memory per process.",
         "",

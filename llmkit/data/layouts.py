@@ -22,10 +22,14 @@ def detect_layout(record: dict, at: str) -> str:
     raise DataError(
         "this is not a fine-tuning record",
         at=at,
-        got="the fields " + ", ".join(str(key)[:50] for key in list(record)[:30]),
+        got=describe_fields(record),
         expected=" or ".join("{" + ", ".join(fields) + "}" for fields in LAYOUTS.values()),
-        fix=hints[0] if hints else None,
+        fix=hints[0] if hints else "rename the fields: a question to prompt, its answer to completion",
     )
+
+
+def describe_fields(record: dict) -> str:
+    return "the fields " + ", ".join(str(key)[:50] for key in list(record)[:30])
 
 
 def to_turns(record: dict, layout: str) -> tuple[str, str] | list[dict[str, str]]:

@@ -9,7 +9,7 @@ import numpy as np
 from llmkit.config.defaults import MAX_BAD_FRACTION
 from llmkit.data.batches import open_rows
 from llmkit.data.corrupt import shift_right
-from llmkit.data.layouts import LAYOUTS
+from llmkit.data.layouts import LAYOUTS, describe_fields
 from llmkit.data.sft import Example, encode_records, split_into_pairs, truncate_pair
 from llmkit.data.splits import bytes_per_token, open_stream, read_manifest
 from llmkit.errors import DataError, UserError
@@ -21,6 +21,7 @@ from llmkit.parallel.world import start_world
 from llmkit.readers.documents import check_file, keep_documents, read_file
 from llmkit.readers.records import read_records
 from llmkit.readers.tally import Tally
+from llmkit.screen import count
 from llmkit.storage.locate import Located, load_located
 from llmkit.storage.run import read_about, read_run_config
 from llmkit.tokenizer.chat_template import default_template
@@ -185,12 +186,20 @@ def read_data(
             start_id = family_of(model_config).start_token_id(model_config)
             batches = pair_rows(pairs, window, start_id, batch_size)
         return None, batches, what, 0
+    if first and "text" not in first:
+        got, expected = describe_fields(first), "a field text, or the fields of prompts and answers"
+        raise DataError("the records are neither texts nor prompts and answers", at=path, got=got, expected=expected)
     documents = list(keep_documents(read_file(path, source="eval", root=path.parent), tally))
     if not documents:
         raise DataError("no text can be read from the file", at=path, got=tally.describe() or None)
     tokenizer.verify_fast_encoder([one.text[:10_000] for one in documents[:MAX_VERIFIED_TEXTS]])
     tokens = np.concatenate(list(tokenizer.encode_documents(one.text for one in documents)))
-    return tokens, None, f"{path} ({len(documents)} documents)", sum(len(one.text.encode()) for one in documents)
+    return (
+        tokens,
+        None,
+        f"{path} ({count(len(documents), 'document')})",
+        sum(len(one.text.encode()) for one in documents),
+    )
 
 
 def describe_cuts(rows: list[Example], window: int) -> str:

@@ -83,6 +83,9 @@ def parse_json(data: bytes) -> Any:
         raise ValueError("JSON is nested too deeply") from None
     except UnicodeDecodeError:
         raise ValueError("invalid UTF-16" if utf16 else "invalid UTF-8") from None
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} column {error.colno}"
+        raise ValueError(f"bad JSON: {error.msg.removesuffix(' at')} at {place}") from None
     except ValueError as error:
         raise ValueError(f"bad JSON: {error}") from None
 

@@ -113,6 +113,7 @@ def read_text(path: Path) -> Iterator[Record]:
         if len(data) > MAX_DOCUMENT_BYTES:
             raise ValueError(f"over {MAX_DOCUMENT_BYTES:,} bytes: split it, or convert it to a .jsonl of documents")
         text, encoding = decode(data, html=doc_format == "html")
+        text = text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text files
         yield 1, {"text": text, "format": doc_format, "encoding": encoding}, len(data)
     except ValueError as error:
         yield 1, BadRecord(str(path), 1, 0, str(error), max(len(data), stored_size(path))), len(data)
@@ -125,7 +126,7 @@ def read_jsonl(path: Path, span: Span | None = None) -> Iterator[Record]:
             yield number, line, line.size
         elif line.strip():
             try:
-                record = as_record(parse_json(line), path, number, offset, len(line))
+                record = as_record(parse_json(line.rstrip(b"\r\n")), path, number, offset, len(line))
             except ValueError as error:
                 record = BadRecord(str(path), number, offset, str(error), len(line))
             yield number, record, len(line)

@@ -1,5 +1,6 @@
 """Find and load the model of a MODEL argument: a run, a checkpoint, an adapter or a Hugging Face folder."""
 
+import difflib
 import hashlib
 import json
 from dataclasses import dataclass, fields
@@ -69,7 +70,11 @@ def locate(model: str | Path, *, check: bool = True) -> Located:
     if path.suffix == ".gguf":
         raise ModelError("GGUF can be written, but not read", at=path, fix="give the folder that it was exported from")
     on_hub = str(model).count("/") == 1 and not path.exists() and not str(model).startswith((".", "runs/"))
-    fix = f"if it is on the hub: hf download {model} --local-dir {path.name}" if on_hub else None
+    beside = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
+    if close := difflib.get_close_matches(path.name, beside, n=1):
+        fix = f"did you mean {path.parent / close[0]}?"
+    else:
+        fix = f"if it is on the hub: hf download {model} --local-dir {path.name}" if on_hub else None
     expected = "a run, a checkpoint, an adapter or a Hugging Face folder"
     raise ModelError(f"there is no model at {path}", expected=expected, fix=fix)
 

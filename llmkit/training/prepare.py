@@ -25,7 +25,7 @@ from llmkit.parallel.device import choose_precision, device_name
 from llmkit.parallel.world import World
 from llmkit.peft import METHODS
 from llmkit.readers.documents import check_file
-from llmkit.screen import format_count
+from llmkit.screen import count, format_count
 from llmkit.storage.locate import base_sha256, locate
 from llmkit.storage.run import check_own, claim
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -49,6 +49,8 @@ from llmkit.training.resolve import (
     reuse_resolved_values,
 )
 from llmkit.training.schedules import SCHEDULES
+
+FEW_VAL_ROWS = 20  # below that, the val loss says little
 
 
 @dataclass
@@ -283,11 +285,13 @@ def epochs_by_source(run: PreparedRun) -> dict[str, float]:
 
 def describe_evaluation(run: PreparedRun) -> str:
     """Return when the val split is measured, and how much of it."""
+    is_corpus = run.config.data.kind == "corpus"
     every, most, rows = run.config.eval.every, run.config.eval.max_batches, run.data.samples["val"]
     if not every:
         return "never"
     read = min(rows, most * run.config.train.global_batch_size) if most else rows
     part = "" if read == rows else "; `llmkit eval` reads all"
+    part += ", too few to tell models apart: raise data.split.val_fraction" if rows < FEW_VAL_ROWS and is_corpus else ""
     return f"every {every} steps and at checkpoints, {read} of {rows} val rows{part}"
 
 
@@ -300,13 +304,14 @@ def describe(run: PreparedRun) -> dict[str, str]:
     mixture = [f"{name} {share:.1%} x {epochs[name]:.2f}" for name, (share, _) in run.data.shares.items()]
     available = format_count(rows)
     note = f"a batch of {size} rows is more than the {available} there are: a step reads each {size / rows:.1f} times"
+    ranks = count(run.world.size, "rank")
     header = {
         "run": config.run_dir,
         "model": f"{config.model.name if config.model else run.base}: {format_count(plan.total)} parameters{trained}",
         "data": run.data.summary,
         "mixture": ", ".join(mixture),
-        "device": f"{device_name(run.world.device)}, {run.precision}, {run.world.size} rank(s)",
-        "batch": f"{size} = {run.micro_batch_size} micro x {accumulation} accumulated x {run.world.size} rank(s), "
+        "device": f"{device_name(run.world.device)}, {run.precision}, {ranks}",
+        "batch": f"{size} = {run.micro_batch_size} micro x {accumulation} accumulated x {ranks}, "
         f"{config.data.seq_len} tokens each",
         "length": f"{run.max_steps} steps, {format_count(run.max_steps * run.tokens_per_step)} tokens, "
         f"{run.max_steps * size / rows:.2f} epochs",
