@@ -546,7 +546,7 @@ TWICE = {  # a field in two spellings that disagree
     "factor": ("llama", {"rope_scaling": LINEAR, "rope_parameters": LINEAR | {"factor": 4.0}}, ("3.0 and 4.0",)),
     "kind": ("qwen3", {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default"}}, ("linear and default",)),
     "kind_in_one": ("llama", {"rope_scaling": LINEAR | {"type": "yarn"}}, ("rope_scaling.type", "linear and yarn")),
-    "windows": ("qwen2", {"layer_types": [FULL, FULL, SLIDING]}, ("max_window_layers and layer_types", "1 and 2")),
+    "windows": ("qwen2", {"layer_types": [FULL, FULL, SLIDING]}, ("max_window_layers and layer_types", "1, and 2 of")),
     "no_windows": (
         "qwen2", {"use_sliding_window": False, "layer_types": [FULL, SLIDING, SLIDING]},
         ("use_sliding_window and layer_types",),

@@ -485,11 +485,17 @@ def test_too_few_tokens_for_a_sample_are_one_error(tmp_path, capsys):
     assert "val_fraction" not in err  # val is too short, too
 
 
-@pytest.mark.parametrize(("fraction", "short", "way"), [(0.0001, "val", "raise"), (0.9999, "train", "lower")])
+@pytest.mark.parametrize(("fraction", "short", "way"), [(0.0001, "val", "raise"), (0.98, "train", "lower")])
 def test_a_split_that_is_too_short_names_the_fraction_that_makes_it_longer(tmp_path, capsys, fraction, short, way):
     config = place(tmp_path)
-    err = run_main(capsys, "pretrain", config, "-o", f"data.split.val_fraction={fraction}", code=DATA)
+    changes = [f"data.split.val_fraction={fraction}", "data.seq_len=8192", "model.max_position_embeddings=8192"]
+    err = run_main(capsys, "pretrain", config, *(one for change in changes for one in ("-o", change)), code=DATA)
     assert f"the {short} split is shorter than one sample" in err and f"{way} data.split.val_fraction" in err
+
+
+def test_a_train_split_without_a_text_is_one_error(tmp_path, capsys):
+    err = run_main(capsys, "pretrain", place(tmp_path), "-o", "data.split.val_fraction=0.9999", code=DATA)
+    assert "there is no text to train a tokenizer on" in err and "lower data.split.val_fraction" in err
 
 
 # ---- what is damaged between the build and the training -------------------------------------------------------------

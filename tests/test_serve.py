@@ -1154,7 +1154,7 @@ def test_generate_writes_several_texts_side_by_side(model, writer, capsys):
         text, tokens, ended = written(writer, writer.encode(prompt), 2 + row, 30, temperature=0.8, top_k=50)
         assert said == {"prompt": prompt, "text": text, "tokens": len(tokens), "ended": ended}
     printed = run_here(capsys, "generate", model, *prompts, *options)
-    assert printed == "".join(f"--- {row['prompt']}\n{row['text']}\n" for row in rows)
+    assert printed == "\n---\n".join(row["prompt"] + row["text"] for row in rows) + "\n"
 
 
 def test_generate_chat_answers_and_does_not_repeat_the_question(model, writer, capsys):

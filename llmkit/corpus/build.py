@@ -390,7 +390,11 @@ def make_tokenizer(
     else:
         options = section.model_dump(include={"vocab_size", "pattern", "normalize"})
         options["special_tokens"] = [*section.special_tokens, *(f"<extra_id_{i}>" for i in range(section.extra_ids))]
-        tokenizer = train_tokenizer(sample(), section.train, say=say, **options)
+        try:
+            tokenizer = train_tokenizer(sample(), section.train, say=say, **options)
+        except DataError as error:
+            error.fix = "add text, or lower data.split.val_fraction: the tokenizer learns from the train split"
+            raise
     temporary = folder.with_name(folder.name + ".tmp")
     tokenizer.save(temporary)
     temporary.rename(folder)
