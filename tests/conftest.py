@@ -75,6 +75,18 @@ def llmkit(*arguments: object, cwd: Path, code: int = 0, **environment: str) -> 
     return done
 
 
+def encode_chat_example(tokenizer, template: str, messages: list[dict], tools: list[dict] | None = None):
+    """Return (ids, targets) of a conversation of which every answer is learnt. Raise the error of the template."""
+    from llmkit.tokenizer.chat_template import Conversation, encode_rendered, render_examples
+
+    one = Conversation(messages, [message["role"] == "assistant" for message in messages], tools)
+    [found] = render_examples(tokenizer, template, [one])
+    if isinstance(found, ValueError):
+        raise found
+    [rendered] = found
+    return encode_rendered(tokenizer, rendered)
+
+
 def randomized(model):
     """Set weights large enough that every part of the model, biases and norms too, moves the logits."""
     import torch

@@ -13,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import encode_chat_example
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llmkit.errors import ModelError, UserError
-from llmkit.tokenizer.chat_template import CHATML_TEMPLATE, encode_chat, encode_example
-from llmkit.tokenizer.renderer import TemplateLimit, render_prefixes, renderer
+from llmkit.tokenizer.chat_template import CHATML_TEMPLATE, encode_chat
+from llmkit.tokenizer.renderer import Job, TemplateLimit, render_jobs, renderer
 from llmkit.tokenizer.tokenizer import load_tokenizer, read_template
 from llmkit.tokenizer.train import train_tokenizer
 
@@ -30,7 +31,14 @@ def tokenizer():
 
 
 def text_of(tokenizer, template: str, messages: list[dict] = CHAT) -> str:
-    return tokenizer.decode(encode_example(tokenizer, template, messages)[0])
+    return tokenizer.decode(encode_chat_example(tokenizer, template, messages)[0])
+
+
+def rendered(template: str, messages: list[dict], renderings: list[tuple[int, bool]], variables: dict) -> list[str]:
+    [found] = render_jobs(template, [Job(messages, renderings, variables)])
+    if isinstance(found, ValueError):
+        raise found
+    return found.texts
 
 
 def peak_memory(pid: int) -> int:
@@ -79,7 +87,7 @@ def test_a_heavy_template_is_one_error_and_the_next_is_rendered(tokenizer, templ
     text_of(tokenizer, CHATML_TEMPLATE)
     process, begin = renderer(os.getpid()).process, time.perf_counter()
     with pytest.raises((UserError, ValueError), match="the chat template"):
-        encode_example(tokenizer, template, CHAT)
+        encode_chat_example(tokenizer, template, CHAT)
     assert time.perf_counter() - begin < 10  # of two seconds of computing on an idle machine
     assert process.poll() is not None or peak_memory(process.pid) < 500
     assert "x" in text_of(tokenizer, CHATML_TEMPLATE)
@@ -88,14 +96,14 @@ def test_a_heavy_template_is_one_error_and_the_next_is_rendered(tokenizer, templ
 @pytest.mark.parametrize("template", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_or_empty_template_is_one_error(tokenizer, template):
     with pytest.raises((UserError, ValueError), match="the chat template"):
-        encode_example(tokenizer, template, CHAT)
+        encode_chat_example(tokenizer, template, CHAT)
     with pytest.raises((UserError, ValueError), match="the chat template"):
         encode_chat(replace(tokenizer, chat_template=template), CHAT[:1])
 
 
 def test_a_reason_is_short(tokenizer):
     with pytest.raises(ValueError, match="fails: x") as caught:
-        encode_example(tokenizer, "{{ raise_exception('x' * 10**6) }}", CHAT)
+        encode_chat_example(tokenizer, "{{ raise_exception('x' * 10**6) }}", CHAT)
     assert len(str(caught.value)) < 400
 
 
@@ -129,8 +137,9 @@ def test_threads_get_their_own_texts(tokenizer):
 
 def test_the_process_ends_with_its_parent_and_knows_no_secrets():
     code = (
-        "import os, time; from llmkit.tokenizer.renderer import renderer, render_prefixes as r\n"
-        "list(r('x', [], [(0, True)], {})); print(renderer(os.getpid()).process.pid, flush=True); time.sleep(60)"
+        "import os, time; from llmkit.tokenizer.renderer import Job, renderer, render_jobs\n"
+        "render_jobs('x', [Job([], [(0, True)], {})])\n"
+        "print(renderer(os.getpid()).process.pid, flush=True); time.sleep(60)"
     )
     environment = {**os.environ, "HF_TOKEN": "very-secret"}
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
@@ -161,16 +170,16 @@ RENDERED = {  # template -> its text
 
 @pytest.mark.parametrize("template", RENDERED)
 def test_templates_may_use_what_transformers_gives_them(template):
-    [ours] = render_prefixes(template, CHAT, [(2, False)], {"tools": None, "documents": None})
+    [ours] = rendered(template, CHAT, [(2, False)], {"tools": None, "documents": None})
     [theirs] = render_jinja_template([CHAT], chat_template=template)[0]
     assert ours == theirs == RENDERED[template]
 
 
 def test_each_text_is_whole_whether_or_not_it_extends_the_one_before():
     template = "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    assert list(render_prefixes(template, CHAT, [(1, False), (2, False), (1, True)], {})) == ["1x", "2xy", "1x"]
+    assert rendered(template, CHAT, [(1, False), (2, False), (1, True)], {}) == ["1x", "2xy", "1x"]
     template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '>' if add_generation_prompt }}"
-    assert list(render_prefixes(template, CHAT, [(1, False), (1, True), (2, False)], {})) == ["x", "x>", "xy"]
+    assert rendered(template, CHAT, [(1, False), (1, True), (2, False)], {}) == ["x", "x>", "xy"]
 
 
 SHARED = Path(__file__).parents[2] / "shared" / "templates"
@@ -186,9 +195,9 @@ def test_public_templates_give_transformers_text(path):
         [theirs] = render_jinja_template([chat], chat_template=template, add_generation_prompt=True, **special)[0]
     except Exception:
         with pytest.raises(ValueError, match="the chat template fails"):
-            list(render_prefixes(template, chat, [(3, True)], special))
+            rendered(template, chat, [(3, True)], special)
         return
-    assert list(render_prefixes(template, chat, [(3, True)], special)) == [theirs]
+    assert rendered(template, chat, [(3, True)], special) == [theirs]
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ def test_what_can_not_be_evaluated_and_a_misspelt_run_say_what_to_do(place):
     (place / "odd.csv").write_text("id,Frage,Antwort\n1,a,b\n")
     said = llmkit("eval", "runs/tiny", "--data", "odd.csv", cwd=place, code=3).stderr
     assert "neither texts nor prompts and answers" in said and "the fields id, Frage, Antwort" in said
-    assert "rename the fields" in llmkit("finetune", "--lora", "--data", "odd.csv", cwd=place, code=3).stderr
+    assert "data.columns" in llmkit("finetune", "--lora", "--data", "odd.csv", cwd=place, code=3).stderr
     assert "did you mean runs/tiny?" in llmkit("generate", "runs/tinny", "x", cwd=place, code=4).stderr
 
 

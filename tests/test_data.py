@@ -2,13 +2,14 @@
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import transformers
 import yaml
-from conftest import SHARED, needs_shared, sentences, tiny_config
+from conftest import SHARED, encode_chat_example, needs_shared, sentences, tiny_config
 from tokenizers import Tokenizer as Rust
 from tokenizers import models, pre_tokenizers
 
@@ -19,12 +20,12 @@ from llmkit.config.schema import Config
 from llmkit.corpus.build import build_corpus, read_manifest
 from llmkit.data.batches import Batches, corpus_batches, packed_batches, permute
 from llmkit.data.inspect import CONTEXT, RESET, TARGET, format_rows, inspect_rows
-from llmkit.data.layouts import to_turns
-from llmkit.data.sft import encode_sft, pack
+from llmkit.data.layouts import read_examples
+from llmkit.data.sft import encode_pair, encode_sft, pack
 from llmkit.data.tokens import ShardWriter, TokenStream, open_split, token_dtype
 from llmkit.errors import UserError
 from llmkit.parallel.world import start_world
-from llmkit.tokenizer.chat_template import CHATML_TEMPLATE, encode_chat, encode_example
+from llmkit.tokenizer.chat_template import CHATML_TEMPLATE, encode_chat
 from llmkit.tokenizer.spell import LEGEND
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llmkit.tokenizer.train import train_tokenizer
@@ -251,7 +252,7 @@ def test_unknown_rule_is_refused(corpus, tmp_path):
 
 
 def test_only_answers_are_targets(tokenizer):
-    ids, targets = encode_example(tokenizer, CHATML_TEMPLATE, ("the river ", "is small"))
+    ids, targets = encode_pair(tokenizer, ("the river ", "is small"))
     assert tokenizer.decode([i for i, t in zip(ids, targets, strict=True) if t]) == "is small<|endoftext|>"
     messages = [
         {"role": role, "content": content}
@@ -259,7 +260,7 @@ def test_only_answers_are_targets(tokenizer):
             ("system", "user", "assistant", "user", "assistant"), ("one", "two", "three", "four", "five"), strict=True
         )
     ]
-    ids, targets = encode_example(tokenizer, CHATML_TEMPLATE, messages)
+    ids, targets = encode_chat_example(tokenizer, CHATML_TEMPLATE, messages)
     assert tokenizer.decode([i for i, t in zip(ids, targets, strict=True) if t]) == "three<|im_end|>five<|im_end|>"
     turns = "".join(f"<|im_start|>{one['role']}\n{one['content']}<|im_end|>\n" for one in messages)
     assert tokenizer.decode(ids) == turns
@@ -278,31 +279,27 @@ def test_ids_of_a_chat_are_transformers_whatever_is_put_before_a_text(scheme, tm
     Tokenizer(rust, 1, chat_template=template).save(tmp_path)
     messages = [{"role": "user", "content": "ab cd"}, {"role": "assistant", "content": "ab ab"}] * 2
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    ids, _ = encode_example(load_tokenizer(tmp_path), template, messages)
+    ids, _ = encode_chat_example(load_tokenizer(tmp_path), template, messages)
     assert ids == theirs.apply_chat_template(messages)["input_ids"]
 
 
 def test_control_tokens_in_messages_stay_text(tokenizer):
     messages = [{"role": "user", "content": "say <|im_end|>"}, {"role": "assistant", "content": "<|endoftext|>"}]
-    ids, _ = encode_example(tokenizer, CHATML_TEMPLATE, messages)
+    ids, _ = encode_chat_example(tokenizer, CHATML_TEMPLATE, messages)
     assert ids.count(tokenizer.specials["<|im_end|>"]) == 2 and tokenizer.eos_id not in ids
     assert "say <|im_end|>" in tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize(
-    ("record", "form", "reason"),
-    [
-        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages", "unknown role"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "messages", "no assistant"),
-        ({"messages": [{"role": "user", "content": "x"}] * 2}, "messages", "two user turns"),
-        ({"messages": "x"}, "messages", "not a list"),
-        ({"prompt": "x", "completion": 3}, "prompt/completion", "not a string"),
-        ({"conversations": [{"from": "gpt", "value": None}]}, "conversations", "not a string"),
-    ],
-)
-def test_bad_conversations_have_reasons(record, form, reason):
+@pytest.mark.parametrize(("record", "reason"), [
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown role"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "no turn of the assistant"),
+    ({"messages": "x"}, "not a list"),
+    ({"prompt": "x", "completion": 3}, "completion is int, not text"),
+    ({"conversations": [{"from": "gpt", "value": None}]}, "content is null"),
+])  # fmt: skip
+def test_bad_conversations_have_reasons(record, reason):
     with pytest.raises(ValueError, match=reason):
-        to_turns(record, form)
+        list(read_examples(record, {}, Counter(), "a.jsonl:1"))
 
 
 def scan_for_best_fit(lengths, size: int) -> list[list[int]]:

@@ -372,6 +372,40 @@ def test_a_null_is_no_value(server):
     assert json.loads(plain[1])["choices"] == json.loads(nulls[1])["choices"]
 
 
+DEFAULTS = {  # what OpenAI's clients and others send without being asked
+    "logprobs": False, "top_logprobs": 0, "logit_bias": {}, "store": False, "service_tier": "auto", "metadata": {},
+    "tool_choice": "auto", "parallel_tool_calls": True, "tools": [], "modalities": ["text"], "presence_penalty": 0,
+    "response_format": {"type": "text"}, "n": 1, "stream": False,
+}  # fmt: skip
+
+
+def test_defaults_that_clients_send_change_nothing(server):
+    talk = {"messages": [{"role": "user", "content": "a", "name": "Ada"}], "max_tokens": 3, "temperature": 0}
+    plain, full = (server.request(body, "/v1/chat/completions") for body in (talk, talk | DEFAULTS))
+    assert plain[0] == full[0] == 200 and json.loads(plain[1])["choices"] == json.loads(full[1])["choices"]
+
+
+def test_tools_and_earlier_calls_reach_the_template(writer):
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    messages = [*asking("How is it?"), {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "1", "content": "fine"}]  # fmt: skip
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    seen = []
+    spy = replace(writer)
+    spy.encode_chat = lambda messages, tools: seen.append((messages, tools)) or writer.encode_chat(messages, tools)
+    with watched(spy) as port:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        body = json.dumps({"messages": messages, "tools": [tool], "max_tokens": 2})
+        connection.request(
+            "POST", "/v1/chat/completions", body, {"content-type": "application/json", "host": "localhost"}
+        )
+        assert connection.getresponse().status == 200
+    [(said, tools)] = seen
+    assert said[1]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "Oslo"}} and tools == [
+        tool
+    ]
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 COMPLETIONS = {  # changes to a good request -> status, and what the message names
@@ -406,7 +440,12 @@ COMPLETIONS = {  # changes to a good request -> status, and what the message nam
 CHATS = {
     "another_model": ({"model": "gpt-4"}, 404, "gpt-4"),
     "no_messages": ({"messages": []}, 400, "messages"),
-    "name": ({"messages": [{"role": "user", "content": "a", "name": "Ada"}]}, 400, "name"),
+    "voice": ({"messages": [{"role": "user", "content": "a", "voice": "Ada"}]}, 400, "voice"),
+    "calls_of_a_user": (
+        {"messages": [{"role": "user", "content": "a", "tool_calls": [{"function": {"name": "f"}}]}]},
+        400,
+        "tool_calls",
+    ),
     "unknown_role": ({"messages": [{"role": "boss", "content": "a"}]}, 400, "role"),
     "list_for_a_role": ({"messages": [{"role": ["user"], "content": "a"}]}, 400, "role"),
     "object_for_a_role": ({"messages": [{"role": {"a": 1}, "content": "a"}]}, 400, "role"),
@@ -416,7 +455,8 @@ CHATS = {
         "messages.0",
     ),
     "no_content": ({"messages": [{"role": "user", "content": None}]}, 400, "content"),
-    "tools": ({"tools": []}, 400, "tools"),
+    "tools": ({"tools": [{"type": "function", "function": {}}]}, 400, "tools.0.function.name"),
+    "another_choice": ({"tool_choice": "required"}, 400, "tool_choice"),
     "json": ({"response_format": {"type": "json_object"}}, 400, "response_format"),
     "both_lengths": ({"max_tokens": 5, "max_completion_tokens": 5}, 400, "max_tokens"),
     "too_many_tokens": ({"max_completion_tokens": 5000}, 400, "max_tokens"),

@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,8 +19,8 @@ from llmkit.corpus.scorers import read_evaluation_ngrams
 from llmkit.corpus.units import make_units
 from llmkit.data import sft
 from llmkit.data.inspect import measure_compression
-from llmkit.data.layouts import to_turns
-from llmkit.data.sft import encode_records, encode_sft
+from llmkit.data.layouts import read_examples
+from llmkit.data.sft import Found, encode_records, encode_sft
 from llmkit.data.splits import open_records
 from llmkit.errors import DATA, UserError
 from llmkit.readers.decode import parse_json
@@ -226,7 +227,7 @@ def test_fine_tuning_has_the_bound_of_a_build(tokenizer, tmp_path, on_error):
     assert f"{path}:41 (bad JSON" in first
     bad = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
     assert [(one["path"], one["line"], one["reason"][:8]) for one in bad] == [
-        (str(path), 41, "bad JSON"), (str(path), 42, "prompt o")
+        (str(path), 41, "bad JSON"), (str(path), 42, "prompt i")
     ]  # fmt: skip
 
 
@@ -264,9 +265,9 @@ def test_the_header_says_what_became_of_long_and_of_bad_records(tokenizer, tmp_p
 ])  # fmt: skip
 def test_a_role_of_another_type_is_a_bad_record(turn):
     with pytest.raises(ValueError, match="a turn's role is not a string"):
-        to_turns({"messages": [turn]}, "messages")
-    with pytest.raises(ValueError, match="input is not a string"):
-        to_turns({"instruction": "x", "input": {"a": 1}, "output": "y"}, "instruction")
+        list(read_examples({"messages": [turn]}, {}, Counter(), "a.jsonl:1"))
+    with pytest.raises(ValueError, match="input is dict, not text"):
+        list(read_examples({"instruction": "x", "input": {"a": 1}, "output": "y"}, {}, Counter(), "a.jsonl:1"))
 
 
 LOOP = "{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}"
@@ -278,13 +279,13 @@ def test_a_record_that_exceeds_a_limit_of_the_template_is_a_bad_one(tokenizer, t
     path = write(tmp_path / "a.jsonl", "\n".join(lines))
     slow = "{% if messages | length > 2 %}" + LOOP + "{% endif %}{% for one in messages %}{{ one.content }}{% endfor %}"
     tally, bad = Tally(), []
-    found = list(encode_records(path, tokenizer, slow, tally, set(), bad.append))
+    found = list(encode_records(path, tokenizer, slow, tally, Found(), bad.append))
     assert len(found) == 2 and (tally.rows, tally.bad) == (3, 1)
     assert bad[0].line == 2 and "computing time" in bad[0].reason
     for template, what in ((LOOP, "computing time"), ("{% if %}", "can't be parsed")):
         monkeypatch.setattr(sft, "MAX_LIMITS", 1)
         with pytest.raises(UserError, match=what) as error:
-            list(encode_records(path, tokenizer, template, Tally(), set()))
+            list(encode_records(path, tokenizer, template, Tally(), Found()))
         assert error.value.at == f"{path}:1"
 
 

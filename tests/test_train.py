@@ -492,6 +492,6 @@ def test_a_chat_template_file_shapes_the_rows_and_goes_into_checkpoints(corpus, 
     assert tokenizer.chat_template == template
     assert tokenizer.decode(batch.input_ids[0]).startswith("user> the river<|endoftext|>assistant> is small")
     targets = tokenizer.decode(batch.labels[batch.labels != IGNORE_INDEX])
-    assert targets == "is small<|endoftext|>" * targets.count("is")
+    assert targets == " is small<|endoftext|>" * targets.count("is")  # the space of " is" is the template's
     prompt = encode_chat(tokenizer, [{"role": "user", "content": "one"}])
     assert tokenizer.decode(prompt) == "user> one<|endoftext|>assistant> "

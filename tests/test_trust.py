@@ -16,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from llmkit.config.data import CorpusData
 from llmkit.config.load import load_config
 from llmkit.corpus.build import build_corpus, read_manifest
+from llmkit.data.sft import encode_pair
 from llmkit.errors import DATA, LOCKED, MODEL, UserError
 from llmkit.evals.perplexity import measure
 from llmkit.files import lock
@@ -26,7 +27,6 @@ from llmkit.storage.locate import locate
 from llmkit.storage.manifest import best_checkpoint, dependent_runs, list_checkpoints, read_checkpoint_manifest
 from llmkit.storage.report import summarize
 from llmkit.storage.run import read_run_config
-from llmkit.tokenizer.chat_template import encode_example
 from llmkit.tokenizer.tokenizer import load_tokenizer
 from llmkit.tokenizer.train import train_tokenizer
 from llmkit.training.log import progress_line
@@ -290,7 +290,7 @@ def test_bos_goes_where_transformers_puts_it(with_bos):
     assert ours.encode_prompt(text)[0] == ours.bos_id
     (document,) = ours.encode_documents([text])
     assert document.tolist() == [*theirs(text)["input_ids"], ours.eos_id]
-    ids, targets = encode_example(ours, "", ("The model", " reads"))
+    ids, targets = encode_pair(ours, ("The model", " reads"))
     assert ids[0] == ours.bos_id and ids.count(ours.bos_id) == 1 and not targets[0]
 
 

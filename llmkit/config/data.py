@@ -256,16 +256,16 @@ class CorpusData(Section):
 
 
 class SftData(Section):
-    """Prompts and answers. Only answers are targets. In an encoder-decoder the encoder reads the prompt.
-
-    Records are {prompt, completion}, {instruction, input, output}, {messages: [{role, content}]} or
-    {conversations: [{from, value}]}; the first record decides.
-    """
+    """Prompts and answers. Only answers are targets. In an encoder-decoder the encoder reads the prompt."""
 
     kind: Literal["sft"]
     """sft: prompts and answers for fine-tuning."""
     path: PathStr
     """A file of records: JSONL, JSON, CSV or Parquet."""
+    columns: dict[str, NonBlank] = {}
+    """Names of the fields, if they are others: {question: Frage, answer: Antwort}. Then no other field is read."""
+    train_on: Literal["all", "last"] = "all"
+    """Which answers of a conversation are learnt: all, or the last one."""
     val_path: PathStr | None = None
     """A file of records for validation; null: a part of path."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05

@@ -15,30 +15,49 @@ import hashlib
 import itertools
 import json
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llmkit.config.data import SftData
-from llmkit.data.layouts import detect_layout, to_turns
+from llmkit.data.layouts import Pair, UnknownLayoutError, read_examples, refuse_first
 from llmkit.data.tokens import ShardWriter, check_unchanged, describe_file, read_sealed, seal
 from llmkit.errors import DataError
 from llmkit.files import delete_leftovers, file_sha256, write_atomically
 from llmkit.readers.documents import check_file, refuse_zip
 from llmkit.readers.records import read_records
 from llmkit.readers.tally import BadRecord, Tally
-from llmkit.tokenizer.chat_template import default_template, encode_example
+from llmkit.tokenizer.chat_template import (
+    Conversation,
+    Rendered,
+    default_template,
+    encode_rendered,
+    render_examples,
+)
 from llmkit.tokenizer.renderer import TemplateLimit
 from llmkit.tokenizer.tokenizer import Tokenizer
 
-VERSION = 3  # of the encoding; data of another version is encoded again
+VERSION = 4  # of the encoding; data of another version is encoded again
 TOKENS = np.dtype("<i4")
 REPORT, QUARANTINE = "report.json", "quarantine.jsonl"
 ENCODE_AGAIN = "delete {} and fine-tune again: the records are then encoded again"
+BATCH = 64  # records that are rendered together
 MAX_LIMITS = 2  # records in a row that exceed a limit of the template: it is at fault, and each costs seconds
 Example = tuple[list[int], list[bool]]  # token ids, which of them are targets
+
+
+@dataclass
+class Found:
+    """What is found in the records of some files, besides bad ones."""
+
+    layouts: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)  # fields without a meaning here
+    empty: int = 0  # answers without a text, which are no targets
+    divided: int = 0  # conversations of which each answer is an example: the template rewrites earlier turns
 
 
 def encode_records(
@@ -46,40 +65,122 @@ def encode_records(
     tokenizer: Tokenizer,
     template: str,
     tally: Tally,
-    layouts: set[str],
+    found: Found,
     quarantine: Callable[[BadRecord], Any] = lambda bad: None,
+    *,
+    columns: dict[str, str] | None = None,
+    train_on: str = "all",
 ) -> Iterator[Example]:
     """Encode the good records of a JSON, JSONL (.gz, .zst), CSV or Parquet file.
 
     tally       counts the records, and the bad ones by reason
-    layouts     gets the layout of the file, which its first good record decides
+    found       gets the counts of what else there is
     quarantine  is called with every bad record
+    columns     our name of a field -> the file's name; None: the usual names
+    train_on    "all" answers of a conversation, or the "last" one
 
-    Raise DataError if the template can't be parsed, or exceeds its limits for MAX_LIMITS records in a row.
+    Raise DataError if the file holds other records, if the template can't be parsed, or if it exceeds its limits for
+    MAX_LIMITS records in a row.
     """
-    layout, limits = None, 0
-    for line, record, size in read_records(path):
-        if not isinstance(record, BadRecord):
-            layout = layout or detect_layout(record, f"{path}:{line}")
-            layouts.add(layout)
+    records, size, limits = read_records(path), 1, 0
+    first = True
+    while batch := list(itertools.islice(records, size)):
+        read: list[list[Pair | Conversation] | ValueError | BadRecord] = []
+        for line, record, _ in batch:
             try:
-                example = encode_example(tokenizer, template, to_turns(record, layout))
-                limits = 0
-            except DataError as error:  # the template can't be parsed, whatever the record
-                error.at = f"{path}:{line}"
-                raise
+                read.append(
+                    record
+                    if isinstance(record, BadRecord)
+                    else read_record(record, f"{path}:{line}", columns or {}, train_on, found)
+                )
+            except UnknownLayoutError as error:
+                if first:
+                    raise refuse_first(record, f"{path}:{line}") from None
+                read.append(error)
             except ValueError as error:
-                limits = limits + 1 if isinstance(error, TemplateLimit) else 0
-                if limits == MAX_LIMITS:  # each of them takes seconds
-                    got, fix = f"{limits} such records in a row", "correct the template, or shorten the conversations"
-                    raise DataError(str(error), at=f"{path}:{line}", got=got, fix=fix) from None
-                record = BadRecord(str(path), line, None, str(error), size)
-        if isinstance(record, BadRecord):
-            tally.add(0, record)
-            quarantine(record)
+                read.append(error)
+            first = first and isinstance(record, BadRecord)
+        chats = [
+            one for examples in read if isinstance(examples, list) for one in examples if isinstance(one, Conversation)
+        ]
+        try:
+            rendered = iter(render_examples(tokenizer, template, chats))
+        except DataError as error:  # the template can't be parsed, whatever the record
+            error.at = f"{path}:{batch[0][0]}"
+            raise
+        for (line, _, bytes_read), examples in zip(batch, read, strict=True):
+            encoded = encode_examples(tokenizer, examples, rendered, found) if isinstance(examples, list) else examples
+            limits = limits + 1 if isinstance(encoded, TemplateLimit) else 0
+            if limits == MAX_LIMITS:  # each of them takes seconds
+                got, fix = f"{limits} such records in a row", "correct the template, or shorten the conversations"
+                raise DataError(str(encoded), at=f"{path}:{line}", got=got, fix=fix)
+            if isinstance(encoded, list):
+                tally.add(bytes_read)
+                yield from encoded
+            else:
+                bad = (
+                    encoded
+                    if isinstance(encoded, BadRecord)
+                    else BadRecord(str(path), line, None, str(encoded), bytes_read)
+                )
+                tally.add(0, bad)
+                quarantine(bad)
+        size = 1 if limits else min(2 * size, BATCH)
+
+
+def read_record(
+    record: dict[str, Any], at: str, columns: dict[str, str], train_on: str, found: Found
+) -> list[Pair | Conversation]:
+    """Return the examples of a record, and count them. Raise ValueError if it is bad."""
+    examples = []
+    for layout, one in read_examples(record, columns, found.unread, at):
+        found.layouts[layout] += 1
+        examples.append(one)
+        if isinstance(one, Conversation):
+            found.empty += choose_answers(one, train_on)
+    return examples
+
+
+def choose_answers(one: Conversation, train_on: str) -> int:
+    """Choose which answers of a conversation are learnt: none without a text. Return the number of those."""
+    empty = 0
+    for i, message in enumerate(one.messages):
+        if one.learnt[i] and not (message["content"].strip() or message.keys() & {"tool_calls", "reasoning_content"}):
+            one.learnt[i], empty = False, empty + 1
+    if train_on == "last":
+        last = max((i for i, learnt in enumerate(one.learnt) if learnt), default=-1)
+        one.learnt[:] = [i == last for i in range(len(one.learnt))]
+    return empty
+
+
+def encode_examples(
+    tokenizer: Tokenizer,
+    examples: list[Pair | Conversation],
+    rendered: Iterator[list[Rendered] | ValueError],
+    found: Found,
+) -> list[Example] | ValueError:
+    """Return the ids and targets of a record's examples; the error of one, if there is any.
+
+    rendered  gives what became of the next conversation
+    """
+    encoded, error = [], None
+    for one in examples:
+        if isinstance(one, tuple):
+            encoded.append(encode_pair(tokenizer, one))
+            continue
+        texts = next(rendered)
+        if isinstance(texts, ValueError):
+            error = texts
         else:
-            tally.add(size)
-            yield example
+            found.divided += len(texts) > 1
+            encoded += [encode_rendered(tokenizer, text) for text in texts]
+    return error or encoded
+
+
+def encode_pair(tokenizer: Tokenizer, pair: Pair) -> Example:
+    """Return (ids, targets) of a prompt and its completion. The prompt's ids are those that generation starts from."""
+    prompt, completion = tokenizer.encode_prompt(pair[0]), tokenizer.encode_continuation(pair[1])
+    return [*prompt, *completion, tokenizer.eos_id], [False] * len(prompt) + [True] * (len(completion) + 1)
 
 
 def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pairs: bool = False) -> dict[str, Any]:
@@ -120,7 +221,7 @@ def write_examples(
     """Encode the records of the train and val files into a folder. Return the report."""
     folder.mkdir(parents=True, exist_ok=True)
     delete_leftovers(folder)
-    tally, layouts, sizes = Tally(), set(), []
+    tally, found, sizes = Tally(), Found(), []
     answers = array("i")  # example, start and stop of every answer in it
     with (folder / QUARANTINE).open("w", encoding="utf-8") as file, ShardWriter(folder / "examples", TOKENS) as shard:
 
@@ -128,7 +229,8 @@ def write_examples(
             file.write(json.dumps(vars(bad)) + "\n")
 
         for path in sources:
-            for ids, targets in encode_records(path, tokenizer, template, tally, layouts, write_bad):
+            options = {"columns": data.columns, "train_on": data.train_on}
+            for ids, targets in encode_records(path, tokenizer, template, tally, found, write_bad, **options):
                 for start, stop in answer_spans(targets):
                     answers.extend((len(shard.ends), start, stop))
                 shard.add(np.where(targets, ids, np.invert(ids)))
@@ -149,7 +251,7 @@ def write_examples(
     return {
         "files": [describe_file(path, folder) for path in (shard.path, shard.index, *plan_files)],
         "records": tally.counts(),
-        "formats": sorted(layouts),
+        "found": {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(found).items()},
         "seq_len": data.seq_len,
         "too_long": data.too_long,
         "eos_id": tokenizer.eos_id,

@@ -16,6 +16,11 @@ from llmkit.screen import format_count
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "val")
+FOUND_NOTES = {  # of sft.Found -> what the header says
+    "empty": "answers without a text, not learnt",
+    "divided": "conversations with one example for each answer, because the chat template rewrites earlier turns",
+}
+MOST_UNREAD = 20  # names of fields in the header
 
 
 @dataclass
@@ -141,13 +146,16 @@ def open_records(
 
     start_id  the decoder's first input token in an encoder-decoder; None for a decoder-only model
     """
-    splits, train, val = report["splits"], report["splits"]["train"], report["splits"]["val"]
+    splits, train, val, found = report["splits"], report["splits"]["train"], report["splits"]["val"], report["found"]
     how = "through the chat template" if is_chat else "as they are, no chat template"
     cut = "left out" if report["too_long"] == "drop" else f"cut to {report['seq_len']} tokens"
     notes = {"too long": f"too long, {cut}", "without a target": "without a target, left out"}
     excluded = [f"{train[why]} {note}" for why, note in notes.items() if train.get(why)]
+    excluded += [f"{number:,} {what}" for key, what in FOUND_NOTES.items() if (number := found[key])]
+    excluded += ["not read: " + ", ".join(list(found["unread"])[:MOST_UNREAD])] if found["unread"] else []
     excluded += filter(None, [Tally(**report["records"]).describe(Path(report["folder"]) / QUARANTINE)])
-    layouts = " and ".join(report["formats"])
+    several = len(found["layouts"]) > 1
+    layouts = ", ".join(f"{number:,} {name}" if several else name for name, number in found["layouts"].items())
     return Splits(
         tokenizer,
         lambda split, size, **order: open_rows(Path(report["folder"]), split, size, start_id, **order),

@@ -9,8 +9,8 @@ import numpy as np
 from llmkit.config.defaults import MAX_BAD_FRACTION
 from llmkit.data.batches import open_rows
 from llmkit.data.corrupt import shift_right
-from llmkit.data.layouts import LAYOUTS, describe_fields
-from llmkit.data.sft import Example, encode_records, split_into_pairs, truncate_pair
+from llmkit.data.layouts import describe_fields, is_record
+from llmkit.data.sft import Example, Found, encode_records, split_into_pairs, truncate_pair
 from llmkit.data.splits import bytes_per_token, open_stream, read_manifest
 from llmkit.errors import DataError, UserError
 from llmkit.models import family_of
@@ -170,13 +170,13 @@ def read_data(
         raise DataError("--data takes a file, and this is a folder", at=path, fix="name one of its files")
     check_file(path)
     first = next((record for _, record, _ in read_records(path) if isinstance(record, dict)), {})
-    records = any(all(field in first for field in fields) for fields in LAYOUTS.values())
+    records = "text" not in first and is_record(first)
     if records and stride < window:
         raise UserError("--stride does not apply to fine-tuning records", got=f"stride {stride}")
     if records and model_config.kind == "masked":
         raise DataError(f"{model_config.model_type} writes no answers", at=path, fix="name a file of texts")
     if records:
-        rows = list(encode_records(path, tokenizer, default_template(tokenizer), tally, set()))
+        rows = list(encode_records(path, tokenizer, default_template(tokenizer), tally, Found()))
         what = f"the answers in {path} ({len(rows)} records{describe_cuts(rows, window)})"
         if model_config.kind == "causal":
             cut = [(ids[: window + 1], targets[: window + 1]) for ids, targets in rows]

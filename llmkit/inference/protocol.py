@@ -37,8 +37,16 @@ def check_zero(penalty: float) -> float:
     return penalty
 
 
+def check_unset(value: Any) -> Any:
+    """Return a value that turns an option off, as clients send by default; refuse any other."""
+    if value:
+        raise PydanticCustomError("unsupported", "is not supported, leave it out")
+    return value
+
+
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Zero = Annotated[float, AfterValidator(check_zero)]
+Unset = Annotated[Any, AfterValidator(check_unset)]
 
 
 class StrictModel(BaseModel):
@@ -69,7 +77,13 @@ class SamplingRequest(StrictModel):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = Sampling.repetition_penalty
     presence_penalty: Zero = 0
     frequency_penalty: Zero = 0
+    logit_bias: Unset = None
+    logprobs: Unset = None
+    top_logprobs: Unset = None
+    store: Unset = None
+    service_tier: Literal["auto", "default"] | None = None
     user: str | None = None  # accepted, not used
+    metadata: dict[str, str] | None = None  # accepted, not used
 
 
 class CompletionRequest(SamplingRequest):
@@ -85,9 +99,41 @@ class TextPart(StrictModel):
     text: str
 
 
+class FunctionCall(StrictModel):
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class ToolCall(StrictModel):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None  # of a streamed call; not used
+
+
 class Message(StrictModel):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    """Hold one message; `messages.to_messages` checks what fits its role."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    function_call: FunctionCall | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    annotations: Annotated[list, Field(max_length=0)] | None = None  # what OpenAI's answers have, sent back
+
+
+class Function(BaseModel):
+    """Hold a function that may be called; the template gets all that it has."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    name: str
+
+
+class Tool(StrictModel):
+    type: Literal["function"] = "function"
+    function: Function
 
 
 class ChatCompletionRequest(SamplingRequest):
@@ -96,6 +142,10 @@ class ChatCompletionRequest(SamplingRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["auto"] | None = None
+    parallel_tool_calls: Literal[True] | None = None
+    modalities: list[Literal["text"]] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
 
 

@@ -9,6 +9,7 @@ import logging
 import random
 import socket
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +40,7 @@ from llmkit.inference.protocol import (
 )
 from llmkit.inference.sampling import Sampling
 from llmkit.inference.writer import GeneratedText, Writer
+from llmkit.tokenizer.messages import to_messages, to_tools
 
 PAGE = Path(__file__).with_name("server.html")
 PAGE_HEADERS = {  # it loads nothing from other hosts, connects only to this server, and is shown in no other page
@@ -135,13 +137,13 @@ class Server:
         max_tokens = body.max_tokens or body.max_completion_tokens
         if body.max_tokens and body.max_completion_tokens:
             raise RequestError(400, "max_tokens and max_completion_tokens are both given", param="max_tokens")
-        messages = []
-        for message in body.messages:
-            parts = [message.content] if isinstance(message.content, str) else [part.text for part in message.content]
-            role = "system" if message.role == "developer" else message.role
-            messages.append({"role": role, "content": "".join(parts)})
+        try:
+            messages, _ = to_messages([message.model_dump(exclude_none=True) for message in body.messages], Counter())
+            tools = to_tools([tool.model_dump() for tool in body.tools or []])
+        except ValueError as error:
+            raise RequestError(400, str(error), param="messages") from None
         self.check(body, 1, max_tokens or 1)
-        ids = await self.encode(lambda: self.writer.encode_chat(messages))
+        ids = await self.encode(lambda: self.writer.encode_chat(messages, tools))
         self.check_prompts([ids])
         max_tokens = max_tokens or max(1, min(self.limits.new_tokens, self.writer.max_length - len(ids)))
         return await self.answer(request, body, [ids], max_tokens, chat=True)

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from multiprocessing import Pipe
 from pathlib import Path
@@ -51,8 +51,8 @@ class Renderer:
         code, self.process = self.process.wait(), None
         return code
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Return the answer to a request as sandbox.py describes it."""
+    def ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the answer to a request; see sandbox.py. Raise TemplateLimit if the process ends over it."""
         with self.lock:
             if self.process and self.process.poll() is not None:  # killed while it waited, which is no template's fault
                 self.stop()
@@ -71,7 +71,7 @@ class Renderer:
             code = self.stop()
         if code == -signal.SIGPROF:
             reason = f"takes over {CPU_SECONDS:g} s of computing time"
-        return {"error": "limit", "reason": reason or f"ended its process (exit code {code})"}
+        raise TemplateLimit(reason or f"ended its process (exit code {code})")
 
 
 @cache
@@ -80,26 +80,63 @@ def renderer(pid: int) -> Renderer:
     return Renderer()
 
 
-def render_prefixes(
-    template: str, messages: list[dict[str, Any]], renderings: list[tuple[int, bool]], variables: dict[str, Any]
-) -> Iterator[str]:
-    """Yield a text for each rendering: (number of messages from the first on, whether to start an answer after them).
+@dataclass
+class Job:
+    """What is to be rendered of one conversation.
 
-    Raise DataError if the template can't be parsed, TemplateLimit if it exceeds a limit, and another ValueError if it
-    rejects the messages.
+    renderings  (number of messages from the first on, whether to start an answer after them)
+    variables   further variables of the template
+    marked      the same messages with marks in them, to be rendered too
     """
-    request = {"template": template, "messages": messages, "renderings": renderings, "variables": variables}
-    answer = renderer(os.getpid()).ask(request)
+
+    messages: list[dict[str, Any]]
+    renderings: list[tuple[int, bool]]
+    variables: dict[str, Any]
+    marked: list[dict[str, Any]] | None = None
+
+
+@dataclass
+class Texts:
+    """The texts of a job's renderings, and of its marked messages.
+
+    spans  what stands in {% generation %} in the first text
+    """
+
+    texts: list[str]
+    spans: list[tuple[int, int]]
+    marked: str | None
+
+
+def render_jobs(template: str, jobs: list[Job], date: str | None = None) -> list[Texts | ValueError]:
+    """Render the conversations of some jobs.
+
+    date  what the template takes for today, as 2026-01-31; None: today
+
+    The error of a job is TemplateLimit if the template exceeds a limit, and another ValueError if it rejects the
+    messages. Raise DataError if the template can't be parsed.
+    """
+    request = {"template": template, "date": date, "jobs": [vars(job) for job in jobs]}
+    try:
+        answers = renderer(os.getpid()).ask(request)
+    except TemplateLimit as error:
+        if len(jobs) > 1:  # find out which one it was
+            return [found for job in jobs for found in render_jobs(template, [job], date)]
+        answers = [{"error": "limit", "reason": str(error)}]
+    return [read_answer(answer, job) for answer, job in zip(answers, jobs, strict=True)]
+
+
+def read_answer(answer: dict[str, Any], job: Job) -> Texts | ValueError:
+    """Return the texts of a job's answer, or its error; see `render_jobs`."""
     match answer.get("error"):
         case "syntax":
             raise DataError(f"the chat template can't be parsed: {answer['reason']}")
         case "limit":
-            size = sum(len(str(message["content"])) for message in messages)
-            got = f"messages with {size:,} characters"
-            raise TemplateLimit(f"the chat template {answer['reason']}: {got}")
+            size = sum(len(str(message["content"])) for message in job.messages)
+            return TemplateLimit(f"the chat template {answer['reason']}: messages with {size:,} characters")
         case "refusal":
-            raise ValueError(f"the chat template fails: {answer['reason']}")
-    text = ""
+            return ValueError(f"the chat template fails: {answer['reason']}")
+    texts, text = [], ""
     for shared, rest in answer["texts"]:
         text = text[:shared] + rest
-        yield text
+        texts.append(text)
+    return Texts(texts, [tuple(span) for span in answer["spans"]], answer["marked"])

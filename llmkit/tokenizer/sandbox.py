@@ -4,43 +4,56 @@ A chat template comes from a stranger's model, and the sandbox of jinja2 bounds 
 that process: it imports nothing but jinja2 and the standard library. `renderer.py` starts it and talks to it.
 
 It reads requests from the connection that its argument names, and answers each: both are JSON.
-A request is {template, messages, variables, renderings: [[number of messages, add_generation_prompt], ...]}.
-An answer is {texts: [[characters shared with the text before, rest], ...]}, or {error: kind, reason: text} with a kind
-of "syntax", "limit" or "refusal" (the template rejects the messages).
+A request is {template, date, jobs: [job, ...]}, and a job {messages, variables, renderings: [[number of messages,
+add_generation_prompt], ...], marked: other messages or null}.
+An answer is a list with one entry for each job. It is {texts, spans, marked}: texts are [[characters shared with the
+text before, rest], ...], spans what stands in {% generation %} in the first one, and marked is the text of the other
+messages, or null. Or it is {error: kind, reason: text} with a kind of "syntax", "limit" or "refusal" (the template
+rejects the messages).
 """
 
 import json
+import re
 import resource
 import signal
 import sys
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
+from itertools import accumulate
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, TemplateSyntaxError
+from jinja2 import Template, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-CPU_SECONDS, MEMORY, CHARACTERS = 2.0, 400 * 2**20, 10_000_000  # limits for a request; memory on top of the start's
+CPU_SECONDS, MEMORY, CHARACTERS = 2.0, 400 * 2**20, 10_000_000  # limits for a job; memory on top of the start's
+GENERATION = re.compile("[\ufdd3\ufdd4]")  # noncharacters, which no text has, where {% generation %} starts and ends
+TOO_MUCH = {"error": "limit", "reason": "gets or renders too much text"}
 LONGEST_REASON = 300  # characters; `raise_exception` takes any text
 
 
 class Generation(Extension):
-    """Render what stands between {% generation %} and {% endgeneration %}, the marks of answers, as it is."""
+    """Render what stands between {% generation %} and {% endgeneration %}, the marks of answers, with GENERATION."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        start, stop = (nodes.Output([nodes.TemplateData(mark)]).set_lineno(line) for mark in "\ufdd3\ufdd4")
+        return [start, *body, stop]
 
 
 @lru_cache(8)
-def compile_template(source: str) -> Template:
-    """Compile a chat template with the functions that transformers gives it. Raise TemplateSyntaxError."""
+def compile_template(source: str, date: str | None) -> Template:
+    """Compile a chat template with the functions that transformers gives it. Raise TemplateSyntaxError.
+
+    date  the day that `strftime_now` takes for today, as 2026-01-31; None: today
+    """
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
 
     def raise_exception(message: str) -> None:
@@ -50,34 +63,45 @@ def compile_template(source: str) -> Template:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def strftime_now(form: str) -> str:
-        return datetime.now().strftime(form)
+        return (datetime.fromisoformat(date) if date else datetime.now()).strftime(form)
 
     env.filters["tojson"] = tojson  # jinja2's own escapes HTML
     env.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     return env.from_string(source)
 
 
-def render(request: dict[str, Any]) -> dict[str, Any]:
-    """Return the answer to a request."""
-    kind, texts, before, size = "syntax", [], "", 0
+def render(template: str, date: str | None, job: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer to a job."""
+    kind, texts, spans, before, size, marked = "syntax", [], [], "", 0, None
     try:
-        template = compile_template(request["template"])
+        compiled = compile_template(template, date)
         kind = "refusal"
-        for number, starts_answer in request["renderings"]:
-            variables = {**request["variables"], "add_generation_prompt": starts_answer}
-            text = template.render(messages=request["messages"][:number], **variables)
-            shared = len(before) if text.startswith(before) else 0
+        for number, starts_answer in job["renderings"]:
+            variables = {**job["variables"], "add_generation_prompt": starts_answer}
+            text, found = take_generation_marks(compiled.render(messages=job["messages"][:number], **variables))
+            shared, spans = len(before) if text.startswith(before) else 0, spans if texts else found
             texts.append((shared, text[shared:]))
             size, before = size + len(text) - shared, text
             if size > CHARACTERS:
                 return {"error": "limit", "reason": f"renders more than {CHARACTERS // 10**6} million characters"}
+        if job["marked"]:
+            with suppress(Exception):  # a template may refuse marks
+                text = compiled.render(messages=job["marked"], **job["variables"], add_generation_prompt=False)
+                marked, _ = take_generation_marks(text)
     except MemoryError:
         return {"error": "limit", "reason": f"takes over {MEMORY // 2**20} MiB of memory"}
     except TemplateSyntaxError as error:
         return {"error": kind, "reason": f"{error} (line {error.lineno})"[:LONGEST_REASON]}
     except Exception as error:  # a template can raise any error
         return {"error": kind, "reason": (str(error) or type(error).__name__)[:LONGEST_REASON]}
-    return {"texts": texts}
+    return {"texts": texts, "spans": spans, "marked": marked}
+
+
+def take_generation_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """Return a text without the marks of GENERATION, and what stood in them."""
+    pieces = GENERATION.split(text)
+    ends = list(accumulate(map(len, pieces)))
+    return "".join(pieces), list(zip(ends[:-1:2], ends[1::2], strict=False))
 
 
 def limit_memory() -> None:
@@ -100,11 +124,14 @@ def main() -> None:
             raw = connection.recv_bytes()
         except EOFError:
             return
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # then SIGPROF ends this process
         try:
-            answer = json.dumps(render(json.loads(raw))).encode()
+            request, answers = json.loads(raw), []
+            for job in request["jobs"]:
+                signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # then SIGPROF ends this process
+                answers.append(render(request["template"], request["date"], job))
+            answer = json.dumps(answers).encode()
         except MemoryError:
-            answer = b'{"error": "limit", "reason": "gets or renders too much text"}'
+            answer = json.dumps([TOO_MUCH] * len(request["jobs"])).encode()
         connection.send_bytes(answer)
 
 

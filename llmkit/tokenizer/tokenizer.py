@@ -39,6 +39,7 @@ PATTERNS = {  # regexes that split text before merging; each matches all of any 
     "qwen2": rf"{_WORDS}|\p{{N}}|{_AFTER}",  # digits one by one
 }
 MAX_VERIFIED_TEXTS = 1000  # texts on which the fast encoder is verified
+WITH_SPECIALS = ("with_specials", "strips", "token_lengths")  # cached properties about special tokens
 BLOCK = 256  # documents encoded together
 LONGEST_RUN = 20_000  # of a word or spaces: tiktoken is slow on longer runs, and its stack overflows on megabytes
 
@@ -114,7 +115,17 @@ class Tokenizer:
     def add_specials(self, tokens: list[str]) -> None:
         """Append special tokens to the vocabulary."""
         self.rust.add_special_tokens([token for token in tokens if token not in self.specials])
-        for cached in ("specials", "size", "sha256", "prefix", "continuation", "fast", "token_bytes", "unknown_id"):
+        for cached in (
+            "specials",
+            "size",
+            "sha256",
+            "prefix",
+            "continuation",
+            "fast",
+            "token_bytes",
+            "unknown_id",
+            *WITH_SPECIALS,
+        ):
             self.__dict__.pop(cached, None)
 
     def encode(self, text: str) -> list[int]:
@@ -125,14 +136,67 @@ class Tokenizer:
     def continuation(self) -> Rust:
         """Return the tokenizer for text that follows other text: it adds no space that belongs before a first text."""
         spec = json.loads(self.rust.to_str())
-        steps = [step for step in flatten_steps(spec["pre_tokenizer"] or {}) if step.get("prepend_scheme") == "first"]
+        steps = [step for step in flatten_steps(spec["pre_tokenizer"] or {}) if "prepend_scheme" in step]
         for step in steps:
             step["prepend_scheme"] = "never"
-        return Rust.from_str(json.dumps(spec)) if steps else self.rust
+        normalizer = spec["normalizer"] or {}
+        before = normalizer.get("normalizers", [normalizer])
+        after = [step for step in before if step.get("type") != "Prepend"]  # of Llama 1 and 2
+        if len(after) < len(before):
+            spec["normalizer"] = {"type": "Sequence", "normalizers": after} if after else None
+        return Rust.from_str(json.dumps(spec)) if steps or len(after) < len(before) else self.rust
 
     def encode_continuation(self, text: str) -> list[int]:
         """Return the ids of a text that follows a special token."""
         return encode_text(self.continuation, text)
+
+    @cached_property
+    def with_specials(self) -> Rust:
+        """Return the tokenizer that finds special tokens in a text, as transformers does."""
+        rust = Rust.from_str(self.rust.to_str())
+        rust.encode_special_tokens = False
+        return rust
+
+    @cached_property
+    def strips(self) -> bool:
+        """Return whether an added token takes in the spaces beside it, or is found as a whole word only."""
+        added = self.rust.get_added_tokens_decoder().values()
+        return any(token.lstrip or token.rstrip or token.single_word for token in added)
+
+    def encode_with_specials(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        """Return the ids of a text in which special tokens have a meaning, and which of them lie in a span.
+
+        spans  (start, stop) in characters, in order; a token is in one if any of its characters is
+        """
+        if self.fast is not None and not self.strips and has_only_short_runs(text):
+            ids = self.fast.encode(text, allowed_special="all")
+            ends = np.cumsum(self.token_lengths[ids])
+            starts = ends - self.token_lengths[ids]
+            at, byte_spans = [0, 0], []
+            for start, stop in spans:
+                edges = []
+                for edge in (start, stop):
+                    at = [edge, at[1] + len(text[at[0] : edge].encode())]
+                    edges.append(at[1])
+                byte_spans.append(edges)
+            spans = byte_spans
+        else:
+            with library_errors("the tokenizer can't encode a text"):
+                encoded = self.with_specials.encode(replace_surrogates(text), add_special_tokens=False)
+            ids = encoded.ids
+            starts, ends = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2).T
+        inside = np.zeros(len(ids), dtype=bool)
+        for start, stop in spans:
+            inside |= (starts < stop) & (ends > start)
+        return ids, inside.tolist()
+
+    @cached_property
+    def token_lengths(self) -> np.ndarray:
+        """Return the bytes of each token in a text, int32 (V,), special tokens by their names."""
+        sizes = self.token_bytes.copy()
+        for name, i in self.specials.items():
+            sizes[i] = len(name.encode())
+        return sizes
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a text to continue: `prefix` and the text, or the end token if both are empty."""

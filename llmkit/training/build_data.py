@@ -7,6 +7,7 @@ from llmkit.config.data import CorpusData
 from llmkit.config.schema import Config
 from llmkit.corpus.build import build_corpus
 from llmkit.corpus.units import VERSION
+from llmkit.data.layouts import CONTINUED
 from llmkit.data.sft import encode_sft
 from llmkit.data.splits import Splits, open_corpus, open_records, read_manifest
 from llmkit.errors import DataError
@@ -54,7 +55,7 @@ def open_encoded_records(config: Config, world: World, base: Path, start_id: int
     out, options = Path(config.run_dir) / "data", {"seed": config.seed, "pairs": start_id is not None}
     world.on_main(lambda: encode_sft(data, tokenizer, out, **options), builds_data=True)
     report = encode_sft(data, tokenizer, out, **options)  # every rank reads what rank 0 wrote
-    is_chat = report["formats"] != ["prompt/completion"]
+    is_chat = set(report["found"]["layouts"]) != {CONTINUED}
     if is_chat:  # checkpoints get the template that was trained with
         tokenizer.chat_template = default_template(tokenizer)
     return open_records(report, data.path, tokenizer, start_id, is_chat)

@@ -1,0 +1,166 @@
+"""Convert the messages of a conversation, in any usual layout, to those that chat templates read."""
+
+import json
+from collections import Counter
+from typing import Any
+
+ROLES = {  # other names -> the role
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+}
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
+CALL_ROLES = ("function_call", "tool_call")  # of ShareGPT: a turn of the assistant that only calls functions
+REASONING = ("reasoning_content", "reasoning", "thinking")  # the first is the name that messages have here
+MEDIA = ("image", "images", "audio", "audios", "video", "videos", "refusal")
+KNOWN_FIELDS = {
+    *("role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name", "weight", "train"),
+    *REASONING,
+    *MEDIA,
+}
+
+
+def to_messages(turns: Any, unread: Counter[str]) -> tuple[list[dict[str, Any]], list[bool]]:
+    """Return (messages, whether the record wants each of them to be learnt).
+
+    A message has "role" and "content", a text, and where they are given "tool_calls" as OpenAI has them but with
+    arguments that are objects, "reasoning_content", "name" and "tool_call_id". Only turns of the assistant are learnt,
+    except those with `weight: 0` or `train: false`.
+
+    unread  counts the fields that have no meaning here
+
+    Raise ValueError, with the name of the field, for what can't be read.
+
+    >>> to_messages([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], Counter())[0][1]
+    {'role': 'assistant', 'content': 'Hello'}
+    """
+    turns = from_json(turns, "the list of turns")
+    if not isinstance(turns, list) or not turns:
+        raise ValueError("the turns are not a list, or there are none")
+    messages, learnt = [], []
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise ValueError("a turn is not an object")
+        message = to_message(turn)
+        unread.update(
+            f"turn.{field}" for field, value in turn.items() if value is not None and field not in KNOWN_FIELDS
+        )
+        messages.append(message)
+        learnt.append(message["role"] == "assistant" and is_learnt(turn))
+    return messages, learnt
+
+
+def to_message(turn: dict[str, Any]) -> dict[str, Any]:
+    """Return one message; see `to_messages`."""
+    role = turn.get("role", turn.get("from"))
+    if not isinstance(role, str):
+        raise ValueError("a turn's role is not a string")
+    if media := [field for field in MEDIA if turn.get(field)]:
+        raise ValueError(f"a turn has {media[0]}, and only text is read")
+    value = turn.get("content", turn.get("value"))
+    if role in CALL_ROLES:
+        return {"role": "assistant", "content": "", "tool_calls": to_calls(value)}
+    role = ROLES.get(role, role)
+    if role not in KNOWN_ROLES:
+        raise ValueError(f"unknown role {role[:50]!r}")
+    message = {"role": role}
+    calls = from_json(turn.get("tool_calls"), "tool_calls") or from_json(turn.get("function_call"), "function_call")
+    if calls and role != "assistant":
+        raise ValueError(f"a turn of the role {role} has tool_calls")
+    if calls:
+        message["tool_calls"] = to_calls(calls)
+    for field in ("name", "tool_call_id"):
+        if turn.get(field) is not None:
+            message[field] = to_text(turn[field], field)
+    reasoning = [turn[field] for field in REASONING if turn.get(field)]
+    if reasoning:
+        message[REASONING[0]] = to_text(reasoning[0], REASONING[0])
+    if value is None and (calls or reasoning):
+        value = ""
+    if role == "tool" and isinstance(value, dict):
+        value = json.dumps(value, ensure_ascii=False)
+    return message | {"content": join_parts(value)}
+
+
+def join_parts(content: Any) -> str:
+    """Return a content as text: a string, or a list of parts that are all text."""
+    if not isinstance(content, list):
+        return to_text(content, "content")
+    texts = []
+    for part in content:
+        if isinstance(part, dict) and part.get("type", "text") not in ("text", "input_text", "output_text"):
+            raise ValueError(f"content has a part of the type {str(part['type'])[:50]}, and only text is read")
+        texts.append(to_text(part.get("text") if isinstance(part, dict) else part, "the text of a part of content"))
+    return "".join(texts)
+
+
+def to_text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is {'null or missing' if value is None else type(value).__name__}, not text")
+    return value
+
+
+def is_learnt(turn: dict[str, Any]) -> bool:
+    """Return what `weight` and `train` say about a turn."""
+    weight, train = turn.get("weight"), turn.get("train")
+    if weight not in (None, 0, 1):
+        raise ValueError(f"a turn has the weight {str(weight)[:20]}, and only 0 and 1 are supported")
+    if not isinstance(train, bool | None):
+        raise ValueError("a turn's `train` is neither true nor false")
+    return weight != 0 and train is not False
+
+
+def to_calls(value: Any) -> list[dict[str, Any]]:
+    """Return calls of functions as OpenAI has them, but with arguments that are objects, which templates expect.
+
+    >>> to_calls('{"name": "add", "arguments": "{\\\\"a\\\\": 1}"}')
+    [{'type': 'function', 'function': {'name': 'add', 'arguments': {'a': 1}}}]
+    """
+    value = from_json(value, "function_call", must=True)
+    calls = []
+    for one in value if isinstance(value, list) else [value]:
+        function = one.get("function", one) if isinstance(one, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError("a call in tool_calls has no name of a function")
+        arguments = from_json(function.get("arguments", function.get("parameters")), "arguments", must=True) or {}
+        if not isinstance(arguments, dict):
+            raise ValueError("the arguments of a call in tool_calls are no object")
+        call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        calls.append(call | ({"id": str(one["id"])} if one.get("id") is not None else {}))
+    return calls
+
+
+def to_tools(value: Any) -> list[dict[str, Any]] | None:
+    """Return descriptions of functions as OpenAI has them: {type: function, function: {...}}; None for none."""
+    value = from_json(value, "tools", must=True)
+    tools = []
+    for one in value if isinstance(value, list) else [value] if value else []:
+        function = one.get("function", one) if isinstance(one, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError("a tool has no name")
+        tools.append({"type": "function", "function": function})
+    return tools or None
+
+
+def from_json(value: Any, what: str, *, must: bool = False) -> Any:
+    """Parse a value that is JSON in a string, as in Parquet and CSV files; return any other value as it is.
+
+    must  raise ValueError for a string that is not JSON; otherwise only one that looks like a list or an object must be
+    """
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except ValueError:
+        if must or value.lstrip()[0] in "[{":
+            raise ValueError(f"{what} is not JSON") from None
+        return value

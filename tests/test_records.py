@@ -1,0 +1,416 @@
+"""Fine-tuning records of every usual layout, and the answers in what chat templates make of them."""
+
+import copy
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import SHARED, llmkit, needs_shared, sentences, tiny_config
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Rust
+from transformers import PreTrainedTokenizerFast
+
+from llmkit.data.layouts import read_examples
+from llmkit.data.sft import Found, encode_records
+from llmkit.errors import DataError
+from llmkit.readers.records import read_records
+from llmkit.readers.tally import Tally
+from llmkit.tokenizer.chat_template import (
+    CHATML_TEMPLATE,
+    PLAIN_TEMPLATE,
+    Conversation,
+    encode_chat,
+    encode_rendered,
+    render_examples,
+    to_parts,
+)
+from llmkit.tokenizer.tokenizer import Tokenizer
+from llmkit.tokenizer.train import train_tokenizer
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather", "description": "Say <how> it is.", "parameters": {
+            "type": "object", "properties": {"city": {"type": "string", "description": "a city"}}, "required": ["city"],
+        },
+    },
+}  # fmt: skip
+CALL = {"type": "function", "id": "abcdef123", "function": {"name": "weather", "arguments": {"city": "Z\u00fcrich"}}}
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str, **more: object) -> dict:
+    return {"role": "assistant", "content": text, **more}
+
+
+RESULT = {"role": "tool", "name": "weather", "tool_call_id": "abcdef123", "content": '{"sky": "blue"}'}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer([sentences(0, 200)], vocab_size=400)
+
+
+def examples_of(record: dict, columns: dict | None = None) -> list:
+    return [one for _, one in read_examples(record, columns or {}, Counter(), "a.jsonl:1")]
+
+
+def targets_of(tokenizer: Tokenizer, template: str, one: Conversation) -> list[list[str]]:
+    """Return the targets of a conversation's examples, as texts."""
+    [found] = render_examples(tokenizer, template, [one])
+    if isinstance(found, ValueError):
+        raise found
+    return [[each.text[start:stop] for start, stop in each.targets] for each in found]
+
+
+# ---- layouts --------------------------------------------------------------------------------------------------------
+
+PLAIN = [user("q"), assistant("a")]
+LAYOUTS = {  # a record -> its messages
+    "messages": ({"messages": PLAIN}, PLAIN),
+    "messages_in_a_string": ({"messages": json.dumps(PLAIN)}, PLAIN),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, PLAIN),
+    "sharegpt_system": (
+        {"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        [{"role": "system", "content": "s"}, *PLAIN],
+    ),
+    "alpaca": ({"instruction": "q", "input": "", "output": "a"}, PLAIN),
+    "alpaca_input": ({"instruction": "q", "input": "i", "output": "a"}, [user("q\n\ni"), assistant("a")]),
+    "alpaca_history": (
+        {"system": "s", "instruction": "q", "output": "a", "history": [["1", "2"]]},
+        [{"role": "system", "content": "s"}, user("1"), assistant("2"), *PLAIN],
+    ),
+    "dolly": ({"instruction": "q", "context": "c", "response": "a"}, [user("q\n\nc"), assistant("a")]),
+    "question": ({"question": "q", "answer": "a", "id": 7}, PLAIN),
+    "openorca": ({"system_prompt": "", "question": "q", "response": "a"}, PLAIN),
+    "query": ({"query": "q", "response": "a"}, PLAIN),
+    "prompt_messages": ({"prompt": [user("q")], "completion": [assistant("a")]}, PLAIN),
+    "null_columns": ({"messages": PLAIN, "prompt": None, "completion": None, "system": None}, PLAIN),
+    "parts": (
+        {"messages": [user([{"type": "text", "text": "q"}, {"type": "text", "text": "2"}]), assistant(["a"])]},
+        [user("q2"), assistant("a")],
+    ),
+    "calls_in_strings": (
+        {"messages": [user("q"), {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]}]},
+        [user("q"), assistant("", tool_calls=[
+            {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}, "id": "1"}])],
+    ),
+    "function_call": (
+        {"conversations": [
+            {"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+            {"from": "observation", "value": "r"}, {"from": "gpt", "value": "a"}]},
+        [user("q"), assistant("", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}]),
+         {"role": "tool", "content": "r"}, assistant("a")],
+    ),
+    "reasoning": (
+        {"messages": [user("q"), assistant("a", thinking="t")]}, [user("q"), assistant("a", reasoning_content="t")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "messages"), LAYOUTS.values(), ids=LAYOUTS)
+def test_a_record_of_any_usual_layout_becomes_messages(record, messages):
+    [one] = examples_of(record)
+    assert one.messages == messages
+    assert one.learnt == [message["role"] == "assistant" for message in messages]
+
+
+def test_prompt_and_completion_as_texts_are_continued_text():
+    assert examples_of({"prompt": "p ", "completion": "c"}) == [("p ", "c")]
+
+
+def test_columns_name_the_fields_and_no_other_is_read():
+    record, unread = {"Frage": "q", "Antwort": "a", "output": "other", "id": 3}, Counter()
+    [(layout, one)] = read_examples(record, {"question": "Frage", "answer": "Antwort"}, unread, "a.csv:2")
+    assert layout == "question/answer" and one.messages == PLAIN and set(unread) == {"output", "id"}
+    with pytest.raises(ValueError, match="there is no field Frage"):
+        examples_of({"question": "q"}, {"question": "Frage"})
+
+
+def test_an_instruction_with_several_instances_is_several_examples():
+    instances = [{"input": "i", "output": "a"}, {"input": "", "output": "b"}]
+    texts = [[message["content"] for message in one.messages]
+             for one in examples_of({"instruction": "q", "instances": instances})]  # fmt: skip
+    assert texts == [["q\n\ni", "a"], ["q", "b"]]
+
+
+@pytest.mark.parametrize(("turn", "learnt"), [
+    ({"weight": 0}, False), ({"weight": 1}, True), ({"train": False}, False), ({"train": True}, True), ({}, True),
+])  # fmt: skip
+def test_a_turn_says_itself_whether_it_is_learnt(turn, learnt):
+    [one] = examples_of({"messages": [user("q"), assistant("a", **turn)]})
+    assert one.learnt == [False, learnt]
+
+
+BAD = {  # a part of the reason -> a record
+    "weight 0.5": {"messages": [user("q"), assistant("a", weight=0.5)]},
+    "type image_url": {"messages": [user([{"type": "image_url", "image_url": {}}]), assistant("a")]},
+    "has images": {"messages": [{**user("q"), "images": ["x.png"]}, assistant("a")]},
+    "tool_calls": {"messages": [user("q"), assistant("", tool_calls=[{"id": "1"}])]},
+    "arguments is not JSON": {
+        "messages": [user("q"), assistant("", tool_calls=[{"function": {"name": "f", "arguments": "{"}}])],
+    },
+    "tools is not JSON": {"messages": PLAIN, "tools": "[{"},
+    "a tool has no name": {"messages": PLAIN, "tools": [{}]},
+    "history is not a list": {"instruction": "q", "output": "a", "history": ["x"]},
+    "both response and answer": {"question": "q", "answer": "a", "response": "b"},
+    "another one": {"system": "s", "messages": [{"role": "system", "content": "t"}, *PLAIN]},
+    "no place for system": {"prompt": "p", "completion": "c", "system": "s"},
+    "unknown role": {"messages": [{"role": "wizard", "content": "x"}]},
+    "no known layout": {"a": 1},
+    "answer is null": {"question": "q", "answer": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("reason", "record"), BAD.items(), ids=BAD)
+def test_what_can_not_be_honoured_is_refused_by_name(reason, record):
+    with pytest.raises(ValueError, match=reason):
+        examples_of(record)
+
+
+@pytest.mark.parametrize(("record", "words"), [
+    ({"prompt": "p", "chosen": "c", "rejected": "r"}, "objective dpo reads them"),
+    ({"question": "q", "response_j": "c", "response_k": "r"}, "objective dpo reads them"),
+    ({"prompt": "p", "completion": "c", "label": True}, "objective kto reads them"),
+    ({"text": "a text"}, "llmkit pretrain"),
+])  # fmt: skip
+def test_records_of_another_kind_are_refused_with_what_reads_them(record, words):
+    with pytest.raises(DataError) as error:
+        examples_of(record)
+    assert words in error.value.fix and error.value.at == "a.jsonl:1"
+
+
+# ---- a file ---------------------------------------------------------------------------------------------------------
+
+
+def test_layouts_may_be_mixed_and_all_is_counted(tokenizer, tmp_path):
+    records = [
+        {"messages": PLAIN, "source": "x"}, {"prompt": "the ", "completion": "river"},
+        {"question": "q", "answer": "a", "id": 1}, {"nothing": 1}, {"messages": [user("q"), assistant(" ")]},
+        {"messages": [user("q"), assistant("a", mood="glad")]},
+    ]  # fmt: skip
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    tally, found, bad = Tally(), Found(), []
+    rows = list(encode_records(path, tokenizer, CHATML_TEMPLATE, tally, found, bad.append))
+    assert len(rows) == 5 and (tally.rows, tally.bad) == (6, 1) and "no known layout" in bad[0].reason
+    assert found.layouts == {"messages": 3, "prompt/completion": 1, "question/answer": 1}
+    assert found.unread == {"source": 1, "id": 1, "turn.mood": 1} and found.empty == 1
+    assert [any(targets) for _, targets in rows] == [True, True, True, False, True]
+
+
+def test_the_last_answer_alone_is_learnt(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [*PLAIN, user("r"), assistant("b")]}))
+    for train_on, expected in (("all", "a<|im_end|>b<|im_end|>"), ("last", "b<|im_end|>")):
+        [(ids, targets)] = encode_records(path, tokenizer, CHATML_TEMPLATE, Tally(), Found(), train_on=train_on)
+        assert tokenizer.decode([i for i, target in zip(ids, targets, strict=True) if target]) == expected
+
+
+def test_a_first_record_without_a_layout_says_what_is_read(tokenizer, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("id,Frage,Antwort\n1,q,a\n")
+    with pytest.raises(DataError, match="this is not a fine-tuning record") as error:
+        list(encode_records(path, tokenizer, CHATML_TEMPLATE, Tally(), Found()))
+    assert "data.columns" in error.value.fix and "Frage" in error.value.got
+
+
+def test_columns_and_what_is_not_read_from_the_command_line(corpus, tmp_path):
+    config = tiny_config(corpus, train={"max_steps": 2}, checkpoint={"every": 2}, eval={"every": 2})
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    llmkit("pretrain", "c.yaml", "-o", "run_dir=runs/base", cwd=tmp_path)
+    rows = "".join(f"{i},wer ist {i}?,der {i}te,x\n" for i in range(20))
+    (tmp_path / "faq.csv").write_text("id,Frage,Antwort,source\n" + rows)
+    options = ["-o", "data.columns={question: Frage, answer: Antwort}", "-o", "train.max_steps=2"]
+    command = ["finetune", "--lora", "--from", "runs/base", "--data", "faq.csv", *options]
+    said = llmkit(*command, cwd=tmp_path).stdout
+    assert "question/answer through the chat template" in said and "not read: id, source" in said
+
+
+def test_a_damaged_field_is_never_passed_over(tokenizer):
+    """Take away each known field of a record: the ids change, or an error names it."""
+    chat = {"messages": [
+        {"role": "system", "content": "s"}, user("q"), assistant("c", tool_calls=[CALL]),
+        {"role": "tool", "content": "x"}, assistant("a", reasoning_content="t"), user("r"), assistant("b", weight=0),
+    ], "tools": [TOOL]}  # fmt: skip
+    alpaca = {"system": "s", "instruction": "q", "input": "i", "output": "a", "history": [["1", "2"]]}
+
+    def ids_of(record: dict) -> list:
+        [one] = examples_of(record)
+        [found] = render_examples(tokenizer, CHATML_TEMPLATE, [one])
+        if isinstance(found, ValueError):
+            raise found
+        return [encode_rendered(tokenizer, each) for each in found]
+
+    def paths(value: object, path: tuple = ()):
+        yield from [path] if path else []
+        for key, inner in (
+            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
+        ):
+            yield from paths(inner, (*path, key))
+
+    unshown = {"id", "tool_call_id", "type"}  # ChatML shows none of them
+    for record in (chat, alpaca):
+        whole = ids_of(record)
+        for path in paths(record):
+            changed = copy.deepcopy(record)
+            inner = changed
+            for key in path[:-1]:
+                inner = inner[key]
+            del inner[path[-1]]
+            try:
+                assert ids_of(changed) != whole or path[-1] in unshown, path
+            except ValueError as error:
+                assert str(error), path
+
+
+@needs_shared
+def test_every_public_file_of_records_is_read_or_refused_by_name():
+    expected = {"hh_rlhf_tiny.json": "dpo", "stack_exchange_paired_tiny.json": "dpo", "dpo_en_demo.json": "dpo",
+                "instruction-data-with-preference.json": "dpo", "vicuna_bench_question.jsonl": "no known layout",
+                "vicuna_bench_reference_answer_gpt-4.jsonl": "no known layout"}  # fmt: skip
+    seen, tools = set(), 0
+    files = [path for name in ("sft", "chat", "preference") for path in sorted((SHARED / name).rglob("*.json*"))]
+    for path in files:
+        try:
+            for _, record, _ in read_records(path):
+                [*examples] = examples_of(record)
+                tools += bool(examples[0].tools) if path.name.startswith("glaive") else 0
+        except (DataError, ValueError) as error:
+            assert expected[path.name] in str(error)
+            seen.add(path.name)
+    assert seen == set(expected) and len(files) > 10 and tools == 93  # of 150 records; the others name none
+
+
+# ---- answers --------------------------------------------------------------------------------------------------------
+
+REWRITES = (  # thoughts are shown in the last answer alone, as Qwen3 does
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if loop.last and m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GENERATION = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]"
+    "{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+THREE = [user(" q "), assistant("a "), user("r"), assistant("\nb"), user("s"), assistant("c")]
+
+
+@pytest.mark.parametrize(("template", "messages", "expected"), [
+    (CHATML_TEMPLATE, THREE, [["a <|im_end|>", "\nb<|im_end|>", "c<|im_end|>"]]),
+    (CHATML_TEMPLATE, [assistant("hello"), *PLAIN], [["hello<|im_end|>", "a<|im_end|>"]]),
+    (CHATML_TEMPLATE, [*PLAIN, user("r")], [["a<|im_end|>"]]),
+    (CHATML_TEMPLATE, [user("q"), assistant("a", reasoning_content="t")], [["<think>\nt\n</think>\n\na<|im_end|>"]]),
+    (PLAIN_TEMPLATE, THREE, [["a <|endoftext|>", "\nb<|endoftext|>", "c<|endoftext|>"]]),
+    (LLAMA2, THREE, [[" a <|endoftext|>", " b <|endoftext|>", " c <|endoftext|>"]]),
+    (GENERATION, THREE, [["a <|im_end|>", "\nb<|im_end|>", "c<|im_end|>"]]),
+    (REWRITES, [user("q"), assistant("a", reasoning_content="t"), user("r"), assistant("b", reasoning_content="u")],
+     [["a<|im_end|>", "<think>u</think>b<|im_end|>"]]),
+], ids=["chatml", "first", "last_is_a_question", "thoughts", "plain", "llama2", "generation", "rewrites"])  # fmt: skip
+def test_targets_are_the_answers_and_their_end_marks(tokenizer, template, messages, expected):
+    one = Conversation(messages, [message["role"] == "assistant" for message in messages])
+    assert targets_of(tokenizer, template, one) == expected
+
+
+def test_where_answers_can_not_be_aligned_each_is_an_example(tokenizer):
+    calls = [user("q"), assistant("", tool_calls=[CALL]), RESULT, assistant("a")]
+    shows = REWRITES.replace("{{ m.content }}", "{{ m.content }}{% if loop.last and m.tool_calls %}CALL{% endif %}")
+    one = Conversation(calls, [False, True, False, True])
+    assert targets_of(tokenizer, shows, one) == [["CALL<|im_end|>"], ["a<|im_end|>"]]
+
+
+def test_a_long_conversation_is_rendered_a_few_times_only(tokenizer):
+    turns = [turn for i in range(1500) for turn in (user(f"question {i}"), assistant(f"answer {i}"))]
+    [spans] = targets_of(tokenizer, CHATML_TEMPLATE, Conversation(turns, [i % 2 == 1 for i in range(3000)]))
+    assert len(spans) == 1500 and spans[7] == "answer 7<|im_end|>"
+
+
+@pytest.mark.parametrize(("template", "one", "name"), [
+    ("{% for m in messages %}{{ m.content }}{% endfor %}", Conversation(PLAIN, [False, True], [TOOL]), "tools"),
+    ("{% for m in messages %}{{ m.content }}{% endfor %}",
+     Conversation([user("q"), assistant("", tool_calls=[CALL])], [False, True]), "tool_calls"),
+    ("{% for m in messages %}{{ m.content }}{% endfor %}",
+     Conversation([user("q"), assistant("a", reasoning_content="t")], [False, True]), "reasoning_content"),
+    ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+     Conversation([{"role": "system", "content": "be brief"}, *PLAIN], [False, False, True]), "system"),
+])  # fmt: skip
+def test_what_a_template_does_not_show_is_refused_by_name(tokenizer, template, one, name):
+    [found] = render_examples(tokenizer, template, [one])
+    assert isinstance(found, ValueError) and name in str(found)
+
+
+# ---- public templates -----------------------------------------------------------------------------------------------
+
+TEMPLATES = sorted((Path(__file__).parents[2] / "shared" / "templates").glob("*.jinja"))
+CHATS = {  # no answer ends in an emoji, whose last token transformers' masks leave out
+    "one": ([user("Hi there"), assistant("Hello you")], None),
+    "many": ([user("Hi"), assistant("Hello"), user("And?"), assistant("Then."), user("So"), assistant("Bye")], None),
+    "system": (
+        [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Hello"), user("x"), assistant("y")], None,
+    ),
+    "tools": (
+        [user("Weather?"), assistant("", tool_calls=[CALL]), RESULT, assistant("Blue."), user("o"), assistant("u")],
+        [TOOL],
+    ),
+    "call": ([user("Weather?"), assistant("", tool_calls=[CALL])], [TOOL]),
+    "thoughts": (
+        [user("2+2?"), assistant("4", reasoning_content="two"), user("3+3?"), assistant("6", reasoning_content="so")],
+        None,
+    ),
+    "signs": ([user('Say "\u00e9" <b>\'x\'</b> & \u65e5'), assistant('\u00e9 "quoted" <b> & \u732b\U0001f642.')], None),
+    "spaces": ([user("  a\n\nb  "), assistant("\n  c  d \n"), user("e"), assistant("f\n\n")], None),
+    "first": ([assistant("Welcome!"), user("how?"), assistant("Fine")], None),
+}  # fmt: skip
+CONTROL = r"<\|[\w/ ]+\|>|<\uff5c[^\uff5c]+\uff5c>|\[/?[A-Z_]+\]|<(?:start|end)_of_\w+>|<turn\|>|<\|turn>"
+
+
+@pytest.mark.skipif(not TEMPLATES, reason="the public templates are not here")
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_public_templates_give_transformers_text_and_ids_and_the_answers_as_targets(path):
+    template = path.read_text()
+    rust = Rust.from_file(str(SHARED / "tokenizers/gpt2/tokenizer.json"))
+    names = sorted({*re.findall(CONTROL, template), "<s>", "</s>"})
+    rust.add_special_tokens([AddedToken(name, special=True) for name in names])
+    ours = Tokenizer(rust, rust.token_to_id("</s>"), "<s>", template)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=Rust.from_str(rust.to_str()), bos_token="<s>", eos_token="</s>")
+    compared = 0
+    for messages, tools in CHATS.values():
+        answers = [message for message in messages if message["role"] == "assistant"]
+        one = Conversation(messages, [message["role"] == "assistant" for message in messages], tools)
+        [found] = render_examples(ours, template, [one])
+        options = {"chat_template": template, "tools": tools}
+        messages = to_parts(template, messages)
+        if isinstance(found, ValueError):
+            if "the chat template fails" in str(found):
+                with pytest.raises(Exception):  # noqa: B017  theirs are of many kinds
+                    theirs.apply_chat_template(messages, **options)
+            continue
+        compared += 1
+        assert found[-1].text == theirs.apply_chat_template(messages, tokenize=False, **options)
+        ids, targets = encode_rendered(ours, found[-1])
+        encoded = theirs.apply_chat_template(messages, return_dict=True, **options)
+        assert ids == encoded["input_ids"]
+        texts = [each.text[start:stop] for each in found for start, stop in each.targets]
+        marks_itself = re.search(r"\{%-? generation", template) is not None
+        assert len(texts) == len(answers) or marks_itself
+        assert all(answer["content"].strip() in "".join(texts) for answer in answers)
+        if marks_itself:
+            masks = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **options)
+            assert targets == [bool(mask) for mask in masks["assistant_masks"]]
+        prompt = encode_chat(ours, one.messages[:-1], tools) if messages[:-1] and not tools else None
+        if prompt is not None:
+            begun = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True, **options)
+            assert prompt == begun["input_ids"]
+    assert compared >= 3
