@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from llmkit.errors import LOCKED, MachineError, UserError
 
@@ -91,17 +91,24 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that readers see either its old or its new content, never a part of it."""
+@contextlib.contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file for writing, and rename it to `path` if the block ends without an error."""
     temporary = temporary_path(path)
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)  # after an error
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that readers see either its old or its new content, never a part of it."""
+    with open_atomically(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def free_space(folder: Path) -> str:

@@ -77,14 +77,16 @@ def llmkit(*arguments: object, cwd: Path, code: int = 0, **environment: str) -> 
 
 def encode_chat_example(tokenizer, template: str, messages: list[dict], tools: list[dict] | None = None):
     """Return (ids, targets) of a conversation of which every answer is learnt. Raise the error of the template."""
-    from llmkit.tokenizer.chat_template import Conversation, encode_rendered, render_examples
+    from llmkit.tokenizer.answers import render_examples
+    from llmkit.tokenizer.chat_template import Conversation, encode_rendered
 
     one = Conversation(messages, [message["role"] == "assistant" for message in messages], tools)
     [found] = render_examples(tokenizer, template, [one])
     if isinstance(found, ValueError):
         raise found
     [rendered] = found
-    return encode_rendered(tokenizer, rendered)
+    ids, targets = encode_rendered(tokenizer, rendered)
+    return ids.tolist(), targets.tolist()
 
 
 def randomized(model):

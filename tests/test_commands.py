@@ -16,7 +16,6 @@ import llmkit
 from llmkit.commands.app import main
 from llmkit.config.keys import list_keys
 from llmkit.errors import ENVIRONMENT, DataError, MachineError, UserError, explain_machine, raise_all
-from llmkit.evals.perplexity import describe_cuts
 from llmkit.files import NO_SPACE, write_beside
 from llmkit.inference.sampling import Sampling
 from llmkit.screen import for_stream
@@ -65,7 +64,7 @@ def test_the_schema_for_editors_describes_the_keys(capsys):
     corpus = schema["$defs"]["CorpusData"]
     assert corpus["required"] == ["dir"] and {"type": "string"} in corpus["properties"]["sources"]["anyOf"]
     assert {"type": "string"} in corpus["properties"]["sources"]["anyOf"][0]["items"]["anyOf"]
-    assert schema["$defs"]["SftData"]["required"] == ["kind", "path"]
+    assert schema["$defs"]["SftData"]["required"] == ["kind"]
     assert schema["additionalProperties"] is False
 
 
@@ -223,9 +222,3 @@ def test_a_name_that_can_be_no_tokenizer_is_one_error(name):
 
 def test_a_closed_stream_is_no_terminal():
     assert for_stream("a\x1b", None) == "a\x1b"
-
-
-def test_eval_says_which_answers_it_cuts(tmp_path):
-    rows = [([1] * 20, [False] * 15 + [True] * 5), ([1] * 20, [False, *[True] * 19]), ([1] * 3, [False, True, True])]
-    assert describe_cuts(rows, 8) == ("; 2 are cut to 8 tokens, 1 of them left out, because their answers come later")
-    assert describe_cuts(rows, 19) == ""

@@ -16,15 +16,18 @@ from safetensors.torch import load_file
 from llmkit.commands import app as cli
 from llmkit.config.data import SftData
 from llmkit.config.load import load_config
-from llmkit.data.batches import Batches, pair_batches
+from llmkit.data.batches import Batches
 from llmkit.data.corrupt import masking, span_corruption, span_lengths
 from llmkit.data.inspect import format_rows, inspect_rows
-from llmkit.data.sft import encode_sft, split_into_pairs
+from llmkit.data.rows import encode_tokens, pair_batches
 from llmkit.errors import DATA, MODEL, USAGE, UserError
-from llmkit.evals.perplexity import read_data
+from llmkit.evals.reading import Reading, read_data
 from llmkit.models import t5
 from llmkit.parallel.world import start_world
 from llmkit.readers.tally import Tally
+from llmkit.records.build import encode_sft
+from llmkit.records.encode import Example, Found
+from llmkit.records.fit import fit_pairs
 from llmkit.storage.locate import load_located, locate
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llmkit.tokenizer.train import train_tokenizer
@@ -238,10 +241,10 @@ def test_too_few_sentinels_are_refused_with_both_numbers(words):
 # ---- prompts and answers --------------------------------------------------------------------------------------------
 
 PAIRS = {
-    "one": ([5, 6, 7, 1], "..xx", [([5, 6, 1], [7, 1])]),
-    "two": ([5, 6, 7, 8, 9], ".x.xx", [([5, 1], [6]), ([5, 6, 7, 1], [8, 9])]),
-    "at_once": ([5, 6, 7], "xx.", [([1], [5, 6])]),
-    "all": ([5, 6], "xx", [([1], [5, 6])]),
+    "one": ([5, 6, 7, 1], "..xx", [([5, 6], [7, 1])]),
+    "two": ([5, 6, 7, 8, 9], ".x.xx", [([5], [6]), ([5, 6, 7], [8, 9])]),
+    "at_once": ([5, 6, 7], "xx.", [([], [5, 6])]),
+    "all": ([5, 6], "xx", [([], [5, 6])]),
     "none": ([5, 6], "..", []),
     "nothing": ([], "", []),
 }
@@ -249,7 +252,9 @@ PAIRS = {
 
 @pytest.mark.parametrize(("ids", "targets", "expected"), PAIRS.values(), ids=PAIRS)
 def test_every_answer_is_asked_for_by_all_that_stands_before_it(ids, targets, expected):
-    assert list(split_into_pairs(ids, [letter == "x" for letter in targets], 1)) == expected
+    tokens = encode_tokens(np.array(ids, np.int32), [letter == "x" for letter in targets])
+    pairs = fit_pairs(Example(tokens, 0), 9, "drop", Found())
+    assert [pair.tokens.tolist() for pair in pairs] == [[*(~i for i in text), *answer] for text, answer in expected]
 
 
 CHAT = [{"role": "user", "content": "the one"}, {"role": "assistant", "content": "river"},
@@ -258,7 +263,7 @@ CHAT = [{"role": "user", "content": "the one"}, {"role": "assistant", "content":
 
 def encoded(tokenizer, folder: Path, records: list[dict], **options) -> tuple[dict, dict[str, Batch]]:
     """Return the report of records that are encoded as pairs, and all rows of each split."""
-    for name, lines in (("train", records), ("val", [{"prompt": "the ", "completion": "loss"}])):
+    for name, lines in (("train", records), ("val", [{"prompt": "loss ", "completion": "loss"}])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     files = {"path": str(folder / "train.jsonl"), "val_path": str(folder / "val.jsonl")}
     data = SftData(kind="sft", **{"seq_len": 64} | files | options)
@@ -286,7 +291,7 @@ def test_prompts_are_the_encoders_and_answers_the_decoders(sentinels, tmp_path):
     assert describe_choice(sentinels, batches["train"]) == [
         (f"the {end}", f"river of tokens{end}"), (f"a large one {end}", f"is{end}"),
     ]  # fmt: skip
-    assert describe_choice(sentinels, batches["val"]) == [(f"the {end}", f"loss{end}")]
+    assert describe_choice(sentinels, batches["val"]) == [(f"loss {end}", f"loss{end}")]
     train = batches["train"]
     assert set(train.segments.ravel()) == {0, -1} and train.positions is None
     assert (np.diff(train.segments, axis=1) <= 0).all()  # padding stands behind
@@ -307,27 +312,30 @@ def test_every_answer_of_a_conversation_has_a_row(sentinels, tmp_path):
     assert [answer.strip() for _, answer in rows] == ["river<|im_end|>", "model<|im_end|>"]
 
 
-def test_too_long_prompts_and_answers_are_cut_or_dropped(sentinels, tmp_path):
+def test_a_too_long_prompt_is_cut_and_a_too_long_answer_left_out(sentinels, tmp_path):
     records = [{"prompt": "the ", "completion": "river " * 30}, {"prompt": "river " * 30, "completion": "is"},
                {"prompt": "a ", "completion": "one"}]  # fmt: skip
-    report, batches = encoded(sentinels, tmp_path, records, seq_len=16, too_long="truncate")
-    assert (report["splits"]["train"]["too long"], len(batches["train"].labels)) == (2, 3)
-    (_, long_answer), (long_prompt, answer), _ = describe_choice(sentinels, batches["train"])
-    assert ("river " * 30).startswith(long_answer) and len(sentinels.encode(long_answer)) == 16
-    assert long_prompt.endswith(sentinels.eos) and (batches["train"].segments[1] == 0).sum() == 16
+    report, batches = encoded(sentinels, tmp_path, records, seq_len=16, too_long="truncate_prompt")
+    assert report["found"]["too_long"] == {"left out": 1, "prompt truncated": 1}
+    (long_prompt, answer), _ = describe_choice(sentinels, batches["train"])
+    assert long_prompt.endswith(sentinels.eos) and (batches["train"].segments[0] == 0).sum() == 16
+    assert ("river " * 30).startswith(long_prompt.removesuffix(sentinels.eos))
     assert answer == f"is{sentinels.eos}"
     report, batches = encoded(sentinels, tmp_path, records, seq_len=16, too_long="drop")
-    assert report["splits"]["train"]["too long"] == 2
+    assert report["found"]["too_long"] == {"left out": 2}
     assert describe_choice(sentinels, batches["train"]) == [(f"a {sentinels.eos}", f"one{sentinels.eos}")]
 
 
 def test_records_are_measured_in_the_rows_that_they_are_trained_in(sentinels, tmp_path):
     records = [{"prompt": "the ", "completion": "river " * 30}, {"prompt": "river " * 30, "completion": "is"},
                {"prompt": "a ", "completion": "one"}]  # fmt: skip
-    trained = describe_choice(sentinels, encoded(sentinels, tmp_path, records, seq_len=16)[1]["train"])
+    rows = encoded(sentinels, tmp_path, records, seq_len=16, too_long="truncate_prompt")[1]["train"]
+    trained = describe_choice(sentinels, rows)
     config, tally = t5.Config(decoder_start_token_id=3), Tally()
-    _, batches, _, _ = read_data(tmp_path / "train.jsonl", config, sentinels, 16, 16, 2, tally)
+    reading = Reading(config, sentinels, 16, 16, 2, False, {}, "all", None)
+    _, what, _, batches = read_data(str(tmp_path / "train.jsonl"), reading, tally)
     assert (tally.rows, tally.bad) == (3, 0)
+    assert "1 longer than 16 tokens: left out" in what and "1 longer than 16 tokens: prompt truncated" in what
     assert sorted(pair for batch in batches for pair in describe_choice(sentinels, batch)) == sorted(trained)
 
 

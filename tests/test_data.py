@@ -1,6 +1,8 @@
 """Text to shards to batches: nothing lost, nothing counted twice, the same for any number of workers."""
 
+import itertools
 import json
+import random
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,13 +20,19 @@ from llmkit.config.data import OnError, SftData
 from llmkit.config.load import load_config
 from llmkit.config.schema import Config
 from llmkit.corpus.build import build_corpus, read_manifest
-from llmkit.data.batches import Batches, corpus_batches, packed_batches, permute
+from llmkit.data.batches import Batches, corpus_batches, permute
 from llmkit.data.inspect import CONTEXT, RESET, TARGET, format_rows, inspect_rows
-from llmkit.data.layouts import read_examples
-from llmkit.data.sft import encode_pair, encode_sft, pack
+from llmkit.data.rows import encode_tokens, packed_batches, token_ids
+from llmkit.data.splits import open_records
 from llmkit.data.tokens import ShardWriter, TokenStream, open_split, token_dtype
 from llmkit.errors import UserError
 from llmkit.parallel.world import start_world
+from llmkit.records import build
+from llmkit.records.build import encode_sft
+from llmkit.records.encode import Example, Found, encode_pair
+from llmkit.records.fit import answer_spans, fit_row
+from llmkit.records.layouts import read_examples
+from llmkit.records.rows import choose_splits, pack
 from llmkit.tokenizer.chat_template import CHATML_TEMPLATE, encode_chat
 from llmkit.tokenizer.spell import LEGEND
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -252,8 +260,8 @@ def test_unknown_rule_is_refused(corpus, tmp_path):
 
 
 def test_only_answers_are_targets(tokenizer):
-    ids, targets = encode_pair(tokenizer, ("the river ", "is small"))
-    assert tokenizer.decode([i for i, t in zip(ids, targets, strict=True) if t]) == "is small<|endoftext|>"
+    tokens = encode_pair(tokenizer, ("the river ", "is small"))
+    assert tokenizer.decode(tokens[tokens >= 0]) == "is small<|endoftext|>"
     messages = [
         {"role": role, "content": content}
         for role, content in zip(
@@ -299,7 +307,7 @@ def test_control_tokens_in_messages_stay_text(tokenizer):
 ])  # fmt: skip
 def test_bad_conversations_have_reasons(record, reason):
     with pytest.raises(ValueError, match=reason):
-        list(read_examples(record, {}, Counter(), "a.jsonl:1"))
+        list(read_examples(record, {}, Counter()))
 
 
 def scan_for_best_fit(lengths, size: int) -> list[list[int]]:
@@ -358,7 +366,7 @@ def encoded(tokenizer, folder, texts: list[tuple[str, str]], **options) -> tuple
     """Return the report of prompts and completions in rows of 17 tokens, and each row of the train split."""
     lines = [json.dumps({"prompt": prompt, "completion": completion}) + "\n" for prompt, completion in texts]
     (folder / "train.jsonl").write_text("".join(lines))
-    (folder / "val.jsonl").write_text(json.dumps({"prompt": "the ", "completion": "loss"}))
+    (folder / "val.jsonl").write_text(json.dumps({"prompt": "loss ", "completion": "loss"}))
     files = {"path": str(folder / "train.jsonl"), "val_path": str(folder / "val.jsonl")}
     report = encode_sft(SftData(kind="sft", seq_len=16, **files, **options), tokenizer, folder / "out", seed=0)
     return report, table_rows(report, "train")
@@ -373,17 +381,146 @@ def answers(tokenizer, rows: list[Batch]) -> list[str]:
     return [tokenizer.decode(row.labels[row.labels != IGNORE_INDEX]) for row in rows]
 
 
-def test_too_long_examples_are_cut_or_dropped(tokenizer, tmp_path):
-    texts = [("the ", "river " * 50), ("river " * 50, "is cut away"), ("one ", "model")]
-    report, rows = encoded(tokenizer, tmp_path, texts, too_long="truncate")
-    counts = report["splits"]["train"]
-    assert (counts["examples"], counts["too long"], counts["without a target"], len(rows)) == (3, 2, 1, 2)
-    cut, short = answers(tokenizer, rows)
-    prompt, answer = (len(tokenizer.encode(text)) for text in texts[0])
-    assert texts[0][1].startswith(cut) and len(tokenizer.encode(cut)) == 17 - prompt < answer
-    assert short == "model<|endoftext|>"
-    report, rows = encoded(tokenizer, tmp_path, texts, too_long="drop")
-    assert report["splits"]["train"]["too long"] == 2 and answers(tokenizer, rows) == ["model<|endoftext|>"]
+TOO_LONG = [("the ", "river " * 50), ("river " * 50, "is whole"), ("one ", "model")]
+
+
+@pytest.mark.parametrize(
+    "too_long, learnt, counts",
+    [
+        ("drop", ["model"], {"left out": 2}),
+        ("truncate_prompt", ["is whole", "model"], {"left out": 1, "prompt truncated": 1}),
+        ("split", ["river " * 50, "is whole", "model"], {"split": 2}),
+    ],
+)
+def test_of_too_long_examples_no_answer_is_cut(tokenizer, tmp_path, too_long, learnt, counts):
+    report, rows = encoded(tokenizer, tmp_path, TOO_LONG, too_long=too_long, packing=False)
+    assert report["found"]["too_long"] == counts
+    end = tokenizer.eos
+    assert "".join(answers(tokenizer, rows)) == "".join(text + end for text in learnt)  # a window goes on with the last
+    assert report["splits"]["train"]["targets"] == sum(row.count for row in rows)
+    assert report["lengths"]["longest"] == max(len(encode_pair(tokenizer, pair)) for pair in TOO_LONG)
+    for row in rows:  # what precedes a target is what precedes it in the text
+        text = tokenizer.decode(row.input_ids[row.segments == 0])
+        assert any(text in prompt + answer + end for prompt, answer in TOO_LONG)
+
+
+def random_targets(seed: int) -> tuple[list[bool], int]:
+    """Return up to 60 flags in runs, and a length of a row."""
+    draw = random.Random(seed)
+    runs = [[draw.random() < 0.5] * draw.randint(1, 9) for _ in range(draw.randint(1, 8))]
+    return [False, *itertools.chain(*runs)][:60], draw.randint(2, 20)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_windows_learn_each_target_once(seed):
+    targets, room = random_targets(seed)
+    ids = list(range(len(targets)))
+    rows = fit_row(Example(encode_tokens(ids, targets), 0), room, "split", None, Found())
+    learnt = [int(i) for row, _ in rows for i in row[1:] if i >= 0]
+    assert learnt == [i for i in ids[1:] if targets[i]]
+    for row, _ in rows:  # a target has half a window before it, or all that there is
+        assert len(row) <= room and np.array_equal(token_ids(row), np.arange(len(row)) + token_ids(row)[0])
+        for at, i in enumerate(row):
+            assert i < 0 or at in (0, i) or at >= room // 2
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_a_shortened_prompt_keeps_whole_answers_and_the_begin_token(seed):
+    (targets, room), begins = random_targets(seed), seed % 2
+    tokens = encode_tokens(range(100, 100 + len(targets)), targets)
+    spans = dict(answer_spans(tokens))
+    for row, _ in fit_row(Example(tokens, 0), room, "truncate_prompt", 100 if begins else None, Found()):
+        assert len(row) <= room and (not begins or token_ids(row)[0] == 100)
+        assert row[-1] >= 0 or len(row) == len(tokens)
+        for start, stop in answer_spans(row):
+            assert spans[row[start] - 100] == row[stop - 1] - 100 + 1
+
+
+def test_no_prompt_is_on_both_sides_of_the_split(tokenizer, tmp_path):
+    records = [{"prompt": f"{word} ", "completion": answer} for word in WORDS_FOR for answer in ("a", "one", "the")]
+    records += [{"messages": [{"role": "user", "content": f"the {i // 3}"}, {"role": "assistant", "content": f"a {i}"}]}
+                for i in range(60)]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    for seed in range(5):
+        data = SftData(kind="sft", path=str(tmp_path / "a.jsonl"), seq_len=64, val_fraction=0.1, packing=False)
+        report = encode_sft(data, tokenizer, tmp_path / "out", seed=seed)
+        asked = {}
+        for split in ("train", "val"):
+            rows = table_rows(report, split)
+            asked[split] = {tokenizer.decode(row.input_ids[0, : np.argmax(row.labels[0] >= 0) + 1]) for row in rows}
+        assert asked["val"] and not asked["train"] & asked["val"]
+        assert 4 <= report["splits"]["val"]["examples"] <= 8
+
+
+def test_val_examples_with_a_prompt_of_train_are_left_out_and_counted(tokenizer, tmp_path):
+    both = [json.dumps({"prompt": f"{word} ", "completion": "a"}) + "\n" for word in ("loss", "one", "river", "code")]
+    (tmp_path / "a.jsonl").write_text("".join(both[:3]))
+    for lines, left_out, kept in ((both[2:], 1, 1), (both[:2], 0, 2)):  # all of them: the user wants to see train
+        (tmp_path / "b.jsonl").write_text("".join(lines))
+        files = {"path": str(tmp_path / "a.jsonl"), "val_path": str(tmp_path / "b.jsonl")}
+        report = encode_sft(SftData(kind="sft", seq_len=16, **files), tokenizer, tmp_path / "out", seed=0)
+        assert report["val prompts in train"] == left_out and report["prompts in both"] is not bool(left_out)
+        assert (report["splits"]["train"]["examples"], report["splits"]["val"]["examples"]) == (3, kept)
+
+
+def test_a_frequent_prompt_stays_in_train_and_a_few_ones_are_split_by_examples():
+    none = np.zeros(10, bool)
+    train, val, is_shared = choose_splits(np.array([7] * 9 + [8]), none, 0.1, seed=0)
+    assert val.tolist() == [False] * 9 + [True] and (train == ~val).all() and not is_shared
+    for prompts in ([7] * 10, [7] * 5 + [8] * 5):
+        train, val, is_shared = choose_splits(np.array(prompts), none, 0.1, seed=0)
+        assert val.sum() == 1 and (train == ~val).all() and is_shared
+
+
+@pytest.mark.parametrize("name", ["split", "whole"])
+def test_sources_are_mixed_by_weight_and_a_folder_gives_its_train_split(tokenizer, tmp_path, name):
+    for source, word, number in (("one", "river", 8), ("two", "loss", 30)):
+        (tmp_path / source).mkdir()
+        lines = [json.dumps({"question": f"{word} {i}", "answer": word}) + "\n" for i in range(number)]
+        (tmp_path / source / ("train-00000.jsonl" if name == "split" else "a.jsonl")).write_text("".join(lines))
+        if name == "split":
+            (tmp_path / source / "test.jsonl").write_text(json.dumps({"question": "no", "answer": "code"}))
+    sources = [{"name": "one", "path": str(tmp_path / "one"), "weight": 3},
+               {"name": "two", "path": str(tmp_path / "two" / "*a*.jsonl"), "weight": 1}]  # fmt: skip
+    data = SftData(kind="sft", sources=sources, seq_len=64, packing=False, val_fraction=0.1)
+    report = encode_sft(data, tokenizer, tmp_path / "out", seed=0)
+    assert sum(part["examples"] for part in report["splits"].values()) == 38
+    splits = open_records(report, "x", tokenizer, weights={"one": 3.0, "two": 1.0})
+    batches = splits.batches("train", 20, seed=0)
+    words = [
+        answer.split("<")[0].strip() for step in range(5) for answer in answers_of(tokenizer, batches.batch_at(step))
+    ]
+    assert words.count("river") == 75 and words.count("loss") == 25
+    assert splits.shares["one"] == (0.75, report["sources"]["one"])
+
+
+def test_records_are_the_same_with_any_number_of_workers_and_after_a_kill(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "UNIT_BYTES", 2000)
+    lines = [json.dumps({"prompt": f"the {i} ", "completion": "river " * (i % 7)}) + "\n" for i in range(300)]
+    lines[150] = "{bad\n"
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    found = []
+    for workers in (1, 2):
+        data = SftData(kind="sft", path=str(tmp_path / "a.jsonl"), seq_len=32, workers=workers, on_error=HALF)
+        if workers == 1:
+            join = build.join_tokens
+            monkeypatch.setattr(build, "join_tokens", lambda *_: 1 / 0)  # it ends after the units
+            with pytest.raises(ZeroDivisionError):
+                encode_sft(data, tokenizer, tmp_path / "1", seed=0)
+            monkeypatch.setattr(build, "join_tokens", join)
+            monkeypatch.setattr(build, "encode_records", lambda *_, **__: 1 / 0)  # nothing is encoded again
+        report = encode_sft(data, tokenizer, tmp_path / str(workers), seed=0)
+        folder = Path(report["folder"])
+        files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".bin", ".npy", ".jsonl")}
+        found.append((files, report["records"], report["found"]))
+        assert not (folder / "parts").exists()
+    assert found[0] == found[1]
+    lines = [json.loads(line)["line"] for line in found[0][0]["quarantine.jsonl"].splitlines()]
+    assert 151 in lines  # in the file, not in its span
+
+
+def answers_of(tokenizer, batch: Batch) -> list[str]:
+    return [tokenizer.decode(labels[labels != IGNORE_INDEX]) for labels in batch.labels]
 
 
 def test_without_packing_an_example_has_its_row_alone(tokenizer, tmp_path):
@@ -455,7 +592,7 @@ def test_inspect_shows_all_examples_of_a_packed_row_and_no_padding(tokenizer, tm
 
 
 def test_inspect_shows_the_last_token_of_a_full_row(tokenizer, tmp_path):
-    _, rows = encoded(tokenizer, tmp_path, [("the ", "river " * 50)], too_long="truncate")
+    _, rows = encoded(tokenizer, tmp_path, [("the ", "river " * 50)], too_long="split", packing=False)
     [shown] = inspect_rows(rows[0], tokenizer, "causal")
     assert [token["id"] for token in shown] == [*rows[0].input_ids[0], rows[0].labels[0, -1]]
     assert [token["target"] for token in shown] == [False, *(rows[0].labels[0] != IGNORE_INDEX)]

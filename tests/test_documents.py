@@ -340,6 +340,10 @@ def test_bad_csv_rows(tmp_path):
 def test_csv_lines_in_no_known_encoding_are_bad(tmp_path):
     good, (bad,) = read(write(tmp_path / "a.csv", b"text,n\na,1\n" + "\u30ab\u30fc,2\n".encode("shift-jis")))
     assert [one.text for one in good] == ["a"] and bad.line == 3 and bad.reason == "bad CSV: neither UTF-8 nor cp1252"
+    good, (bad,) = read(write(tmp_path / "b.csv", b'text,n\na,1\n"b\n\x81",2\nc,3\n'))  # in a quoted field
+    assert [one.text for one in good] == ["a", "c"] and bad.line == 3
+    good, (bad,) = read(write(tmp_path / "c.csv", b"te\x81xt,text\na,1\nb,2\n"))  # no row becomes the header
+    assert not good and "bad CSV header: neither UTF-8" in bad.reason
 
 
 @pytest.mark.parametrize("glob", ["**x", "a/***", "**.txt/b"])

@@ -15,7 +15,7 @@ FLOORS = [  # what stands on one floor imports only from the floors below, and n
     {"config"},
     {"models", "tokenizer", "readers"},
     {"data", "parallel", "peft"},
-    {"corpus", "objectives"},
+    {"corpus", "records", "objectives"},
     {"storage"},
     {"inference", "formats"},
     {"evals"},

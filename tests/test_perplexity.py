@@ -1,15 +1,25 @@
 """Perplexity: the same number for every batch size, and transformers' own sliding window's."""
 
+import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import sentences, tiny_config
 
-from llmkit.evals.perplexity import windows
+from llmkit.config.data import CorpusData
+from llmkit.corpus.build import build_corpus
+from llmkit.errors import DataError, UserError
+from llmkit.evals.perplexity import measure
+from llmkit.evals.reading import windows
 from llmkit.models import build_model, folder, llama
 from llmkit.objectives.lm import perplexity
+from llmkit.storage.locate import locate
+from llmkit.tokenizer.tokenizer import load_tokenizer
+from llmkit.tokenizer.train import train_tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
 
 VOCAB, CPU = 61, torch.device("cpu")
@@ -168,3 +178,81 @@ def test_a_text_without_a_target_has_no_loss(model, length):
 def test_measuring_leaves_the_mode_as_it_was(model, training):
     measured(model.train(training), text(9), 8, 8)
     assert model.training is training
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with a model of a small vocabulary, and texts of several lengths."""
+    path = tmp_path_factory.mktemp("place")
+    tokenizer = train_tokenizer([sentences(i, 40) for i in range(3)], vocab_size=300)
+    made = build_model(dataclasses.replace(CONFIG, vocab_size=len(tokenizer)), seed=3)
+    folder.save_model(made, path / "model")
+    tokenizer.save(path / "model")
+    (path / "texts").mkdir()
+    for i, words in enumerate((3, 30, 90)):
+        (path / "texts" / f"{i}.txt").write_text(" ".join(sentences(i, 90).split()[:words]))
+    (path / "faq.jsonl").write_text(
+        "".join(json.dumps({"Frage": f"the {i}", "Antwort": "river"}) + "\n" for i in range(3))
+    )
+    return path
+
+
+@pytest.mark.parametrize("stride", [32, 11])
+def test_each_text_on_its_own_is_transformers_with_a_begin_token(place, stride):
+    found = measure(locate(str(place / "model")), data=str(place / "texts"), each=True, stride=stride, precision="fp32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(place / "model").eval()
+    words = transformers.AutoTokenizer.from_pretrained(place / "model")
+    nats, targets, size = 0.0, 0, 0
+    for file in sorted((place / "texts").iterdir()):
+        ids = torch.tensor([[words.eos_token_id, *words(file.read_text()).input_ids]])
+        size += len(file.read_bytes())
+        scored = 1
+        for start in range(0, ids.shape[1] - 1, stride):
+            part = ids[:, start : start + 33]
+            with torch.no_grad():
+                losses = -theirs(part[:, :-1]).logits.log_softmax(-1)[0].gather(1, part[0, 1:, None])[:, 0]
+            nats += losses[scored - start - 1 :].sum().item()
+            targets += part.shape[1] - (scored - start)
+            scored = start + part.shape[1]
+            if scored == ids.shape[1]:
+                break
+    assert found["tokens"] == targets and found["loss"] == pytest.approx(nats / targets, rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert "3 documents, each on its own after a begin token" in found["data"]
+
+
+def test_several_texts_are_one_stream_and_it_says_so(place):
+    located = locate(str(place / "model"))
+    whole = measure(located, data=str(place / "texts"), precision="fp32")
+    assert "3 documents, in one stream, with an end token after each" in whole["data"]
+    assert (
+        whole["tokens"] == measure(located, data=str(place / "texts/*.txt"), each=True, precision="fp32")["tokens"] + 2
+    )
+
+
+def test_columns_name_the_fields_of_records_to_measure(place):
+    located = locate(str(place / "model"))
+    with pytest.raises(DataError, match="neither texts nor prompts") as error:
+        measure(located, data=str(place / "faq.jsonl"))
+    assert "--columns" in error.value.fix
+    found = measure(located, data=str(place / "faq.jsonl"), columns={"question": "Frage", "answer": "Antwort"})
+    assert found["tokens"] > 3 and "3 examples" in found["data"]
+    for wrong in ({"each": True}, {"stride": 8}):
+        with pytest.raises(UserError, match="these are records of answers"):
+            measure(located, data=str(place / "faq.jsonl"), columns={"question": "Frage", "answer": "Antwort"}, **wrong)
+
+
+def test_a_built_corpus_gives_its_val_split_if_the_tokenizer_is_the_models(corpus, tmp_path):
+    config = tiny_config(corpus, data={"dir": str(tmp_path / "data")})
+    manifest = build_corpus(CorpusData(**config["data"]))
+    folder.save_model(build_model(dataclasses.replace(CONFIG, vocab_size=manifest["vocab_size"])), tmp_path / "m")
+    load_tokenizer(tmp_path / "data" / "tokenizer").save(tmp_path / "m")
+    found = measure(locate(str(tmp_path / "m")), data=str(tmp_path / "data"))
+    assert found["tokens"] == manifest["splits"]["val"]["tokens"] - 1
+    other = train_tokenizer([sentences(9, 40)], vocab_size=280)
+    other.save(tmp_path / "m")
+    with pytest.raises(UserError):
+        measure(locate(str(tmp_path / "m")), data=str(tmp_path / "data"))

@@ -13,18 +13,19 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Rust
 from transformers import PreTrainedTokenizerFast
 
-from llmkit.data.layouts import read_examples
-from llmkit.data.sft import Found, encode_records
+from llmkit.data.rows import encode_tokens
 from llmkit.errors import DataError
 from llmkit.readers.records import read_records
 from llmkit.readers.tally import Tally
+from llmkit.records.encode import Found, encode_records
+from llmkit.records.layouts import read_examples
+from llmkit.tokenizer.answers import render_examples
 from llmkit.tokenizer.chat_template import (
     CHATML_TEMPLATE,
     PLAIN_TEMPLATE,
     Conversation,
     encode_chat,
     encode_rendered,
-    render_examples,
     to_parts,
 )
 from llmkit.tokenizer.tokenizer import Tokenizer
@@ -58,7 +59,7 @@ def tokenizer() -> Tokenizer:
 
 
 def examples_of(record: dict, columns: dict | None = None) -> list:
-    return [one for _, one in read_examples(record, columns or {}, Counter(), "a.jsonl:1")]
+    return [one for _, one in read_examples(record, columns or {}, Counter())]
 
 
 def targets_of(tokenizer: Tokenizer, template: str, one: Conversation) -> list[list[str]]:
@@ -109,6 +110,20 @@ LAYOUTS = {  # a record -> its messages
         [user("q"), assistant("", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}]),
          {"role": "tool", "content": "r"}, assistant("a")],
     ),
+    "turns_in_strings": ({"prompt": json.dumps([user("q")]), "completion": json.dumps([assistant("a")])}, PLAIN),
+    "turns_of_parquet": (
+        {"messages": [{"role": None, "from": "human", "content": None, "value": "q"}, assistant("a", name=None)]},
+        PLAIN,
+    ),
+    "call_with_a_thought": (
+        {"messages": [user("q"), {"role": "function_call", "content": '{"name": "f"}', "reasoning": "t", "name": "n"},
+                      assistant("a")]},
+        [user("q"), assistant("", name="n", reasoning_content="t",
+                              tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}]),
+         assistant("a")],
+    ),
+    "two_names_of_one_system": ({"system": "s", "system_prompt": "s", "messages": PLAIN},
+                                [{"role": "system", "content": "s"}, *PLAIN]),
     "reasoning": (
         {"messages": [user("q"), assistant("a", thinking="t")]}, [user("q"), assistant("a", reasoning_content="t")],
     ),
@@ -124,11 +139,31 @@ def test_a_record_of_any_usual_layout_becomes_messages(record, messages):
 
 def test_prompt_and_completion_as_texts_are_continued_text():
     assert examples_of({"prompt": "p ", "completion": "c"}) == [("p ", "c")]
+    assert examples_of({"prompt": '[{"a": 1}]', "completion": "c", "input": "", "tools": []}) == [('[{"a": 1}]', "c")]
+
+
+def test_documents_and_variables_reach_the_template(tokenizer):
+    template = (
+        "{{ mood }}{% for d in documents %}{{ d.text }}{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    record = {"messages": PLAIN, "documents": [{"text": "D"}], "chat_template_kwargs": '{"mood": "glad"}'}
+    [found] = render_examples(tokenizer, template, examples_of(record))
+    assert found[0].text == "gladDqa"
+    [found] = render_examples(tokenizer, CHATML_TEMPLATE, examples_of(record))
+    assert "no place for documents" in str(found)
+
+
+def test_what_is_not_read_is_counted_even_beside_columns():
+    unread = Counter()
+    record = {"q": "q", "a": "a", "system": "s", "tools": [], "z": 1}
+    list(read_examples(record, {"question": "q", "answer": "a"}, unread))
+    assert set(unread) == {"system", "tools", "z"}
+    assert examples_of({"q": "q", "a": "a"}, {"question": "q", "answer": "a", "context": "k"})[0].messages == PLAIN
 
 
 def test_columns_name_the_fields_and_no_other_is_read():
     record, unread = {"Frage": "q", "Antwort": "a", "output": "other", "id": 3}, Counter()
-    [(layout, one)] = read_examples(record, {"question": "Frage", "answer": "Antwort"}, unread, "a.csv:2")
+    [(layout, one)] = read_examples(record, {"question": "Frage", "answer": "Antwort"}, unread)
     assert layout == "question/answer" and one.messages == PLAIN and set(unread) == {"output", "id"}
     with pytest.raises(ValueError, match="there is no field Frage"):
         examples_of({"question": "q"}, {"question": "Frage"})
@@ -163,6 +198,17 @@ BAD = {  # a part of the reason -> a record
     "both response and answer": {"question": "q", "answer": "a", "response": "b"},
     "another one": {"system": "s", "messages": [{"role": "system", "content": "t"}, *PLAIN]},
     "no place for system": {"prompt": "p", "completion": "c", "system": "s"},
+    "is not an object, or sets": {"messages": PLAIN, "chat_template_kwargs": [1]},
+    "or sets one of": {"messages": PLAIN, "chat_template_kwargs": {"messages": []}},
+    "documents is not a list": {"messages": PLAIN, "documents": ["d"]},
+    "both messages and conversations": {"messages": PLAIN, "conversations": PLAIN},
+    "tools and functions are both there": {"messages": PLAIN, "tools": [TOOL], "functions": [{"name": "f"}]},
+    "system and system_prompt are both": {"messages": PLAIN, "system": "s", "system_prompt": "t"},
+    "reasoning_content and thinking": {
+        "messages": [user("q"), assistant("a", thinking="t", reasoning_content="u")],
+    },
+    "arguments of a call": {"messages": [user("q"), assistant("", tool_calls=[{"name": "f", "arguments": []}])]},
+    "nested too deeply": {"messages": "[" * 5000},
     "unknown role": {"messages": [{"role": "wizard", "content": "x"}]},
     "no known layout": {"a": 1},
     "answer is null": {"question": "q", "answer": None},
@@ -176,15 +222,19 @@ def test_what_can_not_be_honoured_is_refused_by_name(reason, record):
 
 
 @pytest.mark.parametrize(("record", "words"), [
-    ({"prompt": "p", "chosen": "c", "rejected": "r"}, "objective dpo reads them"),
-    ({"question": "q", "response_j": "c", "response_k": "r"}, "objective dpo reads them"),
-    ({"prompt": "p", "completion": "c", "label": True}, "objective kto reads them"),
+    ({"prompt": "p", "chosen": "c", "rejected": "r"}, "objective dpo will read them"),
+    ({"question": "q", "response_j": "c", "response_k": "r"}, "objective dpo will read them"),
+    ({"prompt": "p", "completion": "c", "label": True}, "objective kto will read them"),
     ({"text": "a text"}, "llmkit pretrain"),
 ])  # fmt: skip
-def test_records_of_another_kind_are_refused_with_what_reads_them(record, words):
+def test_a_file_of_another_kind_is_refused_and_a_later_record_of_one_is_bad(tokenizer, record, words):
+    first, later = [(1, record, 9)], [(1, {"messages": PLAIN}, 9), (2, record, 9)]
     with pytest.raises(DataError) as error:
-        examples_of(record)
+        list(encode_records(first, "a.jsonl", tokenizer, CHATML_TEMPLATE, Tally(), Found()))
     assert words in error.value.fix and error.value.at == "a.jsonl:1"
+    bad = []
+    rows = list(encode_records(later, "a.jsonl", tokenizer, CHATML_TEMPLATE, Tally(), Found(), bad.append))
+    assert len(rows) == 1 and bad[0].line == 2 and re.match("a (preference|text), not", bad[0].reason)
 
 
 # ---- a file ---------------------------------------------------------------------------------------------------------
@@ -199,26 +249,28 @@ def test_layouts_may_be_mixed_and_all_is_counted(tokenizer, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
     tally, found, bad = Tally(), Found(), []
-    rows = list(encode_records(path, tokenizer, CHATML_TEMPLATE, tally, found, bad.append))
+    rows = list(encode_records(read_records(path), str(path), tokenizer, CHATML_TEMPLATE, tally, found, bad.append))
     assert len(rows) == 5 and (tally.rows, tally.bad) == (6, 1) and "no known layout" in bad[0].reason
     assert found.layouts == {"messages": 3, "prompt/completion": 1, "question/answer": 1}
     assert found.unread == {"source": 1, "id": 1, "turn.mood": 1} and found.empty == 1
-    assert [any(targets) for _, targets in rows] == [True, True, True, False, True]
+    assert [bool((tokens >= 0).any()) for tokens, _ in rows] == [True, True, True, False, True]
 
 
 def test_the_last_answer_alone_is_learnt(tokenizer, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"messages": [*PLAIN, user("r"), assistant("b")]}))
     for train_on, expected in (("all", "a<|im_end|>b<|im_end|>"), ("last", "b<|im_end|>")):
-        [(ids, targets)] = encode_records(path, tokenizer, CHATML_TEMPLATE, Tally(), Found(), train_on=train_on)
-        assert tokenizer.decode([i for i, target in zip(ids, targets, strict=True) if target]) == expected
+        [(tokens, _)] = encode_records(
+            read_records(path), str(path), tokenizer, CHATML_TEMPLATE, Tally(), Found(), train_on=train_on
+        )
+        assert tokenizer.decode(tokens[tokens >= 0].tolist()) == expected
 
 
 def test_a_first_record_without_a_layout_says_what_is_read(tokenizer, tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("id,Frage,Antwort\n1,q,a\n")
     with pytest.raises(DataError, match="this is not a fine-tuning record") as error:
-        list(encode_records(path, tokenizer, CHATML_TEMPLATE, Tally(), Found()))
+        list(encode_records(read_records(path), str(path), tokenizer, CHATML_TEMPLATE, Tally(), Found()))
     assert "data.columns" in error.value.fix and "Frage" in error.value.got
 
 
@@ -247,7 +299,7 @@ def test_a_damaged_field_is_never_passed_over(tokenizer):
         [found] = render_examples(tokenizer, CHATML_TEMPLATE, [one])
         if isinstance(found, ValueError):
             raise found
-        return [encode_rendered(tokenizer, each) for each in found]
+        return [encode_tokens(*encode_rendered(tokenizer, each)).tolist() for each in found]
 
     def paths(value: object, path: tuple = ()):
         yield from [path] if path else []
@@ -273,8 +325,9 @@ def test_a_damaged_field_is_never_passed_over(tokenizer):
 
 @needs_shared
 def test_every_public_file_of_records_is_read_or_refused_by_name():
-    expected = {"hh_rlhf_tiny.json": "dpo", "stack_exchange_paired_tiny.json": "dpo", "dpo_en_demo.json": "dpo",
-                "instruction-data-with-preference.json": "dpo", "vicuna_bench_question.jsonl": "no known layout",
+    expected = {"hh_rlhf_tiny.json": "it has chosen", "stack_exchange_paired_tiny.json": "it has response_j",
+                "dpo_en_demo.json": "it has chosen", "instruction-data-with-preference.json": "it has chosen",
+                "vicuna_bench_question.jsonl": "no known layout",
                 "vicuna_bench_reference_answer_gpt-4.jsonl": "no known layout"}  # fmt: skip
     seen, tools = set(), 0
     files = [path for name in ("sft", "chat", "preference") for path in sorted((SHARED / name).rglob("*.json*"))]
@@ -331,6 +384,87 @@ def test_where_answers_can_not_be_aligned_each_is_an_example(tokenizer):
     assert targets_of(tokenizer, shows, one) == [["CALL<|im_end|>"], ["a<|im_end|>"]]
 
 
+MOVES_SYSTEM = (  # into the last turn of the user, as Mistral's do
+    "{% for m in messages %}{% if m.role == 'user' %}[INST]{% if loop.index0 >= messages|length - 2 %}"
+    "{{ messages[0].content }} {% endif %}{{ m.content }}[/INST]{% elif m.role == 'assistant' %} {{ m.content }}</s>"
+    "{% endif %}{% endfor %}"
+)
+TOOLS_BEFORE_THE_LAST = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% if loop.index0 == ns.last %}[TOOLS]{{ tools | tojson }}{% endif %}[INST]{{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+NO_START_AFTER_AN_ANSWER = CHATML_TEMPLATE + (
+    "{% if add_generation_prompt and messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
+)
+TWO = [user("first"), assistant("ans one"), user("second"), assistant("ans two")]
+
+
+@pytest.mark.parametrize(("template", "one", "expected"), [
+    (MOVES_SYSTEM, Conversation([{"role": "system", "content": "BRIEF"}, *TWO], [False, False, True, False, True]),
+     [[" ans one</s>"], [" ans two</s>"]]),
+    (TOOLS_BEFORE_THE_LAST, Conversation(TWO, [False, True, False, True], [TOOL]),
+     [[" ans one</s>"], [" ans two</s>"]]),
+    (NO_START_AFTER_AN_ANSWER, Conversation([user("q"), assistant("a1"), assistant("a2"), user("r"), assistant("b")],
+                                            [False, True, True, False, True]),
+     [["a1<|im_end|>", "a2<|im_end|>", "b<|im_end|>"]]),
+])  # fmt: skip
+def test_no_prompt_is_a_target_where_a_template_moves_texts(tokenizer, template, one, expected):
+    assert targets_of(tokenizer, template, one) == expected
+
+
+def test_templates_that_write_arguments_as_they_are_get_json(tokenizer):
+    one = [Conversation([user("q"), assistant("", tool_calls=[CALL])], [False, True])]
+    start, end = "{% for m in messages %}{{ m.content }}{% for t in m.tool_calls or [] %}", "{% endfor %}{% endfor %}"
+    for written in ("{{ 'CALL ' + t['function']['arguments'] }}", "{{ t.function.arguments }}",
+                    "{{ t.function.arguments | tojson }}"):  # fmt: skip
+        [[found]] = render_examples(tokenizer, start + written + end, one)
+        assert '{"city": "Z\u00fcrich"}' in found.text
+
+
+def test_the_plain_template_separates_all_that_is_said(tokenizer):
+    one = Conversation([{"role": "system", "content": "s"}, *TWO], [False, False, True, False, True])
+    [[found]] = render_examples(tokenizer, PLAIN_TEMPLATE, [one])
+    assert found.text == "s\nfirst\nans one<|endoftext|>second\nans two<|endoftext|>"
+    calls = Conversation([user("q"), assistant("look", tool_calls=[CALL, CALL])], [False, True])
+    for template in (CHATML_TEMPLATE, PLAIN_TEMPLATE):
+        [[found]] = render_examples(tokenizer, template, [calls])
+        assert "look\n<tool_call>" in found.text and "</tool_call>\n<tool_call>" in found.text
+
+
+def test_a_developer_is_the_system_where_the_template_knows_none(tokenizer):
+    messages = [{"role": "developer", "content": "s"}, user("q")]
+    system = [{"role": "system", "content": "s"}, user("q")]
+    assert encode_chat(tokenizer, messages) == encode_chat(tokenizer, system)
+    [[found]] = render_examples(tokenizer, "{% if 'developer' %}{{ messages[0].role }}{% endif %}s q",
+                                [Conversation(messages, [False, False])])  # fmt: skip
+    assert found.text == "developers q"
+
+
+def test_large_records_are_not_refused_because_they_stand_together(tokenizer):
+    chat = Conversation([user("\u65e5" * 200_000), assistant("a")], [False, True])
+    for found in render_examples(tokenizer, CHATML_TEMPLATE, [chat] * 64):
+        assert isinstance(found, list)
+    small = Conversation(PLAIN, [False, True])
+    assert isinstance(render_examples(tokenizer, CHATML_TEMPLATE, [small])[0], list)
+
+
+def test_a_record_that_is_nested_too_deeply_is_a_bad_one(tokenizer):
+    deep: dict = {}
+    for _ in range(900):
+        deep = {"a": deep}
+    records = [
+        {"messages": [user("q"), assistant("", tool_calls=[{"name": "f", "arguments": deep}])]},
+        {"messages": [user("q"), assistant("", tool_calls=[{"name": "f", "arguments": '{"a":' * 5000}])]},
+    ]
+    bad, found = [], Found()
+    rows = ((i, record, 9) for i, record in enumerate([{"messages": PLAIN}, *records], 1))
+    assert len(list(encode_records(rows, "a.jsonl", tokenizer, CHATML_TEMPLATE, Tally(), found, bad.append))) == 1
+    assert [one.line for one in bad] == [2, 3] and all("nested" in one.reason for one in bad)
+    assert found.layouts == {"messages": 1}  # bad records are not counted
+
+
 def test_a_long_conversation_is_rendered_a_few_times_only(tokenizer):
     turns = [turn for i in range(1500) for turn in (user(f"question {i}"), assistant(f"answer {i}"))]
     [spans] = targets_of(tokenizer, CHATML_TEMPLATE, Conversation(turns, [i % 2 == 1 for i in range(3000)]))
@@ -343,6 +477,8 @@ def test_a_long_conversation_is_rendered_a_few_times_only(tokenizer):
      Conversation([user("q"), assistant("", tool_calls=[CALL])], [False, True]), "tool_calls"),
     ("{% for m in messages %}{{ m.content }}{% endfor %}",
      Conversation([user("q"), assistant("a", reasoning_content="t")], [False, True]), "reasoning_content"),
+    ("{% for m in messages %}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}{{ m.content }}{% endif %}"
+     "{% endfor %}", Conversation([user("q"), assistant("look", tool_calls=[CALL])], [False, True]), "assistant says"),
     ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
      Conversation([{"role": "system", "content": "be brief"}, *PLAIN], [False, False, True]), "system"),
 ])  # fmt: skip
@@ -401,14 +537,17 @@ def test_public_templates_give_transformers_text_and_ids_and_the_answers_as_targ
         assert found[-1].text == theirs.apply_chat_template(messages, tokenize=False, **options)
         ids, targets = encode_rendered(ours, found[-1])
         encoded = theirs.apply_chat_template(messages, return_dict=True, **options)
-        assert ids == encoded["input_ids"]
+        assert ids.tolist() == encoded["input_ids"]
         texts = [each.text[start:stop] for each in found for start, stop in each.targets]
         marks_itself = re.search(r"\{%-? generation", template) is not None
         assert len(texts) == len(answers) or marks_itself
         assert all(answer["content"].strip() in "".join(texts) for answer in answers)
+        others = [m["content"] if isinstance(m["content"], str) else m["content"][0]["text"]
+                  for m in messages if m["role"] != "assistant"]  # fmt: skip
+        assert marks_itself or not any(other.strip() in text for other in others for text in texts if len(other) > 2)
         if marks_itself:
             masks = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **options)
-            assert targets == [bool(mask) for mask in masks["assistant_masks"]]
+            assert targets.tolist() == [bool(mask) for mask in masks["assistant_masks"]]
         prompt = encode_chat(ours, one.messages[:-1], tools) if messages[:-1] and not tools else None
         if prompt is not None:
             begun = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True, **options)

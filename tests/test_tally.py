@@ -17,16 +17,17 @@ from llmkit.config.data import CorpusData, OnError, SftData
 from llmkit.corpus.build import build_corpus
 from llmkit.corpus.scorers import read_evaluation_ngrams
 from llmkit.corpus.units import make_units
-from llmkit.data import sft
 from llmkit.data.inspect import measure_compression
-from llmkit.data.layouts import read_examples
-from llmkit.data.sft import Found, encode_records, encode_sft
 from llmkit.data.splits import open_records
 from llmkit.errors import DATA, UserError
 from llmkit.readers.decode import parse_json
 from llmkit.readers.documents import read_texts
 from llmkit.readers.records import read_records
 from llmkit.readers.tally import BadRecord, Tally
+from llmkit.records import encode
+from llmkit.records.build import encode_sft
+from llmkit.records.encode import Found, encode_records
+from llmkit.records.layouts import read_examples
 from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.tokenizer.train import train_tokenizer
 
@@ -223,7 +224,7 @@ def test_fine_tuning_has_the_bound_of_a_build(tokenizer, tmp_path, on_error):
             encode_sft(data, tokenizer, tmp_path / "out", seed=0)
         assert ("mode: quarantine" if on_error else "max_bad_fraction") in error.value.fix
         (folder,), first = (tmp_path / "out").iterdir(), str(error.value.at)
-        assert [file.name for file in folder.iterdir()] == ["quarantine.jsonl"] and str(folder) in first
+        assert {file.name for file in folder.iterdir()} == {"quarantine.jsonl", "parts"} and str(folder) in first
     assert f"{path}:41 (bad JSON" in first
     bad = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
     assert [(one["path"], one["line"], one["reason"][:8]) for one in bad] == [
@@ -234,7 +235,7 @@ def test_fine_tuning_has_the_bound_of_a_build(tokenizer, tmp_path, on_error):
 @pytest.mark.parametrize("content, got", [
     ("[]", "no usable record"),
     ('[{"prompt": "the ", "completion": null}]', "no usable record; left out 1 of 1 records"),
-    (json.dumps([{"prompt": "river " * 50, "completion": "is"}] * 2), "1 examples, 1 too long"),
+    (json.dumps([{"prompt": "river " * 50, "completion": "is"}] * 2), "2 examples left out, longer than 16 tokens"),
 ])  # fmt: skip
 @pytest.mark.parametrize("pairs", [False, True])
 def test_data_without_an_example_is_an_error_with_the_counts(tokenizer, tmp_path, content, got, pairs):
@@ -245,18 +246,19 @@ def test_data_without_an_example_is_an_error_with_the_counts(tokenizer, tmp_path
     assert error.value.got.startswith(got) and error.value.code == DATA
 
 
-@pytest.mark.parametrize("too_long, cut", [("truncate", "cut to 16 tokens"), ("drop", "left out")])
+@pytest.mark.parametrize("too_long, cut", [("truncate_prompt", "left out"), ("drop", "left out"), ("split", "split")])
 def test_the_header_says_what_became_of_long_and_of_bad_records(tokenizer, tmp_path, too_long, cut):
     texts = ["river " * 50, "river", "model", "code"]
-    lines = [json.dumps({"prompt": "the ", "completion": text}) for text in texts] + ["{bad"]
+    lines = [json.dumps({"prompt": f"the {text[:5]} ", "completion": text}) for text in texts] + ["{bad"]
     path = write(tmp_path / "a.jsonl", "\n".join(lines))
     val = write(tmp_path / "val.jsonl", lines[1])
     on_error = OnError(max_bad_fraction=0.5)
     data = SftData(kind="sft", path=str(path), val_path=str(val), seq_len=16, too_long=too_long, on_error=on_error)
     report = encode_sft(data, tokenizer, tmp_path / "out", seed=0)
-    summary = open_records(report, data.path, tokenizer).summary
-    assert f"1 too long, {cut}" in summary and "left out 1 of 6 records" in summary
-    assert f"the first is {path}:5 (bad JSON" in summary and summary.endswith("quarantine.jsonl)")
+    losses = open_records(report, data.path, tokenizer).losses
+    assert f"1 examples longer than 16 tokens, {cut}" in losses and "left out 1 of 6 records" in losses
+    assert f"the first is {path}:5 (bad JSON" in losses and losses.endswith("quarantine.jsonl")
+    assert "val has prompts that train has too" in losses
 
 
 @pytest.mark.parametrize("turn", [
@@ -265,9 +267,9 @@ def test_the_header_says_what_became_of_long_and_of_bad_records(tokenizer, tmp_p
 ])  # fmt: skip
 def test_a_role_of_another_type_is_a_bad_record(turn):
     with pytest.raises(ValueError, match="a turn's role is not a string"):
-        list(read_examples({"messages": [turn]}, {}, Counter(), "a.jsonl:1"))
+        list(read_examples({"messages": [turn]}, {}, Counter()))
     with pytest.raises(ValueError, match="input is dict, not text"):
-        list(read_examples({"instruction": "x", "input": {"a": 1}, "output": "y"}, {}, Counter(), "a.jsonl:1"))
+        list(read_examples({"instruction": "x", "input": {"a": 1}, "output": "y"}, {}, Counter()))
 
 
 LOOP = "{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}"
@@ -279,13 +281,13 @@ def test_a_record_that_exceeds_a_limit_of_the_template_is_a_bad_one(tokenizer, t
     path = write(tmp_path / "a.jsonl", "\n".join(lines))
     slow = "{% if messages | length > 2 %}" + LOOP + "{% endif %}{% for one in messages %}{{ one.content }}{% endfor %}"
     tally, bad = Tally(), []
-    found = list(encode_records(path, tokenizer, slow, tally, Found(), bad.append))
+    found = list(encode_records(read_records(path), str(path), tokenizer, slow, tally, Found(), bad.append))
     assert len(found) == 2 and (tally.rows, tally.bad) == (3, 1)
     assert bad[0].line == 2 and "computing time" in bad[0].reason
     for template, what in ((LOOP, "computing time"), ("{% if %}", "can't be parsed")):
-        monkeypatch.setattr(sft, "MAX_LIMITS", 1)
+        monkeypatch.setattr(encode, "MAX_LIMITS", 1)
         with pytest.raises(UserError, match=what) as error:
-            list(encode_records(path, tokenizer, template, Tally(), Found()))
+            list(encode_records(read_records(path), str(path), tokenizer, template, Tally(), Found()))
         assert error.value.at == f"{path}:1"
 
 

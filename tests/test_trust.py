@@ -16,13 +16,14 @@ from tokenizers.processors import TemplateProcessing
 from llmkit.config.data import CorpusData
 from llmkit.config.load import load_config
 from llmkit.corpus.build import build_corpus, read_manifest
-from llmkit.data.sft import encode_pair
+from llmkit.data.rows import token_ids
 from llmkit.errors import DATA, LOCKED, MODEL, UserError
 from llmkit.evals.perplexity import measure
 from llmkit.files import lock
 from llmkit.inference.generate import stream
 from llmkit.inference.sampling import Sampling
 from llmkit.models import build_model, llama
+from llmkit.records.encode import encode_pair
 from llmkit.storage.locate import locate
 from llmkit.storage.manifest import best_checkpoint, dependent_runs, list_checkpoints, read_checkpoint_manifest
 from llmkit.storage.report import summarize
@@ -215,7 +216,8 @@ def test_a_checkpoint_copied_elsewhere_is_a_model(tmp_path):
     shutil.copytree(best_checkpoint(folder / "run"), copy)
     (tmp_path / "one.txt").write_text(sentences(3, 20))
     assert locate(copy).run_dir is None
-    figures = [measure(locate(path), data=tmp_path / "one.txt", window=32)["loss"] for path in (copy, folder / "run")]
+    text = str(tmp_path / "one.txt")
+    figures = [measure(locate(path), data=text, window=32)["loss"] for path in (copy, folder / "run")]
     assert figures[0] == figures[1]
 
 
@@ -290,8 +292,8 @@ def test_bos_goes_where_transformers_puts_it(with_bos):
     assert ours.encode_prompt(text)[0] == ours.bos_id
     (document,) = ours.encode_documents([text])
     assert document.tolist() == [*theirs(text)["input_ids"], ours.eos_id]
-    ids, targets = encode_pair(ours, ("The model", " reads"))
-    assert ids[0] == ours.bos_id and ids.count(ours.bos_id) == 1 and not targets[0]
+    tokens = encode_pair(ours, ("The model", " reads"))
+    assert tokens[0] == ~ours.bos_id and (token_ids(tokens) == ours.bos_id).sum() == 1
 
 
 def test_without_a_post_processor_nothing_is_put_before_a_text():

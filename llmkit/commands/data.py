@@ -110,7 +110,7 @@ def data_inspect(
     from llmkit.parallel.world import start_world
     from llmkit.training.prepare import prepare
 
-    run = prepare(loaded, start_world(), say=progress_printer(as_json))
+    run = prepare(loaded, start_world(), keep=False, say=progress_printer(as_json))
     batches = run.batches("train", run.config.train.global_batch_size)
     shown = inspect_rows(batches.rows_from(step or 0, rows or 2), run.data.tokenizer, run.model_config.kind)
     if as_json:

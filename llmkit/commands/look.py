@@ -30,6 +30,8 @@ def runs(
     show({"runs": rows}, as_json) if as_json else print(terminal_text(format_table(summary_table(rows))))
     if plot:
         plot_runs(folders, plot)
+        if not as_json:
+            print(f"\nwritten: {plot}")
 
 
 def init(

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from llmkit.config.defaults import MAX_BAD_FRACTION, PATTERN, VOCAB_SIZE
-from llmkit.config.fields import Count, Fewer, Fraction, NonBlank, PathStr, Section, Seed, SeqLen
+from llmkit.config.fields import Count, Date, Fewer, Fraction, NonBlank, PathStr, Section, Seed, SeqLen
 
 
-class Source(Section):
-    """A source of documents: `path` (file, folder, glob) or `hf` (a hub id, or a local dataset folder)."""
+class SourceFiles(Section):
+    """A source: `path` (file, folder, glob) or `hf` (a hub id, or a local dataset folder)."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     """A name of your choice, unique among the sources."""
@@ -32,16 +32,21 @@ class Source(Section):
     """The split of a Hugging Face dataset."""
     streaming: bool = False
     """Read a Hugging Face dataset while it is downloaded, instead of storing it first."""
-    text_key: NonBlank = "text"
-    """The field with the text in JSONL, CSV, Parquet and datasets."""
     limit: Count | None = None
-    """Read at most this many documents."""
+    """Read at most this many documents or records."""
     follow_links: bool = False
     """Read what symbolic links inside the folder point to outside of it."""
     weight: Annotated[float, Field(gt=0, le=10**9)] | None = None
     """Share of the samples; null for all: by size."""
     max_epochs: Annotated[float, Field(gt=0)] | None = None
     """A run that would exceed this is refused."""
+
+
+class Source(SourceFiles):
+    """A source of documents."""
+
+    text_key: NonBlank = "text"
+    """The field with the text in JSONL, CSV, Parquet and datasets."""
     profile: Literal["web", "docs", "code", "books", "none"] = "none"
     """The set of quality filters for the documents."""
 
@@ -99,7 +104,7 @@ class Clean(Section):
     control: bool = True
     """Remove control characters."""
     whitespace: bool = True
-    """Collapse runs of spaces and of empty lines."""
+    """Remove spaces at the ends of lines, and more than two empty lines in a row."""
     boilerplate_min_docs: Annotated[int, Field(ge=2, le=10**9)] | None = 20
     """Remove lines of web pages that occur in this many documents of a work unit; null: keep all."""
 
@@ -255,30 +260,48 @@ class CorpusData(Section):
     """Attention stays inside a document; positions restart in each."""
 
 
+class RecordSource(SourceFiles):
+    """A source of fine-tuning records: JSONL, JSON, CSV, Parquet or a saved dataset."""
+
+    columns: dict[str, NonBlank] | None = None
+    """Names of the fields in this source; null: data.columns."""
+
+
 class SftData(Section):
     """Prompts and answers. Only answers are targets. In an encoder-decoder the encoder reads the prompt."""
 
     kind: Literal["sft"]
     """sft: prompts and answers for fine-tuning."""
-    path: PathStr
-    """A file of records: JSONL, JSON, CSV or Parquet."""
+    path: PathStr | None = None
+    """A file, folder or glob of records: JSONL, JSON, CSV or Parquet; or the folder of a saved dataset."""
+    sources: Annotated[list[RecordSource], BeforeValidator(name_sources)] = []
+    """Instead of path: several sources, with weights if some are to be read more often."""
     columns: dict[str, NonBlank] = {}
     """Names of the fields, if they are others: {question: Frage, answer: Antwort}. Then no other field is read."""
     train_on: Literal["all", "last"] = "all"
     """Which answers of a conversation are learnt: all, or the last one."""
     val_path: PathStr | None = None
-    """A file of records for validation; null: a part of path."""
+    """Records for validation, named as in path; null: a part of the records."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """The share of path that is held out for validation, if there is no val_path."""
+    """The share of the records that is held out for validation, if there is no val_path."""
     seq_len: SeqLen = 1024
     """Tokens in a row."""
     packing: bool | None = None
     """Put several examples into a row; null: true unless the model has an encoder."""
-    too_long: Literal["truncate", "drop"] = "truncate"
-    """What to do with examples longer than seq_len."""
+    too_long: Literal["drop", "truncate_prompt", "split"] = "drop"
+    """What to do with examples longer than seq_len. No answer is ever cut: drop the example, leave out the start of its
+    prompt, or split it into windows that overlap by half, in which each token of an answer is learnt once."""
     chat_template: PathStr | None = None
     """A Jinja file; default: the tokenizer's own, else a plain one."""
+    date: Date | None = None
+    """The day that chat templates with a date show, as 2026-01-31; null: the day of the run's first start."""
     special_tokens: list[str] = []
     """Special tokens to add to the model's tokenizer; see resize_embeddings."""
+    workers: Count | Literal["auto"] = "auto"
+    """Processes that encode the records; auto: one per core."""
     on_error: OnError = OnError()
     """What to do with bad records."""
+
+    def all_sources(self) -> list[RecordSource]:
+        """Return the sources; a path is one of them."""
+        return self.sources or [RecordSource(**source) for source in name_sources(self.path)]

@@ -1,5 +1,6 @@
 """Declare what the sections of the YAML file are made of: ranges of numbers, paths, and the two kinds of section."""
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,17 @@ def expand_home(path: str) -> str:
 
 
 PathStr = Annotated[str, AfterValidator(expand_home)]
+
+
+def check_date(day: str) -> str:
+    """Refuse a text that is not a day of the calendar."""
+    try:
+        return date.fromisoformat(day).isoformat()
+    except ValueError:
+        raise PydanticCustomError("date", "Input should be a day, as 2026-01-31") from None
+
+
+Date = Annotated[str, AfterValidator(check_date)]
 
 
 class Section(BaseModel):

@@ -94,21 +94,29 @@ def run_conflicts(config: Config) -> Iterator[UserError]:
 
 def data_conflicts(config: Config) -> Iterator[UserError]:
     """Yield errors about keys of the data section that contradict each other."""
+    yield from source_conflicts(config, config.data)
     if isinstance(config.data, SftData):
         yield from ignored_keys(config, "data", config.data, "val_path", ["val_fraction"])
+        if (config.data.path is None) != bool(config.data.sources):
+            got = "both" if config.data.path else "neither"
+            yield UserError("data needs either path or sources", at=config.where("data"), got=got)
     if isinstance(config.data, CorpusData):
-        yield from source_conflicts(config, config.data)
+        yield from ignored_keys(config, "data", config.data, "cluster", ["workers"])
+        yield from pii_conflicts(config, config.data.pii)
         yield from tokenizer_conflicts(config, config.data.tokenizer)
 
 
-def source_conflicts(config: Config, data: CorpusData) -> Iterator[UserError]:
-    """Yield errors about sources and personal data."""
-    error, pii = config.error, data.pii
+def pii_conflicts(config: Config, pii: Pii) -> Iterator[UserError]:
+    """Yield errors about personal data."""
     if not pii.kinds and pii != Pii():
-        yield error("data.pii", "has no kinds to look for", expected="kinds: [email, phone, ...]")
+        yield config.error("data.pii", "has no kinds to look for", expected="kinds: [email, phone, ...]")
     if pii.action == "drop" and pii.drop_above != Pii().drop_above:
         what = "has no effect with action: drop, which drops a document at its first finding"
-        yield error("data.pii.drop_above", what, fix="delete it")
+        yield config.error("data.pii.drop_above", what, fix="delete it")
+
+
+def source_conflicts(config: Config, data: CorpusData | SftData) -> Iterator[UserError]:
+    """Yield errors about sources."""
     names = [source.name for source in data.sources]
     without = [source.name for source in data.sources if source.weight is None]
     if without and len(without) < len(names):
@@ -116,13 +124,13 @@ def source_conflicts(config: Config, data: CorpusData) -> Iterator[UserError]:
         yield UserError(
             "some sources have a weight and some have none", at=config.where("data.sources"), got=got, fix=fix
         )
-    yield from ignored_keys(config, "data", data, "cluster", ["workers"])
+    of_files = ["config", "revision", "streaming", *(["split"] if isinstance(data, CorpusData) else [])]
     for i, source in enumerate(data.sources):
         place, at = f"data.sources.{i}", config.where(f"data.sources.{i}")
         if (source.path is None) == (source.hf is None):
             got = "both" if source.path else "neither"
             yield UserError(f"source {source.name} needs either path or hf", at=at, got=got)
-        yield from ignored_keys(config, place, source, "path", ["config", "revision", "split", "streaming"])
+        yield from ignored_keys(config, place, source, "path", of_files)
         yield from ignored_keys(config, place, source, "hf", ["include", "exclude"])
         if source.name in names[:i]:
             yield UserError("two sources share a name", at=at, got=source.name)

@@ -28,17 +28,17 @@ from llmkit import __version__
 from llmkit.config.data import CorpusData, OnError
 from llmkit.corpus.decide import VAL, Decision, collect_limits, count_fates, decide, uniform_hash
 from llmkit.corpus.encode import encode_unit, read_decided, split_text
-from llmkit.corpus.engine import Pool, open_pool
 from llmkit.corpus.filters import RULES
 from llmkit.corpus.measure import StageTimer, file_size, measure_unit, peak_mb
 from llmkit.corpus.report import make_funnel, merge_records, render_report
 from llmkit.corpus.scorers import check_languages, load_classifier, load_word_list
-from llmkit.corpus.units import VERSION, Unit, load_array, make_units, short_hash
+from llmkit.corpus.units import VERSION, Unit, make_units, short_hash
 from llmkit.data.splits import read_manifest
-from llmkit.data.tokens import find_change, seal, token_dtype
+from llmkit.data.tokens import find_change, load_array, seal, token_dtype
 from llmkit.errors import DataError, MachineError, UserError, did_you_mean, raise_all
 from llmkit.files import NO_SPACE, delete_leftovers, free_space, lock, write_atomically
-from llmkit.readers.records import count_lines_before
+from llmkit.parallel.workers import Pool, open_pool
+from llmkit.readers.sources import write_quarantine
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llmkit.tokenizer.train import extend_bpe, train_tokenizer
 
@@ -136,7 +136,7 @@ def try_corpus(data: CorpusData, documents: int, *, where: Locator = lambda key:
         on_error = OnError(max_bad_fraction=1.0)
         trial = data.model_copy(update={"sources": sources, "cluster": None, "on_error": on_error})
         (units, _), parts = make_units(trial), Path(folder)
-        with open_pool(trial, len(units)) as pool:
+        with open_pool(trial.workers, len(units)) as pool:
             counts = measure_units(pool, units, trial, parts)
         decision = decide(units, trial, parts, parts / "decided")
     funnel = make_funnel(units, counts, decision)
@@ -222,9 +222,12 @@ def run_passes(
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     write_atomically(parts / MARKER, json.dumps({"llmkit": __version__}) + "\n")
-    with open_pool(data, len(units)) as pool:
+    with open_pool(data.workers, len(units), data.cluster) as pool:
         counts = measure_units(pool, units, data, parts)
-        check_bad_records(data.on_error, counts, write_quarantine(units, parts, folder), folder, say)
+        first = write_quarantine(
+            [(unit.pieces, parts / f"{unit.part}.bad.jsonl") for unit in units], folder / "quarantine.jsonl"
+        )
+        check_bad_records(data.on_error, counts, first, folder, say)
         timer = StageTimer()
         decided = decision_folder(folder, recipe)
         decision = decide(units, data, parts, decided)
@@ -302,31 +305,6 @@ def delete_stale_files(folder: Path, units: list[Unit], keep: list[Path], keys: 
                 path.unlink()
         elif re.match(r"(tokenizer|decided)-[0-9a-f]{16}(\.tmp)?$", path.name) and path not in keep:
             shutil.rmtree(path)
-
-
-def write_quarantine(units: list[Unit], parts: Path, folder: Path) -> str:
-    """Join the units' bad records in quarantine.jsonl, with lines counted from the start of each file.
-
-    Return the place and reason of the first bad record.
-    """
-    span_starts = {Path(path): [] for unit in units for path, span in unit.pieces if span}
-    found = []
-    for unit in units:
-        starts = {path: span[0] for path, span in unit.pieces if span and not path.lower().endswith(".parquet")}
-        for line in (parts / f"{unit.part}.bad.jsonl").read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            start = starts.get(record["path"], 0)
-            if start:
-                span_starts[Path(record["path"])].append(start)
-            found.append((record, start))
-    lines_before = {str(path): count_lines_before(path, starts) for path, starts in span_starts.items() if starts}
-    for record, start in found:
-        record["line"] += lines_before[record["path"]][start] if start else 0
-    write_atomically(folder / "quarantine.jsonl", "".join(json.dumps(record) + "\n" for record, _ in found))
-    if not found:
-        return ""
-    first = found[0][0]
-    return f"{first['path']}:{first['line']} ({first['reason'][:200]})"
 
 
 def check_bad_records(

@@ -13,8 +13,8 @@ from llmkit.config.data import CorpusData
 from llmkit.corpus.decide import FATES, VAL, explain_fate
 from llmkit.corpus.dedup import cut_paragraphs
 from llmkit.corpus.measure import StageTimer, peak_mb
-from llmkit.corpus.units import Unit, load_array, open_zst_writer, read_zst
-from llmkit.data.tokens import ShardWriter, describe_file, find_change, read_sealed, seal, token_dtype
+from llmkit.corpus.units import Unit, open_zst_writer, read_zst
+from llmkit.data.tokens import ShardWriter, describe_file, find_change, load_array, read_sealed, seal, token_dtype
 from llmkit.files import write_atomically
 from llmkit.tokenizer.tokenizer import MAX_VERIFIED_TEXTS, Tokenizer, load_tokenizer
 

@@ -30,10 +30,10 @@ from llmkit.corpus.scorers import (
     load_word_list,
     read_evaluation_ngrams,
 )
-from llmkit.corpus.units import Unit, measured_rules, open_atomically, open_zst_writer, read_unit, read_zst, save_array
+from llmkit.corpus.units import Unit, measured_rules, open_zst_writer, read_unit, read_zst
 from llmkit.corpus.words import TextFeatures, hash_ngrams
-from llmkit.data.tokens import read_sealed, seal
-from llmkit.files import write_atomically
+from llmkit.data.tokens import read_sealed, save_array, seal
+from llmkit.files import open_atomically, write_atomically
 from llmkit.readers.decode import GUESSED_ENCODINGS
 from llmkit.readers.documents import keep_documents
 from llmkit.readers.tally import BadRecord, Tally

@@ -5,7 +5,6 @@ A unit's files are written atomically and named after a hash of all their inputs
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +12,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import orjson
 import zstandard
 
@@ -23,14 +21,14 @@ from llmkit.config.data import CorpusData, Source
 from llmkit.corpus.filters import PROFILES
 from llmkit.corpus.scorers import list_evaluation_files
 from llmkit.errors import DataError, UserError
-from llmkit.files import file_stamps, folder_stamps, temporary_path
-from llmkit.readers.documents import dataset_files, list_files, read_dataset, read_file, root_of
-from llmkit.readers.records import Span, spans_of
+from llmkit.files import file_stamps, folder_stamps, open_atomically
+from llmkit.readers.documents import read_dataset, read_file
+from llmkit.readers.sources import Piece, group_files, source_files
 from llmkit.readers.tally import BadRecord
 from llmkit.types import Document
 
 UNIT_BYTES = 32 * 2**20  # source bytes in one work unit
-VERSION = 8  # of the pipeline; increase it if results change for the same inputs, so that builds start over
+VERSION = 9  # of the pipeline; increase it if results change for the same inputs, so that builds start over
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Unit:
     name: str  # <source>-<number>
     source: dict[str, Any]  # the Source section
     root: str  # the folder that document ids are relative to
-    pieces: tuple[tuple[str, Span | None], ...]  # files or spans of files; empty if `datasets` reads the source
+    pieces: tuple[Piece, ...]  # empty if `datasets` reads the source
     bytes: int  # size of the files
     key: str  # hash of all inputs of pass A
 
@@ -94,58 +92,27 @@ def make_units(data: CorpusData) -> tuple[list[Unit], dict[str, dict[str, int]]]
             raise
         skipped[source.name] = dict(counts)
         if files is None:
-            stamps = folder_stamps(Path(source.hf).expanduser())
+            stamps = folder_stamps(Path(source.path or source.hf).expanduser())
             size = sum(size for _, size, _ in stamps)
             units.append(Unit(f"{source.name}-000", section, "", (), size, short_hash(key, stamps)))
             continue
         root, paths = files
-        for number, (pieces, size) in enumerate(group_files(paths, whole=source.limit is not None)):
+        for number, (pieces, size) in enumerate(group_files(paths, UNIT_BYTES, whole=source.limit is not None)):
             stamps = file_stamps({Path(path) for path, _ in pieces})
             unit_key = short_hash(key, stamps, pieces)
             units.append(Unit(f"{source.name}-{number:03d}", section, str(root), tuple(pieces), size, unit_key))
     return units, skipped
 
 
-def source_files(source: Source, skipped: Counter[str]) -> tuple[Path, list[Path]] | None:
-    """Return (root, files) of a source, or None if `datasets` reads it.
-
-    skipped  counts the files that are not read: see `list_files`
-    """
-    links = {"follow_links": source.follow_links}
-    if source.path:
-        return root_of(source.path), list_files(source.path, source.include, source.exclude, skipped, **links)
-    found = dataset_files(source.hf, source.config, source.split, skipped, **links)
-    if found and (source.streaming or source.revision):
-        raise UserError("streaming and revision have no effect on local files", at=source.hf, fix="delete them")
-    if not found and source.follow_links:
-        raise UserError("follow_links has an effect on a folder of files only", at=source.hf, fix="delete it")
-    return found
-
-
 def exclude_build(source: Source, files: tuple[Path, list[Path]] | None, built: Path) -> tuple[Path, list[Path]] | None:
     """Exclude the files in the build's own folder from those of a source that is given by its path."""
-    if not source.path:
+    if not source.path or not files:
         return files
     root, built = files[0], built.absolute()
     found = [file for file in files[1] if not file.absolute().is_relative_to(built)]
     if not found:
         raise UserError("all files of the source are in data.dir itself", at=source.path, got=f"data.dir {built}")
     return root, found
-
-
-def group_files(files: list[Path], whole: bool) -> Iterator[tuple[list[tuple[str, Span | None]], int]]:
-    """Yield (pieces, bytes) of each unit: small files together, large ones in spans. `whole`: all in one unit."""
-    pieces, total = [], 0
-    for path in files:
-        spans = [None] if whole else spans_of(path, UNIT_BYTES)
-        size = path.stat().st_size // len(spans)
-        for span in spans:
-            if total and total + size > UNIT_BYTES and not whole:
-                yield pieces, total
-                pieces, total = [], 0
-            pieces.append((str(path), span))
-            total += size
-    yield pieces, total
 
 
 def read_unit(unit: Unit) -> Iterator[Document | BadRecord]:
@@ -160,7 +127,7 @@ def read_unit(unit: Unit) -> Iterator[Document | BadRecord]:
         )
     else:
         found = read_dataset(
-            source.hf,
+            source.path or source.hf,
             source=source.name,
             config=source.config,
             split=source.split,
@@ -172,17 +139,6 @@ def read_unit(unit: Unit) -> Iterator[Document | BadRecord]:
 
 
 # ---- a unit's files -------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def open_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file for writing, and rename it to `path` if the block ends without an error."""
-    temporary = temporary_path(path)
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 @contextmanager
@@ -205,18 +161,3 @@ def read_zst(path: Path) -> Iterator[dict[str, Any]]:
         except zstandard.ZstdError as error:
             fix = "delete it and build again"
             raise DataError(f"a file of this build is damaged: {error}", at=path, fix=fix) from None
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Write a .npy file atomically."""
-    with open_atomically(path) as file:
-        np.save(file, array, allow_pickle=False)
-
-
-def load_array(path: Path, **options: Any) -> np.ndarray:
-    """Load a .npy file of a build. Raise DataError if it is damaged."""
-    try:
-        return np.load(path, allow_pickle=False, **options)
-    except (ValueError, EOFError, FileNotFoundError) as error:
-        fix = "delete the folder it is in and build again"
-        raise DataError(f"a file of this build is damaged: {error}", at=path, fix=fix) from None

@@ -5,13 +5,10 @@ There is no shuffle state: a keyed bijection permutes the samples, so that resum
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmkit.data.corrupt import shift_right
-from llmkit.data.sft import open_encoded
 from llmkit.data.tokens import TokenStream
 from llmkit.types import IGNORE_INDEX, Batch
 
@@ -183,66 +180,3 @@ def corpus_batches(
 def samples_in(stream: TokenStream, seq_len: int) -> int:
     """Return the number of whole samples in a stream. The remaining tokens at its end are not used."""
     return max(0, (len(stream) - 1) // seq_len)
-
-
-def open_rows(folder: Path, split: str, global_batch_size: int, start_id: int | None = None, **order) -> Batches:
-    """Return the batches of the rows that `sft.encode_sft` wrote: packed rows, or pairs if `start_id` is given."""
-    if start_id is None:
-        return packed_batches(folder, split, global_batch_size, **order)
-    return pair_batches(folder, split, global_batch_size, start_id=start_id, **order)
-
-
-def count_up(sizes: np.ndarray) -> np.ndarray:
-    """Return 0, 1, ... size - 1 for each of the sizes, one after another.
-
-    >>> count_up(np.array([2, 3])).tolist()
-    [0, 1, 0, 1, 2]
-    """
-    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-
-
-def packed_batches(folder: Path, split: str, global_batch_size: int, **order) -> Batches:
-    """Return the batches of packed rows, in which only the answers are labels."""
-    report, tokens, (pieces, row_ends) = open_encoded(folder, split, "pieces", "rows")
-    width, pad_id = report["seq_len"] + 1, report["eos_id"]
-
-    def rows(indices: list[int]) -> Batch:
-        shape, ends = (len(indices), width), row_ends[indices]
-        ids, targets = np.full(shape, pad_id, np.int64), np.zeros(shape, bool)
-        segments, positions = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
-        firsts = np.where(np.array(indices) > 0, row_ends[np.array(indices) - 1], 0)
-        counts = ends - firsts  # pieces in each row
-        number = count_up(counts)  # of each piece in its row
-        place, length = pieces[np.repeat(firsts, counts) + number].T
-        start = np.cumsum(length) - length
-        start -= np.repeat(start[np.cumsum(counts) - counts], counts)  # of each piece in its row
-        at = count_up(length)  # position of each token in its piece
-        coded = tokens[np.repeat(place, length) + at]
-        cells = np.repeat(np.repeat(np.arange(len(indices)), counts), length), np.repeat(start, length) + at
-        ids[cells], targets[cells] = np.where(coded < 0, ~coded, coded), (coded >= 0) & (at > 0)
-        segments[cells], positions[cells] = np.repeat(number, length), at
-        labels = np.where(targets[:, 1:], ids[:, 1:], IGNORE_INDEX)
-        return Batch(ids[:, :-1], labels, positions[:, :-1], segments[:, :-1])
-
-    return Batches(len(row_ends), rows, global_batch_size, **order)
-
-
-def pair_batches(folder: Path, split: str, global_batch_size: int, *, start_id: int, **order) -> Batches:
-    """Return the batches of prompts for an encoder and answers for a decoder, padded to the longest of the split.
-
-    start_id  the decoder's first input token
-    """
-    report, tokens, (pairs,) = open_encoded(folder, split, "pairs")
-    source_width, answer_width = report["splits"][split]["longest"]
-
-    def rows(indices: list[int]) -> Batch:
-        ids = np.full((len(indices), source_width), report["eos_id"], np.int64)
-        segments = np.full(ids.shape, -1, np.int64)
-        labels = np.full((len(indices), answer_width), IGNORE_INDEX, np.int64)
-        for row, (place, before, answer) in enumerate(pairs[indices].tolist()):
-            coded = tokens[place : place + min(before, report["seq_len"] - 1)]
-            ids[row, : len(coded)], segments[row, : len(coded) + 1] = np.where(coded < 0, ~coded, coded), 0
-            labels[row, :answer] = tokens[place + before : place + before + answer]
-        return Batch(ids, labels, segments=segments, decoder_input_ids=shift_right(labels, start_id))
-
-    return Batches(len(pairs), rows, global_batch_size, **order)

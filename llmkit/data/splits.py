@@ -1,14 +1,14 @@
 """Open the train and val splits of a run's data: token shards of a corpus, or encoded fine-tuning records."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmkit.data.batches import Batches, Mixture, corpus_batches, open_rows, samples_in
-from llmkit.data.sft import QUARANTINE
+from llmkit.data.batches import Batches, Mixture, corpus_batches, samples_in
+from llmkit.data.rows import ANSWERS_LOST, QUARANTINE, open_rows
 from llmkit.data.tokens import TokenStream, open_split, read_sealed
 from llmkit.errors import DataError
 from llmkit.readers.tally import Tally
@@ -16,9 +16,10 @@ from llmkit.screen import format_count
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "val")
-FOUND_NOTES = {  # of sft.Found -> what the header says
+FOUND_NOTES = {  # of records.encode.Found -> what the header says
     "empty": "answers without a text, not learnt",
     "divided": "conversations with one example for each answer, because the chat template rewrites earlier turns",
+    "without_target": "examples without a target, left out",
 }
 MOST_UNREAD = 20  # names of fields in the header
 
@@ -32,6 +33,8 @@ class Splits:
     fingerprint  hash that changes with the data
     summary      description of the data for the run's header
     shares       in a mixture: source -> (share of the samples, samples of the source)
+    lengths      description of the lengths of fine-tuning examples
+    losses       what of the records is not trained on, and why
     is_chat      whether the records went through the chat template
     token_bytes  bytes of text per token (V,), see `bytes_per_token`
     """
@@ -42,6 +45,8 @@ class Splits:
     fingerprint: str
     summary: str
     shares: dict[str, tuple[float, int]] = field(default_factory=dict)
+    lengths: str = ""
+    losses: str = ""
     is_chat: bool = False
     token_bytes: np.ndarray | None = None
 
@@ -140,29 +145,57 @@ def open_corpus(
 
 
 def open_records(
-    report: dict[str, Any], path: str, tokenizer: Tokenizer, start_id: int | None = None, is_chat: bool = False
+    report: dict[str, Any],
+    where: str,
+    tokenizer: Tokenizer,
+    start_id: int | None = None,
+    *,
+    is_chat: bool = False,
+    weights: dict[str, float] | None = None,
 ) -> Splits:
-    """Open the fine-tuning records that `sft.encode_sft` encoded, given its report.
+    """Open the fine-tuning records that `records.build.encode_sft` encoded, given its report.
 
+    where     the files, for the header
     start_id  the decoder's first input token in an encoder-decoder; None for a decoder-only model
+    weights   source -> weight in the mixture, in the order of the report; None: all rows are equally likely
     """
-    splits, train, val, found = report["splits"], report["splits"]["train"], report["splits"]["val"], report["found"]
+    splits, train, val = report["splits"], report["splits"]["train"], report["splits"]["val"]
+    mixture = Mixture(list(report["sources"].values()), list(weights.values())) if weights else None
+
+    def batches(split: str, size: int, **order: Any) -> Batches:
+        mixed = mixture if split == "train" else None
+        return open_rows(Path(report["folder"]), split, size, start_id, mixture=mixed, **order)
+
+    layouts = report["found"]["layouts"]
+    names = ", ".join(f"{number:,} {name}" if len(layouts) > 1 else name for name, number in layouts.items())
     how = "through the chat template" if is_chat else "as they are, no chat template"
-    cut = "left out" if report["too_long"] == "drop" else f"cut to {report['seq_len']} tokens"
-    notes = {"too long": f"too long, {cut}", "without a target": "without a target, left out"}
-    excluded = [f"{train[why]} {note}" for why, note in notes.items() if train.get(why)]
-    excluded += [f"{number:,} {what}" for key, what in FOUND_NOTES.items() if (number := found[key])]
-    excluded += ["not read: " + ", ".join(list(found["unread"])[:MOST_UNREAD])] if found["unread"] else []
-    excluded += filter(None, [Tally(**report["records"]).describe(Path(report["folder"]) / QUARANTINE)])
-    several = len(found["layouts"]) > 1
-    layouts = ", ".join(f"{number:,} {name}" if several else name for name, number in found["layouts"].items())
     return Splits(
         tokenizer,
-        lambda split, size, **order: open_rows(Path(report["folder"]), split, size, start_id, **order),
+        batches,
         {split: part["rows"] for split, part in splits.items()},
         report["key"],
-        f"{path}: {layouts} {how}; {train['examples']} train and {val['examples']} val examples in {train['rows']} "
-        f"rows, {format_count(train['targets'])} targets" + (f" ({'; '.join(excluded)})" if excluded else ""),
+        f"{where}: {names} {how}; {train['examples']} train and {val['examples']} val examples in {train['rows']} "
+        f"rows, {format_count(train['targets'])} targets",
+        shares=dict(zip(weights, zip(mixture.shares(), mixture.samples, strict=True), strict=True)) if mixture else {},
+        lengths=", ".join(f"{name} {length:,}" for name, length in report["lengths"].items()) + " tokens an example",
+        losses="; ".join(describe_losses(report)),
         is_chat=is_chat,
         token_bytes=bytes_per_token(tokenizer),
     )
+
+
+def describe_losses(report: dict[str, Any]) -> Iterator[str]:
+    """Yield what of fine-tuning records is not trained on, as the header says it."""
+    found, size = report["found"], f"longer than {report['seq_len']} tokens"
+    for fate, number in found["too_long"].items():
+        what = "answers before the kept prompt, not learnt" if fate == ANSWERS_LOST else f"examples {size}, {fate}"
+        yield f"{number:,} {what}"
+    yield from (f"{number:,} {what}" for key, what in FOUND_NOTES.items() if (number := found[key]))
+    if number := report["val prompts in train"]:
+        yield f"{number:,} val examples with a prompt of train, left out"
+    if report["prompts in both"]:
+        yield "val has prompts that train has too, so its loss is too good"
+    if found["unread"]:
+        yield "fields not read: " + ", ".join(list(found["unread"])[:MOST_UNREAD])
+    yield from (f"{number} files skipped, {reason}" for reason, number in report["skipped"].items())
+    yield from filter(None, [Tally(**report["records"]).describe(Path(report["folder"]) / QUARANTINE)])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from llmkit.errors import DataError
-from llmkit.files import file_sha256, temporary_path, write_atomically
+from llmkit.files import file_sha256, open_atomically, temporary_path, write_atomically
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -55,6 +55,21 @@ class ShardWriter:
             self.temporary.replace(self.path)
         else:
             self.temporary.unlink()
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file atomically."""
+    with open_atomically(path) as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def load_array(path: Path, **options: Any) -> np.ndarray:
+    """Load a .npy file of a build. Raise DataError if it is damaged."""
+    try:
+        return np.load(path, allow_pickle=False, **options)
+    except (ValueError, EOFError, FileNotFoundError) as error:
+        fix = "delete the folder it is in and build again"
+        raise DataError(f"a file of this build is damaged: {error}", at=path, fix=fix) from None
 
 
 class TokenStream:

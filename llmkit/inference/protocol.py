@@ -45,6 +45,15 @@ def check_unset(value: Any) -> Any:
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+def check_no_logprobs(value: Any) -> Any:
+    """Refuse a number of log-probabilities, even 0, which asks for those of the written tokens."""
+    if value is not None and value is not False:
+        raise PydanticCustomError("unsupported", "is not supported, leave it out")
+    return value
+
+
 Zero = Annotated[float, AfterValidator(check_zero)]
 Unset = Annotated[Any, AfterValidator(check_unset)]
 
@@ -92,6 +101,7 @@ class CompletionRequest(SamplingRequest):
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: Annotated[int, Field(ge=1)] = 16
     echo: bool = False
+    logprobs: Annotated[Any, AfterValidator(check_no_logprobs)] = None
 
 
 class TextPart(StrictModel):
@@ -143,7 +153,7 @@ class ChatCompletionRequest(SamplingRequest):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["auto"] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: Literal[True] | None = None
     modalities: list[Literal["text"]] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None

@@ -142,6 +142,8 @@ class Server:
             tools = to_tools([tool.model_dump() for tool in body.tools or []])
         except ValueError as error:
             raise RequestError(400, str(error), param="messages") from None
+        if tools and body.tool_choice == "none":
+            raise RequestError(400, "the template shows tools: leave them out, if none is to be called", param="tools")
         self.check(body, 1, max_tokens or 1)
         ids = await self.encode(lambda: self.writer.encode_chat(messages, tools))
         self.check_prompts([ids])

@@ -168,11 +168,11 @@ def read_csv(path: Path) -> Iterator[Record]:
     csv.field_size_limit(MAX_DOCUMENT_BYTES)  # for the whole process; the default is 131,072 characters
 
     bad_lines: list[BadRecord] = []  # bad lines of the file, which csv.reader does not get
-    taken = 0  # bytes of the lines that it gets
+    taken, damaged = 0, False  # bytes of the lines that it gets; whether the last row has replacement characters
 
     def lines() -> Iterator[str]:
-        nonlocal taken
-        for number, offset, line in read_lines(path):
+        nonlocal taken, damaged
+        for _, _, line in read_lines(path):
             if isinstance(line, BadRecord):
                 bad_lines.append(replace(line, reason=f"bad CSV: {line.reason}"))
                 continue
@@ -183,13 +183,13 @@ def read_csv(path: Path) -> Iterator[Record]:
                 try:
                     yield line.decode("cp1252")
                 except UnicodeDecodeError:
-                    reason = "bad CSV: neither UTF-8 nor cp1252"
-                    bad_lines.append(BadRecord(str(path), number, offset, reason, len(line)))
+                    damaged = True
+                    yield line.decode("utf-8", "replace")  # it may hold the quote that ends a field
 
     rows = csv.reader(lines(), delimiter="\t" if ".tsv" in suffix_of(path) else ",", strict=True)
     header, number = None, 1
     while True:
-        before = taken
+        before, damaged = taken, False
         try:
             row = next(rows, None)
             while bad_lines:
@@ -197,6 +197,8 @@ def read_csv(path: Path) -> Iterator[Record]:
                 yield bad.line, bad, bad.size
             if row is None:
                 return
+            if damaged:
+                raise csv.Error("neither UTF-8 nor cp1252")
             if row and header is None:
                 header = row
                 check_columns(header, path)

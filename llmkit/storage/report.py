@@ -34,11 +34,10 @@ def summarize(folder: Path) -> dict[str, Any]:
     evaluated = [r for r in records if r["step"] in kept and is_finite(r.get("val_loss"))]
     best = min(evaluated, key=lambda record: record["val_loss"], default={})
     model = (config.get("model") or {}).get("name") or config.get("init_from")
-    data = config.get("data") or {}
     return {
         "run": str(folder),
         "model": f"{model} + {config['peft']['name']}" if config.get("peft") else model,
-        "data": data.get("path") or data.get("dir"),
+        "data": data_name(config.get("data") or {}),
         "lr": (config.get("optimizer") or {}).get("lr"),
         "step": records[-1]["step"] if records else 0,
         "tokens": records[-1].get("tokens") if records else 0,
@@ -48,6 +47,12 @@ def summarize(folder: Path) -> dict[str, Any]:
         "bits_per_byte": best.get("bits_per_byte"),
         "best_step": best.get("step"),
     }
+
+
+def data_name(data: dict[str, Any]) -> str | None:
+    """Return the name of a run's data: its folder, or its file or sources of records."""
+    sources = ", ".join(source["name"] for source in data.get("sources") or [])
+    return data.get("dir") or data.get("path") or sources or None
 
 
 def is_finite(value: float | None) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 ROLES = {  # other names -> the role
@@ -18,7 +19,7 @@ ROLES = {  # other names -> the role
 }
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 CALL_ROLES = ("function_call", "tool_call")  # of ShareGPT: a turn of the assistant that only calls functions
-REASONING = ("reasoning_content", "reasoning", "thinking")  # the first is the name that messages have here
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the first is the name that messages have here
 MEDIA = ("image", "images", "audio", "audios", "video", "videos", "refusal")
 KNOWN_FIELDS = {
     *("role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name", "weight", "train"),
@@ -59,34 +60,56 @@ def to_messages(turns: Any, unread: Counter[str]) -> tuple[list[dict[str, Any]],
 
 def to_message(turn: dict[str, Any]) -> dict[str, Any]:
     """Return one message; see `to_messages`."""
-    role = turn.get("role", turn.get("from"))
+    turn = {field: value for field, value in turn.items() if value is not None}  # Parquet gives all turns all fields
+    role = one_of(turn, ("role", "from"))
     if not isinstance(role, str):
         raise ValueError("a turn's role is not a string")
     if media := [field for field in MEDIA if turn.get(field)]:
         raise ValueError(f"a turn has {media[0]}, and only text is read")
-    value = turn.get("content", turn.get("value"))
+    value = one_of(turn, ("content", "value"))
+    calls = [found for field in ("tool_calls", "function_call") if (found := from_json(turn.get(field), field))]
     if role in CALL_ROLES:
-        return {"role": "assistant", "content": "", "tool_calls": to_calls(value)}
+        role, value, calls = "assistant", "", [*calls, value]
     role = ROLES.get(role, role)
     if role not in KNOWN_ROLES:
         raise ValueError(f"unknown role {role[:50]!r}")
-    message = {"role": role}
-    calls = from_json(turn.get("tool_calls"), "tool_calls") or from_json(turn.get("function_call"), "function_call")
     if calls and role != "assistant":
         raise ValueError(f"a turn of the role {role} has tool_calls")
+    if len(calls) > 1:
+        raise ValueError("a turn has both tool_calls and function_call")
+    reasoning = one_of({field: text for field, text in turn.items() if text}, REASONING)
+    message = {"role": role}
     if calls:
-        message["tool_calls"] = to_calls(calls)
+        message["tool_calls"] = to_calls(calls[0])
     for field in ("name", "tool_call_id"):
-        if turn.get(field) is not None:
+        if field in turn:
             message[field] = to_text(turn[field], field)
-    reasoning = [turn[field] for field in REASONING if turn.get(field)]
-    if reasoning:
-        message[REASONING[0]] = to_text(reasoning[0], REASONING[0])
+    if reasoning is not None:
+        message[REASONING[0]] = to_text(reasoning, REASONING[0])
     if value is None and (calls or reasoning):
         value = ""
     if role == "tool" and isinstance(value, dict):
-        value = json.dumps(value, ensure_ascii=False)
+        value = to_json(value)
     return message | {"content": join_parts(value)}
+
+
+def one_of(fields: dict[str, Any], names: Iterable[str]) -> Any:
+    """Return the value of the field that is there, of several names for it; None if none is.
+
+    Raise ValueError if two are there and differ.
+    """
+    found = [name for name in names if name in fields]
+    if any(fields[name] != fields[found[0]] for name in found):
+        raise ValueError(f"{' and '.join(found)} are both there, and differ")
+    return fields[found[0]] if found else None
+
+
+def to_json(value: Any) -> str:
+    """Return a value as JSON. Raise ValueError if it is nested too deeply."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise ValueError("a value is nested too deeply") from None
 
 
 def join_parts(content: Any) -> str:
@@ -102,6 +125,7 @@ def join_parts(content: Any) -> str:
 
 
 def to_text(value: Any, what: str) -> str:
+    """Return a value that is a text. Raise ValueError, with what it is, for any other."""
     if not isinstance(value, str):
         raise ValueError(f"{what} is {'null or missing' if value is None else type(value).__name__}, not text")
     return value
@@ -129,7 +153,8 @@ def to_calls(value: Any) -> list[dict[str, Any]]:
         function = one.get("function", one) if isinstance(one, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError("a call in tool_calls has no name of a function")
-        arguments = from_json(function.get("arguments", function.get("parameters")), "arguments", must=True) or {}
+        arguments = from_json(function.get("arguments", function.get("parameters")), "arguments", must=True)
+        arguments = {} if arguments is None else arguments
         if not isinstance(arguments, dict):
             raise ValueError("the arguments of a call in tool_calls are no object")
         call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
@@ -160,6 +185,8 @@ def from_json(value: Any, what: str, *, must: bool = False) -> Any:
         return None
     try:
         return json.loads(value)
+    except RecursionError:
+        raise ValueError(f"{what} is nested too deeply") from None
     except ValueError:
         if must or value.lstrip()[0] in "[{":
             raise ValueError(f"{what} is not JSON") from None

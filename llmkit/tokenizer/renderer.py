@@ -51,7 +51,7 @@ class Renderer:
         code, self.process = self.process.wait(), None
         return code
 
-    def ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:
+    def ask(self, request: dict[str, Any]) -> list[dict[str, Any]] | dict[str, Any]:
         """Return the answer to a request; see sandbox.py. Raise TemplateLimit if the process ends over it."""
         with self.lock:
             if self.process and self.process.poll() is not None:  # killed while it waited, which is no template's fault
@@ -86,25 +86,26 @@ class Job:
 
     renderings  (number of messages from the first on, whether to start an answer after them)
     variables   further variables of the template
-    marked      the same messages with marks in them, to be rendered too
+    mark        whether to find the contents in the first text, by rendering them with marks
     """
 
     messages: list[dict[str, Any]]
     renderings: list[tuple[int, bool]]
     variables: dict[str, Any]
-    marked: list[dict[str, Any]] | None = None
+    mark: bool = False
 
 
 @dataclass
 class Texts:
-    """The texts of a job's renderings, and of its marked messages.
+    """The texts of a job's renderings. The first one has a text; others may fail.
 
-    spans  what stands in {% generation %} in the first text
+    spans   what stands in {% generation %} in the first text
+    places  (start, stop) of each content in the first text, if marks show that
     """
 
-    texts: list[str]
+    texts: list[str | None]
     spans: list[tuple[int, int]]
-    marked: str | None
+    places: list[tuple[int, int]] | None
 
 
 def render_jobs(template: str, jobs: list[Job], date: str | None = None) -> list[Texts | ValueError]:
@@ -115,13 +116,16 @@ def render_jobs(template: str, jobs: list[Job], date: str | None = None) -> list
     The error of a job is TemplateLimit if the template exceeds a limit, and another ValueError if it rejects the
     messages. Raise DataError if the template can't be parsed.
     """
+    if not jobs:
+        return []
     request = {"template": template, "date": date, "jobs": [vars(job) for job in jobs]}
     try:
         answers = renderer(os.getpid()).ask(request)
     except TemplateLimit as error:
-        if len(jobs) > 1:  # find out which one it was
-            return [found for job in jobs for found in render_jobs(template, [job], date)]
-        answers = [{"error": "limit", "reason": str(error)}]
+        answers = {"error": "limit", "reason": str(error)}
+    if isinstance(answers, dict) and len(jobs) > 1:  # find out which one it was, or whether they are too much together
+        return [found for job in jobs for found in render_jobs(template, [job], date)]
+    answers = [answers] if isinstance(answers, dict) else answers
     return [read_answer(answer, job) for answer, job in zip(answers, jobs, strict=True)]
 
 
@@ -136,7 +140,7 @@ def read_answer(answer: dict[str, Any], job: Job) -> Texts | ValueError:
         case "refusal":
             return ValueError(f"the chat template fails: {answer['reason']}")
     texts, text = [], ""
-    for shared, rest in answer["texts"]:
-        text = text[:shared] + rest
-        texts.append(text)
-    return Texts(texts, [tuple(span) for span in answer["spans"]], answer["marked"])
+    for entry in answer["texts"]:
+        text = text[: entry[0]] + entry[1] if entry else text
+        texts.append(text if entry else None)
+    return Texts(texts, [tuple(span) for span in answer["spans"]], answer["places"])

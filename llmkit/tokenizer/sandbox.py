@@ -5,11 +5,12 @@ that process: it imports nothing but jinja2 and the standard library. `renderer.
 
 It reads requests from the connection that its argument names, and answers each: both are JSON.
 A request is {template, date, jobs: [job, ...]}, and a job {messages, variables, renderings: [[number of messages,
-add_generation_prompt], ...], marked: other messages or null}.
-An answer is a list with one entry for each job. It is {texts, spans, marked}: texts are [[characters shared with the
-text before, rest], ...], spans what stands in {% generation %} in the first one, and marked is the text of the other
-messages, or null. Or it is {error: kind, reason: text} with a kind of "syntax", "limit" or "refusal" (the template
-rejects the messages).
+add_generation_prompt], ...], mark: whether to find the contents}.
+An answer is a list with one entry for each job. It is {texts, spans, places}: texts are [[characters shared with the
+text before, rest] or null where the template fails, ...], spans what stands in {% generation %} in the first one, and
+places [start, stop] of each content that is not blank in it, or null. Or it is {error: kind, reason: text} with a kind
+of "syntax", "limit" or "refusal" (the template rejects all messages together). A request that is too large as a whole
+has one such error.
 """
 
 import json
@@ -31,7 +32,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 CPU_SECONDS, MEMORY, CHARACTERS = 2.0, 400 * 2**20, 10_000_000  # limits for a job; memory on top of the start's
-GENERATION = re.compile("[\ufdd3\ufdd4]")  # noncharacters, which no text has, where {% generation %} starts and ends
+START, STOP = "\ufdd1", "\ufdd2"  # noncharacters, which no text has, before and after a content
+GENERATION = re.compile("[\ufdd3\ufdd4]")  # where {% generation %} starts and ends
 TOO_MUCH = {"error": "limit", "reason": "gets or renders too much text"}
 LONGEST_REASON = 300  # characters; `raise_exception` takes any text
 
@@ -72,29 +74,41 @@ def compile_template(source: str, date: str | None) -> Template:
 
 def render(template: str, date: str | None, job: dict[str, Any]) -> dict[str, Any]:
     """Return the answer to a job."""
-    kind, texts, spans, before, size, marked = "syntax", [], [], "", 0, None
+    kind, texts, spans, before, size, places = "syntax", [], [], "", 0, None
     try:
         compiled = compile_template(template, date)
         kind = "refusal"
         for number, starts_answer in job["renderings"]:
             variables = {**job["variables"], "add_generation_prompt": starts_answer}
-            text, found = take_generation_marks(compiled.render(messages=job["messages"][:number], **variables))
-            shared, spans = len(before) if text.startswith(before) else 0, spans if texts else found
+            try:
+                rendered = compiled.render(messages=job["messages"][:number], **variables)
+            except (MemoryError, RecursionError):
+                raise
+            except Exception:
+                if not texts:  # of the others, each tells more about the first one, and none is needed
+                    raise
+                texts.append(None)
+                continue
+            text, found = take_generation_marks(rendered)
+            if not texts:
+                whole, spans = text, found
+            shared = len(before) if text.startswith(before) else len(text) if before.startswith(text) else 0
             texts.append((shared, text[shared:]))
             size, before = size + len(text) - shared, text
             if size > CHARACTERS:
                 return {"error": "limit", "reason": f"renders more than {CHARACTERS // 10**6} million characters"}
-        if job["marked"]:
+        if job["mark"]:
             with suppress(Exception):  # a template may refuse marks
-                text = compiled.render(messages=job["marked"], **job["variables"], add_generation_prompt=False)
-                marked, _ = take_generation_marks(text)
+                messages = [*map(mark, job["messages"])]
+                text = compiled.render(messages=messages, **job["variables"], add_generation_prompt=False)
+                places = take_marks(take_generation_marks(text)[0], whole)
     except MemoryError:
         return {"error": "limit", "reason": f"takes over {MEMORY // 2**20} MiB of memory"}
     except TemplateSyntaxError as error:
         return {"error": kind, "reason": f"{error} (line {error.lineno})"[:LONGEST_REASON]}
     except Exception as error:  # a template can raise any error
         return {"error": kind, "reason": (str(error) or type(error).__name__)[:LONGEST_REASON]}
-    return {"texts": texts, "spans": spans, "marked": marked}
+    return {"texts": texts, "spans": spans, "places": places}
 
 
 def take_generation_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
@@ -102,6 +116,35 @@ def take_generation_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
     pieces = GENERATION.split(text)
     ends = list(accumulate(map(len, pieces)))
     return "".join(pieces), list(zip(ends[:-1:2], ends[1::2], strict=False))
+
+
+def mark(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with marks around its content, inside of white space, which templates may strip."""
+    content = message["content"]
+    if isinstance(content, list):
+        return message | {"content": [part | {"text": mark_text(part["text"])} for part in content]}
+    return message | {"content": mark_text(content)}
+
+
+def mark_text(text: str) -> str:
+    """Return a text with marks, but not a blank one."""
+    if not text.strip():
+        return text
+    begin, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    return f"{text[:begin]}{START}{text[begin:end]}{STOP}{text[end:]}"
+
+
+def take_marks(text: str, whole: str) -> list[tuple[int, int]] | None:
+    """Return what stands between marks, if the text is the whole one without them and they come in pairs."""
+    starts = text.split(START)
+    pieces = [piece.split(STOP) for piece in starts[1:]]
+    if any(len(piece) != 2 for piece in pieces) or "".join([starts[0], *map("".join, pieces)]) != whole:
+        return None
+    places, at = [], len(starts[0])
+    for inside, after in pieces:
+        places.append((at, at + len(inside)))
+        at += len(inside) + len(after)
+    return places
 
 
 def limit_memory() -> None:
@@ -131,7 +174,7 @@ def main() -> None:
                 answers.append(render(request["template"], request["date"], job))
             answer = json.dumps(answers).encode()
         except MemoryError:
-            answer = json.dumps([TOO_MUCH] * len(request["jobs"])).encode()
+            answer = json.dumps(TOO_MUCH).encode()
         connection.send_bytes(answer)
 
 

@@ -163,13 +163,13 @@ class Tokenizer:
         added = self.rust.get_added_tokens_decoder().values()
         return any(token.lstrip or token.rstrip or token.single_word for token in added)
 
-    def encode_with_specials(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
-        """Return the ids of a text in which special tokens have a meaning, and which of them lie in a span.
+    def encode_with_specials(self, text: str, spans: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of a text in which special tokens have a meaning, and which lie in a span, as booleans.
 
         spans  (start, stop) in characters, in order; a token is in one if any of its characters is
         """
         if self.fast is not None and not self.strips and has_only_short_runs(text):
-            ids = self.fast.encode(text, allowed_special="all")
+            ids = self.fast.encode_to_numpy(text, allowed_special="all")
             ends = np.cumsum(self.token_lengths[ids])
             starts = ends - self.token_lengths[ids]
             at, byte_spans = [0, 0], []
@@ -183,12 +183,12 @@ class Tokenizer:
         else:
             with library_errors("the tokenizer can't encode a text"):
                 encoded = self.with_specials.encode(replace_surrogates(text), add_special_tokens=False)
-            ids = encoded.ids
+            ids = np.array(encoded.ids, dtype=np.uint32)
             starts, ends = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2).T
         inside = np.zeros(len(ids), dtype=bool)
         for start, stop in spans:
-            inside |= (starts < stop) & (ends > start)
-        return ids, inside.tolist()
+            inside[np.searchsorted(ends, start, "right") : np.searchsorted(starts, stop)] = True
+        return ids, inside
 
     @cached_property
     def token_lengths(self) -> np.ndarray:

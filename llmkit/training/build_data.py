@@ -1,5 +1,8 @@
 """Make a run's data ready: build the corpus or encode the records if that was not done, and open both splits."""
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,11 +10,12 @@ from llmkit.config.data import CorpusData
 from llmkit.config.schema import Config
 from llmkit.corpus.build import build_corpus
 from llmkit.corpus.units import VERSION
-from llmkit.data.layouts import CONTINUED
-from llmkit.data.sft import encode_sft
 from llmkit.data.splits import Splits, open_corpus, open_records, read_manifest
 from llmkit.errors import DataError
 from llmkit.parallel.world import World
+from llmkit.records.build import encode_sft
+from llmkit.records.layouts import CONTINUED
+from llmkit.storage.run import is_own
 from llmkit.tokenizer.chat_template import default_template
 from llmkit.tokenizer.tokenizer import load_tokenizer, read_template
 
@@ -52,10 +56,21 @@ def open_encoded_records(config: Config, world: World, base: Path, start_id: int
     tokenizer.add_specials(data.special_tokens)
     if data.chat_template is not None:
         tokenizer.chat_template = read_template(Path(data.chat_template))
-    out, options = Path(config.run_dir) / "data", {"seed": config.seed, "pairs": start_id is not None}
+    out, options = record_folder(Path(config.run_dir)), {"seed": config.seed, "pairs": start_id is not None}
     world.on_main(lambda: encode_sft(data, tokenizer, out, **options), builds_data=True)
     report = encode_sft(data, tokenizer, out, **options)  # every rank reads what rank 0 wrote
     is_chat = set(report["found"]["layouts"]) != {CONTINUED}
     if is_chat:  # checkpoints get the template that was trained with
         tokenizer.chat_template = default_template(tokenizer)
-    return open_records(report, data.path, tokenizer, start_id, is_chat)
+    weights = {source.name: source.weight for source in data.sources if source.weight}
+    where = data.path or ", ".join(source.name for source in data.sources)
+    return open_records(report, where, tokenizer, start_id, is_chat=is_chat, weights=weights)
+
+
+def record_folder(run_dir: Path) -> Path:
+    """Return the folder for encoded records: in the run directory, or a temporary one if that does not exist."""
+    if is_own(run_dir):
+        return run_dir / "data"
+    folder = tempfile.mkdtemp(prefix="llmkit-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)

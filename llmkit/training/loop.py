@@ -68,7 +68,7 @@ def train(
         for key, value in plan_rows(figures).items():
             say(f"{key:>16}  {value}")
         return figures
-    run = prepare(config, world, fresh=fresh, say=say)
+    run = prepare(config, world, fresh=fresh, keep=not dry_run, say=say)
     folder, resolved, header = Path(run.config.run_dir), without_secrets(run.config.model_dump()), describe(run)
     config_file = Path(config.where(""))
     for key, value in header.items():
@@ -120,6 +120,8 @@ def take_steps(
         directory.begin(progress.step if resumed else None)
         if config.init_from:
             add_dependent_run(run.base, directory.folder)
+    if progress.step >= run.max_steps:
+        say(f"{'complete':>10}  all {run.max_steps} steps are done; raise the length in train to go on, or use --fresh")
     peak, source = peak_flops(device, run.precision)
     rate = matmul_rate(device, DTYPES[run.precision])
     say(f"{'peak':>10}  {peak / 1e12:.3g} TFLOP/s ({source}); matrix products reach {rate / 1e12:.3g}")

@@ -24,7 +24,7 @@ from llmkit.objectives.objective import Objective
 from llmkit.parallel.device import choose_precision, device_name
 from llmkit.parallel.world import World
 from llmkit.peft import METHODS
-from llmkit.readers.documents import check_file
+from llmkit.records.build import list_record_files
 from llmkit.screen import count, format_count
 from llmkit.storage.locate import base_sha256, locate
 from llmkit.storage.run import check_own, claim
@@ -41,7 +41,7 @@ from llmkit.training.resolve import (
     check_warmup,
     choose_micro_batch_size,
     choose_objective,
-    choose_packing,
+    complete_records,
     count_steps,
     describe_choice,
     describe_run,
@@ -122,18 +122,24 @@ class PreparedRun:
 # ---- check -> open the data -> derive -------------------------------------------------------------------------------
 
 
-def prepare(config: Config, world: World, *, fresh: bool = False, say: Callable[[str], None] = print) -> PreparedRun:
+def prepare(
+    config: Config, world: World, *, fresh: bool = False, keep: bool = True, say: Callable[[str], None] = print
+) -> PreparedRun:
     """Check a config, open its data and derive the rest. It writes data only: a corpus to build, records to encode.
 
     fresh  ignore what an earlier run in the run directory resolved
+    keep   create the run directory, if records are to be encoded into it; False: encode into a temporary folder, which
+           is deleted when this process ends
     """
     checked = check(config, world.size, fresh=fresh)
     check_packages(config)
     config, options, model_config = checked.config, checked.options, checked.model_config
     check_own(Path(config.run_dir))
     if config.data.kind == "sft":  # its records are encoded into the run directory
-        check_file(Path(config.data.path))
-        world.on_main(lambda: claim(Path(config.run_dir)))
+        for source in config.data.all_sources():
+            list_record_files(source)
+        if keep:
+            world.on_main(lambda: claim(Path(config.run_dir)))
     start_id = family_of(model_config).start_token_id(model_config)
     data = open_data(config, world, checked.base, start_id, say)
     new_tokens = fit_vocabulary(checked, data.tokenizer)
@@ -172,7 +178,7 @@ def check(config: Config, ranks: int = 1, *, fresh: bool = False) -> CheckedConf
     base = find_base(config)
     model_config = read_config(base) if base else CONFIGS[config.model.name](**options["model"])
     objective, options["objective"] = choose_objective(config, model_config)
-    config = choose_packing(config.model_copy(update={"objective": objective}), model_config)
+    config = complete_records(config.model_copy(update={"objective": objective}), model_config)
     raise_all(list(find_problems(config, options, model_config, ranks)))
     if config.peft:
         check_method(config, options["peft"], model_config)
@@ -277,7 +283,7 @@ def resolve(checked: CheckedConfig, derived: Derived) -> Config:
 
 def epochs_by_source(run: PreparedRun) -> dict[str, float]:
     """Return how often the run reads each source of its data."""
-    sources = [source.name for source in run.config.data.sources] if run.config.data.kind == "corpus" else []
+    sources = [source.name for source in run.config.data.sources]
     drawn = run.max_steps * run.config.train.global_batch_size
     parts = {name: run.data.shares.get(name, (1.0, run.data.samples["train"])) for name in sources}
     return {name: share * drawn / samples for name, (share, samples) in parts.items()}
@@ -309,6 +315,8 @@ def describe(run: PreparedRun) -> dict[str, str]:
         "run": config.run_dir,
         "model": f"{config.model.name if config.model else run.base}: {format_count(plan.total)} parameters{trained}",
         "data": run.data.summary,
+        "lengths": run.data.lengths,
+        "left out": run.data.losses,
         "mixture": ", ".join(mixture),
         "device": f"{device_name(run.world.device)}, {run.precision}, {ranks}",
         "batch": f"{size} = {run.micro_batch_size} micro x {accumulation} accumulated x {ranks}, "

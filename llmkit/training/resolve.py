@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from llmkit.config.data import CorpusData
 from llmkit.config.fields import Choice
 from llmkit.config.load import check_options
 from llmkit.config.schema import Config, Train
-from llmkit.errors import DataError, MachineError, UserError, raise_all
+from llmkit.errors import DataError, MachineError, UserError, did_you_mean, raise_all
 from llmkit.models import CONFIGS, build_model, family_of, shape_problems
 from llmkit.objectives import OBJECTIVES, fitting_objectives
 from llmkit.parallel.device import total_memory
 from llmkit.peft import METHODS
 from llmkit.readers.records import DOCUMENT_FORMATS, suffix_of
+from llmkit.records.layouts import FIELDS
 from llmkit.storage.manifest import best_checkpoint, list_checkpoints
 from llmkit.storage.run import CONFIG as RUN_CONFIG
 from llmkit.storage.run import is_run, read_run_config
@@ -79,12 +81,17 @@ def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[st
     return choice, options
 
 
-def choose_packing(config: Config, model_config: Any) -> Config:
-    """Return the config with data.packing resolved: examples share rows, unless an encoder reads the prompts."""
-    if config.data.kind != "sft" or config.data.packing is not None:
+def complete_records(config: Config, model_config: Any) -> Config:
+    """Return the config with what its section of records leaves open.
+
+    Examples share rows, unless an encoder reads the prompts. Today is the date that chat templates show.
+    """
+    if config.data.kind != "sft":
         return config
-    data = config.data.model_copy(update={"packing": model_config.kind != "seq2seq"})
-    return config.model_copy(update={"data": data})
+    packing, data = config.data.packing, config.data
+    packing = model_config.kind != "seq2seq" if packing is None else packing
+    update = {"packing": packing, "date": data.date or date.today().isoformat()}
+    return config.model_copy(update={"data": data.model_copy(update=update)})
 
 
 def describe_choice(name: str, options: dict[str, Any]) -> str:
@@ -105,13 +112,8 @@ def find_problems(config: Config, options: Options, model_config: Any, ranks: in
         yield config.error("data.packing", f"can't be done: {name} has each prompt in a row of its own")
     if kind == "seq2seq" and data == "corpus" and config.data.document_mask:
         yield config.error("data.document_mask", "can't be done: spans are cut out of whole rows")
-    if data == "sft" and suffix_of(Path(config.data.path)) in DOCUMENT_FORMATS:
-        yield config.error(
-            "data.path",
-            "is text, not prompts and answers",
-            got=config.data.path,
-            fix=continue_pretraining(config.init_from, config.data.path),
-        )
+    if data == "sft":
+        yield from record_problems(config, kind)
     section = "model" if config.model else "init_from"
     for key, reason in shape_problems(model_config):
         yield UserError(f"model.{key} {reason}", at=config.where(f"{section}.{key}"))
@@ -123,6 +125,24 @@ def find_problems(config: Config, options: Options, model_config: Any, ranks: in
         yield config.error(
             "train.global_batch_size", "is not a multiple of the number of ranks", got=f"{size}, {ranks}"
         )
+
+
+def record_problems(config: Config, model_kind: str) -> Iterator[UserError]:
+    """Yield what is wrong with a section of records."""
+    data = config.data
+    for path in [*(source.path for source in data.all_sources()), data.val_path]:
+        if path and suffix_of(Path(path)) in DOCUMENT_FORMATS:
+            key = "data.path" if path == data.path else "data.val_path" if path == data.val_path else "data.sources"
+            fix = continue_pretraining(config.init_from, path)
+            yield config.error(key, "is text, not prompts and answers", got=path, fix=fix)
+    places = [f"data.sources.{i}" for i in range(len(data.sources))]
+    for place, section in zip(["data", *places], [data, *data.sources], strict=True):
+        for name in [name for name in section.columns or {} if name not in FIELDS]:
+            fix = did_you_mean(name, FIELDS) or f"name one of {', '.join(FIELDS)}"
+            yield config.error(f"{place}.columns", f"has {name}, which is no field of a record", fix=fix)
+    if data.too_long == "split" and model_kind == "seq2seq":
+        what, fix = "can't be split for an encoder and a decoder", "data.too_long: drop or truncate_prompt"
+        yield config.error("data.too_long", what, fix=fix)
 
 
 def check_method(config: Config, options: dict[str, Any], model_config: Any) -> None:
@@ -221,6 +241,8 @@ def reuse_resolved_values(config: Config, ranks: int, *, fresh: bool) -> Config:
     if (micro := kept.get("micro_batch_size", "auto")) != "auto" and config.train.global_batch_size // ranks % micro:
         kept["micro_batch_size"] = "auto"
     update["train"] = config.train.model_copy(update=kept)
+    if config.data.kind == "sft" and config.data.date is None:  # a chat template shows the day of the first start
+        update["data"] = config.data.model_copy(update={"date": before["data"].get("date")})
     if config.init_from and before["init_from"] and is_inside(before["init_from"], config.init_from):
         return config.model_copy(update=update | {"init_from": before["init_from"]})
     return name_checkpoint(config.model_copy(update=update))

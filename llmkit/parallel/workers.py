@@ -19,7 +19,6 @@ from typing import Any
 from tqdm import tqdm
 
 from llmkit import __version__
-from llmkit.config.data import CorpusData
 from llmkit.errors import MachineError
 
 # Names of the exceptions for a dead local worker, a Dask worker that died repeatedly, and a dead scheduler.
@@ -57,12 +56,15 @@ class Pool:
 
 
 @contextmanager
-def open_pool(data: CorpusData, units: int) -> Iterator[Pool]:
-    """Open a pool of as many workers as the config asks for, but at most one per unit."""
+def open_pool(workers: int | str, units: int, cluster: str | None = None) -> Iterator[Pool]:
+    """Open a pool of `workers` processes, or of one per core ("auto"), but at most one per unit.
+
+    cluster  address of a Dask scheduler, whose workers run the units instead
+    """
     cores = (os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()) or 1
-    workers = min(cores if data.workers == "auto" else data.workers, units)
-    if data.cluster:
-        with connect_to_cluster(data.cluster) as client:
+    workers = min(cores if workers == "auto" else workers, units)
+    if cluster:
+        with connect_to_cluster(cluster) as client:
             executor = client.get_executor(pure=False)
             try:
                 yield Pool(executor, len(client.scheduler_info()["workers"]))

@@ -1,0 +1,318 @@
+"""Encode the records of a fine-tuning run into a folder; `data/rows.py` says which files it has.
+
+Workers encode units of about UNIT_BYTES each into files of their own, which are then joined in order: neither the ids
+nor the rows depend on the number of workers. Nothing but a few numbers per example is held in memory. If the process is
+killed, the next one goes on with the units that are done.
+"""
+
+import hashlib
+import itertools
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmkit.config.data import RecordSource, SftData
+from llmkit.data.rows import QUARANTINE, REPORT, TOKENS, read_report
+from llmkit.data.tokens import ShardWriter, describe_file, find_change, load_array, read_sealed, save_array, seal
+from llmkit.errors import DataError, UserError
+from llmkit.files import delete, delete_leftovers, file_sha256, folder_stamps, open_atomically, write_atomically
+from llmkit.parallel.workers import open_pool
+from llmkit.readers.documents import check_file, dataset_files, is_saved_dataset, load_dataset_rows, refuse_zip
+from llmkit.readers.records import DOCUMENT_FORMATS, READERS, Record, read_records
+from llmkit.readers.sources import Piece, group_files, source_files, write_quarantine
+from llmkit.readers.tally import Tally
+from llmkit.records.encode import Found, encode_records
+from llmkit.records.fit import fit_pairs, fit_row
+from llmkit.records.rows import choose_splits, plan_pairs, plan_rows
+from llmkit.tokenizer.chat_template import default_template
+from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
+
+VERSION = 5  # of the encoding; data of another version is encoded again
+UNIT_BYTES = 8 * 2**20  # source bytes in one unit
+RECORD_FILES = [f"*{suffix}" for suffix in READERS if suffix not in DOCUMENT_FORMATS]
+NO_RECORDS = ["dataset_info.json", "dataset_infos.json"]  # what `datasets` writes beside the data
+LENGTHS = {"median": 0.5, "p90": 0.9, "p99": 0.99, "longest": 1.0}  # of the examples, in the report
+EXAMPLE = np.dtype([("prompt", "<u8"), ("targets", "<i4")])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the encoding of a record depends on, besides its source."""
+
+    template: str
+    train_on: str
+    date: str | None
+    seq_len: int
+    too_long: str
+    pairs: bool  # for an encoder-decoder: a row is a text and an answer; else several whole examples, or one
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a source that a worker encodes."""
+
+    name: str  # of its files
+    is_val: bool  # from data.val_path
+    source: RecordSource
+    pieces: tuple[Piece, ...]  # empty if `datasets` reads the source
+    size: int  # bytes
+    columns: dict[str, str]
+
+
+def list_record_files(source: RecordSource, skipped: Counter[str] | None = None) -> list[Path] | None:
+    """Return the files of a source, or None if `datasets` reads it. Raise DataError for what can't be read.
+
+    A folder is that of a dataset: if its files are named after splits, those of the source's split are read.
+
+    skipped  counts the files that are not read
+    """
+    skipped, path = Counter() if skipped is None else skipped, Path(source.path or "").expanduser()
+    if source.path and path.is_dir() and not is_saved_dataset(path) and not source.include:
+        files = dataset_files(source.path, None, source.split, skipped, follow_links=source.follow_links)
+    else:
+        if source.path and not path.is_dir() and not any(sign in source.path for sign in "*?["):
+            check_file(path)
+        files = source_files(source, skipped)
+    for file in files[1] if files else []:
+        refuse_zip(file, "fine-tuning records")
+    return files and files[1]
+
+
+def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pairs: bool = False) -> dict[str, Any]:
+    """Encode `data` into OUT/<key>/, unless that is done. Return the report, with the folder added.
+
+    The key is a hash of all settings and files, so that the data of other runs is never overwritten.
+
+    pairs  for an encoder-decoder: a row is a text and an answer; otherwise it is seq_len + 1 tokens, of several whole
+           examples (packing) or of one
+
+    Raise DataError if more records are bad than data.on_error allows, or if a file changed after it was written.
+    """
+    template = default_template(tokenizer)
+    date = data.date if "strftime_now" in template else None
+    recipe = Recipe(template, data.train_on, date, data.seq_len, data.too_long, pairs)
+    sources, skipped = data.all_sources(), Counter()
+    val = [RecordSource(name="val", path=data.val_path)] if data.val_path else []
+    files = [list_record_files(source, skipped) for source in (*sources, *val)]
+    contents = [
+        [file_sha256(path) for path in paths] if paths else folder_stamps(Path(source.path or source.hf).expanduser())
+        for source, paths in zip((*sources, *val), files, strict=True)
+    ]
+    settings = data.model_dump(exclude={"on_error", "workers", "date", "path", "val_path", "sources"})
+    named = [source.model_dump() for source in (*sources, *val)]
+    key = hashlib.sha256(
+        json.dumps([VERSION, asdict(recipe), settings, named, seed, tokenizer.sha256, contents]).encode()
+    ).hexdigest()[:16]
+    folder = out / key
+    try:
+        report = read_report(folder)
+    except DataError:  # there is none yet, or it is damaged
+        units = list(make_units([*sources, *val], files, data))
+        report = seal(write_examples(data, units, tokenizer, recipe, folder, seed) | {"skipped": dict(skipped)})
+        write_atomically(folder / REPORT, json.dumps(report, indent=2))
+        delete(folder / "parts")
+    check_records(Tally(**report["records"]), data, folder)
+    return report | {"key": key, "folder": str(folder)}
+
+
+def make_units(sources: list[RecordSource], files: list[list[Path] | None], data: SftData) -> Iterator[Unit]:
+    """Yield the units of some sources, given their files, in order. If there is a val_path, it is the last source."""
+    number = itertools.count()
+    for source, paths in zip(sources, files, strict=True):
+        columns = data.columns if source.columns is None else source.columns
+        is_val = data.val_path is not None and source is sources[-1]
+        for pieces, size in group_files(paths, UNIT_BYTES, whole=source.limit is not None) if paths else [((), 0)]:
+            yield Unit(f"unit-{next(number):05d}", is_val, source, tuple(pieces), size, columns)
+
+
+def check_records(tally: Tally, data: SftData, folder: Path) -> None:
+    """Raise DataError if there are more bad records than the config allows."""
+    tally.check(data.on_error.max_fraction, fix=data.on_error.fix, listed_in=folder / QUARANTINE)
+
+
+# ---- a unit ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def cached_tokenizer(folder: Path, sha256: str) -> Tokenizer:
+    """Load the tokenizer of a worker. `sha256` tells those of several runs in one process apart."""
+    return load_tokenizer(folder)
+
+
+def read_unit(unit: Unit) -> Iterator[tuple[str, bool, Iterator[Record]]]:
+    """Yield (file, whether it begins the file, records) of each piece of a unit."""
+    for path, span in unit.pieces:
+        yield path, span is None or span[0] == 0, read_records(Path(path), span)
+    if not unit.pieces:
+        one, name = unit.source, unit.source.path or unit.source.hf
+        saved = is_saved_dataset(Path(name).expanduser())
+        if saved and (one.config or one.streaming or one.revision):
+            what, fix = "config, revision and streaming do not apply to a saved dataset", "delete them"
+            raise UserError(what, at=name, fix=fix)
+        yield name, True, load_dataset_rows(name, one.config, one.split, one.streaming, saved, "", one.revision)
+
+
+def encode_unit(unit: Unit, recipe: Recipe, parts: Path, sha256: str) -> dict[str, Any]:
+    """Encode a unit into files of its own, unless that is done. Return the counts.
+
+    parts   folder for these files; it has the tokenizer
+    sha256  of the tokenizer
+    """
+    done = parts / f"{unit.name}.json"
+    try:
+        result = read_sealed(done)
+        if not any(find_change(parts / entry["path"], entry) for entry in result["files"]):
+            return result
+    except (FileNotFoundError, ValueError):  # not done, or damaged
+        pass
+    tokenizer, tally, found = cached_tokenizer(parts / "tokenizer", sha256), Tally(), Found()
+    lengths, examples = [], []
+    options = {"train_on": recipe.train_on, "date": recipe.date, "columns": unit.columns}
+    left = unit.source.limit
+    with (
+        ShardWriter(parts / unit.name, TOKENS) as shard,
+        open_atomically(parts / f"{unit.name}.bad.jsonl") as bad,
+    ):
+
+        def write_bad(one: Any) -> None:
+            bad.write(json.dumps(vars(one)).encode() + b"\n")
+
+        for path, strict, records in read_unit(unit):
+            if left is not None:
+                records = itertools.islice(records, left - tally.rows)
+            encoded = encode_records(
+                records, path, tokenizer, recipe.template, tally, found, write_bad, strict=strict, **options
+            )
+            for example in encoded:
+                lengths.append(len(example.tokens))
+                if recipe.pairs:
+                    fitting = fit_pairs(example, recipe.seq_len, recipe.too_long, found)
+                else:
+                    fitting = fit_row(example, recipe.seq_len + 1, recipe.too_long, tokenizer.bos_id, found)
+                for tokens, prompt in fitting:
+                    shard.add(tokens)
+                    first = 0 if recipe.pairs else 1  # nothing predicts the first token of a row
+                    examples.append((prompt, np.count_nonzero(tokens[first:] >= 0)))
+    save_array(parts / f"{unit.name}.examples.npy", np.array(examples, EXAMPLE))
+    save_array(parts / f"{unit.name}.lengths.npy", np.array(lengths, np.int32))
+    names = [f"{unit.name}.{end}" for end in ("bad.jsonl", "examples.npy", "lengths.npy")]
+    files = [*(parts / name for name in names), *([shard.path, shard.index] if examples else [])]
+    result = {
+        "records": tally.counts(),
+        "found": found.counts(),
+        "examples": len(examples),
+        "files": [describe_file(path, parts) for path in files],
+    }
+    write_atomically(done, json.dumps(seal(result)))
+    return result
+
+
+# ---- all units ------------------------------------------------------------------------------------------------------
+
+
+def write_examples(
+    data: SftData, units: list[Unit], tokenizer: Tokenizer, recipe: Recipe, folder: Path, seed: int
+) -> dict[str, Any]:
+    """Encode all units, join them, and choose the rows of each split. Return the report."""
+    parts = folder / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    for path in (folder, parts):
+        delete_leftovers(path)
+    tokenizer.save(parts / "tokenizer")
+    jobs = [(unit, recipe, parts, tokenizer.sha256) for unit in units]
+    with open_pool(data.workers, len(units)) as pool:
+        results = pool.map(encode_unit, jobs, "encode records", [unit.size for unit in units])
+    tally, found = Tally(), Found()
+    for result in results:
+        tally.merge(Tally(**result["records"]))
+        found.merge(Found.from_counts(result["found"]))
+    bad = [(unit.pieces, parts / f"{unit.name}.bad.jsonl") for unit in units]
+    tally.first = write_quarantine(bad, folder / QUARANTINE) or None
+    check_records(tally, data, folder)
+    filled = [unit for unit, result in zip(units, results, strict=True) if result["examples"]]
+    if not filled:
+        raise no_examples_error(data, found, tally, folder)
+    ends = join_tokens([parts / unit.name for unit in filled], folder / "examples")
+    examples = np.concatenate([load_array(parts / f"{unit.name}.examples.npy") for unit in filled])
+    lengths = np.concatenate([load_array(parts / f"{unit.name}.lengths.npy") for unit in units])
+    sizes = [result["examples"] for result in results]
+    names = np.repeat([unit.source.name for unit in units], sizes)
+    is_val = np.repeat([unit.is_val for unit in units], sizes)
+    train, val, is_shared = choose_splits(examples["prompt"], is_val, data.val_fraction, seed)
+    weights = {source.name: source.weight for source in data.sources if source.weight}
+
+    def plan(chosen: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        if recipe.pairs:
+            return plan_pairs(ends, examples["targets"], chosen)
+        return plan_rows(ends, examples["targets"], chosen, data.seq_len + 1, data.packing is not False)
+
+    planned = {"val": plan(val)}
+    groups = [plan(train & (names == name)) for name in weights] or [plan(train)]
+    planned["train"] = join_plans(groups)
+    if not planned["train"][1]["rows"]:
+        raise no_examples_error(data, found, tally, folder)
+    plan_files = []
+    for split, (arrays, _) in planned.items():
+        for name, values in arrays.items():
+            plan_files.append(folder / f"{split}-{name}.npy")
+            save_array(plan_files[-1], values)
+    files = [folder / "examples.bin", folder / "examples.idx", *plan_files]
+    quantiles = np.quantile(lengths, list(LENGTHS.values()), method="inverted_cdf")
+    return {
+        "files": [describe_file(path, folder) for path in files],
+        "records": tally.counts(),
+        "found": found.counts(),
+        "lengths": dict(zip(LENGTHS, map(int, quantiles), strict=True)),
+        "seq_len": data.seq_len,
+        "too_long": data.too_long,
+        "eos_id": tokenizer.eos_id,
+        "splits": {split: planned[split][1] for split in ("train", "val")},
+        "prompts in both": is_shared,
+        "val prompts in train": int((is_val & ~val).sum()),
+        "sources": {name: counts["rows"] for name, (_, counts) in zip(weights, groups, strict=False)},
+    }
+
+
+def join_tokens(parts: list[Path], out: Path) -> np.ndarray:
+    """Join the tokens of parts in OUT.bin, and write and return the ends of the examples in them."""
+    ends, tokens = [], 0
+    with open_atomically(out.with_name(f"{out.name}.bin")) as file:
+        for part in parts:
+            with part.with_name(f"{part.name}.bin").open("rb") as source:
+                shutil.copyfileobj(source, file, 2**22)
+            ends.append(np.fromfile(part.with_name(f"{part.name}.idx"), "<i8") + tokens)
+            tokens = int(ends[-1][-1])
+    joined = np.concatenate(ends)
+    write_atomically(out.with_name(f"{out.name}.idx"), joined.astype("<i8").tobytes())
+    return joined
+
+
+def join_plans(plans: list[tuple[dict[str, np.ndarray], dict[str, Any]]]) -> tuple[dict[str, np.ndarray], dict]:
+    """Join the rows of several sources, one source after another."""
+    arrays = {name: [one[name] for one, _ in plans] for name in plans[0][0]}
+    if "rows" in arrays:  # they are ends among the pieces
+        before = np.cumsum([0, *(len(pieces) for pieces in arrays["pieces"][:-1])])
+        arrays["rows"] = [rows + start for rows, start in zip(arrays["rows"], before, strict=True)]
+    counts: dict[str, Any] = {}
+    for name in plans[0][1]:
+        values = [one[name] for _, one in plans]
+        counts[name] = [max(value) for value in zip(*values, strict=True)] if name == "longest" else sum(values)
+    return {name: np.concatenate(values) for name, values in arrays.items()}, counts
+
+
+def no_examples_error(data: SftData, found: Found, tally: Tally, folder: Path) -> DataError:
+    """Return the error for data of which no example is left."""
+    reasons = [
+        f"{number} examples {fate}, longer than {data.seq_len} tokens" for fate, number in found.too_long.items()
+    ]
+    reasons += [f"{found.without_target} without a target"] if found.without_target else []
+    got = "; ".join([", ".join(reasons) or "no usable record", *filter(None, [tally.describe(folder / QUARANTINE)])])
+    at = data.path or ", ".join(source.name for source in data.sources)
+    return DataError("no example is left to train on", at=at, got=got)
