@@ -219,6 +219,8 @@ def test_json_that_is_one_record_or_lines(tmp_path):
     one = read(write(tmp_path / "a.json", json.dumps({"text": "x"}, indent=2)))[0]
     assert [(doc.text, doc.id) for doc in one] == [("x", "s/a.json:1")]
     assert [doc.text for doc in read(write(tmp_path / "b.json", LINES))[0]][:2] == ["line 1", "line 2"]
+    marked = b"\xef\xbb\xbf" + (LINES if isinstance(LINES, bytes) else LINES.encode())
+    assert [doc.text for doc in read(write(tmp_path / "c.json", marked))[0]][:2] == ["line 1", "line 2"]
 
 
 def test_all_texts_of_files_folders_and_globs(tmp_path):

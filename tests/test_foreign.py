@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Rust
 from tokenizers import decoders, models, pre_tokenizers
 
 from llmkit.errors import ENVIRONMENT, MODEL, UserError
+from llmkit.tokenizer.chat_template import encode_chat
 from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llmkit.tokenizer.train import CHAT_END, CHAT_START, EOS, train_tokenizer
 
@@ -133,7 +134,7 @@ def test_bytes_lose_nothing(kinds, tmp_path):
 
 
 SENTINELS = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}  # T5's
-SPELT_OUT = ["<s>", "</s>", "a</s>b <s>", "<unk>", "a <unk> b", "<0x41>", "<0x41>tool<0x0A>", "<pad>", "<ctl>x"]
+SPELT_OUT = ["<s>", "</s>", "a</s>b <s>", "<0x41>", "<0x41>tool<0x0A>", "<pad>", "<ctl>x"]
 PLACES = {
     "unigram": {"model_type": "unigram"}, "bpe": {"model_type": "bpe"},
     "unigram-bytes": {"model_type": "unigram", "byte_fallback": True},
@@ -154,7 +155,7 @@ def test_a_control_token_spelt_out_stays_text(options, text, tmp_path):
 def test_a_control_token_of_unknown_letters_stays_text(options, tmp_path):
     pair = Pair(tmp_path, trained([line for line in LINES if line != SIGNS], **options))
     assert options.get("byte_fallback") or pair.theirs.unk_id() in pair.theirs.encode("<")
-    pair.agree([*SPELT_OUT, "the </s> model", "%<s>", "<<unk>>", "<s", "s>"])
+    pair.agree([*SPELT_OUT, "the </s> model", "%<s>", "<s", "s>"])
 
 
 def of_words() -> Rust:
@@ -182,11 +183,36 @@ def test_a_control_token_that_a_model_knows_as_a_word_stays_text(make, tmp_path)
     assert load_tokenizer(tmp_path / "saved").sha256 == one.sha256
 
 
+@pytest.mark.parametrize("make", [of_words, without_merges])
+def test_the_unknown_token_that_a_text_spells_out_is_one_token(make, tmp_path):
+    """WikiText and the Penn Treebank have <unk> in their texts, and published perplexities count it as a token."""
+    rust = make()
+    rust.add_special_tokens(["</s>", "<unk>"])
+    rust.save(str(tmp_path / "tokenizer.json"))
+    one, unknown = load_tokenizer(tmp_path), rust.token_to_id("<unk>")
+    assert one.encode("a <unk> b").count(unknown) == 1 and one.encode("<unk><unk>") == [unknown] * 2
+    assert one.specials["<unk>"] == one.unknown_id == unknown and one.token_bytes[unknown] == 0
+    one.save(tmp_path / "saved")  # special again there
+    saved = Rust.from_file(str(tmp_path / "saved" / "tokenizer.json"))
+    assert saved.get_added_tokens_decoder()[unknown].special
+    assert load_tokenizer(tmp_path / "saved").encode("a <unk> b") == one.encode("a <unk> b")
+    one.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert encode_chat(one, [{"role": "user", "content": "a <unk> </s>"}]).count(one.eos_id) == 0
+
+
+def test_an_end_token_that_is_the_unknown_one_stays_a_control_token(tmp_path):
+    rust = Rust(models.WordLevel({"a": 0, "</s>": 1}, unk_token="</s>"))
+    rust.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    rust.add_special_tokens(["</s>"])
+    rust.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).unknown is None
+
+
 @pytest.mark.parametrize("prefix", [False, True], ids=["bare", "prefix"])
 def test_a_control_token_after_a_symbol_stays_text(prefix, tmp_path):
     model = trained(user_defined_symbols=["<tool>"], model_type="bpe", add_dummy_prefix=prefix)
     pair = Pair(tmp_path, model)
-    pair.agree(["<tool></s>", "</s>", "a<tool><s>b", "<unk><tool><unk>"])
+    pair.agree(["<tool></s>", "</s>", "a<tool><s>b", "<tool><tool>"])
 
 
 @pytest.mark.parametrize("letters", ["abs", "abs<>/"])
@@ -310,7 +336,7 @@ def test_a_folder_like_t5s_is_read_as_transformers_does(tmp_path):
     for i in (0, 1, 99):
         assert ours.specials[f"<extra_id_{i}>"] == theirs.convert_tokens_to_ids(f"<extra_id_{i}>")
     for text in TEXTS:
-        if not any(sign in text for sign in ("<s>", "</s>", "<unk>")):
+        if not any(sign in text for sign in ("<s>", "</s>")):
             assert ours.encode_source(text) == theirs(text)["input_ids"], text
 
 
@@ -333,8 +359,10 @@ def test_a_folder_like_llamas_is_read_as_transformers_does(tmp_path):
     plain = [text for text in TEXTS if text.strip(" ") == text and text and "\u2581" not in text and "<s>" not in text]
     assert len(plain) > 200  # transformers puts no second space before one, SentencePiece does
     for text in plain:
-        if not any(sign in text for sign in ("</s>", "<unk>")):
+        if "</s>" not in text:
             assert ours.encode_prompt(text) == theirs(text)["input_ids"], text
+    for text in ["<unk>", "a <unk>", "the<unk>", "<unk><unk>"]:
+        assert ours.encode_prompt(text) == theirs(text)["input_ids"] and ours.unknown_id in ours.encode(text)
 
 
 def test_a_begin_token_that_the_config_turns_off_is_not_added(tmp_path):

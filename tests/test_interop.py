@@ -33,7 +33,7 @@ PROMPT = "The model reads a "
 TEXTS = [
     "a", " a", "a ", "  a  b", "\n", "\n\n a\n", "The river  is small.\n\tIt learns", "don't WE'LL they're", "x" * 100,
     "1234567 1,5 \u0661\u0662", "caf\u00e9 \u65e5\u672c\u8a9e\u306f", "\U0001f600\U0001f468\u200d\U0001f469 \u2764",
-    "\xa0a\u3000b", "<|endoftext|>a<|im_start|>", "<s>a</s> <unk> <0x41>", "!?" * 20, "\u0939\u093f\u0928", TEXT[:500],
+    "\xa0a\u3000b", "<|endoftext|>a<|im_start|>", "<s>a</s> <0x41>", "!?" * 20, "\u0939\u093f\u0928", TEXT[:500],
 ]  # fmt: skip
 
 

@@ -303,9 +303,9 @@ def refused(path, *words: str, name: str = "llama") -> None:
 
 
 FLAGS = {
-    "use_dora": True, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 1}, "bias": "all", "lora_bias": True,
-    "modules_to_save": ["lm_head"], "layers_to_transform": [0], "exclude_modules": ["v_proj"], "peft_type": "LOHA",
-    "init_lora_weights": "pissa", "target_modules": ".*proj",
+    "use_dora": True, "rank_pattern": {"q_proj": 0}, "alpha_pattern": {"(a+)+q_proj": 1}, "bias": "all",
+    "lora_bias": True, "modules_to_save": ["lm_head"], "layers_to_transform": [0], "exclude_modules": ["v_proj"],
+    "peft_type": "LOHA", "init_lora_weights": "pissa", "target_modules": 3,
 }  # fmt: skip
 
 
@@ -316,8 +316,8 @@ def test_an_adapter_of_another_kind_is_refused(saved, flag):
 
 
 def test_all_that_is_unsupported_is_told_at_once(saved):
-    rewrite(saved, use_dora=True, rank_pattern={"q_proj": 8})
-    refused(saved, "use_dora", "rank_pattern")
+    rewrite(saved, use_dora=True, lora_bias=True)
+    refused(saved, "use_dora", "lora_bias")
 
 
 @torch.no_grad()
@@ -353,7 +353,46 @@ def test_fields_of_peft_that_change_nothing_are_accepted(saved):
 
 def test_layer_zero_is_a_layer(saved):
     rewrite(saved, layers_to_transform=0)
-    refused(saved, "layers_to_transform")
+    refused(saved, "no place", "layers.1")
+
+
+PEFT_FORMS = {
+    "regex": {"targets": r".*\.(q_proj|up_proj)"},
+    "all_linear": {"targets": "all-linear"},
+    "excluded": {"targets": ["q_proj", "v_proj"], "exclude_modules": ["layers.1.self_attn.v_proj"]},
+    "one_layer": {"targets": ["q_proj"], "layers_to_transform": 1},
+    "ranks": {"targets": ["q_proj", "up_proj"], "rank_pattern": {"q_proj": 2},
+              "alpha_pattern": {r"model.layers.1.self_attn.q_proj": 3, "^model.*up_proj": 9}},
+    "rank_regex": {"targets": ["q_proj"], "rank_pattern": {r"layers\.0\..*": 1}, "rslora": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", PEFT_FORMS)
+@torch.no_grad()
+def test_adapters_with_patterns_compute_what_peft_does(base_folder, tmp_path, form):
+    theirs = peft_adapter(base_folder("llama"), tmp_path / "adapter", "llama", **PEFT_FORMS[form])
+    ours = folder.load_model(base_folder("llama"))
+    load_adapter(ours, tmp_path / "adapter")
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(ours.eval()(ids), theirs.eval()(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_our_patterns_are_those_of_peft(base_folder, tmp_path):
+    options = options_of(rank_pattern={"q_proj": 2}, alpha_pattern={r"layers\.1\..*": 5.0})
+    model = base_of("llama")
+    lora.apply(model, options, 0)
+    for parameter in lora.tensors(model).values():
+        parameter.copy_(0.1 * torch.randn(parameter.shape))
+    save_adapter(model, tmp_path, "lora", options, base=str(base_folder("llama")), base_sha256="")
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(base_folder("llama")), tmp_path
+    ).eval()
+    again = base_of("llama")
+    load_adapter(again, tmp_path)
+    ids = torch.arange(12)[None]
+    for one in (model, again):
+        torch.testing.assert_close(one.eval()(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 WRONG = {

@@ -375,7 +375,7 @@ def test_a_null_is_no_value(server):
 DEFAULTS = {  # what OpenAI's clients and others send without being asked
     "logprobs": False, "top_logprobs": 0, "logit_bias": {}, "store": False, "service_tier": "auto", "metadata": {},
     "tool_choice": "auto", "parallel_tool_calls": True, "tools": [], "modalities": ["text"], "presence_penalty": 0,
-    "response_format": {"type": "text"}, "n": 1, "stream": False,
+    "response_format": {"type": "text"}, "n": 1.0, "stream": False, "top_p": 1.0, "seed": None,
 }  # fmt: skip
 
 

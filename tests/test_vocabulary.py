@@ -389,7 +389,11 @@ def test_all_that_ends_an_answer_is_told_to_transformers_and_read_from_it(made, 
     file = tmp_path / "chats" / "generation_config.json"
     plain = one.encode("a")[0]
     file.write_text(json.dumps({"eos_token_id": [one.specials["<tool>"], plain, 10**6]}))
-    assert load_tokenizer(tmp_path / "chats").stop_ids == [one.eos_id, one.end_of_turn_id, one.specials["<tool>"]]
+    ends = [one.eos_id, one.end_of_turn_id, one.specials["<tool>"], plain]  # special or not
+    assert load_tokenizer(tmp_path / "chats").stop_ids == ends
+    config_file = tmp_path / "chats" / "config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"eos_token_id": plain + 1}))
+    assert load_tokenizer(tmp_path / "chats").stop_ids == [*ends[:2], plain + 1, *ends[2:]]
 
 
 def load_saved(one: Tokenizer, path: Path, config: llama.Config) -> Tokenizer:

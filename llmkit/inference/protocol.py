@@ -65,9 +65,12 @@ class StrictModel(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def drop_nulls(cls, fields: Any) -> Any:
-        """Leave out the fields that are null: clients send them for all that they do not set."""
-        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+    def read_values(cls, fields: Any) -> Any:
+        """Leave out the fields that are null, which clients send for all that they do not set; read 3.0 as 3."""
+        if not isinstance(fields, dict):
+            return fields
+        whole = {k: int(v) for k, v in fields.items() if isinstance(v, float) and v.is_integer()}
+        return {k: v for k, v in (fields | whole).items() if v is not None}
 
 
 class SamplingRequest(StrictModel):

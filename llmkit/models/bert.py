@@ -181,10 +181,10 @@ OLD_NAMES = ((".gamma", ".weight"), (".beta", ".bias"))  # of norms in Google's 
 
 
 def from_disk_name(name: str) -> str:
-    """Return our name of a weight: old files name norms differently, and files of a bare encoder lack the prefix."""
+    """Return our name of a weight: old files name norms differently."""
     for old, new in OLD_NAMES:
         name = name.removesuffix(old) + new if name.endswith(old) else name
-    return name if name.startswith(("bert.", "cls.")) else f"bert.{name}"
+    return name
 
 
 FAMILY = Family(  # no residual matrix is scaled: every sum is normalised, so the variance does not grow
@@ -208,5 +208,6 @@ FAMILY = Family(  # no residual matrix is scaled: every sum is normalised, so th
     ),
     may_be_missing=re.compile(r"cls\..*"),  # files of a bare encoder have no head
     from_disk_name=from_disk_name,
+    prefix="bert.",
     token_biases=lambda model: [(model.cls["predictions"], "bias")],
 )

@@ -131,6 +131,7 @@ FALCON = llama.LLAMA | {
     "from_hf": from_hf,
     "to_hf": to_hf,
     "hf_defaults": {"hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71},
+    "prefix": "transformer.",
     "gated": lambda config: False,
     "gguf": Gguf("falcon", rms_norm=False, unsupported=lambda config: {"biases": config.bias}),
 }

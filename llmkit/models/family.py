@@ -89,7 +89,10 @@ class Family:
     missing_copies: dict[str, str] = field(default_factory=dict)  # names that files may lack -> the weight to copy
     transposed: tuple[str, ...] = ()  # ends of the names that files store transposed (Conv1D)
     to_disk: Callable[[str, Tensor], dict[str, Tensor]] | None = None  # None: as `transposed` says, see `disk_views`
-    from_disk_name: Callable[[str], str] = lambda name: name  # a name in a file -> the name that `disk_views` gives
+    from_disk_name: Callable[[str], str] = lambda name: (
+        name
+    )  # an old name in a file -> the name that `disk_views` gives
+    prefix: str = ""  # of the names of all weights but the head's; files of a model without its head lack it
 
     # What planning, training and adapters ask:
     gated: Callable[[Any], bool] = lambda config: False  # whether its MLPs have a gate

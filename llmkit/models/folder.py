@@ -4,9 +4,11 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -28,6 +30,11 @@ IGNORED_FIELDS = re.compile(
     r"|is_encoder_decoder|chunk_size_feed_forward|summary_\w+|task_specific_params|n_ctx|gradient_checkpointing"
     r"|is_llama_config|transformers\.js_config|tokenizer_class|prefix|torchscript|use_bfloat16|pruned_heads"
     r"|finetuning_task|tie_encoder_decoder|auto_map|directionality|pooler_\w+|unsloth_\w+|classifier_dropout"
+)
+# Fields that change the mathematics of other families, or of any: a model that sets one is not what its type says.
+MATHEMATICS = re.compile(
+    r"(quantization|compression)_config|layer_types|partial_rotary_factor|rotary_pct|num(_local)?_experts\w*"
+    r"|\w*(softcap|multiplier|clip_qkv|qk_norm|alibi)\w*"
 )
 FLOATS = ("F64", "F32", "F16", "BF16")  # types in safetensors files that are read, all by rounding to the model's dtype
 MAX_SHARD_BYTES = 5 * 10**9  # of a weight file, as in transformers
@@ -58,11 +65,17 @@ def read_config(folder: Path) -> Config:
     errors = [
         ModelError(f"{name} with this {key} is not supported", at=path, got=value, expected=expected)
         for key, value in options.items()
-        if (key in family.fixed_values or (key not in known and not IGNORED_FIELDS.fullmatch(key)))
-        and (expected := family.fixed_values.get(key, "no such field")) != value
-        and (value or expected)
+        if key in family.fixed_values and (expected := family.fixed_values[key]) != value and (value or expected)
+    ]
+    unused = unused_fields(name, options)
+    errors += [
+        ModelError(f"{name} with {key} is not supported", at=path, got=options[key], expected="no such field")
+        for key in unused
+        if MATHEMATICS.fullmatch(key)
     ]
     raise_all(errors)
+    if unused:
+        warn_once(f"{path} has fields that {name} does not have, in transformers either: {', '.join(unused)}")
     try:
         text = json.dumps({key: value for key, value in options.items() if key in known})
         config = TypeAdapter(family.config).validate_json(text, strict=True)
@@ -78,24 +91,36 @@ def read_config(folder: Path) -> Config:
     return config
 
 
-def weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """Return the safetensors files of a folder, and the tensors that its index lists for each; None without an index.
+def unused_fields(name: str, options: dict[str, Any]) -> list[str]:
+    """Return the fields of a config.json that say something, and that neither llmkit nor transformers reads."""
+    family = FAMILIES[name]
+    known = {field.name for field in fields(family.config)} | family.fixed_values.keys()
+    return [key for key, value in options.items() if value and key not in known and not IGNORED_FIELDS.fullmatch(key)]
 
-    Raises ModelError for a broken index, and for one that names a file elsewhere.
+
+@lru_cache
+def warn_once(text: str) -> None:
+    """Print a warning, but not a second time: a command reads a config.json several times."""
+    warn(text)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder: model.safetensors, as transformers prefers it, or those of the index.
+
+    Raises ModelError for a broken index, and for one that names a file elsewhere. Which tensor it puts where is not
+    asked: the files say that themselves.
     """
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return {folder / "model.safetensors": None}
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if whole.exists() or not index.exists():
+        return [whole]
     try:
-        weight_map = read_json(index)["weight_map"].items()
+        names = set(read_json(index)["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"the weight index can't be read: {error}", at=index) from None
-    listed: dict[str, set[str]] = {}
-    for tensor, name in weight_map:
+    for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise ModelError("a weight file must be in the model's folder", at=index, got=name)
-        listed.setdefault(name, set()).add(tensor)
-    return {folder / name: listed[name] for name in sorted(listed)}
+    return [folder / name for name in sorted(names)]
 
 
 def open_weights(path: Path):
@@ -108,47 +133,82 @@ def open_weights(path: Path):
         raise ModelError(f"the weights can't be read: {error}", at=path) from None
 
 
-def weight_names(config: Config, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield the two names of each weight that the model reads: in the file, and in `Family.disk_views`."""
-    family = family_of(config)
-    for disk_name in names:
-        name = family.from_disk_name(disk_name)
-        tied = config.tie_word_embeddings and name == "lm_head.weight"
-        if not tied and not family.ignored_weights.fullmatch(name):
-            yield disk_name, name
+@dataclass
+class Found:
+    """What is found in a folder's weight files.
+
+    places   name in `Family.disk_views` -> (file, name in it), of all weights that the model reads
+    missing  names of the model's weights that are not there
+    head     (file, name in it) of the output matrix, if the config ties it to the embedding
+    """
+
+    places: dict[str, tuple[Path, str]]
+    missing: list[str]
+    head: tuple[Path, str] | None
 
 
 def load_model(folder: Path, *, device="cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Load a model from a Hugging Face folder. Names and shapes are checked before memory is allocated."""
+    """Load a model from a Hugging Face folder. Names and shapes are checked before memory is allocated.
+
+    If the config ties the output matrix to the embedding, but the files have both and they differ, they are not tied,
+    as in transformers.
+    """
     config = read_config(folder)
     family = family_of(config)
     model = build_model(config, device="meta", seed=None)
     files = weight_files(folder)
-    missing = check_weights(model, folder, files)
+    found = find_weights(model, folder, files)
+    table = found.places.get(table_name(model))
+    if found.head and table is None:
+        found.places[table_name(model)] = found.head
+    elif found.head and not torch.equal(read_tensor(*found.head), read_tensor(*table)):
+        warn(f"{folder} has two matrices where its config.json ties them: {found.head[1]} is not tied to {table[1]}")
+        model = build_model(replace(config, tie_word_embeddings=False), device="meta", seed=None)
+        found = find_weights(model, folder, files)
     weights = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
-    if fresh := [name for name in missing if family.may_be_missing.fullmatch(name)]:
-        warning = f"warning: {folder} lacks {len(fresh)} weights; initialised: {', '.join(fresh)}"
-        print(printable(warning), file=sys.stderr)
+    if fresh := [name for name in found.missing if family.may_be_missing.fullmatch(name)]:
+        warn(f"{folder} lacks {len(fresh)} weights; initialised: {', '.join(fresh)}")
         initial = build_model(config, seed=0).state_dict()
         for name in fresh:
             weights[name].copy_(initial[name])
     views = {disk: view for name, tensor in weights.items() for disk, view in family.disk_views(name, tensor).items()}
     for path in files:
         with open_weights(path) as file:
-            for disk_name, name in weight_names(config, file.keys()):
-                views[name].copy_(file.get_tensor(disk_name))
+            for name, (place, disk_name) in found.places.items():
+                if place == path:
+                    views[name].copy_(file.get_tensor(disk_name))
     for name, other in family.missing_copies.items():
-        if name in missing:
+        if name in found.missing:
             weights[name].copy_(weights[other])
     check_finite(weights, folder)
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(True)
 
 
-def check_weights(model: nn.Module, folder: Path, files: dict[Path, set[str] | None]) -> list[str]:
-    """Raise a ModelError with what does not fit a model in `weight_files`. Return the names of missing weights.
+def warn(text: str) -> None:
+    print(printable(f"warning: {text}"), file=sys.stderr)
 
-    Only weights that `Family` allows to be missing are returned.
+
+def table_name(model: nn.Module) -> str:
+    """Return the name of the weight of a model's token embedding."""
+    return next(name for name, parameter in model.named_parameters() if parameter is model.wte.weight)
+
+
+def without_numbers(name: str) -> str:
+    """Return the name that a weight has in every layer."""
+    return re.sub(r"\d+", "*", name)
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    with open_weights(path) as file:
+        return file.get_tensor(name)
+
+
+def find_weights(model: nn.Module, folder: Path, files: list[Path]) -> Found:
+    """Find the weights of a model in its files. Raise a ModelError with all that does not fit.
+
+    Files of a model without its head lack the prefix of names. Weights of no known name are named in a warning, as
+    transformers does, but not those of a layer that the config does not have: it is probably that of another model.
     """
     family = family_of(model.config)
     shapes = {
@@ -156,32 +216,47 @@ def check_weights(model: nn.Module, folder: Path, files: dict[Path, set[str] | N
         for name, p in model.named_parameters()
         for disk, view in family.disk_views(name, p).items()
     }
-    errors, seen = [], set()
-    for path, listed in files.items():
+    in_layers = {without_numbers(name) for name in shapes}
+    errors, places, unknown, head = [], {}, [], None
+    for path in files:
         with open_weights(path) as file:
-            names = set(file.keys())
-            for name in sorted((names if listed is None else listed) ^ names):
-                fix = "copy index and files again from one source"
-                got = "it is in the file, but not in the index" if name in names else "it is only in the index"
-                errors.append(ModelError(f"the weight index is wrong about {name}", at=path, got=got, fix=fix))
-            for disk_name, name in weight_names(model.config, file.keys()):
+            for disk_name in file.keys():  # noqa: SIM118  it is no dict
+                name = family.from_disk_name(disk_name)
+                name = f"{family.prefix}{name}" if f"{family.prefix}{name}" in shapes else name
                 shape, dtype = tuple(file.get_slice(disk_name).get_shape()), file.get_slice(disk_name).get_dtype()
-                if name in seen:
+                if family.ignored_weights.fullmatch(name):
+                    continue
+                if name == "lm_head.weight" and model.config.tie_word_embeddings:
+                    head = (path, disk_name)
+                    expected = shapes[table_name(model)]
+                elif name in places:
                     errors.append(ModelError(f"the weight {name} is there twice", at=path))
+                    continue
+                elif name not in shapes and {without_numbers(name), without_numbers(family.prefix + name)} & in_layers:
+                    what = f"the model has no weight {disk_name}"
+                    fix = "correct the number of layers in config.json, or take both files from one source"
+                    errors.append(ModelError(what, at=path, fix=fix))
+                    continue
                 elif name not in shapes:
-                    errors.append(ModelError(f"the model has no weight {disk_name}", at=path))
-                elif shape != (expected := shapes[name]):
+                    unknown.append(disk_name)
+                    continue
+                else:
+                    places[name] = (path, disk_name)
+                    expected = shapes[name]
+                if shape != expected:
                     errors.append(ModelError(f"{disk_name} has the wrong shape", at=path, got=shape, expected=expected))
                 elif dtype not in FLOATS:
                     errors.append(unsupported_type(disk_name, dtype, path))
-                seen.add(name)
-    missing = [name for name in shapes if name not in seen]
-    allowed = [name for name in missing if name in family.missing_copies or family.may_be_missing.fullmatch(name)]
-    needed = [name for name in missing if name not in allowed]
+    missing = [name for name in shapes if name not in places]
+    allowed = {*family.missing_copies, *([table_name(model)] if head else [])}
+    needed = [name for name in missing if name not in allowed and not family.may_be_missing.fullmatch(name)]
     if needed and not errors:
         errors.append(ModelError(f"{len(needed)} weights are missing, for example {needed[0]}", at=folder))
     raise_all(errors)
-    return missing
+    if unknown:
+        more = f" and {len(unknown) - 5} others" if len(unknown) > 5 else ""
+        warn(f"{folder} has weights that the model does not use: {', '.join(unknown[:5])}{more}")
+    return Found(places, missing, head)
 
 
 def unsupported_type(name: str, dtype: str, path: Path) -> ModelError:

@@ -124,18 +124,14 @@ UNSUPPORTED = ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "ad
 
 
 def from_hf(hf: dict) -> dict:
-    """Return our options from a config.json."""
+    """Return our options from a config.json. The width of the MLP is n_inner, and nothing else."""
+    hf = {key: value for key, value in hf.items() if key != "intermediate_size"}
     return rename(hf, {theirs: name for name, theirs in HF_NAMES.items()})
 
 
 def to_hf(options: dict) -> dict:
     """Return the fields of a config.json for transformers."""
     return {HF_NAMES.get(key, key): value for key, value in options.items()}
-
-
-def from_disk_name(name: str) -> str:
-    """Add the prefix that the first published files lack."""
-    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
 
 
 FAMILY = Family(
@@ -149,6 +145,6 @@ FAMILY = Family(
     hf_defaults={"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1},
     ignored_weights=re.compile(r"(.*\.)?attn\.(masked_)?bias"),  # constants in old files
     transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"),
-    from_disk_name=from_disk_name,
+    prefix="transformer.",
     gguf=Gguf("gpt2", rms_norm=False, rope=False),
 )

@@ -216,6 +216,7 @@ LLAMA = {  # fields that all variants share
     "to_hf": to_hf,
     "hf_defaults": HF_DEFAULTS,
     "ignored_weights": re.compile(r".*rotary_emb\.inv_freq"),  # constants in old files
+    "prefix": "model.",
     "gated": lambda config: True,
     "gguf": Gguf("llama", "silu", llama3_rope=True, layout=gguf_layout),
 }

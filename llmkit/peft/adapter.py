@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from llmkit.errors import ModelError, UserError, raise_all
 from llmkit.files import read_json
 from llmkit.models.folder import FLOATS, check_finite, open_weights, unsupported_type
+from llmkit.models.layers import token_tables
 from llmkit.models.resize import resize_embeddings
 from llmkit.peft import METHODS
 from llmkit.peft.method import Method
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SAVED = "modules_to_save"  # names of modules that were trained as a whole, and are in the adapter's file
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "masked": None}  # PEFT's names for kinds of models
 PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
 # Fields of an adapter_config.json that do not change what an adapter computes: names, versions, training and loading.
@@ -76,13 +78,16 @@ def read_adapter_config(folder: Path) -> tuple[dict[str, Any], Method]:
     if method is None:
         known = ", ".join(one.peft_type for one in METHODS.values())
         raise ModelError("adapters of this method are not supported", at=path, got=kind, expected=known)
-    known = {field.name for field in fields(method.fields)} | IGNORED_FIELDS | method.ignored_fields
+    known = {field.name for field in fields(method.fields)} | IGNORED_FIELDS | method.ignored_fields | {SAVED}
     supported = method.supported_values
     errors = [
         ModelError(f"the adapter's {key} is not supported", at=path, got=value)
         for key, value in config.items()
         if key not in known and (value not in supported[key] if key in supported else value)
     ]
+    saved = config.get(SAVED)
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        errors.append(ModelError(f"{CONFIG}: {SAVED} is not a list of names", at=path))
     if not isinstance(config.get("base_model_name_or_path"), str | None):
         errors.append(ModelError(f"{CONFIG}: base_model_name_or_path is not a text", at=path))
     try:
@@ -104,8 +109,10 @@ def load_adapter(model: nn.Module, folder: Path) -> Method:
         types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
         raise_all([unsupported_type(name, dtype, path) for name, dtype in types.items() if dtype not in FLOATS][:10])
         tensors = {name: file.get_tensor(name) for name in types}
+    copy_saved_modules(model, config.get(SAVED) or [], tensors, path)
     try:
-        options, new_ids = method.from_peft(model, TypeAdapter(method.fields).validate_python(config))
+        shapes = {name.removeprefix(PREFIX): tuple(tensor.shape) for name, tensor in tensors.items()}
+        options, new_ids = method.from_peft(model, TypeAdapter(method.fields).validate_python(config), shapes)
         if new_ids:
             resize_embeddings(model, max(new_ids) + 1, {})
         method.apply(model, options, 0, new_ids)
@@ -125,3 +132,28 @@ def load_adapter(model: nn.Module, folder: Path) -> Method:
     if tensors:
         raise ModelError("the adapter has tensors for which the model has no place", at=path, got=min(tensors))
     return method
+
+
+def copy_saved_modules(model: nn.Module, names: list[str], tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy the modules that an adapter brings as a whole into the model, and remove them from its tensors.
+
+    names  the ends of the modules' names. An embedding with further rows extends the model's
+    """
+    brought = {
+        key.removeprefix(PREFIX): tensors.pop(key)
+        for key in sorted(tensors)
+        if any(f".{key.removeprefix(PREFIX).rpartition('.')[0]}".endswith(f".{name}") for name in names)
+    }
+    tables = {name for name, module in model.named_modules() if any(module is table for table in token_tables(model))}
+    if rows := [len(tensor) for name, tensor in brought.items() if name.removesuffix(".weight") in tables]:
+        resize_embeddings(model, max(rows), {})
+    parameters = dict(model.named_parameters())
+    for name, tensor in brought.items():
+        found = parameters.get(name)
+        if found is None or found.shape != tensor.shape:
+            what, got = f"the adapter does not fit this model at {name}", tuple(tensor.shape)
+            raise ModelError(what, at=path, got=got, expected=None if found is None else tuple(found.shape))
+        found.copy_(tensor)
+    check_finite({name: parameters[name] for name in brought}, path)
+    if missing := [name for name in names if not any(name in key for key in brought)]:
+        raise ModelError(f"the adapter's file lacks {missing[0]}, which {SAVED} names", at=path)

@@ -79,5 +79,5 @@ METHOD = Method(
     fields=Options,
     supported_values={"layers_to_transform": (None, [])},  # 0 is a layer
     to_peft=lambda model, options: {},
-    from_peft=lambda model, fields: (Options(), []),
+    from_peft=lambda model, fields, shapes: (Options(), []),
 )

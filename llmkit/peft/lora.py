@@ -6,10 +6,11 @@ The class of each chosen linear is replaced by a subclass of it. Weight names do
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,8 @@ class Options:
 
     alpha           the update is scaled by alpha / r; by alpha / sqrt(r) with rslora (Kalajdzievski 2023, 2312.03732)
     target_modules  names or ends of names ("q_proj", "mlp.up_proj"); None: every linear of the blocks
+    rank_pattern    other ranks of some linears: the end of a name, which may be a regex -> r
+    alpha_pattern   other alphas of some linears
     new_tokens      also train the embedding rows of tokens that were added to the model's tokenizer
     """
 
@@ -36,6 +39,8 @@ class Options:
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: list[str] | None = None
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = field(default_factory=dict)
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = field(default_factory=dict)
     rslora: bool = False
     new_tokens: bool = False
 
@@ -65,6 +70,15 @@ def candidates(model: nn.Module) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name in block_linears(model)})
 
 
+def by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    """Return the value for a linear: of the first pattern that matches the end of its name, as in PEFT, or the default.
+
+    >>> by_pattern({"q_proj": 4, r"layers\\.1\\..*": 8}, "model.layers.1.mlp.up_proj", 16)
+    8
+    """
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
 def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[int] = ()) -> None:
     """Freeze the model and give the chosen linears a trainable A (r, in) and B (out, r), both fp32.
 
@@ -76,21 +90,24 @@ def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[i
     what, known = "peft.target_modules matches no linear of the blocks", ", ".join(candidates(model))
     raise_all([UserError(what, got=target, expected=known) for target, names in matching.items() if not names])
     names = set(linears if wanted is None else itertools.chain.from_iterable(matching.values()))
-    chosen = [module for name, module in linears.items() if name in names]
-    if options.r > (largest := max(min(module.weight.shape) for module in chosen)):
+    chosen = {name: module for name, module in linears.items() if name in names}
+    ranks = {name: by_pattern(options.rank_pattern, name, options.r) for name in chosen}
+    largest = max(min(module.weight.shape) for module in chosen.values())
+    if (most := max(ranks.values())) > largest:
         what, expected = "peft.r is over the rank of every matrix that it would update", f"at most {largest}"
-        raise UserError(what, got=options.r, expected=expected)
+        raise UserError(what, got=most, expected=expected)
     model.requires_grad_(False)
-    for index, module in enumerate(chosen):
-        device = module.weight.device
-        a = torch.empty(options.r, module.in_features, device=device)
+    for index, (name, module) in enumerate(chosen.items()):
+        device, r = module.weight.device, ranks[name]
+        a = torch.empty(r, module.in_features, device=device)
         if device.type != "meta":
             generator = torch.Generator(device).manual_seed(seed * 1_000_003 + index)
             bound = 1 / math.sqrt(module.in_features)
             a.uniform_(-bound, bound, generator=generator)
         module.lora_A = nn.Parameter(a)
-        module.lora_B = nn.Parameter(torch.zeros(module.out_features, options.r, device=device))
-        module.lora_scale = options.alpha / (math.sqrt(options.r) if options.rslora else options.r)
+        module.lora_B = nn.Parameter(torch.zeros(module.out_features, r, device=device))
+        alpha = by_pattern(options.alpha_pattern, name, options.alpha)
+        module.lora_scale = alpha / (math.sqrt(r) if options.rslora else r)
         module.lora_dropout = options.dropout
         swap_class(module, LoRA)
     if options.new_tokens and new_ids:
@@ -126,7 +143,11 @@ class PeftFields:
     lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
-    target_modules: list[str] | None = None
+    target_modules: list[str] | str | None = None  # a text is a regex for whole names, or "all-linear"
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = field(default_factory=dict)
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = field(default_factory=dict)
     trainable_token_indices: dict[str, list[int]] | None = None  # see `rows.common_rows`
 
 
@@ -134,10 +155,12 @@ IGNORED_FIELDS = frozenset(  # they say how an adapter is initialised, or how pe
     "fan_in_fan_out loftq_config eva_config corda_config lora_ga_config qalora_group_size megatron_core"
     " runtime_config".split()
 )
+# What people write as a pattern of names. Any regex could take forever on a name.
+MOST_WILDCARDS = 3  # in a pattern
+SIMPLE_PATTERN = re.compile(r"\^?([\w.-]|\\\.|\\d\+?|(?<!\*)\.\*){0,100}\$?")
 SUPPORTED_VALUES = {
     "bias": ("none",),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # others change the base itself
-    "layers_to_transform": (None, []),  # 0 is a layer
 }
 
 
@@ -159,22 +182,51 @@ def to_peft(model: nn.Module, options: Options) -> dict:
         "lora_dropout": options.dropout,
         "use_rslora": options.rslora,
         "target_modules": options.target_modules or candidates(model),
+        "rank_pattern": options.rank_pattern,
+        "alpha_pattern": options.alpha_pattern,
         "fan_in_fan_out": bool(family_of(model.config).transposed),
         "bias": "none",
     } | ({"trainable_token_indices": rows} if rows else {})
 
 
-def from_peft(model: nn.Module, fields: PeftFields) -> tuple[Options, list[int]]:
-    """Return the options and the ids of added tokens of an adapter_config.json."""
+def from_peft(model: nn.Module, fields: PeftFields, shapes: dict[str, tuple]) -> tuple[Options, list[int]]:
+    """Return the options and the ids of added tokens of an adapter_config.json.
+
+    shapes  of the tensors in the adapter's file. Their names tell which linears have an update, and their shapes its
+            rank: no regex of a stranger's file is run
+    """
     rows = common_rows(model, fields.trainable_token_indices) if fields.trainable_token_indices else []
+    layers, excluded = fields.layers_to_transform, fields.exclude_modules
+    layers = [layers] if isinstance(layers, int) else layers
+    ranks = {
+        name: shapes[key][0]
+        for name in block_linears(model)
+        if (key := f"{name}.lora_A.weight") in shapes
+        and (not layers or int(re.search(r"\.(\d+)\.", name)[1]) in layers)
+        and not (isinstance(excluded, list) and any(f".{name}".endswith(f".{end}") for end in excluded))
+    }
+    is_plain = isinstance(fields.target_modules, list) and not excluded and not layers
+    if not is_plain and not ranks:
+        raise ValueError("its file has no update of a linear of the blocks")
+    patterns = {
+        key: value
+        for key, value in fields.alpha_pattern.items()
+        if SIMPLE_PATTERN.fullmatch(key) and key.count(".*") <= MOST_WILDCARDS
+    }
+    if unknown := sorted(set(fields.alpha_pattern) - set(patterns)):
+        raise ValueError(f"alpha_pattern has a regex that is not supported: {unknown[0][:80]}")
     options = Options(
         r=fields.r,
         alpha=fields.lora_alpha,
         dropout=fields.lora_dropout,
-        target_modules=fields.target_modules,
+        target_modules=fields.target_modules if is_plain else list(ranks),
+        rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != fields.r},
+        alpha_pattern=patterns,
         rslora=fields.use_rslora,
         new_tokens=bool(rows),
     )
+    if not fields.rank_pattern and options.rank_pattern:
+        options = replace(options, rank_pattern={})  # another rank is then a mistake, which `load_adapter` names
     return options, rows
 
 

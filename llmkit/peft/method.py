@@ -28,5 +28,5 @@ class Method:
     # further fields -> the values that are built; of all others null, false and empty ones
     supported_values: dict[str, tuple] = field(default_factory=dict)
     to_peft: Callable[[nn.Module, Any], dict[str, Any]]  # (model, options) -> fields of adapter_config.json
-    # (model, fields) -> (options, ids of added tokens); raises ValueError if they do not fit
-    from_peft: Callable[[nn.Module, Any], tuple[Any, list[int]]]
+    # (model, fields, shapes of the tensors) -> (options, ids of added tokens); raises ValueError if they do not fit
+    from_peft: Callable[[nn.Module, Any, dict[str, tuple]], tuple[Any, list[int]]]

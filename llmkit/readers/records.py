@@ -22,6 +22,7 @@ from llmkit.readers.decode import decode, parse_json
 from llmkit.readers.packed import READ_ERRORS, open_bytes, size_after, stored_size, suffix_of, unpack
 from llmkit.readers.tally import BadRecord
 
+BOM = b"\xef\xbb\xbf"  # of UTF-8, which some programs write at the start of a file
 MAX_DOCUMENT_BYTES = 50_000_000  # limit for a text, and for a line of JSON Lines or CSV
 MAX_JSON_BYTES = 256_000_000  # a .json array is parsed as a whole and takes about four times its size in memory
 
@@ -137,7 +138,7 @@ def read_json(path: Path) -> Iterator[Record]:
     with open_bytes(path) as file:
         data, lines = file.readline(MAX_JSON_BYTES + 1), False
         with suppress(ValueError):
-            lines = data.startswith(b"{") and isinstance(parse_json(data), dict)
+            lines = data.removeprefix(BOM).startswith(b"{") and isinstance(parse_json(data), dict)
         data += b"" if lines else file.read(MAX_JSON_BYTES + 1 - len(data))
     if lines:
         yield from read_jsonl(path)

@@ -15,7 +15,7 @@ from llmkit.models.folder import load_model, read_config, weight_files
 from llmkit.peft.adapter import base_change, load_adapter, read_adapter_config, saved_base_sha256
 from llmkit.storage.manifest import MANIFEST, best_checkpoint, read_checkpoint_manifest, verify
 from llmkit.storage.run import is_run
-from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_configs
+from llmkit.tokenizer.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 
 @dataclass
@@ -105,14 +105,15 @@ def load_located(
     located: Located, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, merge: bool = False
 ) -> tuple[nn.Module, Tokenizer]:
     """Load a model and its tokenizer, and an adapter on its base, which `merge` merges in fp32."""
-    tokenizer = load_tokenizer(located.folder)
+    brings_own = not located.is_adapter or has_tokenizer(located.folder)
+    tokenizer = load_tokenizer(located.folder if brings_own else located.base)
     if not located.is_adapter:
         if len(tokenizer) > (size := read_config(located.folder).vocab_size):
             what = "the tokenizer has more tokens than the model"
             raise ModelError(what, at=located.folder, got=len(tokenizer), expected=size)
         return load_model(located.folder, device=device, dtype=dtype), tokenizer
     base = located.base
-    tokenizer.set_extra_stop_ids(read_tokenizer_configs(base / "tokenizer.json"))
+    tokenizer.set_extra_stop_ids(base)
     saved = saved_base_sha256(located.folder)
     if saved and (change := base_change(saved, base_sha256(base))):
         raise ModelError(f"{change} since the adapter was trained", at=base)

@@ -201,7 +201,7 @@ def break_special_tokens(tokenizer: Tokenizer, one: Conversation) -> Conversatio
 
     Raise ValueError if it is nested too deeply.
     """
-    names, both = special_patterns(tuple(tokenizer.specials))
+    names, both = special_patterns(tuple(tokenizer.controls))
     if not one.tools and not one.variables:  # most have nothing to change
         texts = [value for message in one.messages for value in message.values()]
         if all(isinstance(text, str) for text in texts) and not both.search("\0".join(texts)):

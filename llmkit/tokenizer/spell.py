@@ -19,7 +19,7 @@ def spell_tokens(tokenizer: Tokenizer, ids: Iterable[int]) -> list[bytes]:
     is_bytelevel = decoder is not None and b"ByteLevel" in decoder.__getstate__()
     spelt = []
     for i in ids:
-        token = tokenizer.rust.id_to_token(i)
+        token = added[i].content if i in added else tokenizer.rust.id_to_token(i)
         if is_bytelevel and i not in added:
             spelt.append(bytes(letters[letter] for letter in token))
         elif re.fullmatch("<0x[0-9A-F]{2}>", token):  # SentencePiece's name for a byte

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer as Rust
+from tokenizers import models
 
 from llmkit.errors import ModelError, UserError
 from llmkit.files import read_json
@@ -38,6 +39,7 @@ PATTERNS = {  # regexes that split text before merging; each matches all of any 
     "llama3": rf"{_WORDS}|\p{{N}}{{1,3}}|{_AFTER}",  # at most three digits; GPT-4 differs in trailing spaces
     "qwen2": rf"{_WORDS}|\p{{N}}|{_AFTER}",  # digits one by one
 }
+MODEL_CONFIGS = ("config.json", "generation_config.json")  # of a model's folder
 MAX_VERIFIED_TEXTS = 1000  # texts on which the fast encoder is verified
 WITH_SPECIALS = ("with_specials", "strips", "token_lengths")  # cached properties about special tokens
 BLOCK = 256  # documents encoded together
@@ -52,8 +54,17 @@ class Tokenizer:
     eos_id: int
     bos: str | None = None  # the token that begins a text, if the tokenizer has one
     chat_template: str | None = None
-    extra_stop_ids: list[int] = field(default_factory=list)  # more stop tokens, from generation_config.json
+    extra_stop_ids: list[int] = field(default_factory=list)  # more stop tokens, which a model's config files name
     role_tokens: dict[str, str] = field(default_factory=dict)  # tokens of ROLES that a config file names
+    # The token for text that the vocabulary can't express, if it is a special one in tokenizer.json. Texts that spell
+    # it out, as WikiText and the Penn Treebank do, mean it: here it is none, so that it is found in a text.
+    unknown: str | None = field(default=None, init=False)
+
+    def __post_init__(self):
+        name, added = unknown_token(self.rust), self.rust.get_added_tokens_decoder()
+        is_special = any(token.special and token.content == name for token in added.values())
+        if is_special and name not in (self.eos, self.bos):
+            self.unknown, self.rust = name, set_special(self.rust, name, False)
 
     def __len__(self) -> int:
         """Return the highest id plus one. This exceeds the number of tokens if ids have gaps."""
@@ -66,7 +77,13 @@ class Tokenizer:
     @cached_property
     def specials(self) -> dict[str, int]:
         """Map special tokens to their ids."""
-        return {token.content: i for i, token in self.rust.get_added_tokens_decoder().items() if token.special}
+        added = self.rust.get_added_tokens_decoder().items()
+        return {token.content: i for i, token in added if token.special or token.content == self.unknown}
+
+    @cached_property
+    def controls(self) -> list[str]:
+        """Return the special tokens that stay text where a text spells them out: all but the unknown one."""
+        return [name for name in self.specials if name != self.unknown]
 
     @property
     def roles(self) -> dict[str, str]:
@@ -90,7 +107,8 @@ class Tokenizer:
 
     @property
     def eos(self) -> str:
-        return self.rust.id_to_token(self.eos_id)
+        added = self.rust.get_added_tokens_decoder()  # for a normalized token, id_to_token gives its normal form
+        return added[self.eos_id].content if self.eos_id in added else self.rust.id_to_token(self.eos_id)
 
     @property
     def bos_id(self) -> int | None:
@@ -107,16 +125,18 @@ class Tokenizer:
         turn = [self.end_of_turn_id] if self.chat_template else []
         return list(dict.fromkeys([self.eos_id, *turn, *self.extra_stop_ids]))
 
-    def set_extra_stop_ids(self, configs: dict) -> None:
-        """Set `extra_stop_ids` from the eos_token_id of a model's config files, which is an id or a list of ids."""
-        ids = configs.get("eos_token_id")
-        self.extra_stop_ids = [i for i in (ids if isinstance(ids, list) else [ids]) if i in self.specials.values()]
+    def set_extra_stop_ids(self, folder: Path) -> None:
+        """Set `extra_stop_ids` from the eos_token_id of a model's config files, an id or a list of ids in each."""
+        found = [read_config_file(folder / name).get("eos_token_id") for name in MODEL_CONFIGS]
+        ids = [i for value in found for i in (value if isinstance(value, list) else [value])]
+        self.extra_stop_ids = list(dict.fromkeys(i for i in ids if type(i) is int and 0 <= i < len(self)))
 
     def add_specials(self, tokens: list[str]) -> None:
         """Append special tokens to the vocabulary."""
         self.rust.add_special_tokens([token for token in tokens if token not in self.specials])
         for cached in (
             "specials",
+            "controls",
             "size",
             "sha256",
             "prefix",
@@ -263,8 +283,7 @@ class Tokenizer:
     @cached_property
     def unknown_id(self) -> int | None:
         """Return the id of the token for text that the vocabulary can't express, None if there is none."""
-        model = json.loads(self.rust.to_str())["model"]
-        return model["unk_id"] if "unk_id" in model else self.rust.token_to_id(model.get("unk_token") or "")
+        return self.rust.token_to_id(unknown_token(self.rust) or "")
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
@@ -274,7 +293,7 @@ class Tokenizer:
         bytelevel = "ByteLevel" in json.dumps(spec["decoder"])
         prefix = spec["model"].get("continuing_subword_prefix") if spec["model"]["type"] == "WordPiece" else None
         for token, i in self.rust.get_vocab(with_added_tokens=True).items():
-            if token in self.specials:
+            if token in self.specials or i == self.unknown_id:
                 continue
             if bytelevel:  # one letter of a byte-level token is one byte
                 sizes[i] = len(token)
@@ -287,13 +306,33 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, and the tokenizer_config.json that transformers reads with it."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self.rust.to_str(pretty=True), encoding="utf-8")
+        rust = self.rust if self.unknown is None else set_special(self.rust, self.unknown, True)
+        (folder / "tokenizer.json").write_text(rust.to_str(pretty=True), encoding="utf-8")
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, **self.roles}
         if self.bos:
             config["bos_token"] = self.bos
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def unknown_token(rust: Rust) -> str | None:
+    """Return the token for text that the vocabulary can't express, None if there is none."""
+    if not isinstance(rust.model, models.Unigram):
+        return getattr(rust.model, "unk_token", None) or None
+    model = json.loads(rust.to_str())["model"]
+    return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
+
+
+def set_special(rust: Rust, name: str, special: bool) -> Rust:
+    """Return the tokenizer with an added token that is special, or is not."""
+    spec = json.loads(rust.to_str())
+    for token in spec["added_tokens"]:
+        if token["content"] == name:
+            token["special"] = special
+    changed = Rust.from_str(json.dumps(spec))
+    changed.encode_special_tokens = rust.encode_special_tokens
+    return changed
 
 
 def encode_text(rust: Rust, text: str) -> list[int]:
@@ -359,17 +398,22 @@ def fetch_tokenizer(name: str) -> Tokenizer:
 def read_tokenizer_configs(path: Path) -> dict:
     """Return the merged contents of the config files in a tokenizer's folder."""
     configs: dict = {}
-    for name in ("config.json", "generation_config.json", CONFIG):  # later files win
-        file = path.with_name(name)
-        if file.is_file():
-            try:
-                config = read_json(file)
-                if not isinstance(config, dict):
-                    raise ValueError("not an object")
-                configs |= config
-            except (ValueError, OSError) as error:
-                raise ModelError(f"{name} can't be read: {error}", at=file) from None
+    for name in (*MODEL_CONFIGS, CONFIG):  # later files win
+        configs |= read_config_file(path.with_name(name))
     return configs
+
+
+def read_config_file(file: Path) -> dict:
+    """Return the fields of a JSON file; none if there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        config = read_json(file)
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{file.name} can't be read: {error}", at=file) from None
+    return config
 
 
 def read_template(path: Path) -> str:
@@ -384,17 +428,31 @@ def read_template(path: Path) -> str:
 
 
 def find_template(path: Path, configs: dict) -> str | None:
-    """Return the chat template of a tokenizer's config, where several have names the default one, or of its folder."""
+    """Return the chat template of a tokenizer: chat_template.jinja, else that of its config; None if there is neither.
+
+    Of a list of named templates transformers takes the one named tool_use if there are tools, and the one named default
+    otherwise: they become one template.
+    """
     template, file = configs.get("chat_template"), path.with_name("chat_template.jinja")
+    if file.is_file():
+        return read_template(file)
     if template is None:
-        return read_template(file) if file.is_file() else None
+        return None
     if isinstance(template, list):
-        named = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
-        template = named[0].get("template") if named else None
+        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        template = named.get("default")
+        if isinstance(template, str) and isinstance(with_tools := named.get("tool_use"), str):
+            parts = [one.removesuffix("\n") for one in (with_tools, template)]  # jinja2 drops it at the end of a file
+            template = "{{% if tools +%}}{}{{%+ else +%}}{}{{%+ endif %}}".format(*parts)
     if not isinstance(template, str):
         expected = "a text, or a list of {name, template} with one named default"
         raise ModelError("the chat template can't be read", at=path.with_name(CONFIG), expected=expected)
     return template
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer that `load_tokenizer` reads."""
+    return (folder / "tokenizer.json").is_file() or find_tokenizer_file(folder) is not None
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -436,5 +494,5 @@ def load_tokenizer(path: Path) -> Tokenizer:
     default_bos = next((name for name in bos_names if rust.token_to_id(name) is not None), None)
     bos = role_tokens.pop("bos_token", default_bos)
     tokenizer = Tokenizer(rust, eos_id, bos, template, role_tokens=role_tokens)
-    tokenizer.set_extra_stop_ids(configs)
+    tokenizer.set_extra_stop_ids(path.parent)
     return tokenizer
