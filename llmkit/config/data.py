@@ -95,8 +95,8 @@ class OnError(Section):
 
 
 class Clean(Section):
-    html: Literal["auto"] | bool = "auto"
-    """Extract the text of web pages. auto: of files and records that are HTML."""
+    html: Literal["article", "all", False] = "article"
+    """Replace files and records that are HTML by their text: the article, or all that is visible; false: keep HTML."""
     fix_encoding: bool = True
     """Repair text that was decoded with the wrong encoding."""
     unicode: Literal["NFC"] | None = "NFC"

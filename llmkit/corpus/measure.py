@@ -201,6 +201,7 @@ def read_clean(
 ) -> Iterator[Document]:
     """Yield a unit's cleaned documents; write bad records to .bad.jsonl with their file, line and offset."""
     enabled = data.clean.model_dump() | {"encoding": data.clean.fix_encoding}
+    enabled |= {"html": data.clean.html == "article", "html_all": data.clean.html == "all"}
     steps = [step for step in STEPS if enabled[step]]
     with open_atomically(parts / f"{unit.part}.bad.jsonl") as quarantine:
 

@@ -61,7 +61,7 @@ def measured_rules(data: CorpusData, profile: str) -> list[str]:
 def measuring_key(data: CorpusData, source: Source) -> str:
     """Hash all inputs of pass A for a source. Thresholds are left out, since only pass B uses them."""
     filters, pii, near, evals = data.filter, data.pii, data.dedup.near, data.decontaminate
-    libraries = [version(name) for name in ("ftfy", "resiliparse", "py3langid", "fastwarc")]
+    libraries = [version(name) for name in ("ftfy", "resiliparse", "trafilatura", "py3langid", "fastwarc")]
     return short_hash(
         VERSION,
         libraries,

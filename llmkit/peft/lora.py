@@ -39,8 +39,8 @@ class Options:
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: list[str] | None = None
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = field(default_factory=dict)
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = field(default_factory=dict)
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
     rslora: bool = False
     new_tokens: bool = False
 
@@ -70,13 +70,13 @@ def candidates(model: nn.Module) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name in block_linears(model)})
 
 
-def by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
+def by_pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
     """Return the value for a linear: of the first pattern that matches the end of its name, as in PEFT, or the default.
 
     >>> by_pattern({"q_proj": 4, r"layers\\.1\\..*": 8}, "model.layers.1.mlp.up_proj", 16)
     8
     """
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[int] = ()) -> None:
@@ -182,8 +182,8 @@ def to_peft(model: nn.Module, options: Options) -> dict:
         "lora_dropout": options.dropout,
         "use_rslora": options.rslora,
         "target_modules": options.target_modules or candidates(model),
-        "rank_pattern": options.rank_pattern,
-        "alpha_pattern": options.alpha_pattern,
+        "rank_pattern": options.rank_pattern or {},
+        "alpha_pattern": options.alpha_pattern or {},
         "fan_in_fan_out": bool(family_of(model.config).transposed),
         "bias": "none",
     } | ({"trainable_token_indices": rows} if rows else {})
@@ -226,7 +226,7 @@ def from_peft(model: nn.Module, fields: PeftFields, shapes: dict[str, tuple]) ->
         new_tokens=bool(rows),
     )
     if not fields.rank_pattern and options.rank_pattern:
-        options = replace(options, rank_pattern={})  # another rank is then a mistake, which `load_adapter` names
+        options = replace(options, rank_pattern=None)  # another rank is then a mistake, which `load_adapter` names
     return options, rows
 
 
