@@ -22,12 +22,18 @@ PLANTED = [
     ("card", "4111 1111 1111 1111"), ("card", "5500-0000-0000-0004"), ("iban", "DE89 3704 0044 0532 0130 00"),
     ("iban", "GB82WEST12345698765432"), ("ssn", "123-45-6789"), ("phone", "+49 30 901820"), ("phone", "212-736-5000"),
     ("phone", "(212) 736-5000"), ("secret", "AKIAIOSFODNN7EXAMPLE"), ("secret", "ghp_" + "a1B2" * 9),
+    ("phone", "030/901820"), ("phone", "0171 2345678"), ("phone", "(030) 901820"), ("phone", "020 7946 0958"),
+    ("phone", "01 23 45 67 89"), ("email", "info@b\u00fccher-m\u00fcller.de"), ("secret", "password=hunter2"),
+    ("secret", 'password = "correct-horse"'), ("secret", "api_key: 9f8a7b6c5d"),
     ("secret", "-----BEGIN RSA PRIVATE KEY-----\nMIIE+/=\n-----END RSA PRIVATE KEY-----"),
 ]  # fmt: skip
 INNOCENT = [
     "icon@2x.png", "me@example.com", "10.0.0.1", "192.0.2.7", "127.0.0.1", "999.8.8.8", "1.2.3", "12:34:56",
     "4111 1111 1111 1112", "1234567890123456", "0000 0000 0000 0000", "DE89 3704 0044 0532 0130 01", "000-12-3456",
     "666-12-3456", "2024-11-21", "202-555-0100", "x212-736-5000", "3.14159265358979", "std::vector::size",
+    "version 2.0.1.3", "v8.1.2.4", "nginx/1.18.0.44", "lib==2.3.4.5", "git@github.com:org/repo.git", "01/02/2003",
+    "+12.5 103.2 11.7", "6-4 6-3 7-6", "0-306-40615-2", "0800 123", "password=None", "password = getpass()",
+    "password: required", "password=args.password", 'password="{secret}"', "api_key=$KEY1", "0.1.2.3-rc1",
     "0x1234567890abcdef", "AKIAshort", "a@b", "@decorator.name",
 ]  # fmt: skip
 

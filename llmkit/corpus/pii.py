@@ -23,14 +23,19 @@ PATTERNS = {
             r"xox[abprs]-[A-Za-z0-9-]{10,}|AIza[0-9A-Za-z_-]{35}",  # Slack, Google
             r"hf_[A-Za-z]{34}|sk-[A-Za-z0-9_-]{32,}",  # Hugging Face, OpenAI
             r"eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",  # JSON web token
+            # password=..., in code and settings; see `is_secret`
+            r"(?i:password|passwd|pwd|passwort|api_?key|secret_?key)[\"']? ?[=:] ?(?:\"[^\"\n]{4,100}\"|'[^'\n]{4,100}'"
+            r"|[^\s\"'<>(),;]{3,99}[^\s\"'<>(),;.:!?])",
         )
     ),
-    "email": r"[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}",
+    "email": r"[A-Za-z0-9._%+-]{1,64}@(?:(?:[A-Za-z0-9-]|[^\x00-\x7f]){1,63}\.){1,8}[A-Za-z]{2,24}",
     "iban": r"[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?",
     "card": r"\d{4}(?:[ -]\d{4}){3}|\d{4}[ -]\d{6}[ -]\d{4,5}|\d{13,19}",  # grouped as printed, or plain digits
     "ssn": r"\d{3}-\d{2}-\d{4}",
     "ip": r"(?:\d{1,3}\.){3}\d{1,3}|[0-9A-Fa-f]{1,4}(?:::?[0-9A-Fa-f]{1,4}){2,7}",
-    "phone": r"\+\d{1,3}(?:[ .-]?\(?\d{1,4}\)?){2,6}|\(\d{3}\) ?\d{3}[ .-]\d{4}|\d{3}[ .-]\d{3}[ .-]\d{4}",
+    "phone": r"\+\d{1,3}(?:[ .-]?\(?\d{1,4}\)?){2,6}|\(\d{3}\) ?\d{3}[ .-]\d{4}|\d{3}[ .-]\d{3}[ .-]\d{4}"
+    # national: 030/901820, (0171) 2345678, 020 7946 0958, 01 23 45 67 89
+    r"|(?:\(0\d{1,4}\) ?|0\d{1,4}(?:[ /-]| / ))\d{3,8}(?:[ -]\d{2,6}){0,3}|0\d(?:[ .-]\d\d){4}",
 }
 PII_KINDS = tuple(PATTERNS)
 # Values that belong to nobody. CHECKS rejects them, so scrubbing a text again changes nothing. RFC 2606 reserves
@@ -45,6 +50,9 @@ REPLACEMENTS = {
     "phone": "202-555-0100",
 }
 FILE_SUFFIXES = frozenset(b"png jpg jpeg gif svg webp css js py html".split())  # icon@2x.png is not an address
+VERSION_BEFORE = re.compile(
+    rb"(?i:\b(?:v|ver|version|release|build|firmware)[ .:]*|[a-z][-/_]|==)$"
+)  # what is no address
 WORD_BYTES = frozenset(f"{string.ascii_letters}{string.digits}_".encode())
 
 
@@ -85,15 +93,42 @@ def is_ip(found: bytes) -> bool:
 def is_email(found: bytes) -> bool:
     host = found.rpartition(b"@")[2].lower()
     reserved = host.removeprefix(b"www.") in (b"example.com", b"example.org", b"example.net")
-    return not reserved and host.rpartition(b".")[2] not in FILE_SUFFIXES and not found.startswith((b".", b"-"))
+    return not (
+        reserved
+        or host.rpartition(b".")[2] in FILE_SUFFIXES
+        or found.startswith((b".", b"-", b"git@"))  # git@host.org:name is where a repository is
+    )
 
 
 def is_phone(found: bytes) -> bool:
     digits = re.sub(rb"\D", b"", found)
+    if found.lstrip(b"(")[:1] == b"0":  # a national number
+        return 9 <= len(digits) <= 12 and len(set(digits)) > 2
+    if b"." in found and b" " in found:  # a row of scores
+        return False
     return (10 if found[:1] != b"+" else 8) <= len(digits) <= 15 and b"55501" not in digits[-7:]
 
 
-CHECKS = {"email": is_email, "iban": is_iban, "card": is_card, "ssn": is_ssn, "ip": is_ip, "phone": is_phone}
+def is_secret(found: bytes) -> bool:
+    """Accept keys by their form; after a name such as `password=`, values that are no code and no placeholder."""
+    named = re.match(rb"\w+[\"']? ?[=:] ?", found)
+    if named is None:
+        return True
+    value = found[named.end() :]
+    if value[:1] in b"\"'":
+        return not re.search(rb"[{}<>$%]|\*{3}|[ ]", value)
+    return re.search(rb"\d", value) is not None and not re.search(rb"[\[{}$%*]|\w\.\w|://", value)
+
+
+CHECKS = {
+    "secret": is_secret,
+    "email": is_email,
+    "iban": is_iban,
+    "card": is_card,
+    "ssn": is_ssn,
+    "ip": is_ip,
+    "phone": is_phone,
+}
 
 
 @cache
@@ -107,6 +142,15 @@ def compile_pattern(kinds: tuple[str, ...]):
     return re2.compile("|".join(f"(?P<{kind}>{PATTERNS[kind]})" for kind in PII_KINDS if kind in kinds).encode())
 
 
+def belongs_to_other(kind: str, text: bytes, start: int, end: int) -> bool:
+    """Return whether what surrounds a match says that it is a version, or a part of a longer number."""
+    if kind == "ip":
+        return VERSION_BEFORE.search(text[max(0, start - 20) : start]) is not None
+    is_national = kind == "phone" and text[start : start + 1] in (b"0", b"(")
+    before, after = re.search(rb"\d[ -]$", text[max(0, start - 2) : start]), re.match(rb"[ -]\d", text[end : end + 2])
+    return is_national and (before or after) is not None
+
+
 def find_pii(text: bytes, kinds: tuple[str, ...]) -> Iterator[tuple[int, int, str]]:
     """Yield (start, end, kind) of the personal data in UTF-8 text, in order and without overlaps.
 
@@ -117,7 +161,7 @@ def find_pii(text: bytes, kinds: tuple[str, ...]) -> Iterator[tuple[int, int, st
     while match := compile_pattern(kinds).search(text, at):
         (start, end), kind = match.span(), match.lastgroup.decode()
         in_word = (start > 0 and text[start - 1] in WORD_BYTES) or (end < len(text) and text[end] in WORD_BYTES)
-        if not in_word and (kind == "secret" or CHECKS[kind](match.group())):
+        if not in_word and CHECKS[kind](match.group()) and not belongs_to_other(kind, text, start, end):
             yield start, end, kind
             at = end
             continue
