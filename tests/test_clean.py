@@ -7,6 +7,7 @@ from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
+import ftfy
 import pytest
 from conftest import SHARED, needs_shared
 
@@ -182,3 +183,25 @@ def test_readability_pages():
     for page in pages:
         text = run(page.read_text(encoding="utf-8", errors="replace"), format="html")
         assert "<script" not in text and "</div>" not in text
+
+
+WORDS_OF = [
+    "caf\u00e9", "d\u00e9j\u00e0 vu", "\u010ce\u0161tina", "Sloven\u010dina", "Ti\u1ebfng Vi\u1ec7t",
+    "\u0440\u0443\u0441\u0441\u043a\u0438\u0439 \u044f\u0437", "\u05d1\u05d4\u05d5\u05d3\u05e2\u05d4",
+    "\u0631\u0633\u0627\u0644\u0629 \u0642\u0635", "\u03b5\u03bb\u03bb\u03b7\u03bd\u03b9", "\u0e44\u0e17\u0e22",
+    "\u201cquoted\u201d \u2013 and more\u2026", "\u20ac 5.8 bn \u00a3", "fi \ufb01nal", "\u65e5\u672c\u8a9e\u306e\u6587",
+    "\U0001f600 yes", "voil\u00e0 le travail",
+]  # fmt: skip
+CODECS = ["latin-1", "cp1252", "cp1250", "cp1251", "cp437", "mac_roman", "iso8859_2"]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_what_ftfy_repairs_is_repaired_and_the_rest_stays(codec):
+    repaired = 0
+    for text in WORDS_OF:
+        broken = text.encode().decode(codec, "replace")
+        for line in (broken, f"a line with {broken} inside", text):
+            wanted = ftfy.fix_encoding(line)
+            assert run(line, "encoding") == wanted, (text, codec)
+            repaired += wanted != line
+    assert repaired >= 5

@@ -36,15 +36,21 @@ XML_EMPTY = re.compile(  # an HTML parser would take everything after <script/> 
     re.IGNORECASE,
 )
 # Signs of UTF-8 that was decoded with another encoding: the letter for a lead byte, then one for a continuation byte.
-# One line each: C1 controls (never in real text); Latin-1, cp1252 and cp1250; MacRoman; cp1251; cp437.
+# One line each: C1 controls (never in real text); Latin-1, cp1252 and cp1250, also with lost bytes or spaces; MacRoman;
+# cp1251, and its letters for three bytes; cp437.
 # The character class in front lets the search skip ahead quickly. A false alarm only costs time.
 MOJIBAKE = re.compile(
-    "[\u0080-\u009f\u00c2-\u00f4\u0102\u0139\u221a\u0393\u00ac\u201a\u2248\u0420\u0421\u0432\u0440\u0441\u2564\u2568](?:"
+    "[\u0080-\u009f\u00c2-\u00f4\u0102\u0110\u0139\u0143\u0147\u0158\u016e\u0170\u221a\u25ca\u0393\u00ac\u201a"
+    "\u2248\u0412\u0413\u0420\u0421\u0432\u043f\u0440\u0441\u2500\u251c\u253c\u2564\u2568](?:"
     "(?<=[\u0080-\u009f])"
-    "|(?<=[\u00c2-\u00f4\u0102\u0139])[\u0080-\u00bf\u0152-\u017e\u0192\u02c6-\u02dd\u2013-\u203a\u20ac\u2122]"
-    "|(?<=[\u221a\u0393\u00ac\u201a\u2248])[\u00a0-\u00ff\u0192\u02c6-\u02dd\u03c0\u2013-\u2044\u20ac-\u25ca]"
-    "|(?<=[\u0420\u0421\u0432\u0440\u0441])[\u0080-\u00bf\u0402-\u040f\u0452-\u0491\u2013-\u203a\u20ac\u2116\u2122]"
-    "|(?<=[\u2564\u2568])[\u00c0-\u00ff\u2510-\u2593])"
+    "|(?<=[\u00c2-\u00f4\u0102\u0110\u0139\u0143\u0147\u0158\u016e\u0170])"
+    "[\u0080-\u00bf\u0104\u0105\u013d-\u0142\u0152-\u017e\u0192\u02c6-\u02dd\u2013-\u203a\u20ac\u2122\ufffd]"
+    "|(?<=\u00c3)\u0020"
+    "|(?<=[\u221a\u25ca\u0393\u00ac\u201a\u2248])[\u00a0-\u00ff\u0192\u02c6-\u02dd\u03c0\u2013-\u2044\u20ac-\u25ca]"
+    "|(?<=[\u0412\u0413\u0420\u0421\u0432\u0440\u0441])[\u0080-\u00bf\u0402-\u040f\u0452-\u0491\u2013-\u203a\u20ac\u2116\u2122]"
+    "|(?<=\u043f)[\u00ac\u00bb][\u0402-\u040f\u0452-\u0457]"
+    "|(?<=[\u00df\u2500\u251c\u253c\u2564\u2568])[\u00a0-\u00ff\u0192\u20a7\u2310\u2510-\u2593]"
+    ")"
 )
 LINE_BREAKS = re.compile("[\r\x0b\x0c\x85\u2028\u2029]")
 # Removed: C0 and C1 controls except tab and line feed, soft hyphen, zero-width space, word joiner, byte order mark.
