@@ -189,7 +189,7 @@ WORDS_OF = [
     "caf\u00e9", "d\u00e9j\u00e0 vu", "\u010ce\u0161tina", "Sloven\u010dina", "Ti\u1ebfng Vi\u1ec7t",
     "\u0440\u0443\u0441\u0441\u043a\u0438\u0439 \u044f\u0437", "\u05d1\u05d4\u05d5\u05d3\u05e2\u05d4",
     "\u0631\u0633\u0627\u0644\u0629 \u0642\u0635", "\u03b5\u03bb\u03bb\u03b7\u03bd\u03b9", "\u0e44\u0e17\u0e22",
-    "\u201cquoted\u201d \u2013 and more\u2026", "\u20ac 5.8 bn \u00a3", "fi \ufb01nal", "\u65e5\u672c\u8a9e\u306e\u6587",
+    "\u201cquoted\u201d \u2013 and more\u2026", "\u20ac 5.8 bn \u00a3", "\ufb01nal", "\u65e5\u672c\u8a9e\u306e\u6587",
     "\U0001f600 yes", "voil\u00e0 le travail",
 ]  # fmt: skip
 CODECS = ["latin-1", "cp1252", "cp1250", "cp1251", "cp437", "mac_roman", "iso8859_2"]
