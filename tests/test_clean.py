@@ -49,7 +49,7 @@ def test_html_loses_tags_and_menus_and_keeps_code_verbatim():
     ("<?xml version='1.0'?><html><head><title/><script src='a'/></head><body>Text</body></html>", "Text", "src"),
 ])  # fmt: skip
 def test_html_keeps_what_a_reader_sees_and_nothing_else(page, kept, gone):
-    text = run(page, "html", format="html")
+    text = run(page, "html_all", format="html")
     assert all(word in text for word in kept.split("|")), text
     assert not any(word in text for word in gone.split("|")), text
 

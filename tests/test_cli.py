@@ -114,6 +114,8 @@ def test_an_override_may_not_undo_an_option_of_finetune(place, override, words):
 
 def test_finetune_on_text_names_the_way_to_continue_pretraining(place):
     (place / "more.txt").write_text(sentences(9, 300))
+    newest = llmkit("finetune", "--data", "more.txt", cwd=place, code=2)  # without a model: the newest run
+    assert "the newest run" in newest.stdout + newest.stderr and 'init_from: "runs/' in newest.stderr.replace("'", '"')
     said = llmkit("finetune", "--lora", "--from", "runs/tiny", "--data", "more.txt", cwd=place, code=2).stderr
     assert "is text, not prompts and answers" in said and "llmkit pretrain more.yaml" in said
     lines = [line.strip() for line in said[said.index("init_from:") :].splitlines()]

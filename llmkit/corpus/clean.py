@@ -29,29 +29,16 @@ HTML_SKIPPED = [
 WORD = re.compile(r"\w+")
 # Of an article; chosen on 34 of Mozilla Readability's pages, see the test.
 LONG_LINE, RUN, SHARE = 12, 4, 0.7  # words; words; of a line's runs
+BOX, DEEPEST = re.compile("<(/?)(?:div|article|section|main)\\b", re.IGNORECASE), 1000
 LONGEST_PAGE = 2_000_000  # characters; trafilatura would take seconds for more
 PRE = re.compile(r"(<pre\b[^<>]*>)(?:\r?\n)?", re.IGNORECASE)
 XML_EMPTY = re.compile(  # an HTML parser would take everything after <script/> as part of the script
     r"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr)\b)([a-z][\w-]*)((?:\s[^<>]*)?)/>",
     re.IGNORECASE,
 )
-# Signs of UTF-8 that was decoded with another encoding: the letter for a lead byte, then one for a continuation byte.
-# One line each: C1 controls (never in real text); Latin-1, cp1252 and cp1250, also with lost bytes or spaces; MacRoman;
-# cp1251, and its letters for three bytes; cp437.
-# The character class in front lets the search skip ahead quickly. A false alarm only costs time.
-MOJIBAKE = re.compile(
-    "[\u0080-\u009f\u00c2-\u00f4\u0102\u0110\u0139\u0143\u0147\u0158\u016e\u0170\u221a\u25ca\u0393\u00ac\u201a"
-    "\u2248\u0412\u0413\u0420\u0421\u0432\u043f\u0440\u0441\u2500\u251c\u253c\u2564\u2568](?:"
-    "(?<=[\u0080-\u009f])"
-    "|(?<=[\u00c2-\u00f4\u0102\u0110\u0139\u0143\u0147\u0158\u016e\u0170])"
-    "[\u0080-\u00bf\u0104\u0105\u013d-\u0142\u0152-\u017e\u0192\u02c6-\u02dd\u2013-\u203a\u20ac\u2122\ufffd]"
-    "|(?<=\u00c3)\u0020"
-    "|(?<=[\u221a\u25ca\u0393\u00ac\u201a\u2248])[\u00a0-\u00ff\u0192\u02c6-\u02dd\u03c0\u2013-\u2044\u20ac-\u25ca]"
-    "|(?<=[\u0412\u0413\u0420\u0421\u0432\u0440\u0441])[\u0080-\u00bf\u0402-\u040f\u0452-\u0491\u2013-\u203a\u20ac\u2116\u2122]"
-    "|(?<=\u043f)[\u00ac\u00bb][\u0402-\u040f\u0452-\u0457]"
-    "|(?<=[\u00df\u2500\u251c\u253c\u2564\u2568])[\u00a0-\u00ff\u0192\u20a7\u2310\u2510-\u2593]"
-    ")"
-)
+# What UTF-8 becomes if it is decoded with another encoding: several letters that are not ASCII in a row, a C1 control,
+# or one letter and a space. Few lines in Latin scripts have that; ftfy then looks at them more closely.
+MOJIBAKE = re.compile("[^\x00-\x7f]{2}|[\x80-\x9f]|[\xc2\xc3] ")
 LINE_BREAKS = re.compile("[\r\x0b\x0c\x85\u2028\u2029]")
 # Removed: C0 and C1 controls except tab and line feed, soft hyphen, zero-width space, word joiner, byte order mark.
 # Kept: zero-width (non-)joiners and direction marks. Arabic, Indic scripts and emoji need them.
@@ -83,12 +70,13 @@ def extract_article(document: Document) -> Document:
         return document
     lines = visible_text(document.text).split("\n")
     words = [tuple(WORD.findall(line)) for line in lines]
-    main = {tuple(WORD.findall(line)) for line in visible_text(document.text, main_content=True).split("\n")}
+    main_text = "" if is_deep(document.text) else visible_text(document.text, main_content=True)
+    main = {tuple(WORD.findall(line)) for line in main_text.split("\n")}
     in_article = article_lines(document.text, words)
     in_main = [bool(line) and line in main for line in words]
     if not any(in_article):
-        in_article = in_main if any(in_main) else [bool(line) for line in words]
-    first, last = in_article.index(True) if any(in_article) else 0, len(lines) - 1 - in_article[::-1].index(True)
+        in_article = in_main if any(in_main) else [True] * len(lines)
+    first, last = in_article.index(True), len(lines) - 1 - in_article[::-1].index(True)
     kept = [
         chosen or (is_main and (len(line) >= LONG_LINE or first <= i <= last))
         for i, (line, chosen, is_main) in enumerate(zip(words, in_article, in_main, strict=True))
@@ -101,6 +89,16 @@ def extract_article(document: Document) -> Document:
 
 def is_html(document: Document) -> bool:
     return document.meta.get("format", "html" if HTML_START.match(document.text) else None) == "html"
+
+
+def is_deep(page: str) -> bool:
+    """Return whether boxes are nested deeper than DEEPEST: resiliparse's main content takes quadratic time for them."""
+    depth = 0
+    for box in BOX.finditer(page):
+        depth += -1 if box[1] else 1
+        if depth > DEEPEST:
+            return True
+    return False
 
 
 def visible_text(page: str, *, main_content: bool = False) -> str:
@@ -146,9 +144,11 @@ def repair_encoding(document: Document) -> Document:
         return document
     import ftfy
 
-    lines = document.text.split("\n")  # line by line, because correct text in one line would hide errors in another
-    fixed = [ftfy.fix_encoding(line) if MOJIBAKE.search(line) else line for line in lines]
-    return replace(document, text="\n".join(fixed))
+    def fix(line: str) -> str:
+        return ftfy.fix_encoding(line) if MOJIBAKE.search(line) and ftfy.badness.is_bad(line) else line
+
+    # Line by line, because correct text in one line would hide errors in another.
+    return replace(document, text="\n".join(map(fix, document.text.split("\n"))))
 
 
 def remove_control_characters(document: Document) -> Document:

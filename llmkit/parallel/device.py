@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmkit.errors import UserError
+from llmkit.screen import count
 from llmkit.types import Batch
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -141,7 +142,7 @@ def device_name(device: torch.device) -> str:
     """Return the name of a GPU, or of the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{read_cpuinfo('model name') or 'CPU'}, {torch.get_num_threads()} threads"
+    return f"{read_cpuinfo('model name') or 'CPU'}, {count(torch.get_num_threads(), 'thread')}"
 
 
 def synchronize(device: torch.device) -> None:

@@ -45,7 +45,7 @@ def decode(data: bytes, html: bool = False, declared: str | None = None) -> tupl
     if 0 in data:
         raise ValueError("binary: NUL bytes and not UTF-8")
     for name, encoding in named:
-        if not encoding.startswith("utf"):  # a page in UTF-16 has NULs, whatever it declares
+        if not encoding.startswith("utf"):  # the tags of a page in UTF-16 have NULs
             with suppress(UnicodeDecodeError):
                 return data.decode(encoding), name
     repaired = data.decode("utf-8", "replace")

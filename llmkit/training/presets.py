@@ -14,7 +14,7 @@ from llmkit.readers.packed import suffix_of
 from llmkit.readers.records import DOCUMENT_FORMATS
 from llmkit.storage.locate import locate
 from llmkit.storage.manifest import list_checkpoints, warn
-from llmkit.storage.report import list_runs
+from llmkit.storage.report import data_name, list_runs
 from llmkit.storage.run import read_run_config
 
 LOCAL = Path("llmkit.yaml")
@@ -53,15 +53,6 @@ def finetune_config(
         say(f"config: {LOCAL}")
     own = read_yaml(path)[0] if path else {}
     own_peft = own["peft"] if isinstance(own.get("peft"), dict) else {}
-    if data and suffix_of(data) in DOCUMENT_FORMATS:
-        fix = continue_pretraining(model, str(data))
-        raise UserError("--data is text, not prompts and answers", got=data, fix=fix)
-    if len(methods) > 1:
-        raise UserError("finetune takes one method", got=" and ".join(methods), fix="name --lora, --full or --method")
-    if not methods and not own_peft.get("name"):
-        raise UserError("finetune needs a method", fix="add --lora, or --full to train all weights")
-    method = methods[0] if methods else own_peft["name"]
-
     newest = None
     if path is None and model is None:
         runs = [run for run in list_runs(Path("runs")) if list_checkpoints(run)]
@@ -70,9 +61,17 @@ def finetune_config(
         if newest:
             say(f"model: {newest}, the newest run")
             model = str(newest)
+    if data and suffix_of(data) in DOCUMENT_FORMATS:
+        fix = continue_pretraining(model, str(data))
+        raise UserError("--data is text, not prompts and answers", got=data, fix=fix)
+    if len(methods) > 1:
+        raise UserError("finetune takes one method", got=" and ".join(methods), fix="name --lora, --full or --method")
+    if not methods and not own_peft.get("name"):
+        raise UserError("finetune needs a method", fix="add --lora, or --full to train all weights")
+    method = methods[0] if methods else own_peft["name"]
     section = read_run_config(newest)["data"] if newest and data is None else None
     if section:
-        say(f"data: {section.get('dir') or section.get('path')}, what that run trained on")
+        say(f"data: {data_name(section)}, what that run trained on")
     if path is None and (model is None or (data is None and section is None)):
         missing = [name for name, there in (("a model", model), ("data", data or section)) if there is None]
         flag = f"--{method}" if method in ("lora", "full") else f"--method {method}"
