@@ -256,7 +256,7 @@ def test_the_header_says_what_became_of_long_and_of_bad_records(tokenizer, tmp_p
     data = SftData(kind="sft", path=str(path), val_path=str(val), seq_len=16, too_long=too_long, on_error=on_error)
     report = encode_sft(data, tokenizer, tmp_path / "out", seed=0)
     losses = open_records(report, data.path, tokenizer).losses
-    assert f"1 examples longer than 16 tokens, {cut}" in losses and "left out 1 of 6 records" in losses
+    assert f"1 examples longer than 16 tokens: {cut}" in losses and "left out 1 of 6 records" in losses
     assert f"the first is {path}:5 (bad JSON" in losses and losses.endswith("quarantine.jsonl")
     assert "val has prompts that train has too" in losses
 

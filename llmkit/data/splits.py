@@ -188,8 +188,8 @@ def describe_losses(report: dict[str, Any]) -> Iterator[str]:
     """Yield what of fine-tuning records is not trained on, as the header says it."""
     found, size = report["found"], f"longer than {report['seq_len']} tokens"
     for fate, number in found["too_long"].items():
-        what = "answers before the kept prompt, not learnt" if fate == ANSWERS_LOST else f"examples {size}, {fate}"
-        yield f"{number:,} {what}"
+        what = "answers before the kept prompt, not learnt" if fate == ANSWERS_LOST else f"examples {size}: {fate}"
+        yield f"{number:,} {what}" + (" (raise data.seq_len, or see data.too_long)" if fate == "left out" else "")
     yield from (f"{number:,} {what}" for key, what in FOUND_NOTES.items() if (number := found[key]))
     if number := report["val prompts in train"]:
         yield f"{number:,} val examples with a prompt of train, left out"

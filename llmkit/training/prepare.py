@@ -316,7 +316,7 @@ def describe(run: PreparedRun) -> dict[str, str]:
         "model": f"{config.model.name if config.model else run.base}: {format_count(plan.total)} parameters{trained}",
         "data": run.data.summary,
         "lengths": run.data.lengths,
-        "left out": run.data.losses,
+        "records": run.data.losses,
         "mixture": ", ".join(mixture),
         "device": f"{device_name(run.world.device)}, {run.precision}, {ranks}",
         "batch": f"{size} = {run.micro_batch_size} micro x {accumulation} accumulated x {ranks}, "
