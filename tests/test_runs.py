@@ -19,6 +19,7 @@ from llmkit.config.load import load_config
 from llmkit.errors import MODEL, USAGE, DataError, ModelError, UserError
 from llmkit.evals.perplexity import measure
 from llmkit.files import temporary_path, write_beside
+from llmkit.screen import count
 from llmkit.storage.locate import base_sha256, load_located, locate
 from llmkit.storage.manifest import (
     MANIFEST,
@@ -339,7 +340,7 @@ def test_what_changed_is_shown_when_a_run_is_resumed(corpus, run):
         torch.set_num_threads(threads)
     changed = [line.split(maxsplit=1)[1] for line in said if line.strip().startswith("changed")]
     assert changed[:2] == ["train.max_steps: 20 -> 24", "log.every: 5 -> 2"], changed[2:]
-    assert f"{threads} threads -> " in changed[2] and f"{threads + 1} threads" in changed[2]
+    assert f"{count(threads, 'thread')} -> " in changed[2] and f"{threads + 1} threads" in changed[2]
 
 
 def test_a_lora_run_keeps_its_base_while_the_base_run_goes_on(corpus, tmp_path):
