@@ -54,6 +54,14 @@ def test_html_keeps_what_a_reader_sees_and_nothing_else(page, kept, gone):
     assert not any(word in text for word in gone.split("|")), text
 
 
+@pytest.mark.parametrize("page", ["</div>" * 20_000 + "<div>" * 20_000, "<!--</div>--><div>" * 20_000,
+                                  "<script>'</div>'</script><div>" * 20_000])  # fmt: skip
+def test_closed_boxes_that_are_none_do_not_hide_deep_ones(page):
+    started = time.process_time()
+    run(page + "text", "html", format="html")
+    assert time.process_time() - started < 5
+
+
 @pytest.mark.parametrize("tag", ["<div style='display:none'>", "<div aria-hidden=true>", "<form>", "<footer>",
                                  "<header>", "<semantics>", "<blockquote>", "<p ", "<pre ", "<math>"])  # fmt: skip
 def test_hostile_pages_take_no_time(tag):

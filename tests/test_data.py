@@ -494,6 +494,25 @@ def test_sources_are_mixed_by_weight_and_a_folder_gives_its_train_split(tokenize
     assert splits.shares["one"] == (0.75, report["sources"]["one"])
 
 
+def test_a_weighted_source_without_an_example_is_named(tokenizer, tmp_path):
+    (tmp_path / "one.jsonl").write_text(json.dumps({"question": "a", "answer": "river " * 99}) + "\n")
+    lines = [json.dumps({"question": f"{i}", "answer": "a"}) + "\n" for i in range(9)]
+    (tmp_path / "two.jsonl").write_text("".join(lines))
+    sources = [{"name": name, "path": str(tmp_path / f"{name}.jsonl"), "weight": 1} for name in ("one", "two")]
+    with pytest.raises(UserError, match="source one has a weight, but no example"):
+        encode_sft(SftData(kind="sft", sources=sources, seq_len=64), tokenizer, tmp_path / "out", seed=0)
+
+
+def test_a_folder_for_validation_gives_its_validation_split_and_counts_the_rest(tokenizer, tmp_path):
+    for name, word in (("train", "a"), ("validation", "b"), ("test", "c")):
+        line = json.dumps({"question": f"q {word}", "answer": word}) + "\n"
+        (tmp_path / f"{name}.jsonl").write_text(line)
+    data = SftData(kind="sft", path=str(tmp_path), val_path=str(tmp_path), seq_len=64)
+    report = encode_sft(data, tokenizer, tmp_path / "out", seed=0)
+    assert [report["splits"][split]["examples"] for split in ("train", "val")] == [1, 1]
+    assert report["skipped"] == {"of another split, by their names": 4}
+
+
 def test_records_are_the_same_with_any_number_of_workers_and_after_a_kill(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "UNIT_BYTES", 2000)
     lines = [json.dumps({"prompt": f"the {i} ", "completion": "river " * (i % 7)}) + "\n" for i in range(300)]

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import sentences, tiny_config
+from tokenizers import Tokenizer as Rust
+from tokenizers import processors
 
 from llmkit.config.data import CorpusData
 from llmkit.corpus.build import build_corpus
@@ -222,6 +225,21 @@ def test_each_text_on_its_own_is_transformers_with_a_begin_token(place, stride):
     assert found["tokens"] == targets and found["loss"] == pytest.approx(nats / targets, rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
     assert "3 documents, each on its own after a begin token" in found["data"]
+
+
+def test_a_begin_token_that_the_tokenizer_adds_is_not_added_twice(place, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "model")
+    rust = Rust.from_file(str(tmp_path / "model" / "tokenizer.json"))
+    begin = ("<|im_start|>", rust.token_to_id("<|im_start|>"))
+    rust.post_processor = processors.TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
+    rust.save(str(tmp_path / "model" / "tokenizer.json"))
+    found = measure(locate(str(tmp_path / "model")), data=str(place / "texts"), each=True)
+    assert found["tokens"] == measure(locate(str(place / "model")), data=str(place / "texts"), each=True)["tokens"]
+
+
+def test_columns_of_a_run_do_not_keep_it_from_reading_texts(place):
+    found = measure(locate(str(place / "model")), data=str(place / "texts"), columns={"question": "a", "answer": "b"})
+    assert "3 documents" in found["data"]
 
 
 def test_several_texts_are_one_stream_and_it_says_so(place):

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as Rust
 from llmkit.errors import ModelError
 from llmkit.models import CONFIGS, FAMILIES, build_model
 from llmkit.models.folder import load_model, read_config, save_model, unused_fields
+from llmkit.peft.adapter import load_adapter
 from llmkit.storage.locate import load_located, locate
 from llmkit.tokenizer.answers import render_examples
 from llmkit.tokenizer.chat_template import Conversation
@@ -218,6 +219,23 @@ def test_the_template_beside_a_config_wins_and_tools_choose_their_own(tmp_path):
     assert load_tokenizer(tmp_path).chat_template.startswith("FILE")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.apply_chat_template(messages, tokenize=False) == "FILE a"
+
+
+def test_a_saved_embedding_of_a_model_that_ties_it_is_refused(tmp_path):
+    save_theirs(tmp_path / "base", "llama", tied=True)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=["embed_tokens"])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    peft.get_peft_model(theirs, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match="modules_to_save has a matrix that the model ties"):
+        load_adapter(load_model(tmp_path / "base"), tmp_path / "adapter")
+
+
+def test_a_t5_with_two_matrices_that_should_be_tied_is_refused(tmp_path):
+    config = transformers.T5Config(vocab_size=61, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda weights: weights | {"lm_head.weight": weights["shared.weight"].flip(0)})
+    with pytest.raises(ModelError, match="differ, and its config"):
+        load_model(tmp_path)
 
 
 def test_an_adapter_without_a_tokenizer_has_its_bases(tmp_path):

@@ -1,6 +1,7 @@
 """Fine-tuning records of every usual layout, and the answers in what chat templates make of them."""
 
 import copy
+import datetime
 import json
 import re
 from collections import Counter
@@ -135,6 +136,26 @@ def test_a_record_of_any_usual_layout_becomes_messages(record, messages):
     [one] = examples_of(record)
     assert one.messages == messages
     assert one.learnt == [message["role"] == "assistant" for message in messages]
+
+
+@pytest.mark.parametrize("text", ['[{"role": "user"}, 1]', '[{"from": "A", "to": "B"}]', "[{broken"])
+def test_json_that_is_no_conversation_is_a_text(text):
+    [one] = examples_of({"instruction": "q", "output": text})
+    assert one.messages == [user("q"), assistant(text)]
+    assert examples_of({"prompt": text, "completion": "b"}) == [(text, "b")]
+
+
+def test_values_that_json_does_not_have_make_a_bad_record(tokenizer):
+    day = datetime.date(2026, 1, 31)
+    template = CHATML_TEMPLATE + "{% if documents %}{{ documents }}{% endif %}"
+    records = [
+        {"messages": PLAIN, "documents": [{"date": day}]},
+        {"messages": [*PLAIN, {"role": "tool", "content": {"d": day}}]},
+        {"messages": [user("q"), assistant("", tool_calls=[{"name": "f", "arguments": {"d": day}}])]},
+    ]
+    bad, rows = [], ((i, record, 9) for i, record in enumerate([{"messages": PLAIN}, *records], 1))
+    assert len(list(encode_records(rows, "a", tokenizer, template, Tally(), Found(), bad.append))) == 1
+    assert [one.line for one in bad] == [2, 3, 4] and all("no JSON" in one.reason for one in bad)
 
 
 def test_prompt_and_completion_as_texts_are_continued_text():

@@ -29,6 +29,7 @@ HTML_SKIPPED = [
 WORD = re.compile(r"\w+")
 # Of an article; chosen on 34 of Mozilla Readability's pages, see the test.
 LONG_LINE, RUN, SHARE = 12, 4, 0.7  # words; words; of a line's runs
+NO_BOXES = re.compile("<!--.*?(?:-->|$)|<(script|style)\\b.*?(?:</\\1|$)", re.DOTALL | re.IGNORECASE)
 BOX, DEEPEST = re.compile("<(/?)(?:div|article|section|main)\\b", re.IGNORECASE), 1000
 LONGEST_PAGE = 2_000_000  # characters; trafilatura would take seconds for more
 PRE = re.compile(r"(<pre\b[^<>]*>)(?:\r?\n)?", re.IGNORECASE)
@@ -70,7 +71,8 @@ def extract_article(document: Document) -> Document:
         return document
     lines = visible_text(document.text).split("\n")
     words = [tuple(WORD.findall(line)) for line in lines]
-    main_text = "" if is_deep(document.text) else visible_text(document.text, main_content=True)
+    is_large = len(document.text) > LONGEST_PAGE or is_deep(document.text)
+    main_text = "" if is_large else visible_text(document.text, main_content=True)
     main = {tuple(WORD.findall(line)) for line in main_text.split("\n")}
     in_article = article_lines(document.text, words)
     in_main = [bool(line) and line in main for line in words]
@@ -94,8 +96,8 @@ def is_html(document: Document) -> bool:
 def is_deep(page: str) -> bool:
     """Return whether boxes are nested deeper than DEEPEST: resiliparse's main content takes quadratic time for them."""
     depth = 0
-    for box in BOX.finditer(page):
-        depth += -1 if box[1] else 1
+    for box in BOX.finditer(NO_BOXES.sub("", page)):
+        depth = max(0, depth - 1) if box[1] else depth + 1
         if depth > DEEPEST:
             return True
     return False

@@ -17,14 +17,15 @@ from llmkit.errors import MachineError
 PATTERNS = {
     "secret": "|".join(
         (
-            r"-----BEGIN [A-Z ]*PRIVATE KEY-----[A-Za-z0-9+/=:,.\s-]+?-----END [A-Z ]*PRIVATE KEY-----",
+            r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[A-Za-z0-9+/=:,.\s]|-[A-Za-z])+?-----END [A-Z ]*PRIVATE KEY-----",
             r"(?:AKIA|ASIA)[0-9A-Z]{16}",  # AWS
             r"gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{82}|glpat-[A-Za-z0-9_-]{20,}",  # GitHub, GitLab
             r"xox[abprs]-[A-Za-z0-9-]{10,}|AIza[0-9A-Za-z_-]{35}",  # Slack, Google
             r"hf_[A-Za-z]{34}|sk-[A-Za-z0-9_-]{32,}",  # Hugging Face, OpenAI
             r"eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",  # JSON web token
             # password=..., in code and settings; see `is_secret`
-            r"(?i:password|passwd|pwd|passwort|api_?key|secret_?key)[\"']? ?[=:] ?(?:\"[^\"\n]{4,100}\"|'[^'\n]{4,100}'"
+            r"[\w-]{0,40}(?i:password|passwd|pwd|passwort|api_?key|secret_?key)[\"']? ?[=:] ?"
+            r"(?:\"[^\"\n]{4,100}\"|'[^'\n]{4,100}'"
             r"|[^\s\"'<>(),;]{3,99}[^\s\"'<>(),;.:!?])",
         )
     ),
@@ -50,6 +51,7 @@ REPLACEMENTS = {
     "phone": "202-555-0100",
 }
 FILE_SUFFIXES = frozenset(b"png jpg jpeg gif svg webp css js py html".split())  # icon@2x.png is not an address
+SECRET_NAME = re.compile(rb"[\w-]+[\"']? ?[=:] ?[\"']?")  # of `password="..."`, up to the value
 VERSION_BEFORE = re.compile(
     rb"(?i:\b(?:v|ver|version|release|build|firmware)[ .:]*|[a-z][-/_]|==)$"
 )  # what is no address
@@ -93,17 +95,13 @@ def is_ip(found: bytes) -> bool:
 def is_email(found: bytes) -> bool:
     host = found.rpartition(b"@")[2].lower()
     reserved = host.removeprefix(b"www.") in (b"example.com", b"example.org", b"example.net")
-    return not (
-        reserved
-        or host.rpartition(b".")[2] in FILE_SUFFIXES
-        or found.startswith((b".", b"-", b"git@"))  # git@host.org:name is where a repository is
-    )
+    return not (reserved or host.rpartition(b".")[2] in FILE_SUFFIXES or found.startswith((b".", b"-")))
 
 
 def is_phone(found: bytes) -> bool:
     digits = re.sub(rb"\D", b"", found)
     if found.lstrip(b"(")[:1] == b"0":  # a national number
-        return 9 <= len(digits) <= 12 and len(set(digits)) > 2
+        return 9 <= len(digits) <= 12 and len(set(digits)) > 2 and digits[:2] != b"00"
     if b"." in found and b" " in found:  # a row of scores
         return False
     return (10 if found[:1] != b"+" else 8) <= len(digits) <= 15 and b"55501" not in digits[-7:]
@@ -111,11 +109,11 @@ def is_phone(found: bytes) -> bool:
 
 def is_secret(found: bytes) -> bool:
     """Accept keys by their form; after a name such as `password=`, values that are no code and no placeholder."""
-    named = re.match(rb"\w+[\"']? ?[=:] ?", found)
+    named = SECRET_NAME.match(found)
     if named is None:
         return True
     value = found[named.end() :]
-    if value[:1] in b"\"'":
+    if found[named.end() - 1 : named.end()] in (b'"', b"'"):
         return not re.search(rb"[{}<>$%]|\*{3}|[ ]", value)
     return re.search(rb"\d", value) is not None and not re.search(rb"[\[{}$%*]|\w\.\w|://", value)
 
@@ -146,6 +144,8 @@ def belongs_to_other(kind: str, text: bytes, start: int, end: int) -> bool:
     """Return whether what surrounds a match says that it is a version, or a part of a longer number."""
     if kind == "ip":
         return VERSION_BEFORE.search(text[max(0, start - 20) : start]) is not None
+    if kind == "email":  # git@host.org:name is where a repository is
+        return text[start : start + 4] == b"git@" and text[end : end + 1] == b":"
     is_national = kind == "phone" and text[start : start + 1] in (b"0", b"(")
     before, after = re.search(rb"\d[ -]$", text[max(0, start - 2) : start]), re.match(rb"[ -]\d", text[end : end + 2])
     return is_national and (before or after) is not None
@@ -162,6 +162,8 @@ def find_pii(text: bytes, kinds: tuple[str, ...]) -> Iterator[tuple[int, int, st
         (start, end), kind = match.span(), match.lastgroup.decode()
         in_word = (start > 0 and text[start - 1] in WORD_BYTES) or (end < len(text) and text[end] in WORD_BYTES)
         if not in_word and CHECKS[kind](match.group()) and not belongs_to_other(kind, text, start, end):
+            if kind == "secret" and (named := SECRET_NAME.match(match.group())) and named.end() < end - start:
+                start, end = start + named.end(), end - (text[end - 1 : end] in (b'"', b"'"))
             yield start, end, kind
             at = end
             continue

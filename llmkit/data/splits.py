@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llmkit.data.batches import Batches, Mixture, corpus_batches, samples_in
-from llmkit.data.rows import ANSWERS_LOST, QUARANTINE, open_rows
+from llmkit.data.rows import ANSWERS_LOST, open_rows
 from llmkit.data.tokens import TokenStream, open_split, read_sealed
 from llmkit.errors import DataError
 from llmkit.readers.tally import Tally
@@ -35,6 +35,7 @@ class Splits:
     shares       in a mixture: source -> (share of the samples, samples of the source)
     lengths      description of the lengths of fine-tuning examples
     losses       what of the records is not trained on, and why
+    warning      that most of the examples are left out
     is_chat      whether the records went through the chat template
     token_bytes  bytes of text per token (V,), see `bytes_per_token`
     """
@@ -47,6 +48,7 @@ class Splits:
     shares: dict[str, tuple[float, int]] = field(default_factory=dict)
     lengths: str = ""
     losses: str = ""
+    warning: str = ""
     is_chat: bool = False
     token_bytes: np.ndarray | None = None
 
@@ -179,9 +181,19 @@ def open_records(
         shares=dict(zip(weights, zip(mixture.shares(), mixture.samples, strict=True), strict=True)) if mixture else {},
         lengths=", ".join(f"{name} {length:,}" for name, length in report["lengths"].items()) + " tokens an example",
         losses="; ".join(describe_losses(report)),
+        warning=warn_of_few(report),
         is_chat=is_chat,
         token_bytes=bytes_per_token(tokenizer),
     )
+
+
+def warn_of_few(report: dict[str, Any]) -> str:
+    """Return a warning if most examples are too long to be trained on; "" otherwise."""
+    kept, lost = (
+        sum(part["examples"] for part in report["splits"].values()),
+        report["found"]["too_long"].get("left out", 0),
+    )
+    return f"only {kept:,} of {kept + lost:,} examples are short enough for data.seq_len" if lost > kept else ""
 
 
 def describe_losses(report: dict[str, Any]) -> Iterator[str]:
@@ -198,4 +210,4 @@ def describe_losses(report: dict[str, Any]) -> Iterator[str]:
     if found["unread"]:
         yield "fields not read: " + ", ".join(list(found["unread"])[:MOST_UNREAD])
     yield from (f"{number} files skipped, {reason}" for reason, number in report["skipped"].items())
-    yield from filter(None, [Tally(**report["records"]).describe(Path(report["folder"]) / QUARANTINE)])
+    yield from filter(None, [Tally(**report["records"]).describe(report["listed_in"])])

@@ -1,6 +1,7 @@
 """Read what a model is measured on: texts, answers in fine-tuning records, or a val split."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,10 @@ def read_data(path: str, reading: Reading, tally: Tally) -> Read:
         return (*read_val(folder, reading.tokenizer), None)
     files = list_files(path)
     first = next((record for _, record, _ in read_records(files[0]) if isinstance(record, dict)), {})
-    if is_record(rename_columns(first, reading.columns)):
+    is_answers = False
+    with suppress(ValueError):  # the columns are not there: these are texts
+        is_answers = is_record(rename_columns(first, reading.columns))
+    if is_answers:
         return read_answers(path, files, reading, tally)
     if first and "text" not in first:
         got, expected = describe_fields(first), "a field text, or the fields of prompts and answers"
@@ -102,11 +106,17 @@ def read_data(path: str, reading: Reading, tally: Tally) -> Read:
     if not reading.each:
         how = ", in one stream, with an end token after each" if len(documents) > 1 else ""
         return np.concatenate(encoded), f"{path} ({number}{how})", text_bytes, None
-    begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    begun = (np.concatenate([[~begin], ids[:-1].astype(np.int32)]) for ids in encoded)
+    prefix = tokenizer.prefix  # which every text has already
+    begin = prefix or [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
+    texts = [ids[len(prefix) : -1].astype(np.int32) for ids in encoded]
+    begun = (np.concatenate([~np.array(begin, np.int32), ids]) for ids in texts)
     rows = [row for tokens in begun for row in split_row(tokens, reading.window + 1, reading.stride)]
-    tokens = np.concatenate([ids[:-1] for ids in encoded])
-    return tokens, f"{path} ({number}, each on its own after a begin token)", text_bytes, reading.batches_of(rows)
+    return (
+        np.concatenate(texts).astype(np.uint32),
+        f"{path} ({number}, each on its own after a begin token)",
+        text_bytes,
+        reading.batches_of(rows),
+    )
 
 
 def read_answers(path: str, files: list[Path], reading: Reading, tally: Tally) -> Read:

@@ -162,6 +162,9 @@ def load_model(folder: Path, *, device="cpu", dtype: torch.dtype = torch.float32
     if found.head and table is None:
         found.places[table_name(model)] = found.head
     elif found.head and not torch.equal(read_tensor(*found.head), read_tensor(*table)):
+        if config.kind == "seq2seq":  # transformers unties the matrices of T5, and still scales as if they were tied
+            what = f"{found.head[1]} and {table[1]} differ, and its config.json ties them"
+            raise ModelError(what, at=folder, fix="set tie_word_embeddings to what is right")
         warn(f"{folder} has two matrices where its config.json ties them: {found.head[1]} is not tied to {table[1]}")
         model = build_model(replace(config, tie_word_embeddings=False), device="meta", seed=None)
         found = find_weights(model, folder, files)

@@ -144,8 +144,12 @@ def copy_saved_modules(model: nn.Module, names: list[str], tensors: dict[str, Te
         for key in sorted(tensors)
         if any(f".{key.removeprefix(PREFIX).rpartition('.')[0]}".endswith(f".{name}") for name in names)
     }
+    tied = model.config.tie_word_embeddings
     tables = {name for name, module in model.named_modules() if any(module is table for table in token_tables(model))}
     if rows := [len(tensor) for name, tensor in brought.items() if name.removesuffix(".weight") in tables]:
+        if tied:  # peft trains a copy of the embedding, and the head keeps the matrix of the base
+            what, fix = f"the adapter's {SAVED} has a matrix that the model ties", "merge it with peft, and open that"
+            raise ModelError(what, at=path, got=", ".join(brought), fix=fix)
         resize_embeddings(model, max(rows), {})
     parameters = dict(model.named_parameters())
     for name, tensor in brought.items():

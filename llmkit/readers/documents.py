@@ -367,8 +367,11 @@ def split_files(
     files = list_files(str(folder), kinds, exclude, skipped, follow_links=follow_links)
     words = {file: set(re.split(r"[^a-z0-9]+", file.relative_to(folder).as_posix().lower())) for file in files}
     known = {"train", "test", "validation", "valid", "val", "dev", "eval"}
-    named = [file for file in files if split.lower() in words[file]]
-    if named or (split == "train" and not any(known & names for names in words.values())):
+    wanted = {"validation", "valid", "val", "dev"} if split == "validation" else {split.lower()}
+    named = [file for file in files if wanted & words[file]]
+    if skipped is not None and named and (others := len(files) - len(named)):
+        skipped["of another split, by their names"] += others
+    if named or (split in ("train", "validation") and not any(known & names for names in words.values())):
         return named or files
     names = ", ".join(file.name for file in files[:8])
     raise DataError(f"no data file for the split {split}", at=folder, got=names)

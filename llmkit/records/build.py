@@ -38,6 +38,7 @@ VERSION = 5  # of the encoding; data of another version is encoded again
 UNIT_BYTES = 8 * 2**20  # source bytes in one unit
 RECORD_FILES = [f"*{suffix}" for suffix in READERS if suffix not in DOCUMENT_FORMATS]
 NO_RECORDS = ["dataset_info.json", "dataset_infos.json"]  # what `datasets` writes beside the data
+VALIDATION = "validation"  # the split that is read from a folder for validation
 LENGTHS = {"median": 0.5, "p90": 0.9, "p99": 0.99, "longest": 1.0}  # of the examples, in the report
 EXAMPLE = np.dtype([("prompt", "<u8"), ("targets", "<i4")])
 
@@ -66,16 +67,19 @@ class Unit:
     columns: dict[str, str]
 
 
-def list_record_files(source: RecordSource, skipped: Counter[str] | None = None) -> list[Path] | None:
+def list_record_files(
+    source: RecordSource, skipped: Counter[str] | None = None, *, split: str | None = None
+) -> list[Path] | None:
     """Return the files of a source, or None if `datasets` reads it. Raise DataError for what can't be read.
 
     A folder is that of a dataset: if its files are named after splits, those of the source's split are read.
 
     skipped  counts the files that are not read
+    split    the split to read instead of the source's
     """
     skipped, path = Counter() if skipped is None else skipped, Path(source.path or "").expanduser()
     if source.path and path.is_dir() and not is_saved_dataset(path) and not source.include:
-        files = dataset_files(source.path, None, source.split, skipped, follow_links=source.follow_links)
+        files = dataset_files(source.path, None, split or source.split, skipped, follow_links=source.follow_links)
     else:
         if source.path and not path.is_dir() and not any(sign in source.path for sign in "*?["):
             check_file(path)
@@ -85,13 +89,16 @@ def list_record_files(source: RecordSource, skipped: Counter[str] | None = None)
     return files and files[1]
 
 
-def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pairs: bool = False) -> dict[str, Any]:
+def encode_sft(
+    data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pairs: bool = False, keep: bool = True
+) -> dict[str, Any]:
     """Encode `data` into OUT/<key>/, unless that is done. Return the report, with the folder added.
 
     The key is a hash of all settings and files, so that the data of other runs is never overwritten.
 
     pairs  for an encoder-decoder: a row is a text and an answer; otherwise it is seq_len + 1 tokens, of several whole
            examples (packing) or of one
+    keep   whether the folder stays: then messages name its list of bad records
 
     Raise DataError if more records are bad than data.on_error allows, or if a file changed after it was written.
     """
@@ -100,7 +107,8 @@ def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pai
     recipe = Recipe(template, data.train_on, date, data.seq_len, data.too_long, pairs)
     sources, skipped = data.all_sources(), Counter()
     val = [RecordSource(name="val", path=data.val_path)] if data.val_path else []
-    files = [list_record_files(source, skipped) for source in (*sources, *val)]
+    files = [list_record_files(source, skipped) for source in sources]
+    files += [list_record_files(source, skipped, split=VALIDATION) for source in val]
     contents = [
         [file_sha256(path) for path in paths] if paths else folder_stamps(Path(source.path or source.hf).expanduser())
         for source, paths in zip((*sources, *val), files, strict=True)
@@ -115,11 +123,13 @@ def encode_sft(data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pai
         report = read_report(folder)
     except DataError:  # there is none yet, or it is damaged
         units = list(make_units([*sources, *val], files, data))
-        report = seal(write_examples(data, units, tokenizer, recipe, folder, seed) | {"skipped": dict(skipped)})
+        listed_in = folder / QUARANTINE if keep else None
+        report = write_examples(data, units, tokenizer, recipe, folder, seed, listed_in)
+        report = seal(report | {"skipped": dict(skipped)})
         write_atomically(folder / REPORT, json.dumps(report, indent=2))
         delete(folder / "parts")
-    check_records(Tally(**report["records"]), data, folder)
-    return report | {"key": key, "folder": str(folder)}
+    check_records(Tally(**report["records"]), data, folder / QUARANTINE if keep else None)
+    return report | {"key": key, "folder": str(folder), "listed_in": str(folder / QUARANTINE) if keep else None}
 
 
 def make_units(sources: list[RecordSource], files: list[list[Path] | None], data: SftData) -> Iterator[Unit]:
@@ -132,9 +142,9 @@ def make_units(sources: list[RecordSource], files: list[list[Path] | None], data
             yield Unit(f"unit-{next(number):05d}", is_val, source, tuple(pieces), size, columns)
 
 
-def check_records(tally: Tally, data: SftData, folder: Path) -> None:
+def check_records(tally: Tally, data: SftData, listed_in: Path | None) -> None:
     """Raise DataError if there are more bad records than the config allows."""
-    tally.check(data.on_error.max_fraction, fix=data.on_error.fix, listed_in=folder / QUARANTINE)
+    tally.check(data.on_error.max_fraction, fix=data.on_error.fix, listed_in=listed_in)
 
 
 # ---- a unit ---------------------------------------------------------------------------------------------------------
@@ -218,7 +228,13 @@ def encode_unit(unit: Unit, recipe: Recipe, parts: Path, sha256: str) -> dict[st
 
 
 def write_examples(
-    data: SftData, units: list[Unit], tokenizer: Tokenizer, recipe: Recipe, folder: Path, seed: int
+    data: SftData,
+    units: list[Unit],
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    folder: Path,
+    seed: int,
+    listed_in: Path | None,
 ) -> dict[str, Any]:
     """Encode all units, join them, and choose the rows of each split. Return the report."""
     parts = folder / "parts"
@@ -235,10 +251,10 @@ def write_examples(
         found.merge(Found.from_counts(result["found"]))
     bad = [(unit.pieces, parts / f"{unit.name}.bad.jsonl") for unit in units]
     tally.first = write_quarantine(bad, folder / QUARANTINE) or None
-    check_records(tally, data, folder)
+    check_records(tally, data, listed_in)
     filled = [unit for unit, result in zip(units, results, strict=True) if result["examples"]]
     if not filled:
-        raise no_examples_error(data, found, tally, folder)
+        raise no_examples_error(data, found, tally, listed_in)
     ends = join_tokens([parts / unit.name for unit in filled], folder / "examples")
     examples = np.concatenate([load_array(parts / f"{unit.name}.examples.npy") for unit in filled])
     lengths = np.concatenate([load_array(parts / f"{unit.name}.lengths.npy") for unit in units])
@@ -254,10 +270,14 @@ def write_examples(
         return plan_rows(ends, examples["targets"], chosen, data.seq_len + 1, data.packing is not False)
 
     planned = {"val": plan(val)}
+    for name in weights:
+        if not (train & (names == name)).any():
+            what, fix = f"source {name} has a weight, but no example to train on", "leave it out, or see its records"
+            raise DataError(what, got=tally.describe(listed_in) or None, fix=fix)
     groups = [plan(train & (names == name)) for name in weights] or [plan(train)]
     planned["train"] = join_plans(groups)
     if not planned["train"][1]["rows"]:
-        raise no_examples_error(data, found, tally, folder)
+        raise no_examples_error(data, found, tally, listed_in)
     plan_files = []
     for split, (arrays, _) in planned.items():
         for name, values in arrays.items():
@@ -307,12 +327,12 @@ def join_plans(plans: list[tuple[dict[str, np.ndarray], dict[str, Any]]]) -> tup
     return {name: np.concatenate(values) for name, values in arrays.items()}, counts
 
 
-def no_examples_error(data: SftData, found: Found, tally: Tally, folder: Path) -> DataError:
+def no_examples_error(data: SftData, found: Found, tally: Tally, listed_in: Path | None) -> DataError:
     """Return the error for data of which no example is left."""
     reasons = [
         f"{number} examples {fate}, longer than {data.seq_len} tokens" for fate, number in found.too_long.items()
     ]
     reasons += [f"{found.without_target} without a target"] if found.without_target else []
-    got = "; ".join([", ".join(reasons) or "no usable record", *filter(None, [tally.describe(folder / QUARANTINE)])])
+    got = "; ".join([", ".join(reasons) or "no usable record", *filter(None, [tally.describe(listed_in)])])
     at = data.path or ", ".join(source.name for source in data.sources)
     return DataError("no example is left to train on", at=at, got=got)

@@ -11,7 +11,16 @@ from typing import Any
 
 from llmkit.errors import DataError, did_you_mean
 from llmkit.tokenizer.chat_template import Conversation
-from llmkit.tokenizer.messages import from_json, one_of, to_messages, to_text, to_tools
+from llmkit.tokenizer.messages import (
+    CALL_ROLES,
+    KNOWN_ROLES,
+    ROLES,
+    from_json,
+    one_of,
+    to_messages,
+    to_text,
+    to_tools,
+)
 
 TURNS = ("messages", "conversations", "conversation")  # lists of turns
 QUESTIONS = ("instruction", "prompt", "question", "query", "input")
@@ -183,9 +192,15 @@ def as_turns(value: Any, name: str) -> str | list[Any]:
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         with suppress(ValueError):  # a text that only looks like JSON
             turns = from_json(value, name)
-            if isinstance(turns, list) and all(turn.keys() & {"role", "from"} for turn in turns):
+            if isinstance(turns, list) and all(is_turn(turn) for turn in turns):
                 return turns
     return value if isinstance(value, list) else to_text(value, name)
+
+
+def is_turn(value: Any) -> bool:
+    """Return whether a value is a turn of a conversation, as opposed to other JSON that a text may be."""
+    role = value.get("role", value.get("from")) if isinstance(value, dict) else None
+    return isinstance(role, str) and role in (*ROLES, *KNOWN_ROLES, *CALL_ROLES)
 
 
 def read_history(value: Any) -> list[dict[str, str]]:

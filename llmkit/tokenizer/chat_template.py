@@ -214,7 +214,11 @@ def break_special_tokens(tokenizer: Tokenizer, one: Conversation) -> Conversatio
             raise ValueError("the conversation is nested too deeply")
         if isinstance(value, dict):
             return {broken(key): broken(inner, depth + 1) for key, inner in value.items()}
-        return [broken(inner, depth + 1) for inner in value] if isinstance(value, list) else value
+        if isinstance(value, list):
+            return [broken(inner, depth + 1) for inner in value]
+        if not isinstance(value, str | int | float | None):  # a date of Parquet
+            raise ValueError(f"the conversation has a value that is no JSON: {type(value).__name__}")
+        return value
 
     return Conversation(broken(one.messages), one.learnt, broken(one.tools), broken(one.variables))
 

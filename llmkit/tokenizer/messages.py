@@ -110,6 +110,8 @@ def to_json(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     except RecursionError:
         raise ValueError("a value is nested too deeply") from None
+    except TypeError as error:  # a date of Parquet
+        raise ValueError(f"a value is no JSON: {error}") from None
 
 
 def join_parts(content: Any) -> str:

@@ -15,21 +15,27 @@ from llmkit.errors import DataError
 from llmkit.parallel.world import World
 from llmkit.records.build import encode_sft
 from llmkit.records.layouts import CONTINUED
-from llmkit.storage.run import is_own
 from llmkit.tokenizer.chat_template import default_template
 from llmkit.tokenizer.tokenizer import load_tokenizer, read_template
 
 
 def open_data(
-    config: Config, world: World, base: Path | None, start_id: int | None, say: Callable[[str], None]
+    config: Config,
+    world: World,
+    base: Path | None,
+    start_id: int | None,
+    say: Callable[[str], None],
+    *,
+    keep: bool = True,
 ) -> Splits:
     """Open the splits of data.dir, or of fine-tuning records that are encoded with the base's tokenizer.
 
     start_id  the decoder's first token, for an encoder and a decoder; None: the model is a decoder alone
+    keep      encode records into the run directory; False: into a temporary folder
     """
     if isinstance(config.data, CorpusData):
         return open_built_corpus(config, world, say)
-    return open_encoded_records(config, world, base, start_id)
+    return open_encoded_records(config, world, base, start_id, keep=keep)
 
 
 def open_built_corpus(config: Config, world: World, say: Callable[[str], None]) -> Splits:
@@ -50,13 +56,14 @@ def open_built_corpus(config: Config, world: World, say: Callable[[str], None]) 
     )
 
 
-def open_encoded_records(config: Config, world: World, base: Path, start_id: int | None) -> Splits:
-    """Encode the records once into the run directory, and open them."""
+def open_encoded_records(config: Config, world: World, base: Path, start_id: int | None, *, keep: bool) -> Splits:
+    """Encode the records, if that is not done, and open them."""
     data, tokenizer = config.data, load_tokenizer(base)
     tokenizer.add_specials(data.special_tokens)
     if data.chat_template is not None:
         tokenizer.chat_template = read_template(Path(data.chat_template))
-    out, options = record_folder(Path(config.run_dir)), {"seed": config.seed, "pairs": start_id is not None}
+    out = Path(config.run_dir) / "data" if keep else temporary_folder()
+    options = {"seed": config.seed, "pairs": start_id is not None, "keep": keep}
     world.on_main(lambda: encode_sft(data, tokenizer, out, **options), builds_data=True)
     report = encode_sft(data, tokenizer, out, **options)  # every rank reads what rank 0 wrote
     is_chat = set(report["found"]["layouts"]) != {CONTINUED}
@@ -67,10 +74,8 @@ def open_encoded_records(config: Config, world: World, base: Path, start_id: int
     return open_records(report, where, tokenizer, start_id, is_chat=is_chat, weights=weights)
 
 
-def record_folder(run_dir: Path) -> Path:
-    """Return the folder for encoded records: in the run directory, or a temporary one if that does not exist."""
-    if is_own(run_dir):
-        return run_dir / "data"
+def temporary_folder() -> Path:
+    """Return a new folder that is deleted when this process ends."""
     folder = tempfile.mkdtemp(prefix="llmkit-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)

@@ -357,6 +357,10 @@ def finish(
         names = {"val_perplexity": ("perplexity", 3), "bits_per_byte": ("bits_per_byte", 4)}
         summary |= {name: round(best[key], digits) for key, (name, digits) in names.items() if key in best}
         summary |= {"best_checkpoint": str(kept)}
+        lowest = min((r for r in records if r.get("val_loss") is not None), key=lambda r: r["val_loss"])
+        if lowest["val_loss"] < best["val_loss"]:
+            what = f"{lowest['val_loss']:.4f} at step {lowest['step']}, of which no checkpoint is kept"
+            summary["lower_val_loss"] = f"{what}: lower checkpoint.every"
     if speeds:
         summary["tokens_per_second"] = round(speeds[len(speeds) // 2])
     summary |= {

@@ -141,7 +141,7 @@ def prepare(
         if keep:
             world.on_main(lambda: claim(Path(config.run_dir)))
     start_id = family_of(model_config).start_token_id(model_config)
-    data = open_data(config, world, checked.base, start_id, say)
+    data = open_data(config, world, checked.base, start_id, say, keep=keep)
     new_tokens = fit_vocabulary(checked, data.tokenizer)
     for split, samples in data.samples.items():
         if samples < 1:
@@ -309,7 +309,11 @@ def describe(run: PreparedRun) -> dict[str, str]:
     trained = "" if plan.trainable == plan.total else f", {format_count(plan.trainable)} trained"
     mixture = [f"{name} {share:.1%} x {epochs[name]:.2f}" for name, (share, _) in run.data.shares.items()]
     available = format_count(rows)
-    note = f"a batch of {size} rows is more than the {available} there are: a step reads each {size / rows:.1f} times"
+    notes = [
+        f"a batch of {size} rows is more than the {available} there are: a step reads each {size / rows:.1f} times"
+    ]
+    notes = [f"{notes[0]}. Lower train.global_batch_size"] if size > rows else []
+    notes += [run.data.warning] if run.data.warning else []
     ranks = count(run.world.size, "rank")
     header = {
         "run": config.run_dir,
@@ -330,7 +334,7 @@ def describe(run: PreparedRun) -> dict[str, str]:
         "compute": f"{format_count(plan.flops_per_token)} FLOPs a token, "
         f"{plan.flops_per_token * run.max_steps * run.tokens_per_step:.1e} in all",
         "eval": describe_evaluation(run),
-        "note": f"{note}. Lower train.global_batch_size" if size > rows else "",
+        "note": "; ".join(notes),
         "memory": f"{plan.peak_memory / 2**30:.2f} GiB estimated at the peak",
     }
     return {key: value for key, value in header.items() if value}
