@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import llmkit
@@ -54,6 +55,12 @@ def test_every_room_has_a_floor():
         if path.suffix == ".py" or (path / "__init__.py").exists()
     }
     assert rooms - {"__init__"} == set(FLOOR)
+
+
+def test_a_wheel_has_every_room():
+    listed = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    rooms = {f"llmkit.{path.parent.name}" for path in ROOT.glob("*/__init__.py")}
+    assert set(listed) == {"llmkit", "llmkit.configs"} | rooms
 
 
 def test_schema_and_help_do_not_import_torch():
