@@ -98,7 +98,7 @@ def encode_sft(
 
     pairs  for an encoder-decoder: a row is a text and an answer; otherwise it is seq_len + 1 tokens, of several whole
            examples (packing) or of one
-    keep   whether the folder stays: then messages name its list of bad records
+    keep   whether the folder stays: only then messages name the list of bad records in it
 
     Raise DataError if more records are bad than data.on_error allows, or if a file changed after it was written.
     """
@@ -119,17 +119,17 @@ def encode_sft(
         json.dumps([VERSION, asdict(recipe), settings, named, seed, tokenizer.sha256, contents]).encode()
     ).hexdigest()[:16]
     folder = out / key
+    listed_in = folder / QUARANTINE if keep else "quarantine.jsonl of the run, once it is started"
     try:
         report = read_report(folder)
     except DataError:  # there is none yet, or it is damaged
         units = list(make_units([*sources, *val], files, data))
-        listed_in = folder / QUARANTINE if keep else None
         report = write_examples(data, units, tokenizer, recipe, folder, seed, listed_in)
         report = seal(report | {"skipped": dict(skipped)})
         write_atomically(folder / REPORT, json.dumps(report, indent=2))
         delete(folder / "parts")
-    check_records(Tally(**report["records"]), data, folder / QUARANTINE if keep else None)
-    return report | {"key": key, "folder": str(folder), "listed_in": str(folder / QUARANTINE) if keep else None}
+    check_records(Tally(**report["records"]), data, listed_in)
+    return report | {"key": key, "folder": str(folder), "listed_in": str(listed_in)}
 
 
 def make_units(sources: list[RecordSource], files: list[list[Path] | None], data: SftData) -> Iterator[Unit]:
@@ -142,7 +142,7 @@ def make_units(sources: list[RecordSource], files: list[list[Path] | None], data
             yield Unit(f"unit-{next(number):05d}", is_val, source, tuple(pieces), size, columns)
 
 
-def check_records(tally: Tally, data: SftData, listed_in: Path | None) -> None:
+def check_records(tally: Tally, data: SftData, listed_in: Path | str) -> None:
     """Raise DataError if there are more bad records than the config allows."""
     tally.check(data.on_error.max_fraction, fix=data.on_error.fix, listed_in=listed_in)
 
@@ -234,7 +234,7 @@ def write_examples(
     recipe: Recipe,
     folder: Path,
     seed: int,
-    listed_in: Path | None,
+    listed_in: Path | str,
 ) -> dict[str, Any]:
     """Encode all units, join them, and choose the rows of each split. Return the report."""
     parts = folder / "parts"
@@ -327,7 +327,7 @@ def join_plans(plans: list[tuple[dict[str, np.ndarray], dict[str, Any]]]) -> tup
     return {name: np.concatenate(values) for name, values in arrays.items()}, counts
 
 
-def no_examples_error(data: SftData, found: Found, tally: Tally, listed_in: Path | None) -> DataError:
+def no_examples_error(data: SftData, found: Found, tally: Tally, listed_in: Path | str) -> DataError:
     """Return the error for data of which no example is left."""
     reasons = [
         f"{number} examples {fate}, longer than {data.seq_len} tokens" for fate, number in found.too_long.items()
