@@ -33,7 +33,7 @@ Read = tuple[np.ndarray | None, str, int, Iterable[Batch] | None]
 
 @dataclass
 class Reading:
-    """How `read_data` reads; see `measure`."""
+    """Hold how `read_data` reads; see `measure`."""
 
     model_config: Any
     tokenizer: Tokenizer

@@ -135,7 +135,7 @@ def open_weights(path: Path):
 
 @dataclass
 class Found:
-    """What is found in a folder's weight files.
+    """Hold what is found in a folder's weight files.
 
     places   name in `Family.disk_views` -> (file, name in it), of all weights that the model reads
     missing  names of the model's weights that are not there

@@ -45,7 +45,7 @@ EXAMPLE = np.dtype([("prompt", "<u8"), ("targets", "<i4")])
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the encoding of a record depends on, besides its source."""
+    """Hold what the encoding of a record depends on, besides its source."""
 
     template: str
     train_on: str

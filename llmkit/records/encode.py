@@ -32,7 +32,7 @@ class Example(NamedTuple):
 
 @dataclass
 class Found:
-    """What is found in some records, besides bad ones."""
+    """Count what is found in some records, besides bad ones."""
 
     layouts: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)  # fields without a meaning here
