@@ -336,7 +336,7 @@ def main() -> None:
 
 def save_tokenizer(given: Path | None, documents: list[str], place: Path) -> Path:
     """Write a tokenizer.json for both contestants: the given one without its truncation option, or a new one."""
-    from llmkit.tokenizer.tokenizer import load_tokenizer
+    from llmkit.tokenizer.load import load_tokenizer
     from llmkit.tokenizer.train import train_tokenizer
 
     tokenizer = load_tokenizer(given) if given else train_tokenizer(documents)

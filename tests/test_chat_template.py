@@ -18,8 +18,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from llmkit.errors import ModelError, UserError
 from llmkit.tokenizer.chat_template import CHATML_TEMPLATE, encode_chat
+from llmkit.tokenizer.load import load_tokenizer, read_template
 from llmkit.tokenizer.renderer import Job, TemplateLimit, render_jobs, renderer
-from llmkit.tokenizer.tokenizer import load_tokenizer, read_template
 from llmkit.tokenizer.train import train_tokenizer
 
 CHAT = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from conftest import llmkit, sentences, tiny_config
 
-from llmkit.tokenizer.tokenizer import load_tokenizer
+from llmkit.tokenizer.load import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from llmkit.errors import ENVIRONMENT, DataError, MachineError, UserError, expla
 from llmkit.files import NO_SPACE, write_beside
 from llmkit.inference.sampling import Sampling
 from llmkit.screen import for_stream
-from llmkit.tokenizer.tokenizer import fetch_tokenizer
+from llmkit.tokenizer.load import fetch_tokenizer
 from llmkit.training.resolve import TABLES
 
 

@@ -29,7 +29,8 @@ from llmkit.records.build import encode_sft
 from llmkit.records.encode import Example, Found
 from llmkit.records.fit import fit_pairs
 from llmkit.storage.locate import load_located, locate
-from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llmkit.tokenizer.load import load_tokenizer
+from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.tokenizer.train import train_tokenizer
 from llmkit.training.loop import train
 from llmkit.training.prepare import prepare

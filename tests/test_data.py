@@ -8,6 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import transformers
 import yaml
@@ -34,8 +36,9 @@ from llmkit.records.fit import answer_spans, fit_row
 from llmkit.records.layouts import read_examples
 from llmkit.records.rows import choose_splits, pack
 from llmkit.tokenizer.chat_template import CHATML_TEMPLATE, encode_chat
+from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.spell import LEGEND
-from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.tokenizer.train import train_tokenizer
 from llmkit.training.prepare import prepare
 from llmkit.types import IGNORE_INDEX, Batch
@@ -492,6 +495,24 @@ def test_sources_are_mixed_by_weight_and_a_folder_gives_its_train_split(tokenize
     ]
     assert words.count("river") == 75 and words.count("loss") == 25
     assert splits.shares["one"] == (0.75, report["sources"]["one"])
+
+
+def test_a_limit_holds_over_files_and_after_a_bad_record_of_many_rows(tokenizer, tmp_path):
+    table = pa.table({"question": [f"q {i}" for i in range(50)], "answer": ["a"] * 50})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=50, compression="none")
+    raw = bytearray((tmp_path / "a.parquet").read_bytes())
+    raw[4:40] = bytes(36)
+    (tmp_path / "a.parquet").write_bytes(raw)
+    lines = [json.dumps({"question": f"p {i}", "answer": "a"}) + "\n" for i in range(50)]
+    (tmp_path / "b.jsonl").write_text("".join(lines))
+    source = {"name": "s", "path": str(tmp_path / "*"), "limit": 20}
+    data = SftData(kind="sft", sources=[source], seq_len=64, on_error=OnError(max_bad_fraction=1.0))
+    with pytest.raises(UserError, match="no example is left"):  # the damaged rows are more than the limit
+        encode_sft(data, tokenizer, tmp_path / "out", seed=0)
+    source["path"] = str(tmp_path / "b.jsonl")
+    data = SftData(kind="sft", sources=[source], seq_len=64)
+    report = encode_sft(data, tokenizer, tmp_path / "out", seed=0)
+    assert report["records"]["rows"] == 20
 
 
 def test_a_weighted_source_without_an_example_is_named(tokenizer, tmp_path):

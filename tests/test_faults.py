@@ -28,7 +28,7 @@ from llmkit.config.load import load_config
 from llmkit.corpus.build import build_corpus, read_manifest
 from llmkit.data.tokens import open_split
 from llmkit.errors import DATA, ENVIRONMENT, MODEL, UserError
-from llmkit.tokenizer.tokenizer import load_tokenizer
+from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.train import train_tokenizer
 from llmkit.training.loop import train
 

@@ -16,7 +16,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from llmkit.errors import ENVIRONMENT, MODEL, UserError
 from llmkit.tokenizer.chat_template import encode_chat
-from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llmkit.tokenizer.load import load_tokenizer
+from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.tokenizer.train import CHAT_END, CHAT_START, EOS, train_tokenizer
 
 # ---- texts ----------------------------------------------------------------------------------------------------------

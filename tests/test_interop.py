@@ -22,7 +22,8 @@ from llmkit.inference.generate import decode_until_stop, stream
 from llmkit.inference.sampling import Sampling
 from llmkit.models import CONFIGS, build_model, folder
 from llmkit.tokenizer.foreign import from_llama2c
-from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer, load_tokenizer
+from llmkit.tokenizer.load import load_tokenizer
+from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer
 from llmkit.tokenizer.train import train_tokenizer
 
 TEXT = (

@@ -21,7 +21,7 @@ from llmkit.evals.reading import windows
 from llmkit.models import build_model, folder, llama
 from llmkit.objectives.lm import perplexity
 from llmkit.storage.locate import locate
-from llmkit.tokenizer.tokenizer import load_tokenizer
+from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.train import train_tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
 

@@ -35,7 +35,7 @@ from llmkit.evals.perplexity import measure
 from llmkit.models import build_model, llama
 from llmkit.parallel.world import start_world
 from llmkit.storage.locate import locate
-from llmkit.tokenizer.tokenizer import load_tokenizer
+from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.train import train_tokenizer
 from llmkit.training.loop import train
 from llmkit.training.prepare import describe, prepare

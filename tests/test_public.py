@@ -20,8 +20,8 @@ from llmkit.peft.adapter import load_adapter
 from llmkit.storage.locate import load_located, locate
 from llmkit.tokenizer.answers import render_examples
 from llmkit.tokenizer.chat_template import Conversation
+from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.spell import spell_tokens
-from llmkit.tokenizer.tokenizer import load_tokenizer
 from llmkit.tokenizer.train import train_tokenizer
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

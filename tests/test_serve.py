@@ -31,7 +31,7 @@ from llmkit.inference.sampling import Sampling
 from llmkit.inference.server import Server, serve
 from llmkit.inference.writer import Writer
 from llmkit.models import bert, build_model, folder, llama
-from llmkit.tokenizer.tokenizer import load_tokenizer
+from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.train import train_tokenizer
 
 POSITIONS, LONG = 4096, 2000  # tokens of context, and of an answer that takes seconds

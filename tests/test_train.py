@@ -27,7 +27,7 @@ from llmkit.storage.locate import load_located, locate
 from llmkit.storage.manifest import list_checkpoints, newest_intact_checkpoint, verify
 from llmkit.storage.run import open_run
 from llmkit.tokenizer.chat_template import encode_chat
-from llmkit.tokenizer.tokenizer import load_tokenizer
+from llmkit.tokenizer.load import load_tokenizer
 from llmkit.training.loop import train
 from llmkit.training.prepare import check_rows_option, prepare
 from llmkit.training.progress import initial_counters, update_loss_scale

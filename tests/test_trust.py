@@ -28,7 +28,7 @@ from llmkit.storage.locate import locate
 from llmkit.storage.manifest import best_checkpoint, dependent_runs, list_checkpoints, read_checkpoint_manifest
 from llmkit.storage.report import summarize
 from llmkit.storage.run import read_run_config
-from llmkit.tokenizer.tokenizer import load_tokenizer
+from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.train import train_tokenizer
 from llmkit.training.log import progress_line
 from llmkit.training.loop import train

@@ -162,7 +162,7 @@ def tokenizer_train(
     from llmkit.files import write_beside
     from llmkit.readers.documents import read_texts
     from llmkit.readers.tally import Tally
-    from llmkit.tokenizer.tokenizer import load_tokenizer
+    from llmkit.tokenizer.load import load_tokenizer
     from llmkit.tokenizer.train import extend_bpe, train_tokenizer
 
     check_is_new(out)
@@ -205,8 +205,8 @@ def tokenizer_show(
     """Show how a tokenizer splits texts, and how well it compresses each text or file."""
     from llmkit.data.inspect import format_tokens, is_path, measure_compression
     from llmkit.screen import format_table
+    from llmkit.tokenizer.load import fetch_tokenizer, load_tokenizer
     from llmkit.tokenizer.spell import LEGEND, spell_tokens
-    from llmkit.tokenizer.tokenizer import fetch_tokenizer, load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
     rows = measure_compression(loaded, fetch_tokenizer(beside) if beside else None, texts, text_key)

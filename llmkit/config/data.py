@@ -289,8 +289,8 @@ class SftData(Section):
     packing: bool | None = None
     """Put several examples into a row; null: true unless the model has an encoder."""
     too_long: Literal["drop", "truncate_prompt", "split"] = "drop"
-    """Treat examples longer than seq_len so that no answer is cut: drop them, leave out the start of the prompt, or split
-    them into windows that overlap by half, in which each token of an answer is learnt once."""
+    """Treat examples longer than seq_len so that no answer is cut: drop them, leave out the start of the prompt, or
+    split them into windows that overlap by half, in which each token of an answer is learnt once."""
     chat_template: PathStr | None = None
     """A Jinja file; default: the tokenizer's own, else a plain one."""
     date: Date | None = None

@@ -39,7 +39,8 @@ from llmkit.errors import DataError, MachineError, UserError, did_you_mean, rais
 from llmkit.files import NO_SPACE, delete_leftovers, free_space, lock, write_atomically
 from llmkit.parallel.workers import Pool, open_pool
 from llmkit.readers.sources import write_quarantine
-from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llmkit.tokenizer.load import load_tokenizer
+from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.tokenizer.train import extend_bpe, train_tokenizer
 
 # For the estimate of disk space.

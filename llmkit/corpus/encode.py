@@ -16,7 +16,8 @@ from llmkit.corpus.measure import StageTimer, peak_mb
 from llmkit.corpus.units import Unit, open_zst_writer, read_zst
 from llmkit.data.tokens import ShardWriter, describe_file, find_change, load_array, read_sealed, seal, token_dtype
 from llmkit.files import write_atomically
-from llmkit.tokenizer.tokenizer import MAX_VERIFIED_TEXTS, Tokenizer, load_tokenizer
+from llmkit.tokenizer.load import load_tokenizer
+from llmkit.tokenizer.tokenizer import MAX_VERIFIED_TEXTS, Tokenizer
 
 MAX_EXAMPLES = 3  # dropped documents that the report shows for each reason
 CHECKED_CHARACTERS = 500  # characters of a document on which the fast encoder is verified

@@ -13,7 +13,8 @@ from llmkit.data.tokens import TokenStream, open_split, read_sealed
 from llmkit.errors import DataError
 from llmkit.readers.tally import Tally
 from llmkit.screen import format_count
-from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llmkit.tokenizer.load import load_tokenizer
+from llmkit.tokenizer.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
 FOUND_NOTES = {  # of records.encode.Found -> what the header says

@@ -12,7 +12,8 @@ from llmkit.files import write_beside
 from llmkit.models import build_model, llama, shape_problems
 from llmkit.models.folder import check_finite, save_model
 from llmkit.tokenizer.foreign import from_llama2c
-from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llmkit.tokenizer.load import load_tokenizer
+from llmkit.tokenizer.tokenizer import Tokenizer
 
 MAGIC, HEADER_BYTES = 0x616B3432, 256  # of version 1: "ak42", and the size of its header. Version 0 has no magic number
 

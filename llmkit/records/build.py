@@ -32,7 +32,8 @@ from llmkit.records.encode import Found, encode_records
 from llmkit.records.fit import fit_pairs, fit_row
 from llmkit.records.rows import choose_splits, plan_pairs, plan_rows
 from llmkit.tokenizer.chat_template import default_template
-from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llmkit.tokenizer.load import load_tokenizer
+from llmkit.tokenizer.tokenizer import Tokenizer
 
 VERSION = 5  # of the encoding; data of another version is encoded again
 UNIT_BYTES = 8 * 2**20  # source bytes in one unit
@@ -196,7 +197,7 @@ def encode_unit(unit: Unit, recipe: Recipe, parts: Path, sha256: str) -> dict[st
 
         for path, strict, records in read_unit(unit):
             if left is not None:
-                records = itertools.islice(records, left - tally.rows)
+                records = itertools.islice(records, max(0, left - tally.rows))  # a bad one may be many rows
             encoded = encode_records(
                 records, path, tokenizer, recipe.template, tally, found, write_bad, strict=strict, **options
             )

@@ -15,7 +15,8 @@ from llmkit.models.folder import load_model, read_config, weight_files
 from llmkit.peft.adapter import base_change, load_adapter, read_adapter_config, saved_base_sha256
 from llmkit.storage.manifest import MANIFEST, best_checkpoint, read_checkpoint_manifest, verify
 from llmkit.storage.run import is_run
-from llmkit.tokenizer.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from llmkit.tokenizer.load import has_tokenizer, load_tokenizer, set_extra_stop_ids
+from llmkit.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass
@@ -113,7 +114,7 @@ def load_located(
             raise ModelError(what, at=located.folder, got=len(tokenizer), expected=size)
         return load_model(located.folder, device=device, dtype=dtype), tokenizer
     base = located.base
-    tokenizer.set_extra_stop_ids(base)
+    set_extra_stop_ids(tokenizer, base)
     saved = saved_base_sha256(located.folder)
     if saved and (change := base_change(saved, base_sha256(base))):
         raise ModelError(f"{change} since the adapter was trained", at=base)

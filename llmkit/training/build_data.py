@@ -16,7 +16,7 @@ from llmkit.parallel.world import World
 from llmkit.records.build import encode_sft
 from llmkit.records.layouts import CONTINUED
 from llmkit.tokenizer.chat_template import default_template
-from llmkit.tokenizer.tokenizer import load_tokenizer, read_template
+from llmkit.tokenizer.load import load_tokenizer, read_template
 
 
 def open_data(

@@ -7,7 +7,7 @@ from llmkit.config.schema import Config
 from llmkit.parallel.device import DTYPES, device_name, matmul_rate, total_memory
 from llmkit.parallel.world import start_world
 from llmkit.screen import format_count, format_duration
-from llmkit.tokenizer.tokenizer import load_tokenizer
+from llmkit.tokenizer.load import load_tokenizer
 from llmkit.training.prepare import check, derive
 from llmkit.training.resolve import describe_choice
 

@@ -28,7 +28,8 @@ from llmkit.records.build import list_record_files
 from llmkit.screen import count, format_count
 from llmkit.storage.locate import base_sha256, locate
 from llmkit.storage.run import check_own, claim
-from llmkit.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llmkit.tokenizer.load import load_tokenizer
+from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.training.build_data import open_data
 from llmkit.training.cost import Plan, make_plan
 from llmkit.training.resolve import (
@@ -309,11 +310,8 @@ def describe(run: PreparedRun) -> dict[str, str]:
     trained = "" if plan.trainable == plan.total else f", {format_count(plan.trainable)} trained"
     mixture = [f"{name} {share:.1%} x {epochs[name]:.2f}" for name, (share, _) in run.data.shares.items()]
     available = format_count(rows)
-    notes = [
-        f"a batch of {size} rows is more than the {available} there are: a step reads each {size / rows:.1f} times"
-    ]
-    notes = [f"{notes[0]}. Lower train.global_batch_size"] if size > rows else []
-    notes += [run.data.warning] if run.data.warning else []
+    often = f"a batch of {size} rows is more than the {available} there are: a step reads each {size / rows:.1f} times"
+    notes = [f"{often}. Lower train.global_batch_size" if size > rows else "", run.data.warning]
     ranks = count(run.world.size, "rank")
     header = {
         "run": config.run_dir,
@@ -334,7 +332,7 @@ def describe(run: PreparedRun) -> dict[str, str]:
         "compute": f"{format_count(plan.flops_per_token)} FLOPs a token, "
         f"{plan.flops_per_token * run.max_steps * run.tokens_per_step:.1e} in all",
         "eval": describe_evaluation(run),
-        "note": "; ".join(notes),
+        "note": "; ".join(filter(None, notes)),
         "memory": f"{plan.peak_memory / 2**30:.2f} GiB estimated at the peak",
     }
     return {key: value for key, value in header.items() if value}

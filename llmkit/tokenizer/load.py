@@ -1,0 +1,137 @@
+"""Load a tokenizer from a file, a folder or the hub, with what the config files beside it say."""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer as Rust
+
+from llmkit.errors import ModelError, UserError
+from llmkit.files import read_json
+from llmkit.tokenizer.foreign import find_tokenizer_file, prevent_special_token_injection, read_foreign_tokenizer
+from llmkit.tokenizer.guard import library_errors
+from llmkit.tokenizer.tokenizer import BOS_NAMES, CONFIG, EOS_NAMES, PATTERNS, ROLES, Tokenizer
+
+MODEL_CONFIGS = ("config.json", "generation_config.json")  # of a model's folder
+
+
+def fetch_tokenizer(name: str) -> Tokenizer:
+    """Load a tokenizer from a path as `load_tokenizer` does, or download it by its id on the hub."""
+    if Path(name).exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        return load_tokenizer(Path(name).expanduser())
+    what, fix = "this is neither a file nor a tokenizer on the hub", "name a tokenizer.json"
+    try:
+        with library_errors(what, at=name, fix=fix):
+            rust = prevent_special_token_injection(Rust.from_pretrained(name))
+    except ValueError as error:  # the name can be no id of the hub
+        raise ModelError(f"{what}: {error}", at=repr(name), fix=fix) from None
+    eos_id = next((i for name in EOS_NAMES if (i := rust.token_to_id(name)) is not None), 0)
+    return Tokenizer(rust, eos_id)
+
+
+def read_tokenizer_configs(path: Path) -> dict:
+    """Return the merged contents of the config files in a tokenizer's folder."""
+    configs: dict = {}
+    for name in (*MODEL_CONFIGS, CONFIG):  # later files win
+        configs |= read_config_file(path.with_name(name))
+    return configs
+
+
+def read_config_file(file: Path) -> dict:
+    """Return the fields of a JSON file; none if there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        config = read_json(file)
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{file.name} can't be read: {error}", at=file) from None
+    return config
+
+
+def read_template(path: Path) -> str:
+    """Read a Jinja file. Raise ModelError if it can't be read or is empty."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the chat template can't be read: {error}", at=path) from None
+    if not text.strip():
+        raise ModelError("the chat template is empty", at=path)
+    return text
+
+
+def find_template(path: Path, configs: dict) -> str | None:
+    """Return the chat template of a tokenizer: chat_template.jinja, else that of its config; None if there is neither.
+
+    Of a list of named templates transformers takes the one named tool_use if there are tools, and the one named default
+    otherwise: they become one template.
+    """
+    template, file = configs.get("chat_template"), path.with_name("chat_template.jinja")
+    if file.is_file():
+        return read_template(file)
+    if template is None:
+        return None
+    if isinstance(template, list):
+        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        template = named.get("default")
+        if isinstance(template, str) and isinstance(with_tools := named.get("tool_use"), str):
+            parts = [one.removesuffix("\n") for one in (with_tools, template)]  # jinja2 drops it at the end of a file
+            template = "{{% if tools +%}}{}{{%+ else +%}}{}{{%+ endif %}}".format(*parts)
+    if not isinstance(template, str):
+        expected = "a text, or a list of {name, template} with one named default"
+        raise ModelError("the chat template can't be read", at=path.with_name(CONFIG), expected=expected)
+    return template
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer that `load_tokenizer` reads."""
+    return (folder / "tokenizer.json").is_file() or find_tokenizer_file(folder) is not None
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load a tokenizer.json, a SentencePiece .model or a vocab.json with merges.txt, or a folder that holds one.
+
+    A checkpoint and a run hold one too: all checkpoints of a run have the same.
+
+    The end token and the chat template come from the config files in its folder.
+    """
+    if path.is_dir():
+        folders = [path, *(one for glob in ("model", "checkpoints/*/model") for one in sorted(path.glob(glob)))]
+        found = ([folder / "tokenizer.json", find_tokenizer_file(folder)] for folder in folders)
+        path = next((file for files in found for file in files if file and file.is_file()), path)
+    if not path.is_file():
+        raise ModelError("there is no tokenizer", at=path, fix="name a tokenizer.json, or a folder that holds one")
+    configs = read_tokenizer_configs(path)
+    try:
+        with library_errors("the tokenizer can't be read", at=path):
+            is_json = path.suffix == ".json" and path.name not in ("vocab.json", "encoder.json")
+            rust = Rust.from_file(str(path)) if is_json else read_foreign_tokenizer(path, configs, PATTERNS["qwen2"])
+            rust.no_truncation()  # some files were saved with settings that would truncate or pad every text
+            rust.no_padding()
+            rust = prevent_special_token_injection(rust) if is_json else rust
+    except UserError:
+        raise
+    except Exception as error:  # files with values of other types
+        raise ModelError(f"the tokenizer can't be read: {error}", at=path) from None
+    tokens = {role: configs.get(role) for role in ("eos_token", "bos_token", *ROLES)}
+    tokens = {role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()}
+    vocab = rust.get_vocab(with_added_tokens=True)
+    role_tokens = {role: token for role, token in tokens.items() if isinstance(token, str) and token in vocab}
+    candidates = [rust.token_to_id(name) for name in (role_tokens.pop("eos_token", None), *EOS_NAMES) if name]
+    eos_id = next((i for i in candidates if i is not None), None)
+    if eos_id is None:
+        fix = "name it as eos_token in tokenizer_config.json in the same folder"
+        raise ModelError("the tokenizer has no end-of-text token", at=path, expected=" or ".join(EOS_NAMES), fix=fix)
+    template = find_template(path, configs)
+    bos_names = BOS_NAMES if ".model" in path.name else ()  # SentencePiece files may come without a config
+    default_bos = next((name for name in bos_names if rust.token_to_id(name) is not None), None)
+    bos = role_tokens.pop("bos_token", default_bos)
+    tokenizer = Tokenizer(rust, eos_id, bos, template, role_tokens=role_tokens)
+    set_extra_stop_ids(tokenizer, path.parent)
+    return tokenizer
+
+
+def set_extra_stop_ids(tokenizer: Tokenizer, folder: Path) -> None:
+    """Set `extra_stop_ids` from the eos_token_id of a model's config files, an id or a list of ids in each."""
+    found = [read_config_file(folder / name).get("eos_token_id") for name in MODEL_CONFIGS]
+    ids = [i for value in found for i in (value if isinstance(value, list) else [value])]
+    tokenizer.extra_stop_ids = list(dict.fromkeys(i for i in ids if type(i) is int and 0 <= i < len(tokenizer)))
