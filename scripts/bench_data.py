@@ -4,11 +4,13 @@
     python scripts/bench_data.py                                      # documents: docstrings of this Python's library
     python scripts/bench_data.py TEXTS... --tokenizer tokenizer.json  # or files, folders and globs
     python scripts/bench_data.py TEXTS... --only memory --sizes 200 2000
+    python scripts/bench_data.py --only web --pages FOLDER   # of HTML files, also compressed with gzip
 
 chain    llmkit and datatrove read the same documents (about 3,000 characters each, 3 % of them copies), apply the
          rules of Gopher, C4 and FineWeb, remove personal data, drop near duplicates (5-grams, 14 x 8) and write
          token shards. Each runs in its own process, in turns. The result is the median of the CPU seconds, with
          imports.
+web      the same chain from HTML: first both extract the article of each page (datatrove with trafilatura)
 workers  wall time with one worker and with two
 memory   the highest peak memory of a process, for inputs enlarged by copies with a quarter of their words changed
 dedup    recall and precision for near duplicates, on planted copies whose true similarity is computed
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import gzip
 import itertools
 import json
 import os
@@ -81,6 +84,12 @@ def make_documents(sources: list[str], megabytes: float) -> list[str]:
             break
         documents.append(piece)
     return documents
+
+
+def read_pages(folder: Path) -> list[str]:
+    """Return the HTML of a folder's files that are named *.html or *.html.gz."""
+    raw = [path.read_bytes() for path in sorted(folder.rglob("*.html*"))]
+    return [(gzip.decompress(page) if page[:2] == b"\x1f\x8b" else page).decode("utf-8", "replace") for page in raw]
 
 
 def change_words(text: str, every: int, draw: random.Random) -> str:
@@ -150,19 +159,20 @@ def time_llmkit(source: Path, tokenizer: Path, workers: int = 1) -> tuple[float,
         return wall, cpu, json.loads(last)
 
 
-def time_datatrove(source: Path, tokenizer: Path, python: str) -> tuple[float, float, dict]:
+def time_datatrove(source: Path, tokenizer: Path, python: str, stages: str) -> tuple[float, float, dict]:
     """Return the (wall, CPU) seconds of the same chain in datatrove, and its counts."""
     with tempfile.TemporaryDirectory() as place:
-        wall, cpu, last = time_command([python, __file__, "--peer", str(source), place, str(tokenizer)])
+        wall, cpu, last = time_command([python, __file__, "--peer", str(source), place, str(tokenizer), stages])
         return wall, cpu, json.loads(last)
 
 
-def run_datatrove(source: Path, place: Path, tokenizer: Path) -> None:
+def run_datatrove(source: Path, place: Path, tokenizer: Path, stages: str) -> None:
     """Run the stages of datatrove's own examples/fineweb.py that need no download, in the peer's process."""
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline import filters
     from datatrove.pipeline.dedup import MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
     from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets
+    from datatrove.pipeline.extractors import Trafilatura
     from datatrove.pipeline.formatters import PIIFormatter
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.tokens import DocumentTokenizer
@@ -181,6 +191,7 @@ def run_datatrove(source: Path, place: Path, tokenizer: Path) -> None:
     minhash = MinhashConfig(hash_config=hashes, n_grams=5, num_buckets=14, hashes_per_bucket=8)
     run(
         JsonlReader(str(source.parent), glob_pattern=source.name, recursive=False),
+        *([Trafilatura(favour_precision=True, timeout=10)] if stages == "web" else []),
         filters.GopherRepetitionFilter(),
         filters.GopherQualityFilter(),
         filters.C4QualityFilter(filter_no_terminal_punct=False),
@@ -202,8 +213,10 @@ def run_datatrove(source: Path, place: Path, tokenizer: Path) -> None:
 # ---- measurements ---------------------------------------------------------------------------------------------------
 
 
-def measure_chain(source: Path, size: float, tokenizer: Path, rounds: int, python: str) -> dict:
-    """Run both chains in turns, and return their MB of text per CPU-second."""
+def measure_chain(
+    source: Path, size: float, tokenizer: Path, rounds: int, python: str, stages: str = "chain"
+) -> dict:
+    """Run both chains in turns, and return their MB of input per CPU-second."""
     times: dict[str, list[float]] = {"llmkit": [], "datatrove": []}
     kept, errors = {}, {}
     for turn in range(rounds):
@@ -213,7 +226,7 @@ def measure_chain(source: Path, size: float, tokenizer: Path, rounds: int, pytho
                     _, cpu, manifest = time_llmkit(source, tokenizer)
                     kept[name] = manifest["counts"]["kept"]
                 else:
-                    _, cpu, counts = time_datatrove(source, tokenizer, python)
+                    _, cpu, counts = time_datatrove(source, tokenizer, python, stages)
                     kept[name] = counts["documents"]
                 times[name].append(cpu)
             except RuntimeError as error:
@@ -224,6 +237,13 @@ def measure_chain(source: Path, size: float, tokenizer: Path, rounds: int, pytho
     if len(speeds) == 2:
         row["ratio"] = speeds["llmkit"] / speeds["datatrove"]
     return row
+
+
+def measure_web(folder: Path, source: Path, tokenizer: Path, rounds: int, python: str) -> dict:
+    """Run both chains on HTML pages in turns, and return their MB of HTML per CPU-second."""
+    pages = read_pages(folder)
+    size = write_jsonl(source, pages)
+    return {"pages": len(pages)} | measure_chain(source, size, tokenizer, rounds, python, "web")
 
 
 def measure_workers(source: Path, size: float, tokenizer: Path, rounds: int) -> dict:
@@ -298,14 +318,15 @@ def measure_dedup(documents: list[str], pairs: int) -> dict:
 
 def main() -> None:
     if sys.argv[1:2] == ["--peer"]:
-        run_datatrove(*(Path(argument) for argument in sys.argv[2:5]))
+        run_datatrove(*(Path(argument) for argument in sys.argv[2:5]), stages=sys.argv[5])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="*", help="files, folders or globs")
     parser.add_argument("--tokenizer", type=Path, help="a byte-level BPE; default: one trained on the documents")
     parser.add_argument("--mb", type=float, default=15, help="megabytes of documents")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", choices=["chain", "workers", "memory", "dedup"])
+    parser.add_argument("--only", nargs="*", choices=["chain", "web", "workers", "memory", "dedup"])
+    parser.add_argument("--pages", type=Path, help="a folder of HTML files, for web")
     parser.add_argument("--sizes", nargs="*", type=float, default=[200, 2000], help="megabytes, for memory")
     parser.add_argument("--pairs", type=int, default=2000, help="number of planted copies, for dedup")
     parser.add_argument("--peer-python", default=sys.executable, help="a Python interpreter that has datatrove")
@@ -321,12 +342,13 @@ def main() -> None:
         print(f"{len(documents)} documents, {size:.1f} MB of text", flush=True)
         measurements = {
             "chain": lambda: measure_chain(source, size, tokenizer, args.rounds, args.peer_python),
+            "web": lambda: measure_web(args.pages, place / "pages.jsonl", tokenizer, args.rounds, args.peer_python),
             "workers": lambda: measure_workers(large, write_jsonl(large, documents, 200), tokenizer, args.rounds),
             "memory": lambda: measure_memory(documents, args.sizes, tokenizer, place),
             "dedup": lambda: measure_dedup(documents, args.pairs),
         }
         for name, measure in measurements.items():
-            if name in (args.only or measurements):
+            if name in (args.only or measurements) and (name != "web" or args.pages):
                 rows[name] = measure()
                 print(json.dumps({name: rows[name]}, indent=1), flush=True)
                 large.unlink(missing_ok=True)

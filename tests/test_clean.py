@@ -74,7 +74,7 @@ def test_hostile_pages_take_no_time(tag):
 def test_pages_give_the_text_that_readability_expects():
     """The measure is word F1 against the article that comes with Mozilla's test pages.
 
-    The rules of the article were chosen on every other page, and hold on the rest.
+    How lines are chosen was decided on every other page, and holds on the rest.
     """
     folder, scores = SHARED / "web" / "readability", []
     for source in sorted(folder.glob("*/source.html")):
@@ -86,7 +86,7 @@ def test_pages_give_the_text_that_readability_expects():
         scores.append((2 * common / (found.total() + wanted.total()), common / max(1, found.total())))
     held_out = scores[1::2]
     f1, precision = (sum(values) / len(held_out) for values in zip(*held_out, strict=True))
-    assert len(scores) >= 68 and f1 >= 0.95 and precision >= 0.94
+    assert len(scores) >= 68 and f1 >= 0.97 and precision >= 0.97
 
 
 def words_of(text: str) -> Counter[str]:

@@ -1,5 +1,6 @@
 """Clean documents: one function per step, Document -> Document. Code blocks, math and indentation are kept."""
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -27,8 +28,7 @@ HTML_SKIPPED = [
     ),
 ]
 WORD = re.compile(r"\w+")
-# Of an article; chosen on 34 of Mozilla Readability's pages, see the test.
-LONG_LINE, RUN, SHARE = 12, 4, 0.7  # words; words; of a line's runs
+RUN, SHARE, GAP = 4, 0.7, 10  # of an article's lines: words; of a line's runs; words
 NO_BOXES = re.compile("<!--.*?(?:-->|$)|<(script|style)\\b.*?(?:</\\1|$)", re.DOTALL | re.IGNORECASE)
 BOX, DEEPEST = re.compile("<(/?)(?:div|article|section|main)\\b", re.IGNORECASE), 1000
 LONGEST_PAGE = 2_000_000  # characters; trafilatura would take seconds for more
@@ -63,29 +63,20 @@ def extract_visible_text(document: Document) -> Document:
 def extract_article(document: Document) -> Document:
     """Replace HTML by the text of its article, line by line as in its visible text. Keep other documents.
 
-    The rest of a page, such as teasers, comments and notices, is left out by two libraries that agree less with each
-    other than with readers: a line stays if trafilatura has it, or if resiliparse's main content has it and it is long
-    or stands between lines that trafilatura has. If both find nothing, all lines stay.
+    The rest of a page, such as teasers, comments and notices, is left out. A line stays if trafilatura finds it in the
+    article, or if it is one of a few words, such as a caption or a line of code, between lines that stay. If
+    trafilatura finds no article, resiliparse's main content stays, else all lines.
     """
     if not is_html(document):
         return document
-    lines = visible_text(document.text).split("\n")
+    text = visible_text(document.text)
+    lines = text.split("\n")
     words = [tuple(WORD.findall(line)) for line in lines]
-    is_large = len(document.text) > LONGEST_PAGE or is_deep(document.text)
-    main_text = "" if is_large else visible_text(document.text, main_content=True)
-    main = {tuple(WORD.findall(line)) for line in main_text.split("\n")}
-    in_article = article_lines(document.text, words)
-    in_main = [bool(line) and line in main for line in words]
-    if not any(in_article):
-        in_article = in_main if any(in_main) else [True] * len(lines)
-    first, last = in_article.index(True), len(lines) - 1 - in_article[::-1].index(True)
-    kept = [
-        chosen or (is_main and (len(line) >= LONG_LINE or first <= i <= last))
-        for i, (line, chosen, is_main) in enumerate(zip(words, in_article, in_main, strict=True))
-    ]
-    for i, line in enumerate(words):  # blank lines, braces and rules stay with what surrounds them
-        kept[i] = kept[i] or (not line and i > 0 and kept[i - 1])
-    text = "\n".join(line for line, keep in zip(lines, kept, strict=True) if keep)
+    chosen = lines_in_article(document.text, words)
+    if any(chosen):
+        text = "\n".join(line for line, keep in zip(lines, bridge_gaps(chosen, words), strict=True) if keep)
+    elif not is_deep(document.text):
+        text = visible_text(document.text, main_content=True) or text
     return replace(document, text=text, meta=document.meta | {"format": "text"})
 
 
@@ -113,7 +104,7 @@ def visible_text(page: str, *, main_content: bool = False) -> str:
     return extract_plain_text(page, preserve_formatting=True, main_content=main_content, skip_elements=HTML_SKIPPED)
 
 
-def article_lines(page: str, lines: list[tuple[str, ...]]) -> list[bool]:
+def lines_in_article(page: str, lines: list[tuple[str, ...]]) -> list[bool]:
     """Return which lines of a page, given as words, are in the article that trafilatura finds.
 
     A line is there if the article has the same one, or most of its runs of RUN words.
@@ -122,7 +113,7 @@ def article_lines(page: str, lines: list[tuple[str, ...]]) -> list[bool]:
 
     if len(page) > LONGEST_PAGE:
         return [False] * len(lines)
-    found = trafilatura.extract(page, fast=True, include_comments=False, include_tables=True) or ""
+    found = trafilatura.extract(page, fast=True, favor_recall=True, include_comments=False) or ""
     same = {tuple(WORD.findall(line)) for line in found.split("\n")}
     all_words = WORD.findall(found)
     runs = set(zip(*(all_words[start:] for start in range(RUN)), strict=False))
@@ -134,6 +125,19 @@ def article_lines(page: str, lines: list[tuple[str, ...]]) -> list[bool]:
         return sum(run in runs for run in own) >= SHARE * len(own)
 
     return [is_there(line) for line in lines]
+
+
+def bridge_gaps(chosen: list[bool], lines: list[tuple[str, ...]]) -> list[bool]:
+    """Return the choice with the lines between two chosen ones, if together they have GAP words or fewer.
+
+    >>> bridge_gaps([True, False, True, False], [("a",), ("b",), ("c",), ("d",)])
+    [True, True, True, False]
+    """
+    bridged, places = chosen.copy(), [i for i, keep in enumerate(chosen) if keep]
+    for left, right in itertools.pairwise(places):
+        if sum(map(len, lines[left + 1 : right])) <= GAP:
+            bridged[left:right] = [True] * (right - left)
+    return bridged
 
 
 def repair_encoding(document: Document) -> Document:
