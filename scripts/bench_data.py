@@ -213,9 +213,7 @@ def run_datatrove(source: Path, place: Path, tokenizer: Path, stages: str) -> No
 # ---- measurements ---------------------------------------------------------------------------------------------------
 
 
-def measure_chain(
-    source: Path, size: float, tokenizer: Path, rounds: int, python: str, stages: str = "chain"
-) -> dict:
+def measure_chain(source: Path, size: float, tokenizer: Path, rounds: int, python: str, stages: str = "chain") -> dict:
     """Run both chains in turns, and return their MB of input per CPU-second."""
     times: dict[str, list[float]] = {"llmkit": [], "datatrove": []}
     kept, errors = {}, {}
