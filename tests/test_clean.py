@@ -105,6 +105,21 @@ def visible(page: str) -> str:
     return "".join(pieces)
 
 
+@pytest.mark.parametrize("before", ["\ufeff", "<!-- a copy --> <!-- x -->\n", "<br />\n<b>Warning</b>: no\n",
+                                    "<script>var a = '<p>'</script>", "<meta charset=utf-8>",
+                                    "<?xml version='1.0'?>\n"])  # fmt: skip
+def test_pages_start_with_what_servers_put_there(before):
+    text = run(before + "<!DOCTYPE html><html><body><nav>Menu</nav><p>Text</p></body></html>", "html_all")
+    assert text.endswith("Text") and "<" not in text and "Menu" not in text
+
+
+@pytest.mark.parametrize("text", ["<script>\nexport default {}\n</script>\n<template><p>a</p></template>",
+                                  "<p>a</p>", "<?xml version='1.0'?><rss><![CDATA[<html>]]></rss>",
+                                  "<headline>a<html>"])  # fmt: skip
+def test_components_and_fragments_are_no_pages(text):
+    assert run(text, "html_all") == text
+
+
 def test_records_that_start_like_a_page_are_html_and_other_files_are_not():
     assert "Menu" not in run(PAGE, "html")
     assert run(PAGE, "html", format="code") == PAGE

@@ -40,11 +40,16 @@ def first_reason(text: str, profile: str, overrides: dict | None = None) -> str 
     ("duplicate_6_grams", "a b c d e f a b c d e g", 0),
     ("duplicate_5_grams", "a b c d e f g a b c d e f h", 6 / 14),  # two overlapping copies count six words, not ten
     ("punctuated_lines", "a.\nb\nc!\nd", 2 / 4),
+    ("punctuated_lines", "\u09b6\u0964\n\u201eJa.\u201c\n\u00abOui\u00bb\nx", 3 / 4),  # Bengali, German, French
+    ("punctuated_text", "It is so.\na\nb\nc", 9 / 12),
+    ("punctuated_text", "a.\nno end of this line", 1 / 2),
     ("short_lines", "short\n" + "x" * 31, 1 / 2),
+    ("short_line_characters", "short\n" + "x" * 31, 5 / 36),
     ("newlines_per_word", "a\nb\nc d", 2 / 4),
     ("words_per_line", "a b c\n\nd", 2),
     ("sentences", 'One. Two! "Three?" 4.5 is none', 3),
     ("sentences", "\u732b\u3002\u72ac\u3002", 2),
+    ("sentences", "\u0995\u0964\u0996\u0964 \u201eSo.\u201c", 3),
     ("characters", "a \u00e9\n", 4),
     ("lorem_ipsum", "Lorem ipsum dolor", 1),
     ("mean_line_length", "abc\na", 2.5),
@@ -54,6 +59,17 @@ def first_reason(text: str, profile: str, overrides: dict | None = None) -> str 
 ])  # fmt: skip
 def test_rules_by_hand(rule, text, value):
     assert RULES[rule](TextFeatures(text)) == pytest.approx(value)
+
+
+def test_short_furniture_does_not_drop_an_article():
+    paragraph = "On day {} the council met again. It decided to repair all old bridges before the winter, at any cost."
+    lines = [part for day in range(20) for part in ("Advert", paragraph.format(day) * 2, f"Photo {day}", "Share")]
+    text, limits = TextFeatures("\n".join(lines)), PROFILES["web"]
+    rules = [rule for rule in limits if "line" in rule or rule == "punctuated_text"]
+    assert len(rules) >= 6 and not any(is_outside(RULES[rule](text), limits[rule]) for rule in rules)
+    assert RULES["short_lines"](text) > 0.67 and RULES["duplicate_lines"](text) > 0.3
+    menu = TextFeatures("\n".join(f"Entry {number}" for number in range(60)))
+    assert all(is_outside(RULES[rule](menu), limits[rule]) for rule in ("punctuated_text", "short_line_characters"))
 
 
 @pytest.mark.parametrize("rule", RULES)

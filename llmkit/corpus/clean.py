@@ -9,7 +9,11 @@ from dataclasses import replace
 from llmkit.errors import UserError, did_you_mean
 from llmkit.types import Document
 
-HTML_START = re.compile(r"\s*(<\?xml[^>]*>\s*)?(<!doctype html|<html\b)", re.IGNORECASE)
+# A page starts with one of these tags, perhaps after a byte order mark or comments. Saved pages may also start with a
+# script, a meta tag or a warning of PHP (<br />); then a later tag must show that they are pages.
+HTML_START = re.compile(r"(?>\s+|\ufeff|<!--(?>.*?-->)|<\?xml[^>]*>)*+<(?:(!doctype html|html|head|body)\b|"
+                        r"(?:base|br|link|meta|noscript|script|style|title)\b)", re.IGNORECASE | re.DOTALL)  # fmt: skip
+HTML_LATER = re.compile(r"<(?:!doctype html|html|body)\b", re.IGNORECASE)
 # CSS selectors of the elements that are removed. Not removed: forms that wrap the whole page (ASP.NET), headers of
 # articles, footers of block quotes, and hidden MathML, which often accompanies an image of the formula.
 # If a formula has its TeX source as an annotation, only the TeX is kept.
@@ -81,7 +85,11 @@ def extract_article(document: Document) -> Document:
 
 
 def is_html(document: Document) -> bool:
-    return document.meta.get("format", "html" if HTML_START.match(document.text) else None) == "html"
+    """Return whether a document is HTML: by its format if it has one, else by how it starts."""
+    if "format" in document.meta:
+        return document.meta["format"] == "html"
+    start = HTML_START.match(document.text)
+    return bool(start and (start[1] or HTML_LATER.search(document.text, start.end())))
 
 
 def is_deep(page: str) -> bool:
