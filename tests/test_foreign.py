@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import SHARED, llmkit, needs_shared, sentences
 from tokenizers import Tokenizer as Rust
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from llmkit.errors import ENVIRONMENT, MODEL, UserError
 from llmkit.tokenizer.chat_template import encode_chat
@@ -418,6 +418,71 @@ def test_a_prefix_space_is_added_where_the_config_says_so(bpe, tmp_path):
 
 
 MARKS = {str(i): {"content": content, "special": True} for i, content in enumerate((EOS, CHAT_START, CHAT_END))}
+
+
+def like_berts(cased: bool) -> Rust:
+    rust = Rust(models.WordPiece(unk_token="[UNK]"))
+    rust.normalizer, rust.pre_tokenizer = (
+        normalizers.BertNormalizer(lowercase=not cased),
+        pre_tokenizers.BertPreTokenizer(),
+    )
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    rust.train_from_iterator(LINES, trainers.WordPieceTrainer(vocab_size=900, special_tokens=special))
+    return rust
+
+
+def like_gpt2s() -> Rust:
+    return train_tokenizer(LINES, vocab_size=600).rust
+
+
+def like_llamas() -> Rust:
+    rust = Rust(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    rust.pre_tokenizer = pre_tokenizers.Metaspace()  # for training: no piece crosses a space
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    rust.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=900, special_tokens=special))
+    state = json.loads(rust.to_str())
+    state["added_tokens"] = state["added_tokens"][:3]
+    rust = Rust.from_str(json.dumps(state))
+    rust.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    rust.pre_tokenizer = None
+    return rust
+
+
+BERT_TOKENS = {"sep_token": "[SEP]", "cls_token": "[CLS]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
+MADE_LIKE = {  # name -> function that makes a tokenizer, and its tokens
+    "cased bert": (lambda: like_berts(cased=True), BERT_TOKENS),
+    "bert": (lambda: like_berts(cased=False), BERT_TOKENS),
+    "gpt2": (like_gpt2s, dict.fromkeys(["bos_token", "eos_token", "unk_token"], EOS)),
+    "llama": (like_llamas, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
+}
+OVERRIDES = [
+    ("cased bert", "BertTokenizer", {}),
+    ("cased bert", "BertTokenizer", {"do_lower_case": True}),
+    ("cased bert", "BertTokenizer", {"do_lower_case": False}),
+    ("cased bert", "BertTokenizer", {"strip_accents": False}),
+    ("cased bert", "BertTokenizer", {"tokenize_chinese_chars": False, "do_lower_case": False}),
+    ("cased bert", None, {"do_lower_case": True}),  # the class of the model is taken
+    ("cased bert", "PreTrainedTokenizerFast", {"do_lower_case": True}),
+    ("bert", "BertTokenizerFast", {"do_lower_case": False}),
+    ("gpt2", "GPT2Tokenizer", {}),
+    ("gpt2", "GPT2Tokenizer", {"add_prefix_space": True}),
+    ("gpt2", "GPT2TokenizerFast", {"add_prefix_space": False}),
+    ("llama", "LlamaTokenizerFast", {"add_prefix_space": False}),
+    ("llama", "PreTrainedTokenizerFast", {"add_prefix_space": False}),
+]
+
+
+@pytest.mark.parametrize("like, name, options", OVERRIDES, ids=str)
+def test_a_config_changes_a_tokenizer_as_in_transformers(like, name, options, tmp_path):
+    make, tokens = MADE_LIKE[like]
+    make().save(str(tmp_path / "tokenizer.json"))
+    config = tokens | options | ({"tokenizer_class": name} if name else {})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": like.split()[-1]}))
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    ours = load_tokenizer(tmp_path)
+    for text in ["Hello World", "Caf\u00e9 \u65e5\u672c", "THE River", "a\nb", *LINES[::40]]:
+        assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids, text
 
 
 @pytest.mark.parametrize("name", ["Qwen2Tokenizer", "Qwen2TokenizerFast"])

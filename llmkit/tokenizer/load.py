@@ -3,10 +3,16 @@
 from pathlib import Path
 
 from tokenizers import Tokenizer as Rust
+from tokenizers import decoders, normalizers, pre_tokenizers
 
 from llmkit.errors import ModelError, UserError
 from llmkit.files import read_json
-from llmkit.tokenizer.foreign import find_tokenizer_file, prevent_special_token_injection, read_foreign_tokenizer
+from llmkit.tokenizer.foreign import (
+    SPACE,
+    find_tokenizer_file,
+    prevent_special_token_injection,
+    read_foreign_tokenizer,
+)
 from llmkit.tokenizer.guard import library_errors
 from llmkit.tokenizer.tokenizer import BOS_NAMES, CONFIG, EOS_NAMES, PATTERNS, ROLES, Tokenizer
 
@@ -107,7 +113,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             rust = Rust.from_file(str(path)) if is_json else read_foreign_tokenizer(path, configs, PATTERNS["qwen2"])
             rust.no_truncation()  # some files were saved with settings that would truncate or pad every text
             rust.no_padding()
-            rust = prevent_special_token_injection(rust) if is_json else rust
+            rust = prevent_special_token_injection(apply_overrides(rust, configs)) if is_json else rust
     except UserError:
         raise
     except Exception as error:  # files with values of other types
@@ -128,6 +134,29 @@ def load_tokenizer(path: Path) -> Tokenizer:
     tokenizer = Tokenizer(rust, eos_id, bos, template, role_tokens=role_tokens)
     set_extra_stop_ids(tokenizer, path.parent)
     return tokenizer
+
+
+def apply_overrides(rust: Rust, configs: dict) -> Rust:
+    """Return a tokenizer.json's tokenizer with what tokenizer_config.json says differently, as transformers reads it.
+
+    The classes of BERT and GPT-2 set these options even if the file does not name them: BERT's are in lower case unless
+    it says do_lower_case: false. Many folders name a class that is not theirs, such as GPT-2's for Llama models. So
+    only the parts that a class has itself are changed.
+    """
+    by_model = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer"}.get(str(configs.get("model_type")))
+    kind, prefix = str(configs.get("tokenizer_class") or by_model).removesuffix("Fast"), configs.get("add_prefix_space")
+    if kind == "BertTokenizer" and isinstance(rust.normalizer, normalizers.BertNormalizer):
+        rust.normalizer = normalizers.BertNormalizer(
+            handle_chinese_chars=configs.get("tokenize_chinese_chars", True),
+            strip_accents=configs.get("strip_accents"),
+            lowercase=configs.get("do_lower_case", True),
+        )
+    elif kind == "GPT2Tokenizer" and isinstance(rust.pre_tokenizer, pre_tokenizers.ByteLevel):
+        rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix))
+    elif kind == "LlamaTokenizer" and prefix is False and getattr(rust.model, "byte_fallback", False):
+        rust.normalizer, rust.pre_tokenizer = normalizers.Replace(" ", SPACE), None
+        rust.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    return rust
 
 
 def set_extra_stop_ids(tokenizer: Tokenizer, folder: Path) -> None:
