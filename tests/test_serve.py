@@ -392,7 +392,7 @@ def test_tools_and_earlier_calls_reach_the_template(writer):
     tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
     seen = []
     spy = replace(writer)
-    spy.encode_chat = lambda messages, tools: seen.append((messages, tools)) or writer.encode_chat(messages, tools)
+    spy.encode_chat = lambda *given: seen.append(given) or writer.encode_chat(*given)
     with watched(spy) as port:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
         body = json.dumps({"messages": messages, "tools": [tool], "max_tokens": 2})
@@ -400,10 +400,29 @@ def test_tools_and_earlier_calls_reach_the_template(writer):
             "POST", "/v1/chat/completions", body, {"content-type": "application/json", "host": "localhost"}
         )
         assert connection.getresponse().status == 200
-    [(said, tools)] = seen
+    [(said, tools, _)] = seen
     assert said[1]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "Oslo"}} and tools == [
         tool
     ]
+
+
+def test_variables_reach_a_template_that_names_them(writer):
+    template = "{{ reasoning_effort }}|{{ enable_thinking }}|{{ documents[0].text }}|{{ messages[0].content }}"
+    spy, seen = replace(writer, tokenizer=replace(writer.tokenizer, chat_template=template)), []
+    encode = spy.encode_chat
+    spy.encode_chat = lambda *given: seen.append(encode(*given)) or seen[-1]
+    body = {"messages": asking("a"), "max_tokens": 2, "reasoning_effort": "low", "documents": [{"text": "d"}]}
+    with watched(spy) as port:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        for kwargs, status in (({"enable_thinking": False}, 200), ({"thinking_budget": 5}, 400), ({"tools": []}, 400)):
+            whole = json.dumps(body | {"chat_template_kwargs": kwargs})
+            headers = {"content-type": "application/json", "host": "localhost"}
+            connection.request("POST", "/v1/chat/completions", whole, headers)
+            answer = connection.getresponse()
+            assert answer.status == status, answer.read()
+            assert status == 200 or next(iter(kwargs)) in answer.read().decode()
+            answer.read()
+    assert [spy.tokenizer.decode(ids) for ids in seen] == ["low|False|d|a"]
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -457,6 +476,7 @@ CHATS = {
     "no_content": ({"messages": [{"role": "user", "content": None}]}, 400, "content"),
     "tools": ({"tools": [{"type": "function", "function": {}}]}, 400, "tools.0.function.name"),
     "another_choice": ({"tool_choice": "required"}, 400, "tool_choice"),
+    "no_place_for_an_effort": ({"reasoning_effort": "low"}, 400, "reasoning_effort"),
     "json": ({"response_format": {"type": "json_object"}}, 400, "response_format"),
     "both_lengths": ({"max_tokens": 5, "max_completion_tokens": 5}, 400, "max_tokens"),
     "too_many_tokens": ({"max_completion_tokens": 5000}, 400, "max_tokens"),

@@ -158,6 +158,9 @@ class ChatCompletionRequest(SamplingRequest):
     tools: list[Tool] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: Literal[True] | None = None
+    reasoning_effort: str | None = None  # a variable of the chat template
+    chat_template_kwargs: dict[str, Any] | None = None  # as in vLLM: further variables
+    documents: list[dict[str, Any]] | None = None  # as in vLLM
     modalities: list[Literal["text"]] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
 

@@ -40,7 +40,7 @@ from llmkit.inference.protocol import (
 )
 from llmkit.inference.sampling import Sampling
 from llmkit.inference.writer import GeneratedText, Writer
-from llmkit.tokenizer.messages import to_messages, to_tools
+from llmkit.tokenizer.messages import to_messages, to_tools, to_variables
 
 PAGE = Path(__file__).with_name("server.html")
 PAGE_HEADERS = {  # it loads nothing from other hosts, connects only to this server, and is shown in no other page
@@ -140,12 +140,15 @@ class Server:
         try:
             messages, _ = to_messages([message.model_dump(exclude_none=True) for message in body.messages], Counter())
             tools = to_tools([tool.model_dump() for tool in body.tools or []])
+            variables = to_variables(body.chat_template_kwargs, body.documents)
         except ValueError as error:
             raise RequestError(400, str(error), param="messages") from None
         if tools and body.tool_choice == "none":
             raise RequestError(400, "the template shows tools: leave them out, if none is to be called", param="tools")
+        if body.reasoning_effort is not None:
+            variables["reasoning_effort"] = body.reasoning_effort
         self.check(body, 1, max_tokens or 1)
-        ids = await self.encode(lambda: self.writer.encode_chat(messages, tools))
+        ids = await self.encode(lambda: self.writer.encode_chat(messages, tools, variables))
         self.check_prompts([ids])
         max_tokens = max_tokens or max(1, min(self.limits.new_tokens, self.writer.max_length - len(ids)))
         return await self.answer(request, body, [ids], max_tokens, chat=True)

@@ -56,10 +56,15 @@ class Writer:
         """Return the token ids of a prompt."""
         return self.tokenizer.encode_prompt(text) if self.is_causal else self.tokenizer.encode_source(text)
 
-    def encode_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        variables: dict[str, Any] | None = None,
+    ) -> list[int]:
         """Return the token ids of a conversation in the chat template, up to the start of the assistant's answer."""
         try:
-            ids = encode_chat(self.tokenizer, messages, tools)
+            ids = encode_chat(self.tokenizer, messages, tools, variables)
         except ValueError as error:
             raise DataError(f"the chat template can't express this conversation: {error}") from None
         return ids + ([] if self.is_causal else [self.tokenizer.eos_id])

@@ -194,18 +194,33 @@ def yarn_rope(
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
     attention_factor: float | None = None,
+    mscale: float | None = None,
+    mscale_all_dim: float | None = None,
+    truncate: bool = True,
 ) -> tuple[Tensor, float]:
-    """Divide low frequencies by `factor` along a ramp, and sharpen the scores (YaRN, Peng et al. 2023, 2309.00071)."""
+    """Divide low frequencies by `factor` along a ramp, and sharpen the scores (YaRN, Peng et al. 2023, 2309.00071).
+
+    mscale, mscale_all_dim  both: the scores are sharpened by a ratio, as in DeepSeek-V2 (2405.04434)
+    truncate                the ramp begins and ends at whole channels
+    """
     pairs = len(frequencies)
 
     def channel(turns: float) -> float:
         """Return the channel pair that makes this many turns in the original context."""
         return pairs * math.log(original_max_position_embeddings / (turns * 2 * math.pi)) / math.log(theta)
 
-    low, high = max(math.floor(channel(beta_fast)), 0), min(math.ceil(channel(beta_slow)), 2 * pairs - 1)
+    def sharpening(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    low, high = channel(beta_fast), channel(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
     high = high + 0.001 if high == low else high  # avoid a division by zero
     slow = ((torch.arange(pairs, device=frequencies.device) - low) / (high - low)).clamp(0, 1)
-    gain = (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0) if attention_factor is None else attention_factor
+    gain = attention_factor
+    if gain is None:
+        gain = sharpening(mscale) / sharpening(mscale_all_dim) if mscale and mscale_all_dim else sharpening(1.0)
     return frequencies * (1 - slow + slow / factor), gain
 
 
@@ -233,6 +248,8 @@ def scaling_problem(scaling: dict) -> str | None:
         return f"of type {kind} has no option {', '.join(sorted(unknown))}"
     if missing:
         return f"of type {kind} needs {', '.join(missing)}"
+    if not isinstance(options.pop("truncate", True), bool):
+        return f"of type {kind} needs a truncate that is true or false"
     numbers = {key: x for key, x in options.items() if isinstance(x, int | float) and not isinstance(x, bool)}
     if wrong := [key for key in options if not 0 < numbers.get(key, 0) <= MOST]:
         return f"of type {kind} needs a positive {wrong[0]}, at most {MOST}"

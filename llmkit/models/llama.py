@@ -190,6 +190,7 @@ def from_hf(hf: dict) -> dict:
     if "rope_theta" in rope:
         hf["rope_theta"] = rope.pop("rope_theta")
     if kind != "default" or rope:
+        rope.pop("finetuned", None)  # in the configs of YaRN's authors; it changes nothing
         hf["rope_scaling"] = {"rope_type": kind, **rope}
         if kind == "yarn":  # by default, the pretrained length
             hf["rope_scaling"].setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))

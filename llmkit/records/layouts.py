@@ -20,6 +20,7 @@ from llmkit.tokenizer.messages import (
     to_messages,
     to_text,
     to_tools,
+    to_variables,
 )
 
 TURNS = ("messages", "conversations", "conversation")  # lists of turns
@@ -32,7 +33,6 @@ PREFERENCES = dict.fromkeys(("chosen", "rejected", "response_j", "response_k"), 
     "label": "kto"
 }  # -> objective
 VARIABLES = ("documents", "chat_template_kwargs")  # what templates get beside messages and tools
-RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}
 FIELDS = (*TURNS, *QUESTIONS, *ANSWERS, "context", *SYSTEM, *TOOLS, "history", "instances", *VARIABLES)
 
 Pair = tuple[str, str]  # a prompt and its completion, which no chat template touches
@@ -144,13 +144,7 @@ def add_context(one: Conversation, fields: dict[str, Any]) -> None:
         one.messages.insert(0, {"role": "system", "content": to_text(system, "the system text")})
         one.learnt.insert(0, False)
     one.tools = to_tools(one_of({name: value for name, value in fields.items() if value}, TOOLS))
-    one.variables = from_json(fields.get("chat_template_kwargs"), "chat_template_kwargs", must=True) or {}
-    if not isinstance(one.variables, dict) or one.variables.keys() & RESERVED:
-        raise ValueError(f"chat_template_kwargs is not an object, or sets one of {', '.join(sorted(RESERVED))}")
-    if documents := from_json(fields.get("documents"), "documents", must=True):
-        if not isinstance(documents, list) or not all(isinstance(document, dict) for document in documents):
-            raise ValueError("documents is not a list of objects")
-        one.variables = one.variables | {"documents": documents}
+    one.variables = to_variables(fields.get("chat_template_kwargs"), fields.get("documents"))
 
 
 def read_questions(fields: dict[str, Any], unread: Counter[str]) -> tuple[set[str], str, list[Pair | Conversation]]:

@@ -100,8 +100,8 @@ def mentions(template: str, name: str) -> bool:
 
 def adapt(template: str, one: Conversation) -> Conversation:
     """Write a conversation as the template wants it. Raise ValueError for what the template has no place for."""
-    for name, value in (("tools", one.tools), ("documents", one.variables.get("documents"))):
-        if value and not re.search(rf"\b{name}\b", template):
+    for name, value in {"tools": one.tools or None, **one.variables}.items():
+        if value is not None and not re.search(rf"\b{name}\b", template):
             raise ValueError(f"the chat template has no place for {name}")
     changes: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
     if any("tool_calls" in message for message in one.messages):
@@ -160,14 +160,19 @@ def template_variables(tokenizer: Tokenizer, one: Conversation) -> dict[str, Any
 
 
 def encode_chat(
-    tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
+    variables: dict[str, Any] | None = None,
 ) -> list[int]:
     """Return the ids of a conversation up to the start of the next answer.
+
+    variables  further ones of the template, such as enable_thinking
 
     Raise ValueError if the template does not support it, DataError if it can't be parsed.
     """
     template = default_template(tokenizer)
-    one = adapt(template, Conversation(messages, [False] * len(messages), tools))
+    one = adapt(template, Conversation(messages, [False] * len(messages), tools, variables or {}))
     one = break_special_tokens(tokenizer, one)
     [found] = render_jobs(
         template, [Job(to_parts(template, one.messages), [(len(messages), True)], template_variables(tokenizer, one))]

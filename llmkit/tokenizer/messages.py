@@ -20,6 +20,7 @@ ROLES = {  # other names -> the role
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 CALL_ROLES = ("function_call", "tool_call")  # of ShareGPT: a turn of the assistant that only calls functions
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the first is the name that messages have here
+RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # names that chat_template_kwargs can't set
 MEDIA = ("image", "images", "audio", "audios", "video", "videos", "refusal")
 KNOWN_FIELDS = {
     *("role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name", "weight", "train"),
@@ -174,6 +175,19 @@ def to_tools(value: Any) -> list[dict[str, Any]] | None:
             raise ValueError("a tool has no name")
         tools.append({"type": "function", "function": function})
     return tools or None
+
+
+def to_variables(options: Any, documents: Any) -> dict[str, Any]:
+    """Return the further variables of a chat template: a chat_template_kwargs and documents, also as JSON texts."""
+    variables = from_json(options, "chat_template_kwargs", must=True) or {}
+    if not isinstance(variables, dict) or variables.keys() & RESERVED:
+        raise ValueError(f"chat_template_kwargs is not an object, or sets one of {', '.join(sorted(RESERVED))}")
+    documents = from_json(documents, "documents", must=True)
+    if not documents:
+        return variables
+    if not isinstance(documents, list) or not all(isinstance(document, dict) for document in documents):
+        raise ValueError("documents is not a list of objects")
+    return {"documents": documents} | variables
 
 
 def from_json(value: Any, what: str, *, must: bool = False) -> Any:
