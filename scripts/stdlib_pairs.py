@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from llmkit.readers.documents import list_files
+from llmkit.readers.listing import list_files
 
 EXCLUDED = yaml.safe_load(Path("configs/quickstart.yaml").read_text())["data"]["sources"][0]["exclude"]
 MAX_CHARACTERS = 700  # of prompt and body together, to fit into the model's 256 positions

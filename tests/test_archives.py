@@ -16,10 +16,11 @@ import zstandard
 from conftest import SHARED, needs_shared
 
 from llmkit.errors import UserError
-from llmkit.readers import records
-from llmkit.readers.documents import list_files, read_file, read_texts
+from llmkit.readers.documents import read_file, read_texts
+from llmkit.readers.listing import list_files
 from llmkit.readers.records import count_lines_before, read_records, spans_of
 from llmkit.readers.tally import BadRecord, Tally
+from llmkit.readers.warc import decode_body
 from llmkit.types import Document
 
 ZIPPED, CHUNKED = "Content-Encoding: gzip\r\n", "Transfer-Encoding: chunked\r\n"
@@ -186,7 +187,7 @@ def test_a_bad_header_costs_what_follows_it_and_not_what_is_no_page(tmp_path, na
 
 def test_a_page_without_text_costs_no_other(tmp_path, monkeypatch):
     binary, large = page("http://x/", b"\0" * 50), page("http://y/", NOISE)
-    monkeypatch.setattr(records, "MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr("llmkit.readers.packed.MAX_DOCUMENT_BYTES", 1000)
     packed = list(map(gzip.compress, (A, binary, large, B)))
     good, bad = read(write(tmp_path / "a.warc.gz", b"".join(packed)))
     assert [one.text for one in good] == ["<p>one", "<p>two"]
@@ -234,7 +235,7 @@ def test_chunks_end_as_they_should_or_the_page_is_bad(tmp_path, body, text):
 def test_a_million_chunks_take_no_time():
     started = time.process_time()
     body = b"1\r\nx\r\n" * 300_000 + b"0\r\n\r\n"
-    assert records.decode_body(body, [("Transfer-Encoding", "chunked")]) == b"x" * 300_000
+    assert decode_body(body, [("Transfer-Encoding", "chunked")]) == b"x" * 300_000
     assert time.process_time() - started < 5
 
 
@@ -421,7 +422,7 @@ def test_broken_files_in_a_zip_are_bad_records_with_their_place(tmp_path):
 
 
 def test_sizes_in_a_zip_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr("llmkit.readers.packed.MAX_DOCUMENT_BYTES", 1000)
     path = zipped(tmp_path / "a.zip", {"bomb.txt": b"x" * 10_000_000, "b.txt": b"fine"})
     good, (bad,) = read(path)
     assert [one.text for one in good] == ["fine"] and "over 1,000 bytes" in bad.reason
@@ -501,7 +502,7 @@ def test_lines_before_any_place(tmp_path):
 
 
 def test_too_long_a_line_is_bad_once_whatever_the_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "MAX_DOCUMENT_BYTES", 30)
+    monkeypatch.setattr("llmkit.readers.packed.MAX_DOCUMENT_BYTES", 30)
     path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "%s"}\n{"text": "b"}\n' % (b"x" * 200))
     whole = absolute(path, [None])
     assert whole[1][1] == (2, 14, "a line over 30 bytes") and len(whole) == 3

@@ -17,7 +17,8 @@ import zstandard
 from llmkit.errors import DataError, UserError
 from llmkit.readers import documents, records
 from llmkit.readers.decode import decode
-from llmkit.readers.documents import list_files, read_dataset, read_file, read_texts, root_of
+from llmkit.readers.documents import read_dataset, read_file, read_texts
+from llmkit.readers.listing import list_files, root_of
 from llmkit.readers.records import read_records
 from llmkit.readers.tally import BadRecord
 from llmkit.types import Document
@@ -204,7 +205,7 @@ def test_dates_that_python_can_not_hold_cost_their_row_alone(tmp_path):
 
 
 def test_a_line_too_long_costs_itself_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr("llmkit.readers.packed.MAX_DOCUMENT_BYTES", 100)
     good, (bad,) = read(write(tmp_path / "a.csv", "text\none\n" + "x" * 200 + "\ntwo\n"))
     assert [one.text for one in good] == ["one", "two"] and bad.line == 3
 
@@ -357,8 +358,7 @@ def test_a_glob_that_can_not_be_read(tmp_path, glob):
 
 
 def test_sizes_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "MAX_DOCUMENT_BYTES", 100)
-    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr("llmkit.readers.packed.MAX_DOCUMENT_BYTES", 100)
     good, (bad,) = read(write(tmp_path / "a.jsonl", '{"text": "%s"}\n{"text": "b"}\n' % ("a" * 500)))
     assert [one.text for one in good] == ["b"] and bad.line == 1 and "100 bytes" in bad.reason
     assert not read(write(tmp_path / "a.txt", "a" * 100))[1]

@@ -11,7 +11,7 @@ from llmkit.corpus.words import TextFeatures, hash_ngrams, hash_words, split_wor
 from llmkit.errors import DataError, MachineError, ModelError, UserError
 from llmkit.files import file_stamps, folder_stamps
 from llmkit.readers.decode import decode
-from llmkit.readers.documents import list_files, refuse_zip
+from llmkit.readers.listing import list_files, refuse_zip
 from llmkit.readers.packed import suffix_of
 from llmkit.readers.records import READERS, read_records, read_text
 from llmkit.readers.tally import BadRecord, Tally

@@ -14,7 +14,8 @@ from llmkit.data.splits import open_stream, read_manifest
 from llmkit.errors import DataError, UserError
 from llmkit.models import family_of
 from llmkit.objectives import OBJECTIVES, fitting_objectives
-from llmkit.readers.documents import keep_documents, list_files, read_file
+from llmkit.readers.documents import keep_documents, read_file
+from llmkit.readers.listing import list_files
 from llmkit.readers.records import read_records
 from llmkit.readers.tally import Tally
 from llmkit.records.encode import Found, encode_records

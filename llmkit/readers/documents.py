@@ -5,174 +5,23 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from llmkit.errors import DataError, UserError, did_you_mean
+from llmkit.readers import packed
+from llmkit.readers.listing import is_selected, list_files
 from llmkit.readers.packed import READ_ERRORS, may_be_empty, suffix_of
 from llmkit.readers.records import (
     DOCUMENT_FORMATS,
-    MAX_DOCUMENT_BYTES,
     READERS,
-    Record,
     Span,
     read_records,
     read_text,
-    read_warc,
 )
-from llmkit.readers.tally import BadRecord, Tally
+from llmkit.readers.tally import BadRecord, Record, Tally
+from llmkit.readers.warc import read_warc
 from llmkit.types import Document
-
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-
-LINKS_OUT = "linked from outside the folder"  # a key of what `list_files` skips
-
-
-def list_files(
-    path: str,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    skipped: Counter[str] | None = None,
-    *,
-    follow_links: bool = False,
-) -> list[Path]:
-    """List the readable files of a path (a file, folder or glob), sorted. Skip hidden, empty and special files.
-
-    include, exclude  globs for the path below the folder, or for the bare name; `*` also matches slashes
-    skipped           counts the selected files that are not listed, by reason
-    follow_links      list what symbolic links inside the folder point to outside of it; else they are skipped
-
-    A zip is listed as one file if it is not excluded. `include` selects among its members. An empty file of a format
-    that has a header, such as Parquet, is listed, because it is a damaged one. Raise DataError for a dangling link.
-    """
-    if not path.strip():  # it would mean the working folder
-        raise DataError("the path of a file or folder is empty", got=repr(path))
-    start, root = Path(path).expanduser(), root_of(path)
-    if not start.is_dir() and (start.exists() or start.is_symlink()):
-        check_file(start)
-    elif not root.is_dir():
-        raise DataError("no such file or folder", at=path)
-    skipped, found, files = Counter() if skipped is None else skipped, [], []
-    try:
-        candidates = [start] if start.is_file() else find_files(start, root, follow_links)
-    except ValueError as error:  # of Path.glob
-        fix = "** stands for any folders, alone between slashes: docs/**/*.txt"
-        raise DataError("the glob can't be read", at=path, got=error, fix=fix) from None
-    for file in candidates:
-        suffix, is_link_out = suffix_of(file), file != start and not follow_links and leaves(file, root)
-        found += [file] if file.is_file() and not is_link_out else []
-        known, globs = suffix in (*READERS, ".zip"), () if suffix == ".zip" or file.is_dir() else include
-        if not is_selected(file.relative_to(root), globs, exclude, file == start):
-            continue
-        if known and file.is_symlink() and not file.exists():
-            check_file(file)
-        elif is_link_out and (known or file.is_dir()):
-            skipped[LINKS_OUT] += 1
-        elif not file.is_file() or is_link_out:
-            continue
-        elif not known:
-            skipped[f"{suffix or 'no suffix'} (unknown type)"] += 1
-        elif not file.stat().st_size and may_be_empty(file):
-            skipped[f"empty {suffix}"] += 1
-        else:
-            files.append(file)
-    if not files:
-        raise no_files_error(path, found, skipped[LINKS_OUT], include, exclude)
-    return sorted(files, key=Path.as_posix)
-
-
-def no_files_error(
-    path: str, found: list[Path], links: int, include: Sequence[str], exclude: Sequence[str]
-) -> DataError:
-    """Return the error for a path without a readable file: which files are there, and what hides them."""
-    seen = Counter(suffix_of(file) or "no suffix" for file in found).most_common(8)
-    seen += [(LINKS_OUT, links)] if links else []
-    globs = "".join(f", {key} {list(value)}" for key, value in [("include", include), ("exclude", exclude)] if value)
-    got = ", ".join(f"{n} {suffix}" for suffix, n in seen) or "no files at all"
-    expected = f"files with a known suffix, neither empty nor hidden{globs}"
-    fix = "name the folder that the links point to, or in a config set follow_links: true" if links else None
-    return DataError("no file to read", at=path, got=got, expected=expected, fix=fix)
-
-
-def find_files(start: Path, root: Path, follow_links: bool) -> set[Path]:
-    """Return the files that a folder or glob matches, those in matched folders too, and links of any kind."""
-    pattern = start.relative_to(root).as_posix() if start != root else "**"
-    matches = root.glob(f"{pattern}/*" if pattern.endswith("**") else pattern)
-    recursive = pattern.endswith(("**", "**/*"))
-    if not recursive:  # replace folders by their files
-        matches = (file for match in matches for file in (match.rglob("*") if is_folder(match) else [match]))
-    found, entered = set(), {root.resolve()}
-    pending = [match for match in matches if not is_folder(match)]
-    while pending:
-        match = pending.pop()
-        found.add(match)
-        if follow_links and match.is_dir() and leaves(match, root) and match.resolve() not in entered:
-            entered.add(match.resolve())  # links can form a cycle
-            pending += [file for file in match.rglob("*") if not is_folder(file)]
-    return found
-
-
-def leaves(path: Path, root: Path) -> bool:
-    """Return whether a path below a folder really lies outside of it, because of a symbolic link."""
-    steps = [path, *path.parents][: len(path.relative_to(root).parts)]
-    target = Path(os.path.realpath(path))  # path.resolve() raises an error for a link to itself
-    return any(step.is_symlink() for step in steps) and not target.is_relative_to(root.resolve())
-
-
-def root_of(path: str) -> Path:
-    """Return the root of the documents' ids: the folder itself, a file's folder, or a glob's fixed part.
-
-    >>> root_of("corpora/docs/**/*.html").as_posix()
-    'corpora/docs'
-    """
-    start = Path(path).expanduser()
-    if start.exists() or start.is_symlink():
-        return start if start.is_dir() else start.parent
-    wildcards = [i for i, part in enumerate(start.parts) if re.search(r"[*?[]", part)]
-    return Path(*start.parts[: wildcards[0]]) if wildcards else start
-
-
-def is_folder(path: Path) -> bool:
-    """Return True for a folder, but not for a symbolic link to one, which could form a cycle."""
-    return path.is_dir() and not path.is_symlink()
-
-
-def check_file(path: Path) -> None:
-    """Raise DataError if a file that the user named can't be read."""
-    problem, got, fix = None, None, None
-    if not path.exists():
-        problem = "the link points to a missing file" if path.is_symlink() else "no such file"
-    elif not path.is_file():
-        problem = "not a regular file"
-    elif not path.stat().st_size:
-        problem = "the file is empty"
-    elif (got := suffix_of(path)) not in (*READERS, ".zip"):
-        problem, fix = "no reader for files with this suffix", did_you_mean(got, READERS)
-    if problem:
-        raise DataError(problem, at=path, got=got, fix=fix)
-
-
-def refuse_zip(path: Path, what: str) -> None:
-    """Raise DataError for a zip, where only files of records are read."""
-    if path.suffix.lower() == ".zip":
-        raise DataError(f"{what} in a zip are not supported", at=path, fix="unpack it")
-
-
-def is_selected(path: Path, include: Sequence[str], exclude: Sequence[str], hidden: bool = False) -> bool:
-    """Match a path below the folder against the globs. Hidden folders and files match only if `hidden`."""
-    visible = not any(part.startswith(".") or part in ("__pycache__", "node_modules") for part in path.parts)
-    return (visible or hidden) and (not include or matches_any(path, include)) and not matches_any(path, exclude)
-
-
-def matches_any(path: Path, patterns: Sequence[str]) -> bool:
-    """Match a path against globs. The variant with a leading slash lets `**/x` match an x at the top."""
-    names = (path.as_posix(), f"/{path.as_posix()}", path.name)
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-
-# ---- documents ------------------------------------------------------------------------------------------------------
 
 
 def read_file(
@@ -308,8 +157,8 @@ def extract_text(record: dict[str, Any], text_key: str) -> str:
     if not isinstance(text, str):
         empty = "null" if text_key in record else "missing"
         raise ValueError(f"{text_key} is " + (empty if text is None else f"{type(text).__name__}, not text"))
-    if len(text.encode()) > MAX_DOCUMENT_BYTES:
-        raise ValueError(f"{text_key} has over {MAX_DOCUMENT_BYTES:,} bytes")
+    if len(text.encode()) > packed.MAX_DOCUMENT_BYTES:
+        raise ValueError(f"{text_key} has over {packed.MAX_DOCUMENT_BYTES:,} bytes")
     return text
 
 

@@ -5,8 +5,6 @@ may also be a `zipfile.Path`, a file inside a zip.
 """
 
 import csv
-import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,12 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmkit.errors import DataError, MachineError
+from llmkit.readers import packed
 from llmkit.readers.decode import decode, parse_json
-from llmkit.readers.packed import READ_ERRORS, open_bytes, size_after, stored_size, suffix_of, unpack
-from llmkit.readers.tally import BadRecord
+from llmkit.readers.packed import READ_ERRORS, open_bytes, size_after, stored_size, suffix_of
+from llmkit.readers.tally import BadRecord, Record
+from llmkit.readers.warc import read_warc
 
 BOM = b"\xef\xbb\xbf"  # of UTF-8, which some programs write at the start of a file
-MAX_DOCUMENT_BYTES = 50_000_000  # limit for a text, and for a line of JSON Lines or CSV
 MAX_JSON_BYTES = 256_000_000  # a .json array is parsed as a whole and takes about four times its size in memory
 
 TEXT_SUFFIXES = tuple(".txt .text .md .markdown .rst .tex .org .adoc".split())
@@ -35,7 +34,6 @@ CODE_SUFFIXES = tuple(
 )
 
 
-Record = tuple[int, dict[str, Any] | BadRecord, int]  # (line or row, record, bytes of the file that hold it, unpacked)
 Span = tuple[int, int]  # part of a file, [start, stop): bytes of JSON Lines, row groups of Parquet
 
 
@@ -84,10 +82,10 @@ def read_lines(path: Path, span: Span | None = None) -> Iterator[tuple[int, int,
         number, offset = 0, start
         if start:
             file.seek(start - 1)
-            while (line := file.readline(MAX_DOCUMENT_BYTES)) and not line.endswith(b"\n"):
+            while (line := file.readline(packed.MAX_DOCUMENT_BYTES)) and not line.endswith(b"\n"):
                 pass  # a line that crosses the start belongs to the previous span
             offset = file.tell()
-        while (stop is None or offset < stop) and (line := file.readline(MAX_DOCUMENT_BYTES + 1)):
+        while (stop is None or offset < stop) and (line := file.readline(packed.MAX_DOCUMENT_BYTES + 1)):
             number, size = number + 1, len(line)
             if offset == 0 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
                 yield (
@@ -96,11 +94,11 @@ def read_lines(path: Path, span: Span | None = None) -> Iterator[tuple[int, int,
                     BadRecord(str(path), number, offset, "UTF-16: convert the file to UTF-8", size_after(path, 0)),
                 )
                 return
-            if size > MAX_DOCUMENT_BYTES:
+            if size > packed.MAX_DOCUMENT_BYTES:
                 while line and not line.endswith(b"\n"):  # skip its rest
-                    line = file.readline(MAX_DOCUMENT_BYTES)
+                    line = file.readline(packed.MAX_DOCUMENT_BYTES)
                     size += len(line)
-                line = BadRecord(str(path), number, offset, f"a line over {MAX_DOCUMENT_BYTES:,} bytes", size)
+                line = BadRecord(str(path), number, offset, f"a line over {packed.MAX_DOCUMENT_BYTES:,} bytes", size)
             yield number, offset, line
             offset += size
 
@@ -108,11 +106,13 @@ def read_lines(path: Path, span: Span | None = None) -> Iterator[tuple[int, int,
 def read_text(path: Path) -> Iterator[Record]:
     """Read a whole file as one record {text, format, encoding}."""
     with open_bytes(path) as file:
-        data = file.read(MAX_DOCUMENT_BYTES + 1)
+        data = file.read(packed.MAX_DOCUMENT_BYTES + 1)
     doc_format = DOCUMENT_FORMATS.get(suffix_of(path), "text")
     try:
-        if len(data) > MAX_DOCUMENT_BYTES:
-            raise ValueError(f"over {MAX_DOCUMENT_BYTES:,} bytes: split it, or convert it to a .jsonl of documents")
+        if len(data) > packed.MAX_DOCUMENT_BYTES:
+            raise ValueError(
+                f"over {packed.MAX_DOCUMENT_BYTES:,} bytes: split it, or convert it to a .jsonl of documents"
+            )
         text, encoding = decode(data, html=doc_format == "html")
         text = text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text files
         yield 1, {"text": text, "format": doc_format, "encoding": encoding}, len(data)
@@ -166,7 +166,7 @@ def as_record(value: Any, path: Path, number: int, offset: int | None, size: int
 
 def read_csv(path: Path) -> Iterator[Record]:
     """Read the rows after a header line, quoted as in Excel. Columns of .tsv files are separated by tabs."""
-    csv.field_size_limit(MAX_DOCUMENT_BYTES)  # for the whole process; the default is 131,072 characters
+    csv.field_size_limit(packed.MAX_DOCUMENT_BYTES)  # for the whole process; the default is 131,072 characters
 
     bad_lines: list[BadRecord] = []  # bad lines of the file, which csv.reader does not get
     taken, damaged = 0, False  # bytes of the lines that it gets; whether the last row has replacement characters
@@ -262,116 +262,7 @@ def to_columns(batch: pa.RecordBatch) -> dict[str, list] | None:
         return None
 
 
-# ---- web archives ---------------------------------------------------------------------------------------------------
-
-MIME_FORMATS = {"text/html": "html", "application/xhtml+xml": "html", "text/plain": "text"}
-CHUNK_HEADER = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")  # the size in hex
-NEXT_RECORD = re.compile(rb"\r\n\r\nWARC/1\.[01]\r\nWARC-")
-
-
-def decode_body(data: bytes, headers: Any) -> bytes:
-    """Undo the chunked transfer encoding and the compression of an HTTP body. Raise ValueError if it is truncated.
-
-    Crawlers often decode a body but keep its headers. A body that is not encoded as its headers say is returned as is.
-    """
-    headers = {name.lower(): value.lower() for name, value in headers}
-    if "chunked" in headers.get("transfer-encoding", "") and CHUNK_HEADER.match(data):
-        pieces, at = [], 0
-        while True:
-            head = CHUNK_HEADER.match(data, at)
-            if head is None:
-                raise ValueError("cut short between its chunks")
-            size, at = int(head[1], 16), head.end()
-            if size == 0:
-                break
-            if at + size > len(data):
-                raise ValueError("cut short inside a chunk")
-            pieces.append(data[at : at + size])
-            at += size + 2
-        data = b"".join(pieces)
-    if data.startswith(b"\x1f\x8b") and "gzip" in headers.get("content-encoding", ""):
-        stream = zlib.decompressobj(31)
-        try:
-            data = stream.decompress(data, MAX_DOCUMENT_BYTES + 1)
-        except zlib.error as error:
-            raise ValueError(f"broken gzip: {error}") from None
-        if len(data) > MAX_DOCUMENT_BYTES:
-            raise ValueError(f"over {MAX_DOCUMENT_BYTES:,} bytes")
-        if not stream.eof:
-            raise ValueError("cut short inside its gzip")
-    elif (coding := headers.get("content-encoding")) in ("br", "zstd"):
-        raise ValueError(f"compressed with {coding}, which is not supported")
-    return data
-
-
-def read_warc(path: Path) -> Iterator[Record]:
-    """Read the pages of a web archive (ISO 28500) or the texts of a WET file: {text, format, encoding, url}.
-
-    Requests, pictures, redirects and error pages are skipped. A record's number is its position in the archive, from 1.
-    Its offset is that of its (compressed) start.
-    """
-    from fastwarc.warc import ArchiveIterator, WarcRecordType
-
-    wanted = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
-    number, start, done, is_bad = 0, 0, 0, False
-    try:
-        with path.open("rb") as raw:
-            for number, record in enumerate(ArchiveIterator(raw), 1):
-                start, size, data, is_bad = record.stream_pos, record.content_length, b"", False
-                mime = record.http_content_type if record.is_http else record.headers.get("Content-Type")
-                doc_format = MIME_FORMATS.get((mime or "").partition(";")[0].strip().lower())
-                url = (record.headers.get("WARC-Target-URI") or "").strip("<>")
-                is_page = doc_format and record.record_type & wanted and not url.startswith("metadata:")  # wget's log
-                is_page = is_page and (not record.is_http or record.http_headers.status_code == 200)
-                try:
-                    if not record.headers.get("Content-Length"):
-                        raise ValueError("a header without Content-Length: damaged, or cut short")
-                    data = record.reader.read(MAX_DOCUMENT_BYTES + 1) if is_page else b""
-                    if len(data) > MAX_DOCUMENT_BYTES:
-                        raise ValueError(f"over {MAX_DOCUMENT_BYTES:,} bytes")
-                    if (found := len(data) + record.reader.consume()) < size:
-                        raise ValueError(f"cut short: {found:,} of {size:,} bytes")
-                    if record.is_http and doc_format and record.http_headers.status_code is None:
-                        raise ValueError("a response without a status")
-                    if not is_page:
-                        continue
-                    if NEXT_RECORD.search(data):
-                        raise ValueError("cut short: it runs on into the next record")
-                    body = decode_body(data, record.http_headers) if record.is_http else data
-                    text, encoding = decode(body, html=doc_format == "html", declared=record.http_charset)
-                except (ValueError, OSError) as error:
-                    is_bad = True
-                    yield number, BadRecord(str(path), number, start, str(error), len(data)), len(data)
-                    continue
-                done += size
-                yield number, {"text": text, "format": doc_format, "encoding": encoding, "url": url}, size
-        if path.suffix.lower() == ".gz" and not is_bad:  # else the end is reported already
-            check_gzip_end(path, start)
-    except (OSError, EOFError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # from the system
-            raise
-        rest = stored_size(path) - start  # counts as if its share of pages were that of what precedes it
-        lost = rest * done // start if start and done else rest
-        reason = f"the file is broken from here on: {error}"
-        yield number + 1, BadRecord(str(path), number + 1, None, reason, lost), lost
-        return
-    if not number:
-        yield 1, BadRecord(str(path), 1, 0, "no WARC record in the file", size_after(path, 0)), 0
-
-
-def check_gzip_end(path: Path, start: int) -> None:
-    """Raise EOFError if a .gz ends inside a member, which FastWARC takes for the end of the archive.
-
-    start  where the last member begins. If none begins there, the file is a single member and is unpacked as a whole.
-    """
-    with path.open("rb") as raw:
-        raw.seek(start)
-        is_member = raw.read(3) == b"\x1f\x8b\x08"
-        raw.seek(start if is_member else 0)
-        stream = unpack(raw, path)
-        while stream.read(2**20):
-            pass
-
+# ---- any file -------------------------------------------------------------------------------------------------------
 
 DOCUMENT_FORMATS = {  # suffix -> format, for files that are one document
     suffix + packed: kind

@@ -8,7 +8,8 @@ from pathlib import Path
 from llmkit.config.data import SourceFiles
 from llmkit.errors import UserError
 from llmkit.files import write_atomically
-from llmkit.readers.documents import dataset_files, is_saved_dataset, list_files, root_of
+from llmkit.readers.documents import dataset_files, is_saved_dataset
+from llmkit.readers.listing import list_files, root_of
 from llmkit.readers.records import Span, count_lines_before, spans_of
 
 Piece = tuple[str, Span | None]  # a file, or a span of one

@@ -29,6 +29,9 @@ class BadRecord:
         return f"{self.path}:{self.line}"
 
 
+Record = tuple[int, dict[str, Any] | BadRecord, int]  # (line or row, record, bytes of the file that hold it, unpacked)
+
+
 @dataclass
 class Tally:
     """Count the records and bytes of some files, and how many of them are lost, by reason.

@@ -24,10 +24,11 @@ from llmkit.data.tokens import ShardWriter, describe_file, find_change, load_arr
 from llmkit.errors import DataError, UserError
 from llmkit.files import delete, delete_leftovers, file_sha256, folder_stamps, open_atomically, write_atomically
 from llmkit.parallel.workers import open_pool
-from llmkit.readers.documents import check_file, dataset_files, is_saved_dataset, load_dataset_rows, refuse_zip
-from llmkit.readers.records import DOCUMENT_FORMATS, READERS, Record, read_records
+from llmkit.readers.documents import dataset_files, is_saved_dataset, load_dataset_rows
+from llmkit.readers.listing import check_file, refuse_zip
+from llmkit.readers.records import DOCUMENT_FORMATS, READERS, read_records
 from llmkit.readers.sources import Piece, group_files, source_files, write_quarantine
-from llmkit.readers.tally import Tally
+from llmkit.readers.tally import Record, Tally
 from llmkit.records.encode import Found, encode_records
 from llmkit.records.fit import fit_pairs, fit_row
 from llmkit.records.rows import choose_splits, plan_pairs, plan_rows
@@ -35,7 +36,7 @@ from llmkit.tokenizer.chat_template import default_template
 from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.tokenizer import Tokenizer
 
-VERSION = 5  # of the encoding; data of another version is encoded again
+VERSION = 6  # of the encoding; data of another version is encoded again
 UNIT_BYTES = 8 * 2**20  # source bytes in one unit
 RECORD_FILES = [f"*{suffix}" for suffix in READERS if suffix not in DOCUMENT_FORMATS]
 NO_RECORDS = ["dataset_info.json", "dataset_infos.json"]  # what `datasets` writes beside the data

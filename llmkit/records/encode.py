@@ -11,8 +11,7 @@ import numpy as np
 
 from llmkit.data.rows import encode_tokens
 from llmkit.errors import DataError
-from llmkit.readers.records import Record
-from llmkit.readers.tally import BadRecord, Tally
+from llmkit.readers.tally import BadRecord, Record, Tally
 from llmkit.records.layouts import OtherKindError, Pair, UnknownLayoutError, read_examples, refuse_first
 from llmkit.tokenizer.answers import render_examples
 from llmkit.tokenizer.chat_template import Conversation, Rendered, encode_rendered
