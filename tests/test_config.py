@@ -327,6 +327,15 @@ def test_every_letter_can_be_in_a_quoted_value():
     assert set_override({}, {}, f"init_from={quote(text)}") == {"init_from": text}
 
 
+@pytest.mark.parametrize("given, fix", [("question=Frage", "{question: Frage}"), ("question=F, answer=A", "A}"),
+                                        ("Frage", None)])  # fmt: skip
+def test_pairs_in_place_of_a_section_are_shown_as_one(tmp_path, given, fix):
+    (tmp_path / "c.yaml").write_text("data: {kind: sft, path: a.csv}\nmodel: {name: gpt2}\ntrain: {epochs: 1}\n")
+    with pytest.raises(UserError, match=r"data\.columns is not valid") as error:
+        load_config(tmp_path / "c.yaml", [f"data.columns={given}"])
+    assert error.value.fix is None if fix is None else fix in error.value.fix
+
+
 @pytest.mark.parametrize("key", ["train.epochs", "data.sources.0.weight", "data.tokenizer.sample_mb"])
 def test_huge_lengths_and_shares_are_refused(corpus, tmp_path, key):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_config(corpus)))

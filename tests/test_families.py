@@ -508,7 +508,6 @@ REFUSED = {
     "qwen2_mixed": ("qwen2", QWEN | {"layer_types": [SLIDING, FULL, SLIDING]}, "layer_types"),
     "qwen3_mixed": ("qwen3", QWEN | {"layer_types": [FULL, SLIDING, FULL]}, "layer_types"),
     "qwen3_chunks": ("qwen3", {"layer_types": ["chunked_attention"] * 3}, "layer_types"),
-    "qwen3_truncated": ("qwen3", {"rope_scaling": YARN | {"truncate": False}}, "truncate"),
     "gemma_both_ways": ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     "gemma_relu": ("gemma", {"hidden_act": "relu"}, "hidden_act"),
     "falcon_alibi": ("falcon", {"alibi": True}, "alibi"),

@@ -304,7 +304,7 @@ def test_columns_and_what_is_not_read_from_the_command_line(corpus, tmp_path):
     options = ["-o", "data.columns={question: Frage, answer: Antwort}", "-o", "train.max_steps=2"]
     command = ["finetune", "--lora", "--from", "runs/base", "--data", "faq.csv", *options]
     said = llmkit(*command, cwd=tmp_path).stdout
-    assert "question/answer through the chat template" in said and "not read: id, source" in said
+    assert "question/answer through ChatML" in said and "not read: id, source" in said
 
 
 def test_a_damaged_field_is_never_passed_over(tokenizer):

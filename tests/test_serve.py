@@ -1177,7 +1177,7 @@ def test_chat_through_a_pipe(model, writer):
     second = reply("What is it?", first, "And the river?")
     last = reply("What is it?", first, "Bye")
     assert done.stdout == f"> {first}\n> > {second}\n> > > {first}\n> {last}\n> \n"
-    assert "no chat template: messages are formatted as ChatML" in done.stderr and done.stderr.count("\n") == 1
+    assert "no chat template: messages are formatted by ChatML" in done.stderr and done.stderr.count("\n") == 1
     assert len({first, second, last}) == 3
 
 

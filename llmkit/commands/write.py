@@ -85,13 +85,13 @@ def chat(
     from llmkit.errors import UserError
     from llmkit.inference.generate import count_new_tokens
     from llmkit.inference.writer import open_writer
-    from llmkit.tokenizer.chat_template import CHATML_TEMPLATE, default_template
+    from llmkit.tokenizer.chat_template import describe_template
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     writer = open_writer(model, precision=precision, compile=compile, say=to_stderr)
     if writer.tokenizer.chat_template is None:
-        form = "ChatML" if default_template(writer.tokenizer) == CHATML_TEMPLATE else "plain text"
-        to_stderr(f"this model has no chat template: messages are formatted as {form}, which it may not know")
+        form = describe_template(writer.tokenizer)
+        to_stderr(f"this model has no chat template: messages are formatted by {form}, which it may not know")
     begin = [{"role": "system", "content": system}] if system else []
     messages = list(begin)
     while True:

@@ -91,7 +91,10 @@ def explain(problem: dict, schema: type[BaseModel], origins: dict[tuple, str], p
         r"String should match pattern '\S'": "some text, not a blank",
     }
     expected = names.get(expected, expected)
-    return UserError(f"{key} is not valid", at=at, got=repr(problem["input"]), expected=expected)
+    pairs = re.findall(r"([^=,]+)=([^,]+)", problem["input"]) if isinstance(problem["input"], str) else []
+    section = "{" + ", ".join(f"{name.strip()}: {value.strip()}" for name, value in pairs) + "}"
+    fix = f"write {key}: {section}, or -o '{key}={section}'" if pairs and "section" in expected else None
+    return UserError(f"{key} is not valid", at=at, got=repr(problem["input"]), expected=expected, fix=fix)
 
 
 def fields_at(schema: type[BaseModel], loc: list) -> set[str]:

@@ -153,13 +153,14 @@ def open_records(
     tokenizer: Tokenizer,
     start_id: int | None = None,
     *,
-    is_chat: bool = False,
+    form: str = "",
     weights: dict[str, float] | None = None,
 ) -> Splits:
     """Open the fine-tuning records that `records.build.encode_sft` encoded, given its report.
 
     where     the files, for the header
     start_id  the decoder's first input token in an encoder-decoder; None for a decoder-only model
+    form      the template of chats; "" if the records are continued text
     weights   source -> weight in the mixture, in the order of the report; None: all rows are equally likely
     """
     splits, train, val = report["splits"], report["splits"]["train"], report["splits"]["val"]
@@ -171,7 +172,7 @@ def open_records(
 
     layouts = report["found"]["layouts"]
     names = ", ".join(f"{number:,} {name}" if len(layouts) > 1 else name for name, number in layouts.items())
-    how = "through the chat template" if is_chat else "as they are, no chat template"
+    how = f"through {form}" if form else "as they are, no chat template"
     return Splits(
         tokenizer,
         batches,
@@ -183,7 +184,7 @@ def open_records(
         lengths=", ".join(f"{name} {length:,}" for name, length in report["lengths"].items()) + " tokens an example",
         losses="; ".join(describe_losses(report)),
         warning=warn_of_few(report),
-        is_chat=is_chat,
+        is_chat=bool(form),
         token_bytes=bytes_per_token(tokenizer),
     )
 

@@ -93,6 +93,12 @@ def default_template(tokenizer: Tokenizer) -> str:
     return CHATML_TEMPLATE if CHAT_START in tokenizer.specials else PLAIN_TEMPLATE
 
 
+def describe_template(tokenizer: Tokenizer) -> str:
+    """Return which template `default_template` takes."""
+    forms = {CHATML_TEMPLATE: "ChatML", PLAIN_TEMPLATE: "a plain template with a line for each turn"}
+    return forms.get(default_template(tokenizer), "the chat template")
+
+
 def mentions(template: str, name: str) -> bool:
     """Return whether a template mentions a field of messages, as `.name` or as `['name']`."""
     return re.search(rf"\.{name}\b|['\"]{name}['\"]", template) is not None

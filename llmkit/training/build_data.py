@@ -15,7 +15,7 @@ from llmkit.errors import DataError
 from llmkit.parallel.world import World
 from llmkit.records.build import encode_sft
 from llmkit.records.layouts import CONTINUED
-from llmkit.tokenizer.chat_template import default_template
+from llmkit.tokenizer.chat_template import default_template, describe_template
 from llmkit.tokenizer.load import load_tokenizer, read_template
 
 
@@ -67,11 +67,12 @@ def open_encoded_records(config: Config, world: World, base: Path, start_id: int
     world.on_main(lambda: encode_sft(data, tokenizer, out, **options), builds_data=True)
     report = encode_sft(data, tokenizer, out, **options)  # every rank reads what rank 0 wrote
     is_chat = set(report["found"]["layouts"]) != {CONTINUED}
+    form = describe_template(tokenizer) if is_chat else ""
     if is_chat:  # checkpoints get the template that was trained with
         tokenizer.chat_template = default_template(tokenizer)
     weights = {source.name: source.weight for source in data.sources if source.weight}
     where = data.path or ", ".join(source.name for source in data.sources)
-    return open_records(report, where, tokenizer, start_id, is_chat=is_chat, weights=weights)
+    return open_records(report, where, tokenizer, start_id, form=form, weights=weights)
 
 
 def temporary_folder() -> Path:

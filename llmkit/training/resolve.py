@@ -119,7 +119,10 @@ def find_problems(config: Config, options: Options, model_config: Any, ranks: in
         yield UserError(f"model.{key} {reason}", at=config.where(f"{section}.{key}"))
     if (seq_len := config.data.seq_len) > (longest := model_config.max_position_embeddings):
         expected = f"at most {longest} (max_position_embeddings)"
-        yield config.error("data.seq_len", "is over the model's longest position", got=seq_len, expected=expected)
+        fix = f"set data.seq_len: {longest}"
+        yield config.error(
+            "data.seq_len", "is over the model's longest position", got=seq_len, expected=expected, fix=fix
+        )
     yield from check_warmup(config, options, config.train.max_steps)
     if (size := config.train.global_batch_size) % ranks:
         yield config.error(
