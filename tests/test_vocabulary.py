@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import transformers
 from conftest import SHARED, llmkit, needs_shared, sentences
-from tokenizers import AddedToken, Regex, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Rust
 
 from llmkit.errors import DataError, ModelError, UserError
@@ -464,6 +464,36 @@ def fast_agrees(one: Tokenizer, texts: list[str]) -> None:
         assert ids.tolist() == one.encode(text), text[:100]
         assert one.fast.encode_ordinary(text) == ids.tolist()
     assert one.verify_fast_encoder(texts)
+
+
+def like_qwens(words: list[str], **options: bool) -> Tokenizer:
+    """Return a tokenizer with NFC, and added tokens that are no special ones, as Qwen's for tools."""
+    one = train_tokenizer([LATIN, FOREIGN, NUMBERS], vocab_size=700, pattern="qwen2")
+    one.rust.normalizer = normalizers.NFC()
+    one.rust.add_tokens([AddedToken(word, normalized=False, **options) for word in words])
+    return Tokenizer(one.rust, one.eos_id)
+
+
+def test_the_fast_encoder_reads_tokenizers_like_qwens(tmp_path):
+    one = like_qwens(["<tool_call>", "</tool_call>", "<think>", "</think>"])
+    one.save(tmp_path)
+    theirs, ours = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    calls = ["<tool_call>\n{}\n</tool_call>", "a<think>b</think> <tool_call", f"{EOS}<think>", "<think><think>"]
+    texts = [*HARD, *chance(4, 300), *calls, "cafe\u0301 \ufb01", LATIN]
+    assert ours.fast is not None and ours.verify_fast_encoder(texts)
+    for text, ids in zip(texts, ours.encode_batch(texts), strict=True):
+        assert ids.tolist() == ours.encode(text)
+        if not any(name in text for name in ours.specials):
+            assert ids.tolist() == theirs(text, add_special_tokens=False).input_ids
+    ids = ours.encode_batch(calls)[0]
+    assert ours.token_bytes[ids].sum() == len(calls[0]) and theirs.convert_tokens_to_ids("<tool_call>") == ids[0]
+
+
+@pytest.mark.parametrize("words, options", [(["<a>"], {"lstrip": True}), (["<a", "<a>"], {}), (["<|end"], {})])
+def test_added_tokens_that_the_fast_encoder_may_read_differently_are_left_to_the_other(words, options):
+    one = like_qwens(words, **options)
+    assert one.fast is None
+    assert one.encode_batch([" <a> <a <|end"])[0].tolist() == one.encode(" <a> <a <|end")
 
 
 def test_the_fast_encoder_agrees_on_hard_text(patterned):
