@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import SHARED, llmkit, needs_shared, sentences, tiny_config
@@ -206,7 +208,7 @@ def test_a_turn_says_itself_whether_it_is_learnt(turn, learnt):
 
 
 BAD = {  # a part of the reason -> a record
-    "weight 0.5": {"messages": [user("q"), assistant("a", weight=0.5)]},
+    "weight is 0.5": {"messages": [user("q"), assistant("a", weight=0.5)]},
     "type image_url": {"messages": [user([{"type": "image_url", "image_url": {}}]), assistant("a")]},
     "has images": {"messages": [{**user("q"), "images": ["x.png"]}, assistant("a")]},
     "tool_calls": {"messages": [user("q"), assistant("", tool_calls=[{"id": "1"}])]},
@@ -400,9 +402,11 @@ def test_targets_are_the_answers_and_their_end_marks(tokenizer, template, messag
 
 def test_where_answers_can_not_be_aligned_each_is_an_example(tokenizer):
     calls = [user("q"), assistant("", tool_calls=[CALL]), RESULT, assistant("a")]
-    shows = REWRITES.replace("{{ m.content }}", "{{ m.content }}{% if loop.last and m.tool_calls %}CALL{% endif %}")
+    call = "{{ 'now' if last else 'then' }} {{ c.function.name }} {{ c.function.arguments.city }}"
+    call = "{% set last = loop.last %}{% for c in m.tool_calls or [] %}" + call + "{% endfor %}"
+    shows = REWRITES.replace("{{ m.content }}", "{{ m.content }}" + call)
     one = Conversation(calls, [False, True, False, True])
-    assert targets_of(tokenizer, shows, one) == [["CALL<|im_end|>"], ["a<|im_end|>"]]
+    assert targets_of(tokenizer, shows, one) == [["now weather Z\u00fcrich<|im_end|>"], ["a<|im_end|>"]]
 
 
 MOVES_SYSTEM = (  # into the last turn of the user, as Mistral's do
@@ -440,7 +444,7 @@ def test_templates_that_write_arguments_as_they_are_get_json(tokenizer):
     start, end = "{% for m in messages %}{{ m.content }}{% for t in m.tool_calls or [] %}", "{% endfor %}{% endfor %}"
     for written in ("{{ 'CALL ' + t['function']['arguments'] }}", "{{ t.function.arguments }}",
                     "{{ t.function.arguments | tojson }}"):  # fmt: skip
-        [[found]] = render_examples(tokenizer, start + written + end, one)
+        [[found]] = render_examples(tokenizer, start + "{{ t.function.name }} " + written + end, one)
         assert '{"city": "Z\u00fcrich"}' in found.text
 
 
@@ -574,3 +578,110 @@ def test_public_templates_give_transformers_text_and_ids_and_the_answers_as_targ
             begun = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True, **options)
             assert prompt == begun["input_ids"]
     assert compared >= 3
+
+
+# ---- as people have them --------------------------------------------------------------------------------------------
+
+LANGCHAIN = {"name": "w", "args": {"c": "x"}}
+FOUND = [  # record -> its examples, the messages by role and content
+    ({"conversations": ["q", "a", "r", "b"]}, "user:q assistant:a user:r assistant:b"),  # LIMA
+    ({"conversation": [{"input": "q", "output": "a"}, {"input": "r", "output": "b"}]},
+     "user:q assistant:a user:r assistant:b"),  # Capybara
+    ({"conversation": [{"human": "q", "assistant": "a"}]}, "user:q assistant:a"),  # Firefly
+    ({"messages": [{"role": "User", "text": "q"}, {"role": "Assistant", "text": "a"}]}, "user:q assistant:a"),
+    ({"messages": [{"role": "prompter", "content": "q"}, assistant("a")]}, "user:q assistant:a"),
+    ({"messages": [user("q")], "answer": "a", "source": "s"}, "user:q assistant:a"),
+    ({"messages": [user("q"), assistant("a")], "answer": "42"}, "user:q assistant:a"),  # OpenR1's result
+    ({"problem": "q", "solution": "a", "level": 3}, "user:q assistant:a"),
+    ({"inputs": "q", "targets": "a"}, "user:q assistant:a"),
+    ({"question": "q", "answer": "a", "solution": "s"}, "user:q assistant:a"),
+    ({"instruction": "q", "input": "  \n", "output": "a", "system_message": "s"}, "system:s user:q assistant:a"),
+    ({"question": "q", "answer": "a", "system": " "}, "user:q assistant:a"),
+    ({"instruction": "", "input": "i", "output": "a"}, "user:i assistant:a"),
+    ({"question": [{"role": "system", "content": "s"}, user("q")], "answer": "a", "history": [["h", "i"]]},
+     "system:s user:h assistant:i user:q assistant:a"),
+    ({"instruction": "Write messages", "output": '[{"role": "user", "content": "Hi"}]'},
+     'user:Write messages assistant:[{"role": "user", "content": "Hi"}]'),
+    ({"messages": [user("q"), assistant("", tool_calls=[CALL]),
+                   {"role": "tool", "content": [{"title": "T", "text": "body"}]}, assistant("a")]},
+     'user:q assistant: tool:[{"title": "T", "text": "body"}] assistant:a'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "expected"), FOUND, ids=lambda value: str(value)[:40])
+def test_layouts_of_public_data_sets(record, expected):
+    [one] = examples_of(record)
+    assert " ".join(f"{message['role']}:{message['content']}" for message in one.messages) == expected
+
+
+@pytest.mark.parametrize("call", [LANGCHAIN, {"name": "w", "input": {"c": "x"}}, {"function": LANGCHAIN, "id": "1"}])
+def test_arguments_of_a_call_have_several_names(call):
+    [one] = examples_of({"messages": [user("q"), assistant("", tool_calls=[call])]})
+    assert one.messages[1]["tool_calls"][0]["function"] == {"name": "w", "arguments": {"c": "x"}}
+
+
+QUESTION = {"question": "q", "answer": "a"}
+LOST = [  # record, what its error names
+    ({"messages": [user("q"), assistant("", tool_calls=[{"function": {"name": "w"}, "arguments": {"c": "x"}}])]},
+     "arguments"),
+    ({"messages": [user("q"), assistant("", tool_calls=[LANGCHAIN | {"arguments": {"c": "y"}}])]}, "args"),
+    ({"messages": [user("q"), assistant("", tool_calls=[{"name": "w", "argument": {"c": "x"}}])]}, "argument"),
+    ({"messages": [user("q"), assistant("a")], "images": ["x.png"]}, "images"),
+    (QUESTION | {"image": "x.png"}, "image"),
+    ({"messages": [user([{"type": "text", "text": "q", "image_url": "u"}]), assistant("a")]}, "image_url"),
+    ({"messages": [user("q") | {"attachments": ["f"]}, assistant("a")]}, "attachments"),
+    ({"messages": [user("q"), assistant("a") | {"train_detail": [{"begin": 0}]}]}, "train_detail"),
+    ({"messages": [{"role": "system", "content": "s", "tools": [{"name": "w"}]}, user("q"), assistant("a")]}, "tools"),
+    ({"messages": [user("q"), assistant("a")], "history": [["h", "i"]]}, "history"),
+    ({"messages": [user("q"), assistant("a")], "tools": [TOOL | {"cache": 1}]}, "cache"),
+    (QUESTION | {"tool_calls": [LANGCHAIN]}, "tool_calls"),
+    (QUESTION | {"history": 3}, "history"),
+    (QUESTION | {"weight": 0.5}, "weight"),
+    ({"prompt": "p", "completion": "c", "documents": [{"text": "d"}]}, "documents"),
+    ({"prompt": "p", "completion": "c", "thinking": "t"}, "thinking"),
+    ({"prompt": [user("q"), assistant("a")], "response": "b", "context": "c"}, "context"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "name"), LOST, ids=lambda value: str(value)[:40])
+def test_what_would_be_lost_is_refused_by_name(record, name):
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        examples_of(record)
+
+
+@pytest.mark.parametrize("mark", [{"loss": False}, {"training": False}, {"train": False}, {"weight": 0}])
+def test_marks_of_other_trainers_keep_an_answer_from_being_learnt(mark):
+    turns = [user("q"), assistant("a"), user("r"), assistant("b")]
+    [one] = examples_of({"messages": [turns[0], turns[1] | mark, *turns[2:]]})
+    assert one.learnt == [False, False, False, True]
+    assert not any(examples_of({"messages": turns} | mark)[0].learnt)
+
+
+def test_thoughts_beside_an_answer_are_its_own():
+    [one] = examples_of(QUESTION | {"reasoning_content": "t"})
+    assert one.messages[1] == {"role": "assistant", "content": "a", "reasoning_content": "t"}
+
+
+@pytest.mark.parametrize("template, call, problem", [
+    ("{% for m in messages %}{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0] | tojson }}{% endif %}{% endfor %}",
+     {"function": {"name": "other", "arguments": {"city": "Bern"}}, "type": "function"}, "leaves out a call"),
+    ("{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}", None, "leaves out the thoughts"),
+])  # fmt: skip
+def test_a_template_that_shows_a_part_only_refuses_the_record(tokenizer, template, call, problem):
+    turn = assistant("", tool_calls=[CALL, call]) if call else assistant("<think>why</think>a")
+    [found] = render_examples(tokenizer, template, [Conversation([user("q"), turn], [False, True])])
+    assert problem in str(found)
+
+
+def test_a_variable_may_have_any_name(tokenizer):
+    record = {"messages": [user("q"), assistant("a")], "chat_template_kwargs": {"a(b": 1}}
+    [found] = render_examples(tokenizer, CHATML_TEMPLATE, examples_of(record))
+    assert "no place for a(b" in str(found)
+
+
+def test_structs_of_parquet_add_no_arguments(tmp_path):
+    calls = [{"name": "w", "arguments": {"c": "x"}}, {"name": "v", "arguments": {"d": 1}}]
+    table = pa.Table.from_pylist([{"messages": [user("q"), assistant("", tool_calls=[call])]} for call in calls])
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = [examples_of(record)[0] for _, record, _ in read_records(tmp_path / "a.parquet")]
+    assert [one.messages[1]["tool_calls"][0]["function"] for one in found] == calls

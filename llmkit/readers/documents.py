@@ -16,6 +16,7 @@ from llmkit.readers.records import (
     DOCUMENT_FORMATS,
     READERS,
     Span,
+    drop_absent,
     read_records,
     read_text,
 )
@@ -246,7 +247,7 @@ def load_dataset_rows(
         if text_key in simple:
             data = data.select_columns(simple)  # do not decode images and audio
         for number, row in enumerate(data, 1):
-            yield number, row, 0
+            yield number, {name: drop_absent(value) for name, value in row.items()}, 0
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().partition("\n")[0][:300]
         raise DataError(

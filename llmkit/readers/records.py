@@ -240,7 +240,8 @@ def read_parquet(path: Path, span: Span | None = None) -> Iterator[Record]:
                     for row in range(batch.num_rows):
                         number += 1
                         try:
-                            record = {n: columns[n][row] if columns else batch[n][row].as_py() for n in names}
+                            values = (columns[n][row] if columns else batch[n][row].as_py() for n in names)
+                            record = {n: drop_absent(value) for n, value in zip(names, values, strict=True)}
                         except UnicodeDecodeError:
                             record = BadRecord(str(path), number, None, "invalid UTF-8", size)
                         except (ValueError, OverflowError) as error:  # a date in the year 300,000
@@ -251,6 +252,19 @@ def read_parquet(path: Path, span: Span | None = None) -> Iterator[Record]:
                 reason, rows = f"the rest of row group {group} is damaged: {error}", end - number
                 yield number + 1, BadRecord(str(path), number + 1, None, reason, rows * size, rows), rows * size
                 number = end
+
+
+def drop_absent(value: Any) -> Any:
+    """Return a value of Arrow without the nulls that structs have for fields that only other rows have.
+
+    >>> drop_absent([{"name": "f", "arguments": {"x": 1, "y": None}}])
+    [{'name': 'f', 'arguments': {'x': 1}}]
+    """
+    if isinstance(value, dict):
+        return {name: drop_absent(inner) for name, inner in value.items() if inner is not None}
+    if isinstance(value, list) and value and isinstance(value[0], dict | list):  # not of numbers, which may be many
+        return [drop_absent(inner) for inner in value]
+    return value
 
 
 def to_columns(batch: pa.RecordBatch) -> dict[str, list] | None:

@@ -13,9 +13,13 @@ from llmkit.errors import DataError, did_you_mean
 from llmkit.tokenizer.chat_template import Conversation
 from llmkit.tokenizer.messages import (
     CALL_ROLES,
+    CALLS,
     KNOWN_ROLES,
+    LEARNT,
+    MEDIA,
     ROLES,
     from_json,
+    is_learnt,
     one_of,
     to_messages,
     to_text,
@@ -26,8 +30,13 @@ from llmkit.tokenizer.messages import (
 TURNS = ("messages", "conversations", "conversation")  # lists of turns
 QUESTIONS = ("instruction", "prompt", "question", "query", "input")
 ANSWERS = ("output", "completion", "response", "answer")
+OTHER_NAMES = {  # of data sets; taken for ours where a record has none of ours
+    "question": ("problem", "inputs"),
+    "answer": ("solution", "targets", "target"),
+}
+THOUGHTS = ("reasoning_content", "thinking")  # beside a question and an answer
 CONTEXTS = ("input", "context")  # text that belongs to an instruction or a question
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
 PREFERENCES = dict.fromkeys(("chosen", "rejected", "response_j", "response_k"), "dpo") | {
     "label": "kto"
@@ -66,15 +75,27 @@ def read_examples(
     given = rename_columns(record, columns)
     fields = {name: value for name, value in given.items() if value is not None}
     check_kind(fields)
+    names = use_other_names(fields) if not columns else {}
     try:
         read, layout, conversations = read_layout(fields, unread)
     except UnknownLayoutError:
         if nulls := [name for name in FIELDS if name in given and given[name] is None]:
             raise ValueError(f"{nulls[0]} is null") from None
         raise
-    unread.update(set(record) - {columns.get(name, name) for name in read if name in given})
+    unread.update(set(record) - {columns.get(name, names.get(name, name)) for name in read if name in fields})
     for one in conversations:
         yield layout, one
+
+
+def use_other_names(fields: dict[str, Any]) -> dict[str, str]:
+    """Rename a question or an answer that has a name of OTHER_NAMES to ours. Return {our name: the record's}."""
+    names = {}
+    if not any(name in fields for name in TURNS):
+        for ours, known in zip(OTHER_NAMES, (QUESTIONS, ANSWERS), strict=True):
+            found = [name for name in OTHER_NAMES[ours] if name in fields]
+            if found and not any(name in fields for name in known):
+                fields[ours], names[ours] = fields.pop(found[0]), found[0]
+    return names
 
 
 class UnknownLayoutError(ValueError):
@@ -96,6 +117,8 @@ def check_kind(fields: dict[str, Any]) -> None:
         objective = PREFERENCES[wrong[0]]
         fix = f"llmkit can't train on preferences yet; the objective {objective} will read them"
         raise OtherKindError(f"a preference, not an answer: it has {wrong[0]}", fix)
+    if media := [name for name in MEDIA if fields.get(name)]:
+        raise ValueError(f"the record has {media[0]}, and only text is read")
     if "text" in fields and not is_record(fields):
         raise OtherKindError("a text, not a prompt and an answer", "continue pretraining on texts: llmkit pretrain")
 
@@ -116,27 +139,43 @@ def read_layout(fields: dict[str, Any], unread: Counter[str]) -> tuple[set[str],
     """Return (names of the fields that are read, layout, examples) of a record."""
     turns = [name for name in TURNS if name in fields]
     if turns:
-        if len(turns) > 1:
-            raise ValueError(f"both {turns[0]} and {turns[1]} are there: choose with data.columns")
-        read, layout = {turns[0]}, turns[0]
-        messages, learnt = to_messages(fields[turns[0]], unread)
-        examples: list[Pair | Conversation] = [Conversation(messages, learnt)]
+        read, layout, examples = read_turns(turns, fields, unread)
     else:
         read, layout, examples = read_questions(fields, unread)
     if isinstance(examples[0], tuple):
-        if extra := [name for name in (*SYSTEM, *TOOLS, "history") if fields.get(name)]:
+        if extra := [name for name in (*SYSTEM, *TOOLS, "history", *VARIABLES, *THOUGHTS) if fields.get(name)]:
             raise ValueError(f"prompt and completion are continued text, which has no place for {extra[0]}")
         return read, layout, examples
     for one in examples:
         add_context(one, fields)
         if not any(message["role"] == "assistant" for message in one.messages):
             raise ValueError("no turn of the assistant")
-    return {*read, *SYSTEM, *TOOLS, *VARIABLES}, layout, examples
+        if not is_learnt(fields):
+            one.learnt = [False] * len(one.learnt)
+    return {*read, *SYSTEM, *TOOLS, *VARIABLES, "weight", *LEARNT}, layout, examples
+
+
+def read_turns(
+    turns: list[str], fields: dict[str, Any], unread: Counter[str]
+) -> tuple[set[str], str, list[Pair | Conversation]]:
+    """Return what `read_layout` returns, for a record with turns. An answer may stand beside a last question."""
+    if len(turns) > 1:
+        raise ValueError(f"both {turns[0]} and {turns[1]} are there: choose with data.columns")
+    if beside := [name for name in ("history", *CALLS, *THOUGHTS) if fields.get(name)]:
+        raise ValueError(f"{beside[0]} is beside {turns[0]}, and not in a turn")
+    messages, learnt = to_messages(fields[turns[0]], unread)
+    answers = [name for name in ANSWERS if fields.get(name)] if messages[-1]["role"] == "user" else []
+    if len(answers) > 1:
+        raise ValueError(f"both {answers[0]} and {answers[1]} are there: choose with data.columns")
+    for name in answers:
+        messages.append({"role": "assistant", "content": to_text(fields[name], name)})
+        learnt.append(True)
+    return {turns[0], *answers}, turns[0], [Conversation(messages, learnt)]
 
 
 def add_context(one: Conversation, fields: dict[str, Any]) -> None:
     """Add what a record says beside the turns: the system text, the tools, and variables of the template."""
-    system = one_of({name: text for name, text in fields.items() if text}, SYSTEM)
+    system = one_of({name: text for name, text in fields.items() if not is_blank(text)}, SYSTEM)
     if system is not None and one.messages[0]["role"] in ("system", "developer"):
         if one.messages[0]["content"] != system:
             raise ValueError("there is a system text, and the turns begin with another one")
@@ -162,7 +201,11 @@ def read_questions(fields: dict[str, Any], unread: Counter[str]) -> tuple[set[st
             raise ValueError(f"both {names[0]} and {names[1]} are there: choose with data.columns")
     [question], [answer] = questions, answers
     layout = f"{question}/{answer}"
-    asked, answered = as_turns(fields[question], question), as_turns(fields[answer], answer)
+    asked, answered = fields[question], fields[answer]
+    lists = as_turns(asked, question), as_turns(answered, answer)
+    if all(isinstance(value, list) for value in lists):  # one alone is a text about turns
+        asked, answered = lists
+    asked, answered = text_or_turns(asked, question), text_or_turns(answered, answer)
     if layout == CONTINUED and isinstance(asked, str) and isinstance(answered, str):
         if not asked or not answered:
             raise ValueError(f"{answer if asked else question} is empty")
@@ -171,24 +214,41 @@ def read_questions(fields: dict[str, Any], unread: Counter[str]) -> tuple[set[st
         return {question, answer, *contexts, *SYSTEM, *TOOLS, "history"}, layout, [(asked, answered)]
     earlier = read_history(fields.get("history"))
     messages, _ = to_messages([{"role": "user", "content": asked}] if isinstance(asked, str) else asked, unread)
-    for context in (to_text(fields[name], name) for name in contexts):
-        messages[-1]["content"] += f"\n\n{context}" if context else ""
-    turns = [{"role": "assistant", "content": answered}] if isinstance(answered, str) else answered
-    reply, learnt = to_messages(turns, unread)
-    one = Conversation([*earlier, *messages, *reply], [message["role"] == "assistant" for message in earlier])
-    one.learnt += [False] * len(messages) + learnt
+    context = [text for name in contexts if not is_blank(text := to_text(fields[name], name))]
+    if context and messages[-1]["role"] != "user":
+        raise ValueError(f"{contexts[0]} has no question to stand beside")
+    messages[-1]["content"] = "\n\n".join(filter(None, [messages[-1]["content"], *context]))
+    if calls := [name for name in CALLS if fields.get(name)]:
+        raise ValueError(f"{calls[0]} is beside {answer}, and not in a turn")
+    thoughts = one_of({name: text for name, text in fields.items() if text}, THOUGHTS)
+    turn = {"role": "assistant", "content": answered} | ({THOUGHTS[0]: thoughts} if thoughts else {})
+    if thoughts and not isinstance(answered, str):
+        raise ValueError(f"the thoughts are beside {answer}, and not in a turn")
+    reply, learnt = to_messages([turn] if isinstance(answered, str) else answered, unread)
+    begin = 1 if messages[0]["role"] in ("system", "developer") else 0
+    one = Conversation([*messages[:begin], *earlier, *messages[begin:], *reply], [False] * begin)
+    one.learnt += [message["role"] == "assistant" for message in earlier]
+    one.learnt += [False] * (len(messages) - begin) + learnt
     layout = f"{layout} of a chat" if layout == CONTINUED else layout
-    return {question, answer, *contexts, "history"}, layout, [one]
+    return {question, answer, *contexts, "history", *THOUGHTS}, layout, [one]
 
 
-def as_turns(value: Any, name: str) -> str | list[Any]:
-    """Return a text, or a list of turns, which may be JSON in a string."""
+def is_blank(value: Any) -> bool:
+    return not value or (isinstance(value, str) and not value.strip())
+
+
+def text_or_turns(value: Any, name: str) -> str | list[Any]:
+    return value if isinstance(value, list) else to_text(value, name)
+
+
+def as_turns(value: Any, name: str) -> Any:
+    """Return the list of turns that a string holds as JSON; any other value as it is."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         with suppress(ValueError):  # a text that only looks like JSON
             turns = from_json(value, name)
             if isinstance(turns, list) and all(is_turn(turn) for turn in turns):
                 return turns
-    return value if isinstance(value, list) else to_text(value, name)
+    return value
 
 
 def is_turn(value: Any) -> bool:
@@ -199,8 +259,10 @@ def is_turn(value: Any) -> bool:
 
 def read_history(value: Any) -> list[dict[str, str]]:
     """Return the messages of Alpaca's `history`: pairs of question and answer."""
-    messages = []
-    for pair in from_json(value, "history", must=True) or []:
+    messages, pairs = [], from_json(value, "history", must=True) or []
+    if not isinstance(pairs, list):
+        raise ValueError("history is not a list of [question, answer]")
+    for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise ValueError("history is not a list of [question, answer]")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]

@@ -107,7 +107,7 @@ def mentions(template: str, name: str) -> bool:
 def adapt(template: str, one: Conversation) -> Conversation:
     """Write a conversation as the template wants it. Raise ValueError for what the template has no place for."""
     for name, value in {"tools": one.tools or None, **one.variables}.items():
-        if value is not None and not re.search(rf"\b{name}\b", template):
+        if value is not None and not re.search(rf"\b{re.escape(name)}\b", template):
             raise ValueError(f"the chat template has no place for {name}")
     changes: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
     if any("tool_calls" in message for message in one.messages):
@@ -194,14 +194,31 @@ def find_loss(one: Conversation, text: str) -> str | None:
     """Return what a rendered text lacks of a conversation. Earlier thoughts may be left out, as templates do."""
     if not text.strip():
         return "the chat template renders nothing"
-    for message, learnt in zip(one.messages, one.learnt, strict=True):
+    answers = [i for i, learnt in enumerate(one.learnt) if learnt]
+    for i, message in enumerate(one.messages):
         content, role = message["content"].strip(), message["role"]
         if role == "assistant":  # thoughts may stand in it
-            content = content.rpartition("</think>")[2].strip() if learnt else ""
-        spellings = (json.dumps(content, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
-        if content not in text and not any(spelt in text for spelt in spellings):
+            thoughts, _, content = content.rpartition("</think>")
+            content = content.strip() if one.learnt[i] else ""
+            if answers[-1:] == [i] and not is_in(text, thoughts.partition("<think>")[2].strip()):
+                return "the chat template leaves out the thoughts of an answer"
+        if not is_in(text, content):
             return f"the chat template leaves out what a message of the role {role} says"
+        for function in (call["function"] for call in message.get("tool_calls", [])):
+            said = [function["name"], *(value for value in arguments_of(function).values() if isinstance(value, str))]
+            if not all(is_in(text, value) for value in said):
+                return "the chat template leaves out a call"
     return None
+
+
+def arguments_of(function: dict[str, Any]) -> dict[str, Any]:
+    arguments = function["arguments"]
+    return json.loads(arguments) if isinstance(arguments, str) else arguments
+
+
+def is_in(text: str, part: str) -> bool:
+    """Return whether a rendered text says something, as it is or as JSON spells it."""
+    return part in text or any(json.dumps(part, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
 
 
 # ---- tokens and targets ---------------------------------------------------------------------------------------------

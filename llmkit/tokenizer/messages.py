@@ -5,12 +5,16 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-ROLES = {  # other names -> the role
+ROLES = {  # other names, in lower case -> the role
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
     "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "environment": "tool",
     "observation": "tool",
     "function": "tool",
     "function_response": "tool",
@@ -21,12 +25,16 @@ KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 CALL_ROLES = ("function_call", "tool_call")  # of ShareGPT: a turn of the assistant that only calls functions
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the first is the name that messages have here
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # names that chat_template_kwargs can't set
-MEDIA = ("image", "images", "audio", "audios", "video", "videos", "refusal")
+MEDIA = ("image", "images", "image_url", "audio", "audios", "video", "videos", "files", "attachments")
+CALLS = ("tool_calls", "function_call", "function_calls", "tool_call", "toolCalls")
+ARGUMENTS = ("arguments", "parameters", "args", "input")  # of a call
+REFUSED = (*MEDIA, "refusal", "tools", "functions", "train_detail")  # of a turn
+LEARNT = ("train", "loss", "training")  # true or false
 KNOWN_FIELDS = {
-    *("role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name", "weight", "train"),
-    *REASONING,
-    *MEDIA,
+    *("role", "from", "content", "value", "text", "tool_call_id", "name", "weight"),
+    *(*CALLS, *REASONING, *REFUSED, *LEARNT),
 }
+PAIRED_TURNS = (("input", "output"), ("human", "assistant"), ("user", "assistant"))  # two turns in one object
 
 
 def to_messages(turns: Any, unread: Counter[str]) -> tuple[list[dict[str, Any]], list[bool]]:
@@ -47,7 +55,7 @@ def to_messages(turns: Any, unread: Counter[str]) -> tuple[list[dict[str, Any]],
     if not isinstance(turns, list) or not turns:
         raise ValueError("the turns are not a list, or there are none")
     messages, learnt = [], []
-    for turn in turns:
+    for turn in split_turns(turns):
         if not isinstance(turn, dict):
             raise ValueError("a turn is not an object")
         message = to_message(turn)
@@ -59,16 +67,33 @@ def to_messages(turns: Any, unread: Counter[str]) -> tuple[list[dict[str, Any]],
     return messages, learnt
 
 
+def split_turns(turns: list[Any]) -> list[Any]:
+    """Return turns with a role each, also of texts that alternate (LIMA) and of question and answer in one object.
+
+    >>> split_turns([{"input": "Hi", "output": "Hello"}])
+    [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]
+    """
+    if all(isinstance(turn, str) for turn in turns):
+        return [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
+    found = []
+    for turn in turns:
+        pair = next((pair for pair in PAIRED_TURNS if isinstance(turn, dict) and set(turn) == set(pair)), None)
+        roles = zip(("user", "assistant"), pair, strict=True) if pair else ()
+        found += [{"role": role, "content": turn[name]} for role, name in roles] or [turn]
+    return found
+
+
 def to_message(turn: dict[str, Any]) -> dict[str, Any]:
     """Return one message; see `to_messages`."""
     turn = {field: value for field, value in turn.items() if value is not None}  # Parquet gives all turns all fields
     role = one_of(turn, ("role", "from"))
     if not isinstance(role, str):
         raise ValueError("a turn's role is not a string")
-    if media := [field for field in MEDIA if turn.get(field)]:
-        raise ValueError(f"a turn has {media[0]}, and only text is read")
-    value = one_of(turn, ("content", "value"))
-    calls = [found for field in ("tool_calls", "function_call") if (found := from_json(turn.get(field), field))]
+    if refused := [field for field in REFUSED if turn.get(field)]:
+        raise ValueError(f"a turn has {refused[0]}, which is not read there")
+    value = one_of(turn, ("content", "value", "text"))
+    calls = [found for field in CALLS if (found := from_json(turn.get(field), field))]
+    role = role.strip().lower().replace("-", "_")
     if role in CALL_ROLES:
         role, value, calls = "assistant", "", [*calls, value]
     role = ROLES.get(role, role)
@@ -77,7 +102,7 @@ def to_message(turn: dict[str, Any]) -> dict[str, Any]:
     if calls and role != "assistant":
         raise ValueError(f"a turn of the role {role} has tool_calls")
     if len(calls) > 1:
-        raise ValueError("a turn has both tool_calls and function_call")
+        raise ValueError("a turn has calls in two fields")
     reasoning = one_of({field: text for field, text in turn.items() if text}, REASONING)
     message = {"role": role}
     if calls:
@@ -89,7 +114,7 @@ def to_message(turn: dict[str, Any]) -> dict[str, Any]:
         message[REASONING[0]] = to_text(reasoning, REASONING[0])
     if value is None and (calls or reasoning):
         value = ""
-    if role == "tool" and isinstance(value, dict):
+    if role == "tool" and isinstance(value, dict | list) and not are_parts(value):
         value = to_json(value)
     return message | {"content": join_parts(value)}
 
@@ -115,14 +140,25 @@ def to_json(value: Any) -> str:
         raise ValueError(f"a value is no JSON: {error}") from None
 
 
+def are_parts(content: Any) -> bool:
+    """Return whether a content is a list of parts, as opposed to other JSON, which a function may have returned."""
+    return isinstance(content, list) and all(
+        isinstance(part, str) or (isinstance(part, dict) and ("type" in part or part.keys() == {"text"}))
+        for part in content
+    )
+
+
 def join_parts(content: Any) -> str:
     """Return a content as text: a string, or a list of parts that are all text."""
     if not isinstance(content, list):
         return to_text(content, "content")
     texts = []
     for part in content:
-        if isinstance(part, dict) and part.get("type", "text") not in ("text", "input_text", "output_text"):
-            raise ValueError(f"content has a part of the type {str(part['type'])[:50]}, and only text is read")
+        if isinstance(part, dict):
+            if part.get("type", "text") not in ("text", "input_text", "output_text"):
+                raise ValueError(f"content has a part of the type {str(part['type'])[:50]}, and only text is read")
+            if beside := [name for name in part if name not in ("type", "text") and part[name]]:
+                raise ValueError(f"a part of content has {beside[0]}, and only text is read")
         texts.append(to_text(part.get("text") if isinstance(part, dict) else part, "the text of a part of content"))
     return "".join(texts)
 
@@ -135,13 +171,14 @@ def to_text(value: Any, what: str) -> str:
 
 
 def is_learnt(turn: dict[str, Any]) -> bool:
-    """Return what `weight` and `train` say about a turn."""
-    weight, train = turn.get("weight"), turn.get("train")
+    """Return what `weight` and the fields of LEARNT say about a turn or a whole record."""
+    weight = turn.get("weight")
     if weight not in (None, 0, 1):
-        raise ValueError(f"a turn has the weight {str(weight)[:20]}, and only 0 and 1 are supported")
-    if not isinstance(train, bool | None):
-        raise ValueError("a turn's `train` is neither true nor false")
-    return weight != 0 and train is not False
+        raise ValueError(f"a weight is {str(weight)[:20]}, and only 0 and 1 are supported")
+    for name in LEARNT:
+        if not isinstance(turn.get(name), bool | None):
+            raise ValueError(f"`{name}` is neither true nor false")
+    return weight != 0 and all(turn.get(name) is not False for name in LEARNT)
 
 
 def to_calls(value: Any) -> list[dict[str, Any]]:
@@ -156,7 +193,11 @@ def to_calls(value: Any) -> list[dict[str, Any]]:
         function = one.get("function", one) if isinstance(one, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError("a call in tool_calls has no name of a function")
-        arguments = from_json(function.get("arguments", function.get("parameters")), "arguments", must=True)
+        given = {name: value for name, value in function.items() if value is not None}
+        outside = {name for name, value in one.items() if value is not None} if function is not one else set()
+        if unknown := (given.keys() - {"name", *ARGUMENTS} | outside) - {"id", "type", "index", "function"}:
+            raise ValueError(f"a call in tool_calls has {min(unknown)}, which is not read")
+        arguments = from_json(one_of(given, ARGUMENTS), "arguments", must=True)
         arguments = {} if arguments is None else arguments
         if not isinstance(arguments, dict):
             raise ValueError("the arguments of a call in tool_calls are no object")
@@ -169,10 +210,14 @@ def to_tools(value: Any) -> list[dict[str, Any]] | None:
     """Return descriptions of functions as OpenAI has them: {type: function, function: {...}}; None for none."""
     value = from_json(value, "tools", must=True)
     tools = []
-    for one in value if isinstance(value, list) else [value] if value else []:
+    for given in value if isinstance(value, list) else [value] if value else []:
+        one = from_json(given, "tools")
         function = one.get("function", one) if isinstance(one, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError("a tool has no name")
+        beside = [name for name in one if one is not function and name not in ("type", "function") and one[name]]
+        if beside:
+            raise ValueError(f"a tool has {beside[0]} beside its function")
         tools.append({"type": "function", "function": function})
     return tools or None
 
