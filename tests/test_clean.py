@@ -113,6 +113,14 @@ def test_pages_start_with_what_servers_put_there(before):
     assert text.endswith("Text") and "<" not in text and "Menu" not in text
 
 
+@pytest.mark.parametrize("step", ["html", "html_all"])
+def test_readings_are_no_text_and_an_open_header_hides_no_page(step):
+    ruby = "<p><ruby>\u5b50<rp>(</rp><rt>\u3053</rt><rp>)</rp></ruby>\u3069\u3082</p>"
+    assert run(ruby, "html_all", format="html") == "\u5b50\u3069\u3082"
+    page = "<body><header id=branding><div>Home</div><div>" + "<p>The article says a lot of things here.</p>" * 9
+    assert "The article says" in run(page, step, format="html")
+
+
 @pytest.mark.parametrize("text", ["<script>\nexport default {}\n</script>\n<template><p>a</p></template>",
                                   "<p>a</p>", "<?xml version='1.0'?><rss><![CDATA[<html>]]></rss>",
                                   "<headline>a<html>"])  # fmt: skip

@@ -448,3 +448,8 @@ def test_the_hub_offline_is_one_clear_error():
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert "llmkit.errors.DataError: error: the dataset can't be read" in done.stderr
+
+
+def test_the_charset_of_a_script_is_not_that_of_the_page():
+    page = '<head><script src="a.js" charset="utf-8"></script><meta charset="gb2312"></head>\u65b0\u534e'
+    assert decode(page.encode("gb2312"), html=True) == (page, "gb2312")

@@ -36,6 +36,7 @@ RUN, SHARE, GAP = 4, 0.7, 10  # of an article's lines: words; of a line's runs; 
 NO_BOXES = re.compile("<!--.*?(?:-->|$)|<(script|style)\\b.*?(?:</\\1|$)", re.DOTALL | re.IGNORECASE)
 BOX, DEEPEST = re.compile("<(/?)(?:div|article|section|main)\\b", re.IGNORECASE), 1000
 LONGEST_PAGE = 2_000_000  # characters; trafilatura would take seconds for more
+RUBY = re.compile(r"<(rt|rp)\b[^<>]*>[^<>]*</\1>", re.IGNORECASE)  # how a word is read, above it
 PRE = re.compile(r"(<pre\b[^<>]*>)(?:\r?\n)?", re.IGNORECASE)
 XML_EMPTY = re.compile(  # an HTML parser would take everything after <script/> as part of the script
     r"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr)\b)([a-z][\w-]*)((?:\s[^<>]*)?)/>",
@@ -61,7 +62,7 @@ def extract_visible_text(document: Document) -> Document:
     """
     if not is_html(document):
         return document
-    return replace(document, text=visible_text(document.text), meta=document.meta | {"format": "text"})
+    return replace(document, text=visible_text(RUBY.sub("", document.text)), meta=document.meta | {"format": "text"})
 
 
 def extract_article(document: Document) -> Document:
@@ -73,14 +74,15 @@ def extract_article(document: Document) -> Document:
     """
     if not is_html(document):
         return document
-    text = visible_text(document.text)
+    page = RUBY.sub("", document.text)
+    text = visible_text(page)
     lines = text.split("\n")
     words = [tuple(WORD.findall(line)) for line in lines]
-    chosen = lines_in_article(document.text, words)
+    chosen = lines_in_article(page, words)
     if any(chosen):
         text = "\n".join(line for line, keep in zip(lines, bridge_gaps(chosen, words), strict=True) if keep)
-    elif not is_deep(document.text):
-        text = visible_text(document.text, main_content=True) or text
+    elif not is_deep(page):
+        text = visible_text(page, main_content=True) or text
     return replace(document, text=text, meta=document.meta | {"format": "text"})
 
 
@@ -109,7 +111,9 @@ def visible_text(page: str, *, main_content: bool = False) -> str:
     if page.lstrip().startswith("<?xml"):
         page = XML_EMPTY.sub(r"<\1\2></\1>", page)
     page = PRE.sub(r"\1\n\n", page)  # in a list, resiliparse indents only the first line, so insert an empty one
-    return extract_plain_text(page, preserve_formatting=True, main_content=main_content, skip_elements=HTML_SKIPPED)
+    options = {"preserve_formatting": True, "main_content": main_content}
+    text = extract_plain_text(page, skip_elements=HTML_SKIPPED, **options)
+    return text if text.strip() else extract_plain_text(page, **options)  # all may be in a header that is never closed
 
 
 def lines_in_article(page: str, lines: list[tuple[str, ...]]) -> list[bool]:

@@ -58,7 +58,8 @@ def decode(data: bytes, html: bool = False, declared: str | None = None) -> tupl
 
 def declared_encodings(data: bytes, html: bool, declared: str | None) -> Iterator[tuple[str, str]]:
     """Yield (name, encoding) of the declared charset, then of HTML's <meta charset>. Skip names unknown to browsers."""
-    found = re.search(rb"(?:charset|encoding)\s*=\s*[\"']?([\w-]+)", data[:2048], re.IGNORECASE) if html else None
+    tag = rb"<(?:meta|\?xml)\b[^<>]*?(?:charset|encoding)\s*=\s*[\"']?([\w-]+)"  # scripts have a charset of their own
+    found = re.search(tag, data[:2048], re.IGNORECASE) if html else None
     for name in (declared, found and found[1].decode("ascii", "ignore")):
         if name:
             from resiliparse.parse.encoding import map_encoding_to_html5
