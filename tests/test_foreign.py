@@ -14,7 +14,7 @@ from conftest import SHARED, llmkit, needs_shared, sentences
 from tokenizers import Tokenizer as Rust
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from llmkit.errors import ENVIRONMENT, MODEL, UserError
+from llmkit.errors import ENVIRONMENT, MODEL, ModelError, UserError
 from llmkit.tokenizer.chat_template import encode_chat
 from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.tokenizer import Tokenizer
@@ -469,20 +469,46 @@ OVERRIDES = [
     ("gpt2", "GPT2TokenizerFast", {"add_prefix_space": False}),
     ("llama", "LlamaTokenizerFast", {"add_prefix_space": False}),
     ("llama", "PreTrainedTokenizerFast", {"add_prefix_space": False}),
+    ("llama", "LlamaTokenizer", {}),
+    ("llama", "LlamaTokenizer", {"legacy": True}),
+    ("llama", "LlamaTokenizerFast", {"legacy": False, "add_prefix_space": True}),
+    ("like llama mistral", "LlamaTokenizer", {"add_prefix_space": False}),  # the class is not taken for this model
 ]
 
 
 @pytest.mark.parametrize("like, name, options", OVERRIDES, ids=str)
 def test_a_config_changes_a_tokenizer_as_in_transformers(like, name, options, tmp_path):
-    make, tokens = MADE_LIKE[like]
+    make, tokens = MADE_LIKE[" ".join(like.split()[:2]).removeprefix("like ")]
     make().save(str(tmp_path / "tokenizer.json"))
     config = tokens | options | ({"tokenizer_class": name} if name else {})
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": like.split()[-1]}))
     theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
     ours = load_tokenizer(tmp_path)
-    for text in ["Hello World", "Caf\u00e9 \u65e5\u672c", "THE River", "a\nb", *LINES[::40]]:
+    for text in ["Hello World", "Caf\u00e9 \u65e5\u672c", "THE River", "a\nb", " a  b ", "a \u2581 b", *LINES[::40]]:
         assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids, text
+
+
+def test_tokens_that_only_the_configs_make_special_are_special(tmp_path):
+    """Old folders list special tokens in special_tokens_map.json alone, and some are only words of the vocabulary."""
+    make, tokens = MADE_LIKE["gpt2"]
+    rust = make()
+    words = [word for word in rust.get_vocab() if word.isalpha()][:3]
+    rust.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    old = tokens | {"additional_special_tokens": words[:2], "pad_token": {"content": words[2]}}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(old))
+    ours = load_tokenizer(tmp_path)
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.eos_id == theirs.eos_token_id
+    assert set(ours.specials) == set(theirs.all_special_tokens) | {CHAT_START, CHAT_END}
+
+
+def test_an_end_token_that_the_vocabulary_lacks_is_refused(tmp_path):
+    MADE_LIKE["gpt2"][0]().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|missing|>"}))
+    with pytest.raises(ModelError, match="vocabulary has no token"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["Qwen2Tokenizer", "Qwen2TokenizerFast"])

@@ -9,6 +9,7 @@ from llmkit.errors import ModelError, UserError
 from llmkit.files import read_json
 from llmkit.tokenizer.foreign import (
     SPACE,
+    add_listed_tokens,
     find_tokenizer_file,
     prevent_special_token_injection,
     read_foreign_tokenizer,
@@ -16,6 +17,8 @@ from llmkit.tokenizer.foreign import (
 from llmkit.tokenizer.guard import library_errors
 from llmkit.tokenizer.tokenizer import BOS_NAMES, CONFIG, EOS_NAMES, PATTERNS, ROLES, Tokenizer
 
+DEFAULT_CLASSES = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer"}  # of models whose folder names none
+OTHER_CLASSES = {"gemma", "mistral", "mixtral", "qwen2", "qwen3", "t5"}  # for these the class in a config is not taken
 MODEL_CONFIGS = ("config.json", "generation_config.json")  # of a model's folder
 
 
@@ -36,7 +39,7 @@ def fetch_tokenizer(name: str) -> Tokenizer:
 def read_tokenizer_configs(path: Path) -> dict:
     """Return the merged contents of the config files in a tokenizer's folder."""
     configs: dict = {}
-    for name in (*MODEL_CONFIGS, CONFIG):  # later files win
+    for name in ("special_tokens_map.json", *MODEL_CONFIGS, CONFIG):  # later files win
         configs |= read_config_file(path.with_name(name))
     return configs
 
@@ -72,12 +75,16 @@ def find_template(path: Path, configs: dict) -> str | None:
     otherwise: they become one template.
     """
     template, file = configs.get("chat_template"), path.with_name("chat_template.jinja")
-    if file.is_file():
-        return read_template(file)
+    more = sorted(path.with_name("additional_chat_templates").glob("*.jinja"))
+    if file.is_file() or more:
+        named = {"default": read_template(file)} if file.is_file() else {}
+        template = named | {one.stem: read_template(one) for one in more}
     if template is None:
         return None
     if isinstance(template, list):
-        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        template = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+    if isinstance(template, dict):
+        named = template
         template = named.get("default")
         if isinstance(template, str) and isinstance(with_tools := named.get("tool_use"), str):
             parts = [one.removesuffix("\n") for one in (with_tools, template)]  # jinja2 drops it at the end of a file
@@ -113,15 +120,20 @@ def load_tokenizer(path: Path) -> Tokenizer:
             rust = Rust.from_file(str(path)) if is_json else read_foreign_tokenizer(path, configs, PATTERNS["qwen2"])
             rust.no_truncation()  # some files were saved with settings that would truncate or pad every text
             rust.no_padding()
-            rust = prevent_special_token_injection(apply_overrides(rust, configs)) if is_json else rust
+            if is_json:
+                rust = apply_overrides(rust, configs)
+                add_listed_tokens(rust, path, configs)
+                add_named_tokens(rust, configs)
+                rust = prevent_special_token_injection(rust)
     except UserError:
         raise
     except Exception as error:  # files with values of other types
         raise ModelError(f"the tokenizer can't be read: {error}", at=path) from None
-    tokens = {role: configs.get(role) for role in ("eos_token", "bos_token", *ROLES)}
-    tokens = {role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()}
+    tokens = named_tokens(configs)
     vocab = rust.get_vocab(with_added_tokens=True)
-    role_tokens = {role: token for role, token in tokens.items() if isinstance(token, str) and token in vocab}
+    if (eos := tokens.get("eos_token")) and eos not in vocab:
+        raise ModelError("the vocabulary has no token of the name that the config gives as eos_token", at=path, got=eos)
+    role_tokens = {role: token for role, token in tokens.items() if token in vocab}
     candidates = [rust.token_to_id(name) for name in (role_tokens.pop("eos_token", None), *EOS_NAMES) if name]
     eos_id = next((i for i in candidates if i is not None), None)
     if eos_id is None:
@@ -136,15 +148,35 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def apply_overrides(rust: Rust, configs: dict) -> Rust:
-    """Return a tokenizer.json's tokenizer with what tokenizer_config.json says differently, as transformers reads it.
+def named_tokens(configs: dict) -> dict[str, str]:
+    """Return {role: token} of the special tokens that the configs name."""
+    tokens = {role: configs.get(role) for role in ("eos_token", "bos_token", *ROLES)}
+    tokens = {role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()}
+    return {role: token for role, token in tokens.items() if isinstance(token, str)}
 
-    The classes of BERT and GPT-2 set these options even if the file does not name them: BERT's are in lower case unless
-    it says do_lower_case: false. Many folders name a class that is not theirs, such as GPT-2's for Llama models. So
-    only the parts that a class has itself are changed.
+
+def add_named_tokens(rust: Rust, configs: dict) -> None:
+    """Make the words of the vocabulary that the configs name as special tokens special, as transformers does."""
+    added = {token.content for token in rust.get_added_tokens_decoder().values()}
+    more = configs.get("additional_special_tokens") or configs.get("extra_special_tokens") or []
+    more = list(more.values()) if isinstance(more, dict) else more
+    names = [*named_tokens(configs).values(), *(one.get("content") if isinstance(one, dict) else one for one in more)]
+    vocab = rust.get_vocab(with_added_tokens=False)
+    rust.add_special_tokens([name for name in dict.fromkeys(names) if name in vocab and name not in added])
+
+
+def apply_overrides(rust: Rust, configs: dict) -> Rust:
+    """Return a tokenizer.json's tokenizer with what its config says differently, as the classes of transformers 5 do.
+
+    BERT's and GPT-2's set their options even where the config does not name them: BERT's are in lower case without
+    do_lower_case: false. Llama's has Metaspace in place of the normalizer in the file. Many folders name a class that
+    is not theirs, such as GPT-2's for Llama models, so only the parts that a class has itself are changed.
     """
-    by_model = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer"}.get(str(configs.get("model_type")))
-    kind, prefix = str(configs.get("tokenizer_class") or by_model).removesuffix("Fast"), configs.get("add_prefix_space")
+    model, named = str(configs.get("model_type")), configs.get("tokenizer_class")
+    kind = str(named or DEFAULT_CLASSES.get(model)).removesuffix("Fast")
+    prefix = configs.get("add_prefix_space")
+    if model in OTHER_CLASSES:
+        return rust
     if kind == "BertTokenizer" and isinstance(rust.normalizer, normalizers.BertNormalizer):
         rust.normalizer = normalizers.BertNormalizer(
             handle_chinese_chars=configs.get("tokenize_chinese_chars", True),
@@ -153,9 +185,14 @@ def apply_overrides(rust: Rust, configs: dict) -> Rust:
         )
     elif kind == "GPT2Tokenizer" and isinstance(rust.pre_tokenizer, pre_tokenizers.ByteLevel):
         rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix))
-    elif kind == "LlamaTokenizer" and prefix is False and getattr(rust.model, "byte_fallback", False):
-        rust.normalizer, rust.pre_tokenizer = normalizers.Replace(" ", SPACE), None
-        rust.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    elif kind == "LlamaTokenizer" and getattr(rust.model, "byte_fallback", False):
+        where = "never" if prefix is False else "always" if configs.get("legacy") else "first"
+        strip = [] if prefix is False else [decoders.Strip(" ", left=1, right=0)]
+        rust.normalizer = None
+        rust.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=where, split=False)
+        rust.decoder = decoders.Sequence(
+            [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+        )
     return rust
 
 
