@@ -204,7 +204,7 @@ def test_every_tokenizer_at_hand_opens_again_with_the_same_ids(tmp_path):
 
 def test_the_template_beside_a_config_wins_and_tools_choose_their_own(tmp_path):
     llama_like().save(str(tmp_path / "tokenizer.json"))
-    with_tools = "\nTOOLS {{ tools | length }} {{ messages[0].content }}  \n"
+    with_tools = "\nTOOLS {{ tools[0].function.name }} {{ messages[0].content }}  \n"
     listed = [{"name": "default", "template": "PLAIN {{ messages[0].content }}\n"}]
     listed += [{"name": "tool_use", "template": with_tools}]
     config = {"eos_token": "<|end_story|>", "chat_template": listed}

@@ -216,7 +216,7 @@ BAD = {  # a part of the reason -> a record
         "messages": [user("q"), assistant("", tool_calls=[{"function": {"name": "f", "arguments": "{"}}])],
     },
     "tools is not JSON": {"messages": PLAIN, "tools": "[{"},
-    "a tool has no name": {"messages": PLAIN, "tools": [{}]},
+    "a tool has no name of": {"messages": PLAIN, "tools": [{}]},
     "history is not a list": {"instruction": "q", "output": "a", "history": ["x"]},
     "both response and answer": {"question": "q", "answer": "a", "response": "b"},
     "another one": {"system": "s", "messages": [{"role": "system", "content": "t"}, *PLAIN]},
@@ -402,11 +402,11 @@ def test_targets_are_the_answers_and_their_end_marks(tokenizer, template, messag
 
 def test_where_answers_can_not_be_aligned_each_is_an_example(tokenizer):
     calls = [user("q"), assistant("", tool_calls=[CALL]), RESULT, assistant("a")]
-    call = "{{ 'now' if last else 'then' }} {{ c.function.name }} {{ c.function.arguments.city }}"
+    call = "{{ 'now' if last else 'then' }} {{ c.function.name }} city={{ c.function.arguments.city }}"
     call = "{% set last = loop.last %}{% for c in m.tool_calls or [] %}" + call + "{% endfor %}"
     shows = REWRITES.replace("{{ m.content }}", "{{ m.content }}" + call)
     one = Conversation(calls, [False, True, False, True])
-    assert targets_of(tokenizer, shows, one) == [["now weather Z\u00fcrich<|im_end|>"], ["a<|im_end|>"]]
+    assert targets_of(tokenizer, shows, one) == [["now weather city=Z\u00fcrich<|im_end|>"], ["a<|im_end|>"]]
 
 
 MOVES_SYSTEM = (  # into the last turn of the user, as Mistral's do
@@ -582,6 +582,11 @@ def test_public_templates_give_transformers_text_and_ids_and_the_answers_as_targ
 
 # ---- as people have them --------------------------------------------------------------------------------------------
 
+
+def with_arguments(arguments):
+    return {"type": "function", "function": {"name": "w", "arguments": arguments}}
+
+
 LANGCHAIN = {"name": "w", "args": {"c": "x"}}
 FOUND = [  # record -> its examples, the messages by role and content
     ({"conversations": ["q", "a", "r", "b"]}, "user:q assistant:a user:r assistant:b"),  # LIMA
@@ -605,6 +610,12 @@ FOUND = [  # record -> its examples, the messages by role and content
     ({"messages": [user("q"), assistant("", tool_calls=[CALL]),
                    {"role": "tool", "content": [{"title": "T", "text": "body"}]}, assistant("a")]},
      'user:q assistant: tool:[{"title": "T", "text": "body"}] assistant:a'),
+    *(({"messages": [user("q"), {"role": "tool", "content": result}, assistant("a")]},
+       f"user:q tool:{said} assistant:a")
+      for result, said in [([], "[]"), (["x", "y"], '["x", "y"]'), ([{"text": "t"}], '[{"text": "t"}]'),
+                           ([{"type": "A"}], '[{"type": "A"}]'), ([{"type": "text", "text": "t"}], "t")]),
+    ({"prompt": json.dumps([user("q")], indent=2), "completion": json.dumps([assistant("a")], indent=2)},
+     "user:q assistant:a"),
 ]  # fmt: skip
 
 
@@ -640,6 +651,17 @@ LOST = [  # record, what its error names
     ({"prompt": "p", "completion": "c", "documents": [{"text": "d"}]}, "documents"),
     ({"prompt": "p", "completion": "c", "thinking": "t"}, "thinking"),
     ({"prompt": [user("q"), assistant("a")], "response": "b", "context": "c"}, "context"),
+    ({"question": "q", "answer": ["a", "b"]}, "answer is list"),  # answers of nq_open
+    ({"question": "q", "answer": [{"input": "a", "output": "b"}]}, "answer is list"),
+    ({"problem": "q", "solution": "a", "answer": "42"}, "both answer and solution"),
+    ({"problem": "q", "solution": "a", "target": "42"}, "both solution and target"),
+    ({"prompt": "p", "completion": "c", "weight": 0}, "leave out"),
+    ({"messages": PLAIN, "tools": [{"type": "custom", "name": "w"}]}, "custom"),
+    ({"messages": [user("q"), assistant("", tool_calls=[{"type": "custom", "function": {"name": "w"}}])]}, "custom"),
+    ({"messages": [user("q"), assistant("", tool_calls=[{"function": {"name": "w", "id": "7"}}])]}, "id"),
+    ({"messages": [user("q"), {"role": "tool", "content": [{"type": "input_image"}]}, assistant("a")]}, "input_image"),
+    ({"instruction": "i", "instances": [{"input": "x", "output": None}]}, "output .* is null"),
+    ({"instruction": "i", "instances": [{"input": "x", "output": "a"}], "context": "c"}, "context"),
 ]  # fmt: skip
 
 
@@ -657,6 +679,15 @@ def test_marks_of_other_trainers_keep_an_answer_from_being_learnt(mark):
     assert not any(examples_of({"messages": turns} | mark)[0].learnt)
 
 
+def test_the_type_of_a_flat_tool_is_not_a_field_of_its_function():
+    [one] = examples_of({"messages": PLAIN, "tools": [{"type": "function", "name": "w", "description": "d"}]})
+    assert one.tools == [{"type": "function", "function": {"name": "w", "description": "d"}}]
+
+
+def test_other_names_of_a_question_do_not_make_it_a_text():
+    assert examples_of({"text": "t", "problem": "q", "solution": "a"})[0].messages == PLAIN
+
+
 def test_thoughts_beside_an_answer_are_its_own():
     [one] = examples_of(QUESTION | {"reasoning_content": "t"})
     assert one.messages[1] == {"role": "assistant", "content": "a", "reasoning_content": "t"}
@@ -671,6 +702,26 @@ def test_a_template_that_shows_a_part_only_refuses_the_record(tokenizer, templat
     turn = assistant("", tool_calls=[CALL, call]) if call else assistant("<think>why</think>a")
     [found] = render_examples(tokenizer, template, [Conversation([user("q"), turn], [False, True])])
     assert problem in str(found)
+
+
+PARTS = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+PARTS += "{% if m.reasoning_content and m.content == 'x' %}{{ m.reasoning_content }}{% endif %}{% endfor %}"
+SHOWS = {  # what a template leaves out -> a conversation
+    "a call": Conversation([user("q"), assistant("", tool_calls=[with_arguments({"n": 41})])], [False, True]),
+    "a call ": Conversation(
+        [user("q"), assistant("", tool_calls=[with_arguments({"a": [{"b": "c"}]})])], [False, True]
+    ),
+    "the thoughts of an answer": Conversation([user("q"), assistant("a", reasoning_content="t")], [False, True]),
+    "a tool": Conversation(PLAIN, [False, True], [TOOL]),
+    "what a document says": Conversation(PLAIN, [False, True], variables={"documents": [{"text": "d"}]}),
+}
+
+
+@pytest.mark.parametrize("lost", SHOWS)
+def test_each_part_of_a_conversation_must_be_shown(tokenizer, lost):
+    template = PARTS + "{% if tools or documents %} {% endif %}"
+    [found] = render_examples(tokenizer, template, [SHOWS[lost]])
+    assert f"leaves out {lost.strip()}" in str(found)
 
 
 def test_a_variable_may_have_any_name(tokenizer):

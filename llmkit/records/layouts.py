@@ -4,6 +4,7 @@ A layout is known by its fields. Each record has its own, so that a file may mix
 read, or the record is refused with their name; all others are counted.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,6 +22,7 @@ from llmkit.tokenizer.messages import (
     from_json,
     is_learnt,
     one_of,
+    split_turns,
     to_messages,
     to_text,
     to_tools,
@@ -38,10 +40,12 @@ THOUGHTS = ("reasoning_content", "thinking")  # beside a question and an answer
 CONTEXTS = ("input", "context")  # text that belongs to an instruction or a question
 SYSTEM = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
-PREFERENCES = dict.fromkeys(("chosen", "rejected", "response_j", "response_k"), "dpo") | {
-    "label": "kto"
-}  # -> objective
+PREFERENCES = {  # field -> the objective that reads it
+    **dict.fromkeys(("chosen", "rejected", "response_j", "response_k"), "dpo"),
+    "label": "kto",  # true or false; a class of a classifier is not one
+}
 VARIABLES = ("documents", "chat_template_kwargs")  # what templates get beside messages and tools
+TURNS_IN_JSON = re.compile(r"\s*\[\s*\{")
 FIELDS = (*TURNS, *QUESTIONS, *ANSWERS, "context", *SYSTEM, *TOOLS, "history", "instances", *VARIABLES)
 
 Pair = tuple[str, str]  # a prompt and its completion, which no chat template touches
@@ -74,8 +78,8 @@ def read_examples(
     """
     given = rename_columns(record, columns)
     fields = {name: value for name, value in given.items() if value is not None}
-    check_kind(fields)
     names = use_other_names(fields) if not columns else {}
+    check_kind(fields)
     try:
         read, layout, conversations = read_layout(fields, unread)
     except UnknownLayoutError:
@@ -88,13 +92,20 @@ def read_examples(
 
 
 def use_other_names(fields: dict[str, Any]) -> dict[str, str]:
-    """Rename a question or an answer that has a name of OTHER_NAMES to ours. Return {our name: the record's}."""
-    names = {}
-    if not any(name in fields for name in TURNS):
-        for ours, known in zip(OTHER_NAMES, (QUESTIONS, ANSWERS), strict=True):
-            found = [name for name in OTHER_NAMES[ours] if name in fields]
-            if found and not any(name in fields for name in known):
-                fields[ours], names[ours] = fields.pop(found[0]), found[0]
+    """Rename a question or an answer that has a name of OTHER_NAMES to ours. Return {our name: the record's}.
+
+    Raise ValueError if there are two candidates: {problem, solution, answer} may be learnt in two ways.
+    """
+    names: dict[str, str] = {}
+    if any(name in fields for name in TURNS):
+        return names
+    for ours, known in zip(OTHER_NAMES, (QUESTIONS, ANSWERS), strict=True):
+        found = [name for name in OTHER_NAMES[ours] if name in fields]
+        candidates = [name for name in known if name in fields] + found
+        if len(candidates) > 1 and found and (names or candidates == found):
+            raise ValueError(f"both {candidates[0]} and {candidates[1]} are there: choose with data.columns")
+        if candidates == found != []:
+            fields[ours], names[ours] = fields.pop(found[0]), found[0]
     return names
 
 
@@ -145,7 +156,9 @@ def read_layout(fields: dict[str, Any], unread: Counter[str]) -> tuple[set[str],
     if isinstance(examples[0], tuple):
         if extra := [name for name in (*SYSTEM, *TOOLS, "history", *VARIABLES, *THOUGHTS) if fields.get(name)]:
             raise ValueError(f"prompt and completion are continued text, which has no place for {extra[0]}")
-        return read, layout, examples
+        if not is_learnt(fields):
+            raise ValueError("a record of prompt and completion has no turns to leave out: delete it instead")
+        return {*read, "weight", *LEARNT}, layout, examples
     for one in examples:
         add_context(one, fields)
         if not any(message["role"] == "assistant" for message in one.messages):
@@ -163,12 +176,12 @@ def read_turns(
         raise ValueError(f"both {turns[0]} and {turns[1]} are there: choose with data.columns")
     if beside := [name for name in ("history", *CALLS, *THOUGHTS) if fields.get(name)]:
         raise ValueError(f"{beside[0]} is beside {turns[0]}, and not in a turn")
-    messages, learnt = to_messages(fields[turns[0]], unread)
+    messages, learnt = to_messages(split_turns(fields[turns[0]]), unread)
     answers = [name for name in ANSWERS if fields.get(name)] if messages[-1]["role"] == "user" else []
     if len(answers) > 1:
         raise ValueError(f"both {answers[0]} and {answers[1]} are there: choose with data.columns")
-    for name in answers:
-        messages.append({"role": "assistant", "content": to_text(fields[name], name)})
+    if answers:
+        messages.append({"role": "assistant", "content": to_text(fields[answers[0]], answers[0])})
         learnt.append(True)
     return {turns[0], *answers}, turns[0], [Conversation(messages, learnt)]
 
@@ -238,15 +251,15 @@ def is_blank(value: Any) -> bool:
 
 
 def text_or_turns(value: Any, name: str) -> str | list[Any]:
-    return value if isinstance(value, list) else to_text(value, name)
+    return value if isinstance(value, list) and all(map(is_turn, value)) else to_text(value, name)
 
 
 def as_turns(value: Any, name: str) -> Any:
     """Return the list of turns that a string holds as JSON; any other value as it is."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
+    if isinstance(value, str) and TURNS_IN_JSON.match(value):
         with suppress(ValueError):  # a text that only looks like JSON
             turns = from_json(value, name)
-            if isinstance(turns, list) and all(is_turn(turn) for turn in turns):
+            if isinstance(turns, list) and all(map(is_turn, turns)):
                 return turns
     return value
 
@@ -274,13 +287,16 @@ def read_instances(fields: dict[str, Any], unread: Counter[str]) -> tuple[set[st
     instances = fields["instances"]
     if not isinstance(instances, list) or not instances or not all(isinstance(one, dict) for one in instances):
         raise ValueError("instances is not a list of objects")
+    if beside := [name for name in ("context", "input", *THOUGHTS, *CALLS) if fields.get(name)]:
+        raise ValueError(f"{beside[0]} is beside instances, and not in one of them")
     found = []
     for one in instances:
+        to_text(one.get("output"), "the output of one of the instances")
         unread.update(f"instances.{name}" for name in set(one) - {"input", "output"})
         rest = {"history": fields["history"]} if "history" in fields else {}
-        record = {"instruction": fields["instruction"], "output": one.get("output"), **rest}
+        record = {"instruction": fields["instruction"], "output": one["output"], **rest}
         record |= {"input": one["input"]} if one.get("input") else {}
-        found += read_questions({name: value for name, value in record.items() if value is not None}, unread)[2]
+        found += read_questions(record, unread)[2]
     return {"instruction", "instances", "history"}, "instruction/instances", found
 
 
@@ -289,7 +305,7 @@ def refuse_first(record: dict[str, Any], at: str, error: ValueError) -> DataErro
     if isinstance(error, OtherKindError):
         what = f"the first record of the file is {error}"
         return DataError(what, at=at, got=describe_fields(record), fix=error.fix)
-    hints = [hint for key in record if (hint := did_you_mean(str(key), FIELDS))]
+    hints = [hint for key in record if key not in FIELDS and (hint := did_you_mean(str(key), FIELDS))]
     return DataError(
         "this is not a fine-tuning record",
         at=at,

@@ -191,29 +191,47 @@ def encode_chat(
 
 
 def find_loss(one: Conversation, text: str) -> str | None:
-    """Return what a rendered text lacks of a conversation. Earlier thoughts may be left out, as templates do."""
+    """Return what a rendered text lacks of a conversation.
+
+    Templates leave out the thoughts of earlier answers. Some also leave out what an answer says beside a call: that is
+    a loss in a record, which has learnt turns, but no reason to refuse a request to a server.
+    """
     if not text.strip():
         return "the chat template renders nothing"
-    answers = [i for i, learnt in enumerate(one.learnt) if learnt]
+    answers = [i for i, message in enumerate(one.messages) if message["role"] == "assistant"]
     for i, message in enumerate(one.messages):
         content, role = message["content"].strip(), message["role"]
-        if role == "assistant":  # thoughts may stand in it
-            thoughts, _, content = content.rpartition("</think>")
-            content = content.strip() if one.learnt[i] else ""
-            if answers[-1:] == [i] and not is_in(text, thoughts.partition("<think>")[2].strip()):
+        if role == "assistant":
+            thoughts, _, content = content.rpartition("</think>")  # they may stand in it
+            content = content.strip() if any(one.learnt) else ""
+            said = [thoughts.partition("<think>")[2], *(message[name] for name in REASONING if name in message)]
+            if one.learnt[i] and i == answers[-1] and not all(is_in(text, thought.strip()) for thought in said):
                 return "the chat template leaves out the thoughts of an answer"
         if not is_in(text, content):
             return f"the chat template leaves out what a message of the role {role} says"
         for function in (call["function"] for call in message.get("tool_calls", [])):
-            said = [function["name"], *(value for value in arguments_of(function).values() if isinstance(value, str))]
-            if not all(is_in(text, value) for value in said):
+            arguments = function["arguments"]
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+            if not all(is_in(text, said) for said in (function["name"], *arguments, *leaves(arguments))):
                 return "the chat template leaves out a call"
+    if not all(is_in(text, tool["function"]["name"]) for tool in one.tools or []):
+        return "the chat template leaves out a tool"
+    if not all(is_in(text, said.strip()) for said in leaves(one.variables.get("documents", []))):
+        return "the chat template leaves out what a document says"
     return None
 
 
-def arguments_of(function: dict[str, Any]) -> dict[str, Any]:
-    arguments = function["arguments"]
-    return json.loads(arguments) if isinstance(arguments, str) else arguments
+def leaves(value: Any) -> Iterator[str]:
+    """Yield the texts and numbers in a value of JSON."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from leaves(inner)
+    elif isinstance(value, str):
+        yield value
+    elif isinstance(value, int | float) and not isinstance(value, bool):  # Python spells true in another way
+        yield json.dumps(value)
 
 
 def is_in(text: str, part: str) -> bool:

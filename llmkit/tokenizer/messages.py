@@ -25,7 +25,8 @@ KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 CALL_ROLES = ("function_call", "tool_call")  # of ShareGPT: a turn of the assistant that only calls functions
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the first is the name that messages have here
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # names that chat_template_kwargs can't set
-MEDIA = ("image", "images", "image_url", "audio", "audios", "video", "videos", "files", "attachments")
+TEXT_PARTS = ("text", "input_text", "output_text")  # types of parts of a content
+MEDIA = ("image", "images", "image_url", "audio", "audios", "video", "videos", "file", "files", "attachments")
 CALLS = ("tool_calls", "function_call", "function_calls", "tool_call", "toolCalls")
 ARGUMENTS = ("arguments", "parameters", "args", "input")  # of a call
 REFUSED = (*MEDIA, "refusal", "tools", "functions", "train_detail")  # of a turn
@@ -55,7 +56,7 @@ def to_messages(turns: Any, unread: Counter[str]) -> tuple[list[dict[str, Any]],
     if not isinstance(turns, list) or not turns:
         raise ValueError("the turns are not a list, or there are none")
     messages, learnt = [], []
-    for turn in split_turns(turns):
+    for turn in turns:
         if not isinstance(turn, dict):
             raise ValueError("a turn is not an object")
         message = to_message(turn)
@@ -67,12 +68,17 @@ def to_messages(turns: Any, unread: Counter[str]) -> tuple[list[dict[str, Any]],
     return messages, learnt
 
 
-def split_turns(turns: list[Any]) -> list[Any]:
-    """Return turns with a role each, also of texts that alternate (LIMA) and of question and answer in one object.
+def split_turns(turns: Any) -> Any:
+    """Return turns with a role each, of texts that alternate (LIMA) or of objects with a question and an answer.
+
+    Return any other value as it is.
 
     >>> split_turns([{"input": "Hi", "output": "Hello"}])
     [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]
     """
+    turns = from_json(turns, "the list of turns")
+    if not isinstance(turns, list):
+        return turns
     if all(isinstance(turn, str) for turn in turns):
         return [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
     found = []
@@ -114,7 +120,7 @@ def to_message(turn: dict[str, Any]) -> dict[str, Any]:
         message[REASONING[0]] = to_text(reasoning, REASONING[0])
     if value is None and (calls or reasoning):
         value = ""
-    if role == "tool" and isinstance(value, dict | list) and not are_parts(value):
+    if role == "tool" and (isinstance(value, dict) or (isinstance(value, list) and not are_parts(value))):
         value = to_json(value)
     return message | {"content": join_parts(value)}
 
@@ -142,10 +148,8 @@ def to_json(value: Any) -> str:
 
 def are_parts(content: Any) -> bool:
     """Return whether a content is a list of parts, as opposed to other JSON, which a function may have returned."""
-    return isinstance(content, list) and all(
-        isinstance(part, str) or (isinstance(part, dict) and ("type" in part or part.keys() == {"text"}))
-        for part in content
-    )
+    types = [part.get("type") if isinstance(part, dict) else None for part in content]
+    return bool(types) and all(str(kind).removeprefix("input_") in (*TEXT_PARTS, *MEDIA) for kind in types)
 
 
 def join_parts(content: Any) -> str:
@@ -155,7 +159,7 @@ def join_parts(content: Any) -> str:
     texts = []
     for part in content:
         if isinstance(part, dict):
-            if part.get("type", "text") not in ("text", "input_text", "output_text"):
+            if part.get("type", "text") not in TEXT_PARTS:
                 raise ValueError(f"content has a part of the type {str(part['type'])[:50]}, and only text is read")
             if beside := [name for name in part if name not in ("type", "text") and part[name]]:
                 raise ValueError(f"a part of content has {beside[0]}, and only text is read")
@@ -190,36 +194,42 @@ def to_calls(value: Any) -> list[dict[str, Any]]:
     value = from_json(value, "function_call", must=True)
     calls = []
     for one in value if isinstance(value, list) else [value]:
-        function = one.get("function", one) if isinstance(one, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError("a call in tool_calls has no name of a function")
-        given = {name: value for name, value in function.items() if value is not None}
-        outside = {name for name, value in one.items() if value is not None} if function is not one else set()
-        if unknown := (given.keys() - {"name", *ARGUMENTS} | outside) - {"id", "type", "index", "function"}:
+        call, function = nested(one, "a call in tool_calls", {"id", "type", "index"})
+        if unknown := function.keys() - {"name", *ARGUMENTS}:
             raise ValueError(f"a call in tool_calls has {min(unknown)}, which is not read")
-        arguments = from_json(one_of(given, ARGUMENTS), "arguments", must=True)
+        arguments = from_json(one_of(function, ARGUMENTS), "arguments", must=True)
         arguments = {} if arguments is None else arguments
         if not isinstance(arguments, dict):
             raise ValueError("the arguments of a call in tool_calls are no object")
-        call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-        calls.append(call | ({"id": str(one["id"])} if one.get("id") is not None else {}))
+        known = {"id": str(call["id"])} if "id" in call else {}
+        calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}} | known)
     return calls
 
 
 def to_tools(value: Any) -> list[dict[str, Any]] | None:
     """Return descriptions of functions as OpenAI has them: {type: function, function: {...}}; None for none."""
     value = from_json(value, "tools", must=True)
-    tools = []
-    for given in value if isinstance(value, list) else [value] if value else []:
-        one = from_json(given, "tools")
-        function = one.get("function", one) if isinstance(one, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError("a tool has no name")
-        beside = [name for name in one if one is not function and name not in ("type", "function") and one[name]]
-        if beside:
-            raise ValueError(f"a tool has {beside[0]} beside its function")
-        tools.append({"type": "function", "function": function})
-    return tools or None
+    tools = [from_json(one, "tools") for one in (value if isinstance(value, list) else [value] if value else [])]
+    return [{"type": "function", "function": nested(one, "a tool", {"type"})[1]} for one in tools] or None
+
+
+def nested(one: Any, what: str, outer: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (fields of a call or a tool, fields of its function), which may stand in one object. Leave out nulls.
+
+    outer  names of the fields that are not the function's
+    """
+    function = one.get("function", one) if isinstance(one, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f"{what} has no name of a function")
+    function = {name: value for name, value in function.items() if value is not None}
+    fields = {name: value for name, value in one.items() if value is not None and name != "function"}
+    if "function" not in one:
+        function = {name: value for name, value in function.items() if name not in outer}
+    elif beside := fields.keys() - outer:
+        raise ValueError(f"{what} has {min(beside)} beside its function")
+    if fields.get("type", "function") != "function":
+        raise ValueError(f"{what} has the type {str(fields['type'])[:50]}, and only functions are read")
+    return fields, function
 
 
 def to_variables(options: Any, documents: Any) -> dict[str, Any]:
