@@ -95,6 +95,7 @@ PRIVET = "<p>\u043f\u0440\u0438\u0432\u0435\u0442"
     ("Text/HTML;Charset=KOI8-R", "", "koi8-r", "koi8-r"),
     ("text/html", '<meta charset="windows-1251">', "cp1251", "windows-1251"),
     ("text/html", '<meta http-equiv="Content-Type" content="text/html; charset=koi8-r">', "koi8-r", "koi8-r"),
+    ("text/html", "<meta name=x data-charset=utf-16><meta charset=none><meta charset=koi8-r>", "koi8-r", "koi8-r"),
     ("text/html", "<meta charset=KOI8-R>", "koi8-r", "koi8-r"),
     pytest.param("text/html", "<META CHARSET=koi8-r>", "koi8-r", "koi8-r"),
     pytest.param("text/html; charset=none", "<meta charset=koi8-r>", "koi8-r", "koi8-r"),

@@ -11,18 +11,23 @@ from llmkit.types import Document
 
 # A page starts with one of these tags, perhaps after a byte order mark or comments. Saved pages may also start with a
 # script, a meta tag or a warning of PHP (<br />); then a later tag must show that they are pages.
-HTML_START = re.compile(r"(?>\s+|\ufeff|<!--(?>.*?-->)|<\?xml[^>]*>)*+<(?:(!doctype html|html|head|body)\b|"
-                        r"(?:base|br|link|meta|noscript|script|style|title)\b)", re.IGNORECASE | re.DOTALL)  # fmt: skip
-HTML_LATER = re.compile(r"<(?:!doctype html|html|body)\b", re.IGNORECASE)
+HTML_START = re.compile(
+    r"(?>\s+|\ufeff|<!--(?>.*?-->)|<\?xml[^>]*>)*+"
+    r"<(?:(!doctype html|html|head|body)|base|br|link|meta|noscript|script|style|title)[\s>/]",
+    re.IGNORECASE | re.DOTALL,
+)
+HTML_LATER = re.compile(r"<(?:!doctype html|html|head|body)[\s>/]", re.IGNORECASE)
 # CSS selectors of the elements that are removed. Not removed: forms that wrap the whole page (ASP.NET), headers of
 # articles, footers of block quotes, and hidden MathML, which often accompanies an image of the formula.
 # If a formula has its TeX source as an annotation, only the TeX is kept.
 # No selector may search far up or down the tree: pages can be 100,000 elements deep.
+SITE_HEADER = "header:not(article > header, main > header, section > header, :has(> h1))"
 HTML_SKIPPED = [
     *"nav aside button noscript iframe svg".split(),
+    *"rt rp".split(),  # ruby: how a word is read, above it
     *"img area object video audio".split(),  # not alt_texts=False: that drops <figure> with the code in it
     *("footer:not(blockquote > footer)", "form:not(body > form)", "semantics > :first-child:has(+ annotation)"),
-    "header:not(article > header, main > header, section > header, :has(> h1))",  # the site's header
+    SITE_HEADER,
     *(f"[role={role}]" for role in "navigation contentinfo complementary search".split()),
     *("[hidden]", "[aria-hidden=true i]:not(:has(> math))"),
     *(f"[class~={name}]" for name in "hidden d-none sr-only visually-hidden".split()),  # Bootstrap, Tailwind
@@ -32,12 +37,14 @@ HTML_SKIPPED = [
     ),
 ]
 WORD = re.compile(r"\w+")
-RUN, SHARE, GAP = 4, 0.7, 10  # of an article's lines: words; of a line's runs; words
+RUN, SHARE, GAP = 4, 0.7, 5  # of an article's lines: words; of a line's runs; words
 NO_BOXES = re.compile("<!--.*?(?:-->|$)|<(script|style)\\b.*?(?:</\\1|$)", re.DOTALL | re.IGNORECASE)
 BOX, DEEPEST = re.compile("<(/?)(?:div|article|section|main)\\b", re.IGNORECASE), 1000
+RUBY = ["//rt", "//rp"]  # how a word is read, above it
 LONGEST_PAGE = 2_000_000  # characters; trafilatura would take seconds for more
-RUBY = re.compile(r"<(rt|rp)\b[^<>]*>[^<>]*</\1>", re.IGNORECASE)  # how a word is read, above it
 PRE = re.compile(r"(<pre\b[^<>]*>)(?:\r?\n)?", re.IGNORECASE)
+PRE_END = re.compile(r"(?=</pre\b)", re.IGNORECASE)
+CODE, PROSE, CODE_MARKS = "\ufdd0", "\ufdd1", re.compile("[\ufdd0\ufdd1]")  # noncharacters, which no text has
 XML_EMPTY = re.compile(  # an HTML parser would take everything after <script/> as part of the script
     r"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr)\b)([a-z][\w-]*)((?:\s[^<>]*)?)/>",
     re.IGNORECASE,
@@ -62,27 +69,29 @@ def extract_visible_text(document: Document) -> Document:
     """
     if not is_html(document):
         return document
-    return replace(document, text=visible_text(RUBY.sub("", document.text)), meta=document.meta | {"format": "text"})
+    return replace(document, text=visible_text(document.text), meta=document.meta | {"format": "text"})
 
 
 def extract_article(document: Document) -> Document:
     """Replace HTML by the text of its article, line by line as in its visible text. Keep other documents.
 
     The rest of a page, such as teasers, comments and notices, is left out. A line stays if trafilatura finds it in the
-    article, or if it is one of a few words, such as a caption or a line of code, between lines that stay. If
-    trafilatura finds no article, resiliparse's main content stays, else all lines.
+    article, or if it is code or one of a few words, such as a caption, between lines that stay. If trafilatura finds no
+    article, resiliparse's main content is taken for it, and if that is empty, all lines stay.
     """
     if not is_html(document):
         return document
-    page = RUBY.sub("", document.text)
-    text = visible_text(page)
-    lines = text.split("\n")
-    words = [tuple(WORD.findall(line)) for line in lines]
-    chosen = lines_in_article(page, words)
-    if any(chosen):
-        text = "\n".join(line for line, keep in zip(lines, bridge_gaps(chosen, words), strict=True) if keep)
-    elif not is_deep(page):
-        text = visible_text(page, main_content=True) or text
+    page = document.text
+    lines, are_code = split_code(visible_text(page, mark_code=True))
+    words = [words_of(line) for line in lines]
+    chosen = [True] * len(lines)
+    for find in (find_article, find_main_content) if len(page) <= LONGEST_PAGE else ():
+        found = find_lines(find(page), words)
+        if any(found):
+            prose = [() if code else line for code, line in zip(are_code, words, strict=True)]
+            chosen = bridge_gaps(found, prose)
+            break
+    text = "\n".join(line for line, keep in zip(lines, chosen, strict=True) if keep)
     return replace(document, text=text, meta=document.meta | {"format": "text"})
 
 
@@ -104,30 +113,57 @@ def is_deep(page: str) -> bool:
     return False
 
 
-def visible_text(page: str, *, main_content: bool = False) -> str:
-    """Return the text of a page that resiliparse takes for visible, or for its main content."""
+def visible_text(page: str, *, main_content: bool = False, mark_code: bool = False) -> str:
+    """Return the text of a page that resiliparse takes for visible, or for its main content.
+
+    mark_code  put CODE and PROSE around blocks of code, for `split_code`
+    """
     from resiliparse.extract.html2text import extract_plain_text
 
     if page.lstrip().startswith("<?xml"):
         page = XML_EMPTY.sub(r"<\1\2></\1>", page)
+    if mark_code:
+        page = PRE_END.sub(PROSE, PRE.sub(rf"\1{CODE}", CODE_MARKS.sub("", page)))
     page = PRE.sub(r"\1\n\n", page)  # in a list, resiliparse indents only the first line, so insert an empty one
     options = {"preserve_formatting": True, "main_content": main_content}
     text = extract_plain_text(page, skip_elements=HTML_SKIPPED, **options)
-    return text if text.strip() else extract_plain_text(page, **options)  # all may be in a header that is never closed
+    if not text.strip():  # all may be in a header that is never closed
+        text = extract_plain_text(page, skip_elements=[one for one in HTML_SKIPPED if one != SITE_HEADER], **options)
+    return text
 
 
-def lines_in_article(page: str, lines: list[tuple[str, ...]]) -> list[bool]:
-    """Return which lines of a page, given as words, are in the article that trafilatura finds.
+def split_code(text: str) -> tuple[list[str], list[bool]]:
+    """Return (lines, whether each is code) of a text with marks around its blocks of code.
 
-    A line is there if the article has the same one, or most of its runs of RUN words.
+    >>> split_code(f"a\\n{CODE}x = 1\\ny = 2{PROSE}\\nb")
+    (['a', 'x = 1', 'y = 2', 'b'], [False, True, True, False])
     """
+    lines, are_code, inside = [], [], False
+    for line in text.split("\n"):
+        are_code.append(inside or CODE in line)
+        inside = line.rfind(CODE) > line.rfind(PROSE) if CODE_MARKS.search(line) else inside
+        lines.append(CODE_MARKS.sub("", line))
+    return lines, are_code
+
+
+def find_article(page: str) -> str:
+    """Return the text of the article that trafilatura finds."""
     import trafilatura
 
-    if len(page) > LONGEST_PAGE:
-        return [False] * len(lines)
-    found = trafilatura.extract(page, fast=True, favor_recall=True, include_comments=False) or ""
-    same = {tuple(WORD.findall(line)) for line in found.split("\n")}
-    all_words = WORD.findall(found)
+    return trafilatura.extract(page, fast=True, include_comments=False, prune_xpath=RUBY) or ""
+
+
+def find_main_content(page: str) -> str:
+    """Return what resiliparse takes for the main content of a page; nothing of a page that is too deep for it."""
+    return "" if is_deep(page) else visible_text(page, main_content=True)
+
+
+def find_lines(found: str, lines: list[tuple[str, ...]]) -> list[bool]:
+    """Return which lines of a page, given as words, are in a text that was found in it.
+
+    A line is there if the text has the same one, or most of its runs of RUN words.
+    """
+    same, all_words = {words_of(line) for line in found.split("\n")}, words_of(found)
     runs = set(zip(*(all_words[start:] for start in range(RUN)), strict=False))
 
     def is_there(line: tuple[str, ...]) -> bool:
@@ -137,6 +173,10 @@ def lines_in_article(page: str, lines: list[tuple[str, ...]]) -> list[bool]:
         return sum(run in runs for run in own) >= SHARE * len(own)
 
     return [is_there(line) for line in lines]
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    return tuple(WORD.findall(text.replace("\u00ad", "")))  # trafilatura keeps fewer soft hyphens
 
 
 def bridge_gaps(chosen: list[bool], lines: list[tuple[str, ...]]) -> list[bool]:

@@ -58,9 +58,9 @@ def decode(data: bytes, html: bool = False, declared: str | None = None) -> tupl
 
 def declared_encodings(data: bytes, html: bool, declared: str | None) -> Iterator[tuple[str, str]]:
     """Yield (name, encoding) of the declared charset, then of HTML's <meta charset>. Skip names unknown to browsers."""
-    tag = rb"<(?:meta|\?xml)\b[^<>]*?(?:charset|encoding)\s*=\s*[\"']?([\w-]+)"  # scripts have a charset of their own
-    found = re.search(tag, data[:2048], re.IGNORECASE) if html else None
-    for name in (declared, found and found[1].decode("ascii", "ignore")):
+    tag = rb"<(?:meta|\?xml)\b[^<>]*?(?<![\w-])(?:charset|encoding)\s*=\s*[\"']?([\w-]+)"  # not that of a script
+    found = re.findall(tag, data[:2048], re.IGNORECASE) if html else []
+    for name in (declared, *(name.decode("ascii", "ignore") for name in found)):
         if name:
             from resiliparse.parse.encoding import map_encoding_to_html5
 
