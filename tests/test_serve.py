@@ -476,6 +476,17 @@ CHATS = {
     "no_content": ({"messages": [{"role": "user", "content": None}]}, 400, "content"),
     "tools": ({"tools": [{"type": "function", "function": {}}]}, 400, "tools.0.function.name"),
     "another_choice": ({"tool_choice": "required"}, 400, "tool_choice"),
+    "a_call_that_is_not_json": (
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+        400,
+        "messages",
+    ),
+    "reserved_variable": ({"chat_template_kwargs": {"messages": []}}, 400, "chat_template_kwargs"),
+    "two_efforts": (
+        {"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "high"}},
+        400,
+        "another",
+    ),
     "no_place_for_an_effort": ({"reasoning_effort": "low"}, 400, "reasoning_effort"),
     "json": ({"response_format": {"type": "json_object"}}, 400, "response_format"),
     "both_lengths": ({"max_tokens": 5, "max_completion_tokens": 5}, 400, "max_tokens"),

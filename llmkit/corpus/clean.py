@@ -43,7 +43,7 @@ BOX, DEEPEST = re.compile("<(/?)(?:div|article|section|main)\\b", re.IGNORECASE)
 RUBY = ["//rt", "//rp"]  # how a word is read, above it
 LONGEST_PAGE = 2_000_000  # characters; trafilatura would take seconds for more
 PRE = re.compile(r"(<pre\b[^<>]*>)(?:\r?\n)?", re.IGNORECASE)
-PRE_END = re.compile(r"(?=</pre\b)", re.IGNORECASE)
+PRE_END = re.compile(r"</pre\b", re.IGNORECASE)
 CODE, PROSE, CODE_MARKS = "\ufdd0", "\ufdd1", re.compile("[\ufdd0\ufdd1]")  # noncharacters, which no text has
 XML_EMPTY = re.compile(  # an HTML parser would take everything after <script/> as part of the script
     r"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr)\b)([a-z][\w-]*)((?:\s[^<>]*)?)/>",
@@ -123,7 +123,8 @@ def visible_text(page: str, *, main_content: bool = False, mark_code: bool = Fal
     if page.lstrip().startswith("<?xml"):
         page = XML_EMPTY.sub(r"<\1\2></\1>", page)
     if mark_code:
-        page = PRE_END.sub(PROSE, PRE.sub(rf"\1{CODE}", CODE_MARKS.sub("", page)))
+        page = page.replace(CODE, "").replace(PROSE, "")
+        page = PRE_END.sub(rf"{PROSE}\g<0>", PRE.sub(rf"\1{CODE}", page))
     page = PRE.sub(r"\1\n\n", page)  # in a list, resiliparse indents only the first line, so insert an empty one
     options = {"preserve_formatting": True, "main_content": main_content}
     text = extract_plain_text(page, skip_elements=HTML_SKIPPED, **options)
@@ -150,7 +151,7 @@ def find_article(page: str) -> str:
     """Return the text of the article that trafilatura finds."""
     import trafilatura
 
-    return trafilatura.extract(page, fast=True, include_comments=False, prune_xpath=RUBY) or ""
+    return trafilatura.extract(page, fast=True, favor_recall=True, include_comments=False, prune_xpath=RUBY) or ""
 
 
 def find_main_content(page: str) -> str:

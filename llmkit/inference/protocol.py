@@ -3,7 +3,7 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -177,6 +177,14 @@ class RequestError(Exception):
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         headers = {"retry-after": "1"} if self.status == 429 else None
         return JSONResponse({"error": error}, self.status, headers)
+
+
+def read_field(name: str, read: Callable[[], Any]) -> Any:
+    """Return what a function makes of a field. Raise RequestError with the field's name for its ValueError."""
+    try:
+        return read()
+    except ValueError as error:
+        raise RequestError(400, str(error), param=name) from None
 
 
 async def read_request(request: Request, kind: type[SamplingRequest], limits: Limits) -> SamplingRequest:

@@ -36,6 +36,7 @@ from llmkit.inference.protocol import (
     ResponseFormatter,
     SamplingRequest,
     is_token_ids,
+    read_field,
     read_request,
 )
 from llmkit.inference.sampling import Sampling
@@ -137,16 +138,16 @@ class Server:
         max_tokens = body.max_tokens or body.max_completion_tokens
         if body.max_tokens and body.max_completion_tokens:
             raise RequestError(400, "max_tokens and max_completion_tokens are both given", param="max_tokens")
-        try:
-            messages, _ = to_messages([message.model_dump(exclude_none=True) for message in body.messages], Counter())
-            tools = to_tools([tool.model_dump() for tool in body.tools or []])
-            variables = to_variables(body.chat_template_kwargs, body.documents)
-        except ValueError as error:
-            raise RequestError(400, str(error), param="messages") from None
+        turns = [message.model_dump(exclude_none=True) for message in body.messages]
+        messages, _ = read_field("messages", lambda: to_messages(turns, Counter()))
+        tools = read_field("tools", lambda: to_tools([tool.model_dump() for tool in body.tools or []]))
+        variables = read_field("chat_template_kwargs", lambda: to_variables(body.chat_template_kwargs, None))
+        variables |= read_field("documents", lambda: to_variables(None, body.documents))
         if tools and body.tool_choice == "none":
             raise RequestError(400, "the template shows tools: leave them out, if none is to be called", param="tools")
-        if body.reasoning_effort is not None:
-            variables["reasoning_effort"] = body.reasoning_effort
+        effort = body.reasoning_effort
+        if effort is not None and variables.setdefault("reasoning_effort", effort) != effort:
+            raise RequestError(400, "chat_template_kwargs has another reasoning_effort", param="reasoning_effort")
         self.check(body, 1, max_tokens or 1)
         ids = await self.encode(lambda: self.writer.encode_chat(messages, tools, variables))
         self.check_prompts([ids])

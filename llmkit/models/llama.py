@@ -16,6 +16,8 @@ from llmkit.models.causal import CausalLM, Context
 from llmkit.models.family import Family, Gguf, unite
 from llmkit.models.layers import ACTIVATIONS, RMSNorm, TokenEmbedding, rope_problems, rope_table, rotate
 
+ACTIVATION_NAMES = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}  # in config.json -> ours
+
 
 @dataclass(kw_only=True)
 class BaseConfig:
@@ -177,6 +179,8 @@ def build(config: Config) -> Model:
 def from_hf(hf: dict) -> dict:
     """Return our options from a config.json. transformers 5 has rotary base and scaling in `rope_parameters`."""
     hf, spelt = dict(hf), []
+    if isinstance(hf.get("hidden_act"), str):
+        hf["hidden_act"] = ACTIVATION_NAMES.get(hf["hidden_act"], hf["hidden_act"])
     if "rope_theta" in hf:
         spelt.append(("rope_theta", "rope_theta", hf.pop("rope_theta")))
     for field in ("rope_scaling", "rope_parameters"):
@@ -189,11 +193,12 @@ def from_hf(hf: dict) -> dict:
     kind = rope.pop("rope_type", "default")
     if "rope_theta" in rope:
         hf["rope_theta"] = rope.pop("rope_theta")
+    rope.pop("finetuned", None)  # in the configs of YaRN's authors; it changes nothing
+    if kind in ("llama3", "yarn"):  # as in transformers, a length beside the section comes before the one in it
+        pretrained = "original_max_position_embeddings"
+        rope[pretrained] = hf.pop(pretrained, rope.get(pretrained, hf.get("max_position_embeddings")))
     if kind != "default" or rope:
-        rope.pop("finetuned", None)  # in the configs of YaRN's authors; it changes nothing
         hf["rope_scaling"] = {"rope_type": kind, **rope}
-        if kind == "yarn":  # by default, the pretrained length
-            hf["rope_scaling"].setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
     return hf
 
 

@@ -78,8 +78,8 @@ class Tokenizer:
         return {token.content: i for i, token in added if token.special or token.content == self.unknown}
 
     @cached_property
-    def words(self) -> set[str]:
-        """Return the added tokens that are found wherever a text spells them out: not special ones, the unknown one."""
+    def added_words(self) -> set[str]:
+        """Return the added tokens that a text may spell out: those that are not special, and the unknown one."""
         return {token.content for token in self.rust.get_added_tokens_decoder().values() if not token.special}
 
     @cached_property
@@ -133,7 +133,7 @@ class Tokenizer:
         for cached in (
             "specials",
             "controls",
-            "words",
+            "added_words",
             "size",
             "sha256",
             "prefix",
@@ -261,13 +261,20 @@ class Tokenizer:
 
     def is_fast_for(self, text: str) -> bool:
         """Return whether the fast encoder reads a text, and gives the same ids."""
-        return self.fast is not None and has_only_short_runs(text) and unicodedata.is_normalized("NFC", text)
+        if self.fast is None or not has_only_short_runs(text):
+            return False
+        return not self.normalizes or unicodedata.is_normalized("NFC", text)
+
+    @cached_property
+    def normalizes(self) -> bool:
+        """Return whether the tokenizer changes a text before it splits it."""
+        return self.rust.normalizer is not None
 
     def encode_fast(self, text: str) -> list[int]:
         """Return the ids of a text for which `is_fast_for` is true."""
-        if not self.words:
+        if not self.added_words:
             return self.fast.encode_ordinary(text)
-        return self.fast.encode(text, allowed_special=self.words, disallowed_special=())
+        return self.fast.encode(text, allowed_special=self.added_words, disallowed_special=())
 
     @cached_property
     def fast(self):
@@ -281,8 +288,11 @@ class Tokenizer:
         if not plain or pattern not in PATTERNS.values():  # tiktoken drops unmatched text
             return None
         added = {token.content: i for i, token in self.rust.get_added_tokens_decoder().items()}
-        # tiktoken knows no tokens that take in spaces, and of two that begin in one place it may find either.
-        if self.words and (self.strips or any(a != b and a.startswith(b) for a in added for b in self.words)):
+        # tiktoken knows no tokens that take in spaces, and does not normalize them.
+        if self.added_words and (self.strips or not all(unicodedata.is_normalized("NFC", word) for word in added)):
+            return None
+        # Of two that begin in one place it may find either. In order, such two stand side by side.
+        if any(long.startswith(short) for short, long in itertools.pairwise(sorted(added))):
             return None
         letters = {letter: byte for byte, letter in enumerate(bytes_to_unicode())}
         plain_tokens = {token: i for token, i in spec["model"]["vocab"].items() if token not in added}
@@ -306,7 +316,7 @@ class Tokenizer:
         for token, i in self.rust.get_vocab(with_added_tokens=True).items():
             if token in self.specials or i == self.unknown_id:
                 continue
-            if token in self.words:
+            if token in self.added_words:
                 sizes[i] = len(token.encode())
             elif bytelevel:  # one letter of a byte-level token is one byte
                 sizes[i] = len(token)
