@@ -626,8 +626,9 @@ def test_inspect_paints_answers_and_dims_prompts(tokenizer, tmp_path):
 def test_inspect_shows_all_examples_of_a_packed_row_and_no_padding(tokenizer, tmp_path):
     _, [row] = encoded(tokenizer, tmp_path, [("the ", "river"), ("code ", "loss")])
     shown = inspect_rows(row, tokenizer, "causal")
-    _, plain, _ = format_rows(shown, tokenizer, colour=False).split("\n")
-    assert sorted(plain.split("]]")) == ["", "code\u00b7[[loss<|endoftext|>", "the\u00b7[[river<|endoftext|>"]
+    _, first, mark, second, _ = format_rows(shown, tokenizer, colour=False).split("\n")
+    assert sorted([first, second]) == ["code\u00b7[[loss<|endoftext|>]]", "the\u00b7[[river<|endoftext|>]]"]
+    assert mark == "-" and {token["example"] for token in shown[0]} == {0, 1}
     assert len(shown[0]) == (row.segments[0] >= 0).sum() < row.segments.shape[1]
 
 

@@ -237,6 +237,16 @@ def test_a_begin_token_that_the_tokenizer_adds_is_not_added_twice(place, tmp_pat
     assert found["tokens"] == measure(locate(str(place / "model")), data=str(place / "texts"), each=True)["tokens"]
 
 
+def test_pages_are_measured_as_a_build_reads_them_without_markup(place, tmp_path):
+    text = "The river was high after the rain and the small boat could not cross it."
+    (tmp_path / "page.html").write_text(f"<html><nav>Menu</nav><body><article><p>{text}</p></article></body></html>")
+    (tmp_path / "page.txt").write_text(text)
+    page, plain = (
+        measure(locate(str(place / "model")), data=str(tmp_path / name)) for name in ("page.html", "page.txt")
+    )
+    assert page["loss"] == plain["loss"] and page["tokens"] == plain["tokens"]
+
+
 def test_columns_of_a_run_do_not_keep_it_from_reading_texts(place):
     found = measure(locate(str(place / "model")), data=str(place / "texts"), columns={"question": "a", "answer": "b"})
     assert "3 documents" in found["data"]

@@ -303,10 +303,11 @@ def test_columns_and_what_is_not_read_from_the_command_line(corpus, tmp_path):
     llmkit("pretrain", "c.yaml", "-o", "run_dir=runs/base", cwd=tmp_path)
     rows = "".join(f"{i},wer ist {i}?,der {i}te,x\n" for i in range(20))
     (tmp_path / "faq.csv").write_text("id,Frage,Antwort,source\n" + rows)
-    options = ["-o", "data.columns={question: Frage, answer: Antwort}", "-o", "train.max_steps=2"]
+    options = ["--columns", "question=Frage,answer=Antwort", "-o", "train.max_steps=2"]
     command = ["finetune", "--lora", "--from", "runs/base", "--data", "faq.csv", *options]
     said = llmkit(*command, cwd=tmp_path).stdout
-    assert "question/answer through ChatML" in said and "not read: id, source" in said
+    assert "20 question/answer through ChatML" in said and "not read: id, source" in said
+    assert "wer" in llmkit("data", "inspect", "runs/base-lora", cwd=tmp_path).stdout  # a run stands for its config
 
 
 def test_a_damaged_field_is_never_passed_over(tokenizer):

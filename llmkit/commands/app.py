@@ -71,7 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         code = print_error(error)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume a training run or a data build", file=sys.stderr)
+        resumes = arguments[:1] in (["pretrain"], ["finetune"]) or arguments[:2] == ["data", "build"]
+        print("interrupted" + ("; the same command resumes" if resumes else ""), file=sys.stderr)
         code = INTERRUPTED[2]
     except BrokenPipeError:
         sys.stderr.close()

@@ -131,14 +131,21 @@ def inspect_documents(data: Any, id: str | None, dropped: int, kept: int, rule: 
             show(found, as_json)
         else:
             show({k: v for k, v in found.items() if k not in ("scores", "text")} | found["scores"], as_json)
-            print(f"\n{terminal_text(found['text'][:2000])}")
+            print(f"\n{beginning(found['text'], 2000)}")
         return
     samples = [*sample_documents(data, dropped, kept=False, rule=rule), *sample_documents(data, kept, kept=True)]
     if as_json:
         show({"documents": samples}, as_json)
         return
     for sample in samples:
-        print(terminal_text(f"--- {sample['id']}: {sample['why']}\n{sample['text'][:1000]}\n"))
+        print(terminal_text("--- {id}: {why}".format(**sample)))
+        print(beginning(sample["text"], 1000) + "\n")
+
+
+def beginning(text: str, length: int) -> str:
+    """Return the first characters of an untrusted text for the terminal, and how many are left out."""
+    left = len(text) - length
+    return terminal_text(text[:length]) + (f"\n... {left:,} more characters (--json shows all)" if left > 0 else "")
 
 
 @tokenizer_app.command("train", cls=Command)
@@ -158,6 +165,7 @@ def tokenizer_train(
     as_json: AsJson = False,
 ) -> None:
     """Train a tokenizer on files, or add tokens to an existing one."""
+    from llmkit.corpus.clean import extract_article
     from llmkit.errors import UserError
     from llmkit.files import write_beside
     from llmkit.readers.documents import read_texts
@@ -167,7 +175,7 @@ def tokenizer_train(
 
     check_is_new(out)
     tally, skipped, say = Tally(), Counter(), progress_printer(as_json)
-    texts = read_texts(sources, text_key, tally, skipped)
+    texts = read_texts(sources, text_key, tally, skipped, extract_article)
     if extend:
         given = {
             "--kind": kind != "bpe",

@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from llmkit.commands.show import MOST, AsJson, MaxBadFraction, Precision, progress_printer, show, to_stderr
+from llmkit.commands.show import (
+    MOST,
+    AsJson,
+    Columns,
+    MaxBadFraction,
+    Precision,
+    parse_columns,
+    progress_printer,
+    show,
+    to_stderr,
+)
 from llmkit.config.defaults import MAX_BAD_FRACTION
 
 
@@ -16,9 +26,7 @@ def evaluate(
     ] = False,
     data: Annotated[str | None, typer.Option(help="Texts, records or a data.dir; default: the val split.")] = None,
     each: Annotated[bool, typer.Option("--each", help="Score each text on its own, after a begin token.")] = False,
-    columns: Annotated[
-        str | None, typer.Option(help="Fields of records: question=Frage,answer=Antwort; default: the run's.")
-    ] = None,
+    columns: Columns = None,
     window: Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens in a sliding window.")] = None,
     stride: Annotated[
         int | None, typer.Option(min=1, max=MOST, help="Tokens between windows; default: the window.")
@@ -34,16 +42,13 @@ def evaluate(
     given = {"--max-bad-fraction": max_bad_fraction != MAX_BAD_FRACTION, "--each": each, "--columns": columns}
     if data is None and (unused := [name for name, value in given.items() if value]):
         raise UserError(f"{unused[0]} has no effect without --data", fix="leave it out")
-    named = None if columns is None else dict(pair.partition("=")[::2] for pair in columns.split(","))
-    if named and not all(name.strip() and value.strip() for name, value in named.items()):
-        raise UserError("--columns names fields as question=Frage,answer=Antwort", got=columns)
     from llmkit.evals.perplexity import measure
     from llmkit.storage.locate import locate
 
     located = locate(model or find_default_run(progress_printer(as_json)))
     to_stderr(located.choice)
     options = {"window": window, "stride": stride, "batch_size": batch_size, "precision": precision}
-    options |= {"each": each, "columns": named}
+    options |= {"each": each, "columns": parse_columns(columns)}
     show(measure(located, data=data, max_bad_fraction=max_bad_fraction, **options), as_json)
 
 

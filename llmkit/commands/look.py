@@ -36,7 +36,10 @@ def runs(
 
 def init(
     kind: Annotated[
-        str, typer.Argument(help="pretrain, finetune, corpus, tiny-llama, gpt2-124m ...; a wrong name lists all.")
+        str,
+        typer.Argument(
+            help="pretrain, finetune, corpus, laptop, lora, tiny-llama, gpt2-124m ...; a wrong name lists all."
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="Write it to this file instead of printing it.")] = None,
 ) -> None:

@@ -16,6 +16,9 @@ Override = Annotated[list[str], typer.Option("-o", help="Override a key: section
 MaxBadFraction = Annotated[
     float, typer.Option(min=0, max=1, help="Stop if more of the records, or of the bytes, can't be used.")
 ]
+Columns = Annotated[
+    str | None, typer.Option(help="Fields of records: question=Frage,answer=Antwort; default: the config's.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")]
 
 
@@ -50,6 +53,16 @@ def to_stderr(line: str) -> None:
     """Print a line about a command, whose result goes to standard output; nothing if it is empty."""
     if line:
         progress_printer(as_json=True)(line)
+
+
+def parse_columns(columns: str | None) -> dict[str, str] | None:
+    """Return {our name of a field: the records' name} of --columns."""
+    from llmkit.errors import UserError
+
+    named = None if columns is None else dict(pair.partition("=")[::2] for pair in columns.split(","))
+    if named and not all(name.strip() and value.strip() for name, value in named.items()):
+        raise UserError("--columns names fields as question=Frage,answer=Antwort", got=columns)
+    return named
 
 
 def terminal_text(text: str) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmkit.commands.show import MOST, AsJson, ConfigArg, Override, progress_printer, show
+from llmkit.commands.show import MOST, AsJson, Columns, ConfigArg, Override, parse_columns, progress_printer, show
 
 DryRun = Annotated[
     bool,
@@ -37,6 +37,7 @@ def finetune(
     method: Annotated[str | None, typer.Option(help="Another PEFT method, by name.")] = None,
     from_: Annotated[str | None, typer.Option("--from", help="The model to start from.")] = None,
     data: Annotated[Path | None, typer.Option(help="Prompts and answers: JSONL, JSON, CSV or Parquet.")] = None,
+    columns: Columns = None,
     rank: Annotated[int | None, typer.Option(min=1, max=MOST, help="Rank of the LoRA adapter.")] = None,
     o: Override = [],
     dry_run: DryRun = False,
@@ -48,9 +49,8 @@ def finetune(
     from llmkit.training.presets import finetune_config
 
     chosen = [name for name, given in (("lora", lora), ("full", full), (method, method is not None)) if given]
-    loaded = finetune_config(
-        config, chosen, model=from_, data=data, rank=rank, overrides=o, say=progress_printer(as_json)
-    )
+    given = {"model": from_, "data": data, "columns": parse_columns(columns), "rank": rank}
+    loaded = finetune_config(config, chosen, **given, overrides=o, say=progress_printer(as_json))
     run_training(loaded, dry_run=dry_run, fresh=fresh, nproc=nproc, as_json=as_json)
 
 

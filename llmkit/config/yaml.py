@@ -65,6 +65,7 @@ def dump_yaml(values: dict) -> str:
 
 def read_yaml(path: Path) -> tuple[dict, dict[tuple, str]]:
     """Read a YAML mapping. Return (values, origins), where origins maps each key path to its "file:line"."""
+    path = path / "config.yaml" if (path / "config.yaml").is_file() else path  # of a run
     if not path.exists():
         raise UserError(f"no such config file: {path}", fix="`llmkit init pretrain` writes a commented example")
     if not path.is_file():

@@ -24,6 +24,8 @@ TARGET, CONTEXT, SHADES, RESET = "\x1b[1;32m", "\x1b[2m", ("\x1b[44m", "\x1b[45m
 def inspect_rows(batch: Batch, tokenizer: Tokenizer, kind: str) -> list[list[dict[str, Any]]]:
     """Return the rows of a batch as tokens {id, text, target}, without padding. The model learns to predict targets.
 
+    In packed rows, a token also has the number of its "example" in the row.
+
     kind  "causal": the tokens of a row, of which some are targets
           "masked": the tokens that the encoder reads; where it has to predict the original one, that one follows
           "seq2seq": the tokens that the encoder reads, then the targets of the decoder
@@ -44,30 +46,41 @@ def inspect_rows(batch: Batch, tokenizer: Tokenizer, kind: str) -> list[list[dic
             ids = [*inputs, *labels[is_target]]
             targets = [False] * len(inputs) + [True] * int(is_target.sum())
         tokens = zip(map(int, ids), spell_tokens(tokenizer, map(int, ids)), map(bool, targets), strict=True)
-        rows.append([{"id": i, "text": text.decode(errors="replace"), "target": target} for i, text, target in tokens])
+        row = [{"id": i, "text": text.decode(errors="replace"), "target": target} for i, text, target in tokens]
+        if batch.positions is not None:  # the last target follows the last input
+            for token, segment in zip(row, [*batch.segments[number], batch.segments[number][-1]], strict=False):
+                token["example"] = int(segment)
+        rows.append(row)
     return rows
 
 
 def format_rows(rows: list[list[dict[str, Any]]], tokenizer: Tokenizer, *, colour: bool) -> str:
     """Format rows for a terminal: targets bright green, context dim. Without colour, targets are in [[brackets]].
 
-    LEGEND explains the marks. Of two equal brackets in a text, the first is escaped.
+    LEGEND explains the marks. Of two equal brackets in a text, the first is escaped. A short line stands between two
+    examples that share a row.
     """
     formatted = []
     for number, row in enumerate(rows):
         targets = sum(token["target"] for token in row)
-        parts = []
-        for is_target, tokens in itertools.groupby(row, key=lambda token: token["target"]):
-            part = spell_text(tokenizer, [token["id"] for token in tokens])
-            if colour:
-                part = RESET + (TARGET if is_target else CONTEXT) + part
-            else:
-                part = re.sub(r"\[(?=\[)|\](?=\])", lambda sign: f"\\x{ord(sign[0]):x}", part)
-                part = f"[[{part}]]" if is_target else part
-            parts.append(part)
-        text = token_gap(tokenizer).join(parts) + (RESET if colour else "")
+        examples = [list(tokens) for _, tokens in itertools.groupby(row, key=lambda token: token.get("example"))]
+        text = "\n-\n".join(format_example(tokens, tokenizer, colour=colour) for tokens in examples)
         formatted.append(f"--- row {number}: {len(row)} tokens, {targets} targets\n{text}")
     return "\n".join([*formatted, f"{'green' if colour else '[[ ]]'}: targets, {LEGEND}"])
+
+
+def format_example(tokens: list[dict[str, Any]], tokenizer: Tokenizer, *, colour: bool) -> str:
+    """Format the tokens of an example; see `format_rows`."""
+    parts = []
+    for is_target, run in itertools.groupby(tokens, key=lambda token: token["target"]):
+        part = spell_text(tokenizer, [token["id"] for token in run])
+        if colour:
+            part = RESET + (TARGET if is_target else CONTEXT) + part
+        else:
+            part = re.sub(r"\[(?=\[)|\](?=\])", lambda sign: f"\\x{ord(sign[0]):x}", part)
+            part = f"[[{part}]]" if is_target else part
+        parts.append(part)
+    return token_gap(tokenizer).join(parts) + (RESET if colour else "")
 
 
 def format_tokens(tokens: list[bytes], *, colour: bool) -> str:

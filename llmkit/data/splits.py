@@ -23,6 +23,7 @@ FOUND_NOTES = {  # of records.encode.Found -> what the header says
     "without_target": "examples without a target, left out",
 }
 MOST_UNREAD = 20  # names of fields in the header
+WARN_LOST_FRACTION = 0.1  # of the examples
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Splits:
     shares       in a mixture: source -> (share of the samples, samples of the source)
     lengths      description of the lengths of fine-tuning examples
     losses       what of the records is not trained on, and why
-    warning      that most of the examples are left out
+    warning      that many of the examples are left out
     is_chat      whether the records went through the chat template
     token_bytes  bytes of text per token (V,), see `bytes_per_token`
     """
@@ -171,7 +172,7 @@ def open_records(
         return open_rows(Path(report["folder"]), split, size, start_id, mixture=mixed, **order)
 
     layouts = report["found"]["layouts"]
-    names = ", ".join(f"{number:,} {name}" if len(layouts) > 1 else name for name, number in layouts.items())
+    names = ", ".join(f"{number:,} {name}" for name, number in layouts.items())
     how = f"through {form}" if form else "as they are, no chat template"
     return Splits(
         tokenizer,
@@ -190,12 +191,13 @@ def open_records(
 
 
 def warn_of_few(report: dict[str, Any]) -> str:
-    """Return a warning if most examples are too long to be trained on; "" otherwise."""
+    """Return a warning if over a tenth of the examples are too long to be trained on; "" otherwise."""
     kept, lost = (
         sum(part["examples"] for part in report["splits"].values()),
         report["found"]["too_long"].get("left out", 0),
     )
-    return f"only {kept:,} of {kept + lost:,} examples are short enough for data.seq_len" if lost > kept else ""
+    few = lost > (kept + lost) * WARN_LOST_FRACTION
+    return f"only {kept:,} of {kept + lost:,} examples are short enough for data.seq_len" if few else ""
 
 
 def describe_losses(report: dict[str, Any]) -> Iterator[str]:
@@ -203,7 +205,9 @@ def describe_losses(report: dict[str, Any]) -> Iterator[str]:
     found, size = report["found"], f"longer than {report['seq_len']} tokens"
     for fate, number in found["too_long"].items():
         what = "answers before the kept prompt, not learnt" if fate == ANSWERS_LOST else f"examples {size}: {fate}"
-        yield f"{number:,} {what}" + (" (raise data.seq_len, or see data.too_long)" if fate == "left out" else "")
+        yield f"{number:,} {what}" + (
+            " (raise data.seq_len, or set data.too_long: split)" if fate == "left out" else ""
+        )
     yield from (f"{number:,} {what}" for key, what in FOUND_NOTES.items() if (number := found[key]))
     if number := report["val prompts in train"]:
         yield f"{number:,} val examples with a prompt of train, left out"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from llmkit.corpus.clean import extract_article
 from llmkit.data.corrupt import shift_right
 from llmkit.data.rows import open_rows, token_ids
 from llmkit.data.splits import open_stream, read_manifest
@@ -97,7 +98,7 @@ def read_data(path: str, reading: Reading, tally: Tally) -> Read:
         what = "the records are neither texts nor prompts and answers"
         raise DataError(what, at=files[0], got=got, expected=expected, fix=fix)
     found = (one for file in files for one in read_file(file, source="eval", root=file.parent))
-    documents = [one.text for one in keep_documents(found, tally)]
+    documents = [extract_article(one).text for one in keep_documents(found, tally)]  # a build reads pages so, too
     if not documents:
         raise DataError("no text can be read from the file", at=path, got=tally.describe() or None)
     tokenizer, number = reading.tokenizer, count(len(documents), "document")

@@ -91,18 +91,23 @@ def read_zip(
 
 
 def read_texts(
-    sources: list[str], text_key: str = "text", tally: Tally | None = None, skipped: Counter[str] | None = None
+    sources: list[str],
+    text_key: str = "text",
+    tally: Tally | None = None,
+    skipped: Counter[str] | None = None,
+    convert: Callable[[Document], Document] = lambda document: document,
 ) -> Iterator[str]:
     """Yield all texts of files, folders and globs.
 
     tally    counts the records, and those that can't be read
     skipped  counts the files that are not read: see `list_files`
+    convert  changes each document, such as `corpus.clean.extract_article`, which makes text of HTML
     """
     for source in sources:
         for path in list_files(source, skipped=skipped):
             found = read_file(path, source="text", root=path.parent, text_key=text_key)
             for document in keep_documents(found, Tally() if tally is None else tally):
-                yield document.text
+                yield convert(document).text
 
 
 def keep_documents(

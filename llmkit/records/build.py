@@ -337,5 +337,7 @@ def no_examples_error(data: SftData, found: Found, tally: Tally, listed_in: Path
     reasons += [f"{found.without_target} without a target"] if found.without_target else []
     got = "; ".join([", ".join(reasons) or "no usable record", *filter(None, [tally.describe(listed_in)])])
     at = data.path or ", ".join(source.name for source in data.sources)
-    fix = "raise data.seq_len, or set data.too_long: truncate_prompt" if found.too_long else None
+    fix = (
+        "raise data.seq_len if the model has longer positions, or set data.too_long: split" if found.too_long else None
+    )
     return DataError("no example is left to train on", at=at, got=got, fix=fix)

@@ -146,7 +146,7 @@ def prepare(
     new_tokens = fit_vocabulary(checked, data.tokenizer)
     for split, samples in data.samples.items():
         if samples < 1:
-            fix = "lower data.seq_len or add text"
+            fix = "add records" if config.data.kind == "sft" else "lower data.seq_len or add text"
             if data.samples["train" if split == "val" else "val"] > 1 and not getattr(config.data, "val_path", None):
                 key = "data.split.val_fraction" if isinstance(config.data, CorpusData) else "data.val_fraction"
                 fix += f", or {'raise' if split == 'val' else 'lower'} {key}"

@@ -1,5 +1,6 @@
 """The defaults of `llmkit finetune`, and the example configs."""
 
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,7 @@ def finetune_config(
     *,
     model: str | None,
     data: Path | None,
+    columns: dict[str, str] | None,
     rank: int | None,
     overrides: list[str],
     say: Callable[[str], None],
@@ -102,6 +104,7 @@ def finetune_config(
             defaults["data"]["seq_len"] = min(LONGEST, trained_length(start))
     flags = [f"init_from={quote(model)}"] if model else []
     flags += [f"data.path={quote(str(data))}"] if data else []
+    flags += [f"data.columns={json.dumps(columns)}"] if columns else []
     if methods:
         flags += ["peft=null" if method == "full" else f"peft.name={method}"]
     flags += [f"peft.r={rank}"] if rank else []
