@@ -91,10 +91,15 @@ def explain(problem: dict, schema: type[BaseModel], origins: dict[tuple, str], p
         r"String should match pattern '\S'": "some text, not a blank",
     }
     expected = names.get(expected, expected)
-    pairs = re.findall(r"([^=,]+)=([^,]+)", problem["input"]) if isinstance(problem["input"], str) else []
-    section = "{" + ", ".join(f"{name.strip()}: {value.strip()}" for name, value in pairs) + "}"
-    fix = f"write {key}: {section}, or -o '{key}={section}'" if pairs and "section" in expected else None
+    fix = write_section(key, problem["input"]) if "section" in expected else None
     return UserError(f"{key} is not valid", at=at, got=repr(problem["input"]), expected=expected, fix=fix)
+
+
+def write_section(key: str, value: Any) -> str | None:
+    """Return how to write a section that was given as a=b,c=d; None for any other value."""
+    pairs = re.findall(r"([^=,]+)=([^,]+)", value) if isinstance(value, str) else []
+    section = "{" + ", ".join(f"{name.strip()}: {inner.strip()}" for name, inner in pairs) + "}"
+    return f"write {key}: {section}, or -o '{key}={section}'" if pairs else None
 
 
 def fields_at(schema: type[BaseModel], loc: list) -> set[str]:

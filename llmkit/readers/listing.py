@@ -154,6 +154,3 @@ def matches_any(path: Path, patterns: Sequence[str]) -> bool:
     """Match a path against globs. The variant with a leading slash lets `**/x` match an x at the top."""
     names = (path.as_posix(), f"/{path.as_posix()}", path.name)
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-
-# ---- documents ------------------------------------------------------------------------------------------------------

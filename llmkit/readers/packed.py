@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-# errors that truncated or invalid files raise; RuntimeError: a zip with a password
 MAX_DOCUMENT_BYTES = 50_000_000  # limit for a text, and for a line of JSON Lines or CSV
+# errors that truncated or invalid files raise; RuntimeError: a zip with a password
 READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException, zipfile.BadZipFile, RuntimeError)
 
 

@@ -278,17 +278,18 @@ def to_columns(batch: pa.RecordBatch) -> dict[str, list] | None:
 
 # ---- any file -------------------------------------------------------------------------------------------------------
 
+PACKED = ("", ".gz", ".zst")
 DOCUMENT_FORMATS = {  # suffix -> format, for files that are one document
-    suffix + packed: kind
+    suffix + ending: kind
     for kind, suffixes in {"text": TEXT_SUFFIXES, "html": HTML_SUFFIXES, "code": CODE_SUFFIXES}.items()
     for suffix in suffixes
-    for packed in ("", ".gz", ".zst")
+    for ending in PACKED
 }
 RECORD_READERS = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".json": read_json, ".csv": read_csv, ".tsv": read_csv}
 READERS: dict[str, Callable[..., Iterator[Record]]] = {
     ".parquet": read_parquet,
-    **dict.fromkeys([f".{kind}{packed}" for kind in ("warc", "wet") for packed in ("", ".gz", ".zst")], read_warc),
-    **{suffix + packed: reader for suffix, reader in RECORD_READERS.items() for packed in ("", ".gz", ".zst")},
+    **dict.fromkeys([f".{kind}{ending}" for kind in ("warc", "wet") for ending in PACKED], read_warc),
+    **{suffix + ending: reader for suffix, reader in RECORD_READERS.items() for ending in PACKED},
     **dict.fromkeys(DOCUMENT_FORMATS, read_text),
 }
 
