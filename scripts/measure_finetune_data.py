@@ -3,6 +3,7 @@
     python scripts/measure_finetune_data.py                    # 10,000 and 100,000 chats
     python scripts/measure_finetune_data.py 1000000 --workers 2
     python scripts/measure_finetune_data.py 10000 --pairs      # prompts and completions instead
+    python scripts/measure_finetune_data.py 10000 --no-marks   # a template without {% generation %}, as most are
     python scripts/measure_finetune_data.py 10000 --peer       # chats, beside transformers, in turns
 
 Each number runs in its own process. A chat has four turns of 20 to 120 words, which a BPE of 2000 tokens makes 310
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -90,7 +92,7 @@ def used(who: int) -> tuple[float, float]:
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
-def measure(number: int, batches: int, workers: int, pairs: bool) -> None:
+def measure(number: int, batches: int, workers: int, pairs: bool, marks: bool) -> None:
     """Encode `number` records and read some batches. Print one line of figures."""
     from llmkit.config.data import SftData
     from llmkit.data.rows import packed_batches
@@ -99,7 +101,7 @@ def measure(number: int, batches: int, workers: int, pairs: bool) -> None:
     from llmkit.tokenizer.train import train_tokenizer
 
     tokenizer = train_tokenizer([" ".join(WORDS)] * 10, vocab_size=2000)
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = TEMPLATE if marks else re.sub(r"{% (end)?generation %}", "", TEMPLATE)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "records.jsonl"
         write_records(path, number, pairs)
@@ -131,6 +133,7 @@ if __name__ == "__main__":
     parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--pairs", action="store_true", help="prompts and completions instead of chats")
+    parser.add_argument("--no-marks", action="store_true", help="a template that does not mark the answers itself")
     parser.add_argument("--peer", action="store_true", help="measure transformers too, three times in turns")
     parser.add_argument("--transformers", action="store_true", help=argparse.SUPPRESS)  # one turn of the peer
     options = parser.parse_args()
@@ -140,9 +143,9 @@ if __name__ == "__main__":
         for flags in [[], ["--transformers"], ["--transformers"], [], [], ["--transformers"]]:
             subprocess.run([sys.executable, __file__, str(options.numbers[0]), *flags], check=True)
     elif len(options.numbers) == 1:
-        measure(options.numbers[0], options.batches, options.workers, options.pairs)
+        measure(options.numbers[0], options.batches, options.workers, options.pairs, not options.no_marks)
     else:
         flags = ["--batches", str(options.batches), "--workers", str(options.workers)]
-        flags += ["--pairs"] if options.pairs else []
+        flags += [flag for flag in ("--pairs", "--no-marks") if flag in sys.argv]
         for number in options.numbers:
             subprocess.run([sys.executable, __file__, str(number), *flags], check=True)

@@ -154,9 +154,15 @@ def takes_arguments_as_text(template: str) -> bool:
 
 def to_parts(template: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return messages with contents as lists of parts if the template takes no texts."""
-    if not LOOP_OVER_PARTS.search(template) or "is string" in template:
+    if not takes_parts(template):
         return messages
     return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+@lru_cache
+def takes_parts(template: str) -> bool:
+    """Return whether a template takes contents as lists of parts only."""
+    return LOOP_OVER_PARTS.search(template) is not None and "is string" not in template
 
 
 def template_variables(tokenizer: Tokenizer, one: Conversation) -> dict[str, Any]:
@@ -247,11 +253,13 @@ def break_special_tokens(tokenizer: Tokenizer, one: Conversation) -> Conversatio
 
     Raise ValueError if it is nested too deeply.
     """
-    names, both = special_patterns(tuple(tokenizer.controls))
+    names, signs = special_patterns(tuple(tokenizer.controls))
     if not one.tools and not one.variables:  # most have nothing to change
         texts = [value for message in one.messages for value in message.values()]
-        if all(isinstance(text, str) for text in texts) and not both.search("\0".join(texts)):
-            return one
+        if all(isinstance(text, str) for text in texts):
+            joined = "\0".join(texts)
+            if not any(sign in joined for sign in signs):
+                return one
 
     def broken(value: Any, depth: int = 0) -> Any:
         if isinstance(value, str):
@@ -270,10 +278,10 @@ def break_special_tokens(tokenizer: Tokenizer, one: Conversation) -> Conversatio
 
 
 @lru_cache
-def special_patterns(specials: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern]:
-    """Return patterns that find special tokens, and these or OURS."""
+def special_patterns(specials: tuple[str, ...]) -> tuple[re.Pattern, set[str]]:
+    """Return a pattern of special tokens, and characters: a text without any of them has no such token, and no OURS."""
     names = "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)"
-    return re.compile(names), re.compile(f"{names}|{OURS.pattern}")
+    return re.compile(names), {name[0] for name in specials} | set(map(chr, range(0xFDD0, 0xFDD5)))
 
 
 def encode_rendered(tokenizer: Tokenizer, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:

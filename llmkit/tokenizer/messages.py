@@ -31,6 +31,7 @@ CALLS = ("tool_calls", "function_call", "function_calls", "tool_call", "toolCall
 ARGUMENTS = ("arguments", "parameters", "args", "input")  # of a call
 REFUSED = (*MEDIA, "refusal", "tools", "functions", "train_detail")  # of a turn
 LEARNT = ("train", "loss", "training")  # true or false
+PLAIN_FIELDS = {"role", "content"}
 KNOWN_FIELDS = {
     *("role", "from", "content", "value", "text", "tool_call_id", "name", "weight"),
     *(*CALLS, *REASONING, *REFUSED, *LEARNT),
@@ -59,6 +60,10 @@ def to_messages(turns: Any, unread: Counter[str]) -> tuple[list[dict[str, Any]],
     for turn in turns:
         if not isinstance(turn, dict):
             raise ValueError("a turn is not an object")
+        if turn.keys() == PLAIN_FIELDS and turn["role"] in KNOWN_ROLES and isinstance(turn["content"], str):  # most are
+            messages.append(dict(turn))
+            learnt.append(turn["role"] == "assistant")
+            continue
         message = to_message(turn)
         unread.update(
             f"turn.{field}" for field, value in turn.items() if value is not None and field not in KNOWN_FIELDS
@@ -81,6 +86,8 @@ def split_turns(turns: Any) -> Any:
         return turns
     if all(isinstance(turn, str) for turn in turns):
         return [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
+    if all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns):  # most are
+        return turns
     found = []
     for turn in turns:
         pair = next((pair for pair in PAIRED_TURNS if isinstance(turn, dict) and set(turn) == set(pair)), None)

@@ -86,7 +86,8 @@ class Job:
 
     renderings  (number of messages from the first on, whether to start an answer after them)
     variables   further variables of the template
-    mark        whether to find the contents in the first text, by rendering them with marks
+    mark        whether to find the contents in the first text, by rendering them with marks; a template with
+                {% generation %} needs neither this nor the other renderings
     """
 
     messages: list[dict[str, Any]]

@@ -5,7 +5,8 @@ that process: it imports nothing but jinja2 and the standard library. `renderer.
 
 It reads requests from the connection that its argument names, and answers each: both are JSON.
 A request is {template, date, jobs: [job, ...]}, and a job {messages, variables, renderings: [[number of messages,
-add_generation_prompt], ...], mark: whether to find the contents}.
+add_generation_prompt], ...], mark: whether to find the contents, if the template does not mark answers itself: then
+the other renderings tell nothing, and are left out}.
 An answer is a list with one entry for each job. It is {texts, spans, places}: texts are [[characters shared with the
 text before, rest] or null where the template fails, ...], spans what stands in {% generation %} in the first one, and
 places [start, stop] of each content that is not blank in it, or null. Or it is {error: kind, reason: text} with a kind
@@ -92,6 +93,8 @@ def render(template: str, date: str | None, job: dict[str, Any]) -> dict[str, An
             text, found = take_generation_marks(rendered)
             if not texts:
                 whole, spans = text, found
+                if spans and job["mark"]:  # they tell where the answers are
+                    return {"texts": [(0, text)], "spans": spans, "places": None}
             shared = len(before) if text.startswith(before) else len(text) if before.startswith(text) else 0
             texts.append((shared, text[shared:]))
             size, before = size + len(text) - shared, text
