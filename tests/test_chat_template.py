@@ -68,6 +68,7 @@ HEAVY = {  # in time, memory or output
     "macros": "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
     "lorem_ipsum": "{{ lipsum(n=10**6) }}",
     "output": "{% for i in range(99999) %}" + "x" * 200 + "{% endfor %}",
+    "marked_output": "{% generation %}{% for i in range(99999) %}" + "x" * 200 + "{% endfor %}{% endgeneration %}",
     "nesting": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
 }
 HOSTILE = {

@@ -615,6 +615,8 @@ FOUND = [  # record -> its examples, the messages by role and content
        f"user:q tool:{said} assistant:a")
       for result, said in [([], "[]"), (["x", "y"], '["x", "y"]'), ([{"text": "t"}], '[{"text": "t"}]'),
                            ([{"type": "A"}], '[{"type": "A"}]'), ([{"type": "text", "text": "t"}], "t")]),
+    ({"prompt": [{"role": "User", "content": "q"}], "completion": [{"from": "GPT", "value": "a"}]},
+     "user:q assistant:a"),
     ({"prompt": json.dumps([user("q")], indent=2), "completion": json.dumps([assistant("a")], indent=2)},
      "user:q assistant:a"),
 ]  # fmt: skip

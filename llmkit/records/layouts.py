@@ -18,7 +18,6 @@ from llmkit.tokenizer.messages import (
     KNOWN_ROLES,
     LEARNT,
     MEDIA,
-    ROLES,
     from_json,
     is_learnt,
     one_of,
@@ -27,6 +26,7 @@ from llmkit.tokenizer.messages import (
     to_text,
     to_tools,
     to_variables,
+    usual_role,
 )
 
 TURNS = ("messages", "conversations", "conversation")  # lists of turns
@@ -267,7 +267,7 @@ def as_turns(value: Any, name: str) -> Any:
 def is_turn(value: Any) -> bool:
     """Return whether a value is a turn of a conversation, as opposed to other JSON that a text may be."""
     role = value.get("role", value.get("from")) if isinstance(value, dict) else None
-    return isinstance(role, str) and role in (*ROLES, *KNOWN_ROLES, *CALL_ROLES)
+    return isinstance(role, str) and usual_role(role) in (*KNOWN_ROLES, *CALL_ROLES)
 
 
 def read_history(value: Any) -> list[dict[str, str]]:

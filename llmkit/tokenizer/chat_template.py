@@ -222,26 +222,26 @@ def find_loss(one: Conversation, text: str) -> str | None:
                 return "the chat template leaves out a call"
     if not all(is_in(text, tool["function"]["name"]) for tool in one.tools or []):
         return "the chat template leaves out a tool"
-    if not all(is_in(text, said.strip()) for said in leaves(one.variables.get("documents", []))):
+    said = [value.strip() for value in leaves(one.variables.get("documents", [])) if isinstance(value, str)]
+    if not all(is_in(text, part) for part in said):
         return "the chat template leaves out what a document says"
     return None
 
 
-def leaves(value: Any) -> Iterator[str]:
+def leaves(value: Any) -> Iterator[str | float]:
     """Yield the texts and numbers in a value of JSON."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
         for inner in value:
             yield from leaves(inner)
-    elif isinstance(value, str):
+    elif isinstance(value, str | int | float) and not isinstance(value, bool):  # Python spells true in another way
         yield value
-    elif isinstance(value, int | float) and not isinstance(value, bool):  # Python spells true in another way
-        yield json.dumps(value)
 
 
-def is_in(text: str, part: str) -> bool:
+def is_in(text: str, part: str | float) -> bool:
     """Return whether a rendered text says something, as it is or as JSON spells it."""
+    part = part if isinstance(part, str) else json.dumps(part)
     return part in text or any(json.dumps(part, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
 
 

@@ -106,10 +106,9 @@ def to_message(turn: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"a turn has {refused[0]}, which is not read there")
     value = one_of(turn, ("content", "value", "text"))
     calls = [found for field in CALLS if (found := from_json(turn.get(field), field))]
-    role = role.strip().lower().replace("-", "_")
+    role = usual_role(role)
     if role in CALL_ROLES:
         role, value, calls = "assistant", "", [*calls, value]
-    role = ROLES.get(role, role)
     if role not in KNOWN_ROLES:
         raise ValueError(f"unknown role {role[:50]!r}")
     if calls and role != "assistant":
@@ -130,6 +129,12 @@ def to_message(turn: dict[str, Any]) -> dict[str, Any]:
     if role == "tool" and (isinstance(value, dict) or (isinstance(value, list) and not are_parts(value))):
         value = to_json(value)
     return message | {"content": join_parts(value)}
+
+
+def usual_role(role: str) -> str:
+    """Return the role that a name stands for, in any case: "user" for "Human". Return other names in lower case."""
+    role = role.strip().lower().replace("-", "_")
+    return ROLES.get(role, role)
 
 
 def one_of(fields: dict[str, Any], names: Iterable[str]) -> Any:

@@ -93,13 +93,13 @@ def render(template: str, date: str | None, job: dict[str, Any]) -> dict[str, An
             text, found = take_generation_marks(rendered)
             if not texts:
                 whole, spans = text, found
-                if spans and job["mark"]:  # they tell where the answers are
-                    return {"texts": [(0, text)], "spans": spans, "places": None}
             shared = len(before) if text.startswith(before) else len(text) if before.startswith(text) else 0
             texts.append((shared, text[shared:]))
             size, before = size + len(text) - shared, text
             if size > CHARACTERS:
                 return {"error": "limit", "reason": f"renders more than {CHARACTERS // 10**6} million characters"}
+            if spans and job["mark"]:  # they tell where the answers are
+                return {"texts": texts, "spans": spans, "places": None}
         if job["mark"]:
             with suppress(Exception):  # a template may refuse marks
                 messages = [*map(mark, job["messages"])]
