@@ -133,6 +133,27 @@ def test_code_between_lines_of_an_article_stays():
     assert code in text and text.count("This paragraph") == 3 and not re.search("[\ufdd0\ufdd1]", text)
 
 
+@pytest.mark.parametrize("step", ["html", "html_all"])
+@pytest.mark.parametrize("box", ["<div><form id=aspnetForm>", "<nav>", "<div aria-hidden=true>", "<aside>", "<footer>"])
+def test_a_page_whose_whole_text_is_in_a_menu_or_a_form_is_not_empty(box, step):
+    assert "This paragraph" in run(f"<html><body>{box}<p>{PROSE * 5}</p></body></html>", step)
+
+
+def test_code_at_the_end_of_an_article_stays_and_an_open_pre_keeps_no_teasers():
+    code = "<div class=meta><pre>x = compute_all(things, with_many, arguments)\nprint(x, y, z, u, v, w)\n</pre></div>"
+    article = f"<article><p>{PROSE * 3}</p>{code}</article>"
+    text = run(f"<html><body>{article}</body></html>", "html")
+    assert "compute_all" in text and "print(x" in text
+    page = f"<html><body><article><p>{PROSE * 2}</p>{code}<p>{PROSE}</p></article>"
+    assert run(page, "html") == run(page, "html_all")
+    teasers = "".join(
+        f"<p><a href=/{i}>Another story about things that happened number {i} yesterday</a></p>" for i in range(8)
+    )
+    article = f"<article><p>{PROSE * 3}</p><div><pre>x=1</div></article>"
+    page = f"<html><body>{article}<ul>{teasers}</ul><p>{PROSE}</p></body></html>"
+    assert "Another story" not in run(page, "html")
+
+
 def test_soft_hyphens_hide_no_line():
     words = " ".join(f"Vor\u00adle\u00adsung{i}" for i in range(30))
     page = f"<html><body><article><p>{PROSE * 3}</p><p>{words}. {PROSE}</p></article></body></html>"

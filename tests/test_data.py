@@ -632,6 +632,15 @@ def test_inspect_shows_all_examples_of_a_packed_row_and_no_padding(tokenizer, tm
     assert len(shown[0]) == (row.segments[0] >= 0).sum() < row.segments.shape[1]
 
 
+def test_inspect_numbers_the_examples_of_masked_rows(tokenizer):
+    ids, labels = np.arange(1, 7)[None], np.array([[11, 12, -100, -100, -100, -100]])
+    segments = np.array([[0, 0, 0, 1, 1, 1]])
+    [row] = inspect_rows(Batch(ids, labels, segments * 0, segments), tokenizer, "masked")
+    assert [(token["id"], token["example"]) for token in row] == [
+        (1, 0), (11, 0), (2, 0), (12, 0), (3, 0), (4, 1), (5, 1), (6, 1)
+    ]  # fmt: skip
+
+
 def test_inspect_shows_the_last_token_of_a_full_row(tokenizer, tmp_path):
     _, rows = encoded(tokenizer, tmp_path, [("the ", "river " * 50)], too_long="split", packing=False)
     [shown] = inspect_rows(rows[0], tokenizer, "causal")

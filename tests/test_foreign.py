@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import SHARED, llmkit, needs_shared, sentences
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Rust
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from llmkit.errors import ENVIRONMENT, MODEL, ModelError, UserError
 from llmkit.tokenizer.chat_template import encode_chat
@@ -473,6 +473,7 @@ OVERRIDES = [
     ("llama", "LlamaTokenizer", {"legacy": True}),
     ("llama", "LlamaTokenizerFast", {"legacy": False, "add_prefix_space": True}),
     ("like llama mistral", "LlamaTokenizer", {"add_prefix_space": False}),  # the class is not taken for this model
+    ("like llama phi3", "LlamaTokenizer", {"legacy": False}),  # nor for this one
 ]
 
 
@@ -504,10 +505,39 @@ def test_tokens_that_only_the_configs_make_special_are_special(tmp_path):
     assert set(ours.specials) == set(theirs.all_special_tokens) | {CHAT_START, CHAT_END}
 
 
+SPECIAL_X = {"content": "<x>", "special": True}
+ADDED = {  # files beside a tokenizer.json of N tokens that ends with the added ones "    " and "<x>" -> their contents
+    "again": {"added_tokens.json": lambda n: {"    ": n - 2, "<x>": n - 1}},
+    "made_special": {"tokenizer_config.json": lambda n: {"added_tokens_decoder": {str(n - 1): SPECIAL_X}}},
+    "with_another_id": {"tokenizer_config.json": lambda n: {"added_tokens_decoder": {"5": SPECIAL_X}}},
+    "with_a_gap": {"added_tokens.json": lambda n: {"[PAD]": n + 300}},
+    "at_the_end": {"tokenizer_config.json": lambda n: {"added_tokens_decoder": {str(n): {"content": "[PAD]"}}}},
+    "stale_end": {"special_tokens_map.json": lambda n: {"pad_token": "[PAD]"}},
+}
+
+
+@pytest.mark.parametrize("files", ADDED.values(), ids=ADDED)
+def test_tokens_listed_beside_a_tokenizer_json_are_read_as_transformers_does(files, tmp_path):
+    rust = like_gpt2s()
+    rust.add_tokens([AddedToken("    ", normalized=False), AddedToken("<x>", normalized=False)])
+    rust.save(str(tmp_path / "tokenizer.json"))
+    config = {"eos_token": EOS, "tokenizer_class": "PreTrainedTokenizerFast"}
+    for name in ("tokenizer_config.json", *files):
+        given = files[name](rust.get_vocab_size()) if name in files else {}
+        (tmp_path / name).write_text(json.dumps(config | given if name == "tokenizer_config.json" else given))
+    ours = load_tokenizer(tmp_path)
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    special = {one.content for one in theirs.added_tokens_decoder.values() if one.special}
+    assert set(ours.specials) == special & ours.rust.get_vocab().keys()
+    for text in ["if a:\n    b", "[PAD]", "a<x>b"]:
+        if not any(token in text for token in special):  # these are text here, and special tokens there
+            assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids
+
+
 def test_an_end_token_that_the_vocabulary_lacks_is_refused(tmp_path):
     MADE_LIKE["gpt2"][0]().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|missing|>"}))
-    with pytest.raises(ModelError, match="vocabulary has no token"):
+    with pytest.raises(ModelError, match="does not have the eos_token"):
         load_tokenizer(tmp_path)
 
 

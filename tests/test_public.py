@@ -212,6 +212,9 @@ def test_the_template_beside_a_config_wins_and_tools_choose_their_own(tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     one, messages = load_tokenizer(tmp_path), [{"role": "user", "content": "a"}]
     tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("")
+    assert load_tokenizer(tmp_path).chat_template == one.chat_template
     for tools in (None, [tool]):
         [[found]] = render_examples(one, one.chat_template, [Conversation(messages, [False], tools)])
         assert found.text == theirs.apply_chat_template(messages, tools=tools, tokenize=False)

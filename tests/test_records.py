@@ -169,7 +169,11 @@ def test_documents_and_variables_reach_the_template(tokenizer):
     template = (
         "{{ mood }}{% for d in documents %}{{ d.text }}{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"
     )
-    record = {"messages": PLAIN, "documents": [{"text": "D"}], "chat_template_kwargs": '{"mood": "glad"}'}
+    record = {
+        "messages": PLAIN,
+        "documents": [{"text": "D", "url": "http://x"}],
+        "chat_template_kwargs": '{"mood": "glad"}',
+    }
     [found] = render_examples(tokenizer, template, examples_of(record))
     assert found[0].text == "gladDqa"
     [found] = render_examples(tokenizer, CHATML_TEMPLATE, examples_of(record))
@@ -303,7 +307,7 @@ def test_columns_and_what_is_not_read_from_the_command_line(corpus, tmp_path):
     llmkit("pretrain", "c.yaml", "-o", "run_dir=runs/base", cwd=tmp_path)
     rows = "".join(f"{i},wer ist {i}?,der {i}te,x\n" for i in range(20))
     (tmp_path / "faq.csv").write_text("id,Frage,Antwort,source\n" + rows)
-    options = ["--columns", "question=Frage,answer=Antwort", "-o", "train.max_steps=2"]
+    options = ["--columns", "question=Frage, answer=Antwort", "-o", "train.max_steps=2"]
     command = ["finetune", "--lora", "--from", "runs/base", "--data", "faq.csv", *options]
     said = llmkit(*command, cwd=tmp_path).stdout
     assert "20 question/answer through ChatML" in said and "not read: id, source" in said
@@ -600,7 +604,10 @@ FOUND = [  # record -> its examples, the messages by role and content
     ({"messages": [user("q"), assistant("a")], "answer": "42"}, "user:q assistant:a"),  # OpenR1's result
     ({"problem": "q", "solution": "a", "level": 3}, "user:q assistant:a"),
     ({"inputs": "q", "targets": "a"}, "user:q assistant:a"),
-    ({"question": "q", "answer": "a", "solution": "s"}, "user:q assistant:a"),
+    ({"prompt": [user("q")], "completion": [assistant("a")], "loss": 1.3}, "user:q assistant:a"),
+    ({"instruction": "q", "output": "a", "file": "src/a.py", "label": 1, "train": "x"}, "user:q assistant:a"),
+    ({"messages": [user("q"), {"role": "tool", "content": [{"type": "file", "name": "a.py"}]}, assistant("a")]},
+     'user:q tool:[{"type": "file", "name": "a.py"}] assistant:a'),
     ({"instruction": "q", "input": "  \n", "output": "a", "system_message": "s"}, "system:s user:q assistant:a"),
     ({"question": "q", "answer": "a", "system": " "}, "user:q assistant:a"),
     ({"instruction": "", "input": "i", "output": "a"}, "user:i assistant:a"),
@@ -628,7 +635,10 @@ def test_layouts_of_public_data_sets(record, expected):
     assert " ".join(f"{message['role']}:{message['content']}" for message in one.messages) == expected
 
 
-@pytest.mark.parametrize("call", [LANGCHAIN, {"name": "w", "input": {"c": "x"}}, {"function": LANGCHAIN, "id": "1"}])
+@pytest.mark.parametrize("call", [
+    LANGCHAIN, LANGCHAIN | {"type": "tool_call", "id": "1"}, {"type": "tool_use", "name": "w", "input": {"c": "x"}},
+    {"function": LANGCHAIN, "id": "1"}, {"function": LANGCHAIN | {"index": 0, "id": "1"}, "strict": False},
+])  # fmt: skip
 def test_arguments_of_a_call_have_several_names(call):
     [one] = examples_of({"messages": [user("q"), assistant("", tool_calls=[call])]})
     assert one.messages[1]["tool_calls"][0]["function"] == {"name": "w", "arguments": {"c": "x"}}
@@ -657,11 +667,14 @@ LOST = [  # record, what its error names
     ({"question": "q", "answer": ["a", "b"]}, "answer is list"),  # answers of nq_open
     ({"question": "q", "answer": [{"input": "a", "output": "b"}]}, "answer is list"),
     ({"problem": "q", "solution": "a", "answer": "42"}, "both answer and solution"),
+    ({"question": "q", "solution": "a", "answer": "42"}, "both answer and solution"),
+    ({"problem": "q", "input": "i", "output": "a"}, "both input and problem"),
+    *(({"prompt": "p", "completion": "c", "label": label}, "label") for label in (False, 0, 1, "False", "true")),
+    ({"messages": [user("q"), {"role": "tool", "content": [{"type": "file", "file": {}}]}, assistant("a")]}, "file"),
     ({"problem": "q", "solution": "a", "target": "42"}, "both solution and target"),
     ({"prompt": "p", "completion": "c", "weight": 0}, "leave out"),
     ({"messages": PLAIN, "tools": [{"type": "custom", "name": "w"}]}, "custom"),
     ({"messages": [user("q"), assistant("", tool_calls=[{"type": "custom", "function": {"name": "w"}}])]}, "custom"),
-    ({"messages": [user("q"), assistant("", tool_calls=[{"function": {"name": "w", "id": "7"}}])]}, "id"),
     ({"messages": [user("q"), {"role": "tool", "content": [{"type": "input_image"}]}, assistant("a")]}, "input_image"),
     ({"instruction": "i", "instances": [{"input": "x", "output": None}]}, "output .* is null"),
     ({"instruction": "i", "instances": [{"input": "x", "output": "a"}], "context": "c"}, "context"),
@@ -716,13 +729,15 @@ SHOWS = {  # what a template leaves out -> a conversation
     ),
     "the thoughts of an answer": Conversation([user("q"), assistant("a", reasoning_content="t")], [False, True]),
     "a tool": Conversation(PLAIN, [False, True], [TOOL]),
+    "the thoughts of an answer ": Conversation([user("q"), assistant("why\n</think>\n\na")], [False, True]),
     "what a document says": Conversation(PLAIN, [False, True], variables={"documents": [{"text": "d"}]}),
 }
 
 
 @pytest.mark.parametrize("lost", SHOWS)
 def test_each_part_of_a_conversation_must_be_shown(tokenizer, lost):
-    template = PARTS + "{% if tools or documents %} {% endif %}"
+    template = PARTS.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}", 1)
+    template += "{% if tools or documents %} {% endif %}"
     [found] = render_examples(tokenizer, template, [SHOWS[lost]])
     assert f"leaves out {lost.strip()}" in str(found)
 

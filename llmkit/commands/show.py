@@ -59,8 +59,11 @@ def parse_columns(columns: str | None) -> dict[str, str] | None:
     """Return {our name of a field: the records' name} of --columns."""
     from llmkit.errors import UserError
 
-    named = None if columns is None else dict(pair.partition("=")[::2] for pair in columns.split(","))
-    if named and not all(name.strip() and value.strip() for name, value in named.items()):
+    if columns is None:
+        return None
+    pairs = [pair.partition("=")[::2] for pair in columns.split(",")]
+    named = {ours.strip(): theirs.strip() for ours, theirs in pairs}
+    if not all((*named, *named.values())):
         raise UserError("--columns names fields as question=Frage,answer=Antwort", got=columns)
     return named
 

@@ -22,10 +22,14 @@ HTML_LATER = re.compile(r"<(?:!doctype html|html|head|body)[\s>/]", re.IGNORECAS
 # If a formula has its TeX source as an annotation, only the TeX is kept.
 # No selector may search far up or down the tree: pages can be 100,000 elements deep.
 SITE_HEADER = "header:not(article > header, main > header, section > header, :has(> h1))"
-HTML_SKIPPED = [
-    *"nav aside button noscript iframe svg".split(),
+NO_TEXT = [
+    *"button noscript iframe svg".split(),
     *"rt rp".split(),  # ruby: how a word is read, above it
     *"img area object video audio".split(),  # not alt_texts=False: that drops <figure> with the code in it
+]
+HTML_SKIPPED = [
+    *NO_TEXT,
+    *"nav aside".split(),
     *("footer:not(blockquote > footer)", "form:not(body > form)", "semantics > :first-child:has(+ annotation)"),
     SITE_HEADER,
     *(f"[role={role}]" for role in "navigation contentinfo complementary search".split()),
@@ -43,7 +47,7 @@ BOX, DEEPEST = re.compile("<(/?)(?:div|article|section|main)\\b", re.IGNORECASE)
 RUBY = ["//rt", "//rp"]  # how a word is read, above it
 LONGEST_PAGE = 2_000_000  # characters; trafilatura would take seconds for more
 PRE = re.compile(r"(<pre\b[^<>]*>)(?:\r?\n)?", re.IGNORECASE)
-PRE_END = re.compile(r"</pre\b", re.IGNORECASE)
+PRE_END = re.compile(r"(?:\r?\n)?</pre\b", re.IGNORECASE)
 CODE, PROSE, CODE_MARKS = "\ufdd0", "\ufdd1", re.compile("[\ufdd0\ufdd1]")  # noncharacters, which no text has
 XML_EMPTY = re.compile(  # an HTML parser would take everything after <script/> as part of the script
     r"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr)\b)([a-z][\w-]*)((?:\s[^<>]*)?)/>",
@@ -89,7 +93,7 @@ def extract_article(document: Document) -> Document:
         found = find_lines(find(page), words)
         if any(found):
             prose = [() if code else line for code, line in zip(are_code, words, strict=True)]
-            chosen = bridge_gaps(found, prose)
+            chosen = add_code(bridge_gaps(found, prose), are_code, words)
             break
     text = "\n".join(line for line, keep in zip(lines, chosen, strict=True) if keep)
     return replace(document, text=text, meta=document.meta | {"format": "text"})
@@ -127,9 +131,11 @@ def visible_text(page: str, *, main_content: bool = False, mark_code: bool = Fal
         page = PRE_END.sub(rf"{PROSE}\g<0>", PRE.sub(rf"\1{CODE}", page))
     page = PRE.sub(r"\1\n\n", page)  # in a list, resiliparse indents only the first line, so insert an empty one
     options = {"preserve_formatting": True, "main_content": main_content}
-    text = extract_plain_text(page, skip_elements=HTML_SKIPPED, **options)
-    if not text.strip():  # all may be in a header that is never closed
-        text = extract_plain_text(page, skip_elements=[one for one in HTML_SKIPPED if one != SITE_HEADER], **options)
+    # All may be in a header that is never closed, or in a form or a menu.
+    for skipped in (HTML_SKIPPED, [one for one in HTML_SKIPPED if one != SITE_HEADER], NO_TEXT):
+        text = extract_plain_text(page, skip_elements=skipped, **options)
+        if text.strip():
+            break
     return text
 
 
@@ -139,6 +145,8 @@ def split_code(text: str) -> tuple[list[str], list[bool]]:
     >>> split_code(f"a\\n{CODE}x = 1\\ny = 2{PROSE}\\nb")
     (['a', 'x = 1', 'y = 2', 'b'], [False, True, True, False])
     """
+    if (last := text.rfind(CODE)) > text.rfind(PROSE):  # never closed: only the line itself may be code
+        text = text[:last] + text[last + 1 :]
     lines, are_code, inside = [], [], False
     for line in text.split("\n"):
         are_code.append(inside or CODE in line)
@@ -191,6 +199,19 @@ def bridge_gaps(chosen: list[bool], lines: list[tuple[str, ...]]) -> list[bool]:
         if sum(map(len, lines[left + 1 : right])) <= GAP:
             bridged[left:right] = [True] * (right - left)
     return bridged
+
+
+def add_code(chosen: list[bool], are_code: list[bool], lines: list[tuple[str, ...]]) -> list[bool]:
+    """Return the choice with the code that directly follows a chosen line.
+
+    >>> add_code([True, False, False], [False, True, False], [("a",), ("x",), ("b",)])
+    [True, True, False]
+    """
+    added, follows = chosen.copy(), False
+    for i, (code, line) in enumerate(zip(are_code, lines, strict=True)):
+        added[i] |= code and follows
+        follows = added[i] if line or code else follows  # across blank lines
+    return added
 
 
 def repair_encoding(document: Document) -> Document:

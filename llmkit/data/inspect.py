@@ -32,23 +32,26 @@ def inspect_rows(batch: Batch, tokenizer: Tokenizer, kind: str) -> list[list[dic
     """
     rows = []
     for number, (inputs, labels) in enumerate(zip(batch.input_ids, batch.labels, strict=True)):
-        is_target = labels != IGNORE_INDEX
+        is_target, segments = labels != IGNORE_INDEX, inputs[:0]
         if batch.segments is not None:  # padding has the segment -1
-            inputs = inputs[batch.segments[number] >= 0]
+            segments = batch.segments[number][batch.segments[number] >= 0]
+            inputs = inputs[: len(segments)]
         if kind == "causal":  # label t is the token at t + 1
             ids = [*inputs, *labels[-1:][is_target[-1:]]]
             targets = [False, *is_target][: len(ids)]
+            segments = [*segments, *segments[-1:]]  # the last target follows the last input
         elif kind == "masked":
             places = np.flatnonzero(is_target)
             ids = np.insert(inputs, places + 1, labels[places])
             targets = np.insert(np.zeros(len(inputs), bool), places + 1, True)
+            segments = np.insert(segments, places + 1, segments[places]) if len(segments) else segments
         else:
             ids = [*inputs, *labels[is_target]]
             targets = [False] * len(inputs) + [True] * int(is_target.sum())
         tokens = zip(map(int, ids), spell_tokens(tokenizer, map(int, ids)), map(bool, targets), strict=True)
         row = [{"id": i, "text": text.decode(errors="replace"), "target": target} for i, text, target in tokens]
-        if batch.positions is not None:  # the last target follows the last input
-            for token, segment in zip(row, [*batch.segments[number], batch.segments[number][-1]], strict=False):
+        if batch.positions is not None:
+            for token, segment in zip(row, segments[: len(row)], strict=True):
                 token["example"] = int(segment)
         rows.append(row)
     return rows

@@ -195,8 +195,9 @@ def from_hf(hf: dict) -> dict:
         hf["rope_theta"] = rope.pop("rope_theta")
     rope.pop("finetuned", None)  # in the configs of YaRN's authors; it changes nothing
     if kind in ("llama3", "yarn"):  # as in transformers, a length beside the section comes before the one in it
-        pretrained = "original_max_position_embeddings"
-        rope[pretrained] = hf.pop(pretrained, rope.get(pretrained, hf.get("max_position_embeddings")))
+        length = "original_max_position_embeddings"
+        given = (hf.pop(length, None), rope.get(length), hf.get("max_position_embeddings"))
+        rope[length] = next((value for value in given if value is not None), None)
     if kind != "default" or rope:
         hf["rope_scaling"] = {"rope_type": kind, **rope}
     return hf

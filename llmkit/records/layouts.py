@@ -42,7 +42,7 @@ SYSTEM = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
 PREFERENCES = {  # field -> the objective that reads it
     **dict.fromkeys(("chosen", "rejected", "response_j", "response_k"), "dpo"),
-    "label": "kto",  # true or false; a class of a classifier is not one
+    "label": "kto",  # see `is_verdict`
 }
 VARIABLES = ("documents", "chat_template_kwargs")  # what templates get beside messages and tools
 TURNS_IN_JSON = re.compile(r"\s*\[\s*\{")
@@ -94,7 +94,7 @@ def read_examples(
 def use_other_names(fields: dict[str, Any]) -> dict[str, str]:
     """Rename a question or an answer that has a name of OTHER_NAMES to ours. Return {our name: the record's}.
 
-    Raise ValueError if there are two candidates: {problem, solution, answer} may be learnt in two ways.
+    Raise ValueError if one of both has several: {problem, solution, answer} may be learnt in two ways.
     """
     names: dict[str, str] = {}
     if any(name in fields for name in TURNS):
@@ -102,7 +102,7 @@ def use_other_names(fields: dict[str, Any]) -> dict[str, str]:
     for ours, known in zip(OTHER_NAMES, (QUESTIONS, ANSWERS), strict=True):
         found = [name for name in OTHER_NAMES[ours] if name in fields]
         candidates = [name for name in known if name in fields] + found
-        if len(candidates) > 1 and found and (names or candidates == found):
+        if len(candidates) > 1 and found:
             raise ValueError(f"both {candidates[0]} and {candidates[1]} are there: choose with data.columns")
         if candidates == found != []:
             fields[ours], names[ours] = fields.pop(found[0]), found[0]
@@ -123,7 +123,7 @@ class OtherKindError(ValueError):
 
 def check_kind(fields: dict[str, Any]) -> None:
     """Raise OtherKindError for records that another objective reads, and for plain texts."""
-    wrong = [name for name in PREFERENCES if name in fields and (name != "label" or isinstance(fields[name], bool))]
+    wrong = [name for name in PREFERENCES if name in fields and (name != "label" or is_verdict(fields))]
     if wrong:
         objective = PREFERENCES[wrong[0]]
         fix = f"llmkit can't train on preferences yet; the objective {objective} will read them"
@@ -132,6 +132,17 @@ def check_kind(fields: dict[str, Any]) -> None:
         raise ValueError(f"the record has {media[0]}, and only text is read")
     if "text" in fields and not is_record(fields):
         raise OtherKindError("a text, not a prompt and an answer", "continue pretraining on texts: llmkit pretrain")
+
+
+def is_verdict(fields: dict[str, Any]) -> bool:
+    """Return whether a `label` says that an answer is good or bad, as opposed to a class of a classifier.
+
+    Beside a prompt and a completion, as KTO's data sets have it, 0, 1 and the texts of a CSV file say so too.
+    """
+    label = fields["label"]
+    if "prompt" in fields and "completion" in fields:
+        return label in (0, 1) or str(label).strip().lower() in ("true", "false", "0", "1")
+    return isinstance(label, bool)
 
 
 def is_record(fields: dict[str, Any]) -> bool:
@@ -149,6 +160,8 @@ def describe_fields(record: dict[str, Any]) -> str:
 def read_layout(fields: dict[str, Any], unread: Counter[str]) -> tuple[set[str], str, list[Pair | Conversation]]:
     """Return (names of the fields that are read, layout, examples) of a record."""
     turns = [name for name in TURNS if name in fields]
+    marks = {name: fields[name] for name in LEARNT if isinstance(fields.get(name), bool)}  # a loss may be a figure
+    marks |= {"weight": fields["weight"]} if "weight" in fields else {}
     if turns:
         read, layout, examples = read_turns(turns, fields, unread)
     else:
@@ -156,16 +169,16 @@ def read_layout(fields: dict[str, Any], unread: Counter[str]) -> tuple[set[str],
     if isinstance(examples[0], tuple):
         if extra := [name for name in (*SYSTEM, *TOOLS, "history", *VARIABLES, *THOUGHTS) if fields.get(name)]:
             raise ValueError(f"prompt and completion are continued text, which has no place for {extra[0]}")
-        if not is_learnt(fields):
+        if not is_learnt(marks):
             raise ValueError("a record of prompt and completion has no turns to leave out: delete it instead")
-        return {*read, "weight", *LEARNT}, layout, examples
+        return {*read, *marks}, layout, examples
     for one in examples:
         add_context(one, fields)
         if not any(message["role"] == "assistant" for message in one.messages):
             raise ValueError("no turn of the assistant")
-        if not is_learnt(fields):
+        if not is_learnt(marks):
             one.learnt = [False] * len(one.learnt)
-    return {*read, *SYSTEM, *TOOLS, *VARIABLES, "weight", *LEARNT}, layout, examples
+    return {*read, *SYSTEM, *TOOLS, *VARIABLES, *marks}, layout, examples
 
 
 def read_turns(

@@ -58,6 +58,7 @@ BREAK = "\ufdd0"  # stands inside special tokens that a message spells out
 OURS = re.compile("[\ufdd0-\ufdd4]")  # the others are those of sandbox.py
 # in templates of models that see pictures: they loop over the parts of a content
 LOOP_OVER_PARTS = re.compile(r"for \w+ in message(\.content|\[['\"]content['\"]\])")
+DOCUMENT_TEXTS = ("text", "content", "contents", "snippet")  # fields of documents; others describe them
 MAX_DEPTH = 100  # of lists and objects in a conversation
 
 
@@ -210,7 +211,7 @@ def find_loss(one: Conversation, text: str) -> str | None:
         if role == "assistant":
             thoughts, _, content = content.rpartition("</think>")  # they may stand in it
             content = content.strip() if any(one.learnt) else ""
-            said = [thoughts.partition("<think>")[2], *(message[name] for name in REASONING if name in message)]
+            said = [thoughts.rpartition("<think>")[2], *(message[name] for name in REASONING if name in message)]
             if one.learnt[i] and i == answers[-1] and not all(is_in(text, thought.strip()) for thought in said):
                 return "the chat template leaves out the thoughts of an answer"
         if not is_in(text, content):
@@ -222,8 +223,9 @@ def find_loss(one: Conversation, text: str) -> str | None:
                 return "the chat template leaves out a call"
     if not all(is_in(text, tool["function"]["name"]) for tool in one.tools or []):
         return "the chat template leaves out a tool"
-    said = [value.strip() for value in leaves(one.variables.get("documents", [])) if isinstance(value, str)]
-    if not all(is_in(text, part) for part in said):
+    documents = one.variables.get("documents", [])
+    said = [document[name] for document in documents for name in DOCUMENT_TEXTS if isinstance(document.get(name), str)]
+    if not all(is_in(text, part.strip()) for part in said):
         return "the chat template leaves out what a document says"
     return None
 

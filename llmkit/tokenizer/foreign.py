@@ -247,6 +247,8 @@ def infer_merges(pieces: Iterable[Piece]) -> list[tuple[str, str]]:
 
 # ---- added tokens ---------------------------------------------------------------------------------------------------
 
+TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
+
 
 def add_listed_tokens(rust: Rust, path: Path, configs: dict[str, Any]) -> None:
     """Add the tokens that added_tokens_decoder of tokenizer_config.json or added_tokens.json list."""
@@ -260,8 +262,7 @@ def add_listed_tokens(rust: Rust, path: Path, configs: dict[str, Any]) -> None:
         if token["content"] in known and known[token["content"]] != i:
             got, expected = f"{token['content']}: {i}", known[token["content"]]
             raise ModelError("an added token has another id in the vocabulary", at=path, got=got, expected=expected)
-        keys = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        added_token = AddedToken(token["content"], **{key: token[key] for key in keys if key in token})
+        added_token = AddedToken(token["content"], **{key: token[key] for key in TOKEN_FLAGS if key in token})
         (rust.add_special_tokens if token.get("special") else rust.add_tokens)([added_token])
         if rust.token_to_id(token["content"]) != i:
             got, expected = f"{token['content']}: {i}", rust.token_to_id(token["content"])

@@ -1,15 +1,16 @@
 """Load a tokenizer from a file, a folder or the hub, with what the config files beside it say."""
 
+import math
 from pathlib import Path
 
+from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Rust
-from tokenizers import decoders, normalizers, pre_tokenizers
 
 from llmkit.errors import ModelError, UserError
 from llmkit.files import read_json
 from llmkit.tokenizer.foreign import (
     SPACE,
-    add_listed_tokens,
+    TOKEN_FLAGS,
     find_tokenizer_file,
     prevent_special_token_injection,
     read_foreign_tokenizer,
@@ -18,7 +19,7 @@ from llmkit.tokenizer.guard import library_errors
 from llmkit.tokenizer.tokenizer import BOS_NAMES, CONFIG, EOS_NAMES, PATTERNS, ROLES, Tokenizer
 
 DEFAULT_CLASSES = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer"}  # of models whose folder names none
-OTHER_CLASSES = {"gemma", "mistral", "mixtral", "qwen2", "qwen3", "t5"}  # for these the class in a config is not taken
+OTHER_CLASSES = {"mistral", "mixtral", "qwen2"}  # models for which transformers does not take the class of a config
 MODEL_CONFIGS = ("config.json", "generation_config.json")  # of a model's folder
 
 
@@ -75,14 +76,15 @@ def find_template(path: Path, configs: dict) -> str | None:
     otherwise: they become one template.
     """
     template, file = configs.get("chat_template"), path.with_name("chat_template.jinja")
-    more = sorted(path.with_name("additional_chat_templates").glob("*.jinja"))
-    if file.is_file() or more:
-        named = {"default": read_template(file)} if file.is_file() else {}
-        template = named | {one.stem: read_template(one) for one in more}
+    if file.is_file():
+        template = read_template(file)
     if template is None:
         return None
     if isinstance(template, list):
         template = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+    if (for_tools := path.with_name("additional_chat_templates") / "tool_use.jinja").is_file():
+        named = template if isinstance(template, dict) else {"default": template}
+        template = named | {"tool_use": read_template(for_tools)}
     if isinstance(template, dict):
         named = template
         template = named.get("default")
@@ -122,8 +124,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             rust.no_padding()
             if is_json:
                 rust = apply_overrides(rust, configs)
-                add_listed_tokens(rust, path, configs)
-                add_named_tokens(rust, configs)
+                add_tokens_beside(rust, path, configs)
                 rust = prevent_special_token_injection(rust)
     except UserError:
         raise
@@ -131,8 +132,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise ModelError(f"the tokenizer can't be read: {error}", at=path) from None
     tokens = named_tokens(configs)
     vocab = rust.get_vocab(with_added_tokens=True)
-    if (eos := tokens.get("eos_token")) and eos not in vocab:
-        raise ModelError("the vocabulary has no token of the name that the config gives as eos_token", at=path, got=eos)
+    named = read_config_file(path.with_name(CONFIG)).get("eos_token")  # old files beside it may be stale
+    if named and (eos := tokens.get("eos_token")) and eos not in vocab:
+        what, fix = "the vocabulary does not have the eos_token of the config", "name one of its tokens there"
+        raise ModelError(what, at=path.with_name(CONFIG), got=eos, fix=fix)
     role_tokens = {role: token for role, token in tokens.items() if token in vocab}
     candidates = [rust.token_to_id(name) for name in (role_tokens.pop("eos_token", None), *EOS_NAMES) if name]
     eos_id = next((i for i in candidates if i is not None), None)
@@ -155,14 +158,33 @@ def named_tokens(configs: dict) -> dict[str, str]:
     return {role: token for role, token in tokens.items() if isinstance(token, str)}
 
 
-def add_named_tokens(rust: Rust, configs: dict) -> None:
-    """Make the words of the vocabulary that the configs name as special tokens special, as transformers does."""
-    added = {token.content for token in rust.get_added_tokens_decoder().values()}
+def add_tokens_beside(rust: Rust, path: Path, configs: dict) -> None:
+    """Add the tokens that the files beside a tokenizer.json list, and make those special that they call special.
+
+    As in transformers, the ids of tokenizer.json are right, and those in the files are not read: a new token gets the
+    next one. Only tokens for which the model has an embedding are added.
+    """
+    listed = [
+        token for _, token in sorted((configs.get("added_tokens_decoder") or {}).items(), key=lambda one: int(one[0]))
+    ]
+    file = path.with_name("added_tokens.json")
+    names = sorted(read_json(file).items(), key=lambda one: one[1]) if file.is_file() else []
+    listed += [{"content": name, "normalized": False} for name, _ in names]
+    for token in listed:
+        known = token["content"] in rust.get_vocab(with_added_tokens=True)
+        if known and not token.get("special"):
+            continue
+        if not known and rust.get_vocab_size() >= (configs.get("vocab_size") or math.inf):
+            continue
+        added = AddedToken(token["content"], **{key: token[key] for key in TOKEN_FLAGS if key in token})
+        (rust.add_special_tokens if token.get("special") else rust.add_tokens)([added])
     more = configs.get("additional_special_tokens") or configs.get("extra_special_tokens") or []
     more = list(more.values()) if isinstance(more, dict) else more
     names = [*named_tokens(configs).values(), *(one.get("content") if isinstance(one, dict) else one for one in more)]
-    vocab = rust.get_vocab(with_added_tokens=False)
-    rust.add_special_tokens([name for name in dict.fromkeys(names) if name in vocab and name not in added])
+    words = rust.get_vocab(with_added_tokens=True).keys() - {
+        t.content for t in rust.get_added_tokens_decoder().values()
+    }
+    rust.add_special_tokens([name for name in dict.fromkeys(names) if name in words])
 
 
 def apply_overrides(rust: Rust, configs: dict) -> Rust:
@@ -172,9 +194,8 @@ def apply_overrides(rust: Rust, configs: dict) -> Rust:
     do_lower_case: false. Llama's has Metaspace in place of the normalizer in the file. Many folders name a class that
     is not theirs, such as GPT-2's for Llama models, so only the parts that a class has itself are changed.
     """
-    model, named = str(configs.get("model_type")), configs.get("tokenizer_class")
-    kind = str(named or DEFAULT_CLASSES.get(model)).removesuffix("Fast")
-    prefix = configs.get("add_prefix_space")
+    model, prefix = configs.get("model_type"), configs.get("add_prefix_space")
+    kind = str(configs.get("tokenizer_class") or DEFAULT_CLASSES.get(str(model))).removesuffix("Fast")
     if model in OTHER_CLASSES:
         return rust
     if kind == "BertTokenizer" and isinstance(rust.normalizer, normalizers.BertNormalizer):
@@ -185,7 +206,7 @@ def apply_overrides(rust: Rust, configs: dict) -> Rust:
         )
     elif kind == "GPT2Tokenizer" and isinstance(rust.pre_tokenizer, pre_tokenizers.ByteLevel):
         rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix))
-    elif kind == "LlamaTokenizer" and getattr(rust.model, "byte_fallback", False):
+    elif kind == "LlamaTokenizer" and model in (None, "llama") and getattr(rust.model, "byte_fallback", False):
         where = "never" if prefix is False else "always" if configs.get("legacy") else "first"
         strip = [] if prefix is False else [decoders.Strip(" ", left=1, right=0)]
         rust.normalizer = None

@@ -26,8 +26,9 @@ CALL_ROLES = ("function_call", "tool_call")  # of ShareGPT: a turn of the assist
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the first is the name that messages have here
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}  # names that chat_template_kwargs can't set
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of parts of a content
-MEDIA = ("image", "images", "image_url", "audio", "audios", "video", "videos", "file", "files", "attachments")
+MEDIA = ("image", "images", "image_url", "audio", "audios", "video", "videos", "files", "attachments")
 CALLS = ("tool_calls", "function_call", "function_calls", "tool_call", "toolCalls")
+CALL_TYPES = ("function", "function_call", "tool_call", "tool_use")  # OpenAI, LangChain, Anthropic
 ARGUMENTS = ("arguments", "parameters", "args", "input")  # of a call
 REFUSED = (*MEDIA, "refusal", "tools", "functions", "train_detail")  # of a turn
 LEARNT = ("train", "loss", "training")  # true or false
@@ -160,8 +161,12 @@ def to_json(value: Any) -> str:
 
 def are_parts(content: Any) -> bool:
     """Return whether a content is a list of parts, as opposed to other JSON, which a function may have returned."""
-    types = [part.get("type") if isinstance(part, dict) else None for part in content]
-    return bool(types) and all(str(kind).removeprefix("input_") in (*TEXT_PARTS, *MEDIA) for kind in types)
+    known = (*TEXT_PARTS, *MEDIA)
+    return bool(content) and all(
+        isinstance(part, dict)
+        and (str(part.get("type")).removeprefix("input_") in known or isinstance(part.get("file"), dict))
+        for part in content
+    )
 
 
 def join_parts(content: Any) -> str:
@@ -207,6 +212,8 @@ def to_calls(value: Any) -> list[dict[str, Any]]:
     calls = []
     for one in value if isinstance(value, list) else [value]:
         call, function = nested(one, "a call in tool_calls", {"id", "type", "index"})
+        if call.get("type", "function") not in CALL_TYPES:
+            raise ValueError(f"a call in tool_calls has the type {str(call['type'])[:50]}, and only functions are read")
         if unknown := function.keys() - {"name", *ARGUMENTS}:
             raise ValueError(f"a call in tool_calls has {min(unknown)}, which is not read")
         arguments = from_json(one_of(function, ARGUMENTS), "arguments", must=True)
@@ -221,27 +228,29 @@ def to_calls(value: Any) -> list[dict[str, Any]]:
 def to_tools(value: Any) -> list[dict[str, Any]] | None:
     """Return descriptions of functions as OpenAI has them: {type: function, function: {...}}; None for none."""
     value = from_json(value, "tools", must=True)
-    tools = [from_json(one, "tools") for one in (value if isinstance(value, list) else [value] if value else [])]
-    return [{"type": "function", "function": nested(one, "a tool", {"type"})[1]} for one in tools] or None
+    tools = []
+    for one in value if isinstance(value, list) else [value] if value else []:
+        tool, function = nested(from_json(one, "tools"), "a tool", {"type"})
+        if tool.get("type", "function") != "function":
+            raise ValueError(f"a tool has the type {str(tool['type'])[:50]}, and only functions are read")
+        tools.append({"type": "function", "function": function})
+    return tools or None
 
 
 def nested(one: Any, what: str, outer: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (fields of a call or a tool, fields of its function), which may stand in one object. Leave out nulls.
 
-    outer  names of the fields that are not the function's
+    outer  names of the fields that are not the function's, wherever they stand
     """
     function = one.get("function", one) if isinstance(one, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"{what} has no name of a function")
     function = {name: value for name, value in function.items() if value is not None}
     fields = {name: value for name, value in one.items() if value is not None and name != "function"}
-    if "function" not in one:
-        function = {name: value for name, value in function.items() if name not in outer}
-    elif beside := fields.keys() - outer:
-        raise ValueError(f"{what} has {min(beside)} beside its function")
-    if fields.get("type", "function") != "function":
-        raise ValueError(f"{what} has the type {str(fields['type'])[:50]}, and only functions are read")
-    return fields, function
+    if "function" in one and (beside := [name for name in fields if fields[name] and name not in outer]):
+        raise ValueError(f"{what} has {beside[0]} beside its function")
+    fields = {name: value for name, value in (function | fields).items() if name in outer}
+    return fields, {name: value for name, value in function.items() if name not in outer}
 
 
 def to_variables(options: Any, documents: Any) -> dict[str, Any]:
