@@ -83,6 +83,14 @@ def test_a_quote_that_is_never_closed_costs_the_bytes_that_it_swallows(tmp_path,
     assert error.value.code == DATA and "1 of 101 records and 90" in error.value.got
 
 
+def test_semicolons_separate_columns_where_excel_writes_them(tmp_path):
+    rows = 'Frage;Antwort\r\n"Wie viel; genau?";1,5\r\n'
+    ((_, record, _),) = read_records(write(tmp_path / "a.csv", rows))
+    assert record == {"Frage": "Wie viel; genau?", "Antwort": "1,5"}
+    ((_, record, _),) = read_records(write(tmp_path / "b.csv", "text,n;m\na;b,1\n"))
+    assert record == {"text": "a;b", "n;m": "1"}
+
+
 def test_a_torn_csv_header_loses_the_file(tmp_path):
     path = write(tmp_path / "a.csv", '"n"x,"text"\n' + "1,one\n" * 100)
     ((_, bad, _),) = read_records(path)

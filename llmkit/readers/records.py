@@ -165,7 +165,11 @@ def as_record(value: Any, path: Path, number: int, offset: int | None, size: int
 
 
 def read_csv(path: Path) -> Iterator[Record]:
-    """Read the rows after a header line, quoted as in Excel. Columns of .tsv files are separated by tabs."""
+    """Read the rows after a header line, quoted as in Excel.
+
+    Columns are separated by commas, by tabs in .tsv files, and by semicolons if the header has some and no comma: so
+    does Excel in countries that write 1,5 for 1.5.
+    """
     csv.field_size_limit(packed.MAX_DOCUMENT_BYTES)  # for the whole process; the default is 131,072 characters
 
     bad_lines: list[BadRecord] = []  # bad lines of the file, which csv.reader does not get
@@ -187,7 +191,9 @@ def read_csv(path: Path) -> Iterator[Record]:
                     damaged = True
                     yield line.decode("utf-8", "replace")  # it may hold the quote that ends a field
 
-    rows = csv.reader(lines(), delimiter="\t" if ".tsv" in suffix_of(path) else ",", strict=True)
+    begin = next((line for _, _, line in read_lines(path) if isinstance(line, bytes) and line.strip()), b"")
+    comma = ";" if b";" in begin and b"," not in begin else ","
+    rows = csv.reader(lines(), delimiter="\t" if ".tsv" in suffix_of(path) else comma, strict=True)
     header, number = None, 1
     while True:
         before, damaged = taken, False

@@ -61,7 +61,7 @@ def rename_columns(record: dict[str, Any], columns: dict[str, str]) -> dict[str,
         return record
     for ours, name in columns.items():
         if name not in record and ours in (*TURNS, *QUESTIONS, *ANSWERS):
-            raise ValueError(f"there is no field {name}, which data.columns names")
+            raise ValueError(f"there is no field {name}, which data.columns names, among {describe_fields(record)}")
     return {ours: record[name] for ours, name in columns.items() if name in record}
 
 
