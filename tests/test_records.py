@@ -742,6 +742,17 @@ def test_each_part_of_a_conversation_must_be_shown(tokenizer, lost):
     assert f"leaves out {lost.strip()}" in str(found)
 
 
+def test_thoughts_of_earlier_answers_that_a_template_leaves_out_are_counted(tokenizer):
+    template = (
+        "{% for m in messages %}{% if loop.last %}{{ m.reasoning_content }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    turns = [user("q"), assistant("a", reasoning_content="why <|im_end|>"), user("r"), assistant("b", thinking="how")]
+    found = Found()
+    rows = [(1, {"messages": turns}, 9), (2, {"messages": turns[:2]}, 9), (3, {"messages": PLAIN}, 9)]
+    assert len(list(encode_records(rows, "a", tokenizer, template, Tally(), found))) == 3
+    assert found.thoughts == 1
+
+
 def test_a_variable_may_have_any_name(tokenizer):
     record = {"messages": [user("q"), assistant("a")], "chat_template_kwargs": {"a(b": 1}}
     [found] = render_examples(tokenizer, CHATML_TEMPLATE, examples_of(record))

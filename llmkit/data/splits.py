@@ -21,6 +21,7 @@ FOUND_NOTES = {  # of records.encode.Found -> what the header says
     "empty": "answers without a text, not learnt",
     "divided": "conversations with one example for each answer, because the chat template rewrites earlier turns",
     "without_target": "examples without a target, left out",
+    "thoughts": "earlier answers are learnt without their thoughts, which the chat template leaves out",
 }
 MOST_UNREAD = 20  # names of fields in the header
 WARN_LOST_FRACTION = 0.1  # of the examples

@@ -36,7 +36,7 @@ from llmkit.tokenizer.chat_template import default_template
 from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.tokenizer import Tokenizer
 
-VERSION = 7  # of the encoding; data of another version is encoded again
+VERSION = 8  # of the encoding; data of another version is encoded again
 UNIT_BYTES = 8 * 2**20  # source bytes in one unit
 RECORD_FILES = [f"*{suffix}" for suffix in READERS if suffix not in DOCUMENT_FORMATS]
 NO_RECORDS = ["dataset_info.json", "dataset_infos.json"]  # what `datasets` writes beside the data

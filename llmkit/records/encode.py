@@ -14,7 +14,7 @@ from llmkit.errors import DataError
 from llmkit.readers.tally import BadRecord, Record, Tally
 from llmkit.records.layouts import OtherKindError, Pair, UnknownLayoutError, read_examples, refuse_first
 from llmkit.tokenizer.answers import render_examples
-from llmkit.tokenizer.chat_template import Conversation, Rendered, encode_rendered
+from llmkit.tokenizer.chat_template import Conversation, Rendered, count_lost_thoughts, encode_rendered
 from llmkit.tokenizer.renderer import TemplateLimit
 from llmkit.tokenizer.tokenizer import Tokenizer
 
@@ -39,6 +39,7 @@ class Found:
     empty: int = 0  # answers without a text, which are no targets
     divided: int = 0  # conversations of which each answer is an example: the template rewrites earlier turns
     without_target: int = 0  # examples in which nothing is learnt
+    thoughts: int = 0  # answers whose thoughts the template leaves out
 
     def merge(self, other: "Found") -> None:
         """Add what is found in other records."""
@@ -205,7 +206,10 @@ def encode_examples(
         if isinstance(texts, ValueError):
             error = texts
             continue
-        record.found.divided += len(texts) > 1
+        if len(texts) > 1:
+            record.found.divided += 1
+        else:
+            record.found.thoughts += count_lost_thoughts(one, texts[0].text)
         encoded += [Example(encode_tokens(*encode_rendered(tokenizer, text)), prompt) for text in texts]
     return error or encoded
 

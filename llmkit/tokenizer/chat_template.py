@@ -5,7 +5,7 @@ The ids are those of the whole rendered text, as transformers gives them. `answe
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -209,25 +209,36 @@ def find_loss(one: Conversation, text: str) -> str | None:
     for i, message in enumerate(one.messages):
         content, role = message["content"].strip(), message["role"]
         if role == "assistant":
-            thoughts, _, content = content.rpartition("</think>")  # they may stand in it
-            content = content.strip() if any(one.learnt) else ""
-            said = [thoughts.rpartition("<think>")[2], *(message[name] for name in REASONING if name in message)]
-            if one.learnt[i] and i == answers[-1] and not all(is_in(text, thought.strip()) for thought in said):
+            content = content.rpartition("</think>")[2].strip() if any(one.learnt) else ""
+            if one.learnt[i] and i == answers[-1] and not are_in(text, thoughts_of(message)):
                 return "the chat template leaves out the thoughts of an answer"
         if not is_in(text, content):
             return f"the chat template leaves out what a message of the role {role} says"
         for function in (call["function"] for call in message.get("tool_calls", [])):
             arguments = function["arguments"]
             arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            if not all(is_in(text, said) for said in (function["name"], *arguments, *leaves(arguments))):
+            if not are_in(text, (function["name"], *arguments, *leaves(arguments))):
                 return "the chat template leaves out a call"
-    if not all(is_in(text, tool["function"]["name"]) for tool in one.tools or []):
+    if not are_in(text, (tool["function"]["name"] for tool in one.tools or [])):
         return "the chat template leaves out a tool"
     documents = one.variables.get("documents", [])
     said = [document[name] for document in documents for name in DOCUMENT_TEXTS if isinstance(document.get(name), str)]
-    if not all(is_in(text, part.strip()) for part in said):
+    if not are_in(text, said):
         return "the chat template leaves out what a document says"
     return None
+
+
+def thoughts_of(message: dict[str, Any]) -> list[str]:
+    """Return the thoughts of an answer: those in its content, and those in a field."""
+    inside = message["content"].rpartition("</think>")[0].rpartition("<think>")[2]
+    return [text for text in (inside.strip(), *(message[name] for name in REASONING if name in message)) if text]
+
+
+def count_lost_thoughts(one: Conversation, text: str) -> int:
+    """Return the number of learnt answers whose thoughts a rendered text lacks."""
+    text = text.replace(BREAK, "")
+    answers = [message for message, learnt in zip(one.messages, one.learnt, strict=True) if learnt]
+    return sum(not are_in(text, thoughts_of(message)) for message in answers)
 
 
 def leaves(value: Any) -> Iterator[str | float]:
@@ -241,9 +252,14 @@ def leaves(value: Any) -> Iterator[str | float]:
         yield value
 
 
+def are_in(text: str, parts: Iterable[str | float]) -> bool:
+    """Return whether a rendered text says all of something."""
+    return all(is_in(text, part) for part in parts)
+
+
 def is_in(text: str, part: str | float) -> bool:
-    """Return whether a rendered text says something, as it is or as JSON spells it."""
-    part = part if isinstance(part, str) else json.dumps(part)
+    """Return whether a rendered text says something, as it is or as JSON spells it, but for white space around it."""
+    part = part.strip() if isinstance(part, str) else json.dumps(part)
     return part in text or any(json.dumps(part, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
 
 
