@@ -96,7 +96,7 @@ def test_a_batch_of_more_rows_than_there_are_is_noted_and_a_config_names_its_run
     turns = [{"role": "user", "content": "the river"}, {"role": "assistant", "content": "is small"}]
     (place / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 9)
     said = llmkit("finetune", "mine.yaml", "--lora", cwd=place).stdout
-    assert "a batch of 16 rows is more than the" in said and "messages through ChatML" in said
+    assert "a batch of 16 rows is more than the" in said and "records of messages through ChatML" in said
     assert "llmkit chat runs/mine-lora" in said
     llmkit("export", "runs/mine-lora", "chats", cwd=place)
     assert "<|im_start|>" in load_tokenizer(place / "chats").chat_template

@@ -249,9 +249,9 @@ def test_what_can_not_be_honoured_is_refused_by_name(reason, record):
 
 
 @pytest.mark.parametrize(("record", "words"), [
-    ({"prompt": "p", "chosen": "c", "rejected": "r"}, "objective dpo will read them"),
-    ({"question": "q", "response_j": "c", "response_k": "r"}, "objective dpo will read them"),
-    ({"prompt": "p", "completion": "c", "label": True}, "objective kto will read them"),
+    ({"prompt": "p", "chosen": "c", "rejected": "r"}, "objective dpo"),
+    ({"question": "q", "response_j": "c", "response_k": "r"}, "objective dpo"),
+    ({"prompt": "p", "completion": "c", "label": True}, "objective kto"),
     ({"text": "a text"}, "llmkit pretrain"),
 ])  # fmt: skip
 def test_a_file_of_another_kind_is_refused_and_a_later_record_of_one_is_bad(tokenizer, record, words):
@@ -299,6 +299,10 @@ def test_a_first_record_without_a_layout_says_what_is_read(tokenizer, tmp_path):
     with pytest.raises(DataError, match="this is not a fine-tuning record") as error:
         list(encode_records(read_records(path), str(path), tokenizer, CHATML_TEMPLATE, Tally(), Found()))
     assert "data.columns" in error.value.fix and "Frage" in error.value.got
+    columns = {"question": "Frge", "answer": "Antwort"}
+    with pytest.raises(DataError, match="there is no field Frge") as error:
+        list(encode_records(read_records(path), "a", tokenizer, CHATML_TEMPLATE, Tally(), Found(), columns=columns))
+    assert "did you mean Frage" in error.value.fix
 
 
 def test_columns_and_what_is_not_read_from_the_command_line(corpus, tmp_path):
@@ -310,7 +314,7 @@ def test_columns_and_what_is_not_read_from_the_command_line(corpus, tmp_path):
     options = ["--columns", "question=Frage, answer=Antwort", "-o", "train.max_steps=2"]
     command = ["finetune", "--lora", "--from", "runs/base", "--data", "faq.csv", *options]
     said = llmkit(*command, cwd=tmp_path).stdout
-    assert "20 question/answer through ChatML" in said and "not read: id, source" in said
+    assert "20 records of question/answer through ChatML" in said and "not read: id, source" in said
     assert "wer" in llmkit("data", "inspect", "runs/base-lora", cwd=tmp_path).stdout  # a run stands for its config
 
 

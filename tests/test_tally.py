@@ -241,7 +241,7 @@ def test_fine_tuning_has_the_bound_of_a_build(tokenizer, tmp_path, on_error):
 
 
 @pytest.mark.parametrize("content, got", [
-    ("[]", "no usable record"),
+    ("[]", "no record at all"),
     ('[{"prompt": "the ", "completion": null}]', "no usable record; left out 1 of 1 records"),
     (json.dumps([{"prompt": "river " * 50, "completion": "is"}] * 2), "2 examples left out, longer than 16 tokens"),
 ])  # fmt: skip

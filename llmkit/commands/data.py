@@ -137,6 +137,8 @@ def inspect_documents(data: Any, id: str | None, dropped: int, kept: int, rule: 
     if as_json:
         show({"documents": samples}, as_json)
         return
+    if not samples:
+        print("there is no such document")
     for sample in samples:
         print(terminal_text("--- {id}: {why}".format(**sample)))
         print(beginning(sample["text"], 1000) + "\n")

@@ -173,7 +173,10 @@ def open_records(
         return open_rows(Path(report["folder"]), split, size, start_id, mixture=mixed, **order)
 
     layouts = report["found"]["layouts"]
-    names = ", ".join(f"{number:,} {name}" for name, number in layouts.items())
+    names = ", ".join(f"{number:,} of {name}" for name, number in layouts.items())
+    names = (
+        f"{sum(layouts.values()):,} records ({names})" if len(layouts) > 1 else names.replace(" of ", " records of ", 1)
+    )
     how = f"through {form}" if form else "as they are, no chat template"
     return Splits(
         tokenizer,

@@ -335,7 +335,8 @@ def no_examples_error(data: SftData, found: Found, tally: Tally, listed_in: Path
         f"{number} examples {fate}, longer than {data.seq_len} tokens" for fate, number in found.too_long.items()
     ]
     reasons += [f"{found.without_target} without a target"] if found.without_target else []
-    got = "; ".join([", ".join(reasons) or "no usable record", *filter(None, [tally.describe(listed_in)])])
+    nothing = "no usable record" if tally.rows else "no record at all"
+    got = "; ".join([", ".join(reasons) or nothing, *filter(None, [tally.describe(listed_in)])])
     at = data.path or ", ".join(source.name for source in data.sources)
     fix = (
         "raise data.seq_len if the model has longer positions, or set data.too_long: split" if found.too_long else None

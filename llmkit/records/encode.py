@@ -12,7 +12,14 @@ import numpy as np
 from llmkit.data.rows import encode_tokens
 from llmkit.errors import DataError
 from llmkit.readers.tally import BadRecord, Record, Tally
-from llmkit.records.layouts import OtherKindError, Pair, UnknownLayoutError, read_examples, refuse_first
+from llmkit.records.layouts import (
+    OtherKindError,
+    Pair,
+    UnknownColumnError,
+    UnknownLayoutError,
+    read_examples,
+    refuse_first,
+)
 from llmkit.tokenizer.answers import render_examples
 from llmkit.tokenizer.chat_template import Conversation, Rendered, count_lost_thoughts, encode_rendered
 from llmkit.tokenizer.renderer import TemplateLimit
@@ -96,7 +103,7 @@ def encode_records(
     while batch := take_batch(records, size):
         read = [read_record(record, **options) for _, record, _ in batch]
         for (line, record, _), one in zip(batch, read, strict=True):
-            if strict and isinstance(one, UnknownLayoutError | OtherKindError):
+            if strict and isinstance(one, UnknownLayoutError | UnknownColumnError | OtherKindError):
                 raise refuse_first(record, f"{at}:{line}", one)
             strict = strict and isinstance(record, BadRecord)
         chats = [e for one in read if isinstance(one, ReadRecord) for e in one.examples if isinstance(e, Conversation)]

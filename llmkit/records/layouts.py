@@ -55,13 +55,13 @@ CONTINUED = "prompt/completion"  # the layout of pairs, if both are texts
 def rename_columns(record: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     """Return the fields of a record that `data.columns` names, under our names. Without columns: all fields.
 
-    A record may lack a column, but not one that is its question, its answer or its turns.
+    A record may lack a column, but not one that is its question, its answer or its turns: raise UnknownColumnError.
     """
     if not columns:
         return record
     for ours, name in columns.items():
         if name not in record and ours in (*TURNS, *QUESTIONS, *ANSWERS):
-            raise ValueError(f"there is no field {name}, which data.columns names, among {describe_fields(record)}")
+            raise UnknownColumnError(f"there is no field {name}, which data.columns names", did_you_mean(name, record))
     return {ours: record[name] for ours, name in columns.items() if name in record}
 
 
@@ -113,6 +113,14 @@ class UnknownLayoutError(ValueError):
     """A record has none of the known layouts."""
 
 
+class UnknownColumnError(ValueError):
+    """A record lacks a field that data.columns names. `hint` is the name that may be meant."""
+
+    def __init__(self, what: str, hint: str | None):
+        super().__init__(what)
+        self.hint = hint
+
+
 class OtherKindError(ValueError):
     """A record is of a kind that is not for fine-tuning on answers. `fix` says what to do with a file of them."""
 
@@ -126,7 +134,10 @@ def check_kind(fields: dict[str, Any]) -> None:
     wrong = [name for name in PREFERENCES if name in fields and (name != "label" or is_verdict(fields))]
     if wrong:
         objective = PREFERENCES[wrong[0]]
-        fix = f"llmkit can't train on preferences yet; the objective {objective} will read them"
+        fix = "keep the good answers alone"
+        if wrong[0] == "chosen":
+            fix = "learn the good answers alone: data.columns: {question: prompt, answer: chosen}"
+        fix = f"{fix}; llmkit can't train on preferences yet (objective {objective})"
         raise OtherKindError(f"a preference, not an answer: it has {wrong[0]}", fix)
     if media := [name for name in MEDIA if fields.get(name)]:
         raise ValueError(f"the record has {media[0]}, and only text is read")
@@ -314,7 +325,9 @@ def read_instances(fields: dict[str, Any], unread: Counter[str]) -> tuple[set[st
 
 
 def refuse_first(record: dict[str, Any], at: str, error: ValueError) -> DataError:
-    """Return the error for a file whose first record is of another kind, or has no known layout."""
+    """Return the error for a file whose first record is of another kind, or has no known layout or not the columns."""
+    if isinstance(error, UnknownColumnError):
+        return DataError(str(error), at=at, got=describe_fields(record), fix=error.hint or "correct data.columns")
     if isinstance(error, OtherKindError):
         what = f"the first record of the file is {error}"
         return DataError(what, at=at, got=describe_fields(record), fix=error.fix)

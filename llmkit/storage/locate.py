@@ -72,7 +72,9 @@ def locate(model: str | Path, *, check: bool = True) -> Located:
         raise ModelError("GGUF can be written, but not read", at=path, fix="give the folder that it was exported from")
     on_hub = str(model).count("/") == 1 and not path.exists() and not str(model).startswith((".", "runs/"))
     beside = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
-    if close := difflib.get_close_matches(path.name, beside, n=1):
+    if path.exists():
+        fix = f"name the run: {path.parent}" if is_run(path.parent) else None
+    elif close := difflib.get_close_matches(path.name, beside, n=1):
         fix = f"did you mean {path.parent / close[0]}?"
     else:
         fix = f"if it is on the hub: hf download {model} --local-dir {path.name}" if on_hub else None
