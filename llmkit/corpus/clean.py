@@ -1,6 +1,7 @@
 """Clean documents: one function per step, Document -> Document. Code blocks, math and indentation are kept."""
 
 import itertools
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -42,6 +43,7 @@ HTML_SKIPPED = [
 ]
 WORD = re.compile(r"\w+")
 RUN, SHARE, GAP = 4, 0.7, 5  # of an article's lines: words; of a line's runs; words
+ITEM = re.compile(r"( *)(?:•|\d+\.) ")  # of a list in the visible text
 NO_BOXES = re.compile("<!--.*?(?:-->|$)|<(script|style)\\b.*?(?:</\\1|$)", re.DOTALL | re.IGNORECASE)
 BOX, DEEPEST = re.compile("<(/?)(?:div|article|section|main)\\b", re.IGNORECASE), 1000
 RUBY = ["//rt", "//rp"]  # how a word is read, above it
@@ -80,8 +82,9 @@ def extract_article(document: Document) -> Document:
     """Replace HTML by the text of its article, line by line as in its visible text. Keep other documents.
 
     The rest of a page, such as teasers, comments and notices, is left out. A line stays if trafilatura finds it in the
-    article, or if it is code or one of a few words, such as a caption, between lines that stay. If trafilatura finds no
-    article, resiliparse's main content is taken for it, and if that is empty, all lines stay.
+    article, if it is code or a list in a list, which trafilatura may drop, after a line that stays, or if it is one of
+    a few words between lines that stay. If trafilatura finds no article, resiliparse's main content is taken for it,
+    and if that is empty, all lines stay.
     """
     if not is_html(document):
         return document
@@ -93,7 +96,7 @@ def extract_article(document: Document) -> Document:
         found = find_lines(find(page), words)
         if any(found):
             prose = [() if code else line for code, line in zip(are_code, words, strict=True)]
-            chosen = add_code(bridge_gaps(found, prose), are_code, words)
+            chosen = add_parts(bridge_gaps(found, prose), are_code, lines)
             break
     text = "\n".join(line for line, keep in zip(lines, chosen, strict=True) if keep)
     return replace(document, text=text, meta=document.meta | {"format": "text"})
@@ -201,16 +204,19 @@ def bridge_gaps(chosen: list[bool], lines: list[tuple[str, ...]]) -> list[bool]:
     return bridged
 
 
-def add_code(chosen: list[bool], are_code: list[bool], lines: list[tuple[str, ...]]) -> list[bool]:
-    """Return the choice with the code that directly follows a chosen line.
+def add_parts(chosen: list[bool], are_code: list[bool], lines: list[str]) -> list[bool]:
+    """Return the choice with what directly follows a chosen line: code, and the items of a list inside its item.
 
-    >>> add_code([True, False, False], [False, True, False], [("a",), ("x",), ("b",)])
-    [True, True, False]
+    >>> add_parts([True, False, False, False], [False] * 4, ["  • a", "    • b", "    • c", "d"])
+    [True, True, True, False]
     """
-    added, follows = chosen.copy(), False
+    added, follows, depth = chosen.copy(), False, math.inf
     for i, (code, line) in enumerate(zip(are_code, lines, strict=True)):
-        added[i] |= code and follows
-        follows = added[i] if line or code else follows  # across blank lines
+        item = ITEM.match(line)
+        if chosen[i]:
+            depth = len(item[1]) if item else math.inf
+        added[i] |= follows and (code or bool(item and len(item[1]) > depth))
+        follows = added[i] if code or line.strip() else follows  # across blank lines
     return added
 
 
