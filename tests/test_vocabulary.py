@@ -20,11 +20,11 @@ from tokenizers import Tokenizer as Rust
 from llmkit.errors import DataError, ModelError, UserError
 from llmkit.models import build_model, llama
 from llmkit.models.folder import save_model
+from llmkit.tokenizer.fast import PATTERNS, bytes_to_unicode
 from llmkit.tokenizer.load import load_tokenizer
-from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer, bytes_to_unicode
+from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer
 from llmkit.tokenizer.train import (
     BERT_SPECIALS,
-    PATTERNS,
     SPECIALS,
     TRAINERS,
     extend_bpe,

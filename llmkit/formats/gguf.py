@@ -17,8 +17,9 @@ from llmkit.models import FAMILIES, family_of
 from llmkit.models.family import Gguf
 from llmkit.models.folder import check_finite
 from llmkit.models.layers import rope_frequencies
+from llmkit.tokenizer.fast import PATTERNS, find_split_pattern
 from llmkit.tokenizer.foreign import SPACE
-from llmkit.tokenizer.tokenizer import PATTERNS, Tokenizer, find_split_pattern
+from llmkit.tokenizer.tokenizer import Tokenizer
 
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # --dtype -> GGUF's tensor type
 PRE = {"gpt2": "gpt-2", "llama3": "llama-bpe", "qwen2": "qwen2"}  # a name in PATTERNS -> llama.cpp's name for it

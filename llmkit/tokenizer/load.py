@@ -8,6 +8,7 @@ from tokenizers import Tokenizer as Rust
 
 from llmkit.errors import ModelError, UserError
 from llmkit.files import read_json
+from llmkit.tokenizer.fast import PATTERNS
 from llmkit.tokenizer.foreign import (
     SPACE,
     TOKEN_FLAGS,
@@ -16,7 +17,7 @@ from llmkit.tokenizer.foreign import (
     read_foreign_tokenizer,
 )
 from llmkit.tokenizer.guard import library_errors
-from llmkit.tokenizer.tokenizer import BOS_NAMES, CONFIG, EOS_NAMES, PATTERNS, ROLES, Tokenizer
+from llmkit.tokenizer.tokenizer import BOS_NAMES, CONFIG, EOS_NAMES, ROLES, Tokenizer
 
 DEFAULT_CLASSES = {"bert": "BertTokenizer", "gpt2": "GPT2Tokenizer"}  # of models whose folder names none
 OTHER_CLASSES = {"mistral", "mixtral", "qwen2"}  # models for which transformers does not take the class of a config
@@ -164,27 +165,26 @@ def add_tokens_beside(rust: Rust, path: Path, configs: dict) -> None:
     As in transformers, the ids of tokenizer.json are right, and those in the files are not read: a new token gets the
     next one. Only tokens for which the model has an embedding are added.
     """
-    listed = [
-        token for _, token in sorted((configs.get("added_tokens_decoder") or {}).items(), key=lambda one: int(one[0]))
-    ]
+    decoder = configs.get("added_tokens_decoder") or {}
+    listed = [decoder[i] for i in sorted(decoder, key=int)]
     file = path.with_name("added_tokens.json")
     names = sorted(read_json(file).items(), key=lambda one: one[1]) if file.is_file() else []
     listed += [{"content": name, "normalized": False} for name, _ in names]
+    there = {token.content: token.special for token in rust.get_added_tokens_decoder().values()}
+    most = configs.get("vocab_size") or math.inf
     for token in listed:
-        known = token["content"] in rust.get_vocab(with_added_tokens=True)
-        if known and not token.get("special"):
-            continue
-        if not known and rust.get_vocab_size() >= (configs.get("vocab_size") or math.inf):
-            continue
-        added = AddedToken(token["content"], **{key: token[key] for key in TOKEN_FLAGS if key in token})
-        (rust.add_special_tokens if token.get("special") else rust.add_tokens)([added])
+        name, special = token["content"], token.get("special", False)
+        is_new = rust.token_to_id(name) is None
+        if there.get(name) or not (is_new or special) or (is_new and rust.get_vocab_size() >= most):
+            continue  # a folder may list hundreds, and nearly all are there: each that is added costs milliseconds
+        added = AddedToken(name, **{key: token[key] for key in TOKEN_FLAGS if key in token})
+        (rust.add_special_tokens if special else rust.add_tokens)([added])
+        there[name] = special
     more = configs.get("additional_special_tokens") or configs.get("extra_special_tokens") or []
     more = list(more.values()) if isinstance(more, dict) else more
     names = [*named_tokens(configs).values(), *(one.get("content") if isinstance(one, dict) else one for one in more)]
-    words = rust.get_vocab(with_added_tokens=True).keys() - {
-        t.content for t in rust.get_added_tokens_decoder().values()
-    }
-    rust.add_special_tokens([name for name in dict.fromkeys(names) if name in words])
+    names = [name for name in dict.fromkeys(names) if isinstance(name, str) and name not in there]
+    rust.add_special_tokens([name for name in names if rust.token_to_id(name) is not None])
 
 
 def apply_overrides(rust: Rust, configs: dict) -> Rust:

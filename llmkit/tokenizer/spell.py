@@ -5,8 +5,9 @@ from collections.abc import Iterable
 
 from tokenizers import models
 
+from llmkit.tokenizer.fast import bytes_to_unicode
 from llmkit.tokenizer.foreign import SPACE
-from llmkit.tokenizer.tokenizer import Tokenizer, bytes_to_unicode
+from llmkit.tokenizer.tokenizer import Tokenizer
 
 MARKS = {" ": "\u00b7", "\t": "\u2192", "\n": "\u21b5\n"}  # a middle dot, an arrow, a return arrow
 LEGEND = "\u00b7 space, \u2192 tab, \u21b5 line break, \\x.. or \\u....: a byte or a character that can't be shown"

@@ -13,9 +13,10 @@ from tokenizers import Tokenizer as Rust
 from llmkit.config.defaults import PATTERN, VOCAB_SIZE
 from llmkit.errors import DataError, UserError, did_you_mean
 from llmkit.screen import replace_surrogates
+from llmkit.tokenizer.fast import PATTERNS, has_only_short_runs
 from llmkit.tokenizer.foreign import prevent_special_token_injection
 from llmkit.tokenizer.guard import hide_panics, library_errors
-from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, PATTERNS, Tokenizer, has_only_short_runs
+from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer
 
 Say = Callable[[str], None]
 
