@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmkit.models.attention import attend, blocked_attention
-from llmkit.models.loss import ChunkLoss, linear_cross_entropy
+from llmkit.models.attention import attend, grouped_attention, visible
+from llmkit.models.blockwise import keys_by_block
+from llmkit.models.loss import ChunkLoss, linear_cross_entropy, rows_in_chunk
 from llmkit.types import IGNORE_INDEX
 
 
@@ -96,6 +97,42 @@ def test_huge_logits_stay_finite():
     assert torch.isfinite(weight.grad).all()
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_vocabulary_padded_in_the_products_changes_nothing(reduction):
+    results = []
+    for multiple in (1, 64):
+        hidden, weight, labels = case()
+        bias = random(13, seed=3).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_cross_entropy(hidden, weight, labels, reduction, 4, bias=bias, multiple=multiple)
+        loss.sum().backward()
+        results.append([loss, hidden.grad, weight.grad, bias.grad])
+    assert results[1][2].shape == (13, 8)
+    for plain_one, padded in zip(*results, strict=True):
+        torch.testing.assert_close(plain_one, padded, rtol=1e-2, atol=1e-3)
+
+
+def test_an_outlier_channel_in_fp16_does_not_overflow_the_gradient_of_the_head():
+    rows = torch.arange(32_768) % 2
+    hidden = torch.cat((torch.full((len(rows), 1), 12.0), random(len(rows), 7)), 1)
+    weight, labels = (random(256, 8, seed=2) * 0.02).requires_grad_(), rows
+    grads = []
+    for dtype in (torch.float16, torch.float32):
+        with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float16):
+            (linear_cross_entropy(hidden.to(dtype), weight, labels, chunk=2048) * 1.0).backward()
+        grads.append(weight.grad)
+        weight.grad = None
+    assert grads[1].abs().max() > torch.finfo(torch.float16).max
+    torch.testing.assert_close(*grads, rtol=2e-2, atol=20.0)
+
+
+def test_chunks_are_large_on_a_gpu_and_bounded():
+    for vocab in (256, 50_257, 128_256, 262_144):
+        rows = rows_in_chunk(65_536, vocab, torch.device("cuda"))
+        assert rows <= 4096 and (rows >= 2048 or vocab > 131_072) and rows * vocab * 4 <= 2**30
+    assert rows_in_chunk(65_536, 50_257, torch.device("cpu")) * 50_257 * 4 <= 96 * 2**20
+
+
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
@@ -111,10 +148,15 @@ def segments_mask(length: int) -> torch.Tensor:
     return torch.ones(length, length).tril().bool() & (segments[:, None, :, None] == segments[:, None, None, :])
 
 
-def assert_attention_equals_sdpa(length: int, kv_heads: int, mask: torch.Tensor | None) -> None:
+def assert_attention_equals_sdpa(length: int, kv_heads: int, mask: torch.Tensor | None, window: int | None = None):
     q, k, v = qkv(length, kv_heads)
-    ours = blocked_attention(q, k, v, mask)
+    ours = grouped_attention(q, k, v, mask, True, window, None, False)
+    if window:
+        columns = torch.arange(length)
+        within = visible(columns[:, None], columns, window)
+        mask = within if mask is None else mask & within
     theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    theirs = theirs.transpose(1, 2).flatten(2)
     equal(ours, theirs)
     upstream = random(*theirs.shape, seed=9)
     ours_grads = torch.autograd.grad(ours, [q, k, v], upstream)
@@ -124,8 +166,29 @@ def assert_attention_equals_sdpa(length: int, kv_heads: int, mask: torch.Tensor 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("length", [1, 7, 128, 300])
-def test_blocked_attention_equals_sdpa(length, kv_heads):
+def test_attention_by_blocks_equals_sdpa(length, kv_heads):
     assert_attention_equals_sdpa(length, kv_heads, None)
+
+
+@pytest.mark.parametrize("window", [1, 50, 128, 299])
+def test_attention_by_blocks_within_a_window_equals_sdpa(window):
+    assert_attention_equals_sdpa(300, 2, None, window)
+
+
+def test_keys_before_the_window_and_after_the_block_are_skipped():
+    read = {i: range(keys.start, keys.stop) for i, keys in keys_by_block(8, 128, 1024, True, 64)}
+    assert read == {i: range(max(0, 128 * i - 63), 128 * (i + 1)) for i in range(8)}
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_attention_by_blocks_learns_what_is_added_to_the_scores(heads):
+    q, k, v = qkv(140, 4)
+    bias = random(1 if heads == 4 else 2, heads, 140, 140, seed=7).requires_grad_()
+    ours = grouped_attention(q, k, v, bias, False, None, None, False)
+    theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+    upstream = random(*theirs.shape, seed=9)
+    for a, b in zip(*(torch.autograd.grad(one, [q, k, v, bias], upstream) for one in (ours, theirs)), strict=True):
+        equal(a, b)
 
 
 @pytest.mark.parametrize("length", [12, 130, 512])
@@ -138,8 +201,8 @@ def test_long_ragged_rows_equal_sdpa():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", [40, 512], ids=["segments", "recomputed"])
-def test_compiled_attention_equals_eager_and_keeps_no_scores_of_long_rows(length):
+@pytest.mark.parametrize("length, window", [(40, None), (300, None), (300, 60)], ids=["segments", "blocks", "window"])
+def test_compiled_attention_equals_eager_and_keeps_no_scores(length, window):
     mask = segments_mask(length) if length == 40 else None
     q, k, v = qkv(length, 2)
     upstream = random(2, length, 32, seed=9)
@@ -147,11 +210,11 @@ def test_compiled_attention_equals_eager_and_keeps_no_scores_of_long_rows(length
     for function in (attend, torch.compile(attend, dynamic=False)):
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-            out = function(q, k, v, mask)
+            out = function(q, k, v, mask, window=window)
         results.append([out, *torch.autograd.grad(out, [q, k, v], upstream)])
     for eager, compiled in zip(*results, strict=True):
         equal(eager, compiled)
-    assert (max(kept) <= q.numel()) == (length == 512)
+    assert max(kept) <= max(q.numel(), length * length if length == 40 else 0) * 2
 
 
 @pytest.mark.slow

@@ -1,11 +1,14 @@
 """Compute attention, its masks and the KV cache. Shapes: B rows, T tokens, S keys, H heads, D channels per head."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from llmkit.models.blockwise import QUERY_BLOCK, block_attention
 
 Window = int | None  # number of keys that a query may see, including its own; None: all up to its own
 Masks = dict[Window, Tensor | None]  # one mask for all layers with the same window, as `attend` takes it
@@ -107,7 +110,7 @@ class KVCache:
     def mask(self, window: Window, layer: LayerCache, queries: Tensor) -> Tensor | None:
         """Return the mask of a layer for queries at these columns, None if `attend` needs no mask."""
         new = len(queries)
-        begins = self.length == 0 and (window is None or new <= window)
+        begins = self.length == 0
         sees_all = new == 1 and (window is None or layer.slots == window or self.length < window)
         if self.starts is None and not self.fixed and (begins or sees_all):
             return None
@@ -135,7 +138,7 @@ def attention_mask(
 
     segments  (B, T) document number of each token: documents do not see each other; None: one document
     """
-    if segments is None and (window is None or window >= length):
+    if segments is None:
         return None
     if not causal:
         return same_segment(segments)
@@ -160,6 +163,7 @@ def attend(
     dropout: float = 0.0,
     *,
     causal: bool = True,
+    window: Window = None,
     scale: float | None = None,
 ) -> Tensor:
     """Return the attention of q (B, H, T, D) over k, v (B, kv heads, S, D), with the heads joined: (B, T, H * D).
@@ -168,22 +172,26 @@ def attend(
     causal  without a mask: each token sees itself and earlier tokens, or (False) all tokens
     scale   of the scores; None: D^-1/2
 
-    When compiled for a CPU, it multiplies blocks of queries, a fifth faster than SDPA at T 256, and sums products for a
-    single query. Otherwise it calls SDPA.
+    window  without a mask: how many keys a query may see, including its own; None: all
+
+    On a CPU, a single query is a sum of products when compiled, and windows and compiled blocks are computed by
+    `block_attention`, a fifth faster than SDPA at T 256. Everything else is SDPA.
     """
-    compiled = q.device.type == "cpu" and torch.compiler.is_compiling() and not dropout
-    if compiled and q.shape[0] == q.shape[2] == 1:
+    aligned, on_cpu, compiled = q.shape[2] == k.shape[2], q.device.type == "cpu", torch.compiler.is_compiling()
+    window = window if causal and aligned and window is not None and window < q.shape[2] else None
+    if on_cpu and compiled and q.shape[0] == q.shape[2] == 1:
         return single_attention(q, k, v, mask, scale).flatten(1)[:, None]
-    if compiled and q.shape[2] > 1:
-        function = recomputed(blocked_attention) if q.shape[2] >= RECOMPUTE_FROM else blocked_attention
-        return function(q, k, v, mask, causal, scale).transpose(1, 2).flatten(2)
+    if on_cpu and not dropout and q.shape[2] > 1 and (compiled or window):
+        return grouped_attention(q, k, v, mask, causal, window, scale, compiled)
+    if mask is None and window:
+        columns = torch.arange(q.shape[2], device=q.device)
+        mask = visible(columns[:, None], columns, window)
     causal, grouped = causal and mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
+    if grouped and mask is not None and not on_cpu:  # with a mask, the fast kernels take no grouped keys
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        grouped = False
     out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2).flatten(2)
-
-
-QUERY_BLOCK = 128  # number of queries whose scores are in memory at a time
-RECOMPUTE_FROM = 512  # from this many tokens on, the backward pass recomputes the scores to save memory
 
 
 def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -195,32 +203,32 @@ def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wrapper
 
 
-def blocked_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = True, scale: float | None = None
+def grouped_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    window: Window,
+    scale: float | None,
+    compiled: bool,
 ) -> Tensor:
-    """Compute `attend` as matrix products, a block of queries at a time. Causal blocks skip later keys.
-
-    q (B, H, T, D), k and v (B, kv heads, S, D). The query heads that share a key head are rows of one product.
-    """
-    heads, length, channels = q.shape[1:]
-    q = q.unflatten(1, (k.shape[1], heads // k.shape[1]))  # (B, kv heads, group, T, D)
-    q = q * (channels**-0.5 if scale is None else scale)
-    if mask is not None and mask.dim() == 4:  # one mask for all heads, or one for each
-        mask = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (k.shape[1], -1))
-    blocks = []
-    for start in range(0, length, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, length)
-        seen = stop if causal and length == k.shape[2] else k.shape[2]
-        scores = grouped_matmul(q[:, :, :, start:stop], k[:, :, :seen].mT)  # (B, kv heads, group, block, seen)
-        if mask is not None:
-            part = mask[..., start:stop, :seen]
-            scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
-        elif causal:
-            keys, queries = torch.arange(stop, device=q.device), torch.arange(start, stop, device=q.device)
-            scores = scores.masked_fill(~(keys <= queries[:, None]), -torch.inf)
-        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-        blocks.append(grouped_matmul(weights, v[:, :, :seen]))
-    return torch.cat(blocks, dim=3).flatten(1, 2)
+    """Compute `attend` by `block_attention`, in which the query heads that share a key head are rows of one product."""
+    rows, heads, length, channels = q.shape
+    kv_heads, blocks = k.shape[1], math.ceil(length / QUERY_BLOCK)
+    size = math.ceil(length / blocks)
+    padding = blocks * size - length  # queries at the end that nobody reads
+    q = F.pad(q * (channels**-0.5 if scale is None else scale), (0, 0, 0, padding))
+    q = q.view(rows, kv_heads, heads // kv_heads, blocks, size, channels)
+    q = q.permute(3, 0, 1, 4, 2, 5).flatten(3, 4).flatten(1, 2)  # (blocks, B * kv heads, size * group, D)
+    if mask is not None:
+        mask = F.pad(mask[(None,) * (4 - mask.dim())], (0, 0, 0, padding), value=mask.dtype == torch.bool)
+        mask = mask.unflatten(1, (-1, 1) if mask.shape[1] == 1 else (kv_heads, -1))
+        mask = mask.unflatten(3, (blocks, size)).permute(0, 1, 3, 4, 2, 5)  # (1 or B, .., blocks, size, .., S)
+    options = (heads // kv_heads, causal and length == k.shape[2], window, compiled)
+    out, _ = block_attention(q.contiguous(), *(x.flatten(0, 1).contiguous() for x in (k, v)), mask, *options)
+    out = out.view(blocks, rows, kv_heads, size, -1, channels)
+    return out.permute(1, 0, 3, 2, 4, 5).flatten(3).flatten(1, 2)[:, :length]
 
 
 def single_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
@@ -233,8 +241,3 @@ def single_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
     return (weights[..., None] * v[:, :, None]).sum(3).flatten(1, 2)
-
-
-def grouped_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return a (B, K, G, n, x) @ b (B, K, x, y) as (B, K, G, n, y), with the G heads of a group in one product."""
-    return (a.flatten(2, 3) @ b).unflatten(2, a.shape[2:4])

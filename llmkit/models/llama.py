@@ -97,7 +97,9 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), *context.rope), rotate(self.k_norm(k), *context.rope)
         if context.cache is not None:
             k, v = context.cache.update(k, v)
-        return self.o_proj(attend(q, k, v, context.masks[self.window], self.dropout if self.training else 0.0))
+        return self.o_proj(
+            attend(q, k, v, context.masks[self.window], self.dropout if self.training else 0.0, window=self.window)
+        )
 
 
 class MLP(nn.Module):

@@ -4,6 +4,8 @@ import importlib.util
 import shutil
 
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from torch import nn
 
 from llmkit.errors import MachineError
@@ -47,5 +49,7 @@ def compile_blocks(model: nn.Module, device: torch.device, precision: str) -> No
         # Recompute cheap operations (norms, activations): this saves an eighth of the memory in pretraining, and more
         # with LoRA, at the same speed. Not measured on a GPU.
         torch._functorch.config.activation_memory_budget = 0.9
+        # tanh by exp: GELU takes half of the time, a step of GPT-2 6 x 384 3 % less.
+        torch._inductor.config.cpp.use_decompose_tanh = True
     for part in (*model.blocks, model.chunk_loss):
         part.compile(fullgraph=True, dynamic=False)
