@@ -8,6 +8,7 @@ Shapes: N rows times key heads, in C blocks of n queries of G query heads that s
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -169,5 +170,4 @@ block_attention.register_autograd(_backward, setup_context=_save)
 @register_flop_formula(torch.ops.llmkit.block_attention)
 def _flops(q, k, *args, out_shape=None, **kwargs) -> int:
     """Count the products, so that torch.compile does not take the operator for one that is cheap to repeat."""
-    blocks, n, rows, channels = q
-    return 4 * blocks * n * rows * k[1] * channels
+    return 4 * math.prod(q) * k[1]
