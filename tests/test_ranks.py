@@ -1,6 +1,7 @@
 """Test how ranks end: with the error of one of them, by a signal, by a death, and with their launcher."""
 
 import errno
+import math
 import os
 import resource
 import signal
@@ -11,15 +12,18 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import llmkit, metrics, tiny_config
+from torch import nn
 
 from llmkit.errors import DATA, ENVIRONMENT, DataError, UserError
 from llmkit.parallel import world as world_module
 from llmkit.parallel.launch import launch
 from llmkit.parallel.transport import LostRankError, pack, unpack
-from llmkit.parallel.world import start_world
+from llmkit.parallel.world import BUCKET_BYTES, make_buckets, start_world
 from llmkit.storage.manifest import newest_intact_checkpoint, step_of
+from llmkit.training import optim
 
 NO_SPACE = "No space left on device"
 
@@ -92,6 +96,60 @@ def describe() -> dict:
         "main": world.on_main(lambda: "from rank 0"),
         "listening": sorted({s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}),
     }
+
+
+def sum_gradients() -> dict:
+    """Sum the gradients of two micro-batches over the ranks, in buckets of a few parameters; rank 1 lacks one."""
+    world_module.BUCKET_BYTES = 600
+    world = start_world()
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+    extra = nn.Parameter(torch.ones(3))
+    parameters = [extra, *model.parameters()]
+    batches = torch.randn(2, 2, 4, 8)[world.rank]
+
+    def backward(batch: torch.Tensor, *, alone: bool) -> None:
+        (model(batch).square().sum() + (extra.sum() if alone or world.rank == 0 else 0)).backward()
+
+    backward(batches[0], alone=False)
+    with world.sum_gradients(parameters):
+        backward(batches[1], alone=False)
+        last, local = parameters[-1], 2 * (model(batches.flatten(0, 1))).sum(0).detach()
+        early = wait_for(lambda: not torch.allclose(last.grad, local), 20)  # summed before the block's end
+    summed = [p.grad.clone() for p in parameters]
+    for p in parameters:
+        p.grad = None
+    for other in world.gather(batches[None]).flatten(0, 1):
+        backward(other, alone=True)
+    expected = [2 * torch.ones(3), *(p.grad for p in model.parameters())]  # rank 0 had two gradients of `extra`
+    return {
+        "early": world.sum(early),
+        "right": world.sum(
+            all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(summed, expected, strict=True))
+        ),
+        "same": [torch.equal(*world.gather(grad[None])) for grad in summed],
+        "buckets": len(make_buckets(parameters)),
+    }
+
+
+def step_with_muon(shapes: list[tuple[int, ...]], skip: bool, slice_elements: int) -> list:
+    """Return the weights and the momentum after two steps, the second one skipped if asked for: [all agree, values]."""
+    optim.SLICE, world = slice_elements, start_world()
+    parameters = [nn.Parameter(torch.linspace(-1, 1, math.prod(shape)).view(shape)) for shape in shapes]
+    optimizer = optim.Muon(parameters, 0.02, weight_decay=0.1, momentum=0.9, world=world)
+    for step in range(2):
+        optimizer.found_inf = torch.tensor(float(skip and step == 1))
+        for i, p in enumerate(parameters):
+            gradient = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            p.grad = gradient * math.nan if skip and step == 1 else gradient
+        optimizer.step()
+    tensors = [t.detach() for p in parameters for t in (p, optimizer.state[p]["momentum_buffer"])]
+    agree = all((world.gather(t[None]) == t).all() for t in tensors)
+    return [agree, [t.tolist() for t in tensors]]
+
+
+def step_with_muon_each_way(shapes: list[tuple[int, ...]]) -> list:
+    return [step_with_muon(shapes, skip, elements) for skip in (False, True) for elements in (2**26, 1)]
 
 
 # ---- the launcher ---------------------------------------------------------------------------------------------------
@@ -168,6 +226,52 @@ def test_memory_that_runs_out_is_no_bug():
 def test_an_error_of_rank_0_is_raised_on_every_rank():
     errors = [USER, PermissionError(errno.EACCES, "Permission denied", "/x")]
     assert launch(fail_on_main, 2, errors) == {str(error): 2.0 for error in errors}
+
+
+# ---- sums and shares -------------------------------------------------------------------------------------------------
+
+
+def test_gradients_are_summed_in_the_midst_of_the_last_backward():
+    made = launch(sum_gradients, 2)
+    assert made == {"early": 2.0, "right": 2.0, "same": [True] * 13, "buckets": 3}
+
+
+@pytest.mark.parametrize("limit", [BUCKET_BYTES, 1])
+def test_a_bucket_holds_gradients_of_one_dtype_and_bounded_size(monkeypatch, limit):
+    monkeypatch.setattr(world_module, "BUCKET_BYTES", limit)
+    shapes = [(torch.float32, 3), (torch.bfloat16, 5), (torch.float32, 2), (torch.float32, 2**24)]
+    parameters = [nn.Parameter(torch.empty(n, dtype=dtype, device="meta")) for dtype, n in shapes]
+    sizes = [[len(p) for p in bucket] for bucket in make_buckets(parameters)]
+    assert sizes == ([[2**24], [2, 3], [5]] if limit > 1 else [[2**24], [2], [3], [5]])
+
+
+def test_muon_on_ranks_that_share_the_matrices_is_muon_on_one(monkeypatch):
+    """As far as bf16 goes: products may round differently in batches of another size."""
+    monkeypatch.setattr(optim, "SLICE", optim.SLICE)
+    shapes = [(6, 8), (6, 8), (3, 6, 8), (8, 6), (4, 4)]
+    alone, shared = step_with_muon_each_way(shapes), launch(step_with_muon_each_way, 2, shapes)
+    for (_, one), (agree, two) in zip(alone, shared, strict=True):
+        assert agree
+        for a, b in zip(one, two, strict=True):
+            torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-5, atol=2 * 0.02 * 0.6 * 2**-7)
+
+
+def test_numbers_and_errors_go_over_gloo_and_gradients_over_nccl(monkeypatch):
+    made, groups = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda **options: made.append(options))
+    monkeypatch.setattr("torch.distributed.new_group", lambda **options: groups.append(options))
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    world = start_world.__wrapped__()
+    assert (made[0]["backend"], made[0]["device_id"]) == ("cpu:gloo,cuda:nccl", torch.device("cuda", 1))
+    assert made[0]["timeout"] <= timedelta(minutes=10)  # a sum on a GPU that hangs ends the run
+    assert [group["backend"] for group in groups] == ["gloo", "gloo"]
+    devices = []
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor: devices.append(tensor.device.type))
+    assert world.sum(3) == 3 and devices == ["cpu"]
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------

@@ -5,12 +5,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from llmkit.errors import MachineError
 from llmkit.parallel.device import keep_freed_memory
@@ -19,6 +19,7 @@ from llmkit.parallel.transport import LostRankError, pack, unpack
 PATIENCE = timedelta(minutes=5)  # how long a rank waits for the others to reach the same sum
 SAVING = timedelta(minutes=30)  # how long they wait for rank 0 while it reads or writes files of the run
 BUILDING = timedelta(days=365)  # and while it builds data
+BUCKET_BYTES = 64 * 2**20  # of gradients that are summed at once; a larger gradient is summed by itself
 
 
 @dataclass(frozen=True)
@@ -28,33 +29,67 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
-    saving: dist.ProcessGroup | None = None  # all ranks, with the timeout SAVING
-    building: dist.ProcessGroup | None = None  # all ranks, with the timeout BUILDING
+    saving: dist.ProcessGroup | None = None  # all ranks, gloo alone, with the timeout SAVING
+    building: dist.ProcessGroup | None = None  # all ranks, gloo alone, with the timeout BUILDING
 
     @property
     def main(self) -> bool:
         return self.rank == 0
 
     def sum(self, value: float) -> float:
-        """Return the sum of a number over all ranks."""
+        """Return the sum of a number over all ranks. It goes from CPU to CPU: no rank waits for a device."""
         if self.size == 1:
             return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        total = torch.tensor(value, dtype=torch.float64)
         with notice_lost_ranks():
             dist.all_reduce(total)
         return total.item()
 
-    def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Sum every gradient over all ranks, in one all-reduce per dtype."""
+    @contextlib.contextmanager
+    def sum_gradients(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """Sum the gradients over all ranks, in place, while the backward pass inside this `with` block goes on.
+
+        The sum of a bucket of gradients starts when all of them are there. Buckets start in the same order on all
+        ranks, as NCCL asks for. If a rank has no gradient of a parameter, it counts as zeros there.
+        """
         if self.size == 1:
+            yield
             return
-        for dtype in {p.grad.dtype for p in parameters if p.grad is not None}:
-            grads = [p.grad for p in parameters if p.grad is not None and p.grad.dtype == dtype]
-            flat = torch.cat([grad.flatten() for grad in grads])
-            with notice_lost_ranks():
-                dist.all_reduce(flat)
-            for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-                grad.copy_(part.view_as(grad))
+        buckets, sums = make_buckets(parameters), []
+        missing = [len(bucket) for bucket in buckets]
+
+        def start_sums() -> None:
+            while len(sums) < len(buckets) and not missing[len(sums)]:
+                with notice_lost_ranks():
+                    sums.append(dist.group.WORLD.allreduce_coalesced([p.grad for p in buckets[len(sums)]]))
+
+        def count_gradient(number: int, parameter: nn.Parameter) -> None:
+            missing[number] -= 1
+            start_sums()
+
+        numbered = [(number, p) for number, bucket in enumerate(buckets) for p in bucket]
+        hooks = [p.register_post_accumulate_grad_hook(partial(count_gradient, number)) for number, p in numbered]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        missing = [0] * len(buckets)
+        start_sums()
+        with notice_lost_ranks():
+            for one in sums:
+                one.wait()
+
+    def gather(self, part: Tensor) -> Tensor:
+        """Return the parts (n, ...) of all ranks, which have one shape, as (size * n, ...) in the order of ranks."""
+        if self.size == 1:
+            return part
+        parts = part.new_empty(self.size * len(part), *part.shape[1:])
+        with notice_lost_ranks():
+            dist.all_gather(list(parts.chunk(self.size)), part)
+        return parts
 
     def on_main(self, function: Callable[[], Any], *, builds_data: bool = False) -> Any:
         """Call a function on rank 0 while the others wait; return its result there, and raise its error on all.
@@ -74,6 +109,18 @@ class World:
         if packed[0] is not None:
             raise error or unpack(packed[0])
         return result
+
+
+def make_buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Group parameters of one dtype by BUCKET_BYTES, the last ones first: backward passes begin with the last layer."""
+    buckets, filled = [], 0
+    for p in sorted(parameters, key=lambda p: str(p.dtype))[::-1]:
+        filled += p.nbytes
+        if not buckets or filled > BUCKET_BYTES or buckets[-1][0].dtype != p.dtype:
+            buckets.append([])
+            filled = p.nbytes
+        buckets[-1].append(p)
+    return buckets
 
 
 @contextlib.contextmanager
@@ -101,7 +148,13 @@ def start_world() -> World:
         keep_freed_memory()
     if size == 1:
         return World(device)
-    backend, rendezvous = "nccl" if device.type == "cuda" else "gloo", os.environ.get("LLMKIT_RENDEZVOUS")
+    # Numbers, errors and waiting for rank 0 go over gloo, gradients of GPUs over NCCL. NCCL's watchdog ends a process
+    # (SIGABRT) when a sum on a GPU takes longer than PATIENCE. It times only work that was given to NCCL, and its
+    # heartbeat, which must come every 8 minutes, is a loop of its own that beats without work too: so a rank may wait
+    # for hours in gloo. With device_id the communicator is made here, not in the first step, and its errors are raised.
+    gpu = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+    rendezvous = os.environ.get("LLMKIT_RENDEZVOUS")
     with notice_lost_ranks():
-        dist.init_process_group(backend, rendezvous, timeout=PATIENCE, rank=rank, world_size=size)
-        return World(device, rank, size, dist.new_group(timeout=SAVING), dist.new_group(timeout=BUILDING))
+        dist.init_process_group(init_method=rendezvous, timeout=PATIENCE, rank=rank, world_size=size, **gpu)
+        saving, building = (dist.new_group(backend="gloo", timeout=timeout) for timeout in (SAVING, BUILDING))
+    return World(device, rank, size, saving, building)

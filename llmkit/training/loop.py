@@ -1,5 +1,6 @@
 """The training loop, `take_steps`, shared by pretraining and fine-tuning, with or without PEFT."""
 
+import contextlib
 import gc
 import hashlib
 import itertools
@@ -107,7 +108,7 @@ def take_steps(
     how = f"compiled: {'every block, and the loss' if compiled else 'no'} ({reason})"
     say(f"{'blocks':>10}  {len(model.blocks)}, {recomputed} recomputed in the backward, {how}")
 
-    optimizers = OPTIMIZERS[config.optimizer.name](model, **run.options["optimizer"])
+    optimizers = OPTIMIZERS[config.optimizer.name](model, world, **run.options["optimizer"])
     trained = [p for p in model.parameters() if p.requires_grad]
     progress = Progress(tensors=initial_counters(device, run.precision))
     if resumed:
@@ -151,12 +152,13 @@ def take_steps(
             batch = batches.batch_at(step)
             targets = world.sum(batch.count)
             scale = progress.tensors["scale"]
-            for micro in batch.split(run.micro_batch_size):
+            micros = list(batch.split(run.micro_batch_size))
+            for micro in micros:
                 with autocast(device, run.precision):
                     loss, metrics = run.objective.loss(model, to_device(micro, device))
-                (loss * (scale / targets)).backward()
+                with world.sum_gradients(trained) if micro is micros[-1] else contextlib.nullcontext():
+                    (loss * (scale / targets)).backward()
                 interval.add(loss=loss - metrics.pop("added", 0.0), **metrics)
-            world.sum_gradients(trained)
             norm, found_inf = clip(trained, config.train.max_grad_norm, scale)
             for optimizer in optimizers:
                 optimizer.found_inf = found_inf  # not finite: change nothing, decided on the device

@@ -9,13 +9,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from llmkit.parallel.world import World
+
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
+ALONE = World(torch.device("cpu"))  # one rank: nothing is shared
 
 # ---- Muon -----------------------------------------------------------------------------------------------------------
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients (Jordan 2024, post on Muon)
+SLICE = 2**26  # elements of the matrices that are orthogonalized at once, 256 MiB in fp32: bounds what a step allocates
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
@@ -40,47 +44,64 @@ class Muon(torch.optim.Optimizer):
     adjust_lr  match_rms_adamw  0.2 * sqrt(max(rows, columns)): AdamW's lr and weight decay carry over
                                 (Moonlight, Liu et al. 2025, arXiv:2502.16982)
                original         sqrt(max(1, rows / columns)) (Jordan)
+    world      the ranks that share the work: each orthogonalizes some matrices, and gets the others' results in bf16
     """
 
     def __init__(
-        self, params: Iterable, lr: float, weight_decay: float, momentum: float, adjust_lr: str = "match_rms_adamw"
+        self,
+        params: Iterable,
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        adjust_lr: str = "match_rms_adamw",
+        world: World = ALONE,
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "adjust_lr": adjust_lr})
+        self.world = world
         self.found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape[p.shape].append(p)
-            for shape, params in by_shape.items():
-                rows, columns = shape[-2:]  # an expert dimension may come first
-                for p in params:
                     if "momentum_buffer" not in self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffers = [self.state[p]["momentum_buffer"] for p in params]
-                grads = [p.grad for p in params]
-                if self.found_inf is not None:  # keep nan out of the momentum; the weights stay, see below
-                    skip = self.found_inf > 0
-                    grads = [torch.where(skip, buffer, g) for g, buffer in zip(grads, buffers, strict=True)]
-                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-                nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
-                stacked = torch.stack(nesterov)
-                update = orthogonalize(stacked.flatten(0, -3)).to(params[0].dtype).view_as(stacked)
-                scale = {
-                    "original": math.sqrt(max(1, rows / columns)),
-                    "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns)),
-                }[group["adjust_lr"]]
-                keep, gain = 1 - group["lr"] * group["weight_decay"], -group["lr"] * scale
-                if self.found_inf is not None:
-                    keep, gain = torch.where(skip, 1.0, keep), torch.where(skip, 0.0, gain)
-                torch._foreach_mul_(params, keep)
-                torch._foreach_add_(params, list(torch.unbind(update * gain)))
+                    # Views of every matrix; an expert dimension may come first.
+                    views = (t.view(-1, *p.shape[-2:]).unbind() for t in (p, p.grad, self.state[p]["momentum_buffer"]))
+                    by_shape[p.shape[-2:]] += zip(*views, strict=True)
+            for shape, matrices in by_shape.items():
+                number = max(self.world.size, SLICE // shape.numel())
+                for start in range(0, len(matrices), number):
+                    self.update(group, *map(list, zip(*matrices[start : start + number], strict=True)))
+
+    def update(self, group: dict, weights: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> None:
+        """Update matrices of one shape, and their momentum."""
+        if self.found_inf is not None:  # keep nan out of the momentum; the weights stay, see below
+            skip = self.found_inf > 0
+            grads = [torch.where(skip, buffer, g) for g, buffer in zip(grads, buffers, strict=True)]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        rows, columns = weights[0].shape
+        share = math.ceil(len(weights) / self.world.size)
+        mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
+        update = weights[0].new_zeros(share, rows, columns, dtype=torch.bfloat16)
+        if grads[mine]:
+            nesterov = torch.stack(torch._foreach_lerp(grads[mine], buffers[mine], group["momentum"]))
+            update[: len(nesterov)] = orthogonalize(nesterov)
+        update = self.world.gather(update)[: len(weights)].to(weights[0].dtype)
+        scale = {
+            "original": math.sqrt(max(1, rows / columns)),
+            "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns)),
+        }[group["adjust_lr"]]
+        keep, gain = 1 - group["lr"] * group["weight_decay"], -group["lr"] * scale
+        if self.found_inf is not None:
+            keep, gain = torch.where(skip, 1.0, keep), torch.where(skip, 0.0, gain)
+        torch._foreach_mul_(weights, keep)
+        torch._foreach_add_(weights, list(torch.unbind(update.mul_(gain))))
 
 
-# ---- optimizers: (model, options) -> a list of torch optimizers ------------------------------------------------------
+# ---- optimizers: (model, world, options) -> a list of torch optimizers -----------------------------------------------
 
 
 def adamw_groups(params: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
@@ -93,6 +114,7 @@ def adamw_groups(params: Iterable[nn.Parameter], weight_decay: float) -> list[di
 
 def adamw(
     model: nn.Module,
+    world: World = ALONE,
     *,
     lr: Positive = 3e-4,
     betas: Annotated[list[Ratio], Field(min_length=2, max_length=2)] = [0.9, 0.95],
@@ -106,6 +128,7 @@ def adamw(
 
 def muon(
     model: nn.Module,
+    world: World = ALONE,
     *,
     lr: Positive = 3e-3,
     momentum: Ratio = 0.95,
@@ -123,7 +146,7 @@ def muon(
     taken = {id(p) for p in matrices}
     groups = adamw_groups((p for p in model.parameters() if id(p) not in taken), weight_decay)
     return [
-        Muon(matrices, lr, weight_decay, momentum, adjust_lr),
+        Muon(matrices, lr, weight_decay, momentum, adjust_lr, world),
         torch.optim.AdamW(groups, lr=adamw_lr or lr, betas=tuple(betas), eps=eps, fused=True),
     ]
 
