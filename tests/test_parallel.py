@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from llmkit.errors import MachineError
-from llmkit.parallel.device import choose_precision, make_deterministic
+from llmkit.parallel.compile import missing_compiler
+from llmkit.parallel.device import choose_precision, describe_precision, make_deterministic
 from llmkit.parallel.world import start_world
 
 CPU = torch.device("cpu")
@@ -44,3 +45,35 @@ def test_each_rank_needs_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(MachineError, match="fewer GPUs than ranks"):
         start_world.__wrapped__()
+
+
+@pytest.mark.parametrize(("device", "lacks"), [("cuda", "no Python.h"), ("cpu", None)])
+def test_compiling_for_a_gpu_needs_pythons_headers(tmp_path, monkeypatch, device, lacks):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    missing = missing_compiler(torch.device(device))
+    assert missing.startswith(lacks) if lacks else missing is None
+    (tmp_path / "Python.h").touch()
+    assert missing_compiler(torch.device(device)) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "said"),
+    [("cuda", "fp32", "fp32 (products too, not TF32)"), ("cuda", "bf16", "bf16"), ("cpu", "fp32", "fp32")],
+)
+def test_the_header_says_what_fp32_products_use_on_a_gpu_alone(device, precision, said):
+    assert describe_precision(torch.device(device), precision) == said
+
+
+def test_fp32_products_on_a_gpu_are_fp32_whatever_was_set_before(monkeypatch):
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    try:
+        torch.set_float32_matmul_precision("high")
+        start_world.__wrapped__()
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -10,6 +10,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ import yaml
 from conftest import llmkit, metrics, tiny_config
 from torch import nn
 
-from llmkit.errors import DATA, ENVIRONMENT, DataError, UserError
+from llmkit.errors import DATA, ENVIRONMENT, DataError, MachineError, UserError
 from llmkit.parallel import world as world_module
-from llmkit.parallel.launch import launch
+from llmkit.parallel.launch import count_gpus, launch
 from llmkit.parallel.transport import LostRankError, pack, unpack
 from llmkit.parallel.world import BUCKET_BYTES, make_buckets, start_world
 from llmkit.storage.manifest import newest_intact_checkpoint, step_of
@@ -226,6 +227,40 @@ def test_memory_that_runs_out_is_no_bug():
 def test_an_error_of_rank_0_is_raised_on_every_rank():
     errors = [USER, PermissionError(errno.EACCES, "Permission denied", "/x")]
     assert launch(fail_on_main, 2, errors) == {str(error): 2.0 for error in errors}
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 3])
+def test_more_ranks_than_gpus_are_one_error_before_any_starts(monkeypatch, gpus):
+    started = []
+
+    def start(number: int, *rest: object) -> None:
+        started.append(number)
+        raise RuntimeError("started")
+
+    monkeypatch.setattr("llmkit.parallel.launch.count_gpus", lambda: gpus)
+    monkeypatch.setattr("llmkit.parallel.launch.start_rank", start)
+    with pytest.raises(MachineError if gpus == 1 else RuntimeError) as caught:
+        launch(describe, 2)
+    assert started == ([] if gpus == 1 else [0])
+    assert gpus != 1 or "1 GPU, 2 ranks" in str(caught.value)
+
+
+@pytest.mark.parametrize(("built", "code", "number"), [(True, 0, 4), (True, 100, 0), (False, 0, 0)])
+def test_gpus_are_counted_by_the_driver_if_torch_uses_it(tmp_path, monkeypatch, built, code, number):
+    class Driver:
+        def cuInit(self, flags: int) -> int:
+            return code
+
+        def cuDeviceGetCount(self, number: object) -> int:
+            number._obj.value = 4
+            return 0
+
+    (tmp_path / "lib").mkdir()
+    if built:
+        (tmp_path / "lib/libtorch_cuda.so").touch()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    monkeypatch.setattr("ctypes.CDLL", lambda name: Driver())
+    assert count_gpus() == number
 
 
 # ---- sums and shares -------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import importlib.util
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 import torch._functorch.config
@@ -26,9 +28,15 @@ def apply_checkpointing(model: nn.Module, mode: str | int) -> int:
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """Return what torch.compile lacks on this machine, None if it works."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "no triton"
+    """Return what torch.compile lacks on this machine, None if it works.
+
+    For a GPU, triton compiles an extension of Python in C, which needs Python's own headers too.
+    """
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "no triton"
+        if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+            return "no Python.h: the package python3-dev has it"
     language, names = ("C", ("gcc", "clang", "cc")) if device.type == "cuda" else ("C++", ("g++", "clang++", "c++"))
     return None if any(shutil.which(name) for name in names) else f"no {language} compiler"
 

@@ -83,6 +83,11 @@ def choose_precision(asked: str, device: torch.device) -> str:
     return "fp16" if device.type == "cuda" else "fp32"
 
 
+def describe_precision(device: torch.device, precision: str) -> str:
+    """Return a precision for the header; in fp32 on a GPU, with what its products use: see `start_world`."""
+    return "fp32 (products too, not TF32)" if device.type == "cuda" and precision == "fp32" else precision
+
+
 def autocast(device: torch.device, precision: str):
     """Compute matrix products in the precision's dtype; norms, softmax and losses stay in fp32."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")

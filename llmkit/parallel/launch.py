@@ -1,6 +1,8 @@
 """Start ranks on this machine, end them together, and say which one failed and why. Imports no torch."""
 
 import contextlib
+import ctypes
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -14,12 +16,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from llmkit.errors import INTERRUPTED, MachineError, UserError
 from llmkit.parallel.signals import Signals
 from llmkit.parallel.transport import LostRankError, unpack
-from llmkit.screen import for_stream
+from llmkit.screen import count, for_stream
 
 GRACE = 2.0  # seconds in which the other ranks may report their error too, after the first one failed
 MOST_LINES = 1000  # that are remembered, so that each is printed for one rank only
@@ -77,8 +80,11 @@ def launch(function: Callable[..., Any], processes: int, *args: Any, **options: 
 
     Rank 0 has this process's output. What the others print goes to standard error, labelled.
     SIGINT and SIGTERM are passed on to all ranks as SIGTERM. All ranks end when one fails, or when this process ends.
-    Raises the error of a rank, or MachineError for one that died or does not answer.
+    Raises the error of a rank, or MachineError for one that died or does not answer, or if there are too few GPUs.
     """
+    if 0 < (gpus := count_gpus()) < processes:
+        what, got = "there are fewer GPUs than ranks on this machine", f"{count(gpus, 'GPU')}, {processes} ranks"
+        raise MachineError(what, got=got, fix=f"--nproc {gpus}")
     signals, ranks, printed = Signals(), [], {}
     with tempfile.TemporaryDirectory(prefix="llmkit-") as folder:
         try:
@@ -95,6 +101,17 @@ def launch(function: Callable[..., Any], processes: int, *args: Any, **options: 
     if unsuccessful:
         raise choose_failure(unsuccessful, signals.signal)
     return ranks[0].report["result"]
+
+
+def count_gpus() -> int:
+    """Return how many GPUs torch will see in a rank: 0 if it was built for CPUs. CUDA_VISIBLE_DEVICES is obeyed."""
+    spec, number = importlib.util.find_spec("torch"), ctypes.c_int(0)
+    if spec and (Path(spec.origin).parent / "lib/libtorch_cuda.so").exists():
+        with contextlib.suppress(OSError):  # no driver
+            driver = ctypes.CDLL("libcuda.so.1")
+            if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(number)):  # an error code: no GPU
+                return 0
+    return number.value
 
 
 def start_rank(number: int, processes: int, rendezvous: str, printed: dict[str, int]) -> Rank:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llmkit.errors import MachineError
 from llmkit.parallel.device import keep_freed_memory
 from llmkit.parallel.transport import LostRankError, pack, unpack
+from llmkit.screen import count
 
 PATIENCE = timedelta(minutes=5)  # how long a rank waits for the others to reach the same sum
 SAVING = timedelta(minutes=30)  # how long they wait for rank 0 while it reads or writes files of the run
@@ -135,15 +136,21 @@ def notice_lost_ranks() -> Iterator[None]:
 
 @cache
 def start_world() -> World:
-    """Return this process's rank and device, from the environment variables of torchrun, which `launch` sets too."""
+    """Return this process's rank and device, from the environment variables of torchrun, which `launch` sets too.
+
+    On a GPU, products of fp32 matrices are fp32 and not TF32. This is torch's default, set here because some containers
+    change it (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE). nanoGPT and litgpt choose TF32. Here `auto` never means fp32 on a GPU:
+    who asks for it compares with another machine or looks for a fault, and who wants speed takes bf16.
+    """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         if local >= (gpus := torch.cuda.device_count()):
-            what, got = "there are fewer GPUs than ranks on this machine", f"{gpus} GPUs, rank {local}"
+            what, got = "there are fewer GPUs than ranks on this machine", f"{count(gpus, 'GPU')}, rank {local}"
             raise MachineError(what, got=got, fix=f"--nproc {gpus}")
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("highest")
     else:
         keep_freed_memory()
     if size == 1:

@@ -21,7 +21,7 @@ from llmkit.models import CONFIGS, family_of
 from llmkit.models.folder import read_config
 from llmkit.objectives import OBJECTIVES
 from llmkit.objectives.objective import Objective
-from llmkit.parallel.device import choose_precision, device_name
+from llmkit.parallel.device import choose_precision, describe_precision, device_name
 from llmkit.parallel.world import World
 from llmkit.peft import METHODS
 from llmkit.records.build import list_record_files
@@ -320,7 +320,7 @@ def describe(run: PreparedRun) -> dict[str, str]:
         "lengths": run.data.lengths,
         "records": run.data.losses,
         "mixture": ", ".join(mixture),
-        "device": f"{device_name(run.world.device)}, {run.precision}, {ranks}",
+        "device": f"{device_name(run.world.device)}, {describe_precision(run.world.device, run.precision)}, {ranks}",
         "batch": f"{size} = {run.micro_batch_size} micro x {accumulation} accumulated x {ranks}, "
         f"{config.data.seq_len} tokens each",
         "length": f"{run.max_steps} steps, {format_count(run.max_steps * run.tokens_per_step)} tokens, "
