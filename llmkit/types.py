@@ -30,6 +30,9 @@ class Document:
 class Batch:
     """One rank's share of a training step, as numpy arrays of shape (B, T). The training loop moves them to the device.
 
+    Arrays are made contiguous, such as inputs and labels that are views of one array: torch pins and copies only
+    contiguous memory to a GPU in one piece.
+
     labels             already aligned: labels[b, t] is the target of the logits at [b, t], or IGNORE_INDEX. It is the
                        token that follows input_ids[b, t]; for an encoder, the token that was masked there
     positions          position of each token in its document (packed rows only)
@@ -42,6 +45,10 @@ class Batch:
     positions: np.ndarray | None = None
     segments: np.ndarray | None = None
     decoder_input_ids: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        for name, array in self.arrays().items():
+            setattr(self, name, np.ascontiguousarray(array))
 
     @property
     def count(self) -> int:

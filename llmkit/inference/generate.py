@@ -1,6 +1,7 @@
 """Generate tokens: read the prompts in one forward pass, then decode token by token with a KV cache."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -31,7 +32,9 @@ def logits_to_probs(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]
     kept = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     logits, tokens = logits.topk(kept)
     probs = logits.softmax(-1)
-    outside = (probs.cumsum(-1) - probs >= sampling.top_p) | (probs < sampling.min_p * probs[:, :1])
+    # Whole numbers: their sums are exact, and CUDA has no deterministic cumsum of floats.
+    mass, top = (logits.double().softmax(-1) * 2**52).long(), math.ceil(sampling.top_p * 2**52)
+    outside = (mass.cumsum(-1) - mass >= top) | (probs < sampling.min_p * probs[:, :1])
     probs = probs.masked_fill(outside, 0.0)
     tokens, order = tokens.sort()
     return tokens, (probs / probs.sum(-1, keepdim=True)).gather(-1, order)

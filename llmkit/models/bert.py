@@ -53,7 +53,7 @@ class Embeddings(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, token_type_ids: Tensor | None) -> Tensor:
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         x = self.word_embeddings(input_ids) + self.position_embeddings(positions) + self.token_type_embeddings(types)
-        return F.dropout(self.LayerNorm(x), self.dropout, self.training)
+        return F.dropout(self.LayerNorm(x).to(x.dtype), self.dropout, self.training)
 
 
 class SelfAttention(nn.Module):
@@ -82,7 +82,8 @@ class Output(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor, stream: Tensor) -> Tensor:
-        return self.LayerNorm(stream + F.dropout(self.dense(x), self.dropout, self.training))
+        x = stream + F.dropout(self.dense(x), self.dropout, self.training)
+        return self.LayerNorm(x).to(x.dtype)  # autocast on CUDA makes norms fp32
 
 
 class Block(nn.Module):

@@ -61,7 +61,8 @@ class Experts(nn.Module):
         gate, up = grouped_product(x[order // top_k], self.gate_up_proj, ends).chunk(2, dim=-1)
         y = grouped_product(self.act(gate) * up, self.down_proj, ends)  # (N * k, hidden)
         y = y * weights.flatten()[order, None].to(y.dtype)
-        return y[order.argsort()].unflatten(0, (-1, top_k)).sum(1)
+        # With its dtype said, autocast on CUDA does not make the sum, and so all that follows, fp32.
+        return y[order.argsort()].unflatten(0, (-1, top_k)).sum(1, dtype=y.dtype)
 
 
 def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
