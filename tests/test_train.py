@@ -71,7 +71,9 @@ def test_accumulation_changes_nothing(corpus, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(corpus, tmp_path):
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_config(corpus, train=steps(3), optimizer={"lr": 1e-3})))
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump(tiny_config(corpus, train=steps(3, micro_batch_size=2), optimizer={"lr": 1e-3}))
+    )
     llmkit("pretrain", "c.yaml", "-o", "run_dir=one", cwd=tmp_path)
     llmkit("pretrain", "c.yaml", "-o", "run_dir=two", "--nproc", 2, cwd=tmp_path)
     assert worst(weights(tmp_path / "one", 3), weights(tmp_path / "two", 3)) < 1e-5
