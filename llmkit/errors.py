@@ -88,6 +88,7 @@ class MachineError(UserError):
     code = ENVIRONMENT
 
 
+NO_MEMORY = ("can't allocate memory", "not enough memory", "could not create a memory", "bad_alloc")  # torch on a CPU
 FILE_FIXES = {
     errno.ENOSPC: "free some space, or write to another disk",
     errno.EDQUOT: "free some space, or write to another disk",
@@ -99,15 +100,22 @@ FILE_FIXES = {
 }
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that the machine or a device has no memory left: Python's, CUDA's or torch's."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
 def explain_machine(error: Exception) -> MachineError | None:
     """Return what to tell about an error of the machine: memory, files, a loop of links; None for any other error."""
     if isinstance(error, OSError):
         return MachineError(error.strerror or str(error), at=error.filename, fix=FILE_FIXES.get(error.errno))
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve before Python 3.13
         return MachineError("a symbolic link leads back to itself", at=str(error).partition("'")[2].rstrip("'"))
-    if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+    if not is_out_of_memory(error):
         return None
-    what = "the machine" if isinstance(error, MemoryError) else "the device"
+    what = "the device" if type(error).__name__ == "OutOfMemoryError" else "the machine"
     fix = "lower train.micro_batch_size (--batch-size), or set train.gradient_checkpointing: full"
     return MachineError(f"{what} is out of memory", fix=fix)
 

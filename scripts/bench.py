@@ -37,12 +37,11 @@ from llmkit.parallel.device import (
     DTYPES,
     autocast,
     device_name,
-    keep_freed_memory,
     matmul_rate,
     peak_flops,
-    peak_memory,
     to_device,
 )
+from llmkit.parallel.memory import keep_freed_memory, peak_memory
 from llmkit.parallel.world import start_world
 from llmkit.peft import lora
 from llmkit.peft.adapter import load_adapter, save_adapter

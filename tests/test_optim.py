@@ -10,8 +10,8 @@ from llmkit.errors import ENVIRONMENT, UserError
 from llmkit.models import build_model, gpt2, llama, mixtral, t5
 from llmkit.peft import lora
 from llmkit.training.cost import make_plan
+from llmkit.training.fit import check_memory
 from llmkit.training.optim import Muon, adamw, clip, muon, muon_matrices, orthogonalize, set_lr
-from llmkit.training.resolve import check_memory
 from llmkit.training.schedules import constant, cosine, linear, wsd
 
 SMALL = {"vocab_size": 17, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -99,10 +99,10 @@ def test_muon_takes_none_of_loras_factors():
 def test_a_model_beyond_the_memory_is_refused_before_it_is_built():
     config = llama.Config(vocab_size=1000, hidden_size=2**15, num_attention_heads=64, num_hidden_layers=1000)
     options = {"seq_len": 8, "micro_batch_size": 1, "precision": "fp32"}
-    check_memory(make_plan(llama.Config(**SMALL), **options), torch.device("cpu"))
+    check_memory(make_plan(llama.Config(**SMALL), **options), 2**40, "")
     for peft in (None, ("lora", {"r": 8})):
         with pytest.raises(UserError, match="do not fit") as caught:
-            check_memory(make_plan(config, peft=peft, **options), torch.device("cpu"))
+            check_memory(make_plan(config, peft=peft, **options), 2**40, "")
         assert caught.value.code == ENVIRONMENT
 
 

@@ -83,12 +83,45 @@ def train_rank(config: Any, *, as_json: bool, **options: Any) -> dict[str, Any]:
     return train(config, say=progress_printer(as_json), **options)
 
 
-def plan(config: ConfigArg, o: Override = [], as_json: AsJson = False) -> None:
-    """Estimate parameters, FLOPs and memory of CONFIG without creating weights. Exit code 5: it does not fit here."""
+def plan(
+    config: ConfigArg,
+    device: Annotated[str | None, typer.Option(help="A GPU that is not here: h100, a100, l4 ...")] = None,
+    devices: Annotated[int, typer.Option(min=1, max=1024, help="How many of them share a batch.")] = 1,
+    price: Annotated[float | None, typer.Option(min=0, max=MOST, help="Of one device for an hour.")] = None,
+    inference: Annotated[bool, typer.Option("--inference", help="What serving the model takes.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="List the parameters, layer by layer.")] = False,
+    o: Override = [],
+    as_json: AsJson = False,
+) -> None:
+    """Estimate parameters, FLOPs, memory and time of CONFIG without creating weights. Exit code 5: it does not fit."""
     from llmkit.config.load import load_config
-    from llmkit.training.plan import plan_config, plan_rows
+    from llmkit.screen import format_table
+    from llmkit.training.plan import inference_rows, layer_rows, list_layers, plan_config, plan_inference, plan_rows
 
-    figures = plan_config(load_config(config, o))
-    show(figures if as_json else plan_rows(figures), as_json)
-    if not figures["fits"]:
-        raise typer.Exit(5)
+    check_plan_options(inference, layers, device, devices, price)
+    loaded = load_config(config, o)
+    if layers:
+        rows = list_layers(loaded)
+        show({"layers": rows}, as_json) if as_json else print(format_table(layer_rows(rows)))
+    elif inference:
+        figures = plan_inference(loaded, device)
+        rows, table = inference_rows(figures)
+        show(figures if as_json else rows, as_json)
+        if not as_json:
+            print(f"\n{format_table(table)}")
+    else:
+        figures = plan_config(loaded, gpu=device, devices=devices, price=price)
+        show(figures if as_json else plan_rows(figures), as_json)
+        if not figures["fits"]:
+            raise typer.Exit(5)
+
+
+def check_plan_options(inference: bool, layers: bool, device: str | None, devices: int, price: float | None) -> None:
+    """Raise a UserError if options of `plan` do not go together."""
+    from llmkit.errors import UserError
+
+    if inference and layers:
+        raise UserError("--inference and --layers print two different tables", fix="ask for one after the other")
+    given = {"--devices": devices > 1, "--price": price is not None, "--device": device is not None and layers}
+    for name in (name for name, is_given in given.items() if is_given and (layers or inference)):
+        raise UserError(f"{name} has no effect on this table", fix="leave it out")

@@ -29,8 +29,8 @@ class Train(Section):
     """Gradients with a larger norm are scaled down to it; null: never."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the device is fast with it, else fp32."""
-    gradient_checkpointing: Literal["none", "full"] | Count = "none"
-    """Save memory by computing blocks twice: none, full, or k: every k-th block."""
+    gradient_checkpointing: Literal["auto", "none", "full"] | Count = "auto"
+    """Save memory by computing blocks twice: none, full, or k: every k-th block; auto: only where it does not fit."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the model with torch.compile; auto: where it pays."""
     deterministic: bool = False

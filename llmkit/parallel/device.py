@@ -1,11 +1,7 @@
 """Choose a precision, and measure the speed and memory of a device."""
 
 import contextlib
-import ctypes
 import os
-import re
-import resource
-import sys
 import time
 from pathlib import Path
 
@@ -13,26 +9,12 @@ import torch
 from torch import Tensor
 
 from llmkit.errors import UserError
+from llmkit.parallel.catalog import find_gpu
 from llmkit.screen import count
 from llmkit.types import Batch
 
 CPUINFO = Path("/proc/cpuinfo")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Dense bf16 peak of one GPU in FLOP/s, by whole words of its name, from the vendors' data sheets.
-PEAK_FLOPS = {
-    "H200": 989.4e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989.4e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "A10G": 70e12,
-    "L4": 121e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-    "T4": 65e12,
-}
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
@@ -41,17 +23,6 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     if device.type == "cuda":
         return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
     return tensors
-
-
-def keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the next tensors: page faults took 5-11 % of a step.
-
-    The numbers are M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h. Do nothing with other C libraries.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):
-            mallopt(parameter, value)
 
 
 # ---- precision ------------------------------------------------------------------------------------------------------
@@ -120,27 +91,36 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
             a @ b
         synchronize(device)
         best = max(best, 4 * 2 * size**3 / (time.perf_counter() - start))
+    if device.type == "cuda":
+        del a, b
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)  # the matrices are no part of a run
     return best
 
 
-def data_sheet_flops(name: str) -> float | None:
-    """Return a GPU's peak FLOP/s by its name; None for an unknown one, a part of one (MIG), or a laptop's.
+def memory_rate(device: torch.device, seconds: float = 0.3) -> float:
+    """Measure the bytes per second at which the device reads memory, an upper bound for writing token by token."""
+    numbers, best = torch.zeros(2**28 // (1 if device.type == "cuda" else 4), device=device), 0.0
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        synchronize(device)
+        start = time.perf_counter()
+        numbers.sum()
+        synchronize(device)
+        best = max(best, numbers.nbytes / (time.perf_counter() - start))
+    return best
 
-    >>> data_sheet_flops("NVIDIA L4"), data_sheet_flops("NVIDIA L40"), data_sheet_flops("NVIDIA L400")
-    (121000000000000.0, 181000000000000.0, None)
+
+def peak_flops(device: torch.device, precision: str, rate: float | None = None) -> tuple[float, str]:
+    """Return the peak FLOP/s that MFU refers to, and the source of the number.
+
+    rate  of `matmul_rate`, if it has been measured already
     """
-    if re.search(r"\b(MIG|Laptop|D)\b", name):
-        return None
-    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
-
-
-def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """Return the peak FLOP/s that MFU refers to, and the source of the number."""
     if device.type == "cuda" and precision != "fp32":
         name = torch.cuda.get_device_name(device)
-        if known := data_sheet_flops(name):
-            return known, f"{name}'s data sheet"
-    return matmul_rate(device, DTYPES[precision]), "measured matrix product"
+        if known := find_gpu(name):
+            return known.flops, f"{name}'s data sheet"
+    return rate or matmul_rate(device, DTYPES[precision]), "measured matrix product"
 
 
 def device_name(device: torch.device) -> str:
@@ -154,18 +134,3 @@ def synchronize(device: torch.device) -> None:
     """Wait until a GPU has done what it was asked; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def total_memory(device: torch.device) -> int:
-    """Return the total memory of the device in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the peak memory so far in bytes: allocated on a GPU, or resident in the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from llmkit.parallel.compile import missing_compiler
-from llmkit.parallel.device import DTYPES, choose_precision, device_name, matmul_rate, total_memory
+from llmkit.parallel.device import DTYPES, choose_precision, device_name, matmul_rate
+from llmkit.parallel.memory import total_memory
 from llmkit.parallel.world import start_world
 
 EXTRAS = {  # an extra in pyproject.toml -> a module that it installs

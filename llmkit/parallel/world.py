@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmkit.errors import MachineError
-from llmkit.parallel.device import keep_freed_memory
+from llmkit.parallel.memory import keep_freed_memory
 from llmkit.parallel.transport import LostRankError, pack, unpack
 from llmkit.screen import count
 

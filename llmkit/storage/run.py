@@ -27,7 +27,7 @@ OUTPUTS = ("checkpoints", "tensorboard", METRICS, "loss.png", "report.md")  # --
 # Keys and sections whose values may change when a run is resumed.
 CHANGEABLE_KEYS = set(
     "run_dir data.workers data.cluster eval checkpoint log train.max_steps train.max_tokens train.epochs"
-    " train.early_stopping_patience train.max_bad_steps train.micro_batch_size".split()
+    " train.early_stopping_patience train.max_bad_steps train.micro_batch_size train.gradient_checkpointing".split()
 )
 LARGEST = 1e300  # of these numbers; JSON may hold longer ones than a float
 NUMBERS = ("step", "tokens", "loss", "val_loss", "tokens_per_second", "memory_gb")  # keys of a record that are numbers
@@ -61,11 +61,20 @@ class RunDirectory:
         delete_leftovers(self.folder)
         for half_deleted in self.folder.glob("*.old.tmp"):
             delete(half_deleted)
-        if not is_same_config(self.folder, self.config):
-            write_atomically(self.folder / CONFIG, dump_yaml(self.config))
-        write_atomically(self.folder / ABOUT, json.dumps(self.about, indent=2) + "\n")
+        self.write_config()
+        self.write_about()
         kept = [record for record in self.metrics() if step is not None and record["step"] <= step]
         self.write_metrics(kept)
+
+    def write_about(self, **facts: int) -> None:
+        """Write run.json, with further facts of the run."""
+        self.about |= facts
+        write_atomically(self.folder / ABOUT, json.dumps(self.about, indent=2) + "\n")
+
+    def write_config(self) -> None:
+        """Write the resolved config, if it has changed."""
+        if not is_same_config(self.folder, self.config):
+            write_atomically(self.folder / CONFIG, dump_yaml(self.config))
 
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
         write_atomically(self.folder / METRICS, "".join(map(metrics_line, records)))

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from llmkit.parallel.device import peak_flops, peak_memory
+from llmkit.parallel.device import peak_flops, synchronize
+from llmkit.parallel.memory import peak_memory
 from llmkit.parallel.world import World
 from llmkit.screen import format_count, format_duration, printable
 from llmkit.storage.run import RunDirectory
@@ -28,7 +29,7 @@ class Interval:
     sums: dict[str, Tensor] = field(default_factory=dict)  # of this rank
 
     def add(self, **sums: Tensor) -> None:
-        """Add the sums of a micro-batch."""
+        """Add the sums of a micro-batch, or of a step."""
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
 
@@ -75,6 +76,7 @@ class MetricsLogger:
     @contextlib.contextmanager
     def pause(self):
         """Exclude the time inside a `with` block from tokens per second."""
+        synchronize(self.run.world.device)  # steps that a GPU has yet to do are no part of the pause
         start = time.perf_counter()
         yield
         self.last_time += time.perf_counter() - start

@@ -2,52 +2,47 @@
 
 import contextlib
 import gc
-import hashlib
 import itertools
 import math
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmkit import __version__
 from llmkit.config.data import CorpusData
 from llmkit.config.schema import Config
 from llmkit.corpus.build import needs_build
-from llmkit.errors import INTERRUPTED, ModelError, UserError
+from llmkit.errors import INTERRUPTED, UserError
 from llmkit.inference.generate import stream
-from llmkit.models import build_model
-from llmkit.models.folder import load_model, save_model
-from llmkit.models.resize import resize_embeddings
 from llmkit.parallel.compile import apply_checkpointing, compile_blocks
 from llmkit.parallel.device import DTYPES, autocast, device_name, make_deterministic, matmul_rate, peak_flops, to_device
 from llmkit.parallel.signals import Signals
 from llmkit.parallel.world import World, start_world
-from llmkit.peft import METHODS
-from llmkit.peft.adapter import base_change, load_adapter, save_adapter, saved_base_sha256
 from llmkit.screen import format_duration
 from llmkit.storage import checkpoint
 from llmkit.storage.manifest import (
     add_dependent_run,
     best_checkpoint,
     newest_intact_checkpoint,
-    read_checkpoint_manifest,
     step_of,
 )
 from llmkit.storage.plot import plot_runs
 from llmkit.storage.report import write_report
 from llmkit.storage.run import RunDirectory, check_can_open, open_run, without_secrets
+from llmkit.training.fit import with_train
 from llmkit.training.log import Interval, MetricsLogger
 from llmkit.training.optim import OPTIMIZERS, clip, set_lr
 from llmkit.training.plan import plan_config, plan_rows
 from llmkit.training.prepare import PreparedRun, describe, next_commands, prepare
 from llmkit.training.progress import Progress, early_stop, initial_counters, stop_if_diverged, update_loss_scale
-from llmkit.training.warmup import choose_compile, time_micro_batch
-
-Optimizers = list[torch.optim.Optimizer]
+from llmkit.training.retry import retry_smaller
+from llmkit.training.state import make_model, restore, save, write_model
+from llmkit.training.warmup import choose_compile, rehearse, try_to_save
+from llmkit.types import Batch
 
 
 def train(
@@ -100,9 +95,11 @@ def take_steps(
     config, world, device = run.config, run.world, run.world.device
     model = make_model(run, resumed)
     recomputed = apply_checkpointing(model, config.train.gradient_checkpointing)
+    within_memory = partial(retry_smaller, run, model, directory, say)
     batches = run.batches("train", config.train.global_batch_size)
-    compiled, reason = choose_compile(run, model, batches, step_of(resumed) if resumed else 0)
-    run.config = config = config.model_copy(update={"train": config.train.model_copy(update={"compile": compiled})})
+    done = step_of(resumed) if resumed else 0
+    compiled, reason = within_memory(partial(choose_compile, run, model, batches, done))
+    run.config = config = with_train(run.config, compile=compiled)
     if compiled:
         compile_blocks(model, device, run.precision)
     how = f"compiled: {'every block, and the loss' if compiled else 'no'} ({reason})"
@@ -123,15 +120,21 @@ def take_steps(
             add_dependent_run(run.base, directory.folder)
     if progress.step >= run.max_steps:
         say(f"{'complete':>10}  all {run.max_steps} steps are done; raise the length in train to go on, or use --fresh")
-    peak, source = peak_flops(device, run.precision)
     rate = matmul_rate(device, DTYPES[run.precision])
+    peak, source = peak_flops(device, run.precision, rate)
     say(f"{'peak':>10}  {peak / 1e12:.3g} TFLOP/s ({source}); matrix products reach {rate / 1e12:.3g}")
     say("")
 
     logger, interval = MetricsLogger(run, directory, peak, progress.step, say), Interval()
-    if compiled and progress.step < run.max_steps:
+    if progress.step < run.max_steps:
         with logger.pause():
-            say(f"compiled in {time_micro_batch(run, model, batches):.0f} s")
+            if compiled:
+                say("compiling ...")
+            seconds = within_memory(partial(rehearse, run, model, batches, optimizers))
+            if compiled:
+                say(f"compiled in {seconds:.0f} s")
+            if directory and progress.step == 0:
+                try_to_save(directory.folder, partial(write_model, run, model))
     signals = Signals()
     gc.collect()
     gc.freeze()
@@ -147,18 +150,12 @@ def take_steps(
         while progress.step < run.max_steps and not stop:
             # One step: the gradient of (sum of losses / targets of the whole step), however it is cut up.
             step = progress.step
-            torch.manual_seed(run.seed_at(step))  # dropout is a function of the step too: no state to save
             lr = set_lr(optimizers, run.lr_factor(step))
             batch = batches.batch_at(step)
             targets = world.sum(batch.count)
             scale = progress.tensors["scale"]
-            micros = list(batch.split(run.micro_batch_size))
-            for micro in micros:
-                with autocast(device, run.precision):
-                    loss, metrics = run.objective.loss(model, to_device(micro, device))
-                with world.sum_gradients(trained) if micro is micros[-1] else contextlib.nullcontext():
-                    (loss * (scale / targets)).backward()
-                interval.add(loss=loss - metrics.pop("added", 0.0), **metrics)
+            attempt = partial(add_gradients, run, model, trained, batch, step, scale / targets)
+            interval.add(**within_memory(attempt))
             norm, found_inf = clip(trained, config.train.max_grad_norm, scale)
             for optimizer in optimizers:
                 optimizer.found_inf = found_inf  # not finite: change nothing, decided on the device
@@ -191,49 +188,26 @@ def take_steps(
         what = f"interrupted at step {progress.step}; a checkpoint is saved"
         fix = "run the same command again to continue"
         raise UserError(what, fix=fix, code=INTERRUPTED[signals.signal or signal.SIGTERM])
-    return world.on_main(lambda: finish(run, directory, header, progress, logger, stop))
+    return world.on_main(lambda: finish(run, directory, header, progress, logger, stop, say))
 
 
-def make_model(run: PreparedRun, resumed: Path | None) -> nn.Module:
-    """Make the model as the last checkpoint left it, else as `init_from` has it, else freshly initialised."""
-    config, device = run.config, run.world.device
-    if config.peft is None:
-        folder = resumed / "model" if resumed else run.base
-        if folder is None:
-            return build_model(run.model_config, device=device, seed=config.seed)
-        model = load_model(folder, device=device)
-        if not resumed and run.new_tokens:
-            resize_embeddings(model, run.model_config.vocab_size, run.new_tokens)
-        return model
-    model = load_model(run.base, device=device, dtype=DTYPES[run.precision])  # what is frozen needs no fp32
-    if resumed:
-        if change := base_change(saved_base_sha256(resumed / "model") or "", run.base_sha256):
-            fix = "name the checkpoint that it began with, or start over with --fresh"
-            raise ModelError(f"{change} since this run began", at=config.init_from, fix=fix)
-        load_adapter(model, resumed / "model")
-        return model
-    if run.new_tokens:
-        resize_embeddings(model, run.model_config.vocab_size, run.new_tokens)
-    method = METHODS[config.peft.name]
-    method.apply(model, method.options(**run.options["peft"]), config.seed, list(run.new_tokens))
-    return model
+def add_gradients(
+    run: PreparedRun, model: nn.Module, trained: list[nn.Parameter], batch: Batch, step: int, factor: Tensor
+) -> dict[str, Tensor]:
+    """Add up the gradients of (sum of losses * factor) over the micro-batches of a batch, and over all ranks.
 
-
-def restore(folder: Path, run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: Progress) -> None:
-    """Restore counters and optimizer state from a checkpoint; the weights are in the model already."""
-    tensors, numbers = checkpoint.load_trainer(folder)
-    if read_checkpoint_manifest(folder)["data_fingerprint"] != run.data.fingerprint:
-        what, fix = "the data has changed since this run's checkpoint was written", "choose another run_dir"
-        raise ModelError(what, at=folder, fix=f"{fix}, or start over with --fresh")
-    if numbers["step"] > run.max_steps:
-        what, fix = "the run is past the length that is asked for", "raise its length, or start over with --fresh"
-        got, expected = f"step {numbers['step']}", f"at most {run.max_steps}"
-        raise ModelError(what, at=folder, got=got, expected=expected, fix=fix)
-    checkpoint.restore_optimizers(model, optimizers, tensors)
-    for key in progress.numbers():
-        setattr(progress, key, numbers[key])
-    for key in progress.tensors:
-        progress.tensors[key] = tensors[f"progress/{key}"].to(run.world.device)
+    Return this rank's sums of the loss and the metrics.
+    """
+    torch.manual_seed(run.seed_at(step))  # dropout is a function of the step too: no state to save
+    device, sums = run.world.device, Interval()
+    micros = list(batch.split(run.micro_batch_size))
+    for micro in micros:
+        with autocast(device, run.precision):
+            loss, metrics = run.objective.loss(model, to_device(micro, device))
+        with run.world.sum_gradients(trained) if micro is micros[-1] else contextlib.nullcontext():
+            (loss * factor).backward()
+        sums.add(loss=loss - metrics.pop("added", 0.0), **metrics)
+    return sums.sums
 
 
 def lacks_evaluation(resumed: Path, directory: RunDirectory | None, world: World) -> bool:
@@ -276,21 +250,27 @@ def log_step(
 
 def evaluate(run: PreparedRun, model: nn.Module, progress: Progress, logger: MetricsLogger) -> str | None:
     """Measure the val split, write a sample, and return the reason to stop early, None without one."""
-    config, world, size = run.config, run.world, run.micro_batch_size
     with logger.pause():
-        limit = config.eval.max_batches and config.eval.max_batches * config.train.global_batch_size
-        batches = itertools.islice(run.batches("val", size).in_order(limit), world.rank, None, world.size)
-        with autocast(world.device, run.precision):
-            options = {"device": world.device, "micro_batch_size": size, "total": world.sum}
-            result = run.objective.evaluate(model, batches, token_bytes=run.token_bytes, **options)
-            if config.eval.sample_prompt is not None:
-                result["sample"] = sample(run, model)
+        result = retry_smaller(run, model, logger.directory, logger.say, partial(measure, run, model))
     logger.log(step=progress.step, tokens=progress.step * run.tokens_per_step, **result)
     if result["val_loss"] < progress.best_val:
         progress.best_val, progress.evals_without_gain = result["val_loss"], 0
     else:
         progress.evals_without_gain += 1
     return early_stop(run, progress)
+
+
+def measure(run: PreparedRun, model: nn.Module) -> dict[str, Any]:
+    """Return the val split's loss and what belongs to it, and a sample of text if the config asks for one."""
+    config, world, size = run.config, run.world, run.micro_batch_size
+    limit = config.eval.max_batches and config.eval.max_batches * config.train.global_batch_size
+    batches = itertools.islice(run.batches("val", size).in_order(limit), world.rank, None, world.size)
+    with autocast(world.device, run.precision):
+        options = {"device": world.device, "micro_batch_size": size, "total": world.sum}
+        result = run.objective.evaluate(model, batches, token_bytes=run.token_bytes, **options)
+        if config.eval.sample_prompt is not None:
+            result["sample"] = sample(run, model)
+    return result
 
 
 def sample(run: PreparedRun, model: nn.Module) -> str:
@@ -303,41 +283,6 @@ def sample(run: PreparedRun, model: nn.Module) -> str:
     return tokenizer.decode(new if seq2seq else [*prompt, *new])
 
 
-def save(run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: Progress, logger: MetricsLogger) -> None:
-    """Write a checkpoint. The step is logged before, so it is no state that has diverged."""
-    val_loss = logger.pending.get("val_loss", math.nan)
-    # Flush before saving: a resumed run does not log the steps before its checkpoint again.
-    logger.flush(progress.step)
-    tokenizer, config = run.data.tokenizer, run.config
-
-    def write_model(folder: Path) -> None:
-        if config.peft:
-            options = METHODS[config.peft.name].options(**run.options["peft"])
-            base = {"base": str(run.base.resolve()), "base_sha256": run.base_sha256}
-            save_adapter(model, folder, config.peft.name, options, **base)
-        else:
-            save_model(model, folder, eos_token_ids=tokenizer.stop_ids, bos_token_id=tokenizer.bos_id)
-        tokenizer.save(folder)
-
-    def write() -> None:
-        tensors = {f"progress/{key}": value.detach().cpu() for key, value in progress.tensors.items()}
-        tensors |= checkpoint.optimizer_tensors(model, optimizers)
-        about = {
-            "val_loss": val_loss if math.isfinite(val_loss) else None,
-            "llmkit": __version__,
-            "world_size": run.world.size,
-            "data_fingerprint": run.data.fingerprint,
-            "tokenizer_sha256": tokenizer.sha256,
-            "config_sha256": hashlib.sha256(config.dump().encode()).hexdigest(),
-        }
-        numbers = progress.numbers() | {"seconds": progress.seconds + logger.elapsed}
-        options = {"about": about, "keep": config.checkpoint.keep}
-        checkpoint.save(logger.directory.folder, progress.step, write_model, tensors, numbers, **options)
-
-    with logger.pause():
-        run.world.on_main(write)  # the others wait: the run ends on an error, and no rank ends before it is written
-
-
 def finish(
     run: PreparedRun,
     directory: RunDirectory,
@@ -345,10 +290,14 @@ def finish(
     progress: Progress,
     logger: MetricsLogger,
     stop: str | None,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Plot a finished run, write its report, and return the summary."""
     folder, records = directory.folder, directory.metrics()
-    plot_runs([folder], folder / "loss.png")
+    try:
+        plot_runs([folder], folder / "loss.png")
+    except (ImportError, MemoryError) as error:  # the limit of memory that the run fitted into may leave no room
+        say(f"no plot: {error}; `llmkit runs {folder} --plot loss.png` draws it")
     kept = best_checkpoint(folder)  # of all evaluations the best one that has a checkpoint
     best = next((r for r in records if kept and r.get("val_loss") is not None and r["step"] == step_of(kept)), {})
     speeds = sorted(r["tokens_per_second"] for r in records if "tokens_per_second" in r)
@@ -373,5 +322,6 @@ def finish(
         "ended": stop or "at its full length",
         "files": f"{folder}/: checkpoints/, metrics.jsonl, loss.png, report.md",
     }
+    directory.write_about(planned_memory=run.plan.peak_memory, peak_memory=round(memory * 2**30))
     write_report(directory, header, summary)
     return summary | {"next": next_commands(run)}

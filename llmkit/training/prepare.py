@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from llmkit.config.data import CorpusData
 from llmkit.config.fields import Choice
@@ -22,6 +21,7 @@ from llmkit.models.folder import read_config
 from llmkit.objectives import OBJECTIVES
 from llmkit.objectives.objective import Objective
 from llmkit.parallel.device import choose_precision, describe_precision, device_name
+from llmkit.parallel.memory import free_memory
 from llmkit.parallel.world import World
 from llmkit.peft import METHODS
 from llmkit.records.build import list_record_files
@@ -31,21 +31,19 @@ from llmkit.storage.run import check_own, claim
 from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.training.build_data import open_data
-from llmkit.training.cost import Plan, make_plan
+from llmkit.training.cost import Plan
+from llmkit.training.fit import MEMORY_SHARE, cheapest_change, check_memory, choose_fit
 from llmkit.training.resolve import (
     Options,
     check_choices,
     check_max_epochs,
-    check_memory,
     check_method,
     check_packages,
     check_warmup,
-    choose_micro_batch_size,
     choose_objective,
     complete_records,
     count_steps,
     describe_choice,
-    describe_run,
     find_problems,
     reuse_resolved_values,
 )
@@ -70,8 +68,10 @@ class Derived:
 
     precision: str
     micro_batch_size: int
+    gradient_checkpointing: str | int
     max_steps: int | None  # None: in epochs of data that is not known
     plan: Plan
+    smaller: str  # the cheapest change with which the planned peak fits; "" if it does
 
 
 @dataclass
@@ -90,6 +90,8 @@ class PreparedRun:
     max_steps: int
     precision: str
     micro_batch_size: int
+    gradient_checkpointing: str | int
+    smaller: str
 
     @property
     def tokens_per_step(self) -> int:
@@ -151,8 +153,9 @@ def prepare(
                 key = "data.split.val_fraction" if isinstance(config.data, CorpusData) else "data.val_fraction"
                 fix += f", or {'raise' if split == 'val' else 'lower'} {key}"
             raise DataError(f"the {split} split is shorter than one sample", at=config.where("data"), fix=fix)
-    derived = derive(checked, world.device, world.size, len(new_tokens), data.samples["train"])
-    check_memory(derived.plan, world.device)
+    precision, room = choose_precision(config.train.precision, world.device), free_memory(world.device)
+    derived = derive(checked, world.device.type, precision, room, world.size, len(new_tokens), data.samples["train"])
+    check_memory(derived.plan, room, derived.smaller)
     objective = OBJECTIVES[config.objective.name].build(data.tokenizer, config.seed, start_id, **options["objective"])
     run = PreparedRun(
         config=resolve(checked, derived),
@@ -248,27 +251,33 @@ def added_tokens(config: Config, base: Path, tokenizer: Tokenizer) -> dict[int, 
 
 def derive(
     checked: CheckedConfig,
-    device: torch.device,
+    device: str,
+    precision: str,
+    room: int,
     ranks: int,
     new_rows: int = 0,
     samples: int | None = None,
 ) -> Derived:
     """Derive length, precision, micro-batch and plan of a checked config whose vocab_size is known.
 
+    device   "cpu" or "cuda"
+    room     bytes of memory that the run may use
     samples  of the train split; None: not known
     """
     config, options, model_config = checked.config, checked.options, checked.model_config
     max_steps = count_steps(config.train, config.data.seq_len, samples)
     raise_all(list(check_warmup(config, options, max_steps)))
-    precision = choose_precision(config.train.precision, device)
-    planned = describe_run(config, options, model_config, device, new_rows) | {"precision": precision}
-    micro = choose_micro_batch_size(config, model_config, ranks, device, planned)
-    return Derived(precision, micro, max_steps, make_plan(model_config, micro_batch_size=micro, **planned))
+    planned = (model_config, device, precision, new_rows)
+    config, plan = choose_fit(config, ranks, room, options, *planned)
+    smaller = "" if plan.peak_memory <= room else cheapest_change(config, options, ranks, MEMORY_SHARE * room, *planned)
+    train = config.train
+    return Derived(precision, train.micro_batch_size, train.gradient_checkpointing, max_steps, plan, smaller)
 
 
 def resolve(checked: CheckedConfig, derived: Derived) -> Config:
     """Return the config with every option and derived value written out."""
-    config, update = checked.config, {"precision": derived.precision, "micro_batch_size": derived.micro_batch_size}
+    names = ("precision", "micro_batch_size", "gradient_checkpointing")
+    config, update = checked.config, {name: getattr(derived, name) for name in names}
     choices = {
         section: Choice(name=getattr(config, section).name, **options)
         for section, options in checked.options.items()

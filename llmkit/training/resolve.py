@@ -7,30 +7,29 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmkit.config.data import CorpusData
 from llmkit.config.fields import Choice
 from llmkit.config.load import check_options
 from llmkit.config.schema import Config, Train
 from llmkit.errors import DataError, MachineError, UserError, did_you_mean, raise_all
-from llmkit.models import CONFIGS, build_model, family_of, shape_problems
+from llmkit.models import CONFIGS, build_model, shape_problems
 from llmkit.objectives import OBJECTIVES, fitting_objectives
-from llmkit.parallel.device import total_memory
 from llmkit.peft import METHODS
 from llmkit.readers.records import DOCUMENT_FORMATS, suffix_of
 from llmkit.records.layouts import FIELDS
 from llmkit.storage.manifest import best_checkpoint, list_checkpoints
 from llmkit.storage.run import CONFIG as RUN_CONFIG
 from llmkit.storage.run import is_run, read_run_config
-from llmkit.training.cost import FROZEN, TRAINED, Lengths, Plan, make_plan
 from llmkit.training.optim import OPTIMIZERS, muon_matrices
 from llmkit.training.presets import continue_pretraining
 from llmkit.training.schedules import SCHEDULES
 
-RESOLVED_ONCE = ("precision", "micro_batch_size", "compile")  # keys of train whose "auto" a resumed run keeps
-CPU_MICRO_TOKENS, GPU_MICRO_TOKENS = 8192, 65_536  # more tokens in a forward bring no more speed
-MEMORY_SHARE = 0.85  # of the device that a derived micro-batch may plan to fill
+RESOLVED_ONCE = (
+    "precision",
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "compile",
+)  # keys of train whose "auto" a resumed run keeps
 TABLES: dict[str, dict[str, Callable]] = {  # "choose one" section -> name -> function or dataclass with the options
     "model": CONFIGS,
     "objective": {name: one.build for name, one in OBJECTIVES.items()},
@@ -199,15 +198,6 @@ def check_warmup(config: Config, options: Options, max_steps: int | None) -> Ite
         yield config.error("schedule.warmup_steps", what, got=got, fix=fix)
 
 
-def check_memory(plan: Plan, device: torch.device) -> None:
-    """Raise a MachineError if the weights and what the optimizer keeps of them are more than the device's memory."""
-    needed, there = sum(plan.memory.get(part, 0) for part in (TRAINED, FROZEN)), total_memory(device)
-    if needed > there:
-        got, expected = f"{needed / 2**30:.1f} GiB", f"at most {there / 2**30:.1f} GiB"
-        fix = "choose a smaller model, or train an adapter; `llmkit plan` shows what takes the memory"
-        raise MachineError("the weights and the optimizer's state do not fit", got=got, expected=expected, fix=fix)
-
-
 def check_max_epochs(config: Config, epochs: dict[str, float], shares: dict, max_steps: int) -> Iterator[UserError]:
     """Yield an error for each source that the run would read for more epochs than its max_epochs."""
     sources = config.data.sources if isinstance(config.data, CorpusData) else []
@@ -271,42 +261,3 @@ def count_steps(train: Train, seq_len: int, samples: int | None) -> int | None:
     if train.max_tokens:
         return math.ceil(train.max_tokens / (train.global_batch_size * seq_len))
     return math.ceil(train.epochs * samples / train.global_batch_size) if samples else None
-
-
-def choose_micro_batch_size(
-    config: Config, model_config: Any, ranks: int, device: torch.device, planned: dict[str, Any]
-) -> int:
-    """Return the sequences of one forward.
-
-    "auto" is the largest divisor of a rank's rows whose planned peak fits the device and whose tokens are within
-    CPU_MICRO_TOKENS or GPU_MICRO_TOKENS.
-    """
-    asked, rows = config.train.micro_batch_size, config.train.global_batch_size // ranks
-    if asked != "auto":
-        if rows % asked:
-            got = f"{asked}, and {rows} rows a rank"
-            raise config.error("train.micro_batch_size", "does not divide a rank's share of the batch", got=got)
-        return asked
-    most_tokens = GPU_MICRO_TOKENS if device.type == "cuda" else CPU_MICRO_TOKENS
-    room = MEMORY_SHARE * total_memory(device)
-    for micro in range(max(1, min(rows, most_tokens // planned["seq_len"])), 1, -1):
-        if rows % micro == 0 and make_plan(model_config, micro_batch_size=micro, **planned).peak_memory <= room:
-            return micro
-    return 1
-
-
-def describe_run(config: Config, options: Options, model_config: Any, device: torch.device, new_rows: int) -> dict:
-    """Return the arguments of `cost.make_plan` that do not depend on precision and micro-batch."""
-    family = family_of(model_config)
-    layers = model_config.num_hidden_layers + family.decoder_layers(model_config)
-    every = {"none": 0, "full": 1}.get(mode := config.train.gradient_checkpointing, mode)
-    return {
-        "peft": (config.peft.name, options["peft"]) if config.peft else None,
-        "new_rows": new_rows,
-        "seq_len": config.data.seq_len,
-        "lengths": Lengths(*OBJECTIVES[config.objective.name].lengths(config.data.seq_len, **options["objective"])),
-        "optimizer": config.optimizer.name,
-        "checkpointed": math.ceil(layers / every) if every else 0,
-        "compiled": config.train.compile is True,
-        "device": device.type,
-    }

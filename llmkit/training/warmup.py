@@ -1,13 +1,19 @@
-"""Time a micro-batch before the first step: to decide on compilation, and to keep its time out of the run's speed."""
+"""Try everything once before the first step: a micro-batch, which is also timed, an evaluation, a save."""
 
+import itertools
 import time
+from collections.abc import Callable
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from llmkit.data.batches import Batches
+from llmkit.files import delete
 from llmkit.parallel.compile import compile_obstacle
 from llmkit.parallel.device import autocast, synchronize, to_device
 from llmkit.screen import format_duration
+from llmkit.training.cost import TRAINED
 from llmkit.training.prepare import PreparedRun
 
 # What compiling takes, for training and evaluation, and the share of a step that it saves. Measured on two CPU cores,
@@ -27,6 +33,37 @@ def time_micro_batch(run: PreparedRun, model: nn.Module, batches: Batches) -> fl
     model.zero_grad(set_to_none=True)
     synchronize(run.world.device)
     return time.perf_counter() - start
+
+
+def rehearse(run: PreparedRun, model: nn.Module, batches: Batches, optimizers: list[torch.optim.Optimizer]) -> float:
+    """Try a micro-batch and an evaluation in the memory that a later step leaves; return the micro-batch's seconds.
+
+    What a step would lack hours later is lacking now, before anything is trained.
+    """
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    is_new = not any(optimizer.state for optimizer in optimizers)
+    state = max(0, run.plan.memory.get(TRAINED, 0) - 2 * trained) if is_new else 0  # beside weights and gradients
+    reserved = torch.empty(state, dtype=torch.uint8, device=run.world.device)
+    seconds = time_micro_batch(run, model, batches)
+    if run.config.eval.every:
+        size = run.micro_batch_size
+        first = itertools.islice(run.batches("val", size).in_order(size), 1)
+        with autocast(run.world.device, run.precision):
+            options = {"device": run.world.device, "micro_batch_size": size}
+            run.objective.evaluate(model, first, token_bytes=run.token_bytes, **options)
+    del reserved
+    return seconds
+
+
+def try_to_save(folder: Path, write_model: Callable[[Path], None]) -> None:
+    """Write the model of a checkpoint and delete it: a run that can't save ends before its first step."""
+    trial = folder / "checkpoints" / "trial.tmp"
+    delete(trial)
+    trial.mkdir(parents=True)
+    try:
+        write_model(trial)
+    finally:
+        delete(trial)
 
 
 def choose_compile(run: PreparedRun, model: nn.Module, batches: Batches, done: int) -> tuple[bool, str]:

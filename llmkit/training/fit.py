@@ -1,0 +1,136 @@
+"""Fit a run into the memory: choose its micro-batch and recomputed blocks, or name the cheapest change that would."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from llmkit.config.fields import Choice
+from llmkit.config.schema import Config
+from llmkit.errors import MachineError
+from llmkit.models import family_of
+from llmkit.objectives import OBJECTIVES
+from llmkit.peft import METHODS
+from llmkit.training.cost import FROZEN, TRAINED, Lengths, Plan, make_plan
+
+CPU_MICRO_TOKENS, GPU_MICRO_TOKENS = 8192, 65_536  # more tokens in a forward bring no more speed
+MEMORY_SHARE = 0.85  # of the memory that what is chosen may plan to fill: the rest is for what the plan gets wrong
+RECOMPUTED = ("none", 4, 2, "full")  # values of gradient_checkpointing, from the fastest to the smallest
+SHORTEST = 128  # tokens of a row, below which a shorter row is no help worth naming
+
+Options = dict[str, dict[str, Any]]
+
+
+def plan_run(
+    config: Config, options: Options, model_config: Any, device: str, precision: str, new_rows: int = 0
+) -> Plan:
+    """Return the cost of a run whose micro_batch_size and gradient_checkpointing are known.
+
+    device  "cpu" or "cuda"
+    """
+    layers = model_config.num_hidden_layers + family_of(model_config).decoder_layers(model_config)
+    every = {"none": 0, "full": 1}.get(mode := config.train.gradient_checkpointing, mode)
+    return make_plan(
+        model_config,
+        peft=(config.peft.name, options["peft"]) if config.peft else None,
+        new_rows=new_rows,
+        seq_len=config.data.seq_len,
+        lengths=Lengths(*OBJECTIVES[config.objective.name].lengths(config.data.seq_len, **options["objective"])),
+        micro_batch_size=config.train.micro_batch_size,
+        precision=precision,
+        optimizer=config.optimizer.name,
+        checkpointed=math.ceil(layers / every) if every else 0,
+        compiled=config.train.compile is True,
+        device=device,
+    )
+
+
+def with_train(config: Config, **values: Any) -> Config:
+    """Return a config with other values in its section `train`."""
+    return config.model_copy(update={"train": config.train.model_copy(update=values)})
+
+
+def smaller_micro_batches(rows: int, most: int) -> list[int]:
+    """Return the divisors of a rank's rows up to `most`, the largest first.
+
+    >>> smaller_micro_batches(12, 8)
+    [6, 4, 3, 2, 1]
+    """
+    return [micro for micro in range(min(rows, most), 0, -1) if rows % micro == 0]
+
+
+def choose_fit(
+    config: Config, ranks: int, room: int, options: Options, model_config: Any, device: str, *planned: Any
+) -> tuple[Config, Plan]:
+    """Return the config with "auto" micro-batch and recomputed blocks resolved, and its plan.
+
+    The micro-batch is the largest divisor of a rank's rows whose planned peak fits and whose tokens are within
+    CPU_MICRO_TOKENS or GPU_MICRO_TOKENS. Blocks are recomputed only if not a single row fits without.
+
+    room     bytes of memory, of which MEMORY_SHARE may be planned
+    planned  precision and new_rows for `plan_run`
+    """
+    asked, rows = config.train.micro_batch_size, config.train.global_batch_size // ranks
+    if asked != "auto" and rows % asked:
+        got = f"{asked}, and {rows} rows a rank"
+        raise config.error("train.micro_batch_size", "does not divide a rank's share of the batch", got=got)
+    most_tokens = GPU_MICRO_TOKENS if device == "cuda" else CPU_MICRO_TOKENS
+    most_rows = max(1, most_tokens // config.data.seq_len)
+    micros = [asked] if asked != "auto" else smaller_micro_batches(rows, most_rows)
+    mode = config.train.gradient_checkpointing
+    for recomputed in RECOMPUTED if mode == "auto" else [mode]:
+        for micro in micros:
+            chosen = with_train(config, micro_batch_size=micro, gradient_checkpointing=recomputed)
+            plan = plan_run(chosen, options, model_config, device, *planned)
+            if plan.peak_memory <= MEMORY_SHARE * room:
+                return chosen, plan
+    return chosen, plan  # the smallest
+
+
+def changes(config: Config, ranks: int) -> Iterator[tuple[str, Config]]:
+    """Yield changes of a config that make it smaller, the cheapest first: (what to set, the changed config)."""
+    rows = config.train.global_batch_size // ranks
+    for micro in smaller_micro_batches(rows, config.train.micro_batch_size - 1):
+        yield f"train.micro_batch_size: {micro}", with_train(config, micro_batch_size=micro)
+    smallest, said = (
+        with_train(config, micro_batch_size=1),
+        "" if config.train.micro_batch_size == 1 else ("train.micro_batch_size: 1 and "),
+    )
+    for mode in RECOMPUTED[1:]:
+        smallest = with_train(smallest, gradient_checkpointing=mode)
+        if config.train.gradient_checkpointing != mode:
+            yield f"{said}train.gradient_checkpointing: {mode}", smallest
+    said += "train.gradient_checkpointing: full and "
+    if config.init_from and config.peft is None:
+        yield f"{said}peft: {{name: lora}}", smallest.model_copy(update={"peft": Choice(name="lora")})
+    length = config.data.seq_len
+    while length // 2 >= SHORTEST:
+        length //= 2
+        data = config.data.model_copy(update={"seq_len": length})
+        yield f"{said}data.seq_len: {length}", smallest.model_copy(update={"data": data})
+
+
+def cheapest_change(config: Config, options: Options, ranks: int, room: float, *planned: Any) -> str:
+    """Return the cheapest of `changes` with which the planned peak is within `room` bytes, in words for a fix.
+
+    planned  model_config, device, precision and new_rows for `plan_run`
+    """
+    for what, changed in changes(config, ranks):
+        peft = vars(METHODS["lora"].options()) if changed.peft and not config.peft else options.get("peft")
+        plan = plan_run(changed, options | {"peft": peft}, *planned)
+        if plan.peak_memory <= room:
+            return f"{what} ({plan.peak_memory / 2**30:.1f} GiB)"
+    return "a smaller model, or one for which an adapter is trained" if config.peft is None else "a smaller model"
+
+
+def largest_part(plan: Plan) -> str:
+    """Return the part of the planned memory that takes most, and its size."""
+    part = max(plan.memory, key=plan.memory.get)
+    return f"{part} {plan.memory[part] / 2**30:.1f} of {plan.peak_memory / 2**30:.1f} GiB planned"
+
+
+def check_memory(plan: Plan, there: int, fix: str) -> None:
+    """Raise a MachineError if the weights and what the optimizer keeps of them are more than the memory there is."""
+    needed = sum(plan.memory.get(part, 0) for part in (TRAINED, FROZEN))
+    if needed > there:
+        got, expected = f"{needed / 2**30:.1f} GiB", f"at most {there / 2**30:.1f} GiB"
+        raise MachineError("the weights and the optimizer's state do not fit", got=got, expected=expected, fix=fix)

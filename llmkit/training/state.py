@@ -1,0 +1,106 @@
+"""Make the model of a run, restore what a checkpoint holds, and save it."""
+
+import hashlib
+import math
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llmkit import __version__
+from llmkit.errors import ModelError
+from llmkit.models import build_model
+from llmkit.models.folder import load_model, save_model
+from llmkit.models.resize import resize_embeddings
+from llmkit.parallel.device import DTYPES
+from llmkit.peft import METHODS
+from llmkit.peft.adapter import base_change, load_adapter, save_adapter, saved_base_sha256
+from llmkit.storage import checkpoint
+from llmkit.storage.manifest import read_checkpoint_manifest
+from llmkit.training.log import MetricsLogger
+from llmkit.training.prepare import PreparedRun
+from llmkit.training.progress import Progress
+
+Optimizers = list[torch.optim.Optimizer]
+
+
+def make_model(run: PreparedRun, resumed: Path | None) -> nn.Module:
+    """Make the model as the last checkpoint left it, else as `init_from` has it, else freshly initialised."""
+    config, device = run.config, run.world.device
+    if config.peft is None:
+        folder = resumed / "model" if resumed else run.base
+        if folder is None:
+            return build_model(run.model_config, device=device, seed=config.seed)
+        model = load_model(folder, device=device)
+        if not resumed and run.new_tokens:
+            resize_embeddings(model, run.model_config.vocab_size, run.new_tokens)
+        return model
+    model = load_model(run.base, device=device, dtype=DTYPES[run.precision])  # what is frozen needs no fp32
+    if resumed:
+        if change := base_change(saved_base_sha256(resumed / "model") or "", run.base_sha256):
+            fix = "name the checkpoint that it began with, or start over with --fresh"
+            raise ModelError(f"{change} since this run began", at=config.init_from, fix=fix)
+        load_adapter(model, resumed / "model")
+        return model
+    if run.new_tokens:
+        resize_embeddings(model, run.model_config.vocab_size, run.new_tokens)
+    method = METHODS[config.peft.name]
+    method.apply(model, method.options(**run.options["peft"]), config.seed, list(run.new_tokens))
+    return model
+
+
+def restore(folder: Path, run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: Progress) -> None:
+    """Restore counters and optimizer state from a checkpoint; the weights are in the model already."""
+    tensors, numbers = checkpoint.load_trainer(folder)
+    if read_checkpoint_manifest(folder)["data_fingerprint"] != run.data.fingerprint:
+        what, fix = "the data has changed since this run's checkpoint was written", "choose another run_dir"
+        raise ModelError(what, at=folder, fix=f"{fix}, or start over with --fresh")
+    if numbers["step"] > run.max_steps:
+        what, fix = "the run is past the length that is asked for", "raise its length, or start over with --fresh"
+        got, expected = f"step {numbers['step']}", f"at most {run.max_steps}"
+        raise ModelError(what, at=folder, got=got, expected=expected, fix=fix)
+    checkpoint.restore_optimizers(model, optimizers, tensors)
+    for key in progress.numbers():
+        setattr(progress, key, numbers[key])
+    for key in progress.tensors:
+        progress.tensors[key] = tensors[f"progress/{key}"].to(run.world.device)
+
+
+def save(run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: Progress, logger: MetricsLogger) -> None:
+    """Write a checkpoint. The step is logged before, so it is no state that has diverged."""
+    val_loss = logger.pending.get("val_loss", math.nan)
+    # Flush before saving: a resumed run does not log the steps before its checkpoint again.
+    logger.flush(progress.step)
+    tokenizer, config = run.data.tokenizer, run.config
+
+    def write() -> None:
+        tensors = {f"progress/{key}": value.detach().cpu() for key, value in progress.tensors.items()}
+        tensors |= checkpoint.optimizer_tensors(model, optimizers)
+        about = {
+            "val_loss": val_loss if math.isfinite(val_loss) else None,
+            "llmkit": __version__,
+            "world_size": run.world.size,
+            "data_fingerprint": run.data.fingerprint,
+            "tokenizer_sha256": tokenizer.sha256,
+            "config_sha256": hashlib.sha256(config.dump().encode()).hexdigest(),
+        }
+        numbers = progress.numbers() | {"seconds": progress.seconds + logger.elapsed}
+        options = {"about": about, "keep": config.checkpoint.keep}
+        folder, step = logger.directory.folder, progress.step
+        checkpoint.save(folder, step, partial(write_model, run, model), tensors, numbers, **options)
+
+    with logger.pause():
+        run.world.on_main(write)  # the others wait: the run ends on an error, and no rank ends before it is written
+
+
+def write_model(run: PreparedRun, model: nn.Module, folder: Path) -> None:
+    """Write a checkpoint's model, or its adapter, with the tokenizer."""
+    config, tokenizer = run.config, run.data.tokenizer
+    if config.peft:
+        options = METHODS[config.peft.name].options(**run.options["peft"])
+        base = {"base": str(run.base.resolve()), "base_sha256": run.base_sha256}
+        save_adapter(model, folder, config.peft.name, options, **base)
+    else:
+        save_model(model, folder, eos_token_ids=tokenizer.stop_ids, bos_token_id=tokenizer.bos_id)
+    tokenizer.save(folder)

@@ -1,0 +1,229 @@
+"""Memory: what is free, what is chosen to fit it, and what happens when it runs out."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import llmkit, metrics, tiny_config
+from test_train import run, steps, weights, worst
+
+from llmkit.config.load import load_config
+from llmkit.errors import ENVIRONMENT, MachineError, is_out_of_memory
+from llmkit.models import llama
+from llmkit.parallel import memory
+from llmkit.training.fit import cheapest_change, choose_fit
+from llmkit.training.prepare import check
+from llmkit.training.warmup import try_to_save
+
+CPU_ERROR = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
+
+
+def break_beyond(monkeypatch, rows: int, error: Exception) -> list[int]:
+    """Let every forward pass of a Llama with more rows fail; return a list of the rows that were tried."""
+    tried = []
+    forward = llama.Model.forward
+
+    def limited(self, input_ids, *args, **options):
+        tried.append(len(input_ids))
+        if len(input_ids) > rows:
+            raise error
+        return forward(self, input_ids, *args, **options)
+
+    monkeypatch.setattr(llama.Model, "forward", limited)
+    return tried
+
+
+# ---- when it runs out -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError(CPU_ERROR), torch.OutOfMemoryError("CUDA out of memory")]
+)
+def test_a_run_without_memory_halves_its_micro_batch_and_trains_the_same_weights(corpus, tmp_path, monkeypatch, error):
+    options = {"optimizer": {"lr": 1e-3}, "train": steps(3, micro_batch_size=8)}
+    enough, _ = run(corpus, tmp_path / "enough", **options)
+    tried = break_beyond(monkeypatch, 2, error)
+    short, _ = run(corpus, tmp_path / "short", (said := []).append, **options)
+    assert tried[:3] == [8, 4, 2] and set(tried[3:]) == {2}
+    assert "out of memory with 4 rows in a micro-batch: again, with 2" in "\n".join(said)
+    assert worst(weights(enough, 3), weights(short, 3)) < 1e-5
+    losses = [[r.get("loss") for r in metrics(folder)] for folder in (enough, short)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert yaml.safe_load((short / "config.yaml").read_text())["train"]["micro_batch_size"] == 2
+
+
+def test_memory_that_runs_out_in_the_midst_of_a_step_leaves_no_half_gradient(corpus, tmp_path, monkeypatch):
+    options = {"optimizer": {"lr": 1e-3}, "train": steps(3, micro_batch_size=4)}
+    enough, _ = run(corpus, tmp_path / "enough", **options)
+    calls, forward = [], llama.Model.forward
+
+    def fails_once(self, input_ids, *args, **others):
+        calls.extend([len(input_ids)] * torch.is_grad_enabled())
+        if len(calls) == 3 and torch.is_grad_enabled():  # after the rehearsal, the second micro-batch of the first step
+            raise MemoryError
+        return forward(self, input_ids, *args, **others)
+
+    monkeypatch.setattr(llama.Model, "forward", fails_once)
+    short, _ = run(corpus, tmp_path / "short", **options)
+    assert calls[:5] == [4, 4, 4, 2, 2] and worst(weights(enough, 3), weights(short, 3)) < 1e-5
+
+
+def test_a_single_row_that_does_not_fit_ends_with_the_largest_part_and_the_cheapest_change(
+    corpus, tmp_path, monkeypatch
+):
+    break_beyond(monkeypatch, 0, MemoryError())
+    with pytest.raises(MachineError, match="one row in a micro-batch") as caught:
+        run(corpus, tmp_path, train=steps(3))
+    assert caught.value.code == ENVIRONMENT and "GiB planned" in caught.value.got and caught.value.fix
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(corpus, tmp_path, monkeypatch):
+    tried = break_beyond(monkeypatch, 2, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(corpus, tmp_path, train=steps(3))
+    assert tried == [8]
+    assert not is_out_of_memory(RuntimeError("shapes do not match")) and not is_out_of_memory(OSError())
+
+
+def test_an_evaluation_is_tried_before_the_first_step(corpus, tmp_path, monkeypatch):
+    graded, forward = [], llama.Model.forward
+
+    def watched(self, *args, **options):
+        graded.append(torch.is_grad_enabled())
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(llama.Model, "forward", watched)
+    run(corpus, tmp_path, train=steps(1, micro_batch_size=8), eval={"every": 1, "max_batches": 2})
+    # A micro-batch and a batch of the evaluation are rehearsed; then evaluation, step, evaluation.
+    assert graded == [True, False, False, False, True, False, False]
+
+
+def test_a_save_that_fails_is_noticed_before_the_first_step_and_leaves_nothing(tmp_path):
+    def write_half(folder):
+        (folder / "half").write_text("x")
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        try_to_save(tmp_path, write_half)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+# ---- what is free ---------------------------------------------------------------------------------------------------
+
+
+def test_a_ulimit_lowers_what_is_free():
+    code = "from llmkit.parallel.memory import free_memory; import torch; print(free_memory(torch.device('cpu')))"
+
+    def free(gib: int) -> int:
+        limit = (resource.RLIM_INFINITY,) * 2 if not gib else (gib * 2**30,) * 2
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit))  # fmt: skip
+        return int(done.stdout)
+
+    assert free(4) < min(4 * 2**30, free(0))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_control_groups_limit_what_is_free_and_their_cache_counts_as_free(tmp_path, monkeypatch, version):
+    root = tmp_path / "memory" if version == 1 else tmp_path
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    limit, usage, cache = names if version == 1 else ("memory.max", "memory.current", "inactive_file")
+    (root / "job" / "step").mkdir(parents=True)
+    (root / "job" / limit).write_text("1000\n")
+    (root / "job" / usage).write_text("700\n")
+    (root / "job" / "memory.stat").write_text(f"anon 1\n{cache} 50\n")
+    (root / "job" / "step" / limit).write_text("max\n")
+    own = tmp_path / "own"
+    own.write_text("5:cpu:/\n4:memory:/job/step\n" if version == 1 else "0::/job/step\n")
+    files = {key: (root, *names) for key, (_, *names) in memory.CGROUP_FILES.items()}
+    monkeypatch.setattr(memory, "CGROUP_FILES", files)
+    monkeypatch.setattr(memory, "OWN_CGROUPS", own)
+    assert memory.cgroup_room() == 350
+    own.write_text("0::/elsewhere\n")  # as in a container that does not see its own path
+    assert memory.cgroup_room() == float("inf")
+
+
+# ---- what is chosen -------------------------------------------------------------------------------------------------
+
+
+def planned(tmp_path, **train):
+    """Return the arguments of `choose_fit` for a model of 4 x 256 and rows of 1024 tokens."""
+    sections = {"model": {"hidden_size": 256, "num_hidden_layers": 4, "max_position_embeddings": 1024,
+                          "vocab_size": 2000}, "train": {"global_batch_size": 8, **train}}  # fmt: skip
+    config = tiny_config(tmp_path, **sections)
+    config["data"]["seq_len"] = 1024
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    checked = check(load_config(tmp_path / "c.yaml"))
+    return checked.config, checked.options, checked.model_config
+
+
+def test_less_memory_means_smaller_micro_batches_and_only_then_recomputed_blocks(tmp_path):
+    config, options, model = planned(tmp_path)
+    found = []
+    for tenths in range(30, 4, -1):
+        chosen, plan = choose_fit(config, 1, round(tenths * 1e8), options, model, "cuda", "bf16")
+        found.append((chosen.train.micro_batch_size, chosen.train.gradient_checkpointing))
+        smallest = found[-1] == (1, "full")
+        assert plan.peak_memory <= 0.85 * tenths * 1e8 or smallest
+    micros = [micro for micro, _ in found]
+    assert micros == sorted(micros, reverse=True) and micros[0] == 8
+    assert {mode for micro, mode in found if micro > 1} == {"none"}
+
+
+def test_the_cheapest_change_is_a_smaller_micro_batch_then_recomputation_then_shorter_rows(tmp_path):
+    config, options, model = planned(tmp_path, micro_batch_size=8, gradient_checkpointing="none")
+    rooms = [round(tenths * 1e8) for tenths in range(30, 0, -1)]
+    fixes = [cheapest_change(config, options, 1, room, model, "cuda", "bf16") for room in rooms]
+    kinds = [("seq_len" in fix and 2) or ("checkpointing" in fix and 1) or ("micro" in fix and 0) or 3 for fix in fixes]
+    kinds = [3 if "smaller model" in fix else kind for fix, kind in zip(fixes, kinds, strict=True)]
+    assert kinds == sorted(kinds) and {0, 3} <= set(kinds)
+
+
+# ---- llmkit plan ----------------------------------------------------------------------------------------------------
+
+
+def test_plan_prices_a_gpu_that_is_not_here(tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_config(tmp_path)))
+    options = ("c.yaml", "--device", "h100-pcie", "--devices", 4, "--price", 2.5, "--json")
+    figures = json.loads(llmkit("plan", *options, cwd=tmp_path).stdout)
+    assert figures["device"] == "H100 PCIe" and figures["devices"] == 4 and figures["fits"]
+    hours = figures["flops"] / (0.4 * 756e12 * 4) / 3600
+    assert figures["cost"] == pytest.approx(hours * 2.5 * 4)
+    assert figures["kilowatt_hours"] == pytest.approx(hours * 0.350 * 4)
+    assert "python and torch" not in figures["memory_by_part"]
+    refused = llmkit("plan", "c.yaml", "--device", "h10", cwd=tmp_path, code=2).stderr
+    assert "did you mean H100?" in refused
+    assert "no effect" in llmkit("plan", "c.yaml", "--layers", "--price", 1, cwd=tmp_path, code=2).stderr
+
+
+def test_plan_lists_every_parameter_once(tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_config(tmp_path)))
+    layers = json.loads(llmkit("plan", "c.yaml", "--layers", "--json", cwd=tmp_path).stdout)["layers"]
+    total = json.loads(llmkit("plan", "c.yaml", "--json", cwd=tmp_path).stdout)["parameters"]
+    assert sum(row["parameters"] for row in layers) == total
+    row = next(row for row in layers if row["name"].endswith("k_proj.weight"))
+    assert row["shape"] == [16, 32] and row["layers"] == 2 and row["parameters"] == 2 * 16 * 32
+
+
+def test_plan_bounds_serving_by_bandwidth(tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_config(tmp_path)))
+    figures = json.loads(llmkit("plan", "c.yaml", "--inference", "--device", "L4", "--json", cwd=tmp_path).stdout)
+    assert figures["cache"] == {"64": 2 * 2 * 16 * 2 * 64}  # keys and values, 2 layers, 16 channels, bf16
+    read = figures["parameters"] * 2 + 8 * figures["cache"]["64"]
+    assert figures["tokens_per_second"]["bf16"]["64"]["8"] == pytest.approx(8 * 0.3e12 / read)
+
+
+def test_plan_tells_how_far_it_was_off_before(corpus, tmp_path):
+    where, _ = run(corpus, tmp_path, train=steps(1))
+    about = json.loads((where / "run.json").read_text())
+    assert about["planned_memory"] > 0
+    figures = json.loads(
+        llmkit("plan", tmp_path / "c.yaml", "-o", f"run_dir={tmp_path}/next", "--json", cwd=tmp_path,
+               OMP_NUM_THREADS=str(torch.get_num_threads())).stdout
+    )  # fmt: skip
+    ratio = about["peak_memory"] / about["planned_memory"]
+    assert figures["measured_before"] == {"runs": 1, "median": ratio, "lowest": ratio, "highest": ratio}
