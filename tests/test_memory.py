@@ -178,9 +178,9 @@ def test_the_cheapest_change_is_a_smaller_micro_batch_then_recomputation_then_sh
     config, options, model = planned(tmp_path, micro_batch_size=8, gradient_checkpointing="none")
     rooms = [round(tenths * 1e8) for tenths in range(30, 0, -1)]
     fixes = [cheapest_change(config, options, 1, room, model, "cuda", "bf16") for room in rooms]
-    kinds = [("seq_len" in fix and 2) or ("checkpointing" in fix and 1) or ("micro" in fix and 0) or 3 for fix in fixes]
-    kinds = [3 if "smaller model" in fix else kind for fix, kind in zip(fixes, kinds, strict=True)]
-    assert kinds == sorted(kinds) and {0, 3} <= set(kinds)
+    words = ("smaller model", "seq_len", "checkpointing", "micro_batch")
+    kinds = [next(i for i, word in enumerate(words) if word in fix) for fix in fixes]
+    assert kinds == sorted(kinds, reverse=True) and {0, 3} <= set(kinds)
 
 
 # ---- llmkit plan ----------------------------------------------------------------------------------------------------
