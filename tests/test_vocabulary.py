@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import transformers
 from conftest import SHARED, llmkit, needs_shared, sentences
@@ -22,7 +23,7 @@ from llmkit.models import build_model, llama
 from llmkit.models.folder import save_model
 from llmkit.tokenizer.fast import PATTERNS, bytes_to_unicode
 from llmkit.tokenizer.load import load_tokenizer
-from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer
+from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer, in_blocks
 from llmkit.tokenizer.train import (
     BERT_SPECIALS,
     SPECIALS,
@@ -548,6 +549,93 @@ def test_very_long_runs_in_gpt2s_own_vocabulary():
     gpt2 = load_tokenizer(SHARED / "tokenizers" / "gpt2" / "tokenizer.json")
     for letter in ("a", " "):
         assert gpt2.encode_batch([letter * 200_000])[0].tolist() == gpt2.encode(letter * 200_000)
+
+
+# ---- long texts in pieces -------------------------------------------------------------------------------------------
+
+
+def cut_everywhere(monkeypatch, one: Tokenizer, text: str, at_least: int) -> None:
+    """Check that a tokenizer gives a text its ids if it is cut wherever it may be, with each of its encoders."""
+    for module in ("fast", "tokenizer"):
+        monkeypatch.setattr(f"llmkit.tokenizer.{module}.PIECE", 1)
+    whole, pieces = one.encode(text), list(one.cut(text))
+    assert len(pieces) > at_least and "".join(pieces) == text
+    assert np.concatenate(list(one.encode_slowly(pieces))).tolist() == whole
+    assert one.encode_batch([text, "a b", text])[2].tolist() == whole
+
+
+def many_signs(number: int) -> str:
+    """Return random text with runs of white space, contractions, digits, marks and signs that compose."""
+    draw = random.Random(9)
+    signs = [
+        "  ", "\n\n", " \n ", "\r\n", "\n\n\u0301  ", "\u037a  ", "'ll", "'s", " 'T", "\u017f", "12345", "e\u0301",
+        ".\n", "\u1100\u1161", ",,\n", "\u732b", "\u732b\u3002\n", "\u304b\u3099\u3001", "\u0301", "a", "Z", " ", ".",
+        "\ud83d", "\ude00", *HARD,
+    ]  # fmt: skip
+    return "".join(draw.choices(signs, k=number)) + "".join(chance(7, number // 20))
+
+
+def test_every_pattern_reads_a_text_cut_anywhere_as_the_whole(patterned, monkeypatch):
+    every = (f"{letter} {letter}.{letter},{letter}\n" for letter in map(chr, range(0x3400)))
+    cut_everywhere(monkeypatch, patterned, many_signs(10_000) + "".join(every), 15_000)
+
+
+@pytest.mark.parametrize("steps", [(), ("nfc",), ("nfkc", "lowercase"), ("nfd",)])
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_every_kind_reads_a_text_cut_anywhere_as_the_whole(kind, steps, monkeypatch):
+    one = train_tokenizer([LATIN, FOREIGN], kind, vocab_size=600, normalize=steps)
+    cut_everywhere(monkeypatch, one, many_signs(2000), 1000)
+
+
+def test_no_added_token_is_cut(monkeypatch):
+    text = "<a> x<b c> <a><b c>\ufe52<d" * 100
+    cut_everywhere(monkeypatch, like_qwens(["<a>", "x<b"]), text, 200)
+    for words, options in [(["<b c>"], {}), (["c>."], {}), (["<a>"], {"rstrip": True}), (["x"], {"single_word": True})]:
+        one = like_qwens(words, **options)
+        assert list(one.cut(text)) == [text] and one.encode_batch([text])[0].tolist() == one.encode(text)
+
+
+def test_texts_of_a_tokenizer_with_other_rules_stay_whole(monkeypatch):
+    monkeypatch.setattr("llmkit.tokenizer.tokenizer.PIECE", 1)
+    one = train_tokenizer([LATIN], vocab_size=300, pattern=r"[a-z]+ [a-z]+|\s+")
+    assert list(one.cut("at on in")) == ["at on in"]
+    one = train_tokenizer([LATIN], vocab_size=300)
+    one.rust.normalizer = normalizers.Prepend("x")
+    assert list(one.cut("at on in")) == ["at on in"]
+
+
+def test_accents_that_are_deleted_may_stand_at_no_cut(monkeypatch):
+    text = many_signs(2000)
+    for kind in TRAINERS:
+        one = train_tokenizer([LATIN], kind, vocab_size=600, normalize=["nfkc", "strip_accents"])
+        cut_everywhere(monkeypatch, one, text, 1000 if kind in ("wordpiece", "char") else 0)
+
+
+def test_source_code_is_read_by_the_fast_encoder():
+    one = train_tokenizer([LATIN], vocab_size=300)
+    text = "def f(x):\n        return x\n" * 40_000
+    assert one.is_fast_for(text) and not one.is_fast_for(text + " " * 30_000)
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_only_a_part_of_a_long_text_is_with_the_slow_encoder_at_a_time(is_fast, monkeypatch):
+    for module in ("fast", "tokenizer"):
+        monkeypatch.setattr(f"llmkit.tokenizer.{module}.PIECE", 20_000)
+    one, blocks = train_tokenizer([LATIN], vocab_size=300), []
+    lines = "def f(x):\n        return x\n" * 10_000
+    text = "".join([lines, "e\u0301" * 15_000, " ", lines])
+    whole = one.encode(text)
+    if not is_fast:
+        one.__dict__["fast"] = None
+    monkeypatch.setattr(
+        "llmkit.tokenizer.tokenizer.in_blocks",
+        lambda *args: (blocks.append(block) or block for block in in_blocks(*args)),
+    )
+    assert one.encode_batch([text])[0].tolist() == whole
+    assert len(blocks) == (1 if is_fast else 7) and max(sum(map(len, block)) for block in blocks) < 150_000
+
+
+# ---- other patterns -------------------------------------------------------------------------------------------------
 
 
 def test_what_a_pattern_does_not_match_is_kept():

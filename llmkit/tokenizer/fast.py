@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import re
 import unicodedata
+from collections.abc import Iterator
 
 from tokenizers import Tokenizer as Rust
 
@@ -16,6 +18,14 @@ PATTERNS = {  # regexes that split text before merging; each matches all of any 
     "qwen2": rf"{_WORDS}|\p{{N}}|{_AFTER}",  # digits one by one
 }
 LONGEST_RUN = 20_000  # of a word or spaces: tiktoken is slow on longer runs, and its stack overflows on megabytes
+PIECE = 2**18  # characters of a long text that are encoded at a time: tokenizers takes 120 bytes of memory for each
+LINES = "[^\n]*\n|[^\n]+"  # the split of the kind char, which has no merges
+# Places where every regex in PATTERNS, and BERT's, ends a word, whatever follows. No normalizer joins these signs to a
+# letter before them. Letters of other scripts are left out: to a library that does not know a new one it is a sign.
+CUT = re.compile(r"\S(?= )|[0-9A-Za-z\u4e00-\u9fa5](?=[\n,.\u3001\u3002\uff0c])")
+CUT_SIGNS = set(" \n,.\u3001\u3002\uff0c")  # one of them follows each cut
+KEEPING = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}  # normalizers that leave something of every word
+DELETING = {"StripAccents", "BertNormalizer"}  # an accent or a control character between spaces may go
 
 
 def build_fast_encoder(rust: Rust, added_words: set[str], strips: bool):
@@ -61,12 +71,48 @@ def find_split_pattern(spec: dict) -> str | None:
     return split["pattern"].get("Regex") if split["behavior"] == "Isolated" and not split["invert"] else None
 
 
+def flatten_steps(spec: dict) -> Iterator[dict]:
+    """Yield the steps of a pre-tokenizer in tokenizer.json. Nested sequences are flattened."""
+    for step in spec.get("pretokenizers", [spec]):
+        yield from flatten_steps(step) if "pretokenizers" in step else [step]
+
+
+def may_be_cut(rust: Rust, added_words: set[str]) -> bool:
+    """Return whether the ids of a text are those of the pieces of `cut_text`, one after the other.
+
+    added_words  the added tokens that a text may spell out, none of which may lie across a cut
+    """
+    spec = json.loads(rust.to_str())
+    model, normalizer = spec["model"], spec["normalizer"] or {"normalizers": []}
+    if model.get("dropout") or any(CUT_SIGNS & set(unicodedata.normalize("NFKC", word)) for word in added_words):
+        return False
+    changes = {step["type"] for step in normalizer.get("normalizers", [normalizer])}
+    steps = list(flatten_steps(spec["pre_tokenizer"] or {"type": None}))
+    kinds = {step["type"] for step in steps}
+    is_char = steps[0].get("pattern") == {"Regex": LINES} and model.get("merges") == [] and model["byte_fallback"]
+    if is_char or kinds == {"BertPreTokenizer"}:
+        return changes <= KEEPING | DELETING
+    splits = {find_split_pattern({"pretokenizers": steps[:number]}) for number in (1, 2)}  # later ones cut words
+    return changes <= KEEPING and kinds <= {"ByteLevel", "Split"} and not splits.isdisjoint(PATTERNS.values())
+
+
+def cut_text(text: str) -> Iterator[str]:
+    """Yield the pieces of a text, of about PIECE characters, that a tokenizer encodes as it does the whole text."""
+    start = 0
+    while found := CUT.search(text, start + PIECE):
+        yield text[start : found.end()]
+        start = found.end()
+    yield text[start:]
+
+
 def has_only_short_runs(text: str, longest: int = LONGEST_RUN) -> bool:
-    """Return whether all words and runs of spaces are shorter. As an upper bound, all extra spaces count as one run."""
-    if len(text) < longest:
-        return True
-    words = [len(word) for word in text.split()]
-    return max(words, default=0) < longest and len(text) - sum(words) - len(words) < longest
+    """Return whether all words and all runs of spaces are shorter, which is sure only if they are half as long.
+
+    A longer one fills one of the windows of half that size.
+    """
+    half = longest // 2
+    windows = (text[at : at + half] for at in range(0, len(text) - half + 1, half))
+    return all(window.split(maxsplit=1) not in ([], [window]) for window in windows)
 
 
 def bytes_to_unicode() -> list[str]:

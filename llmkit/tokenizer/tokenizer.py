@@ -1,7 +1,6 @@
 """Apply and save a tokenizer of any kind. Special tokens that are spelt out in a text stay plain text."""
 
 import hashlib
-import itertools
 import json
 import re
 import unicodedata
@@ -15,7 +14,7 @@ from tokenizers import Tokenizer as Rust
 from tokenizers import models
 
 from llmkit.screen import replace_surrogates
-from llmkit.tokenizer.fast import build_fast_encoder, has_only_short_runs
+from llmkit.tokenizer.fast import PIECE, build_fast_encoder, cut_text, flatten_steps, has_only_short_runs, may_be_cut
 from llmkit.tokenizer.guard import library_errors
 
 EOS, CHAT_START, CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -130,6 +129,7 @@ class Tokenizer:
             "prefix",
             "continuation",
             "fast",
+            "may_be_cut",
             "token_bytes",
             "unknown_id",
             *WITH_SPECIALS,
@@ -215,10 +215,9 @@ class Tokenizer:
         return [*self.prefix, *self.encode(text), self.eos_id]
 
     def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """Yield the ids of documents, each with `prefix` and the end token. Memory holds BLOCK documents at a time."""
-        texts = iter(texts)
+        """Yield the ids of documents, each with `prefix` and the end token. Memory holds at most BLOCK of them."""
         before, after = np.array(self.prefix, dtype=np.uint32), np.array([self.eos_id], dtype=np.uint32)
-        while block := list(itertools.islice(texts, BLOCK)):
+        for block in in_blocks(texts, BLOCK):
             yield from (np.concatenate((before, ids, after)) for ids in self.encode_batch(block))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -227,25 +226,30 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids of many texts, uint32. Use tiktoken where it gives the same ids: it is 4-5 times as fast."""
-        safe = [self.is_fast_for(text) for text in texts]
-        slow = iter(self.encode_slowly([text for text, is_safe in zip(texts, safe, strict=True) if not is_safe]))
+        pieces = [[(piece, self.is_fast_for(piece)) for piece in self.cut(text)] for text in texts]
+        slow = self.encode_slowly(piece for one in pieces for piece, is_fast in one if not is_fast)
         return [
-            np.array(self.encode_fast(text) if is_safe else next(slow), dtype=np.uint32)
-            for text, is_safe in zip(texts, safe, strict=True)
+            np.concatenate([self.encode_fast(piece) if is_fast else next(slow) for piece, is_fast in one])
+            for one in pieces
         ]
 
-    def encode_slowly(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of many texts. Use the tokenizers library, never tiktoken."""
-        self.rust.encode_special_tokens = True
-        texts = [replace_surrogates(text) for text in texts]
-        with library_errors("the tokenizer can't encode a text"):
-            return [one.ids for one in self.rust.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
+    def cut(self, text: str) -> Iterable[str]:
+        """Return the pieces of a long text whose ids, one after the other, are its own; or the text as it is."""
+        return cut_text(text) if len(text) > PIECE and self.may_be_cut else [text]
+
+    def encode_slowly(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Yield the ids of many texts, uint32. Use the tokenizers library, never tiktoken."""
+        for block in in_blocks(map(replace_surrogates, texts), BLOCK):
+            self.rust.encode_special_tokens = True
+            with library_errors("the tokenizer can't encode a text"):
+                encoded = self.rust.encode_batch_fast(block, add_special_tokens=False)
+            yield from [np.array(one.ids, dtype=np.uint32) for one in encoded]
 
     def verify_fast_encoder(self, texts: list[str]) -> bool:
         """Check that the fast encoder gives the same ids as tokenizers on these texts. Disable it if it does not."""
         if self.fast is None:
             return False
-        same = all(self.encode(text) == self.encode_fast(text) for text in texts if self.is_fast_for(text))
+        same = all(self.encode(text) == self.encode_fast(text).tolist() for text in texts if self.is_fast_for(text))
         if not same:
             self.__dict__["fast"] = None
         return same
@@ -261,11 +265,15 @@ class Tokenizer:
         """Return whether the tokenizer changes a text before it splits it."""
         return self.rust.normalizer is not None
 
-    def encode_fast(self, text: str) -> list[int]:
-        """Return the ids of a text for which `is_fast_for` is true."""
-        if not self.added_words:
-            return self.fast.encode_ordinary(text)
-        return self.fast.encode(text, allowed_special=self.added_words, disallowed_special=())
+    def encode_fast(self, text: str) -> np.ndarray:
+        """Return the ids of a text for which `is_fast_for` is true, uint32."""
+        text = replace_surrogates(text)
+        return self.fast.encode_to_numpy(text, allowed_special=self.added_words, disallowed_special=())
+
+    @cached_property
+    def may_be_cut(self) -> bool:
+        """Return whether a long text has the ids of its pieces."""
+        return not (self.added_words and self.strips) and may_be_cut(self.rust, self.added_words)
 
     @cached_property
     def fast(self):
@@ -336,7 +344,14 @@ def encode_text(rust: Rust, text: str) -> list[int]:
         return rust.encode(replace_surrogates(text), add_special_tokens=False).ids
 
 
-def flatten_steps(spec: dict) -> Iterator[dict]:
-    """Yield the steps of a pre-tokenizer in tokenizer.json. Nested sequences are flattened."""
-    for step in spec.get("pretokenizers", [spec]):
-        yield from flatten_steps(step) if "pretokenizers" in step else [step]
+def in_blocks(texts: Iterable[str], number: int) -> Iterator[list[str]]:
+    """Yield the texts in lists of a number of them, which end earlier at 4 * PIECE characters."""
+    block, size = [], 0
+    for text in texts:
+        block.append(text)
+        size += len(text)
+        if len(block) == number or size >= 4 * PIECE:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Rust
 from llmkit.config.defaults import PATTERN, VOCAB_SIZE
 from llmkit.errors import DataError, UserError, did_you_mean
 from llmkit.screen import replace_surrogates
-from llmkit.tokenizer.fast import PATTERNS, has_only_short_runs
+from llmkit.tokenizer.fast import LINES, PATTERNS, has_only_short_runs
 from llmkit.tokenizer.foreign import prevent_special_token_injection
 from llmkit.tokenizer.guard import hide_panics, library_errors
 from llmkit.tokenizer.tokenizer import CHAT_END, CHAT_START, EOS, Tokenizer
@@ -214,7 +214,7 @@ def train_char(texts: Iterable[str], options: Options) -> Tokenizer:
     rust.add_special_tokens([AddedToken(token, special=True) for token in (*SPECIALS, *options.specials)])
     if options.steps:
         rust.normalizer = normalizer
-    rust.pre_tokenizer = pre_tokenizers.Split(Regex("[^\n]*\n|[^\n]+"), "isolated")  # without merges, any split works
+    rust.pre_tokenizer = pre_tokenizers.Split(Regex(LINES), "isolated")  # without merges, any split works
     rust.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return Tokenizer(rust, vocab[EOS], role_tokens=PAD)
 
