@@ -78,7 +78,8 @@ def sha256_of(path: Path, *stamp: int) -> str:
 
 def file_stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
     """Return the name, size and modification time of each file. A file whose stamp differs has changed."""
-    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
+    stats = ((str(path), path.stat()) for path in sorted(paths))
+    return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
 
 def folder_stamps(folder: Path) -> list[tuple[str, int, int]]:

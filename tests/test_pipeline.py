@@ -34,6 +34,7 @@ from llmkit.errors import DATA, UserError
 from llmkit.evals.perplexity import measure
 from llmkit.models import build_model, llama
 from llmkit.parallel.world import start_world
+from llmkit.readers.sources import cut_by_names
 from llmkit.storage.locate import locate
 from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.train import train_tokenizer
@@ -594,6 +595,72 @@ def test_a_broken_row_group_of_a_piece_has_its_place_in_the_file(tmp_path, token
     assert build_corpus(data, **quiet)["counts"]["kept"] == 30
     (bad,) = (tmp_path / "data/quarantine.jsonl").read_text().splitlines()
     assert json.loads(bad)["line"] == 21
+
+
+# ---- changes of few files -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path) -> Path:
+    """Write 400 files in folders; return the one that holds them."""
+    for i, text in enumerate(texts(400, lines=3)):
+        path = tmp_path / "in" / f"{i // 40:02d}" / f"{i:03d}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path / "in"
+
+
+CHANGES = {
+    "changed": lambda folder: (folder / "02/099.txt").write_text("The river is small and the code is large.\n" * 3),
+    "grown": lambda folder: (folder / "07/300.txt").write_text(sentences(7, 30)),
+    "emptied": lambda folder: (folder / "03/150.txt").write_text("The.\n"),
+    "added early": lambda folder: (folder / "00/000a.txt").write_text(sentences(401, 3)),
+    "added first": lambda folder: (folder / "0.txt").write_text(sentences(402, 3)),
+    "added last": lambda folder: (folder / "99.txt").write_text(sentences(403, 3)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_one_file_redoes_at_most_two_units(folders, tmp_path, tokenizer, monkeypatch, change):
+    monkeypatch.setattr("llmkit.corpus.units.UNIT_BYTES", 4000)
+    data = corpus_of(tmp_path, tokenizer, [{"name": "s", "path": str(folders)}])
+    build_corpus(data, **quiet)
+    before, encoded = measured(data), shards(data)
+    assert len(before) > 4 * 15
+    change(folders)
+    build_corpus(data, **quiet)
+    after = measured(data)
+    again = {name.partition(".")[0] for name, stamp in after.items() if before.get(name) != stamp}
+    assert 1 <= len(again) <= 2 and len(after) > 4 * 15
+    assert sum(encoded.get(name) != stamp for name, stamp in shards(data).items()) <= 2 * 2  # of both splits
+    elsewhere = corpus_of(tmp_path, tokenizer, [{"name": "s", "path": str(folders)}], dir=str(tmp_path / "new"))
+    build_corpus(elsewhere, **quiet)
+    assert {path.name for path in (tmp_path / "new/tokens").rglob("*")} == {
+        path.name for path in (tmp_path / "data/tokens").rglob("*")
+    }
+
+
+def test_a_changed_file_changes_groups_of_at_most_twice_their_bound(monkeypatch):
+    draw, redone = random.Random(5), []
+
+    def groups(files: dict[str, int]) -> set[tuple]:
+        names = sorted(files)
+        sizes = [files[name] for name in names]
+        spans = list(cut_by_names(names, sizes, 1000))
+        assert spans[0][0] == 0 and [stop for _, stop in spans] == [*(start for start, _ in spans[1:]), len(names)]
+        assert all(sum(sizes[a:b]) <= 1000 or b - a == 1 for a, b in spans)
+        return {tuple((name, files[name]) for name in names[a:b]) for a, b in spans}
+
+    for _ in range(300):
+        files = {f"{draw.random():.6f}": draw.choice([1, 20, 50, draw.randint(0, 1500)]) for _ in range(200)}
+        before, old, size = groups(files), draw.choice(list(files)), draw.randint(0, 1500)
+        less, more = files[old] // 2, files[old] + size
+        for change in ({f"{draw.random():.6f}": size}, {old: more}, {old: less}):
+            new = groups(files | change) - before
+            assert sum(size for group in new for _, size in group) <= 2 * 1000 + max(change.values())
+            redone.append(len(new))
+        assert redone[-1] <= 1  # a group whose file has shrunk is cut no further
+    assert np.mean(redone) < 2
 
 
 def test_a_limit_counts_documents_of_the_whole_source(tmp_path, tokenizer, monkeypatch):

@@ -345,6 +345,34 @@ def test_the_units_of_a_build_come_with_the_files_that_were_skipped_for_them(tmp
     assert len(units) == 1 and skipped == {"s": {"empty .csv": 1}}
 
 
+def units_of(path: str, built: str) -> list[str]:
+    config = tiny_config(Path(), data={"dir": built, "sources": [{"name": "s", "path": path}]})
+    return [name for unit in make_units(CorpusData(**config["data"]))[0] for name, _ in unit.pieces]
+
+
+def test_a_build_is_no_source_of_itself_however_paths_are_written(tmp_path, monkeypatch):
+    for name in ("in/a.txt", "in/out/b.txt", "in/outer/c.txt"):
+        write(tmp_path / name, "text")
+    monkeypatch.chdir(tmp_path)
+    for path in ("in", str(tmp_path / "in"), "in/**/*.txt"):
+        for built in ("in/out", str(tmp_path / "in/out")):
+            assert [Path(name).name for name in units_of(path, built)] == ["a.txt", "c.txt"]
+    monkeypatch.chdir(tmp_path / "in")
+    assert units_of(".", "out") == ["a.txt", "outer/c.txt"] and units_of("outer", "out") == ["outer/c.txt"]
+    for path, built in ((".", "."), ("out", "out"), ("out", "."), (str(tmp_path / "in"), str(tmp_path))):
+        with pytest.raises(UserError, match=r"in data\.dir itself"):
+            units_of(path, built)
+
+
+def test_unchanged_files_are_looked_up_once(tmp_path, monkeypatch):
+    for i in range(300):
+        write(tmp_path / "in" / f"{i % 7}" / f"{i}.txt", "text")
+    looked, stat = [], Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **options: looked.append(path) or stat(path, **options))
+    assert len(units_of(str(tmp_path / "in"), str(tmp_path / "data"))) == 300
+    assert len(looked) < 100  # the files of a folder are looked up as it is listed
+
+
 def test_tokenizer_train_stops_over_the_bound_and_writes_nothing(tmp_path):
     damaged(tmp_path, 9)
     train = ("tokenizer", "train", "a.jsonl", "--vocab-size", 300)

@@ -297,10 +297,12 @@ def checksum(array: np.ndarray) -> str:
 def delete_stale_files(folder: Path, units: list[Unit], keep: list[Path], keys: list[str]) -> None:
     """Delete the files of earlier builds that the manifest no longer uses. Keep files that no build wrote."""
     delete_leftovers(folder)
-    current = {unit.part for unit in units} | {f"{unit.name}-{key}" for unit, key in zip(units, keys, strict=True)}
+    current = {unit.part for unit in units} | {
+        f"{unit.source['name']}-{key}" for unit, key in zip(units, keys, strict=True)
+    }
     known = set(keys)
     for path in itertools.chain(folder.glob("parts/*"), (folder / "tokens").rglob("*"), folder.glob("dropped/*")):
-        unit_file = re.match(r"(.+-\d+-[0-9a-f]{16})\.(tokens-([0-9a-f]{16}))?", path.name)
+        unit_file = re.match(r"(.+?-[0-9a-f]{16})\.(tokens-([0-9a-f]{16}))?", path.name)
         if unit_file and path.is_file():
             if unit_file[1] not in current or path.name.endswith(".tmp") or unit_file[3] not in (None, *known):
                 path.unlink()

@@ -59,7 +59,7 @@ def encode_unit(
 ) -> dict[str, Any]:
     """Encode a unit into one shard per split, unless an earlier build has done it; return files and counts."""
     folder = Path(data.dir)
-    parts, name = folder / "parts", f"{unit.name}-{key}"
+    parts, name = folder / "parts", f"{unit.source['name']}-{key}"
     done = parts / f"{unit.part}.tokens-{key}.json"
     with suppress(FileNotFoundError, ValueError):  # a damaged file is encoded again
         result = read_sealed(done)

@@ -184,7 +184,7 @@ def measure_unit(unit: Unit, data: CorpusData, parts: Path) -> dict[str, Any]:
     languages = Counter(code.decode() for code in table["language"].tolist()) if data.filter.language else {}
     counts = tally | {
         "records": records.counts(),
-        "unit": unit.name,
+        "unit": unit.part,
         "source": unit.source["name"],
         "languages": languages,
         "seconds": timer.seconds,

@@ -23,19 +23,19 @@ from llmkit.corpus.scorers import list_evaluation_files
 from llmkit.errors import DataError, UserError
 from llmkit.files import file_stamps, folder_stamps, open_atomically
 from llmkit.readers.documents import read_dataset, read_file
+from llmkit.readers.listing import Stamp, start_below
 from llmkit.readers.sources import Piece, group_files, source_files
 from llmkit.readers.tally import BadRecord
 from llmkit.types import Document
 
-UNIT_BYTES = 32 * 2**20  # source bytes in one work unit
-VERSION = 12  # of the pipeline; increase it if results change for the same inputs, so that builds start over
+UNIT_BYTES = 32 * 2**20  # most source bytes in one work unit
+VERSION = 13  # of the pipeline; increase it if results change for the same inputs, so that builds start over
 
 
 @dataclass(frozen=True)
 class Unit:
     """A work unit: a piece of one source that a worker measures and later encodes independently."""
 
-    name: str  # <source>-<number>
     source: dict[str, Any]  # the Source section
     root: str  # the folder that document ids are relative to
     pieces: tuple[Piece, ...]  # empty if `datasets` reads the source
@@ -45,7 +45,7 @@ class Unit:
     @property
     def part(self) -> str:
         """Return the part of the unit's file names before the first dot."""
-        return f"{self.name}-{self.key}"
+        return f"{self.source['name']}-{self.key}"
 
 
 def short_hash(*values: Any) -> str:
@@ -80,7 +80,7 @@ def measuring_key(data: CorpusData, source: Source) -> str:
 
 
 def make_units(data: CorpusData) -> tuple[list[Unit], dict[str, dict[str, int]]]:
-    """Split every source into units of about UNIT_BYTES. Return them and, by source, counts of the skipped files."""
+    """Split every source into units of at most UNIT_BYTES. Return them and, by source, counts of the skipped files."""
     units, skipped = [], {}
     for source in data.sources:
         counts: Counter[str] = Counter()
@@ -94,22 +94,24 @@ def make_units(data: CorpusData) -> tuple[list[Unit], dict[str, dict[str, int]]]
         if files is None:
             stamps = folder_stamps(Path(source.path or source.hf).expanduser())
             size = sum(size for _, size, _ in stamps)
-            units.append(Unit(f"{source.name}-000", section, "", (), size, short_hash(key, stamps)))
+            units.append(Unit(section, "", (), size, short_hash(key, stamps)))
             continue
-        root, paths = files
-        for number, (pieces, size) in enumerate(group_files(paths, UNIT_BYTES, whole=source.limit is not None)):
-            stamps = file_stamps({Path(path) for path, _ in pieces})
-            unit_key = short_hash(key, stamps, pieces)
-            units.append(Unit(f"{source.name}-{number:03d}", section, str(root), tuple(pieces), size, unit_key))
+        root, found = files
+        for pieces, size in group_files(found, root, UNIT_BYTES, whole=source.limit is not None):
+            unit_key = short_hash(key, {path: found[path] for path, _ in pieces}, pieces)
+            units.append(Unit(section, str(root), tuple(pieces), size, unit_key))
     return units, skipped
 
 
-def exclude_build(source: Source, files: tuple[Path, list[Path]] | None, built: Path) -> tuple[Path, list[Path]] | None:
+def exclude_build(
+    source: Source, files: tuple[Path, dict[str, Stamp]] | None, built: Path
+) -> tuple[Path, dict[str, Stamp]] | None:
     """Exclude the files in the build's own folder from those of a source that is given by its path."""
     if not source.path or not files:
         return files
     root, built = files[0], built.absolute()
-    found = [file for file in files[1] if not file.absolute().is_relative_to(built)]
+    start, below, inside = f"{root.absolute() / 'x'}"[:-1], start_below(root), f"{built}/"
+    found = {file: stamp for file, stamp in files[1].items() if not f"{start}{file[below:]}".startswith(inside)}
     if not found:
         raise UserError("all files of the source are in data.dir itself", at=source.path, got=f"data.dir {built}")
     return root, found

@@ -71,7 +71,7 @@ def read_zip(
         with zipfile.ZipFile(path) as archive:
             for info in sorted(archive.infolist(), key=lambda info: info.filename):
                 inside = Path(info.filename)
-                if suffix_of(inside) not in READERS or not is_selected(inside, include, exclude):
+                if suffix_of(inside) not in READERS or not is_selected(inside.as_posix(), include, exclude):
                     continue
                 if not info.file_size and may_be_empty(inside):
                     continue

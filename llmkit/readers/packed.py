@@ -3,6 +3,7 @@
 import gzip
 import io
 import lzma
+import os
 import zipfile
 import zlib
 from contextlib import suppress
@@ -16,9 +17,12 @@ MAX_DOCUMENT_BYTES = 50_000_000  # limit for a text, and for a line of JSON Line
 READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException, zipfile.BadZipFile, RuntimeError)
 
 
-def suffix_of(path: Path) -> str:
+def suffix_of(path: Path | os.DirEntry) -> str:
     """Return the key into READERS: `.txt` for `a.b.TXT`, `.jsonl.gz` for `a.b.jsonl.gz`."""
-    return "".join(path.suffixes[-2:] if path.suffix.lower() in (".gz", ".zst") else path.suffixes[-1:]).lower()
+    parts = path.name.lstrip(".").lower().split(".")[1:]  # a hidden file's first dot begins no suffix
+    if not parts or not parts[-1]:
+        return ""
+    return ".".join(["", *(parts[-2:] if parts[-1] in ("gz", "zst") else parts[-1:])])
 
 
 def open_bytes(path: Path) -> BinaryIO:

@@ -1,6 +1,6 @@
 """Encode the records of a fine-tuning run into a folder; `data/rows.py` says which files it has.
 
-Workers encode units of about UNIT_BYTES each into files of their own, which are then joined in order: neither the ids
+Workers encode units of at most UNIT_BYTES each into files of their own, which are then joined in order: neither the ids
 nor the rows depend on the number of workers. Nothing but a few numbers per example is held in memory. If the process is
 killed, the next one goes on with the units that are done.
 """
@@ -27,7 +27,7 @@ from llmkit.parallel.workers import open_pool
 from llmkit.readers.documents import dataset_files, is_saved_dataset, load_dataset_rows
 from llmkit.readers.listing import check_file, refuse_zip
 from llmkit.readers.records import DOCUMENT_FORMATS, READERS, read_records
-from llmkit.readers.sources import Piece, group_files, source_files, write_quarantine
+from llmkit.readers.sources import Piece, group_files, source_files, stamps_of, write_quarantine
 from llmkit.readers.tally import Record, Tally
 from llmkit.records.encode import Found, encode_records
 from llmkit.records.fit import fit_pairs, fit_row
@@ -37,7 +37,7 @@ from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.tokenizer import Tokenizer
 
 VERSION = 8  # of the encoding; data of another version is encoded again
-UNIT_BYTES = 8 * 2**20  # source bytes in one unit
+UNIT_BYTES = 8 * 2**20  # most source bytes in one unit
 RECORD_FILES = [f"*{suffix}" for suffix in READERS if suffix not in DOCUMENT_FORMATS]
 NO_RECORDS = ["dataset_info.json", "dataset_infos.json"]  # what `datasets` writes beside the data
 VALIDATION = "validation"  # the split that is read from a folder for validation
@@ -86,9 +86,10 @@ def list_record_files(
         if source.path and not path.is_dir() and not any(sign in source.path for sign in "*?["):
             check_file(path)
         files = source_files(source, skipped)
-    for file in files[1] if files else []:
+    found = [Path(file) for file in files[1]] if files else None
+    for file in found or []:
         refuse_zip(file, "fine-tuning records")
-    return files and files[1]
+    return found
 
 
 def encode_sft(
@@ -140,7 +141,10 @@ def make_units(sources: list[RecordSource], files: list[list[Path] | None], data
     for source, paths in zip(sources, files, strict=True):
         columns = data.columns if source.columns is None else source.columns
         is_val = data.val_path is not None and source is sources[-1]
-        for pieces, size in group_files(paths, UNIT_BYTES, whole=source.limit is not None) if paths else [((), 0)]:
+        found = (
+            group_files(stamps_of(paths), Path(), UNIT_BYTES, whole=source.limit is not None) if paths else [((), 0)]
+        )
+        for pieces, size in found:
             yield Unit(f"unit-{next(number):05d}", is_val, source, tuple(pieces), size, columns)
 
 
