@@ -1,5 +1,6 @@
 """Config errors name the key, the file and the line, all at once; YAML means what people mean."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,17 @@ from conftest import tiny_config
 
 from llmkit.config.load import load_config
 from llmkit.config.schema import Config
-from llmkit.config.yaml import dump_yaml, merge, parse_yaml, quote, set_override
+from llmkit.config.yaml import (
+    PLAIN,
+    FastLoader,
+    Loader,
+    compose,
+    dump_yaml,
+    merge,
+    parse_yaml,
+    quote,
+    set_override,
+)
 from llmkit.errors import UserError
 from llmkit.models import FAMILIES
 from llmkit.training.plan import plan_config
@@ -82,6 +93,46 @@ def test_yaml_that_no_config_needs_is_refused(text, words):
     with pytest.raises(UserError, match=words) as caught:
         parse_yaml(text, "x")
     assert len(str(caught.value)) < 1000
+
+
+def read_with(text: str) -> tuple:
+    """Return the values and lines of a text, or what is wrong with it."""
+    try:
+        return parse_yaml(text, "x")
+    except UserError as error:
+        return error.what, error.at, error.got, error.fix
+
+
+def test_what_llmkit_writes_is_read_by_the_fast_parser_as_by_the_other(tmp_path, monkeypatch):
+    written = dump_yaml(load(tmp_path, GOOD).model_dump())
+    assert PLAIN.fullmatch(written) and len(written.splitlines()) > 80
+    draw, texts = random.Random(3), [written]
+    lines = [
+        *written.splitlines(), "a: yes", "- 010", "  b: 1:30", "c: 'it'", "d: {}", "- - x", "e: - x", "f: 2024-01-01",
+        "<<: x", "g: 1e-5", "  -", "- a: 1", "  h: .inf", "i: x y", "j: -x", "k: ~", "null: 1", "1: 2", "z: '1e5'",
+    ]  # fmt: skip
+    for _ in range(3000):
+        few = draw.choices(lines, k=draw.randint(1, 8))
+        texts.append("".join(f"{' ' * draw.choice([0, 0, 0, 2, 4])}{line}\n" for line in few))
+    texts += [written.replace("  ", " " * draw.randint(1, 3), draw.randint(1, 9)) for _ in range(50)]
+    fast = [read_with(text) for text in texts]
+    loaders = {type(compose(text)[0]) for text in texts if PLAIN.fullmatch(text) and len(read_with(text)) == 2}
+    assert loaders == {FastLoader} and sum(bool(PLAIN.fullmatch(text)) for text in texts) > 1000
+    monkeypatch.setattr("llmkit.config.yaml.MAX_PLAIN", 0)
+    assert {type(compose(text)[0]) for text in texts if len(read_with(text)) == 2} == {Loader}
+    assert [read_with(text) for text in texts] == fast
+    assert sum(len(one) == 2 for one in fast) > 300 < sum(len(one) == 4 for one in fast)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: [1]", "a: {b: 1}", "a: &x 1", "a: *x", "a: !!int 1", "a: x  # c", "a:\tb", "- - a", "a: |\n  b", 'a: "\\0"',
+        "? a", "a: b: c", "a: b\n  c", "--- a", "\ufeffa: 1",
+    ],
+)  # fmt: skip
+def test_what_only_people_write_is_left_to_the_strict_parser(text):
+    assert not PLAIN.fullmatch(text + "\n")
 
 
 def test_defaults_live_in_the_schema_and_round_trip(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,22 @@ class Loader(yaml.SafeLoader):
     """
 
 
+class FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """A loader for PLAIN text, with the rules of `Loader`. Its parser is written in C, and breaks on deep nesting."""
+
+
+# What `dump_yaml` writes, but for texts that need other quotes or several lines: a key or an item in each line. The two
+# parsers read it alike, and no line nests deeper than it is indented.
+PLAIN = re.compile(
+    r"(?: *(?:- (?:[A-Za-z_][\w.]*:)?|[A-Za-z_][\w.]*:)"  # an item, perhaps with a key; or a key
+    r"(?: ?(?:[\w./+][\w./+-]*(?: [\w./+-]+)*|-[\w.][\w./+-]*|'[^'\n]*'|\[\]|\{\}))?\n)+",  # perhaps a value
+    re.ASCII,
+)
+MAX_PLAIN = 100_000  # characters
+
 DECIMAL = r"[-+]?(?:0|[1-9][\d_]*)"
 FLOAT = r"[-+]?(?:\d[\d_]*\.[\d_]*(?:e[-+]?\d+)?|\.\d+(?:e[-+]?\d+)?|\d+e[-+]?\d+|\.inf|\.nan)"
-Loader.yaml_implicit_resolvers = {}
+Loader.yaml_implicit_resolvers = FastLoader.yaml_implicit_resolvers = {}
 for kind, pattern, letters in (
     ("bool", "true|false", "tTfF"),
     ("null", "|~|null", ["", *"~nN"]),
@@ -34,11 +48,14 @@ for kind, pattern, letters in (
 
 # Words without quotes that YAML 1.1 reads as something else -> what to write instead.
 TRAPS = {
-    r"yes|no|on|off": "write true or false, or put it in quotes if it is a word",
-    r"[-+]?0[\d_]+": "write the number without leading zeros (YAML reads them as octal), or put it in quotes",
-    r"[-+]?0[xob][\da-f_]+": "write the number in decimal, or put it in quotes if it is a word",
-    r"[-+]?\d[\d_]*(?::[0-5]?\d)+(?:\.\d*)?": "put it in quotes (YAML reads it as a number to base 60)",
-    r"\d{4}-\d\d?-\d\d?(?:[t ].*)?": "put it in quotes (YAML reads it as a date)",
+    re.compile(trap, re.IGNORECASE | re.ASCII): fix
+    for trap, fix in {
+        r"yes|no|on|off": "write true or false, or put it in quotes if it is a word",
+        r"[-+]?0[\d_]+": "write the number without leading zeros (YAML reads them as octal), or put it in quotes",
+        r"[-+]?0[xob][\da-f_]+": "write the number in decimal, or put it in quotes if it is a word",
+        r"[-+]?\d[\d_]*(?::[0-5]?\d)+(?:\.\d*)?": "put it in quotes (YAML reads it as a number to base 60)",
+        r"\d{4}-\d\d?-\d\d?(?:[t ].*)?": "put it in quotes (YAML reads it as a date)",
+    }.items()
 }
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # also halves of characters, as in "\ud800"
 
@@ -51,7 +68,7 @@ for first, rules in Loader.yaml_implicit_resolvers.items():
     for tag, regex in rules:
         Dumper.add_implicit_resolver(tag, regex, [first])
 for trap in TRAPS:
-    Dumper.add_implicit_resolver("tag:yaml.org,2002:trap", re.compile(rf"^(?:{trap})$", re.IGNORECASE | re.ASCII), None)
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:trap", re.compile(rf"^(?:{trap.pattern})$", trap.flags), None)
 
 
 def dump_yaml(values: dict) -> str:
@@ -79,11 +96,20 @@ def read_yaml(path: Path) -> tuple[dict, dict[tuple, str]]:
         raise UserError(f"the config can't be read: {error.strerror}", at=path) from None
 
 
+def compose(text: str) -> tuple[Loader | FastLoader, yaml.Node | None]:
+    """Return the node of a YAML document, and the loader that makes values of it."""
+    if len(text) <= MAX_PLAIN and PLAIN.fullmatch(text):
+        with suppress(yaml.YAMLError):  # the other one says what is wrong
+            loader = FastLoader(text)
+            return loader, loader.get_single_node()
+    loader = Loader(text)
+    return loader, loader.get_single_node()
+
+
 def parse_yaml(text: str, name: str) -> tuple[dict, dict[tuple, str]]:
     """Parse one mapping; refuse duplicate keys, tags and alias bombs. See `read_yaml`."""
     try:
-        loader = Loader(text)
-        root = loader.get_single_node()
+        loader, root = compose(text)
     except RecursionError:
         raise UserError("the YAML is nested too deeply", at=name) from None
     except yaml.YAMLError as error:
@@ -107,7 +133,7 @@ def parse_yaml(text: str, name: str) -> tuple[dict, dict[tuple, str]]:
         if budget < 0:
             raise UserError("the YAML expands to too many values (aliases within aliases?)", at=name)
         where = f"{name}:{node.start_mark.line + 1}"
-        plain = isinstance(node, yaml.ScalarNode) and node.style is None
+        plain = isinstance(node, yaml.ScalarNode) and not node.style
         if node.tag != loader.resolve(type(node), node.value, (plain, not plain)):
             raise UserError(f"the YAML tag {node.tag} is not allowed", at=where, fix="write a plain value")
         if isinstance(node, yaml.SequenceNode):
@@ -136,7 +162,7 @@ def parse_yaml(text: str, name: str) -> tuple[dict, dict[tuple, str]]:
             errors.append(UserError(what, at=where, got=ascii(node.value), fix=fix))
             return node.value
         for trap, fix in TRAPS.items():
-            if plain and re.fullmatch(trap, node.value, re.IGNORECASE | re.ASCII):
+            if plain and trap.fullmatch(node.value):
                 errors.append(UserError(f"{key} has two meanings in YAML", at=where, got=node.value, fix=fix))
                 return node.value
         try:

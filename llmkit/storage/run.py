@@ -31,6 +31,7 @@ CHANGEABLE_KEYS = set(
 )
 LARGEST = 1e300  # of these numbers; JSON may hold longer ones than a float
 NUMBERS = ("step", "tokens", "loss", "val_loss", "tokens_per_second", "memory_gb")  # keys of a record that are numbers
+RECORD = TypeAdapter(dict[str, int | float | str | None])  # of the metrics
 SHOWN_FACTS = ("device", "ranks", "torch", "llmkit")  # of run.json: a change may change the last digits
 
 
@@ -137,11 +138,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """
     path, records, damaged = folder / METRICS, [], []
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    schema = TypeAdapter(dict[str, int | float | str | None])
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                record = schema.validate_python(json.loads(line), strict=True)
+                record = RECORD.validate_python(json.loads(line), strict=True)
                 numbers = [record.get(key, 0) for key in NUMBERS]
                 fit = all(one is None or (isinstance(one, int | float) and not abs(one) > LARGEST) for one in numbers)
                 if not fit or not isinstance(record.get("step"), int):
