@@ -95,6 +95,14 @@ def test_the_encoding_of_fine_tuning_records_is_measured():
     assert "60 records" in done.stdout and "ms a record" in done.stdout
 
 
+def test_what_grows_is_measured_in_a_table():
+    command = [sys.executable, str(ROOT / "scripts/measure_growth.py"), "--small"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()[2:]]
+    assert len(rows) == 8 and all(float(seconds) > 0.05 and float(peak) > 20 for _, _, seconds, peak in rows)
+    assert any("one file changed: 1 of" in what for what, *_ in rows)
+
+
 @pytest.mark.slow
 def test_the_benchmark_of_writing_compares_equal_texts():
     options = ["--layers", "1", "--prompt", "4", "--new", "3", "--rounds", "1", "--peers", "plain"]
