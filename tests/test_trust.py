@@ -316,7 +316,7 @@ def test_a_prompt_is_kept_whole_or_refused():
         next(stream(model, list(range(16))))
 
 
-def test_the_wheel_brings_the_example_configs(tmp_path):
+def test_the_wheel_brings_every_file_of_the_package_and_the_example_configs(tmp_path):
     root = Path(__file__).parents[1]
     source = tmp_path / "source"
     for name in ("llmkit", "configs"):
@@ -329,5 +329,9 @@ def test_the_wheel_brings_the_example_configs(tmp_path):
     shutil.unpack_archive(next(tmp_path.glob("*.whl")), tmp_path / "installed", "zip")
     shown = llmkit("init", "pretrain", cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed"))
     assert shown.stdout == (root / "configs/llama-150m.yaml").read_text()
-    packaged = {path.name for path in (tmp_path / "installed/llmkit/configs").glob("*.yaml")}
-    assert packaged == {path.name for path in (root / "configs").glob("*.yaml")}
+    shutil.copytree(root / "configs", source / "llmkit/configs")
+    files, brought = (
+        {path.relative_to(tree) for path in (tree / "llmkit").rglob("*.*") if "__pycache__" not in path.parts}
+        for tree in (source, tmp_path / "installed")
+    )
+    assert files == brought
