@@ -220,9 +220,10 @@ def test_gradients_equal_transformers(name, tmp_path):
     if name == "t5_v1.1":  # transformers has but one matrix, until it reads files with two
         ours.shared.weight.grad += ours.lm_head.weight.grad
         ours.lm_head = None
+    near = 2e-4 if name == "t5" else 1e-5  # older transformers have float32 in a T5's softmax
     for path, parameter in ours.named_parameters():
         for disk, grad in family_of(ours.config).disk_views(path, parameter.grad).items():
-            nothing = 1e-5 * wanted[disk].abs().max().item() + 1e-12  # a BERT's key biases have no gradient at all
+            nothing = near * wanted[disk].abs().max().item() + 1e-12  # a BERT's key biases have no gradient at all
             torch.testing.assert_close(grad, wanted[disk], rtol=1e-4, atol=nothing, msg=disk)
 
 
@@ -350,7 +351,9 @@ GEMMA_ACTS = [{}, {"hidden_act": "gelu"}, {"hidden_act": "gelu", "hidden_activat
 def test_gemmas_gelu_is_the_one_by_tanh_however_it_is_spelt(fields, tmp_path):
     write_config(tmp_path, model_type="gemma", **BASE, **fields)
     assert folder.read_config(tmp_path).hidden_act == "gelu_pytorch_tanh"
-    assert transformers.AutoConfig.from_pretrained(tmp_path).hidden_act == "gelu_pytorch_tanh"
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    exact = [int(part) for part in transformers.__version__.split(".")[:2]] < [5, 18]  # it left "gelu" as it was
+    assert theirs.hidden_act == "gelu_pytorch_tanh" or (exact and theirs.hidden_act == "gelu")
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"
