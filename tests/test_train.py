@@ -497,3 +497,19 @@ def test_a_chat_template_file_shapes_the_rows_and_goes_into_checkpoints(corpus, 
     assert targets == " is small<|endoftext|>" * targets.count("is")  # the space of " is" is the template's
     prompt = encode_chat(tokenizer, [{"role": "user", "content": "one"}])
     assert tokenizer.decode(prompt) == "user> one<|endoftext|>assistant> "
+
+
+def test_profiled_steps_leave_a_trace_and_a_table_that_adds_up(corpus, tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny_config(corpus, train=steps(6), eval={"every": 6})))
+    out = llmkit("pretrain", "c.yaml", "-o", "run_dir=run", "--profile", 2, cwd=tmp_path).stdout
+    assert "run/profile: profile.txt, trace.json" in out
+    names = {
+        event.get("name") for event in json.loads((tmp_path / "run/profile/trace.json").read_text())["traceEvents"]
+    }
+    assert {"aten::mm", "ProfilerStep#2", "ProfilerStep#3"} <= names and "ProfilerStep#4" not in names
+    kinds, operations = (tmp_path / "run/profile/profile.txt").read_text().split("\n\n")
+    assert sum(float(share) for share in re.findall(r"([\d.]+)%", kinds)) == pytest.approx(100, abs=0.5)
+    assert {"matrix products", "optimizer"} <= {line.split("  ")[0] for line in kinds.splitlines()}
+    calls = {line.split()[0]: float(line.split()[1]) for line in operations.splitlines()[1:]}
+    # 7 matrices in each of 2 blocks, and the head: forward, and two products in the backward
+    assert calls["aten::mm"] + calls["aten::addmm"] == 3 * (7 * 2 + 1)

@@ -14,6 +14,9 @@ DryRun = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in the run directory.")]
 Nproc = Annotated[int, typer.Option("--nproc", min=1, max=1024, help="Processes on this machine, one per device.")]
+Profile = Annotated[
+    int, typer.Option("--profile", min=0, max=MOST, help="Profile N steps: a trace and a table in the run directory.")
+]
 
 
 def pretrain(
@@ -22,12 +25,13 @@ def pretrain(
     dry_run: DryRun = False,
     fresh: Fresh = False,
     nproc: Nproc = 1,
+    profile: Profile = 0,
     as_json: AsJson = False,
 ) -> None:
     """Train the model of CONFIG. The same command resumes an interrupted run. Missing data is built first."""
     from llmkit.config.load import load_config
 
-    run_training(load_config(config, o), dry_run=dry_run, fresh=fresh, nproc=nproc, as_json=as_json)
+    run_training(load_config(config, o), dry_run=dry_run, fresh=fresh, nproc=nproc, profiled=profile, as_json=as_json)
 
 
 def finetune(
@@ -43,6 +47,7 @@ def finetune(
     dry_run: DryRun = False,
     fresh: Fresh = False,
     nproc: Nproc = 1,
+    profile: Profile = 0,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a model on prompts and answers, with --lora, --full or another --method; by default the newest run."""
@@ -51,12 +56,12 @@ def finetune(
     chosen = [name for name, given in (("lora", lora), ("full", full), (method, method is not None)) if given]
     given = {"model": from_, "data": data, "columns": parse_columns(columns), "rank": rank}
     loaded = finetune_config(config, chosen, **given, overrides=o, say=progress_printer(as_json))
-    run_training(loaded, dry_run=dry_run, fresh=fresh, nproc=nproc, as_json=as_json)
+    run_training(loaded, dry_run=dry_run, fresh=fresh, nproc=nproc, profiled=profile, as_json=as_json)
 
 
-def run_training(config: Any, *, dry_run: bool, fresh: bool, nproc: int, as_json: bool) -> None:
+def run_training(config: Any, *, dry_run: bool, fresh: bool, nproc: int, profiled: int, as_json: bool) -> None:
     """Train in this process or in `nproc` processes, and print the summary."""
-    options = {"as_json": as_json, "fresh": fresh, "dry_run": dry_run}
+    options = {"as_json": as_json, "fresh": fresh, "dry_run": dry_run, "profiled": profiled}
     if nproc > 1:
         from llmkit.parallel.launch import launch
 

@@ -38,6 +38,7 @@ from llmkit.training.log import Interval, MetricsLogger
 from llmkit.training.optim import OPTIMIZERS, clip, set_lr
 from llmkit.training.plan import plan_config, plan_rows
 from llmkit.training.prepare import PreparedRun, describe, next_commands, prepare
+from llmkit.training.profile import TABLE, TRACE, start_profiler
 from llmkit.training.progress import Progress, early_stop, initial_counters, stop_if_diverged, update_loss_scale
 from llmkit.training.retry import retry_smaller
 from llmkit.training.state import make_model, restore, save, write_model
@@ -46,12 +47,18 @@ from llmkit.types import Batch
 
 
 def train(
-    config: Config, *, fresh: bool = False, dry_run: bool = False, say: Callable[[str], None] = print
+    config: Config,
+    *,
+    fresh: bool = False,
+    dry_run: bool = False,
+    profiled: int = 0,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train what the config says, from its newest intact checkpoint if the run directory has one.
 
     fresh    delete what an earlier run left in the run directory
     dry_run  check the config, and the data if it is built, print the header, and stop; no weights are loaded
+    profiled  number of steps to profile, see `profile`
     Returns the summary on rank 0. Raises UserError for bad input, divergence, and an interruption after a checkpoint.
     """
     world = start_world()
@@ -78,7 +85,7 @@ def train(
     directory = world.on_main(lambda: open_run(folder, resolved, config_file, fresh=fresh, info=info))
     try:
         resumed = None if fresh else newest_intact_checkpoint(folder)
-        return take_steps(run, directory, resumed, header, say)
+        return take_steps(run, directory, resumed, header, profiled, say)
     finally:
         if directory:
             directory.close()
@@ -89,6 +96,7 @@ def take_steps(
     directory: RunDirectory | None,
     resumed: Path | None,
     header: dict[str, str],
+    profiled: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Make the model, restore the checkpoint `resumed`, and train to the last step. The order is important."""
@@ -147,6 +155,7 @@ def take_steps(
         if config.eval.every and progress.step == run.max_steps and lacks_evaluation(resumed, directory, world):
             evaluate(run, model, progress, logger)
             complete_last_step(resumed, directory, logger)
+        profiler = start_profiler(directory.folder / "profile", profiled, device) if directory and profiled else None
         while progress.step < run.max_steps and not stop:
             # One step: the gradient of (sum of losses / targets of the whole step), however it is cut up.
             step = progress.step
@@ -164,6 +173,8 @@ def take_steps(
             update_loss_scale(progress.tensors, found_inf, run.precision)
             progress.step += 1
             interval.targets += targets
+            if profiler:
+                profiler.step()
 
             # After the step: evaluate, log, save, as often as the config says.
             done = progress.step
@@ -319,6 +330,7 @@ def finish(
         "peak_memory_gib": round(memory, 2),
         "estimated_memory_gib": round(run.plan.peak_memory / 2**30, 2),
         "skipped_steps": int(progress.tensors["skipped"].item()),
+        **({"profile": f"{folder}/profile: {TABLE}, {TRACE}"} if (folder / "profile" / TABLE).is_file() else {}),
         "ended": stop or "at its full length",
         "files": f"{folder}/: checkpoints/, metrics.jsonl, loss.png, report.md",
     }

@@ -299,6 +299,17 @@ def epochs_by_source(run: PreparedRun) -> dict[str, float]:
     return {name: share * drawn / samples for name, (share, samples) in parts.items()}
 
 
+def evaluation_share(run: PreparedRun, rows: int) -> float:
+    """Return the share of a run's time in which it measures `rows` of the val split, the first and last time included.
+
+    A row takes a forward pass: a third of a training row's time, or half with frozen weights.
+    """
+    config, steps = run.config, run.max_steps
+    times = {0, steps, *range(0, steps, config.eval.every), *range(0, steps, config.checkpoint.every)}
+    forward = len(times) * rows * (1 / 2 if run.plan.trainable < run.plan.total else 1 / 3)
+    return forward / (forward + steps * config.train.global_batch_size)
+
+
 def describe_evaluation(run: PreparedRun) -> str:
     """Return when the val split is measured, and how much of it."""
     is_corpus = run.config.data.kind == "corpus"
@@ -307,6 +318,7 @@ def describe_evaluation(run: PreparedRun) -> str:
         return "never"
     read = min(rows, most * run.config.train.global_batch_size) if most else rows
     part = "" if read == rows else "; `llmkit eval` reads all"
+    part += f"; about {evaluation_share(run, read):.0%} of the time"
     part += ", too few to tell models apart: raise data.split.val_fraction" if rows < FEW_VAL_ROWS and is_corpus else ""
     return f"every {every} steps and at checkpoints, {read} of {rows} val rows{part}"
 
