@@ -17,6 +17,7 @@ from llmkit.formats.hf import export_hf, export_peft
 from llmkit.models import build_model, folder, gpt2, llama
 from llmkit.peft import bitfit, lora
 from llmkit.peft.adapter import load_adapter, save_adapter
+from llmkit.storage import locate
 from llmkit.storage.locate import Located, base_sha256, load_located, weights_sha256
 from llmkit.tokenizer.train import train_tokenizer
 from llmkit.training.prepare import check
@@ -601,3 +602,24 @@ def test_adapters_that_remember_only_the_weights_still_open(trained, tmp_path):
     metadata = {"format": "pt", "base_sha256": weights_sha256(tmp_path / "base")}
     save_file(load_file(path), path, metadata=metadata)
     torch.testing.assert_close(load_located(Located(adapter))[0](tokens()), model(tokens()))
+
+
+@torch.no_grad()
+def test_a_base_in_16_bits_is_merged_matrix_by_matrix_and_never_in_fp32(trained, monkeypatch):
+    adapter, _ = trained
+    dtypes = []
+    load = locate.load_model
+    monkeypatch.setattr(
+        locate, "load_model", lambda *args, **options: dtypes.append(options["dtype"]) or load(*args, **options)
+    )
+    apart, _ = load_located(Located(adapter), dtype=torch.bfloat16)
+    updates = {
+        name: part.lora_B.float() @ part.lora_A.float() * part.lora_scale
+        for name, part in apart.named_modules()
+        if isinstance(part, lora.LoRA)
+    }
+    merged, _ = load_located(Located(adapter), dtype=torch.bfloat16, merge=True)
+    assert dtypes == [torch.bfloat16] * 2 and updates
+    for name, update in updates.items():
+        expected = (apart.get_submodule(name).weight.float() + update).bfloat16()
+        assert torch.equal(merged.get_submodule(name).weight, expected)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from llmkit.config.defaults import MAX_BAD_FRACTION
@@ -9,7 +10,7 @@ from llmkit.data.splits import bytes_per_token
 from llmkit.errors import DataError, UserError
 from llmkit.evals.reading import Reading, corrupted_rows, read_data, run_val_split, windows
 from llmkit.objectives.lm import perplexity
-from llmkit.parallel.device import autocast, choose_precision
+from llmkit.parallel.device import DTYPES, autocast, choose_precision
 from llmkit.parallel.world import start_world
 from llmkit.readers.tally import Tally
 from llmkit.storage.locate import Located, load_located
@@ -42,7 +43,9 @@ def measure(
     """
     device = start_world().device
     precision = choose_precision(precision, device)
-    model, tokenizer = load_located(located, device=device)
+    # As in training: an adapter's base was frozen in 16 bits, and weights that were all trained were in fp32.
+    dtype = DTYPES[precision] if located.is_adapter else torch.float32
+    model, tokenizer = load_located(located, device=device, dtype=dtype)
     longest = model.config.max_position_embeddings
     config = read_run_config(located.run_dir) if located.run_dir else None
     window = window or min(longest, config["data"]["seq_len"] if config else longest)

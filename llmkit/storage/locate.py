@@ -107,7 +107,11 @@ def base_sha256(folder: Path) -> str:
 def load_located(
     located: Located, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, merge: bool = False
 ) -> tuple[nn.Module, Tokenizer]:
-    """Load a model and its tokenizer, and an adapter on its base, which `merge` merges in fp32."""
+    """Load a model and its tokenizer, and an adapter on its base.
+
+    merge  fold the adapter into the base, one matrix after the other in fp32. The whole base is never in fp32 unless
+           `dtype` is: it was frozen in 16 bits when the adapter was trained, and memory may hold no more
+    """
     brings_own = not located.is_adapter or has_tokenizer(located.folder)
     tokenizer = load_tokenizer(located.folder if brings_own else located.base)
     if not located.is_adapter:
@@ -120,7 +124,7 @@ def load_located(
     saved = saved_base_sha256(located.folder)
     if saved and (change := base_change(saved, base_sha256(base))):
         raise ModelError(f"{change} since the adapter was trained", at=base)
-    model = load_model(base, device=device, dtype=torch.float32 if merge else dtype)
+    model = load_model(base, device=device, dtype=dtype)
     method = load_adapter(model, located.folder)
     if merge:
         method.merge(model)
