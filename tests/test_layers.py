@@ -170,6 +170,21 @@ def test_attention_by_blocks_equals_sdpa(length, kv_heads):
     assert_attention_equals_sdpa(length, kv_heads, None)
 
 
+@pytest.mark.parametrize("mask, window", [(None, None), (True, None), (None, 8)])
+def test_grouped_keys_are_repeated_beside_a_mask_on_a_gpu(monkeypatch, mask, window):
+    """SDPA's fast kernels take no mask together with grouped keys: it would compute all scores in fp32."""
+    seen = []
+
+    def spy(q, k, v, mask=None, *args, enable_gqa=False, **options):
+        seen.append((mask is not None, enable_gqa, k.shape[1]))
+        return q
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    q, k, v = (one.to("meta") for one in qkv(16, 2))  # any device but a CPU
+    attend(q, k, v, None if mask is None else torch.ones(16, 16, dtype=torch.bool, device="meta"), window=window)
+    assert seen == [(False, True, 2) if mask is None and window is None else (True, False, 4)]
+
+
 @pytest.mark.parametrize("window", [1, 50, 128, 299])
 def test_attention_by_blocks_within_a_window_equals_sdpa(window):
     assert_attention_equals_sdpa(300, 2, None, window)

@@ -227,3 +227,20 @@ def test_plan_tells_how_far_it_was_off_before(corpus, tmp_path):
     )  # fmt: skip
     ratio = about["peak_memory"] / about["planned_memory"]
     assert figures["measured_before"] == {"runs": 1, "median": ratio, "lowest": ratio, "highest": ratio}
+
+
+def test_an_allocation_fails_before_a_control_group_would_kill():
+    code = """
+import torch
+from llmkit.errors import is_out_of_memory
+from llmkit.parallel import memory
+memory.cgroup_room = lambda: 300 * 2**20
+memory.fail_before_killed()
+small = torch.ones(2**24)
+try:
+    torch.ones(2**28)
+except Exception as error:
+    print(is_out_of_memory(error))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"

@@ -354,7 +354,8 @@ def describe(run: PreparedRun) -> dict[str, str]:
         f"{plan.flops_per_token * run.max_steps * run.tokens_per_step:.1e} in all",
         "eval": describe_evaluation(run),
         "note": "; ".join(filter(None, notes)),
-        "memory": f"{plan.peak_memory / 2**30:.2f} GiB estimated at the peak",
+        "memory": f"{plan.peak_memory / 2**30:.2f} GiB estimated at the peak"
+        + (f", more than is free; the cheapest change: {run.smaller}" if run.smaller else ""),
     }
     return {key: value for key, value in header.items() if value}
 
