@@ -1,6 +1,7 @@
 """The quickstart's own scripts."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -111,3 +112,17 @@ def test_the_benchmark_of_writing_compares_equal_texts():
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith(("| llmkit", "| transformers"))]
     assert len(rows) == 3 and all(row.endswith("| 3 of 3 |") for row in rows), done.stdout
+
+
+def test_the_gpu_is_compared_with_the_cpu_or_not_measured():
+    command = [sys.executable, str(ROOT / "scripts/check_gpu.py")]
+    out = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert json.loads(out.stdout) == {"check": "gpu", "result": "not measured: there is no GPU"}
+    code = "import check_gpu, json, torch; cpu = torch.device('cpu'); print(json.dumps(["
+    code += "check_gpu.equal_to_cpu('mistral', 'packed', 'bf16', cpu), check_gpu.same_text('llama', cpu),"
+    code += "check_gpu.equal_to_cpu('llama', 'lora', 'fp32', cpu), check_gpu.repeats(cpu)]))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "scripts")
+    results = json.loads(out.stdout)
+    assert all(result["ok"] for result in results) and 0 < results[0]["gradients_off"] < 5e-2
