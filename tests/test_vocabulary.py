@@ -231,6 +231,8 @@ def test_lone_surrogates_are_replaced(kind, made):
     assert one.encode("a\ud800b") == one.encode("a\ufffdb")
     assert one.encode_continuation("\udfff") == one.encode_continuation("\ufffd")
     assert one.encode("\ud83d\ude00") == one.encode("\U0001f600")  # a pair of them
+    broken, mended = (one.encode_with_specials(f"a{sign}b", [(1, 2)]) for sign in ("\ud800", "\ufffd"))
+    assert [part.tolist() for part in broken] == [part.tolist() for part in mended]
     assert [ids.tolist() for ids in one.encode_batch(["\ud800"] * 2)] == [one.encode("\ufffd")] * 2
     assert "\ufffd" in train_tokenizer(["a\ud800b"] * 9, "char", vocab_size=270).rust.get_vocab()
 

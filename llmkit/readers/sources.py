@@ -39,7 +39,9 @@ def stamps_of(files: Iterable[Path]) -> dict[str, Stamp]:
     return {str(file): (stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]}
 
 
-def group_files(files: Iterable[Path], root: Path, most: int, whole: bool = False) -> Iterator[tuple[list[Piece], int]]:
+def group_files(
+    files: dict[str, Stamp], root: Path, most: int, whole: bool = False
+) -> Iterator[tuple[list[Piece], int]]:
     """Yield (pieces, bytes) of units of at most `most` bytes, in order: small files together, large ones in spans.
 
     root   the folder of the files, below which their names decide where units end; see `cut_by_names`

@@ -176,6 +176,7 @@ class Tokenizer:
 
         spans  (start, stop) in characters, in order; a token is in one if any of its characters is
         """
+        text = replace_surrogates(text)
         if not self.strips and self.is_fast_for(text):
             ids = self.fast.encode_to_numpy(text, allowed_special="all")
             ends = np.cumsum(self.token_lengths[ids])
@@ -190,7 +191,7 @@ class Tokenizer:
             spans = byte_spans
         else:
             with library_errors("the tokenizer can't encode a text"):
-                encoded = self.with_specials.encode(replace_surrogates(text), add_special_tokens=False)
+                encoded = self.with_specials.encode(text, add_special_tokens=False)
             ids = np.array(encoded.ids, dtype=np.uint32)
             starts, ends = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2).T
         inside = np.zeros(len(ids), dtype=bool)
