@@ -235,7 +235,7 @@ BAD = {  # a part of the reason -> a record
         "messages": [user("q"), assistant("a", thinking="t", reasoning_content="u")],
     },
     "arguments of a call": {"messages": [user("q"), assistant("", tool_calls=[{"name": "f", "arguments": []}])]},
-    "nested too deeply": {"messages": "[" * 5000},
+    "nested too deeply": {"messages": "[" * 100_000},
     "unknown role": {"messages": [{"role": "wizard", "content": "x"}]},
     "no known layout": {"a": 1},
     "answer is null": {"question": "q", "answer": None},
@@ -490,7 +490,7 @@ def test_a_record_that_is_nested_too_deeply_is_a_bad_one(tokenizer):
         deep = {"a": deep}
     records = [
         {"messages": [user("q"), assistant("", tool_calls=[{"name": "f", "arguments": deep}])]},
-        {"messages": [user("q"), assistant("", tool_calls=[{"name": "f", "arguments": '{"a":' * 5000}])]},
+        {"messages": [user("q"), assistant("", tool_calls=[{"name": "f", "arguments": '{"a":' * 100_000}])]},
     ]
     bad, found = [], Found()
     rows = ((i, record, 9) for i, record in enumerate([{"messages": PLAIN}, *records], 1))
