@@ -1,20 +1,35 @@
 """Optimizers against torch's own, skipped steps, groups, clipping and schedules against numbers worked out by hand."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llmkit.errors import ENVIRONMENT, UserError
 from llmkit.models import build_model, gpt2, llama, mixtral, t5
 from llmkit.peft import lora
+from llmkit.storage.checkpoint import optimizer_tensors, restore_optimizers
+from llmkit.training.adamw import AdamW, dequantize, dynamic_map, quantize, round_to_bf16
 from llmkit.training.cost import make_plan
 from llmkit.training.fit import check_memory
-from llmkit.training.optim import Muon, adamw, clip, muon, muon_matrices, orthogonalize, set_lr
+from llmkit.training.optim import Muon, adamw, adamw8bit, clip, muon, muon_matrices, orthogonalize, set_lr, sgd
 from llmkit.training.schedules import constant, cosine, linear, wsd
 
 SMALL = {"vocab_size": 17, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+VARIANTS = {
+    "adamw": adamw,
+    "adamw-bf16": partial(adamw, state_dtype="bf16"),
+    "adamw-cautious": partial(adamw, cautious_weight_decay=True),
+    "adamw8bit": adamw8bit,
+    "muon": muon,
+    "normuon": partial(muon, row_scaling=True, cautious_weight_decay=True),
+    "sgd": sgd,
+    "sgd-plain": partial(sgd, momentum=0.0),
+}
+each_optimizer = pytest.mark.parametrize("optimizer", VARIANTS.values(), ids=VARIANTS)
 each_family = pytest.mark.parametrize("family", [gpt2, llama], ids=["gpt2", "llama"])
 
 
@@ -144,6 +159,166 @@ def test_adamw_is_the_papers_step():
         torch.testing.assert_close(p.detach(), old * decay - 0.1 * p.grad / (p.grad.abs() + 1e-3))
 
 
+def one_step(optimizer: torch.optim.Optimizer, p: nn.Parameter, grad: torch.Tensor) -> torch.Tensor:
+    p.grad = grad
+    optimizer.step()
+    return p.detach()
+
+
+def test_ours_equals_torchs_adamw():
+    mine, theirs = (nn.Parameter(random(3, 64, 64)) for _ in range(2))
+    shared = {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.2}
+    ours = AdamW([mine], **shared, state_dtype="fp32", cautious=False)
+    torchs = torch.optim.AdamW([theirs], **shared)
+    for step in range(6):
+        one_step(ours, mine, random(3, 64, 64, seed=step))
+        one_step(torchs, theirs, random(3, 64, 64, seed=step))
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("state_dtype", "most"), [("bf16", 0.005), ("int8", 0.05)])
+def test_fewer_bits_stay_close_to_fp32(state_dtype, most, monkeypatch):
+    """Relative to the way that the weights went. Parts of a tensor are updated as the whole is."""
+    start, shared, made = random(64, 64), {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "cautious": False}, {}
+    for dtype, part in (("fp32", 2**26), (state_dtype, 2**26), (state_dtype, 1024)):
+        monkeypatch.setattr("llmkit.training.adamw.PART", part)
+        p = nn.Parameter(start.clone())
+        optimizer = AdamW([p], **shared, state_dtype=dtype)
+        for step in range(50):
+            one_step(optimizer, p, random(64, 64, seed=step) + 0.5 * random(64, 64, seed=1000))
+        made[dtype, part] = p.detach() - start
+    reference, whole, parts = made.values()
+    assert 0 < (whole - reference).norm() / reference.norm() < most
+    assert (parts - reference).norm() / reference.norm() < most
+
+
+def test_state_of_8_bits_takes_a_byte_for_an_element_and_small_tensors_keep_fp32():
+    matrix, small = nn.Parameter(random(64, 64)), nn.Parameter(random(63, 65))
+    optimizer = AdamW([matrix, small], 0.1, (0.9, 0.95), 1e-8, state_dtype="int8", cautious=False)
+    matrix.grad, small.grad = torch.ones(64, 64), torch.ones(63, 65)
+    optimizer.step()
+    state = optimizer.state[matrix]
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.uint8
+    assert state["exp_avg_scale"].shape == state["exp_avg_sq_scale"].shape == (16,)
+    assert optimizer.state[small]["exp_avg"].dtype == torch.float32
+
+
+def test_the_maps_of_8_bits_are_the_papers():
+    """2^i fractions of a decade, doubled without a sign; one and zero. The numbers are bitsandbytes'."""
+    cpu = torch.device("cpu")
+    signed, unsigned = dynamic_map(True, cpu), dynamic_map(False, cpu)
+    assert len(signed.unique()) == len(unsigned.unique()) == 256
+    assert signed[-1] == unsigned[-1] == 1 and signed[127] == unsigned[0] == 0
+    torch.testing.assert_close(signed[128:131], torch.tensor([5.5e-7, 3.25e-6, 7.75e-6]))
+    torch.testing.assert_close(unsigned[1:4], torch.tensor([3.25e-7, 7.75e-7, 2.125e-6]))
+    torch.testing.assert_close(signed[[0, -2]], torch.tensor([-0.99296875, 0.99296875]))
+    torch.testing.assert_close(unsigned[-2], torch.tensor(0.996484375))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_quantizing_takes_the_nearest_value_of_the_map(signed):
+    x = random(512) if signed else random(512).square()
+    x[256:] = 0  # a block of zeros
+    codes, scale = quantize(x, signed)
+    back, values = dequantize(codes, scale, signed), dynamic_map(signed, x.device)
+    nearest = (x[:256, None] / scale[0] - values).abs().min(1).values * scale[0]
+    torch.testing.assert_close((back[:256] - x[:256]).abs(), nearest, rtol=1e-4, atol=1e-7)
+    assert (back[256:] == 0).all() and scale[0] == x.abs().max()
+
+
+def test_bf16_is_rounded_without_bias_over_the_steps_and_what_fits_stays():
+    x = torch.full((1000,), 1 + 2**-7 / 8)  # an eighth of the way to the next bf16
+    rounded = torch.stack([round_to_bf16(x, torch.tensor(float(step))) for step in range(1, 801)]).float()
+    assert set(rounded.flatten().tolist()) == {1.0, 1 + 2**-7}
+    assert ((rounded.mean(0) - 1) / 2**-7 - 1 / 8).abs().max() < 0.01  # every element, over the steps
+    fits = random(1000).bfloat16()
+    assert torch.equal(round_to_bf16(fits.float(), torch.tensor(3.0)), fits)
+
+
+def test_an_average_of_squares_in_bf16_follows_a_beta_of_0999():
+    p = nn.Parameter(torch.zeros(8, 8))
+    optimizer = AdamW([p], 1e-3, (0.9, 0.999), 1e-8, state_dtype="bf16", cautious=False)
+    one_step(optimizer, p, torch.ones(8, 8))
+    for _ in range(700):
+        one_step(optimizer, p, torch.zeros(8, 8))
+    got = optimizer.state[p]["exp_avg_sq"].float() / (1e-3 * 0.999**700)  # to the nearest, it would be 2.01
+    assert got.min() > 0.9 and got.max() < 1.1
+
+
+def test_cautious_decay_by_hand():
+    """The first update of AdamW is the gradient's sign; the first two weights have it too, and only they decay."""
+    weights, grad = torch.tensor([[2.0, -3.0, 4.0, -5.0]]), torch.tensor([[1.0, -1.0, -1.0, 1.0]])
+    decayed = torch.tensor([[0.9, 0.9, 1.0, 1.0]])  # 1 - lr * weight_decay
+    shared = {"lr": 0.1, "weight_decay": 1.0}
+    p = nn.Parameter(weights.clone())
+    one_step(AdamW([p], betas=(0.9, 0.95), eps=1e-12, state_dtype="fp32", cautious=True, **shared), p, grad)
+    torch.testing.assert_close(p.detach(), weights * decayed - 0.1 * grad)
+    p = nn.Parameter(weights.clone())
+    one_step(Muon([p], momentum=0.0, adjust_lr="original", cautious=True, **shared), p, grad)
+    torch.testing.assert_close(p.detach(), weights * decayed - 0.1 * orthogonalize(grad[None])[0].float())
+
+
+def test_row_scaling_by_hand():
+    """Two steps of NorMuon: v = 0.95 v + 0.05 mean(O^2) in each row, O / sqrt(v), with the norm that O had."""
+    p, squares = nn.Parameter(torch.zeros(2, 4, 6)), torch.zeros(2, 4, 1)
+    optimizer = Muon([p], 0.1, weight_decay=0.0, momentum=0.0, adjust_lr="original", row_scaling=True)
+    plain = nn.Parameter(torch.zeros(2, 4, 6))
+    muon_ = Muon([plain], 0.1, weight_decay=0.0, momentum=0.0, adjust_lr="original")
+    for step in range(2):
+        grad, before, plain_before = random(2, 4, 6, seed=step), p.detach().clone(), plain.detach().clone()
+        o = orthogonalize(grad).float()
+        squares = 0.95 * squares + 0.05 * o.square().mean(-1, keepdim=True)
+        scaled = o / squares.sqrt()
+        scaled *= (o.square().sum((1, 2)) / scaled.square().sum((1, 2))).sqrt()[:, None, None]
+        moved, plainly = one_step(optimizer, p, grad) - before, one_step(muon_, plain, grad) - plain_before
+        torch.testing.assert_close(moved, -0.1 * scaled)
+        torch.testing.assert_close(moved.norm(dim=(1, 2)), plainly.norm(dim=(1, 2)))
+        assert not torch.allclose(moved, plainly, rtol=0.01)
+    torch.testing.assert_close(optimizer.state[p]["row_squares"], squares)
+
+
+# ---- SGD ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"nesterov": True}, {"momentum": 0.0, "nesterov": True}])
+def test_sgd_equals_torchs(options):
+    ours, theirs = (build_model(llama.Config(**SMALL), seed=1) for _ in range(2))
+    (a,) = sgd(ours, lr=0.1, weight_decay=0.3, **options)
+    matrices, vectors = [p for p in theirs.parameters() if p.dim() > 1], [p for p in theirs.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors}]
+    momentum = options.get("momentum", 0.9)
+    b = torch.optim.SGD(groups, lr=0.1, momentum=momentum, nesterov=bool(options.get("nesterov") and momentum))
+    for step in range(3):
+        for model, optimizer in ((ours, a), (theirs, b)):
+            with_gradients(list(model.parameters()), step)
+            optimizer.step()
+    assert all(torch.allclose(x, y) for x, y in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+# ---- learning rates of groups ---------------------------------------------------------------------------------------
+
+RATES = {"embedding_lr": 1.0, "head_lr": 2.0, "scalar_lr": 3.0}
+
+
+@pytest.mark.parametrize("optimizer", [adamw, adamw8bit, muon], ids=["adamw", "adamw8bit", "muon"])
+@pytest.mark.parametrize("rates", [{}, RATES])
+def test_each_group_has_its_own_rate_or_lr(optimizer, rates):
+    for family, tied in ((llama, False), (llama, True), (gpt2, True)):
+        model = build_model(family.Config(**SMALL, tie_word_embeddings=tied))
+        groups = [group for one in optimizer(model, lr=0.5, **rates) for group in one.param_groups]
+        got = {id(p): group["lr"] for group in groups for p in group["params"]}
+        assert len(got) == len(list(model.parameters()))
+        for name, p in model.named_parameters():
+            kind = "scalar_lr" if p.dim() < 2 else "head_lr" if "lm_head" in name else "embedding_lr"
+            table = any(part in name for part in ("embed_tokens", "wte", "wpe", "lm_head"))
+            assert got[id(p)] == (rates.get(kind, 0.5) if p.dim() < 2 or table else 0.5), name
+
+
+def test_the_rates_of_muons_adamw_fall_back_to_adamw_lr():
+    _, second = muon(build_model(llama.Config(**SMALL)), lr=0.5, adamw_lr=0.1, head_lr=2.0)
+    assert sorted(group["lr"] for group in second.param_groups) == [0.1, 0.1, 2.0]
+
+
 # ---- a step that is not finite --------------------------------------------------------------------------------------
 
 
@@ -154,9 +329,9 @@ def state_of(optimizers: list, model: nn.Module) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-@pytest.mark.parametrize("optimizer", [adamw, muon], ids=["adamw", "muon"])
+@each_optimizer
 def test_a_step_with_found_inf_changes_neither_weights_nor_state(optimizer, bad):
-    model = build_model(gpt2.Config(**SMALL))
+    model = build_model(gpt2.Config(**SMALL | {"hidden_size": 32}))  # the MLP's matrices are stored in 8 bits
     optimizers = optimizer(model)
     params = list(model.parameters())
 
@@ -172,11 +347,11 @@ def test_a_step_with_found_inf_changes_neither_weights_nor_state(optimizer, bad)
         parameter.grad.fill_(bad)
     step(1.0)
     after = state_of(optimizers, model)
-    assert len(before) > len(params)
+    assert (len(before) > len(params)) is (optimizer is not VARIANTS["sgd-plain"])
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("optimizer", [adamw, muon], ids=["adamw", "muon"])
+@each_optimizer
 def test_a_first_step_with_found_inf_leaves_the_weights_alone(optimizer):
     model = build_model(gpt2.Config(**SMALL))
     before = [p.detach().clone() for p in model.parameters()]
@@ -189,7 +364,7 @@ def test_a_first_step_with_found_inf_leaves_the_weights_alone(optimizer):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("optimizer", [adamw, muon], ids=["adamw", "muon"])
+@each_optimizer
 def test_found_inf_of_zero_is_an_ordinary_step(optimizer):
     results = []
     for found in (None, torch.tensor(0.0)):
@@ -201,6 +376,31 @@ def test_found_inf_of_zero_is_an_ordinary_step(optimizer):
             one.step()
         results.append(list(model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# ---- state that is saved --------------------------------------------------------------------------------------------
+
+
+@each_optimizer
+def test_saved_and_restored_state_goes_on_bit_for_bit(optimizer, tmp_path):
+    """Steps 3 and 4 after steps 1 and 2 and a checkpoint, against four steps in one go."""
+
+    def steps(model: nn.Module, optimizers: list, numbers: range) -> None:
+        for step in numbers:
+            with_gradients(list(model.parameters()), step)
+            for one in optimizers:
+                one.step()
+
+    once, twice = (build_model(gpt2.Config(**SMALL | {"hidden_size": 32}), seed=1) for _ in range(2))
+    all_at_once, before, after = optimizer(once), optimizer(twice), optimizer(twice)
+    steps(once, all_at_once, range(4))
+    steps(twice, before, range(2))
+    save_file(optimizer_tensors(twice, before), tmp_path / "state.safetensors")
+    restore_optimizers(twice, after, load_file(tmp_path / "state.safetensors"))
+    steps(twice, after, range(2, 4))
+    expected, got = optimizer_tensors(once, all_at_once), optimizer_tensors(twice, after)
+    assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
+    assert all(torch.equal(a, b) for a, b in zip(once.parameters(), twice.parameters(), strict=True))
 
 
 # ---- clipping -------------------------------------------------------------------------------------------------------

@@ -120,7 +120,10 @@ def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer])
 
 
 def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
-    """Restore the optimizer state of every parameter; raise a ModelError for a parameter without one."""
+    """Restore the optimizer state of every parameter; raise a ModelError for a parameter without one.
+
+    All are without one after SGD without momentum.
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -131,6 +134,8 @@ def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 name = names[parameter]
-                if name not in by_name:
+                if by_name and name not in by_name:
                     raise ModelError("the checkpoint has no optimizer state for a parameter", got=name)
-                optimizer.state[parameter] = {part: value.to(parameter.device) for part, value in by_name[name].items()}
+                optimizer.state[parameter] = {
+                    part: value.to(parameter.device) for part, value in by_name.get(name, {}).items()
+                }

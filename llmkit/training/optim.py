@@ -3,22 +3,26 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from llmkit.models.layers import Head
 from llmkit.parallel.world import World
+from llmkit.training.adamw import AdamW
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[list[Ratio], Field(min_length=2, max_length=2)]
 ALONE = World(torch.device("cpu"))  # one rank: nothing is shared
 
 # ---- Muon -----------------------------------------------------------------------------------------------------------
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients (Jordan 2024, post on Muon)
+ROW_BETA = 0.95  # decay of NorMuon's average of squares, as in its paper
 SLICE = 2**26  # elements of the matrices that are orthogonalized at once, 256 MiB in fp32: bounds what a step allocates
 
 
@@ -44,6 +48,9 @@ class Muon(torch.optim.Optimizer):
     adjust_lr  match_rms_adamw  0.2 * sqrt(max(rows, columns)): AdamW's lr and weight decay carry over
                                 (Moonlight, Liu et al. 2025, arXiv:2502.16982)
                original         sqrt(max(1, rows / columns)) (Jordan)
+    cautious   decay an element only where update * weight >= 0 (Chen et al. 2025, arXiv:2510.12402)
+    row_scaling  divide each row of the orthogonalized update by the root of the average square that it had over the
+               steps, and keep the update's norm (NorMuon, Li et al. 2025, arXiv:2510.05491)
     world      the ranks that share the work: each orthogonalizes some matrices, and gets the others' results in bf16
     """
 
@@ -55,29 +62,43 @@ class Muon(torch.optim.Optimizer):
         momentum: float,
         adjust_lr: str = "match_rms_adamw",
         world: World = ALONE,
+        *,
+        cautious: bool = False,
+        row_scaling: bool = False,
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "adjust_lr": adjust_lr})
-        self.world = world
+        self.world, self.cautious, self.row_scaling = world, cautious, row_scaling
         self.found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[tuple[Tensor, ...]]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    if "momentum_buffer" not in self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    state = self.state[p]
+                    if not state:
+                        state["momentum_buffer"] = torch.zeros_like(p)
+                        if self.row_scaling:
+                            state["row_squares"] = torch.zeros_like(p[..., :1])
+                    tensors = [p, p.grad, state["momentum_buffer"], *([state["row_squares"]] * self.row_scaling)]
                     # Views of every matrix; an expert dimension may come first.
-                    views = (t.view(-1, *p.shape[-2:]).unbind() for t in (p, p.grad, self.state[p]["momentum_buffer"]))
+                    views = (t.view(-1, *t.shape[-2:]).unbind() for t in tensors)
                     by_shape[p.shape[-2:]] += zip(*views, strict=True)
             for shape, matrices in by_shape.items():
                 number = max(self.world.size, SLICE // shape.numel())
                 for start in range(0, len(matrices), number):
                     self.update(group, *map(list, zip(*matrices[start : start + number], strict=True)))
 
-    def update(self, group: dict, weights: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> None:
-        """Update matrices of one shape, and their momentum."""
+    def update(
+        self,
+        group: dict,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        buffers: list[Tensor],
+        squares: list[Tensor] | None = None,
+    ) -> None:
+        """Update matrices of one shape, their momentum, and the average squares (rows, 1) of their updates."""
         if self.found_inf is not None:  # keep nan out of the momentum; the weights stay, see below
             skip = self.found_inf > 0
             grads = [torch.where(skip, buffer, g) for g, buffer in zip(grads, buffers, strict=True)]
@@ -90,6 +111,14 @@ class Muon(torch.optim.Optimizer):
             nesterov = torch.stack(torch._foreach_lerp(grads[mine], buffers[mine], group["momentum"]))
             update[: len(nesterov)] = orthogonalize(nesterov)
         update = self.world.gather(update)[: len(weights)].to(weights[0].dtype)
+        if squares is not None:  # every rank has all updates by now: the averages are the same on all
+            means = update.square().mean(-1, keepdim=True)
+            if self.found_inf is not None:
+                means = torch.where(skip, torch.stack(squares), means)
+            torch._foreach_lerp_(squares, list(means.unbind()), 1 - ROW_BETA)
+            norm = update.norm(dim=(-2, -1), keepdim=True)
+            update /= torch.stack(squares).sqrt() + 1e-10
+            update *= norm / (update.norm(dim=(-2, -1), keepdim=True) + 1e-10)
         scale = {
             "original": math.sqrt(max(1, rows / columns)),
             "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns)),
@@ -97,6 +126,8 @@ class Muon(torch.optim.Optimizer):
         keep, gain = 1 - group["lr"] * group["weight_decay"], -group["lr"] * scale
         if self.found_inf is not None:
             keep, gain = torch.where(skip, 1.0, keep), torch.where(skip, 0.0, gain)
+        if self.cautious:
+            keep = [torch.where(u * w >= 0, keep, 1.0) for u, w in zip(update, weights, strict=True)]
         torch._foreach_mul_(weights, keep)
         torch._foreach_add_(weights, list(torch.unbind(update.mul_(gain))))
 
@@ -104,12 +135,40 @@ class Muon(torch.optim.Optimizer):
 # ---- optimizers: (model, world, options) -> a list of torch optimizers -----------------------------------------------
 
 
-def adamw_groups(params: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:
-    """Return parameter groups: matrices with weight decay, norms and biases without it."""
-    params = [p for p in params if p.requires_grad]
-    matrices, vectors = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def make_groups(
+    model: nn.Module,
+    weight_decay: float,
+    lr: float,
+    embedding_lr: float | None = None,
+    head_lr: float | None = None,
+    scalar_lr: float | None = None,
+    *,
+    without: Iterable[nn.Parameter] = (),
+) -> list[dict]:
+    """Return the groups of trained parameters: matrices with weight decay first, norms and biases last without it."""
+    kinds: dict[int, str] = {id(p): "none" for p in without}
+    for module in model.modules():
+        kind = "embedding" if isinstance(module, nn.Embedding) else "head" if isinstance(module, Head) else "matrix"
+        for p in module.parameters(recurse=False):
+            kinds.setdefault(id(p), kind if p.dim() >= 2 else "scalar")
+    rates = {"matrix": lr, "embedding": embedding_lr or lr, "head": head_lr or lr, "scalar": scalar_lr or lr}
+    groups = [
+        {
+            "params": [p for p in model.parameters() if p.requires_grad and kinds[id(p)] == kind],
+            "lr": rate,
+            "weight_decay": 0.0 if kind == "scalar" else weight_decay,
+        }
+        for kind, rate in rates.items()
+    ]
     return [group for group in groups if group["params"]]
+
+
+def make_adamw(groups: list[dict], betas: list[float], eps: float, **options: Any) -> torch.optim.Optimizer:
+    """Return torch's fused AdamW where it can do what is asked for, else `AdamW`, which takes several kernels more."""
+    shared = {"lr": groups[0]["lr"], "betas": tuple(betas), "eps": eps}
+    if options == {"state_dtype": "fp32", "cautious": False}:
+        return torch.optim.AdamW(groups, **shared, fused=True)
+    return AdamW(groups, **shared, **options)
 
 
 def adamw(
@@ -117,13 +176,39 @@ def adamw(
     world: World = ALONE,
     *,
     lr: Positive = 3e-4,
-    betas: Annotated[list[Ratio], Field(min_length=2, max_length=2)] = [0.9, 0.95],
+    embedding_lr: Positive | None = None,
+    head_lr: Positive | None = None,
+    scalar_lr: Positive | None = None,
+    betas: Betas = [0.9, 0.95],
     eps: Positive = 1e-8,
     weight_decay: NotNegative = 0.1,
+    cautious_weight_decay: bool = False,
+    state_dtype: Literal["fp32", "bf16"] = "fp32",
 ) -> list[torch.optim.Optimizer]:
-    """Use AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), with torch's fused kernel."""
-    groups = adamw_groups(model.parameters(), weight_decay)
-    return [torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=True)]
+    """Use AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101).
+
+    state_dtype  type of the averages of gradients and of their squares; bf16 takes half the memory of fp32
+    """
+    groups = make_groups(model, weight_decay, lr, embedding_lr, head_lr, scalar_lr)
+    return [make_adamw(groups, betas, eps, state_dtype=state_dtype, cautious=cautious_weight_decay)]
+
+
+def adamw8bit(
+    model: nn.Module,
+    world: World = ALONE,
+    *,
+    lr: Positive = 3e-4,
+    embedding_lr: Positive | None = None,
+    head_lr: Positive | None = None,
+    scalar_lr: Positive | None = None,
+    betas: Betas = [0.9, 0.95],
+    eps: Positive = 1e-8,
+    weight_decay: NotNegative = 0.1,
+    cautious_weight_decay: bool = False,
+) -> list[torch.optim.Optimizer]:
+    """Use AdamW with state of 8 bits in blocks of 256 (Dettmers et al. 2021, arXiv:2110.02861)."""
+    groups = make_groups(model, weight_decay, lr, embedding_lr, head_lr, scalar_lr)
+    return [make_adamw(groups, betas, eps, state_dtype="int8", cautious=cautious_weight_decay)]
 
 
 def muon(
@@ -133,22 +218,54 @@ def muon(
     lr: Positive = 3e-3,
     momentum: Ratio = 0.95,
     adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw",
+    row_scaling: bool = False,
     adamw_lr: Positive | None = None,
-    betas: Annotated[list[Ratio], Field(min_length=2, max_length=2)] = [0.9, 0.95],
+    embedding_lr: Positive | None = None,
+    head_lr: Positive | None = None,
+    scalar_lr: Positive | None = None,
+    betas: Betas = [0.9, 0.95],
     eps: Positive = 1e-8,
     weight_decay: NotNegative = 0.1,
+    cautious_weight_decay: bool = False,
 ) -> list[torch.optim.Optimizer]:
     """Use Muon for `muon_matrices`, and AdamW for embeddings, head, norms and biases.
 
-    adamw_lr  learning rate of AdamW; None: lr
+    row_scaling   even out the sizes that the rows of the update have over the steps (NorMuon, arXiv:2510.05491)
+    adamw_lr      learning rate of AdamW; null: lr
+    embedding_lr  learning rate of embeddings; null: adamw_lr
+    head_lr       learning rate of a head with weights of its own; null: adamw_lr
+    scalar_lr     learning rate of norms and biases; null: adamw_lr
     """
     matrices = muon_matrices(model)
-    taken = {id(p) for p in matrices}
-    groups = adamw_groups((p for p in model.parameters() if id(p) not in taken), weight_decay)
+    groups = make_groups(model, weight_decay, adamw_lr or lr, embedding_lr, head_lr, scalar_lr, without=matrices)
+    options = {"cautious": cautious_weight_decay}
     return [
-        Muon(matrices, lr, weight_decay, momentum, adjust_lr, world),
-        torch.optim.AdamW(groups, lr=adamw_lr or lr, betas=tuple(betas), eps=eps, fused=True),
+        Muon(matrices, lr, weight_decay, momentum, adjust_lr, world, row_scaling=row_scaling, **options),
+        make_adamw(groups, betas, eps, state_dtype="fp32", **options),
     ]
+
+
+def sgd(
+    model: nn.Module,
+    world: World = ALONE,
+    *,
+    lr: Positive = 0.1,
+    momentum: Ratio = 0.9,
+    nesterov: bool = False,
+    weight_decay: NotNegative = 0.0,
+) -> list[torch.optim.Optimizer]:
+    """Use SGD with momentum, with torch's fused kernel.
+
+    nesterov      look one step of the momentum ahead (Sutskever et al. 2013)
+    weight_decay  added to the gradient of matrices (L2), times the weight; norms and biases have none
+    """
+    groups = make_groups(model, weight_decay, lr)
+    # Without momentum, Nesterov's step is the plain one, which torch refuses to be told.
+    optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=nesterov and momentum > 0, fused=True)
+    for p in (p for group in groups for p in group["params"] if momentum):
+        # torch would leave memory as it finds it there if the first step is skipped.
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return [optimizer]
 
 
 def muon_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -166,7 +283,12 @@ def muon_matrices(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-OPTIMIZERS: dict[str, Callable[..., list[torch.optim.Optimizer]]] = {"adamw": adamw, "muon": muon}
+OPTIMIZERS: dict[str, Callable[..., list[torch.optim.Optimizer]]] = {
+    "adamw": adamw,
+    "adamw8bit": adamw8bit,
+    "muon": muon,
+    "sgd": sgd,
+}
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> float:
