@@ -29,7 +29,7 @@ from llmkit.config.yaml import dump_yaml
 from llmkit.corpus.build import build_corpus
 from llmkit.models import CONFIGS, build_model
 from llmkit.models.folder import save_model
-from llmkit.parallel.device import DTYPES, peak_memory
+from llmkit.parallel.memory import peak_memory
 from llmkit.parallel.world import start_world
 from llmkit.tokenizer.load import load_tokenizer
 from llmkit.training.loop import train
@@ -170,7 +170,13 @@ def measure(row: str, folder: Path) -> dict[str, Any]:
     measured = int(run_worker(row, folder).split()[-1])
     predicted = figures["peak_memory"]
     error = predicted / measured - 1
-    return {"row": row, "predicted": predicted, "measured": measured, "error": error, "parts": figures["memory_by_part"]}
+    return {
+        "row": row,
+        "predicted": predicted,
+        "measured": measured,
+        "error": error,
+        "parts": figures["memory_by_part"],
+    }
 
 
 def main() -> None:
@@ -184,7 +190,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker, args.folder)
-    rows = args.row or [row for row in (HELD_OUT if args.held_out else ROWS) if not args.only or any(text in row for text in args.only)]
+    rows = args.row or [
+        row for row in (HELD_OUT if args.held_out else ROWS) if not args.only or any(text in row for text in args.only)
+    ]
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         if not (folder / "seq2seq").is_dir():
