@@ -11,7 +11,7 @@ from llmkit.config.data import CorpusData, Pii, SftData, TokenizerSection
 from llmkit.config.defaults import PATTERN
 from llmkit.config.explain import explain_all
 from llmkit.config.fields import Choice, Section
-from llmkit.config.schema import RECIPES, Config
+from llmkit.config.schema import RECIPES, Checkpoint, Config
 from llmkit.config.yaml import LENGTHS, find_origin, merge, read_yaml, set_override
 from llmkit.errors import UserError, raise_all, suggest
 
@@ -86,6 +86,9 @@ def run_conflicts(config: Config) -> Iterator[UserError]:
     if config.train.early_stopping_patience and config.eval.every is None:
         what, fix = "needs evaluations, but eval.every is null", "set eval.every, or delete the patience"
         yield error("train.early_stopping_patience", what, fix=fix)
+    if config.checkpoint.average == "none" and config.checkpoint.average_fraction != Checkpoint().average_fraction:
+        what, fix = "has no effect with average: none", "set checkpoint.average: tail, or delete it"
+        yield error("checkpoint.average_fraction", what, fix=fix)
     if config.resize_embeddings and config.init_from is None:
         yield error("resize_embeddings", "needs a model to start from", fix="name one as init_from, or delete it")
     if isinstance(config.data, SftData) and config.init_from is None:

@@ -57,6 +57,10 @@ class Checkpoint(Section):
     """Steps between checkpoints."""
     keep: Count = 2
     """The newest ones; the best by val loss is kept too."""
+    average: Literal["none", "tail"] = "none"
+    """tail: evaluate and keep the average of the last weights; for schedule constant."""
+    average_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the steps so far that the average is of."""
 
 
 class Log(Section):

@@ -2,7 +2,8 @@
 
 checkpoints/step-000500/
     model/         a Hugging Face folder, or a PEFT adapter
-    trainer/       tensors.safetensors (optimizer state by parameter name) and state.json (counters)
+    trainer/       tensors.safetensors (optimizer state by parameter name, and the weights of the last step if model/
+                   holds an average) and state.json (counters)
     MANIFEST.json  size and sha256 of every file, written last
 """
 
@@ -105,7 +106,20 @@ def load_trainer(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))
 
 
-# ---- optimizer state as named tensors -------------------------------------------------------------------------------
+# ---- weights and optimizer state as named tensors -------------------------------------------------------------------
+
+
+def weight_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the trained weights, named weights/<parameter name>."""
+    return {f"weights/{name}": p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def restore_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Overwrite the weights by those that `weight_tensors` returned, if there are any."""
+    for name, parameter in model.named_parameters():
+        if f"weights/{name}" in tensors:
+            parameter.copy_(tensors[f"weights/{name}"])
 
 
 def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:

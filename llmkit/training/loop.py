@@ -33,6 +33,7 @@ from llmkit.storage.manifest import (
 from llmkit.storage.plot import plot_runs
 from llmkit.storage.report import write_report
 from llmkit.storage.run import RunDirectory, check_can_open, open_run, without_secrets
+from llmkit.training.average import averaged, start_average, update_average
 from llmkit.training.fit import with_train
 from llmkit.training.log import Interval, MetricsLogger
 from llmkit.training.optim import OPTIMIZERS, clip, set_lr
@@ -116,6 +117,9 @@ def take_steps(
     optimizers = OPTIMIZERS[config.optimizer.name](model, world, **run.options["optimizer"])
     trained = [p for p in model.parameters() if p.requires_grad]
     progress = Progress(tensors=initial_counters(device, run.precision))
+    if config.checkpoint.average == "tail":  # of a checkpoint, model/ is the average
+        progress.average = start_average(trained)
+        say(f"{'average':>10}  of the last weights: what val_loss measures, and what a checkpoint's model/ holds")
     if resumed:
         restore(resumed, run, model, optimizers, progress)
         say(f"{'resumed':>10}  {resumed}")
@@ -172,6 +176,8 @@ def take_steps(
                 optimizer.zero_grad(set_to_none=True)
             update_loss_scale(progress.tensors, found_inf, run.precision)
             progress.step += 1
+            if progress.average:
+                update_average(progress.average, progress.step, config.checkpoint.average_fraction)
             interval.targets += targets
             if profiler:
                 profiler.step()
@@ -261,7 +267,7 @@ def log_step(
 
 def evaluate(run: PreparedRun, model: nn.Module, progress: Progress, logger: MetricsLogger) -> str | None:
     """Measure the val split, write a sample, and return the reason to stop early, None without one."""
-    with logger.pause():
+    with logger.pause(), averaged(progress.average):
         result = retry_smaller(run, model, logger.directory, logger.say, partial(measure, run, model))
     logger.log(step=progress.step, tokens=progress.step * run.tokens_per_step, **result)
     if result["val_loss"] < progress.best_val:

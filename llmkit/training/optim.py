@@ -76,12 +76,12 @@ class Muon(torch.optim.Optimizer):
             by_shape: dict[torch.Size, list[tuple[Tensor, ...]]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    state = self.state[p]
-                    if not state:
-                        state["momentum_buffer"] = torch.zeros_like(p)
-                        if self.row_scaling:
-                            state["row_squares"] = torch.zeros_like(p[..., :1])
-                    tensors = [p, p.grad, state["momentum_buffer"], *([state["row_squares"]] * self.row_scaling)]
+                    state, like = self.state[p], {"momentum_buffer": p}
+                    if self.row_scaling:
+                        like["row_squares"] = p[..., :1]
+                    for name in like.keys() - state.keys():
+                        state[name] = torch.zeros_like(like[name])
+                    tensors = (p, p.grad, *(state[name] for name in like))
                     # Views of every matrix; an expert dimension may come first.
                     views = (t.view(-1, *t.shape[-2:]).unbind() for t in tensors)
                     by_shape[p.shape[-2:]] += zip(*views, strict=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmkit.errors import DIVERGED, UserError
 from llmkit.storage.run import CONFIG
+from llmkit.training.average import Average
 from llmkit.training.prepare import PreparedRun
 
 FIRST_SCALE, SCALE_GROWTH = 2.0**16, 2000  # fp16 loss scale: its start; good steps before it doubles (apex, torch)
@@ -24,10 +25,11 @@ class Progress:
     seconds: float = 0.0  # that earlier processes of this run took
     # On the device, so that a step never waits for the host:
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    average: Average = field(default_factory=dict)
 
     def numbers(self) -> dict[str, float]:
         """Return what is not on the device."""
-        return {key: value for key, value in vars(self).items() if key != "tensors"}
+        return {key: value for key, value in vars(self).items() if key not in ("tensors", "average")}
 
 
 def initial_counters(device: torch.device, precision: str) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from llmkit.peft import METHODS
 from llmkit.peft.adapter import base_change, load_adapter, save_adapter, saved_base_sha256
 from llmkit.storage import checkpoint
 from llmkit.storage.manifest import read_checkpoint_manifest
+from llmkit.training.average import averaged
 from llmkit.training.log import MetricsLogger
 from llmkit.training.prepare import PreparedRun
 from llmkit.training.progress import Progress
@@ -51,7 +52,7 @@ def make_model(run: PreparedRun, resumed: Path | None) -> nn.Module:
 
 
 def restore(folder: Path, run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: Progress) -> None:
-    """Restore counters and optimizer state from a checkpoint; the weights are in the model already."""
+    """Restore counters and optimizer state, and the weights of the last step if the model has an average of them."""
     tensors, numbers = checkpoint.load_trainer(folder)
     if read_checkpoint_manifest(folder)["data_fingerprint"] != run.data.fingerprint:
         what, fix = "the data has changed since this run's checkpoint was written", "choose another run_dir"
@@ -60,6 +61,7 @@ def restore(folder: Path, run: PreparedRun, model: nn.Module, optimizers: Optimi
         what, fix = "the run is past the length that is asked for", "raise its length, or start over with --fresh"
         got, expected = f"step {numbers['step']}", f"at most {run.max_steps}"
         raise ModelError(what, at=folder, got=got, expected=expected, fix=fix)
+    checkpoint.restore_weights(model, tensors)
     checkpoint.restore_optimizers(model, optimizers, tensors)
     for key in progress.numbers():
         setattr(progress, key, numbers[key])
@@ -87,8 +89,10 @@ def save(run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: P
         }
         numbers = progress.numbers() | {"seconds": progress.seconds + logger.elapsed}
         options = {"about": about, "keep": config.checkpoint.keep}
-        folder, step = logger.directory.folder, progress.step
-        checkpoint.save(folder, step, partial(write_model, run, model), tensors, numbers, **options)
+        if progress.average:
+            tensors |= checkpoint.weight_tensors(model)
+        write_average = averaged(progress.average)(partial(write_model, run, model))
+        checkpoint.save(logger.directory.folder, progress.step, write_average, tensors, numbers, **options)
 
     with logger.pause():
         run.world.on_main(write)  # the others wait: the run ends on an error, and no rank ends before it is written
