@@ -222,6 +222,8 @@ def test_conflicts(tmp_path):
     assert method.what == "peft needs a model to start from"
     (patience,) = problems(tmp_path, GOOD, "train.early_stopping_patience=2", "eval.every=null")
     assert patience.what == "train.early_stopping_patience needs evaluations, but eval.every is null"
+    (fraction,) = problems(tmp_path, GOOD, "checkpoint.average_fraction=0.3")
+    assert fraction.what == "checkpoint.average_fraction has no effect with average: none"
     (kind,) = problems(tmp_path, GOOD.replace("corpus", "korpus"))
     assert kind.what == "data.kind is unknown"
 

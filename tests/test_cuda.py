@@ -16,7 +16,7 @@ from llmkit.inference.generate import logits_to_probs, stream
 from llmkit.inference.sampling import Sampling
 from llmkit.models import build_model
 from llmkit.objectives.lm import pad_rows, sum_of_losses
-from llmkit.training.optim import adamw, clip, muon
+from llmkit.training.optim import adamw, adamw8bit, clip, muon, sgd
 from llmkit.types import Batch
 
 # ---- autocast -------------------------------------------------------------------------------------------------------
@@ -89,6 +89,10 @@ class Operations(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+def normuon(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    return muon(model, row_scaling=True, cautious_weight_decay=True)
+
+
 @pytest.fixture
 def deterministic():
     torch.use_deterministic_algorithms(True)
@@ -97,7 +101,7 @@ def deterministic():
 
 
 @each_config
-@pytest.mark.parametrize("optimizer", [adamw, muon], ids=["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", [adamw, adamw8bit, muon, normuon, sgd], ids=lambda chosen: chosen.__name__)
 def test_a_training_step_has_a_deterministic_kernel_for_every_operation(config, optimizer, deterministic):
     model = randomized(build_model(config)).train()
     batch = {"input_ids": tokens(), **decoder_ids(model)}

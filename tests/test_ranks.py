@@ -1,6 +1,7 @@
 """Test how ranks end: with the error of one of them, by a signal, by a death, and with their launcher."""
 
 import errno
+import itertools
 import math
 import os
 import resource
@@ -133,24 +134,26 @@ def sum_gradients() -> dict:
     }
 
 
-def step_with_muon(shapes: list[tuple[int, ...]], skip: bool, slice_elements: int) -> list:
+def step_with_muon(shapes: list[tuple[int, ...]], skip: bool, slice_elements: int, row_scaling: bool) -> list:
     """Return the weights and the momentum after two steps, the second one skipped if asked for: [all agree, values]."""
     optim.SLICE, world = slice_elements, start_world()
     parameters = [nn.Parameter(torch.linspace(-1, 1, math.prod(shape)).view(shape)) for shape in shapes]
-    optimizer = optim.Muon(parameters, 0.02, weight_decay=0.1, momentum=0.9, world=world)
+    options = {"momentum": 0.9, "row_scaling": row_scaling, "cautious": row_scaling}
+    optimizer = optim.Muon(parameters, 0.02, weight_decay=0.1, world=world, **options)
     for step in range(2):
         optimizer.found_inf = torch.tensor(float(skip and step == 1))
         for i, p in enumerate(parameters):
             gradient = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
             p.grad = gradient * math.nan if skip and step == 1 else gradient
         optimizer.step()
-    tensors = [t.detach() for p in parameters for t in (p, optimizer.state[p]["momentum_buffer"])]
+    tensors = [t.detach() for p in parameters for t in (p, *optimizer.state[p].values())]
     agree = all((world.gather(t[None]) == t).all() for t in tensors)
     return [agree, [t.tolist() for t in tensors]]
 
 
 def step_with_muon_each_way(shapes: list[tuple[int, ...]]) -> list:
-    return [step_with_muon(shapes, skip, elements) for skip in (False, True) for elements in (2**26, 1)]
+    ways = itertools.product((False, True), (2**26, 1), (False, True))
+    return [step_with_muon(shapes, *way) for way in ways]
 
 
 # ---- the launcher ---------------------------------------------------------------------------------------------------

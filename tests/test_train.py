@@ -123,7 +123,7 @@ def test_many_blocks_are_recomputed_and_compiled_as_one(corpus, tmp_path, mode):
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])
 def test_the_loss_falls(corpus, tmp_path, model, optimizer):
     section = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
     config = tiny_config(corpus, train=steps(40), optimizer={"name": optimizer, "lr": 1e-2})
@@ -193,15 +193,16 @@ LONG = {
 }  # fmt: skip
 
 
-def long_config(corpus: Path, optimizer: str) -> str:
+def long_config(corpus: Path, optimizer: str, average: str = "none") -> str:
     config = tiny_config(corpus, **LONG, optimizer={"name": optimizer, "lr": 1e-2})
+    config["checkpoint"]["average"] = average
     config["model"].pop("num_key_value_heads")
     return yaml.safe_dump(config)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_kill_9_and_the_same_command_give_the_same_bits(corpus, tmp_path, optimizer):
-    (tmp_path / "c.yaml").write_text(long_config(corpus, optimizer))
+@pytest.mark.parametrize(("optimizer", "average"), [("adamw", "none"), ("muon", "tail")])
+def test_kill_9_and_the_same_command_give_the_same_bits(corpus, tmp_path, optimizer, average):
+    (tmp_path / "c.yaml").write_text(long_config(corpus, optimizer, average))
     llmkit("pretrain", "c.yaml", "-o", "run_dir=calm", cwd=tmp_path)
     command = [sys.executable, "-m", "llmkit", "pretrain", "c.yaml", "-o", "run_dir=killed"]
     for step in (60, 140):
@@ -222,6 +223,41 @@ def test_kill_9_and_the_same_command_give_the_same_bits(corpus, tmp_path, optimi
     assert metrics(tmp_path / "calm") == metrics(tmp_path / "killed")
     logged = [record["step"] for record in metrics(tmp_path / "killed")]
     assert logged == sorted(set(logged))
+
+
+def raw_weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """Return the weights that training goes on from, where model/ has an average."""
+    tensors = load_file(run_dir / "checkpoints" / f"step-{step:06d}" / "trainer" / "tensors.safetensors")
+    return {key.removeprefix("weights/"): value for key, value in tensors.items() if key.startswith("weights/")}
+
+
+def test_what_is_kept_and_evaluated_is_the_average_of_the_last_weights(corpus, tmp_path):
+    often = {"every": 1, "keep": 10}
+    plain, _ = run(corpus, tmp_path / "plain", train=steps(5), checkpoint=often, eval={"every": 5})
+    tail = often | {"average": "tail", "average_fraction": 0.5}
+    where, _ = run(corpus, tmp_path / "tail", train=steps(5), checkpoint=tail, eval={"every": 5})
+    raw = [raw_weights(where, step) for step in range(1, 6)]
+    assert all(worst(raw[step - 1], weights(plain, step)) == 0 for step in range(1, 6))  # training is the same
+    # A fraction of 1/2 is a power of 2. Step s is averaged in with 3 / (s + 2): that is s (s + 1) / 2 of the whole.
+    shares = [1 / 35, 3 / 35, 6 / 35, 10 / 35, 15 / 35]
+    expected = {name: sum(share * one[name] for share, one in zip(shares, raw, strict=True)) for name in raw[0]}
+    kept = weights(where, 5)
+    assert worst(kept, expected) < 1e-6 < worst(kept, raw[-1])
+    averages, last = ({r["step"]: r.get("val_loss") for r in metrics(one)}[5] for one in (where, plain))
+    again, _ = run(corpus, tmp_path / "again", train=steps(1), init_from=str(where), model=None)
+    assert metrics(again)[0]["val_loss"] == pytest.approx(averages, abs=1e-6)
+    assert averages != pytest.approx(last, abs=1e-4)
+
+
+@pytest.mark.parametrize("modes", [("none", "tail"), ("tail", "none")])
+def test_averaging_may_begin_or_end_when_a_run_is_resumed(corpus, tmp_path, modes):
+    constant = {"name": "constant"}
+    plain, _ = run(corpus, tmp_path / "plain", train=steps(8), schedule=constant)
+    for length, mode in zip((4, 8), modes, strict=True):
+        checkpoint = {"every": 4, "average": mode}
+        where, _ = run(corpus, tmp_path / "changed", train=steps(length), schedule=constant, checkpoint=checkpoint)
+    last = raw_weights(where, 8) if modes[-1] == "tail" else weights(where, 8)
+    assert worst(weights(plain, 8), last) == 0
 
 
 def test_a_finished_run_stays_finished_and_can_be_lengthened(corpus, tmp_path):
@@ -411,12 +447,14 @@ def write_sft_config(corpus: Path, folder: Path, records: list[dict], train: dic
     (folder / "c.yaml").write_text(yaml.safe_dump(config))
 
 
-def test_lora_trains_only_the_adapter_and_resumes(corpus, tmp_path):
+@pytest.mark.parametrize("average", ["none", "tail"])
+def test_lora_trains_only_the_adapter_and_resumes(corpus, tmp_path, average):
     pairs = [{"prompt": "the model reads ", "completion": f"the code of river {i}"} for i in range(40)]
     write_sft_config(corpus, tmp_path, pairs, steps(20), peft={"name": "lora", "r": 4, "dropout": 0.1})
     for name, lengths in (("once", (20,)), ("twice", (10, 20))):
         for length in lengths:
             train(load_config(tmp_path / "c.yaml", [f"run_dir={tmp_path / name}", f"train.max_steps={length}",
+                                                    f"checkpoint.average={average}",
                                                     "schedule={name: constant}"]), say=print)  # fmt: skip
     adapter = "checkpoints/step-000020/model/adapter_model.safetensors"
     one, two = (load_file(tmp_path / name / adapter) for name in ("once", "twice"))
