@@ -48,10 +48,11 @@ class Muon(torch.optim.Optimizer):
     adjust_lr  match_rms_adamw  0.2 * sqrt(max(rows, columns)): AdamW's lr and weight decay carry over
                                 (Moonlight, Liu et al. 2025, arXiv:2502.16982)
                original         sqrt(max(1, rows / columns)) (Jordan)
-    cautious   decay an element only where update * weight >= 0 (Chen et al. 2025, arXiv:2510.12402)
-    row_scaling  divide each row of the orthogonalized update by the root of the average square that it had over the
-               steps, and keep the update's norm (NorMuon, Li et al. 2025, arXiv:2510.05491)
     world      the ranks that share the work: each orthogonalizes some matrices, and gets the others' results in bf16
+    cautious   decay an element only where update * weight >= 0 (Chen et al. 2025, arXiv:2510.12402)
+    row_scaling
+               divide each row of the orthogonalized update by the root of the average square that it had over the
+               steps, and keep the update's norm (NorMuon, Li et al. 2025, arXiv:2510.05491)
     """
 
     def __init__(
@@ -79,8 +80,9 @@ class Muon(torch.optim.Optimizer):
                     state, like = self.state[p], {"momentum_buffer": p}
                     if self.row_scaling:
                         like["row_squares"] = p[..., :1]
-                    for name in like.keys() - state.keys():
-                        state[name] = torch.zeros_like(like[name])
+                    for name, tensor in like.items():
+                        if name not in state:
+                            state[name] = torch.zeros_like(tensor)
                     tensors = (p, p.grad, *(state[name] for name in like))
                     # Views of every matrix; an expert dimension may come first.
                     views = (t.view(-1, *t.shape[-2:]).unbind() for t in tensors)
