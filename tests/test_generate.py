@@ -99,7 +99,8 @@ def test_every_step_of_sampling_is_transformers(options):
 
 def draws(logits: torch.Tensor) -> list[int]:
     """Draw a token for each row, each with its own seed."""
-    return sample(logits, Sampling(**NEUTRAL), [torch.Generator().manual_seed(row) for row in range(len(logits))])
+    generators = [torch.Generator().manual_seed(row) for row in range(len(logits))]
+    return sample(logits, Sampling(**NEUTRAL), generators).tolist()
 
 
 def test_a_draw_does_not_hang_on_the_order_of_tokens_that_are_as_good_as_equal():
@@ -206,7 +207,7 @@ def test_a_cache_of_one_shape_gives_the_same_logits(config, prompt):
     model = made(config)
     cache = cache_for(model)
     found = [model(WRITTEN[:, :prompt], cache=cache)]
-    cache.fixed = True
+    cache.resize(32)
     found += [model(token, cache=cache) for token in WRITTEN[:, prompt:].split(1, 1)]
     equal(torch.cat(found, dim=1), uncached(model))
 
@@ -240,14 +241,14 @@ def test_prompts_of_different_lengths_have_their_own_logits(config):
     plain, one_shape, *alone = (
         prefill(model, prompts, 32, torch.float32) for prompts in (PROMPTS, PROMPTS, *([prompt] for prompt in PROMPTS))
     )
-    one_shape[0].fixed = True
+    one_shape[0].resize(32)
     for token in range(10):
         expected = torch.cat([logits for _, logits in alone])
         equal(plain[1], expected)
         equal(one_shape[1], expected)
-        following = [token * 3 + row for row in range(4)]
+        following = torch.tensor([token * 3 + row for row in range(4)])
         plain, one_shape = ((cache, decode_one_token(model, following, cache)) for cache in (plain[0], one_shape[0]))
-        alone = [(own, decode_one_token(model, [one], own)) for (own, _), one in zip(alone, following, strict=True)]
+        alone = [(own, decode_one_token(model, one[None], own)) for (own, _), one in zip(alone, following, strict=True)]
 
 
 @each_kind

@@ -1,8 +1,7 @@
 """Generate tokens: read the prompts in one forward pass, then decode token by token with a KV cache."""
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +10,16 @@ from llmkit.errors import DataError, ModelError
 from llmkit.inference.sampling import DEFAULT_SAMPLING, GENERATE_MAX_NEW_TOKENS, Sampling
 from llmkit.models import family_of
 from llmkit.models.attention import KVCache
-from llmkit.models.layers import SingleRow, swap_class
+from llmkit.models.layers import FEW_ROWS, FewRows, swap_class
 from llmkit.tokenizer.tokenizer import Tokenizer
+
+Decode = Callable[[nn.Module, Tensor, KVCache], Tensor]  # `decode_one_token`, or the same compiled or captured
 
 CONTEXT_TOKENS = 8  # earlier tokens that may decide whether a new token's text begins with a space
 MAX_INCOMPLETE_TOKENS = 16  # tokens after which bytes that are not a character yet are emitted as U+FFFD
 GREEDY_BELOW = 1e-5  # at lower temperatures no other token is ever drawn, and the division would overflow
-FIXED_CAPACITIES = [512 * 4**k for k in range(12)]  # cache sizes of a compiled model: few, for each compiles anew
+MOST_PROGRAMS = 256  # one for each number of rows, cache size and model
+STATIC_SLOTS = 256  # the smallest static cache; each further one has twice as many, and is compiled or captured anew
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
@@ -45,15 +47,19 @@ def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Te
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def sample(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:
-    """Draw one token for each row of logits (B, V), each row with its own generator."""
+def sample(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
+    """Draw one token for each row of logits (B, V), each row with its own generator; -1 if they are not finite.
+
+    Nothing here waits for the device: the race of exponentials is what torch.multinomial does after its checks.
+    """
     if sampling.temperature < GREEDY_BELOW:
-        return logits.argmax(-1).tolist()
-    if not logits.isfinite().all():
-        raise ModelError("the model's logits are not finite", fix="use another --precision")
+        return logits.argmax(-1)
     tokens, probs = logits_to_probs(logits, sampling)
-    rows = enumerate(zip(probs, generators, strict=True))
-    return [int(tokens[b, torch.multinomial(row, 1, generator=generator)]) for b, (row, generator) in rows]
+    race = torch.empty_like(probs)
+    for row, generator in zip(race, generators, strict=True):
+        row.exponential_(generator=generator)
+    drawn = tokens.gather(-1, (probs / race).argmax(-1, keepdim=True))[:, 0]
+    return drawn.where(logits.isfinite().all(), -1)
 
 
 # ---- running the model ----------------------------------------------------------------------------------------------
@@ -89,10 +95,35 @@ def prefill(model: nn.Module, prompts: list[list[int]], capacity: int, dtype: to
     return cache, model(ids, cache=cache, logits_to_keep=1)[:, -1]
 
 
-def decode_one_token(model: nn.Module, tokens: list[int], cache: KVCache) -> Tensor:
-    """Read one more token for each row, and return logits (B, V) of the token after it."""
-    ids = torch.tensor(tokens, device=cache.device)[:, None]
-    return model(ids, cache=cache, logits_to_keep=1)[:, -1]
+def decode_one_token(model: nn.Module, tokens: Tensor, cache: KVCache) -> Tensor:
+    """Read one more token for each row, tokens (B,), and return logits (B, V) of the token after it."""
+    return model(tokens[:, None], cache=cache, logits_to_keep=1)[:, -1]
+
+
+compiled_decode_one_token = torch.compile(decode_one_token, fullgraph=True, dynamic=False)
+
+
+def capture(decode: Decode, model: nn.Module, tokens: Tensor, cache: KVCache) -> Decode:
+    """Return `decode` for a static cache as one CUDA graph, which is launched at once instead of kernel by kernel.
+
+    A pass before it loads what is loaded lazily. The column that it writes is written again by the first token.
+    """
+    tokens, length = tokens.clone(), cache.length.clone()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        decode(model, tokens, cache)
+        cache.length.copy_(length)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        logits = decode(model, tokens, cache)
+
+    def replay(_model: nn.Module, new: Tensor, _cache: KVCache) -> Tensor:
+        tokens.copy_(new)
+        graph.replay()
+        return logits
+
+    return replay
 
 
 def count_new_tokens(model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
@@ -121,7 +152,10 @@ def generate(
     A row ends at a stop token, which is not yielded, after max_new_tokens, or when the model's positions are used up.
     Row b draws with seed + b, so that its text is the same alone with that seed. The global RNG is not touched.
 
-    compiled  the model's blocks were compiled by `compile_decoding`
+    compiled  the model was prepared by `compile_decoding`; more than FEW_ROWS prompts are written eagerly all the same
+
+    Compiled and on CUDA the cache is static, and doubles when it is full: a token attends to its empty slots too.
+    Elsewhere a token attends to the columns that are there. The host waits for the device once a token.
 
     >>> list(generate(model, [[1, 2], [3]], max_new_tokens=2, sampling=Sampling(temperature=0)))   # doctest: +SKIP
     [[17, 4], [17, None]]
@@ -130,29 +164,33 @@ def generate(
         raise ModelError(f"{model.config.model_type} reads in both directions, and writes no text")
     limits = count_new_tokens(model, prompts, max_new_tokens)
     read = max(map(len, prompts)) if model.config.kind == "causal" else 1
-    capacity = read + max(limits) - 1
-    compiled = compiled and len(prompts) == 1 and model.config.kind == "causal"  # each other shape compiles anew
-    if compiled:
-        capacity = next(n for n in FIXED_CAPACITIES if n >= capacity)
     training, first = model.training, next(model.parameters())
     model.eval()
     device = first.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else first.dtype
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else first.dtype
     generators = [torch.Generator(first.device).manual_seed(seed + row) for row in range(len(prompts))]
     seen = None
     if sampling.repetition_penalty != 1.0:
         seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=first.device)
         for row, prompt in zip(seen, prompts, strict=True):
             row[prompt if model.config.kind == "causal" else []] = True
-    ended = [False] * len(prompts)
+    compiled = compiled and len(prompts) <= FEW_ROWS and model.config.kind == "causal"
+    decode: Decode = compiled_decode_one_token if compiled else decode_one_token
+    static = compiled or device == "cuda"
+    # Autocast keeps copies of weights that a graph would outlive; some products of experts wait for the device.
+    captured = device == "cuda" and not autocast and not family_of(model.config).experts(model.config)
+    slots = static_slots(read) if static else read + max(limits) - 1
+    next_token, ended = decode, [False] * len(prompts)
     try:
-        with force_eager():
-            cache, logits = prefill(model, prompts, capacity, dtype)
-        cache.fixed = compiled
+        cache, logits = prefill(model, prompts, slots, dtype)
         for step in range(max(limits)):
             if seen is not None:
                 logits = apply_repetition_penalty(logits, seen, sampling.repetition_penalty)
-            tokens = sample(logits, sampling, generators)
+            drawn = sample(logits, sampling, generators)
+            tokens = drawn.tolist()
+            if -1 in tokens:
+                raise ModelError("the model's logits are not finite", fix="use another --precision")
             rows = zip(ended, tokens, limits, strict=True)
             ended = [done or token in stop or step >= limit for done, token, limit in rows]
             if all(ended):
@@ -161,16 +199,23 @@ def generate(
             if step + 1 == max(limits):
                 break
             if seen is not None:
-                seen[range(len(tokens)), tokens] = True
-            with contextlib.nullcontext() if compiled else force_eager():
-                logits = decode_one_token(model, tokens, cache)
+                seen.scatter_(1, drawn[:, None], True)
+            if static and (step == 0 or read + step == slots):
+                slots = static_slots(read + step + 1)
+                cache.resize(slots)
+                next_token = capture(decode, model, drawn, cache) if captured else decode
+            logits = next_token(model, drawn, cache)
     finally:
         model.train(training)
 
 
-def force_eager():
-    """Return a context in which compiled blocks run eagerly, because every new length would be compiled anew."""
-    return torch.compiler.set_stance("force_eager")
+def static_slots(columns: int) -> int:
+    """Return how many slots a static cache of so many columns has.
+
+    >>> static_slots(100), static_slots(256), static_slots(257)
+    (256, 256, 512)
+    """
+    return max(STATIC_SLOTS, 2 ** math.ceil(math.log2(columns)))
 
 
 def stream(model: nn.Module, prompt: list[int], **options) -> Iterator[int]:
@@ -179,12 +224,11 @@ def stream(model: nn.Module, prompt: list[int], **options) -> Iterator[int]:
 
 
 def compile_decoding(model: nn.Module) -> None:
-    """Compile the modules that decode a token: on a CPU, weights are then read at twice the speed."""
+    """Prepare a model for `compiled_decode_one_token`: on a CPU, weights are then read at twice the speed."""
+    torch._dynamo.config.recompile_limit = MOST_PROGRAMS
     for module in model.modules():
         if type(module) is nn.Linear:
-            swap_class(module, SingleRow)
-    for part in (*model.blocks, model.to_logits):
-        part.compile(fullgraph=True, dynamic=False)
+            swap_class(module, FewRows)
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------

@@ -24,9 +24,14 @@ class LayerCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.slots = shape[2]
-        self.length = 0  # columns written before this forward pass
+        self.length: int | Tensor = 0  # columns written before this forward pass
         self.cross: tuple[Tensor, Tensor] | None = None  # keys and values of the cross-attention, for T5
         self.slot: Tensor | None = None  # (1,) slot of a single new token, whose query attends to all slots
+
+    def resize(self, slots: int) -> None:
+        """Append empty slots. Columns are in their own slots until all are taken, so nothing moves."""
+        more = (0, 0, 0, slots - self.slots)
+        self.keys, self.values, self.slots = F.pad(self.keys, more), F.pad(self.values, more), slots
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v (B, kv heads, T, D). Return all keys and values that a query may still see."""
@@ -49,7 +54,7 @@ class LayerCache:
         device, end = self.keys.device, self.length + new
         if self.slot is None and end <= self.slots:
             return torch.arange(end, device=device)
-        last = self.length - (self.slot is None)  # the newest column in the slots
+        last = self.length - 1 if self.slot is None else self.length  # the newest column in the slots
         held = last - (last - torch.arange(self.slots, device=device)) % self.slots
         if self.slot is not None:
             return held
@@ -60,6 +65,9 @@ class KVCache:
     """Hold the keys and values of the tokens read so far, so that each token is read once.
 
     A layer with a sliding window keeps only the last `window` tokens: the newest takes the slot of the oldest.
+
+    A static cache (see `resize`) reads one token at a time, which attends to all slots: from token to token, shapes and
+    addresses are the same, and what changes is in tensors. Compiled programs and CUDA graphs need that.
 
     windows        one per layer
     capacity       largest number of columns
@@ -87,21 +95,32 @@ class KVCache:
     ):
         self.windows, self.starts, self.device = windows, starts, torch.device(device)
         self.max_positions = max_positions or capacity
-        self.fixed = False  # read one token at a time and attend to all slots: compiled blocks need fixed shapes
-        self.length = 0  # columns in the cache
+        self.length: int | Tensor = 0  # columns in the cache; of a static one, (1,) on the device
         self.encoded: Tensor | None = None  # for T5: (B, S, hidden), the output of the encoder
         self.encoded_mask: Tensor | None = None  # (B, 1, 1, S), False for padding; None: no padding
         slots = [capacity if window is None else min(capacity, window) for window in windows]
         self.layers = [LayerCache((batch, kv_heads, n, head_dim), self.device, dtype) for n in slots]
 
+    @property
+    def is_static(self) -> bool:
+        return isinstance(self.length, Tensor)
+
+    def resize(self, capacity: int) -> None:
+        """Make the cache static, with room for `capacity` columns, no fewer than now."""
+        if not self.is_static:
+            self.length = torch.tensor([self.length], device=self.device)
+        for layer, window in zip(self.layers, self.windows, strict=True):
+            layer.resize(capacity if window is None else min(capacity, window))
+
     def begin(self, new: int) -> tuple[Tensor, Masks]:
         """Prepare the layers for `new` tokens. Return the tokens' positions, (T,) or (B, T), and their masks."""
-        sizes = {layer.slots for layer in self.layers}
-        next_slots = {size: torch.tensor([self.length % size], device=self.device) for size in sizes}
+        positions = columns = (
+            self.length + 0 if self.is_static else torch.arange(self.length, self.length + new, device=self.device)
+        )
+        slots = {size: columns % size for size in {layer.slots for layer in self.layers}} if new == 1 else {}
         for layer in self.layers:
-            in_place = self.fixed or (new == 1 and self.length >= layer.slots)
-            layer.length, layer.slot = self.length, next_slots[layer.slots] if in_place else None
-        positions = columns = torch.arange(self.length, self.length + new, device=self.device)
+            in_place = self.is_static or (new == 1 and self.length >= layer.slots)
+            layer.length, layer.slot = self.length, slots[layer.slots] if in_place else None
         if self.starts is not None:
             positions = (columns - self.starts[:, None]).clamp(0, self.max_positions - 1)
         first_layers = dict(zip(reversed(self.windows), reversed(self.layers), strict=True))
@@ -110,10 +129,10 @@ class KVCache:
     def mask(self, window: Window, layer: LayerCache, queries: Tensor) -> Tensor | None:
         """Return the mask of a layer for queries at these columns, None if `attend` needs no mask."""
         new = len(queries)
-        begins = self.length == 0
-        sees_all = new == 1 and (window is None or layer.slots == window or self.length < window)
-        if self.starts is None and not self.fixed and (begins or sees_all):
-            return None
+        if self.starts is None and not self.is_static:
+            sees_all = new == 1 and (window is None or layer.slots == window or self.length < window)
+            if self.length == 0 or sees_all:
+                return None
         keys, queries = layer.columns(new), queries[:, None]
         seen = visible(queries, keys, window)  # (T, S)
         if self.starts is None:

@@ -58,16 +58,23 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
+FEW_ROWS = 4  # with 8, F.linear is faster than sums
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute F.linear. When compiled for a CPU, a single row is a sum, which reads weights up to twice as fast."""
-    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.shape[-1]:
-        y = (weight * x.flatten()).sum(-1)
-        return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
+    """Compute F.linear. When compiled for a CPU, a few rows are sums that share one reading of the weights.
+
+    Measured in bf16 with one thread, weights from memory: twice as fast as F.linear with one or two rows, 1.3 times
+    with four.
+    """
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]:
+        y = torch.stack([(weight * row).sum(-1) for row in x.flatten(0, -2)])
+        return (y if bias is None else y + bias).unflatten(0, x.shape[:-1])
     return F.linear(x, weight, bias)
 
 
-class SingleRow:
-    """Mixin for Linears in decoding, see `swap_class`: multiply a single row with `linear`."""
+class FewRows:
+    """Mixin for Linears in decoding, see `swap_class`: multiply a few rows with `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

@@ -281,8 +281,8 @@ class Model(nn.Module):
             contexts = [Context(bias, encoded, encoded_mask)] * len(self.decoder.block)
         else:
             decoder_ids, length = input_ids, input_ids.shape[1]
-            cache.begin(length)
-            columns, keys = cache.length + torch.arange(length, device=cache.device), cache.layers[0].columns(length)
+            columns, _ = cache.begin(length)
+            keys = cache.layers[0].columns(length)
             bias = self.decoder.bias(columns, keys, visible(columns[:, None], keys, None))
             contexts = [Context(bias, cache.encoded, cache.encoded_mask, layer) for layer in cache.layers]
             cache.length += length
