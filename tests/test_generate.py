@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from test_families import CAUSAL, OURS, SIZES, equal, made, opened_by_transformers, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkit.errors import DATA, MachineError, UserError
 from llmkit.inference.generate import (
@@ -320,13 +321,78 @@ def test_t5s_answers_beside_longer_prompts_equal_transformers(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_decoding_gives_the_same_tokens():
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one", "four"])
+@pytest.mark.parametrize("slots", [4, 256], ids=["growing", "large"])
+def test_compiled_decoding_gives_the_same_tokens(monkeypatch, prompts, slots):
+    monkeypatch.setattr("llmkit.inference.generate.STATIC_SLOTS", slots)
     config = llama.Config(**SIZES | {"num_hidden_layers": 1}, num_key_value_heads=2, max_position_embeddings=600)
     plain, compiled = speaking(config), speaking(config)
     compile_decoding(compiled)
     options = {"max_new_tokens": 30, "sampling": GREEDY}
-    text = list(stream(compiled, PROMPTS[0], compiled=True, **options))
-    assert text == list(stream(plain, PROMPTS[0], **options)) and len(set(text)) > 4
+    text = list(generate(compiled, prompts, compiled=True, **options))
+    assert text == list(generate(plain, prompts, **options)) and len({row[0] for row in text}) > 4
+
+
+# ---- what a GPU needs -----------------------------------------------------------------------------------------------
+
+
+class HostReads(TorchDispatchMode):
+    """Count the times that the host reads a number, for which it would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return func(*args, **kwargs or {})
+
+
+@each_kind
+@torch.no_grad()
+def test_a_static_cache_stays_where_it_is_and_the_host_reads_nothing_of_it(config):
+    model = speaking(config)
+    cache, _ = prefill(model, PROMPTS, 32, torch.float32)
+    cache.resize(32)
+    held = [(layer.keys, layer.values) for layer in cache.layers]
+    places = []
+    for token in range(6):
+        with HostReads() as reads:
+            decode_one_token(model, torch.tensor([token] * 4), cache)
+        assert reads.count == 0 or config.model_type == "mixtral"  # a product of experts reads on a CPU
+        pairs = [(layer.keys, layer.values) for layer in cache.layers]
+        places.append([(x.shape, x.data_ptr()) for x in (*itertools.chain(*pairs), cache.length)])
+    assert all(place == places[0] for place in places) and len(held) == len(cache.layers)
+    assert cache.length.item() == (1 if config.kind == "seq2seq" else 14) + 6
+
+
+def test_a_growing_static_cache_writes_the_same_text(monkeypatch):
+    """Sizes double under a window's ring, rows of different lengths, and layers without a window."""
+    monkeypatch.setattr("llmkit.inference.generate.STATIC_SLOTS", 4)
+    for config in (OURS["qwen2"], OURS["mistral"], DECODERS["gpt2"]):
+        model = speaking(config)
+        options = {"sampling": GREEDY, "max_new_tokens": 30}
+        expected = list(generate(model, PROMPTS, **options))
+        assert list(generate(model, PROMPTS, compiled=True, **options)) == expected  # blocks that nobody compiled
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, top_k=20, top_p=0.9, min_p=0.01)], ids=["greedy", "drawn"])
+def test_a_draw_never_waits_and_its_tokens_are_those_of_multinomial(sampling):
+    logits = torch.randn(4, 60, generator=torch.Generator().manual_seed(3)) * 3
+    generators = [[torch.Generator().manual_seed(row) for row in range(4)] for _ in range(2)]
+    with HostReads() as reads:
+        drawn = sample(logits, sampling, generators[0])
+    assert reads.count == 0
+    if sampling is not GREEDY:
+        tokens, probs = logits_to_probs(logits, sampling)
+        places = [torch.multinomial(row, 1, generator=one) for row, one in zip(probs, generators[1], strict=True)]
+        assert torch.equal(drawn, tokens.gather(1, torch.stack(places))[:, 0])
+
+
+def test_logits_that_are_not_finite_are_refused():
+    model = speaking(DECODERS["gpt2"])
+    with torch.no_grad():
+        model.norm.weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="not finite"):
+        next(stream(model, [1, 2, 3]))
 
 
 # ---- pieces of text -------------------------------------------------------------------------------------------------
@@ -436,11 +502,11 @@ def test_decoding_is_compiled_only_where_compiled_blocks_write(tmp_path, config_
     folder.save_model(writer.model, tmp_path)
     writer.tokenizer.save(tmp_path)
     is_decoder = config_type is llama.Config
-    for prompts, compiled in ((1, is_decoder), (2, False)):
+    for prompts, compiled in ((1, is_decoder), (4, is_decoder), (5, False)):
         options = {"precision": "bf16", "prompts": prompts, "say": [].append}
         assert open_writer(str(tmp_path), expected_tokens=10**9, **options).compiled is compiled
         if not compiled:
-            with pytest.raises(MachineError, match="only one text at a time of a decoder"):
+            with pytest.raises(MachineError, match="only a decoder's texts, at most 4"):
                 open_writer(str(tmp_path), compile=True, **options)
 
 

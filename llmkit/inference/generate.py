@@ -13,7 +13,7 @@ from llmkit.models.attention import KVCache
 from llmkit.models.layers import FEW_ROWS, FewRows, swap_class
 from llmkit.tokenizer.tokenizer import Tokenizer
 
-Decode = Callable[[nn.Module, Tensor, KVCache], Tensor]  # `decode_one_token`, or the same compiled or captured
+Decode = Callable[[nn.Module, Tensor, KVCache], Tensor]  # `decode_one_token`, or the same eagerly or captured
 
 CONTEXT_TOKENS = 8  # earlier tokens that may decide whether a new token's text begins with a space
 MAX_INCOMPLETE_TOKENS = 16  # tokens after which bytes that are not a character yet are emitted as U+FFFD
@@ -65,6 +65,7 @@ def sample(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]
 # ---- running the model ----------------------------------------------------------------------------------------------
 
 
+@torch.compiler.set_stance("force_eager")
 def prefill(model: nn.Module, prompts: list[list[int]], capacity: int, dtype: torch.dtype) -> tuple[KVCache, Tensor]:
     """Read the prompts and return a cache for `capacity` tokens in all, and logits (B, V) of the next token.
 
@@ -100,7 +101,10 @@ def decode_one_token(model: nn.Module, tokens: Tensor, cache: KVCache) -> Tensor
     return model(tokens[:, None], cache=cache, logits_to_keep=1)[:, -1]
 
 
-compiled_decode_one_token = torch.compile(decode_one_token, fullgraph=True, dynamic=False)
+@torch.compiler.set_stance("force_eager")
+def decode_eagerly(model: nn.Module, tokens: Tensor, cache: KVCache) -> Tensor:
+    """Compute `decode_one_token` without compiled blocks, because every new length would be compiled anew."""
+    return decode_one_token(model, tokens, cache)
 
 
 def capture(decode: Decode, model: nn.Module, tokens: Tensor, cache: KVCache) -> Decode:
@@ -152,7 +156,7 @@ def generate(
     A row ends at a stop token, which is not yielded, after max_new_tokens, or when the model's positions are used up.
     Row b draws with seed + b, so that its text is the same alone with that seed. The global RNG is not touched.
 
-    compiled  the model was prepared by `compile_decoding`; more than FEW_ROWS prompts are written eagerly all the same
+    compiled  the model's blocks were compiled by `compile_decoding`. Batches over FEW_ROWS are written eagerly
 
     Compiled and on CUDA the cache is static, and doubles when it is full: a token attends to its empty slots too.
     Elsewhere a token attends to the columns that are there. The host waits for the device once a token.
@@ -176,7 +180,7 @@ def generate(
         for row, prompt in zip(seen, prompts, strict=True):
             row[prompt if model.config.kind == "causal" else []] = True
     compiled = compiled and len(prompts) <= FEW_ROWS and model.config.kind == "causal"
-    decode: Decode = compiled_decode_one_token if compiled else decode_one_token
+    decode: Decode = decode_one_token if compiled else decode_eagerly
     static = compiled or device == "cuda"
     # Autocast keeps copies of weights that a graph would outlive; some products of experts wait for the device.
     captured = device == "cuda" and not autocast and not family_of(model.config).experts(model.config)
@@ -224,11 +228,13 @@ def stream(model: nn.Module, prompt: list[int], **options) -> Iterator[int]:
 
 
 def compile_decoding(model: nn.Module) -> None:
-    """Prepare a model for `compiled_decode_one_token`: on a CPU, weights are then read at twice the speed."""
+    """Compile the modules that decode a token: on a CPU, weights are then read at twice the speed."""
     torch._dynamo.config.recompile_limit = MOST_PROGRAMS
     for module in model.modules():
         if type(module) is nn.Linear:
             swap_class(module, FewRows)
+    for part in (*model.blocks, model.to_logits):
+        part.compile(fullgraph=True, dynamic=False)
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import nn
 from llmkit.errors import DataError, MachineError, ModelError, UserError
 from llmkit.inference.generate import compile_decoding, count_new_tokens, decode_until_stop, generate
 from llmkit.inference.sampling import Sampling
+from llmkit.models.layers import FEW_ROWS
 from llmkit.parallel.compile import compile_obstacle
 from llmkit.parallel.device import DTYPES, choose_precision
 from llmkit.parallel.world import start_world
@@ -162,7 +163,7 @@ def open_writer(
 
     precision  of the weights
     compile    the decoding; None compiles if that saves time over the expected number of tokens
-    prompts    texts that are written side by side: only a single one is written by compiled blocks
+    prompts    texts that are written side by side: only a few are written by compiled blocks
     """
     device = start_world().device
     precision = choose_precision(precision, device)
@@ -172,8 +173,8 @@ def open_writer(
     if loaded.config.kind == "masked":
         raise ModelError(f"{loaded.config.model_type} reads in both directions, and writes no text", at=model)
     reason = compile_obstacle(loaded, device, precision)
-    if prompts > 1 or loaded.config.kind != "causal":
-        reason = "only one text at a time of a decoder is written by compiled blocks"
+    if prompts > FEW_ROWS or loaded.config.kind != "causal":
+        reason = f"only a decoder's texts, at most {FEW_ROWS} at a time, are written by compiled blocks"
     if compile and reason:
         raise MachineError(f"--compile is not possible here: {reason}")
     if compile is None:

@@ -198,7 +198,7 @@ def attend(
     """
     aligned, on_cpu, compiled = q.shape[2] == k.shape[2], q.device.type == "cpu", torch.compiler.is_compiling()
     window = window if causal and aligned and window is not None and window < q.shape[2] else None
-    if on_cpu and compiled and q.shape[0] == q.shape[2] == 1:
+    if on_cpu and compiled and q.shape[2] == 1:
         return single_attention(q, k, v, mask, scale).flatten(1)[:, None]
     if on_cpu and not dropout and q.shape[2] > 1 and (compiled or window):
         return grouped_attention(q, k, v, mask, causal, window, scale, compiled)
@@ -251,12 +251,12 @@ def grouped_attention(
 
 
 def single_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
-    """Compute `attend` for one query of one row as sums of products, which a compiler fuses; return (1, H, D)."""
-    q = q.unflatten(1, (k.shape[1], -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)  # (1, kv heads, G, 1, D)
-    scores = (q * k[:, :, None]).sum(-1)  # (1, kv heads, G, S)
+    """Compute `attend` for one query of each row as sums of products, which a compiler fuses; return (B, H, D)."""
+    q = q.unflatten(1, (k.shape[1], -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)  # (B, kv heads, G, 1, D)
+    scores = (q * k[:, :, None]).sum(-1)  # (B, kv heads, G, S)
     if mask is not None:
-        mask = mask.flatten(0, -2).unflatten(0, (1, -1, 1))  # (1, 1 or H, 1, S)
-        mask = mask if mask.shape[1] == 1 else mask.view(1, *scores.shape[1:])
+        mask = mask[(None,) * (4 - mask.dim())]  # (1 or B, 1 or H, 1, S)
+        mask = mask if mask.shape[1] == 1 else mask.view(-1, *scores.shape[1:])
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
     return (weights[..., None] * v[:, :, None]).sum(3).flatten(1, 2)

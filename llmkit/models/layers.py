@@ -68,7 +68,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     with four.
     """
     if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]:
-        y = torch.stack([(weight * row).sum(-1) for row in x.flatten(0, -2)])
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows.as_strided(rows.shape, rows.stride())  # else each sum computes x anew, with the norm before it
+        y = torch.stack([(weight * row).sum(-1) for row in rows])
         return (y if bias is None else y + bias).unflatten(0, x.shape[:-1])
     return F.linear(x, weight, bias)
 
