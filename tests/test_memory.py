@@ -15,9 +15,9 @@ from llmkit.config.load import load_config
 from llmkit.errors import ENVIRONMENT, MachineError, is_out_of_memory
 from llmkit.models import llama
 from llmkit.parallel import memory
+from llmkit.storage import checkpoint
 from llmkit.training.fit import cheapest_change, choose_fit
 from llmkit.training.prepare import check
-from llmkit.training.warmup import try_to_save
 
 CPU_ERROR = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
 
@@ -107,8 +107,8 @@ def test_a_save_that_fails_is_noticed_before_the_first_step_and_leaves_nothing(t
         (folder / "half").write_text("x")
         raise OSError("no room")
 
-    with pytest.raises(OSError, match="no room"):
-        try_to_save(tmp_path, write_half)
+    with pytest.raises(MachineError, match="the checkpoint can't be written: no room"):
+        checkpoint.try_to_save(tmp_path, write_half)
     assert not list((tmp_path / "checkpoints").iterdir())
 
 

@@ -548,6 +548,8 @@ def test_profiled_steps_leave_a_trace_and_a_table_that_adds_up(corpus, tmp_path)
     kinds, operations = (tmp_path / "run/profile/profile.txt").read_text().split("\n\n")
     assert sum(float(share) for share in re.findall(r"([\d.]+)%", kinds)) == pytest.approx(100, abs=0.5)
     assert {"matrix products", "optimizer"} <= {line.split("  ")[0] for line in kinds.splitlines()}
-    calls = {line.split()[0]: float(line.split()[1]) for line in operations.splitlines()[1:]}
-    # 7 matrices in each of 2 blocks, and the head: forward, and two products in the backward
-    assert calls["aten::mm"] + calls["aten::addmm"] == 3 * (7 * 2 + 1)
+    rows = [re.split(r"  +", line) for line in operations.splitlines()[1:]]
+    calls = {name: float(count) for name, count, *_ in rows}
+    # 7 matrices in each of 2 blocks, and the head: forward, and two products in the backward. One is an addmm, which
+    # is too short to be always among the longest: the sum of the head's gradient over chunks.
+    assert calls["aten::mm"] == 3 * (7 * 2 + 1) - 1

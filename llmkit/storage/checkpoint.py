@@ -11,7 +11,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,7 @@ def save(
     keep         number of the newest to keep; the best by val loss and those that other runs need are kept too
     """
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
-    temporary = folder.with_name(folder.name + ".tmp")
-    try:
+    with complete(folder) as temporary:
         for leftover in folder.parent.glob("step-*.tmp"):  # of a process that was killed while it saved or deleted
             delete(leftover)
         (temporary / "trainer").mkdir(parents=True)
@@ -73,11 +73,6 @@ def save(
             delete(move_aside(folder))
         temporary.rename(folder)
         sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        got = free_space(run_dir) if os.strerror(errno.ENOSPC) in str(error) else None
-        fix = "run the same command again when it can: older checkpoints are intact"
-        raise MachineError(f"the checkpoint can't be written: {error}", at=folder, got=got, fix=fix) from None
     for abandoned in list_checkpoints(run_dir):
         if step_of(abandoned) > step:  # damaged: the resumed run skipped it
             delete(move_aside(abandoned))
@@ -86,6 +81,28 @@ def save(
         if old != best and not dependent_runs(old):
             delete(move_aside(old))
     return folder
+
+
+def try_to_save(run_dir: Path, write_model: Callable[[Path], None]) -> None:
+    """Write the model of a checkpoint and delete it: a run that can't save ends before its first step."""
+    with complete(run_dir / "checkpoints" / "step-000000") as temporary:
+        delete(temporary)
+        temporary.mkdir(parents=True)
+        write_model(temporary)
+        delete(temporary)
+
+
+@contextmanager
+def complete(folder: Path) -> Iterator[Path]:
+    """Give the temporary folder of a checkpoint, which is deleted if it can't be written."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    try:
+        yield temporary
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        got = free_space(folder.parent) if os.strerror(errno.ENOSPC) in str(error) else None
+        fix = "run the same command again when it can: older checkpoints are intact"
+        raise MachineError(f"the checkpoint can't be written: {error}", at=folder, got=got, fix=fix) from None
 
 
 def move_aside(folder: Path) -> Path:

@@ -43,7 +43,7 @@ from llmkit.training.profile import TABLE, TRACE, start_profiler
 from llmkit.training.progress import Progress, early_stop, initial_counters, stop_if_diverged, update_loss_scale
 from llmkit.training.retry import retry_smaller
 from llmkit.training.state import make_model, restore, save, write_model
-from llmkit.training.warmup import choose_compile, rehearse, try_to_save
+from llmkit.training.warmup import choose_compile, rehearse
 from llmkit.types import Batch
 
 
@@ -146,7 +146,7 @@ def take_steps(
             if compiled:
                 say(f"compiled in {seconds:.0f} s")
             if directory and progress.step == 0:
-                try_to_save(directory.folder, partial(write_model, run, model))
+                checkpoint.try_to_save(directory.folder, partial(write_model, run, model))
     signals = Signals()
     gc.collect()
     gc.freeze()

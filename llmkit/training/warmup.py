@@ -1,15 +1,12 @@
-"""Try everything once before the first step: a micro-batch, which is also timed, an evaluation, a save."""
+"""Try a micro-batch, which is also timed, and an evaluation before the first step."""
 
 import itertools
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from llmkit.data.batches import Batches
-from llmkit.files import delete
 from llmkit.parallel.compile import compile_obstacle
 from llmkit.parallel.device import autocast, synchronize, to_device
 from llmkit.screen import format_duration
@@ -53,17 +50,6 @@ def rehearse(run: PreparedRun, model: nn.Module, batches: Batches, optimizers: l
             run.objective.evaluate(model, first, token_bytes=run.token_bytes, **options)
     del reserved
     return seconds
-
-
-def try_to_save(folder: Path, write_model: Callable[[Path], None]) -> None:
-    """Write the model of a checkpoint and delete it: a run that can't save ends before its first step."""
-    trial = folder / "checkpoints" / "trial.tmp"
-    delete(trial)
-    trial.mkdir(parents=True)
-    try:
-        write_model(trial)
-    finally:
-        delete(trial)
 
 
 def choose_compile(run: PreparedRun, model: nn.Module, batches: Batches, done: int) -> tuple[bool, str]:
