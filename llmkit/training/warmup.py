@@ -10,7 +10,7 @@ from llmkit.data.batches import Batches
 from llmkit.parallel.compile import compile_obstacle
 from llmkit.parallel.device import autocast, synchronize, to_device
 from llmkit.screen import format_duration
-from llmkit.training.cost import TRAINED
+from llmkit.training.optim import make_state
 from llmkit.training.prepare import PreparedRun
 
 # What compiling takes, for training and evaluation, and the share of a step that it saves. Measured on two CPU cores,
@@ -19,36 +19,37 @@ from llmkit.training.prepare import PreparedRun
 COMPILE_SECONDS, COMPILE_GAIN = 45.0, 0.15
 
 
-def time_micro_batch(run: PreparedRun, model: nn.Module, batches: Batches) -> float:
-    """Return the seconds of a forward and backward of the run's first micro-batch; no weight is changed."""
+def time_micro_batch(run: PreparedRun, model: nn.Module, batches: Batches, most: int = 1) -> float:
+    """Return the seconds of forward and backward of the run's first micro-batches, up to `most`.
+
+    No weight is changed, and no gradient is left.
+    """
     synchronize(run.world.device)
     start = time.perf_counter()
-    micro = next(batches.batch_at(0).split(run.micro_batch_size))
-    with autocast(run.world.device, run.precision):
-        loss: Tensor = run.objective.loss(model, to_device(micro, run.world.device))[0]
-    loss.backward()
+    for micro in itertools.islice(batches.batch_at(0).split(run.micro_batch_size), most):
+        with autocast(run.world.device, run.precision):
+            loss: Tensor = run.objective.loss(model, to_device(micro, run.world.device))[0]
+        loss.backward()
     model.zero_grad(set_to_none=True)
     synchronize(run.world.device)
     return time.perf_counter() - start
 
 
 def rehearse(run: PreparedRun, model: nn.Module, batches: Batches, optimizers: list[torch.optim.Optimizer]) -> float:
-    """Try a micro-batch and an evaluation in the memory that a later step leaves; return the micro-batch's seconds.
+    """Take a step that changes nothing, and evaluate a batch; return the seconds of the step's micro-batches.
 
-    What a step would lack hours later is lacking now, before anything is trained.
+    What a step would lack hours later is lacking now, before anything is trained: the state of the optimizers is there
+    first, and the second micro-batch finds the gradients of the first.
     """
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    is_new = not any(optimizer.state for optimizer in optimizers)
-    state = max(0, run.plan.memory.get(TRAINED, 0) - 2 * trained) if is_new else 0  # beside weights and gradients
-    reserved = torch.empty(state, dtype=torch.uint8, device=run.world.device)
-    seconds = time_micro_batch(run, model, batches)
+    if not any(optimizer.state for optimizer in optimizers):
+        make_state(model, optimizers)
+    seconds = time_micro_batch(run, model, batches, most=2)
     if run.config.eval.every:
         size = run.micro_batch_size
         first = itertools.islice(run.batches("val", size).in_order(size), 1)
         with autocast(run.world.device, run.precision):
             options = {"device": run.world.device, "micro_batch_size": size}
             run.objective.evaluate(model, first, token_bytes=run.token_bytes, **options)
-    del reserved
     return seconds
 
 
