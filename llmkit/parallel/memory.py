@@ -30,6 +30,16 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
+def bound_program_caches() -> None:
+    """Make oneDNN, and torch's wrapper of it, keep the programs of fewer matrix shapes; whoever has set them knows best.
+
+    Experts see other numbers of rows in each step. With the default, 1024, training a Mixtral of 4 x 256 came to 490 MB
+    more on two CPU cores than with 128, at the same speed.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "128")
+
+
 def total_memory(device: torch.device) -> int:
     """Return the total memory of the device in bytes."""
     if device.type == "cuda":

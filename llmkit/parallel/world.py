@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmkit.errors import MachineError
-from llmkit.parallel.memory import fail_before_killed, keep_freed_memory
+from llmkit.parallel.memory import bound_program_caches, fail_before_killed, keep_freed_memory
 from llmkit.parallel.transport import LostRankError, pack, unpack
 from llmkit.screen import count
 
@@ -153,6 +153,7 @@ def start_world() -> World:
         torch.set_float32_matmul_precision("highest")
     else:
         keep_freed_memory()
+        bound_program_caches()
         fail_before_killed()
     if size == 1:
         return World(device)
