@@ -1,23 +1,31 @@
 """Memory: what is free, what is chosen to fit it, and what happens when it runs out."""
 
+import contextlib
 import json
 import resource
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 import yaml
 from conftest import llmkit, metrics, tiny_config
 from test_train import run, steps, weights, worst
+from torch._subclasses.fake_tensor import FakeTensor
 
 from llmkit.config.load import load_config
 from llmkit.errors import ENVIRONMENT, MachineError, is_out_of_memory
-from llmkit.models import llama
+from llmkit.models import CONFIGS, build_model, llama
 from llmkit.parallel import memory
+from llmkit.parallel.compile import compile_blocks
 from llmkit.storage import checkpoint
+from llmkit.training import simulate
+from llmkit.training.cost import simulate_layers
 from llmkit.training.fit import cheapest_change, choose_fit
+from llmkit.training.optim import adamw, sgd
 from llmkit.training.prepare import check
+from llmkit.training.simulate import simulate_step
 
 CPU_ERROR = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
 
@@ -28,6 +36,8 @@ def break_beyond(monkeypatch, rows: int, error: Exception) -> list[int]:
     forward = llama.Model.forward
 
     def limited(self, input_ids, *args, **options):
+        if isinstance(input_ids, FakeTensor):  # a plan, which takes a step without data
+            return forward(self, input_ids, *args, **options)
         tried.append(len(input_ids))
         if len(input_ids) > rows:
             raise error
@@ -62,14 +72,16 @@ def test_memory_that_runs_out_in_the_midst_of_a_step_leaves_no_half_gradient(cor
     calls, forward = [], llama.Model.forward
 
     def fails_once(self, input_ids, *args, **others):
+        if isinstance(input_ids, FakeTensor):  # a plan
+            return forward(self, input_ids, *args, **others)
         calls.extend([len(input_ids)] * torch.is_grad_enabled())
-        if len(calls) == 3 and torch.is_grad_enabled():  # after the rehearsal, the second micro-batch of the first step
+        if len(calls) == 4 and torch.is_grad_enabled():  # after the rehearsal, the second micro-batch of the first step
             raise MemoryError
         return forward(self, input_ids, *args, **others)
 
     monkeypatch.setattr(llama.Model, "forward", fails_once)
     short, _ = run(corpus, tmp_path / "short", **options)
-    assert calls[:5] == [4, 4, 4, 2, 2] and worst(weights(enough, 3), weights(short, 3)) < 1e-5
+    assert calls[:6] == [4, 4, 4, 4, 2, 2] and worst(weights(enough, 3), weights(short, 3)) < 1e-5
 
 
 def test_a_single_row_that_does_not_fit_ends_with_the_largest_part_and_the_cheapest_change(
@@ -98,8 +110,8 @@ def test_an_evaluation_is_tried_before_the_first_step(corpus, tmp_path, monkeypa
 
     monkeypatch.setattr(llama.Model, "forward", watched)
     run(corpus, tmp_path, train=steps(1, micro_batch_size=8), eval={"every": 1, "max_batches": 2})
-    # A micro-batch and a batch of the evaluation are rehearsed; then evaluation, step, evaluation.
-    assert graded == [True, False, False, False, True, False, False]
+    # The plan; a micro-batch and a batch of the evaluation are rehearsed; then evaluation, step, evaluation.
+    assert graded == [True, True, False, False, False, True, False, False]
 
 
 def test_a_save_that_fails_is_noticed_before_the_first_step_and_leaves_nothing(tmp_path):
@@ -176,11 +188,82 @@ def test_less_memory_means_smaller_micro_batches_and_only_then_recomputed_blocks
 
 def test_the_cheapest_change_is_a_smaller_micro_batch_then_recomputation_then_shorter_rows(tmp_path):
     config, options, model = planned(tmp_path, micro_batch_size=8, gradient_checkpointing="none")
-    rooms = [round(tenths * 1e8) for tenths in range(30, 0, -1)]
+    rooms = [round(3e9 * 0.85**n) for n in range(30)]
     fixes = [cheapest_change(config, options, 1, room, model, "cuda", "bf16") for room in rooms]
     words = ("smaller model", "seq_len", "checkpointing", "micro_batch")
     kinds = [next(i for i, word in enumerate(words) if word in fix) for fix in fixes]
     assert kinds == sorted(kinds, reverse=True) and {0, 3} <= set(kinds)
+
+
+# ---- a step without data ---------------------------------------------------------------------------------------------
+
+STEP = {
+    "change": None, "make_optimizers": adamw, "precision": "bf16", "checkpointing": "none", "compiled": False,
+    "accumulates": False, "averages": False,
+}  # fmt: skip
+ROWS = {"input_ids": (4, 64), "labels": (4, 64)}
+SHAPE = {"vocab_size": 500, "hidden_size": 64, "num_attention_heads": 4}
+
+
+def biggest(phases: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Return the parts of the phase that takes most."""
+    return max(phases.values(), key=lambda parts: sum(parts.values()))
+
+
+def test_weights_and_state_are_counted_to_the_byte():
+    model = build_model(llama.Config(**SHAPE, num_hidden_layers=2), device="meta", seed=None)
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    for optimizer, state in ((adamw, 2 * weights), (sgd, weights), (partial(sgd, momentum=0.0), 0)):
+        phases = simulate_step(model.config, shapes=ROWS, **STEP | {"make_optimizers": optimizer, "averages": True})
+        parts = biggest(phases)
+        assert parts["trained weights"] == parts["average of weights"] == weights
+        assert parts.get("optimizer", 0) == pytest.approx(state, abs=4 * 200)  # and a number of steps for each weight
+
+
+def test_a_step_without_data_takes_what_a_step_with_data_takes(monkeypatch):
+    config = llama.Config(**SHAPE, num_hidden_layers=3)
+    for options in ({}, {"precision": "fp32"}, {"checkpointing": "full"}, {"accumulates": True}):
+        planned = simulate_step(config, shapes=ROWS, **STEP | options)
+        with monkeypatch.context() as real:
+            real.setattr(simulate, "FakeTensorMode", contextlib.nullcontext)
+            assert simulate_step(config, shapes=ROWS, **STEP | options) == planned
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral", "bert"])
+@pytest.mark.parametrize("options", [{}, {"checkpointing": "full"}, {"checkpointing": 2}, {"compiled": True}])
+def test_a_deep_model_is_planned_from_two_small_depths(family, options):
+    config = CONFIGS[family](**SHAPE, num_hidden_layers=12)
+    options = STEP | options
+    whole = simulate_step(config, shapes=ROWS, **options)
+    period = options["checkpointing"] if isinstance(options["checkpointing"], int) else 1
+    quick = simulate_layers(config, period, True, shapes=ROWS, **options)
+    assert sum(biggest(quick).values()) == pytest.approx(sum(biggest(whole).values()), rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_compiled_block_keeps_what_the_plan_says(family):
+    """The kept bytes of four blocks more: what torch saves for the backward pass, against the plan."""
+    kept, planned = [], []
+    for depth in (2, 6):
+        config = CONFIGS[family](**SHAPE, num_hidden_layers=depth)
+        planned.append(simulate_step(config, shapes=ROWS, **STEP | {"compiled": True})["loss"]["activations"])
+        model, saved = build_model(config), {}
+        compile_blocks(model, torch.device("cpu"), "bf16")
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def note(t, own=own, saved=saved):
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = (storage.nbytes(), t)
+            return t
+
+        ids = torch.zeros(ROWS["labels"], dtype=torch.int64)
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda t: t)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            model(ids, labels=ids)
+        kept.append(sum(size for size, _ in saved.values()))
+    assert planned[1] - planned[0] == pytest.approx(kept[1] - kept[0], rel=0.1)
 
 
 # ---- llmkit plan ----------------------------------------------------------------------------------------------------

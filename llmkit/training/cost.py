@@ -1,20 +1,28 @@
-"""Compute the cost of a run in closed form: parameters, FLOPs per token, peak memory. No weights are allocated."""
+"""Compute the cost of a run: parameters, FLOPs per token, peak memory. No weights are allocated."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from llmkit.models import build_model, family_of
 from llmkit.models.family import Config
 from llmkit.models.layers import Head, RMSNorm, token_tables
-from llmkit.models.loss import CHUNK_BYTES
+from llmkit.models.loss import rows_in_chunk
 from llmkit.peft import METHODS
-from llmkit.training.optim import muon_matrices
+from llmkit.training.optim import OPTIMIZERS
+from llmkit.training.simulate import simulate_step
 
-TRAINED, FROZEN = "trained weights, gradients, optimizer", "frozen weights"  # parts of the memory that are exact
-RUNTIME_BYTES = 520 * 2**20  # resident memory of a process that compiled and ran small models, measured on Linux
+KEPT = ("trained weights", "frozen weights", "optimizer")  # parts of the memory that no other setting makes smaller
+# Resident memory on Linux beside tensors, fitted to the runs of scripts/measure_memory.py: of the process, of what
+# compiling leaves, and of the gaps between tensors that come and go, as shares of their parts.
+RUNTIME_BYTES, COMPILER_BYTES = 440 * 2**20, 80 * 2**20
+HEAP_GAPS = {
+    False: {"activations": 0.4, "loss": 0.4, "gradients": 1.0},  # eager
+    True: {"activations": 0.2, "loss": 0.2},  # compiled
+}
 
 
 @dataclass(frozen=True)
@@ -105,56 +113,82 @@ def flops_per_row(model: nn.Module, lengths: Lengths) -> float:
 
 
 def memory(
-    model: nn.Module,
+    config: Config,
     *,
     lengths: Lengths,
     micro_batch_size: int,
     precision: str,
-    checkpointed: int = 0,
+    peft: tuple[str, dict[str, Any]] | None = None,
+    new_rows: int = 0,
+    optimizer: tuple[str, dict[str, Any]] = ("adamw", {}),
+    checkpointing: str | int = "none",
     compiled: bool = True,
-    optimizer: str = "adamw",
+    packed: bool = False,
+    accumulates: bool = False,
+    averages: bool = False,
     device: str = "cpu",
 ) -> dict[str, int]:
-    """Return the peak memory of a training step in bytes, by part.
+    """Return the memory of a training step in bytes, by part, at its peak; see `simulate_step`.
 
-    A trained weight takes 16 B with AdamW (fp32 weight, gradient and state), 12 B with Muon on block matrices;
-    a frozen weight 2 B (bf16, fp16) or 4 B.
-    Activations take bytes per token and layer, with h hidden, f the MLP's width (of all experts that a token takes), kv
-    the width of keys and values: 12h + 4kv + 6f for a compiled gated MLP (8f eager), 12h + 4kv + 4f for a plain one,
-    8h + 4kv more for cross-attention. A recomputed block keeps its input (2h), and one such block is live at a time. In
-    fp32 activations take double. The loss holds one chunk of logits.
+    optimizer    name and options
+    packed       whether rows hold several documents, which do not see each other
+    accumulates  whether a step has several micro-batches
+    averages     whether there is an average of the weights
     """
-    config, family = model.config, family_of(model.config)
-    h, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-    experts_per_token, decoder_layers = (family.experts(config) or (1, 1))[1], family.decoder_layers(config)
-    fp32_factor = 2 if precision == "fp32" else 1
-    trained = [p for p in model.parameters() if p.requires_grad]
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    matrices = {id(p) for p in muon_matrices(model)} if optimizer == "muon" else set()
-    state = sum(p.numel() * (12 if id(p) in matrices else 16) for p in trained)
-    per_width = (6 if compiled else 8) if family.gated(config) else 4
-    per_layer = 12 * h + 4 * kv + per_width * config.intermediate_size * experts_per_token
-    per_layer += 4 * h * experts_per_token if experts_per_token > 1 else 0  # each expert has its own rows
-    stacks = [(config.num_hidden_layers, lengths.source, per_layer)]
-    if decoder_layers:
-        stacks += [(decoder_layers, lengths.target, per_layer + 8 * h), (decoder_layers, lengths.source, 4 * kv)]
-    layers = sum(depth for depth, _, _ in stacks[:2])
-    share = (layers - checkpointed) / layers  # of the blocks that keep all activations
-    kept = sum(depth * tokens * size for depth, tokens, size in stacks)
-    inputs = sum(depth * tokens * 2 * h for depth, tokens, _ in stacks[:2])
-    live = max(tokens * size for _, tokens, size in stacks) if checkpointed else 0  # the block being recomputed
-    longest = max(lengths.source, lengths.target)
-    activations = micro_batch_size * fp32_factor * (share * kept + (1 - share) * inputs + live + longest * 6 * h)
-    copies = sum(p.numel() for p in model.parameters() if p.dim() >= 2) * 2 if precision != "fp32" else 0
-    result = {
-        "python and torch": RUNTIME_BYTES if device == "cpu" else 0,
-        TRAINED: state,
-        FROZEN: frozen * 2 * fp32_factor,
-        "low-precision copies of weights": copies if not frozen else 0,
-        "activations": round(activations),
-        "loss": 3 * CHUNK_BYTES,
+    shapes = {"input_ids": (micro_batch_size, lengths.source), "labels": (micro_batch_size, lengths.source)}
+    if lengths.target:
+        shapes |= dict.fromkeys(("labels", "decoder_input_ids"), (micro_batch_size, lengths.target))
+    if packed:
+        shapes |= dict.fromkeys(("segments",) if lengths.target else ("segments", "positions"), shapes["input_ids"])
+
+    def change(model: nn.Module) -> None:
+        METHODS[peft[0]].apply(model, METHODS[peft[0]].options(**peft[1]), 0, list(range(new_rows)))
+
+    phases = simulate_layers(
+        config,
+        period=1 if isinstance(checkpointing, str) else checkpointing,
+        alike=not re.search(r"\d\.|\.\d", str(peft)),  # an adapter may change some layers alone
+        shapes=shapes,
+        change=change if peft else None,
+        make_optimizers=lambda model: OPTIMIZERS[optimizer[0]](model, **optimizer[1]),
+        precision=precision,
+        checkpointing=checkpointing,
+        compiled=compiled,
+        accumulates=accumulates,
+        averages=averages,
+    )
+    if device == "cuda":
+        rows = micro_batch_size * (lengths.target or lengths.source)
+        here, there = (rows_in_chunk(rows, config.vocab_size, torch.device(one)) for one in ("cpu", "cuda"))
+        phases["loss"]["loss"] += (there - here) * config.vocab_size * (4 if compiled else 14)  # bytes of a logit
+        return max(phases.values(), key=lambda parts: sum(parts.values()))
+    if frozen := phases["loss"].get("frozen weights"):  # a base is copied from a file that is mapped
+        phases["load"] = {"frozen weights": frozen, "file of the base": frozen}
+    for parts in phases.values():
+        gaps = sum(share * parts.get(part, 0) for part, share in HEAP_GAPS[compiled].items())
+        parts["gaps of the heap"] = round(gaps)
+        parts["python and torch"] = RUNTIME_BYTES + (COMPILER_BYTES if compiled else 0)
+    return max(phases.values(), key=lambda parts: sum(parts.values()))
+
+
+def simulate_layers(config: Config, period: int, alike: bool, **step: Any) -> dict[str, dict[str, int]]:
+    """Return what `simulate_step` does, computed from two small depths for a deep model: blocks are alike.
+
+    period  of blocks that are alike
+    alike   whether all periods are
+    """
+    depth, shallow, deep = config.num_hidden_layers, 2 * period, 3 * period
+    if not alike or depth <= deep or family_of(config).decoder_layers(config):
+        return simulate_step(config, **step)
+    first, second = (simulate_step(replace(config, num_hidden_layers=n), **step) for n in (shallow, deep))
+    periods = (depth - shallow) / period
+    return {
+        phase: {
+            part: round(parts.get(part, 0) + periods * (second[phase].get(part, 0) - parts.get(part, 0)))
+            for part in parts | second[phase]
+        }
+        for phase, parts in first.items()
     }
-    return {part: size for part, size in result.items() if size}
 
 
 def make_plan(
@@ -185,4 +219,5 @@ def make_plan(
     added = frozenset(name for name, _ in model.named_parameters()) - base
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     flops = flops_per_row(model, lengths) / seq_len
-    return Plan(parameters_by_part(model, added), trainable, flops, memory(model, lengths=lengths, **options))
+    peak = memory(config, lengths=lengths, peft=peft, new_rows=new_rows, **options)
+    return Plan(parameters_by_part(model, added), trainable, flops, {part: n for part, n in peak.items() if n})

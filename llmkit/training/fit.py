@@ -1,16 +1,15 @@
 """Fit a run into the memory: choose its micro-batch and recomputed blocks, or name the cheapest change that would."""
 
-import math
+import bisect
 from collections.abc import Iterator
 from typing import Any
 
 from llmkit.config.fields import Choice
 from llmkit.config.schema import Config
 from llmkit.errors import MachineError
-from llmkit.models import family_of
 from llmkit.objectives import OBJECTIVES
 from llmkit.peft import METHODS
-from llmkit.training.cost import FROZEN, TRAINED, Lengths, Plan, make_plan
+from llmkit.training.cost import KEPT, Lengths, Plan, make_plan
 
 CPU_MICRO_TOKENS, GPU_MICRO_TOKENS = 8192, 65_536  # more tokens in a forward bring no more speed
 MEMORY_SHARE = 0.85  # of the memory that what is chosen may plan to fill: the rest is for what the plan gets wrong
@@ -21,25 +20,27 @@ Options = dict[str, dict[str, Any]]
 
 
 def plan_run(
-    config: Config, options: Options, model_config: Any, device: str, precision: str, new_rows: int = 0
+    config: Config, options: Options, ranks: int, model_config: Any, device: str, precision: str, new_rows: int = 0
 ) -> Plan:
     """Return the cost of a run whose micro_batch_size and gradient_checkpointing are known.
 
     device  "cpu" or "cuda"
     """
-    layers = model_config.num_hidden_layers + family_of(model_config).decoder_layers(model_config)
-    every = {"none": 0, "full": 1}.get(mode := config.train.gradient_checkpointing, mode)
+    train, data = config.train, config.data
     return make_plan(
         model_config,
         peft=(config.peft.name, options["peft"]) if config.peft else None,
         new_rows=new_rows,
-        seq_len=config.data.seq_len,
-        lengths=Lengths(*OBJECTIVES[config.objective.name].lengths(config.data.seq_len, **options["objective"])),
-        micro_batch_size=config.train.micro_batch_size,
+        seq_len=data.seq_len,
+        lengths=Lengths(*OBJECTIVES[config.objective.name].lengths(data.seq_len, **options["objective"])),
+        micro_batch_size=train.micro_batch_size,
         precision=precision,
-        optimizer=config.optimizer.name,
-        checkpointed=math.ceil(layers / every) if every else 0,
-        compiled=config.train.compile is True,
+        optimizer=(config.optimizer.name, options["optimizer"]),
+        checkpointing=train.gradient_checkpointing,
+        compiled=train.compile is True,
+        packed=data.kind != "corpus" or data.document_mask,
+        accumulates=train.global_batch_size // ranks > train.micro_batch_size,
+        averages=config.checkpoint.average == "tail",
         device=device,
     )
 
@@ -78,12 +79,29 @@ def choose_fit(
     micros = [asked] if asked != "auto" else smaller_micro_batches(rows, most_rows)
     mode = config.train.gradient_checkpointing
     for recomputed in RECOMPUTED if mode == "auto" else [mode]:
-        for micro in micros:
-            chosen = with_train(config, micro_batch_size=micro, gradient_checkpointing=recomputed)
-            plan = plan_run(chosen, options, model_config, device, *planned)
-            if plan.peak_memory <= MEMORY_SHARE * room:
-                return chosen, plan
-    return chosen, plan  # the smallest
+        each = [with_train(config, micro_batch_size=micro, gradient_checkpointing=recomputed) for micro in micros]
+        number, plan = first_that_fits(each, MEMORY_SHARE * room, options, ranks, model_config, device, *planned)
+        chosen = each[number]
+        if plan.peak_memory <= MEMORY_SHARE * room:
+            break
+    return chosen, plan
+
+
+def first_that_fits(configs: list[Config], room: float, options: Options, *planned: Any) -> tuple[int, Plan]:
+    """Return the number and the plan of the first config that fits, else of the last.
+
+    configs  each of which takes less memory than the one before
+    planned  ranks, model_config, device, precision and new_rows for `plan_run`
+    """
+    plans: dict[int, Plan] = {}
+
+    def fits(number: int) -> bool:
+        plans[number] = plan_run(configs[number], options, *planned)
+        return plans[number].peak_memory <= room
+
+    last = len(configs) - 1
+    chosen = 0 if fits(0) or last == 0 else bisect.bisect_left(range(1, last), True, key=fits) + 1
+    return chosen, plans.get(chosen) or plan_run(configs[chosen], options, *planned)
 
 
 def changes(config: Config, ranks: int) -> Iterator[tuple[str, Config]]:
@@ -114,11 +132,11 @@ def cheapest_change(config: Config, options: Options, ranks: int, room: float, *
 
     planned  model_config, device, precision and new_rows for `plan_run`
     """
-    for what, changed in changes(config, ranks):
-        peft = vars(METHODS["lora"].options()) if changed.peft and not config.peft else options.get("peft")
-        plan = plan_run(changed, options | {"peft": peft}, *planned)
+    if smaller := list(changes(config, ranks)):
+        lora = {} if config.peft else {"peft": vars(METHODS["lora"].options())}
+        number, plan = first_that_fits([changed for _, changed in smaller], room, options | lora, ranks, *planned)
         if plan.peak_memory <= room:
-            return f"{what} ({plan.peak_memory / 2**30:.1f} GiB)"
+            return f"{smaller[number][0]} ({plan.peak_memory / 2**30:.1f} GiB)"
     return "a smaller model, or one for which an adapter is trained" if config.peft is None else "a smaller model"
 
 
@@ -129,8 +147,8 @@ def largest_part(plan: Plan) -> str:
 
 
 def check_memory(plan: Plan, there: int, fix: str) -> None:
-    """Raise a MachineError if the weights and what the optimizer keeps of them are more than the memory there is."""
-    needed = sum(plan.memory.get(part, 0) for part in (TRAINED, FROZEN))
+    """Raise a MachineError if the weights and the optimizer's state are more than the memory there is."""
+    needed = sum(plan.memory.get(part, 0) for part in KEPT)
     if needed > there:
         got, expected = f"{needed / 2**30:.1f} GiB", f"at most {there / 2**30:.1f} GiB"
         raise MachineError("the weights and the optimizer's state do not fit", got=got, expected=expected, fix=fix)

@@ -84,7 +84,7 @@ def plan_config(
     derived = derive(checked, machine.kind, machine.precision, machine.memory, devices)
     config, options = resolve(checked, derived), checked.options
     plan, seq_len = derived.plan, config.data.seq_len
-    planned = (options, checked.model_config, machine.kind, machine.precision)
+    planned = (options, devices, checked.model_config, machine.kind, machine.precision)
     figures = {
         "parameters": plan.total,
         "trained": plan.trainable,
@@ -121,15 +121,18 @@ def plan_config(
 def largest_micro_batch(config: Config, room: int, *planned: Any) -> int:
     """Return the most rows in a micro-batch whose planned peak is within `room` bytes, 0 if not one is."""
 
-    def peak(micro: int) -> int:
-        return plan_run(with_train(config, micro_batch_size=micro), *planned).peak_memory
+    def peak(rows: int) -> int:
+        return plan_run(with_train(config, micro_batch_size=rows), *planned).peak_memory
 
-    fits, too_many = 0, 1
-    while too_many < 2**16 and peak(too_many) <= room:
-        fits, too_many = too_many, 2 * too_many
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        fits, too_many = (middle, too_many) if peak(middle) <= room else (fits, middle)
+    first = peak(1)
+    if first > room:
+        return 0
+    fits, too_many, guess = 1, 2**16, 2
+    while too_many - fits > 1:  # a search that knows that the peak grows about linearly
+        guess = min(max(guess, fits + 1), too_many - 1)
+        planned_peak = peak(guess)
+        fits, too_many = (guess, too_many) if planned_peak <= room else (fits, guess)
+        guess = 1 + (room - first) * (guess - 1) // max(1, planned_peak - first)
     return fits
 
 
