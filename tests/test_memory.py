@@ -127,6 +127,14 @@ def test_a_save_that_fails_is_noticed_before_the_first_step_and_leaves_nothing(t
 # ---- what is free ---------------------------------------------------------------------------------------------------
 
 
+def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
+    """Linux keeps the largest resident size over fork and exec, which is what getrusage tells."""
+    peak = "from llmkit.parallel.memory import peak_memory; import torch; print(peak_memory(torch.device('cpu')))"
+    code = f"import subprocess, sys; a = b'x' * 2**30; subprocess.run([sys.executable, '-c', {peak!r}], check=True)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2**30
+
+
 def test_a_ulimit_lowers_what_is_free():
     code = "from llmkit.parallel.memory import free_memory; import torch; print(free_memory(torch.device('cpu')))"
 

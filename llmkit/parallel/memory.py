@@ -51,6 +51,8 @@ def peak_memory(device: torch.device) -> int:
     """Return the peak memory so far in bytes: allocated on a GPU, or resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":  # whose ru_maxrss is at least that of the process that started this one
+        return read_sizes(Path("/proc/self/status"))["VmHWM"]
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -119,17 +119,18 @@ def plan_config(
 
 
 def largest_micro_batch(config: Config, room: int, *planned: Any) -> int:
-    """Return the most rows in a micro-batch whose planned peak is within `room` bytes, 0 if not one is."""
+    """Return about the most rows of a micro-batch whose planned peak is within `room` bytes, never more; 0 for none."""
 
     def peak(rows: int) -> int:
-        return plan_run(with_train(config, micro_batch_size=rows), *planned).peak_memory
+        train = {"micro_batch_size": rows, "global_batch_size": 2**20 * rows}  # gradients of other micro-batches wait
+        return plan_run(with_train(config, **train), *planned).peak_memory
 
     first = peak(1)
     if first > room:
         return 0
     fits, too_many, guess = 1, 2**16, 2
-    while too_many - fits > 1:  # a search that knows that the peak grows about linearly
-        guess = min(max(guess, fits + 1), too_many - 1)
+    while too_many - fits > 1 and guess > fits + fits // 16:  # the peak grows about linearly
+        guess = min(guess, too_many - 1, 8 * fits)  # more rows take longer to plan
         planned_peak = peak(guess)
         fits, too_many = (guess, too_many) if planned_peak <= room else (fits, guess)
         guess = 1 + (room - first) * (guess - 1) // max(1, planned_peak - first)
