@@ -1,7 +1,6 @@
 """Define AdamW with state in fewer bits, and with cautious weight decay."""
 
 from collections.abc import Iterable
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,15 +25,22 @@ def round_to_bf16(x: Tensor, step: Tensor) -> Tensor:
 # ---- 8 bits: block-wise dynamic quantization (Dettmers et al. 2021, arXiv:2110.02861) --------------------------------
 
 
-@cache
-def dynamic_map(signed: bool, device: torch.device) -> Tensor:
+def dynamic_values(signed: bool) -> list[float]:
     """Return the 256 values in [-1, 1] or [0, 1], in ascending order: seven decades, the higher the finer."""
     values = [torch.tensor([0.0, 1.0])]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1)
         centres = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - 6)
         values += [centres, -centres] if signed else [centres]
-    return torch.cat(values).sort().values.to(device)
+    return torch.cat(values).sort().values.tolist()
+
+
+VALUES = {signed: dynamic_values(signed) for signed in (True, False)}
+
+
+def dynamic_map(signed: bool, device: torch.device) -> Tensor:
+    """Return `dynamic_values` as a tensor."""
+    return torch.tensor(VALUES[signed], device=device)
 
 
 def quantize(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,10 @@ class Ledger(TorchDispatchMode):
         self.sources: dict[int, dict[int, Tensor]] = {}  # fused storage -> the counted tensors it is computed from
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            result = grouped_result(*args[:3])  # torch computes it, but without data it takes bf16 alone
+        else:
+            result = function(*args, **(kwargs or {}))
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         if self.fused and not function.__name__.startswith(PRODUCTS):
             sources: dict[int, Tensor] = {}
@@ -91,6 +94,13 @@ class Ledger(TorchDispatchMode):
     def enter(self, part: str, phase: str, fused: bool = False) -> None:
         """Name what comes next."""
         self.part, self.phase, self.fused = part, phase, fused
+
+
+def grouped_result(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """Return an empty result of torch._grouped_mm, for the rows of a or, if b is a matrix too, for its columns."""
+    if b.dim() == 3:
+        return a.new_empty(a.shape[0], b.shape[2])
+    return a.new_empty(len(ends), a.shape[0], b.shape[1])
 
 
 def watch(ledger: Ledger, model: nn.Module, compiled: bool) -> None:
