@@ -19,8 +19,9 @@ from llmkit.errors import ENVIRONMENT, MachineError, is_out_of_memory
 from llmkit.models import CONFIGS, build_model, llama
 from llmkit.parallel import memory
 from llmkit.parallel.compile import compile_blocks
+from llmkit.peft import lora
 from llmkit.storage import checkpoint
-from llmkit.training import simulate
+from llmkit.training import cost, simulate
 from llmkit.training.cost import simulate_layers
 from llmkit.training.fit import cheapest_change, choose_fit
 from llmkit.training.optim import adamw, sgd
@@ -233,7 +234,7 @@ def test_a_step_without_data_takes_what_a_step_with_data_takes(monkeypatch):
     for options in ({}, {"precision": "fp32"}, {"checkpointing": "full"}, {"accumulates": True}):
         planned = simulate_step(config, shapes=ROWS, **STEP | options)
         with monkeypatch.context() as real:
-            real.setattr(simulate, "FakeTensorMode", contextlib.nullcontext)
+            real.setattr(simulate, "FakeTensorMode", lambda **_: contextlib.nullcontext())
             assert simulate_step(config, shapes=ROWS, **STEP | options) == planned
 
 
@@ -246,6 +247,19 @@ def test_a_deep_model_is_planned_from_two_small_depths(family, options):
     period = options["checkpointing"] if isinstance(options["checkpointing"], int) else 1
     quick = simulate_layers(config, period, True, shapes=ROWS, **options)
     assert sum(biggest(quick).values()) == pytest.approx(sum(biggest(whole).values()), rel=0.02)
+
+
+@pytest.mark.parametrize("target, depths", [(None, {2, 3}), (["layers.0.self_attn.q_proj"], {12})])
+def test_an_adapter_of_single_layers_is_planned_whole(monkeypatch, target, depths):
+    seen = set()
+    step = simulate.simulate_step
+    monkeypatch.setattr(
+        cost, "simulate_step", lambda config, **o: seen.add(config.num_hidden_layers) or step(config, **o)
+    )
+    peft = ("lora", vars(lora.Options(target_modules=target)))
+    options = {"lengths": cost.Lengths(64), "micro_batch_size": 2, "precision": "bf16"}
+    assert cost.memory(llama.Config(**SHAPE, num_hidden_layers=12), peft=peft, **options)["frozen weights"] > 0
+    assert seen == depths
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
 QUERY_BLOCK = 128  # largest number of queries whose scores are in memory at a time
@@ -83,7 +83,7 @@ def keys_by_block(
         yield i, slice(first, min(keys, (i + 1) * queries) if causal else keys)
 
 
-@torch.library.custom_op("llmkit::block_attention", mutates_args=())
+@library.custom_op("llmkit::block_attention", mutates_args=())
 def block_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, groups: int, causal: bool, window: int | None, compiled: bool
 ) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,7 @@ def block_attention(
     return out, lse
 
 
-@torch.library.custom_op("llmkit::block_attention_backward", mutates_args=())
+@library.custom_op("llmkit::block_attention_backward", mutates_args=())
 def block_attention_backward(
     d_out: Tensor,
     q: Tensor,

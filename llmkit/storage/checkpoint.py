@@ -51,7 +51,7 @@ def save(
     keep         number of the newest to keep; the best by val loss and those that other runs need are kept too
     """
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
-    with complete(folder) as temporary:
+    with temporary_folder(folder) as temporary:
         for leftover in folder.parent.glob("step-*.tmp"):  # of a process that was killed while it saved or deleted
             delete(leftover)
         (temporary / "trainer").mkdir(parents=True)
@@ -85,7 +85,7 @@ def save(
 
 def try_to_save(run_dir: Path, write_model: Callable[[Path], None]) -> None:
     """Write the model of a checkpoint and delete it: a run that can't save ends before its first step."""
-    with complete(run_dir / "checkpoints" / "step-000000") as temporary:
+    with temporary_folder(run_dir / "checkpoints" / "step-000000") as temporary:
         delete(temporary)
         temporary.mkdir(parents=True)
         write_model(temporary)
@@ -93,7 +93,7 @@ def try_to_save(run_dir: Path, write_model: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def complete(folder: Path) -> Iterator[Path]:
+def temporary_folder(folder: Path) -> Iterator[Path]:
     """Give the temporary folder of a checkpoint, which is deleted if it can't be written."""
     temporary = folder.with_name(folder.name + ".tmp")
     try:

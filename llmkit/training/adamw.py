@@ -1,6 +1,7 @@
 """Define AdamW with state in fewer bits, and with cautious weight decay."""
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,22 +26,25 @@ def round_to_bf16(x: Tensor, step: Tensor) -> Tensor:
 # ---- 8 bits: block-wise dynamic quantization (Dettmers et al. 2021, arXiv:2110.02861) --------------------------------
 
 
-def dynamic_values(signed: bool) -> list[float]:
+def dynamic_values(signed: bool) -> Tensor:
     """Return the 256 values in [-1, 1] or [0, 1], in ascending order: seven decades, the higher the finer."""
     values = [torch.tensor([0.0, 1.0])]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1)
         centres = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - 6)
         values += [centres, -centres] if signed else [centres]
-    return torch.cat(values).sort().values.tolist()
+    return torch.cat(values).sort().values
 
 
-VALUES = {signed: dynamic_values(signed) for signed in (True, False)}
+VALUES = {
+    signed: dynamic_values(signed) for signed in (True, False)
+}  # made on import, so never in a plan, without data
 
 
+@cache
 def dynamic_map(signed: bool, device: torch.device) -> Tensor:
-    """Return `dynamic_values` as a tensor."""
-    return torch.tensor(VALUES[signed], device=device)
+    """Return `dynamic_values` on a device, copied to it once."""
+    return VALUES[signed].to(device)
 
 
 def quantize(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:

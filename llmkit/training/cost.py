@@ -15,7 +15,7 @@ from llmkit.peft import METHODS
 from llmkit.training.optim import OPTIMIZERS
 from llmkit.training.simulate import simulate_step
 
-KEPT = ("trained weights", "frozen weights", "optimizer")  # parts of the memory that no other setting makes smaller
+KEPT = ("trained weights", "frozen weights", "optimizer")  # parts of the memory that each step has
 # Resident memory on Linux beside tensors, fitted to the runs of scripts/measure_memory.py: of the process, of what
 # compiling leaves, and of the gaps between tensors that come and go, as shares of their parts.
 RUNTIME_BYTES, COMPILER_BYTES = 440 * 2**20, 80 * 2**20
@@ -147,7 +147,7 @@ def memory(
     phases = simulate_layers(
         config,
         period=1 if isinstance(checkpointing, str) else checkpointing,
-        alike=not re.search(r"\d\.|\.\d", str(peft)),  # an adapter may change some layers alone
+        alike=not re.search(r"[^\W\d]\.\d", str(peft)),  # an adapter may change some layers alone
         shapes=shapes,
         change=change if peft else None,
         make_optimizers=lambda model: OPTIMIZERS[optimizer[0]](model, **optimizer[1]),

@@ -161,7 +161,7 @@ def simulate_step(
     averages         whether there is an average of the weights
     """
     ledger, dtype = Ledger(), DTYPES[precision]
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):  # constants of a module have data
         model = family_of(config).build(config)
         if change:
             for p in model.parameters():
