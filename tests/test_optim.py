@@ -15,7 +15,18 @@ from llmkit.storage.checkpoint import optimizer_tensors, restore_optimizers
 from llmkit.training.adamw import AdamW, dequantize, dynamic_map, quantize, round_to_bf16
 from llmkit.training.cost import make_plan
 from llmkit.training.fit import check_memory
-from llmkit.training.optim import Muon, adamw, adamw8bit, clip, muon, muon_matrices, orthogonalize, set_lr, sgd
+from llmkit.training.optim import (
+    Muon,
+    adamw,
+    adamw8bit,
+    clip,
+    muon,
+    muon_matrices,
+    newton_schulz_dtype,
+    orthogonalize,
+    set_lr,
+    sgd,
+)
 from llmkit.training.schedules import constant, cosine, linear, wsd
 
 SMALL = {"vocab_size": 17, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -74,6 +85,13 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape):
     values = torch.linalg.svdvals(orthogonalize(random(*shape)).float())
     assert values.min() > 0.3  # a square random matrix has tiny ones, which five steps lift but not all the way
     assert values.max() < 1.3
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_newton_schulz_runs_in_bf16_only_where_the_device_multiplies_it(monkeypatch, fast, dtype):
+    monkeypatch.setattr("llmkit.training.optim.has_fast_bf16", lambda device: fast)
+    monkeypatch.setattr("llmkit.training.optim.newton_schulz_dtype", newton_schulz_dtype.__wrapped__)  # not cached
+    assert orthogonalize(random(2, 4, 6)).dtype == dtype
 
 
 def test_orthogonalizing_zero_gives_zero():
