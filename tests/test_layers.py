@@ -3,8 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import flex_attention
 
+from llmkit.models import CONFIGS, build_model
 from llmkit.models.attention import attend, grouped_attention, visible
+from llmkit.models.block_mask import make_block_mask
 from llmkit.models.blockwise import keys_by_block
 from llmkit.models.loss import ChunkLoss, linear_cross_entropy, rows_in_chunk
 from llmkit.types import IGNORE_INDEX
@@ -204,6 +208,77 @@ def test_attention_by_blocks_learns_what_is_added_to_the_scores(heads):
     upstream = random(*theirs.shape, seed=9)
     for a, b in zip(*(torch.autograd.grad(one, [q, k, v, bias], upstream) for one in (ours, theirs)), strict=True):
         equal(a, b)
+
+
+# ---- block masks, which a GPU reads ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch):
+    """Let FlexAttention compute gradients on a CPU: its plain implementation can, but torch refuses."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+
+
+def documents(length: int, padding: int = 0, seed: int = 3) -> torch.Tensor:
+    """Return segments (2, T): documents of random lengths, then padding."""
+    segments = (torch.rand(2, length, generator=torch.Generator().manual_seed(seed)) < 0.01).cumsum(1)
+    segments[:, length - padding :] = -1
+    return segments
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 300])
+@pytest.mark.parametrize("length", [5, 128, 700])
+def test_block_masks_list_the_blocks_that_torch_finds_in_the_whole_mask(length, window):
+    for segments in (None, documents(length)):
+        mask = make_block_mask(segments, length, window, torch.device("cpu"))
+        rows = None if segments is None else 2
+        theirs = flex_attention.create_block_mask(mask.mask_mod, rows, None, length, length, device="cpu")
+        assert mask.shape == theirs.shape and torch.equal(mask.to_dense(), theirs.to_dense())
+        whole = theirs.full_kv_num_blocks.sum() if length > 128 else 0
+        assert mask.full_kv_num_blocks.sum() == whole
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.usefixtures("flex_on_cpu")
+def test_attention_with_block_masks_equals_sdpa(kv_heads, window):
+    q, k, v = qkv(700, kv_heads)
+    segments, columns = documents(700, padding=90), torch.arange(700)
+    dense = visible(columns[:, None], columns, window) & (segments[:, None, :, None] == segments[:, None, None])
+    mask = make_block_mask(segments, 700, window, q.device)
+    ours = attend(q, k, v, mask, window=window)
+    theirs = F.scaled_dot_product_attention(q, k, v, dense, enable_gqa=True).transpose(1, 2).flatten(2)
+    equal(ours, theirs)
+    upstream = random(*theirs.shape, seed=9)
+    for a, b in zip(*(torch.autograd.grad(one, [q, k, v], upstream) for one in (ours, theirs)), strict=True):
+        equal(a, b)
+    torch.manual_seed(0)
+    dropped = attend(q, k, v, mask, 0.5, window=window)
+    torch.manual_seed(0)
+    equal(dropped, attend(q, k, v, dense, 0.5, window=window))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "gemma", "bert"])
+@pytest.mark.usefixtures("flex_on_cpu")
+def test_models_read_block_masks_and_compile_once_for_all_of_them(family):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+    windows = {"sliding_window": 60} if family == "mistral" else {}
+    plain, ours = (build_model(CONFIGS[family](**sizes, **windows, max_position_embeddings=300), seed=0) for _ in "ab")
+    ours.block_masks, counter = True, CompileCounterWithBackend("aot_eager")
+    for block in ours.blocks:
+        block.compile(backend=counter, fullgraph=True, dynamic=False)
+    for seed in range(2):
+        ids = torch.randint(50, (2, 300), generator=torch.Generator().manual_seed(seed))
+        inputs = {"input_ids": ids, "labels": ids.flip(1), "segments": documents(300, seed=seed)}
+        losses = [model(**inputs) for model in (plain, ours)]
+        equal(*losses)
+        for a, b in zip(*(torch.autograd.grad(loss, one.blocks.parameters()) for loss, one in
+                          zip(losses, (plain, ours), strict=True)), strict=True):  # fmt: skip
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1  # blocks share a program
+
+
+# ---- attention in blocks of queries, on a CPU -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [12, 130, 512])

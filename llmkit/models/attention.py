@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from llmkit.models.block_mask import BlockMask, block_masked_attention, dense, make_block_mask
 from llmkit.models.blockwise import QUERY_BLOCK, block_attention
 
 Window = int | None  # number of keys that a query may see, including its own; None: all up to its own
-Masks = dict[Window, Tensor | None]  # one mask for all layers with the same window, as `attend` takes it
+Masks = dict[Window, Tensor | BlockMask | None]  # one mask for all layers with the same window, as `attend` takes it
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------
@@ -151,19 +152,28 @@ def visible(queries: Tensor, keys: Tensor, window: Window) -> Tensor:
 
 
 def attention_mask(
-    segments: Tensor | None, length: int, window: Window, device: torch.device, *, causal: bool = True
-) -> Tensor | None:
+    segments: Tensor | None,
+    length: int,
+    window: Window,
+    device: torch.device,
+    *,
+    causal: bool = True,
+    in_blocks: bool = False,
+) -> Tensor | BlockMask | None:
     """Return the mask of `length` tokens without a cache, as `attend` takes it.
 
-    segments  (B, T) document number of each token: documents do not see each other; None: one document
+    segments   (B, T) document number of each token: documents do not see each other; None: one document
+    in_blocks  return a block mask, for compiled attention on a GPU
     """
+    if in_blocks and (segments is not None or (window is not None and window < length)):
+        return make_block_mask(segments, length, window, device, causal=causal)
     if segments is None:
         return None
     if not causal:
         return same_segment(segments)
     columns = torch.arange(length, device=device)
     seen = visible(columns[:, None], columns, window)
-    return seen if segments is None else seen & same_segment(segments)
+    return seen & same_segment(segments)
 
 
 def same_segment(segments: Tensor) -> Tensor:
@@ -178,7 +188,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
+    mask: Tensor | BlockMask | None,
     dropout: float = 0.0,
     *,
     causal: bool = True,
@@ -187,7 +197,8 @@ def attend(
 ) -> Tensor:
     """Return the attention of q (B, H, T, D) over k, v (B, kv heads, S, D), with the heads joined: (B, T, H * D).
 
-    mask    broadcasts to (B, H, T, S): True where query t may see key s, or numbers that are added to the scores
+    mask    broadcasts to (B, H, T, S): True where query t may see key s, or numbers that are added to the scores; or
+            a block mask
     causal  without a mask: each token sees itself and earlier tokens, or (False) all tokens
     scale   of the scores; None: D^-1/2
 
@@ -196,6 +207,10 @@ def attend(
     On a CPU, a single query is a sum of products when compiled, and windows and compiled blocks are computed by
     `block_attention`, a fifth faster than SDPA at T 256. Everything else is SDPA.
     """
+    if isinstance(mask, BlockMask):
+        if not dropout:  # which FlexAttention does not have
+            return block_masked_attention(q, k, v, mask, scale).transpose(1, 2).flatten(2)
+        mask = dense(mask, len(q), q.shape[2], q.device)
     aligned, on_cpu, compiled = q.shape[2] == k.shape[2], q.device.type == "cpu", torch.compiler.is_compiling()
     window = window if causal and aligned and window is not None and window < q.shape[2] else None
     if on_cpu and compiled and q.shape[2] == 1:

@@ -120,6 +120,8 @@ class Predictions(nn.Module):
 
 
 class Model(nn.Module):
+    block_masks = False  # see `CausalLM`
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -148,7 +150,8 @@ class Model(nn.Module):
         length = input_ids.shape[1]
         if positions is None:
             positions = torch.arange(length, device=input_ids.device)
-        mask = attention_mask(segments, length, None, input_ids.device, causal=False)
+        options = {"causal": False, "in_blocks": self.block_masks}
+        mask = attention_mask(segments, length, None, input_ids.device, **options)
         x = self.bert["embeddings"](input_ids, positions, token_type_ids)
         for block in self.blocks:
             x = block(x, mask)

@@ -28,6 +28,8 @@ class CausalLM(nn.Module):
     lm_head  None if it is tied to the embedding
     """
 
+    block_masks = False  # whether masks are block masks, which compiled attention on a GPU reads
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -61,7 +63,8 @@ class CausalLM(nn.Module):
             if positions is None:
                 positions = torch.arange(length, device=input_ids.device)
             windows = dict.fromkeys(self.config.windows)
-            masks = {window: attention_mask(segments, length, window, input_ids.device) for window in windows}
+            options = {"device": input_ids.device, "in_blocks": self.block_masks}
+            masks = {window: attention_mask(segments, length, window, **options) for window in windows}
         x, rope = self.embed(input_ids, positions)
         balances = []
         for layer, block in enumerate(self.blocks):

@@ -59,5 +59,6 @@ def compile_blocks(model: nn.Module, device: torch.device, precision: str) -> No
         torch._functorch.config.activation_memory_budget = 0.9
         # tanh by exp: GELU takes half of the time, a step of GPT-2 6 x 384 3 % less.
         torch._inductor.config.cpp.use_decompose_tanh = True
+    model.block_masks = device.type == "cuda"  # T5 does not read it: its masks are sums with biases of distances
     for part in (*model.blocks, model.chunk_loss):
         part.compile(fullgraph=True, dynamic=False)
