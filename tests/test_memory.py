@@ -13,12 +13,13 @@ import yaml
 from conftest import llmkit, metrics, tiny_config
 from test_train import run, steps, weights, worst
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from llmkit.config.load import load_config
 from llmkit.errors import ENVIRONMENT, MachineError, is_out_of_memory
 from llmkit.models import CONFIGS, build_model, llama
 from llmkit.parallel import memory
-from llmkit.parallel.compile import compile_blocks
+from llmkit.parallel.compile import apply_checkpointing, compile_blocks
 from llmkit.peft import lora
 from llmkit.storage import checkpoint
 from llmkit.training import cost, simulate
@@ -349,3 +350,38 @@ except Exception as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"
+
+
+# ---- blocks that are computed twice ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_selective_recomputation_repeats_no_product_and_keeps_less(family):
+    """The FLOPs of the backward pass tell what it computes again: FlopCounterMode counts products and attention."""
+    config = CONFIGS[family](vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    ids = torch.randint(64, (2, 48), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids.flip(1)} | ({"decoder_input_ids": ids} if family == "t5" else {})
+    flops, grads = {}, {}
+    for mode in ("none", "selective", 0.5, "full"):
+        model = build_model(config, seed=0)
+        apply_checkpointing(model, mode)
+        with FlopCounterMode(display=False) as counter:
+            model(**batch).backward()
+        flops[mode] = counter.get_total_flops()
+        grads[mode] = [p.grad for p in model.parameters() if p.grad is not None]
+    for mode in ("selective", 0.5, "full"):
+        for a, b in zip(grads["none"], grads[mode], strict=True):
+            torch.testing.assert_close(a, b)
+    assert flops["none"] == flops["selective"] < flops[0.5] < flops["full"]
+    planned = {
+        mode: cost.memory(
+            config,
+            lengths=cost.Lengths(48, 48 if family == "t5" else 0),
+            micro_batch_size=2,
+            precision="fp32",
+            checkpointing=mode,
+            compiled=False,
+        )["activations"]
+        for mode in flops
+    }
+    assert planned["none"] > planned["selective"] > planned[0.5]

@@ -29,8 +29,11 @@ class Train(Section):
     """Gradients with a larger norm are scaled down to it; null: never."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the device is fast with it, else fp32."""
-    gradient_checkpointing: Literal["auto", "none", "full"] | Count = "auto"
-    """Save memory by computing blocks twice: none, full, or k: every k-th block; auto: only where it does not fit."""
+    gradient_checkpointing: (
+        Literal["auto", "none", "selective", "full"] | Count | Annotated[float, Field(gt=0, lt=1)]
+    ) = "auto"
+    """Save memory by computing parts of blocks twice. selective: all but matrix products; 0.5: also half of these;
+    k: all of every k-th block; full: all of every block; auto: as little as fits."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the model with torch.compile; auto: where it pays."""
     deterministic: bool = False

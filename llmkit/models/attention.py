@@ -1,12 +1,11 @@
 """Compute attention, its masks and the KV cache. Shapes: B rows, T tokens, S keys, H heads, D channels per head."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from llmkit.models.block_mask import BlockMask, block_masked_attention, dense, make_block_mask
 from llmkit.models.blockwise import QUERY_BLOCK, block_attention
@@ -226,15 +225,6 @@ def attend(
         grouped = False
     out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2).flatten(2)
-
-
-def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Wrap a function so that the backward pass recomputes its activations (Chen et al. 2016, arXiv:1604.06174)."""
-
-    def wrapper(*args):  # not a functools.partial, which torch.compile does not trace
-        return checkpoint(function, *args, use_reentrant=False)
-
-    return wrapper
 
 
 def grouped_attention(

@@ -3,28 +3,73 @@
 import importlib.util
 import shutil
 import sysconfig
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch._functorch.config
 import torch._inductor.config
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from llmkit.errors import MachineError
 from llmkit.models import family_of
-from llmkit.models.attention import recomputed
+
+# Operations whose results take long to compute again. A compiled program keeps them, and recomputes all others in the
+# backward pass, as torch decides with the budget that `compile_blocks` sets: compared for GPT-2, Llama and LoRA.
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "embedding", "_scaled_dot_product", "block_attention")
+
+SELECTIVE = 0.9  # share of its activations that a compiled block keeps if it recomputes what is cheap
 
 
-def apply_checkpointing(model: nn.Module, mode: str | int) -> int:
-    """Make blocks recompute their activations in the backward pass; return how many do so.
+def apply_checkpointing(model: nn.Module, mode: str | float) -> None:
+    """Make blocks recompute their activations in the backward pass.
 
-    mode  none, full (every block), or k (every k-th block)
+    mode  none; selective: all but the results of products; a number below 1: also some of these, so that this share of
+          them is kept; k: every k-th block, all of it; full: all of every block
     """
-    every = {"none": 0, "full": 1}.get(mode, mode)
-    chosen = [block for i, block in enumerate(model.blocks) if every and i % every == 0]
-    for block in chosen:
-        block.forward = recomputed(block.forward)
-    return len(chosen)
+    named = {"none": (0, 0.0), "selective": (1, 1.0), "full": (1, 0.0)}
+    every, kept = named[mode] if isinstance(mode, str) else (1, mode) if isinstance(mode, float) else (mode, 0.0)
+    for block in list(model.blocks)[::every] if every else []:
+        block.forward = recomputed(block.forward, kept)
+
+
+def describe_checkpointing(mode: str | float) -> str:
+    """Return in words what the backward pass recomputes, see `apply_checkpointing`."""
+    if isinstance(mode, float):
+        return f"all but {mode:.0%} of the matrix products recomputed"
+    if isinstance(mode, int):
+        return f"one in {mode} recomputed"
+    return {"none": "none", "selective": "all but matrix products", "full": "all"}[mode] + " recomputed"
+
+
+def recomputed(function: Callable[..., Tensor], kept: float = 0.0) -> Callable[..., Tensor]:
+    """Wrap a function so that the backward pass recomputes its activations (Chen et al. 2016, arXiv:1604.06174).
+
+    kept  share of the results of PRODUCTS that stay in memory (selective recomputation: Korthikanti et al. 2022,
+          arXiv:2205.05198)
+    """
+
+    def contexts():
+        calls: Counter[bool] = Counter()  # of products, in the forward pass and again
+
+        def policy(context, operation, *args, **kwargs):
+            if not operation.__name__.startswith(PRODUCTS):
+                return CheckpointPolicy.PREFER_RECOMPUTE
+            calls[context.is_recompute] += 1
+            number = calls[context.is_recompute]
+            keep = int(number * kept) > int((number - 1) * kept)  # evenly spread over the block
+            return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+        return create_selective_checkpoint_contexts(policy)
+
+    def wrapper(*args):  # not a functools.partial, which torch.compile does not trace
+        if kept:
+            return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+        return checkpoint(function, *args, use_reentrant=False)
+
+    return wrapper
 
 
 def missing_compiler(device: torch.device) -> str | None:
@@ -48,17 +93,25 @@ def compile_obstacle(model: nn.Module, device: torch.device, precision: str) -> 
     return missing_compiler(device)
 
 
-def compile_blocks(model: nn.Module, device: torch.device, precision: str) -> None:
-    """Compile the loss, and each block by itself, so that blocks share one program."""
+def compile_blocks(model: nn.Module, device: torch.device, precision: str, checkpointing: str | float = "none") -> None:
+    """Compile the loss, and each block by itself, so that blocks share one program.
+
+    checkpointing  the mode of `apply_checkpointing`; torch's partitioner chooses what it keeps of a block by itself
+    """
     if reason := compile_obstacle(model, device, precision):
         fix = "install what is missing, or set train.compile to auto"
         raise MachineError(f"train.compile: true is not possible: {reason}", fix=fix)
     if device.type == "cpu":
         # Recompute cheap operations (norms, activations): this saves an eighth of the memory in pretraining, and more
         # with LoRA, at the same speed. Not measured on a GPU.
-        torch._functorch.config.activation_memory_budget = 0.9
+        torch._functorch.config.activation_memory_budget = SELECTIVE
         # tanh by exp: GELU takes half of the time, a step of GPT-2 6 x 384 3 % less.
         torch._inductor.config.cpp.use_decompose_tanh = True
+    if checkpointing == "selective" or isinstance(checkpointing, float):
+        budget = SELECTIVE if checkpointing == "selective" else min(checkpointing, SELECTIVE)
+        torch._functorch.config.activation_memory_budget = budget
+        for block in model.blocks:
+            del block.forward  # the wrapper of `apply_checkpointing`
     model.block_masks = device.type == "cuda"  # T5 does not read it: its masks are sums with biases of distances
     for part in (*model.blocks, model.chunk_loss):
         part.compile(fullgraph=True, dynamic=False)

@@ -121,7 +121,7 @@ def memory(
     peft: tuple[str, dict[str, Any]] | None = None,
     new_rows: int = 0,
     optimizer: tuple[str, dict[str, Any]] = ("adamw", {}),
-    checkpointing: str | int = "none",
+    checkpointing: str | float = "none",
     compiled: bool = True,
     packed: bool = False,
     accumulates: bool = False,
@@ -146,7 +146,7 @@ def memory(
 
     phases = simulate_layers(
         config,
-        period=1 if isinstance(checkpointing, str) else checkpointing,
+        period=checkpointing if isinstance(checkpointing, int) else 1,
         alike=not re.search(r"[^\W\d]\.\d", str(peft)),  # an adapter may change some layers alone
         shapes=shapes,
         change=change if peft else None,

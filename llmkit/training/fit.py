@@ -13,7 +13,7 @@ from llmkit.training.cost import KEPT, Lengths, Plan, make_plan
 
 CPU_MICRO_TOKENS, GPU_MICRO_TOKENS = 8192, 65_536  # more tokens in a forward bring no more speed
 MEMORY_SHARE = 0.85  # of the memory that what is chosen may plan to fill: the rest is for what the plan gets wrong
-RECOMPUTED = ("none", 4, 2, "full")  # values of gradient_checkpointing, from the fastest to the smallest
+RECOMPUTED = ("none", "selective", 0.5, "full")  # values of gradient_checkpointing, from the fastest to the smallest
 SHORTEST = 128  # tokens of a row, below which a shorter row is no help worth naming
 
 Options = dict[str, dict[str, Any]]

@@ -18,7 +18,7 @@ from llmkit.config.schema import Config
 from llmkit.corpus.build import needs_build
 from llmkit.errors import INTERRUPTED, UserError
 from llmkit.inference.generate import stream
-from llmkit.parallel.compile import apply_checkpointing, compile_blocks
+from llmkit.parallel.compile import apply_checkpointing, compile_blocks, describe_checkpointing
 from llmkit.parallel.device import DTYPES, autocast, device_name, make_deterministic, matmul_rate, peak_flops, to_device
 from llmkit.parallel.signals import Signals
 from llmkit.parallel.world import World, start_world
@@ -103,16 +103,16 @@ def take_steps(
     """Make the model, restore the checkpoint `resumed`, and train to the last step. The order is important."""
     config, world, device = run.config, run.world, run.world.device
     model = make_model(run, resumed)
-    recomputed = apply_checkpointing(model, config.train.gradient_checkpointing)
+    apply_checkpointing(model, config.train.gradient_checkpointing)
     within_memory = partial(retry_smaller, run, model, directory, say)
     batches = run.batches("train", config.train.global_batch_size)
     done = step_of(resumed) if resumed else 0
     compiled, reason = within_memory(partial(choose_compile, run, model, batches, done))
     run.config = config = with_train(run.config, compile=compiled)
     if compiled:
-        compile_blocks(model, device, run.precision)
+        compile_blocks(model, device, run.precision, config.train.gradient_checkpointing)
     how = f"compiled: {'every block, and the loss' if compiled else 'no'} ({reason})"
-    say(f"{'blocks':>10}  {len(model.blocks)}, {recomputed} recomputed in the backward, {how}")
+    say(f"{'blocks':>10}  {len(model.blocks)}, {describe_checkpointing(config.train.gradient_checkpointing)}, {how}")
 
     optimizers = OPTIMIZERS[config.optimizer.name](model, world, **run.options["optimizer"])
     trained = [p for p in model.parameters() if p.requires_grad]

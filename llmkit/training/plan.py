@@ -11,6 +11,7 @@ from llmkit.config.schema import Config
 from llmkit.errors import ModelError
 from llmkit.models import build_model
 from llmkit.parallel.catalog import CONTEXT_BYTES, choose_gpu
+from llmkit.parallel.compile import describe_checkpointing
 from llmkit.parallel.device import DTYPES, choose_precision, device_name, matmul_rate, memory_rate
 from llmkit.parallel.memory import free_memory
 from llmkit.parallel.world import start_world
@@ -157,16 +158,14 @@ def plan_rows(figures: dict[str, Any]) -> dict[str, str]:
     """Return the figures of `plan_config` as people read them."""
     gib, devices = 2**30, figures["devices"]
     each = " on each of them" if devices > 1 else ""
-    recomputed = {"none": "", "full": ", every block recomputed"}
-    mode = figures["gradient_checkpointing"]
     rows = {
         "parameters": f"{figures['parameters']:,}",
         "trained": f"{figures['trained']:,}",
         **{f"  {part}": f"{number:,}" for part, number in figures["parameters_by_part"].items()},
         "FLOPs per token": format_count(figures["flops_per_token"]),
         "device": f"{devices} x {figures['device']}" if devices > 1 else figures["device"],
-        "micro-batch": f"{figures['micro_batch_size']} x {figures['seq_len']} tokens, {figures['precision']}"
-        + recomputed.get(mode, f", every {mode} blocks one recomputed"),
+        "micro-batch": f"{figures['micro_batch_size']} x {figures['seq_len']} tokens, {figures['precision']}",
+        "blocks": describe_checkpointing(figures["gradient_checkpointing"]),
         "largest": f"{figures['largest_micro_batch_size']} rows would fit",
         "peak memory": f"{figures['peak_memory'] / gib:.2f} of {figures['device_memory'] / gib:.1f} GiB free{each}",
         **{f"  {part}": f"{size / gib:.3f} GiB" for part, size in figures["memory_by_part"].items()},

@@ -18,15 +18,12 @@ from torch.utils._pytree import tree_leaves
 from llmkit.models import family_of
 from llmkit.models.family import Config
 from llmkit.objectives.lm import sum_of_losses
-from llmkit.parallel.compile import apply_checkpointing
+from llmkit.parallel.compile import PRODUCTS, apply_checkpointing
 from llmkit.parallel.device import DTYPES
 from llmkit.training.average import start_average
 from llmkit.training.optim import clip, make_state
 
 Parts = dict[str, int]  # what made tensors -> their bytes
-# Results that a compiled program keeps. All others are recomputed from them in the backward pass, which is what torch's
-# partitioner does with the budget that `compile_blocks` sets. The kept tensors were compared for GPT-2, Llama and LoRA.
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "embedding", "_scaled_dot_product")
 
 
 class Ledger(TorchDispatchMode):
@@ -145,7 +142,7 @@ def simulate_step(
     change: Callable[[nn.Module], None] | None,
     make_optimizers: Callable[[nn.Module], list[torch.optim.Optimizer]],
     precision: str,
-    checkpointing: str | int,
+    checkpointing: str | float,
     compiled: bool,
     accumulates: bool,
     averages: bool,
