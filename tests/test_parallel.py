@@ -1,11 +1,13 @@
-"""Test what the machine decides: the precision of "auto", and `deterministic`."""
+"""Test what the machine decides: the precision of "auto", fp8, and `deterministic`."""
 
 import pytest
 import torch
 
 from llmkit.errors import MachineError
+from llmkit.models import CONFIGS, build_model
 from llmkit.parallel.compile import missing_compiler
 from llmkit.parallel.device import choose_precision, describe_precision, make_deterministic
+from llmkit.parallel.fp8 import apply_fp8, fp8_obstacle
 from llmkit.parallel.world import start_world
 
 CPU = torch.device("cpu")
@@ -77,3 +79,40 @@ def test_fp32_products_on_a_gpu_are_fp32_whatever_was_set_before(monkeypatch):
         assert torch.get_float32_matmul_precision() == "highest"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+# ---- fp8 ------------------------------------------------------------------------------------------------------------
+
+
+def test_fp8_is_for_large_linears_of_the_blocks_and_close_to_bf16(monkeypatch):
+    """Rounded to fp8, and multiplied in bf16: what a GPU computes, but for the order of its sums."""
+    monkeypatch.setattr("llmkit.parallel.fp8.LARGE", 64)
+    config = CONFIGS["llama"](vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                              num_key_value_heads=2)  # fmt: skip
+    plain, ours = (build_model(config, seed=0) for _ in range(2))
+    assert apply_fp8(ours, emulate=True) == 2 * 5  # not the keys and values, which are 32 wide
+    assert type(ours.lm_head) is type(plain.lm_head) and ours.state_dict().keys() == plain.state_dict().keys()
+    ids = torch.randint(128, (4, 64), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for model in (plain, ours):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(model(ids, ids.flip(1)))
+        losses[-1].backward()
+    assert losses[0].item() != losses[1].item() and losses[0].item() == pytest.approx(losses[1].item(), rel=1e-3)
+    for a, b in zip(plain.parameters(), ours.parameters(), strict=True):
+        assert (a.grad - b.grad).norm() < 0.15 * a.grad.norm()
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "precision", "reason"),
+    [
+        ("cpu", None, "bf16", "compute capability 8.9"),
+        ("cuda", (8, 0), "bf16", "compute capability 8.9"),
+        ("cuda", (9, 0), "fp32", "precision: bf16"),
+        ("cuda", (8, 9), "bf16", None),
+    ],
+)
+def test_fp8_needs_a_gpu_that_multiplies_it(monkeypatch, device, capability, precision, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = fp8_obstacle(torch.device(device), precision)
+    assert found is None if reason is None else reason in found

@@ -29,6 +29,8 @@ class Train(Section):
     """Gradients with a larger norm are scaled down to it; null: never."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the device is fast with it, else fp32."""
+    fp8: bool = False
+    """Compute the products of large linear layers in fp8 (torchao), on a GPU that can; the rest in bf16."""
     gradient_checkpointing: (
         Literal["auto", "none", "selective", "full"] | Count | Annotated[float, Field(gt=0, lt=1)]
     ) = "auto"

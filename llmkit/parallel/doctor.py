@@ -20,6 +20,7 @@ EXTRAS = {  # an extra in pyproject.toml -> a module that it installs
     "gguf": "gguf",
     "serve": "starlette",
     "classifier": "transformers",
+    "fp8": "torchao",
     "cluster": "distributed",
 }
 

@@ -20,6 +20,7 @@ from llmkit.errors import INTERRUPTED, UserError
 from llmkit.inference.generate import stream
 from llmkit.parallel.compile import apply_checkpointing, compile_blocks, describe_checkpointing
 from llmkit.parallel.device import DTYPES, autocast, device_name, make_deterministic, matmul_rate, peak_flops, to_device
+from llmkit.parallel.fp8 import apply_fp8
 from llmkit.parallel.signals import Signals
 from llmkit.parallel.world import World, start_world
 from llmkit.screen import format_duration
@@ -103,6 +104,8 @@ def take_steps(
     """Make the model, restore the checkpoint `resumed`, and train to the last step. The order is important."""
     config, world, device = run.config, run.world, run.world.device
     model = make_model(run, resumed)
+    if config.train.fp8:
+        say(f"{'fp8':>10}  the products of {apply_fp8(model)} linear layers")
     apply_checkpointing(model, config.train.gradient_checkpointing)
     within_memory = partial(retry_smaller, run, model, directory, say)
     batches = run.batches("train", config.train.global_batch_size)

@@ -36,9 +36,9 @@ from llmkit.training.fit import MEMORY_SHARE, cheapest_change, check_memory, cho
 from llmkit.training.resolve import (
     Options,
     check_choices,
+    check_machine,
     check_max_epochs,
     check_method,
-    check_packages,
     check_warmup,
     choose_objective,
     complete_records,
@@ -135,7 +135,7 @@ def prepare(
            is deleted when this process ends
     """
     checked = check(config, world.size, fresh=fresh)
-    check_packages(config)
+    check_machine(config, world.device)
     config, options, model_config = checked.config, checked.options, checked.model_config
     check_own(Path(config.run_dir))
     if config.data.kind == "sft":  # its records are encoded into the run directory

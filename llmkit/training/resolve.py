@@ -7,6 +7,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmkit.config.data import CorpusData
 from llmkit.config.fields import Choice
 from llmkit.config.load import check_options
@@ -14,6 +16,8 @@ from llmkit.config.schema import Config, Train
 from llmkit.errors import DataError, MachineError, UserError, did_you_mean, raise_all
 from llmkit.models import CONFIGS, build_model, shape_problems
 from llmkit.objectives import OBJECTIVES, fitting_objectives
+from llmkit.parallel.device import choose_precision
+from llmkit.parallel.fp8 import fp8_obstacle
 from llmkit.peft import METHODS
 from llmkit.readers.records import DOCUMENT_FORMATS, suffix_of
 from llmkit.records.layouts import FIELDS
@@ -123,6 +127,8 @@ def find_problems(config: Config, options: Options, model_config: Any, ranks: in
             "data.seq_len", "is over the model's longest position", got=seq_len, expected=expected, fix=fix
         )
     yield from check_warmup(config, options, config.train.max_steps)
+    if config.train.fp8 and config.peft:
+        yield config.error("train.fp8", "trains whole models: an adapter's base stays as it is", fix="delete it")
     if (size := config.train.global_batch_size) % ranks:
         yield config.error(
             "train.global_batch_size", "is not a multiple of the number of ranks", got=f"{size}, {ranks}"
@@ -161,11 +167,14 @@ def check_method(config: Config, options: dict[str, Any], model_config: Any) -> 
         raise config.error("optimizer.name", what, got="muon", fix="optimizer.name: adamw")
 
 
-def check_packages(config: Config) -> None:
-    """Raise a MachineError if the run needs a package that is not installed."""
+def check_machine(config: Config, device: torch.device) -> None:
+    """Raise a MachineError if the run needs a package that is not installed, or a device that can do more."""
     if config.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
         fix = "pip install 'llmkit[tensorboard]'"
         raise config.error("log.tensorboard", "needs the tensorboard package", kind=MachineError, fix=fix)
+    precision = choose_precision(config.train.precision, device)
+    if config.train.fp8 and (reason := fp8_obstacle(device, precision)):
+        raise config.error("train.fp8", reason, kind=MachineError, fix="delete it")
 
 
 def check_run_dir(config: Config) -> Iterator[UserError]:
