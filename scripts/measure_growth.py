@@ -5,8 +5,9 @@
     python scripts/measure_growth.py files --small    # small inputs, to try a row out
 
 A row is a function that writes its inputs to a folder, measures commands with `measure` and yields lines of the table.
-CPU seconds are those of the process and its workers, with its start; memory is the peak of the largest of them. Linux
-counts the memory of this process, too, until it has become the other one: functions keep no large inputs.
+CPU seconds are those of the process and its workers, with its start, but for steps and tokens: these are timed alone,
+when all is compiled. Memory is the peak of the largest process. Linux counts the memory of this process, too, until it
+has become the other one: functions keep no large inputs.
 """
 
 import argparse
@@ -34,9 +35,13 @@ Row = tuple[str, str, Cost]  # what is measured, the size of its input, its cost
 
 
 def measure(arguments: list[str], folder: Path) -> Cost:
-    """Run Python with some arguments in a folder, and return what it took. Raise RuntimeError if it fails."""
+    """Run Python with some arguments in a folder, and return what it took. Raise RuntimeError if it fails.
+
+    Programs are compiled in the process itself, and kept in the folder: a new folder has none.
+    """
+    own = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     with (folder / "output.txt").open("w+") as output:
-        process = subprocess.Popen([sys.executable, *arguments], cwd=folder, stdout=output)
+        process = subprocess.Popen([sys.executable, *arguments], cwd=folder, stdout=output, env=os.environ | own)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
@@ -142,7 +147,95 @@ def runs(folder: Path, small: bool) -> Iterator[Row]:
         yield "llmkit runs", f"{number} run folders", measure(["-m", "llmkit", "runs"], folder)
 
 
-ROWS: dict[str, Callable[[Path, bool], Iterator[Row]]] = {"encode": encode, "files": files, "runs": runs}
+STEPS = """
+import sys, time
+from statistics import median
+import torch
+from llmkit.models import CONFIGS, build_model
+from llmkit.parallel.compile import compile_blocks
+from llmkit.parallel.device import DTYPES, autocast, choose_precision
+from llmkit.parallel.world import start_world
+length, window, compiled, steps, width = (int(argument) for argument in sys.argv[1:])
+device = start_world().device
+precision = choose_precision("auto", device)
+model = build_model(CONFIGS["mistral"](
+    vocab_size=2048, hidden_size=width, num_hidden_layers=4, num_attention_heads=width // 64,
+    max_position_embeddings=length, sliding_window=window or None), device=device)
+if compiled:
+    compile_blocks(model, device, precision)
+ids = torch.randint(2048, (1, length + 1), device=device)
+seconds = []
+for _ in range(steps):
+    start = time.process_time()
+    with autocast(device, precision):
+        loss = model(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    seconds.append(time.process_time() - start)
+print(median(seconds))
+"""
+
+
+def compilation(folder: Path, small: bool) -> Iterator[Row]:
+    """Compile a model of four blocks with an empty cache, and take one step."""
+    for length in [64] if small else [256, 1024, 4096]:
+        (folder / str(length)).mkdir()
+        yield (
+            "a first step, compiled with an empty cache",
+            f"T {length}",
+            measure(["-c", STEPS, str(length), "0", "1", "1", "256"], folder / str(length)),
+        )
+
+
+def windows(folder: Path, small: bool) -> Iterator[Row]:
+    """Take steps with and without a sliding window."""
+    sizes, steps, width = ([128], "2", "64") if small else ([2048, 4096], "5", "512")
+    for length, compiled in itertools.product(sizes, [0] if small else [0, 1]):
+        for window in (0, length // 8):
+            cost = measure(["-c", STEPS, str(length), str(window), str(compiled), steps, width], folder)
+            what = f"a step, {'compiled' if compiled else 'eager'}, {f'window {window}' if window else 'no window'}"
+            yield what, f"T {length}", cost._replace(seconds=float(cost.output))
+
+
+WRITE = """
+import sys, time
+import torch
+from llmkit.inference.generate import compile_decoding, generate
+from llmkit.inference.sampling import Sampling
+from llmkit.models import CONFIGS, build_model
+from llmkit.parallel.device import DTYPES, choose_precision
+from llmkit.parallel.world import start_world
+prompt, batch, width = (int(argument) for argument in sys.argv[1:])
+device = start_world().device
+model = build_model(CONFIGS["llama"](
+    vocab_size=8192, hidden_size=width, num_hidden_layers=6, num_attention_heads=width // 64), device=device)
+model = model.to(DTYPES[choose_precision("auto", device)]).eval()
+compile_decoding(model)
+ids = torch.randint(8192, (batch, prompt)).tolist()
+def write(new):
+    start = time.process_time()
+    list(generate(model, ids, max_new_tokens=new, sampling=Sampling(temperature=0), compiled=True))
+    return time.process_time() - start
+write(40)
+one = min(write(1) for _ in range(3))
+print((min(write(40) for _ in range(3)) - one) / 39 * 1000)
+"""
+
+
+def writing(folder: Path, small: bool) -> Iterator[Row]:
+    """Write 40 tokens after prompts of several lengths, compiled; seconds are of a thousand tokens."""
+    for prompt, batch in [(8, 1)] if small else [(64, 1), (440, 1), (480, 1), (960, 1), (64, 4)]:
+        cost = measure(["-c", WRITE, str(prompt), str(batch), "64" if small else "768"], folder)
+        yield f"1000 tokens written, batch {batch}", f"after {prompt}", cost._replace(seconds=float(cost.output))
+
+
+ROWS: dict[str, Callable[[Path, bool], Iterator[Row]]] = {
+    "encode": encode,
+    "files": files,
+    "runs": runs,
+    "compilation": compilation,
+    "windows": windows,
+    "writing": writing,
+}
 
 
 def main() -> None:
