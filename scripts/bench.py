@@ -1,7 +1,8 @@
-"""Compare training speed with transformers and peft: same shapes, weights, tokens and optimizer.
+"""Compare training speed with transformers, peft and litgpt: same shapes, weights, tokens and optimizer.
 
     python scripts/bench.py                                  # every shape, on the GPU if there is one
     python scripts/bench.py --shape lora --rounds 5 --json out.json
+    pip install litgpt && python scripts/bench.py            # litgpt too, on the shapes that it has
 
 Every contestant is a process of its own. Each peer is measured in a session with llmkit: both processes stay alive and
 take turns (llmkit, peer, peer, llmkit, ...), so that other load on the machine affects both. Each ratio comes from one
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import datetime
 import gc
+import importlib.util
 import json
 import os
 import subprocess
@@ -36,6 +38,7 @@ from llmkit.parallel.compile import apply_checkpointing, compile_blocks, compile
 from llmkit.parallel.device import (
     DTYPES,
     autocast,
+    choose_precision,
     device_name,
     matmul_rate,
     peak_flops,
@@ -63,6 +66,7 @@ SHAPES = {
         ("GPT-2 6 x 384", "gpt2", shape(384, 6, 6, 8192), 256, 16),
         ("Llama 6 x 384", "llama", shape(384, 6, 6, 8192, intermediate_size=1024), 256, 16),
     ],
+    ("cpu", "medium"): [("GPT-2 124M", "gpt2", shape(768, 12, 12, 50257), 512, 4)],
     ("cpu", "lora"): [("LoRA on Llama 12 x 768", "llama", LORA_CPU, 512, 4)],
     ("cuda", "small"): [
         ("GPT-2 124M", "gpt2", shape(768, 12, 12, 50257), 1024, 16),
@@ -70,16 +74,30 @@ SHAPES = {
     ],
     ("cuda", "lora"): [("LoRA on Llama 16 x 2048", "llama", LORA_CUDA, 2048, 4)],
 }
-OURS = {"name": "llmkit, bf16 autocast, compiled", "who": "llmkit", "precision": "bf16", "compile": True}
-PEERS = [
-    {"name": "transformers, bf16 autocast", "who": "peer", "precision": "bf16", "compile": False},
-    {"name": "transformers, bf16 autocast, compiled", "who": "peer", "precision": "bf16", "compile": True},
-    {"name": "transformers, fp32", "who": "peer", "precision": "fp32", "compile": False},
-]
-LORA_PEERS = [  # by default peft makes adapters fp32
-    {"name": "peft, bf16, fp32 adapters", "who": "peer", "precision": "bf16", "compile": False, "fp32_adapters": True},
-    {"name": "peft, bf16, bf16 adapters", "who": "peer", "precision": "bf16", "compile": False, "fp32_adapters": False},
-]
+
+
+def list_contestants(precision: str, is_lora: bool, family: str) -> tuple[dict, list[dict]]:
+    """Return llmkit and its peers: in each precision that they have, as they are and compiled."""
+    shared = {"precision": precision, "compile": False}
+    words = f"{precision} autocast" if precision != "fp32" and not is_lora else precision
+    ours = shared | {"name": f"llmkit, {words}, compiled", "who": "llmkit", "compile": True}
+    litgpt = shared | {"name": f"litgpt, {words}", "who": "litgpt"}
+    if is_lora:
+        peft = shared | {"name": f"peft, {words}, fp32 adapters", "who": "transformers", "fp32_adapters": True}
+        peers = [peft]  # by default peft makes adapters fp32
+        if precision != "fp32":
+            peers.append(peft | {"name": f"peft, {words}, {precision} adapters", "fp32_adapters": False})
+        peers.append(litgpt)  # whose fine-tuning does not compile
+    else:
+        plain = shared | {"name": f"transformers, {words}", "who": "transformers"}
+        peers = [plain, plain | {"name": f"{plain['name']}, compiled", "compile": True}]
+        if precision != "fp32":
+            peers.append(plain | {"name": "transformers, fp32", "precision": "fp32"})
+        peers.append(litgpt | {"name": f"{litgpt['name']}, compiled", "compile": True})
+    has_litgpt = family == "llama" and importlib.util.find_spec("litgpt") is not None
+    return ours, [peer for peer in peers if peer["who"] != "litgpt" or has_litgpt]
+
+
 WARM_UP = 3  # steps that are not measured: compilation, the optimizer's state, then a normal one
 BATCHES = 4  # different batches, made before the measurement and used in turn
 PARITY = 2e-3  # a larger difference of the first losses means that the models are not the same
@@ -122,7 +140,7 @@ def run_contestant(spec: dict, answer) -> None:
     elif spec["same_malloc"] and device.type == "cpu":
         keep_freed_memory()
     batches = make_batches(spec)
-    step = (build_our_step if spec["who"] == "llmkit" else build_peer_step)(spec, device)
+    step = BUILD[spec["who"]](spec, device)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     losses = []
 
@@ -226,6 +244,79 @@ def build_peer_step(spec: dict, device: torch.device):
     return step
 
 
+def build_litgpt_step(spec: dict, device: torch.device):
+    """Return a function that trains litgpt's model on a batch, as its `pretrain` and `finetune_lora` do."""
+    import litgpt
+    from litgpt import lora as litgpt_lora
+    from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
+    from litgpt.utils import chunked_cross_entropy
+    from safetensors.torch import load_file
+
+    sizes = spec["config"]
+    options = {
+        "block_size": sizes["max_position_embeddings"],
+        "vocab_size": sizes["vocab_size"],
+        "padded_vocab_size": sizes["vocab_size"],
+        "n_layer": sizes["num_hidden_layers"],
+        "n_head": sizes["num_attention_heads"],
+        "n_query_groups": sizes.get("num_key_value_heads", sizes["num_attention_heads"]),
+        "n_embd": sizes["hidden_size"],
+        "intermediate_size": sizes["intermediate_size"],
+        "rotary_percentage": 1.0,
+        "parallel_residual": False,
+        "bias": False,
+        "norm_class_name": "RMSNorm",
+        "norm_eps": 1e-5,
+        "mlp_class_name": "LLaMAMLP",
+    }
+    package = litgpt_lora if spec["lora"] else litgpt
+    if spec["lora"]:
+        names = ("query", "key", "value", "projection", "mlp", "head")
+        options |= {"lora_r": 16, "lora_alpha": 32} | {f"lora_{name}": name != "head" for name in names}
+    config = package.Config(**options)
+    dtype = DTYPES[spec["precision"]] if spec["lora"] else torch.float32
+    model, weights = package.GPT(config).to(dtype), {}
+    hf = {}
+    for file in sorted((Path(spec["folder"]) / "base").glob("*.safetensors")):
+        hf |= load_file(file)
+    copy_weights_hf_llama(config, {}, weights, hf)
+    if spec["lora"]:
+        weights = {to: weights[name] for name, to in plain_names(model, weights).items()}
+        missing, _ = model.load_state_dict(weights, strict=False)
+        assert all("lora_" in name for name in missing)
+        litgpt_lora.mark_only_lora_as_trainable(model)
+    else:
+        model.load_state_dict(weights)
+    model = model.to(device)
+    model.max_seq_length = spec["seq_len"]
+    optimizers = OPTIMIZERS["adamw"](model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    forward = torch.compile(model) if spec["compile"] else model
+    head = {"lm_head_chunk_size": 128} if spec["lora"] else {}
+
+    def step(batch: dict):
+        with autocast(device, "fp32" if spec["lora"] else spec["precision"]):
+            loss = chunked_cross_entropy(forward(batch["input_ids"], **head), batch["labels"])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def plain_names(model: torch.nn.Module, weights: dict) -> dict[str, str]:
+    """Return the names of weights in litgpt's GPT -> those in its GPT with LoRA, where linears are inside of others."""
+    there = set(model.state_dict())
+    inner = {name: f"{name.removesuffix('.weight')}.linear.weight" for name in weights}
+    return {name: inner[name] if inner[name] in there else name for name in weights}
+
+
+BUILD = {"llmkit": build_our_step, "transformers": build_peer_step, "litgpt": build_litgpt_step}
+
+
 # ---- the parent: sessions and the table -----------------------------------------------------------------------------
 
 
@@ -322,18 +413,23 @@ def compare(row: tuple, args: argparse.Namespace, folder: Path, measure_rates) -
     parameters = sum(p.numel() for p in model.parameters())
     if is_lora:
         lora.apply(model, lora.Options(r=16))
-    ours, theirs, peers = [], [], list(LORA_PEERS if is_lora else PEERS)
+    us, peers = list_contestants(args.precision, is_lora, family)
+    ours, theirs, number = [], [], len(peers)
     for peer in peers:  # the loop appends to it
         print(f"{name}: {peer['name']} ...", file=sys.stderr, flush=True)
         measure_rates()
-        first, second = run_session([common | OURS, common | peer], args.rounds, args.steps)
+        first, second = run_session([common | us, common | peer], args.rounds, args.steps)
         ours.append(first)
         theirs.append(second)
         if "turns" in first and "turns" in second:
             pairs = zip(first["turns"], second["turns"], strict=True)
             second["ratio"] = median(median(b) / median(a) for a, b in pairs)
-        done = [(median(flatten_steps(one)), spec) for one, spec in zip(theirs, peers, strict=False) if "turns" in one]
-        if is_lora and len(theirs) == len(LORA_PEERS) and done:  # measure the fastest again, compiled
+        done = [
+            (median(flatten_steps(one)), spec)
+            for one, spec in zip(theirs, peers, strict=False)
+            if "turns" in one and spec["who"] == "transformers"
+        ]
+        if is_lora and len(theirs) == number and done:  # measure the fastest again, compiled
             fastest = min(done, key=lambda pair: pair[0])[1]
             peers.append(fastest | {"name": f"{fastest['name']}, compiled", "compile": True})
     done = [result for result in ours if "turns" in result]
@@ -396,7 +492,9 @@ def package_version(package: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shape", choices=["small", "lora", "all"], default="all")
+    parser.add_argument("--shape", choices=["small", "medium", "lora", "all"], default="all")
+    precision_help = "auto: bf16 where the device multiplies it, else fp32"
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help=precision_help)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant in a session (3)")
     parser.add_argument("--steps", type=int, default=4, help="steps in a turn (4)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to a file")
@@ -404,6 +502,7 @@ def main() -> None:
     parser.add_argument("--same-malloc", action="store_true", help=malloc_help)
     args = parser.parse_args()
     device = torch.device(args.device)
+    args.precision = choose_precision(args.precision, device)
     measured: dict[str, list[float]] = {"bf16": [], "fp32": []}
 
     def measure_rates() -> None:
@@ -418,8 +517,9 @@ def main() -> None:
                     results.append(compare(row, args, Path(folder), measure_rates))
 
     rates = {precision: max(found) for precision, found in measured.items()}  # other load can only lower them
-    peak, source = peak_flops(device, "bf16") if args.device == "cuda" else (rates["bf16"], "the best of these")
-    packages = ", ".join(package_version(name) for name in ("torch", "transformers", "peft"))
+    at_best = (rates[args.precision], "the best of these")
+    peak, source = peak_flops(device, "bf16") if args.device == "cuda" else at_best
+    packages = ", ".join(package_version(name) for name in ("torch", "transformers", "peft", "litgpt"))
     threads = f", {torch.get_num_threads()} threads" if args.device == "cuda" else ""  # a CPU's name includes them
     spread = "; ".join(f"{key} {min(all_) / 1e12:.3g}-{max(all_) / 1e12:.3g}" for key, all_ in measured.items())
     malloc = "llmkit's and the peers' processes" if args.same_malloc else "llmkit's processes alone"
