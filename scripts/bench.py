@@ -125,7 +125,7 @@ def write_weights(spec: dict, answer) -> None:
     """Write the initial weights that every contestant loads. The parent's own peak memory must stay small."""
     model = build_model(CONFIGS[spec["family"]](**spec["config"]), seed=0)
     folder = Path(spec["folder"])
-    save_model(model, folder / "base", dtype=torch.bfloat16 if spec["lora"] else torch.float32)
+    save_model(model, folder / "base", dtype=DTYPES[spec["precision"]] if spec["lora"] else torch.float32)
     if spec["lora"]:
         lora.apply(model, lora.Options(r=16, alpha=32.0))
         save_adapter(model, folder / "adapter", "lora", lora.Options(), base=str(folder / "base"), base_sha256="")
@@ -211,7 +211,7 @@ def build_peer_step(spec: dict, device: torch.device):
     """Return a function that trains transformers' model on a batch, in the usual way and with the same AdamW."""
     import transformers
 
-    folder, dtype = Path(spec["folder"]), torch.bfloat16 if spec["lora"] else torch.float32
+    folder, dtype = Path(spec["folder"]), DTYPES[spec["precision"]] if spec["lora"] else torch.float32
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder / "base", dtype=dtype, attn_implementation="sdpa", use_cache=False
     ).to(device)
@@ -221,7 +221,7 @@ def build_peer_step(spec: dict, device: torch.device):
         model = peft.PeftModel.from_pretrained(
             model, folder / "adapter", is_trainable=True, autocast_adapter_dtype=spec["fp32_adapters"]
         )
-        expected = torch.float32 if spec["fp32_adapters"] else torch.bfloat16
+        expected = torch.float32 if spec["fp32_adapters"] else dtype
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {expected}
     model.train()
     optimizers = OPTIMIZERS["adamw"](model)
@@ -245,7 +245,7 @@ def build_peer_step(spec: dict, device: torch.device):
 
 
 def build_litgpt_step(spec: dict, device: torch.device):
-    """Return a function that trains litgpt's model on a batch, as its `pretrain` and `finetune_lora` do."""
+    """Return a function that trains litgpt's model, as its `pretrain` (bf16-mixed) and `finetune_lora` do."""
     import litgpt
     from litgpt import lora as litgpt_lora
     from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
@@ -405,7 +405,7 @@ def compare(row: tuple, args: argparse.Namespace, folder: Path, measure_rates) -
         "lora": is_lora,
         "folder": str(folder),
     }
-    preparation = Process(common | {"who": "weights"})
+    preparation = Process(common | {"who": "weights", "precision": args.precision})
     preparation.finish()
     if preparation.error:
         sys.exit(f"the initial weights can't be written: {preparation.error}")
@@ -503,6 +503,8 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     args.precision = choose_precision(args.precision, device)
+    if args.precision == "fp16":  # of a GPU without bf16: the steps here have no loss scale
+        args.precision = "fp32"
     measured: dict[str, list[float]] = {"bf16": [], "fp32": []}
 
     def measure_rates() -> None:
@@ -518,7 +520,7 @@ def main() -> None:
 
     rates = {precision: max(found) for precision, found in measured.items()}  # other load can only lower them
     at_best = (rates[args.precision], "the best of these")
-    peak, source = peak_flops(device, "bf16") if args.device == "cuda" else at_best
+    peak, source = peak_flops(device, args.precision) if args.device == "cuda" else at_best
     packages = ", ".join(package_version(name) for name in ("torch", "transformers", "peft", "litgpt"))
     threads = f", {torch.get_num_threads()} threads" if args.device == "cuda" else ""  # a CPU's name includes them
     spread = "; ".join(f"{key} {min(all_) / 1e12:.3g}-{max(all_) / 1e12:.3g}" for key, all_ in measured.items())

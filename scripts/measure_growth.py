@@ -37,9 +37,13 @@ Row = tuple[str, str, Cost]  # what is measured, the size of its input, its cost
 def measure(arguments: list[str], folder: Path) -> Cost:
     """Run Python with some arguments in a folder, and return what it took. Raise RuntimeError if it fails.
 
-    Programs are compiled in the process itself, and kept in the folder: a new folder has none.
+    It sees no GPU. Programs are compiled in the process itself, and kept in the folder: a new folder has none.
     """
-    own = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    own = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
     with (folder / "output.txt").open("w+") as output:
         process = subprocess.Popen([sys.executable, *arguments], cwd=folder, stdout=output, env=os.environ | own)
         _, status, used = os.wait4(process.pid, 0)
@@ -153,7 +157,7 @@ from statistics import median
 import torch
 from llmkit.models import CONFIGS, build_model
 from llmkit.parallel.compile import compile_blocks
-from llmkit.parallel.device import DTYPES, autocast, choose_precision
+from llmkit.parallel.device import autocast, choose_precision
 from llmkit.parallel.world import start_world
 length, window, compiled, steps, width = (int(argument) for argument in sys.argv[1:])
 device = start_world().device

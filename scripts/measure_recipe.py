@@ -4,8 +4,8 @@
     python scripts/measure_recipe.py config.yaml row_scaling head_lr --seeds 3
 
 Each run is a `llmkit pretrain` of the config with a part changed. The recipe itself is also run with fewer and more
-tokens: from its losses, the script reads at how many tokens the recipe reaches the loss of a part. Its share of the
-tokens of the part's run is `tokens`: .93 says that the part needs 7 % fewer. `seconds` counts what a step costs, too.
+tokens: from its losses, the script reads how many tokens the recipe needs for the loss of a part. `tokens` is the
+part's tokens as a share of these: .93 means 7 % fewer. `seconds` counts what a step costs, too.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ PARTS: dict[str, list[str]] = {
     "without: zero init": ["model.init=normal"],
     "without: query and key norms": ["model.name=llama"],
     "without: long decay": ["schedule.decay_fraction=0.2"],
+    "without: momentum .9": ["optimizer.momentum=0.95"],
     "decay .8": ["schedule.decay_fraction=0.8"],
     "decay all": ["schedule.decay_fraction=1.0"],
     "cosine": ["schedule={name: cosine}"],
@@ -45,7 +46,7 @@ PARTS: dict[str, list[str]] = {
     "row_scaling": ["optimizer.row_scaling=true"],
     "cautious": ["optimizer.cautious_weight_decay=true"],
     "weight_decay 0": ["optimizer.weight_decay=0.0"],
-    "momentum .9": ["optimizer.momentum=0.9"],
+    "momentum .85": ["optimizer.momentum=0.85"],
     "betas .8 .95": ["optimizer.betas=[0.8, 0.95]"],
     "betas .9 .99": ["optimizer.betas=[0.9, 0.99]"],
     "original lr": ["optimizer.adjust_lr=original", "optimizer.lr=2.0e-2", "optimizer.adamw_lr=5.0e-3"],
@@ -82,7 +83,11 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help="of PARTS, joined by + to change several; default: each alone")
     parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()
+    if unknown := {part for name in args.parts for part in name.split("+")} - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
     config = load_config(args.config, ["recipe=modern"])
+    if not config.train.max_tokens:
+        parser.error("the config has no train.max_tokens")
     tokens, half = config.train.max_tokens, config.train.global_batch_size // 2
 
     def losses(name: str, overrides: list[str]) -> list[dict[str, float]]:

@@ -252,13 +252,9 @@ def test_attention_with_block_masks_equals_sdpa(kv_heads, window):
     upstream = random(*theirs.shape, seed=9)
     for a, b in zip(*(torch.autograd.grad(one, [q, k, v], upstream) for one in (ours, theirs)), strict=True):
         equal(a, b)
-    torch.manual_seed(0)
-    dropped = attend(q, k, v, mask, 0.5, window=window)
-    torch.manual_seed(0)
-    equal(dropped, attend(q, k, v, dense, 0.5, window=window))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mistral", "gemma", "bert"])
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "gemma", "bert", "qwen3"])
 @pytest.mark.usefixtures("flex_on_cpu")
 def test_models_read_block_masks_and_compile_once_for_all_of_them(family):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}

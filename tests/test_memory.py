@@ -19,12 +19,12 @@ from llmkit.config.load import load_config
 from llmkit.errors import ENVIRONMENT, MachineError, is_out_of_memory
 from llmkit.models import CONFIGS, build_model, llama
 from llmkit.parallel import memory
-from llmkit.parallel.compile import apply_checkpointing, compile_blocks
+from llmkit.parallel.compile import apply_checkpointing, compile_blocks, draws, recomputed
 from llmkit.peft import lora
 from llmkit.storage import checkpoint
 from llmkit.training import cost, simulate
 from llmkit.training.cost import simulate_layers
-from llmkit.training.fit import cheapest_change, choose_fit
+from llmkit.training.fit import cheapest_change, choose_fit, modes_below
 from llmkit.training.optim import adamw, sgd
 from llmkit.training.prepare import check
 from llmkit.training.simulate import simulate_step
@@ -385,3 +385,31 @@ def test_selective_recomputation_repeats_no_product_and_keeps_less(family):
         for mode in flops
     }
     assert planned["none"] > planned["selective"] > planned[0.5]
+
+
+def test_random_numbers_that_a_kept_product_drew_are_drawn_again():
+    """On CUDA, attention with dropout is one operation. What it draws shifts what comes after it."""
+
+    @torch.library.custom_op("llmkit_test::_scaled_dot_product_test", mutates_args=())
+    def drop(x: torch.Tensor, dropout_p: float) -> torch.Tensor:
+        return x * (torch.rand_like(x) > dropout_p)
+
+    drop.register_autograd(lambda context, gradient: (gradient, None))
+    x, masks = torch.ones(64, requires_grad=True), []
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        mask = torch.rand_like(drop(x, 0.5))
+        masks.append(mask)
+        return (x * mask).square()
+
+    recomputed(block, 1.0)(x).sum().backward()
+    assert len(masks) == 2 and torch.equal(*masks)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+    assert draws(flash, (x, x, x, 0.1), {}) and draws(flash, (x, x, x), {"dropout_p": 0.1})
+    assert not draws(flash, (x, x, x), {}) and not draws(torch.ops.aten.mm.default, (x, x), {})
+
+
+def test_changes_to_what_is_recomputed_keep_less_and_less():
+    assert modes_below("none") == ("selective", 0.5, "full") and modes_below("selective") == (0.5, "full")
+    assert modes_below(0.7) == (0.5, "full") and modes_below(0.3) == ("full",) == modes_below(2)
+    assert modes_below("full") == () == modes_below(1)

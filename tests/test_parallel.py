@@ -5,7 +5,7 @@ import torch
 
 from llmkit.errors import MachineError
 from llmkit.models import CONFIGS, build_model
-from llmkit.parallel.compile import missing_compiler
+from llmkit.parallel.compile import missing_compiler, takes_block_masks
 from llmkit.parallel.device import choose_precision, describe_precision, make_deterministic
 from llmkit.parallel.fp8 import apply_fp8, fp8_obstacle
 from llmkit.parallel.world import start_world
@@ -116,3 +116,26 @@ def test_fp8_needs_a_gpu_that_multiplies_it(monkeypatch, device, capability, pre
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     found = fp8_obstacle(torch.device(device), precision)
     assert found is None if reason is None else reason in found
+
+
+# ---- block masks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "options", "takes"),
+    [
+        ((9, 0), "bf16", {}, True),
+        ((8, 0), "fp16", {}, True),
+        ((7, 5), "fp16", {}, False),  # a T4: its shared memory is too small
+        ((9, 0), "fp32", {}, False),
+        ((9, 0), "bf16", {"attention_dropout": 0.1}, False),
+        ((9, 0), "bf16", {"head_dim": 8}, False),
+    ],
+)
+def test_block_masks_are_for_models_and_gpus_that_flexattention_has_kernels_for(
+    monkeypatch, capability, precision, options, takes
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    config = CONFIGS["llama"](vocab_size=8, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, **options)
+    assert takes_block_masks(config, torch.device("cuda"), precision) is takes
+    assert not takes_block_masks(config, CPU, precision)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmkit.models.block_mask import BlockMask, block_masked_attention, dense, make_block_mask
+from llmkit.models.block_mask import BlockMask, block_masked_attention, make_block_mask
 from llmkit.models.blockwise import QUERY_BLOCK, block_attention
 
 Window = int | None  # number of keys that a query may see, including its own; None: all up to its own
@@ -162,7 +162,7 @@ def attention_mask(
     """Return the mask of `length` tokens without a cache, as `attend` takes it.
 
     segments   (B, T) document number of each token: documents do not see each other; None: one document
-    in_blocks  return a block mask, for compiled attention on a GPU
+    in_blocks  return a block mask, for compiled attention on a GPU; None if one document sees all of itself
     """
     if in_blocks and (segments is not None or (window is not None and window < length)):
         return make_block_mask(segments, length, window, device, causal=causal)
@@ -197,7 +197,7 @@ def attend(
     """Return the attention of q (B, H, T, D) over k, v (B, kv heads, S, D), with the heads joined: (B, T, H * D).
 
     mask    broadcasts to (B, H, T, S): True where query t may see key s, or numbers that are added to the scores; or
-            a block mask
+            a block mask, which takes no dropout
     causal  without a mask: each token sees itself and earlier tokens, or (False) all tokens
     scale   of the scores; None: D^-1/2
 
@@ -207,9 +207,7 @@ def attend(
     `block_attention`, a fifth faster than SDPA at T 256. Everything else is SDPA.
     """
     if isinstance(mask, BlockMask):
-        if not dropout:  # which FlexAttention does not have
-            return block_masked_attention(q, k, v, mask, scale).transpose(1, 2).flatten(2)
-        mask = dense(mask, len(q), q.shape[2], q.device)
+        return block_masked_attention(q, k, v, mask, scale).transpose(1, 2).flatten(2)
     aligned, on_cpu, compiled = q.shape[2] == k.shape[2], q.device.type == "cpu", torch.compiler.is_compiling()
     window = window if causal and aligned and window is not None and window < q.shape[2] else None
     if on_cpu and compiled and q.shape[2] == 1:

@@ -7,7 +7,7 @@ mask of T x T, and compute what it hides.
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK = 128  # queries and keys of a block, FlexAttention's own default
 
@@ -55,9 +55,5 @@ def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def block_masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float | None = None) -> Tensor:
     """Return the attention of q (B, H, T, D) over k, v (B, kv heads, T, D), shape (B, H, T, D)."""
+    q, k = q.to(v.dtype), k.to(v.dtype)  # norms and rotations may leave them in fp32 under autocast
     return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def dense(mask: BlockMask, rows: int, length: int, device: torch.device) -> Tensor:
-    """Return the mask (B, 1, T, T) that a block mask stands for."""
-    return create_mask(mask.mask_mod, rows, 1, length, length, device)

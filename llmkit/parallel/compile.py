@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from llmkit.errors import MachineError
 from llmkit.models import family_of
+from llmkit.models.family import Config
 
 # Operations whose results take long to compute again. A compiled program keeps them, and recomputes all others in the
 # backward pass, as torch decides with the budget that `compile_blocks` sets: compared for GPT-2, Llama and LoRA.
@@ -23,19 +24,21 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "embedding", "_scale
 SELECTIVE = 0.9  # share of its activations that a compiled block keeps if it recomputes what is cheap
 
 
-def apply_checkpointing(model: nn.Module, mode: str | float) -> None:
+def apply_checkpointing(model: nn.Module, mode: str | int | float) -> None:
     """Make blocks recompute their activations in the backward pass.
 
     mode  none; selective: all but the results of products; a number below 1: also some of these, so that this share of
           them is kept; k: every k-th block, all of it; full: all of every block
     """
-    named = {"none": (0, 0.0), "selective": (1, 1.0), "full": (1, 0.0)}
-    every, kept = named[mode] if isinstance(mode, str) else (1, mode) if isinstance(mode, float) else (mode, 0.0)
-    for block in list(model.blocks)[::every] if every else []:
+    if mode == "none":
+        return
+    every = mode if isinstance(mode, int) else 1
+    kept = 1.0 if mode == "selective" else mode if isinstance(mode, float) else 0.0
+    for block in list(model.blocks)[::every]:
         block.forward = recomputed(block.forward, kept)
 
 
-def describe_checkpointing(mode: str | float) -> str:
+def describe_checkpointing(mode: str | int | float) -> str:
     """Return in words what the backward pass recomputes, see `apply_checkpointing`."""
     if isinstance(mode, float):
         return f"all but {mode:.0%} of the matrix products recomputed"
@@ -52,10 +55,11 @@ def recomputed(function: Callable[..., Tensor], kept: float = 0.0) -> Callable[.
     """
 
     def contexts():
-        calls: Counter[bool] = Counter()  # of products, in the forward pass and again
+        calls: Counter[bool] = Counter()  # of products, in the forward pass and (in some versions of torch) again
 
         def policy(context, operation, *args, **kwargs):
-            if not operation.__name__.startswith(PRODUCTS):
+            # What draws random numbers is repeated, since what comes after it must draw the same ones again.
+            if not operation.__name__.startswith(PRODUCTS) or draws(operation, args, kwargs):
                 return CheckpointPolicy.PREFER_RECOMPUTE
             calls[context.is_recompute] += 1
             number = calls[context.is_recompute]
@@ -70,6 +74,12 @@ def recomputed(function: Callable[..., Tensor], kept: float = 0.0) -> Callable[.
         return checkpoint(function, *args, use_reentrant=False)
 
     return wrapper
+
+
+def draws(operation: torch._ops.OpOverload, args: tuple, kwargs: dict) -> bool:
+    """Return whether an operation drops elements at random."""
+    names = (argument.name for argument in operation._schema.arguments)
+    return bool((dict(zip(names, args, strict=False)) | kwargs).get("dropout_p"))
 
 
 def missing_compiler(device: torch.device) -> str | None:
@@ -93,7 +103,9 @@ def compile_obstacle(model: nn.Module, device: torch.device, precision: str) -> 
     return missing_compiler(device)
 
 
-def compile_blocks(model: nn.Module, device: torch.device, precision: str, checkpointing: str | float = "none") -> None:
+def compile_blocks(
+    model: nn.Module, device: torch.device, precision: str, checkpointing: str | int | float = "none"
+) -> None:
     """Compile the loss, and each block by itself, so that blocks share one program.
 
     checkpointing  the mode of `apply_checkpointing`; torch's partitioner chooses what it keeps of a block by itself
@@ -101,17 +113,26 @@ def compile_blocks(model: nn.Module, device: torch.device, precision: str, check
     if reason := compile_obstacle(model, device, precision):
         fix = "install what is missing, or set train.compile to auto"
         raise MachineError(f"train.compile: true is not possible: {reason}", fix=fix)
+    budget = 1.0
     if device.type == "cpu":
         # Recompute cheap operations (norms, activations): this saves an eighth of the memory in pretraining, and more
         # with LoRA, at the same speed. Not measured on a GPU.
-        torch._functorch.config.activation_memory_budget = SELECTIVE
+        budget = SELECTIVE
         # tanh by exp: GELU takes half of the time, a step of GPT-2 6 x 384 3 % less.
         torch._inductor.config.cpp.use_decompose_tanh = True
     if checkpointing == "selective" or isinstance(checkpointing, float):
         budget = SELECTIVE if checkpointing == "selective" else min(checkpointing, SELECTIVE)
-        torch._functorch.config.activation_memory_budget = budget
         for block in model.blocks:
-            del block.forward  # the wrapper of `apply_checkpointing`
-    model.block_masks = device.type == "cuda"  # T5 does not read it: its masks are sums with biases of distances
+            vars(block).pop("forward", None)  # the wrapper of `apply_checkpointing`
+    torch._functorch.config.activation_memory_budget = budget
+    model.block_masks = takes_block_masks(model.config, device, precision)  # T5 does not: its masks are added biases
     for part in (*model.blocks, model.chunk_loss):
         part.compile(fullgraph=True, dynamic=False)
+
+
+def takes_block_masks(config: Config, device: torch.device, precision: str) -> bool:
+    """Return whether FlexAttention has a kernel for a model, and a fast one: it drops no weights of attention."""
+    drops = any(value for name, value in vars(config).items() if name.startswith("att") and "drop" in name)
+    if device.type != "cuda" or drops or precision == "fp32" or config.head_dim < 16:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -35,8 +35,10 @@ def apply_fp8(model: nn.Module, *, emulate: bool = False) -> int:
             type(module) is nn.Linear and min(sizes := module.weight.shape) >= LARGE and not any(n % 16 for n in sizes)
         )
 
+    # Products of rows x tokens that are no multiple of 16 are padded.
+    config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
     number = 0
     for block in model.blocks:
         number += sum(is_large(module, name) for name, module in block.named_modules())
-        convert_to_float8_training(block, config=Float8LinearConfig(emulate=emulate), module_filter_fn=is_large)
+        convert_to_float8_training(block, config=config, module_filter_fn=is_large)
     return number

@@ -121,7 +121,7 @@ def memory(
     peft: tuple[str, dict[str, Any]] | None = None,
     new_rows: int = 0,
     optimizer: tuple[str, dict[str, Any]] = ("adamw", {}),
-    checkpointing: str | float = "none",
+    checkpointing: str | int | float = "none",
     compiled: bool = True,
     packed: bool = False,
     accumulates: bool = False,
@@ -138,7 +138,7 @@ def memory(
     shapes = {"input_ids": (micro_batch_size, lengths.source), "labels": (micro_batch_size, lengths.source)}
     if lengths.target:
         shapes |= dict.fromkeys(("labels", "decoder_input_ids"), (micro_batch_size, lengths.target))
-    if packed:
+    if packed and not (device == "cuda" and compiled):  # a block mask takes next to nothing
         shapes |= dict.fromkeys(("segments",) if lengths.target else ("segments", "positions"), shapes["input_ids"])
 
     def change(model: nn.Module) -> None:

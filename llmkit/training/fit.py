@@ -104,6 +104,19 @@ def first_that_fits(configs: list[Config], room: float, options: Options, *plann
     return chosen, plans.get(chosen) or plan_run(configs[chosen], options, *planned)
 
 
+def modes_below(mode: str | int | float) -> tuple[str | float, ...]:
+    """Return the values of RECOMPUTED that keep less than this one.
+
+    >>> modes_below(0.7)
+    (0.5, 'full')
+    """
+    if isinstance(mode, float):
+        return (0.5, "full") if mode > 0.5 else ("full",)
+    if isinstance(mode, int):
+        return ("full",) if mode > 1 else ()
+    return RECOMPUTED[RECOMPUTED.index(mode) + 1 :]
+
+
 def changes(config: Config, ranks: int) -> Iterator[tuple[str, Config]]:
     """Yield changes of a config that make it smaller, the cheapest first: (what to set, the changed config)."""
     rows = config.train.global_batch_size // ranks
@@ -113,10 +126,9 @@ def changes(config: Config, ranks: int) -> Iterator[tuple[str, Config]]:
         with_train(config, micro_batch_size=1),
         "" if config.train.micro_batch_size == 1 else ("train.micro_batch_size: 1 and "),
     )
-    for mode in RECOMPUTED[1:]:
+    for mode in modes_below(config.train.gradient_checkpointing):
         smallest = with_train(smallest, gradient_checkpointing=mode)
-        if config.train.gradient_checkpointing != mode:
-            yield f"{said}train.gradient_checkpointing: {mode}", smallest
+        yield f"{said}train.gradient_checkpointing: {mode}", smallest
     said += "train.gradient_checkpointing: full and "
     if config.init_from and config.peft is None:
         yield f"{said}peft: {{name: lora}}", smallest.model_copy(update={"peft": Choice(name="lora")})

@@ -105,7 +105,9 @@ def take_steps(
     config, world, device = run.config, run.world, run.world.device
     model = make_model(run, resumed)
     if config.train.fp8:
-        say(f"{'fp8':>10}  the products of {apply_fp8(model)} linear layers")
+        if not (number := apply_fp8(model)):
+            raise config.error("train.fp8", "changes nothing: no linear layer of the blocks is large enough")
+        say(f"{'fp8':>10}  the products of {number} linear layers")
     apply_checkpointing(model, config.train.gradient_checkpointing)
     within_memory = partial(retry_smaller, run, model, directory, say)
     batches = run.batches("train", config.train.global_batch_size)

@@ -68,7 +68,7 @@ class Derived:
 
     precision: str
     micro_batch_size: int
-    gradient_checkpointing: str | float
+    gradient_checkpointing: str | int | float
     max_steps: int | None  # None: in epochs of data that is not known
     plan: Plan
     smaller: str  # the cheapest change with which the planned peak fits; "" if it does
@@ -90,7 +90,7 @@ class PreparedRun:
     max_steps: int
     precision: str
     micro_batch_size: int
-    gradient_checkpointing: str | float
+    gradient_checkpointing: str | int | float
     smaller: str
 
     @property

@@ -142,7 +142,7 @@ def simulate_step(
     change: Callable[[nn.Module], None] | None,
     make_optimizers: Callable[[nn.Module], list[torch.optim.Optimizer]],
     precision: str,
-    checkpointing: str | float,
+    checkpointing: str | int | float,
     compiled: bool,
     accumulates: bool,
     averages: bool,
