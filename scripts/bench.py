@@ -224,16 +224,25 @@ def build_peer_step(spec: dict, device: torch.device):
         expected = torch.float32 if spec["fp32_adapters"] else dtype
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {expected}
     model.train()
-    optimizers = OPTIMIZERS["adamw"](model)
-    trained = [p for p in model.parameters() if p.requires_grad]
     forward = torch.compile(model, dynamic=False) if spec["compile"] else model
     cast = spec["precision"] == "bf16" and not spec["lora"]  # a bf16 base needs no autocast
 
-    def step(batch: dict):
+    def compute_loss(batch: dict) -> torch.Tensor:
         labels = batch["labels"]
         with torch.autocast(device.type, torch.bfloat16, enabled=cast):
             # transformers shifts `labels` itself, unless they are given as `shift_labels`
-            loss = forward(input_ids=batch["input_ids"], labels=labels, shift_labels=labels).loss
+            return forward(input_ids=batch["input_ids"], labels=labels, shift_labels=labels).loss
+
+    return make_step(model, compute_loss)
+
+
+def make_step(model: torch.nn.Module, compute_loss):
+    """Return a function that trains a peer's model on a batch, in the usual way and with the same AdamW."""
+    optimizers = OPTIMIZERS["adamw"](model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def step(batch: dict) -> torch.Tensor:
+        loss = compute_loss(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer in optimizers:
@@ -289,22 +298,14 @@ def build_litgpt_step(spec: dict, device: torch.device):
         model.load_state_dict(weights)
     model = model.to(device)
     model.max_seq_length = spec["seq_len"]
-    optimizers = OPTIMIZERS["adamw"](model)
-    trained = [p for p in model.parameters() if p.requires_grad]
     forward = torch.compile(model) if spec["compile"] else model
     head = {"lm_head_chunk_size": 128} if spec["lora"] else {}
 
-    def step(batch: dict):
+    def compute_loss(batch: dict) -> torch.Tensor:
         with autocast(device, "fp32" if spec["lora"] else spec["precision"]):
-            loss = chunked_cross_entropy(forward(batch["input_ids"], **head), batch["labels"])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+            return chunked_cross_entropy(forward(batch["input_ids"], **head), batch["labels"])
 
-    return step
+    return make_step(model, compute_loss)
 
 
 def plain_names(model: torch.nn.Module, weights: dict) -> dict[str, str]:

@@ -12,6 +12,7 @@ import torch
 import yaml
 from conftest import llmkit, metrics, tiny_config
 from test_train import run, steps, weights, worst
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -390,7 +391,7 @@ def test_selective_recomputation_repeats_no_product_and_keeps_less(family):
 def test_random_numbers_that_a_kept_product_drew_are_drawn_again():
     """On CUDA, attention with dropout is one operation. What it draws shifts what comes after it."""
 
-    @torch.library.custom_op("llmkit_test::_scaled_dot_product_test", mutates_args=())
+    @library.custom_op("llmkit_test::_scaled_dot_product_test", mutates_args=())
     def drop(x: torch.Tensor, dropout_p: float) -> torch.Tensor:
         return x * (torch.rand_like(x) > dropout_p)
 

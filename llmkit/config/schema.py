@@ -79,8 +79,8 @@ class Log(Section):
 ADAMW_COSINE = {"optimizer": {"name": "adamw", "lr": 6e-4}, "schedule": {"name": "cosine", "warmup_steps": 100}}
 # Defaults that `recipe` sets in other sections. Values in the config win.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
-    # Lowest loss after an hour of training: query and key norms, blocks that start as the identity, Muon. Each part was
-    # measured alone by scripts/measure_recipe.py.
+    # The fewest tokens to a loss, in small runs: query and key norms, blocks that start as the identity, Muon. See
+    # scripts/measure_recipe.py.
     "modern": {
         "model": {"name": "qwen3", "init": "zero"},
         "optimizer": {"name": "muon", "lr": 5e-3, "momentum": 0.9},
@@ -97,7 +97,7 @@ class Config(Section):
     run_dir: PathStr = "runs/default"
     """The folder of the run; default: runs/NAME OF THE CONFIG."""
     recipe: Literal["modern", "llama", "gpt2"] | None = None
-    """Sets defaults for the model, the optimizer and the schedule. modern: lowest loss after an hour."""
+    """Sets defaults for the model, the optimizer and the schedule. modern: the fewest tokens to a loss."""
     seed: Seed = 1337
     """Seed of the weights, the order of the data and dropout."""
     init_from: PathStr | None = None

@@ -106,7 +106,8 @@ def take_steps(
     model = make_model(run, resumed)
     if config.train.fp8:
         if not (number := apply_fp8(model)):
-            raise config.error("train.fp8", "changes nothing: no linear layer of the blocks is large enough")
+            what = "changes nothing: no linear layer of the blocks is large enough"
+            raise config.error("train.fp8", what, fix="delete it")
         say(f"{'fp8':>10}  the products of {number} linear layers")
     apply_checkpointing(model, config.train.gradient_checkpointing)
     within_memory = partial(retry_smaller, run, model, directory, say)
