@@ -12,6 +12,7 @@ with LoRA, against the CPU in fp32; greedy text; a run repeated bit for bit. A c
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -35,16 +36,28 @@ from llmkit.training.optim import OPTIMIZERS, clip
 SCRIPTS = Path(__file__).parent
 SHAPE = {"vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 ROWS, LENGTH = 2, 320  # several blocks of queries
+# Kernels of attention depend on the size of a head, and on whether a row fills a block: (what is other, tokens per row)
+SHAPES = {
+    "head_dim 64": ({"num_attention_heads": 2}, LENGTH),
+    "head_dim 128": ({"num_attention_heads": 1}, LENGTH),
+    "head_dim 256": ({"hidden_size": 256, "num_attention_heads": 1}, LENGTH),
+    "96 tokens": ({}, 96),
+    "448 tokens": ({}, 448),  # of which the last 64 fill half a block
+}
 # Largest difference of the loss per token, and of a gradient relative to its norm. Products of fp32 are not TF32.
 TOLERANCES = {"fp32": (1e-4, 1e-3), "bf16": (2e-2, 5e-2)}
 VARIANTS = ("plain", "packed", "recomputed", "compiled", "compiled packed", "lora")
+ALSO = ("compiled selective", "compiled half", "compiled full")  # recomputed in compiled blocks, one family
 Check = Callable[[torch.device], dict[str, Any]]
 
 
-def small_model(family: str, variant: str, device: torch.device, precision: str) -> torch.nn.Module:
+def small_model(
+    family: str, variant: str, device: torch.device, precision: str, shape: str | None = None
+) -> torch.nn.Module:
     """Return a small model with the same weights on every device."""
     windows = {"sliding_window": 32} if family in ("mistral", "mixtral") else {}
-    config = CONFIGS[family](**SHAPE, **windows)
+    other = SHAPES[shape][0] if shape else {}
+    config = CONFIGS[family](**SHAPE | windows | other)
     model = build_model(config, seed=0)
     if variant == "lora":
         lora.apply(model, lora.Options(r=4))
@@ -52,23 +65,28 @@ def small_model(family: str, variant: str, device: torch.device, precision: str)
             if p.requires_grad:
                 p.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(p.numel()))
     model = model.to(device)
-    if variant == "recomputed":
-        apply_checkpointing(model, "full")
+    mode = {"recomputed": "full", "full": "full", "selective": "selective", "half": 0.5}.get(
+        variant.split()[-1], "none"
+    )
+    apply_checkpointing(model, mode)
     if "compiled" in variant:
-        compile_blocks(model, device, precision)
+        compile_blocks(model, device, precision, mode)
     return model
 
 
-def loss_and_gradients(family: str, variant: str, device: torch.device, precision: str) -> tuple[float, dict]:
+def loss_and_gradients(
+    family: str, variant: str, device: torch.device, precision: str, shape: str | None = None
+) -> tuple[float, dict]:
     """Return the loss per token of a small model, and its gradients on the CPU."""
-    model = small_model(family, variant, device, precision)
+    model = small_model(family, variant, device, precision, shape)
+    length = SHAPES[shape][1] if shape else LENGTH
     draw = torch.Generator().manual_seed(1)
-    ids, labels = torch.randint(1000, (2, ROWS, LENGTH), generator=draw).to(device)
+    ids, labels = torch.randint(1000, (2, ROWS, length), generator=draw).to(device)
     inputs = {"input_ids": ids, "labels": labels}
     if model.config.kind == "seq2seq":
         inputs["decoder_input_ids"] = ids.flip(1)
     if "packed" in variant:
-        columns = torch.arange(LENGTH, device=device).expand(ROWS, LENGTH)
+        columns = torch.arange(length, device=device).expand(ROWS, length)
         inputs |= {"segments": columns // 120, "positions": columns % 120}
     with autocast(device, precision):
         loss = model(**inputs)
@@ -77,7 +95,9 @@ def loss_and_gradients(family: str, variant: str, device: torch.device, precisio
     return loss.item() / labels.numel(), grads
 
 
-def equal_to_cpu(family: str, variant: str, precision: str, device: torch.device) -> dict[str, Any]:
+def equal_to_cpu(
+    family: str, variant: str, precision: str, device: torch.device, shape: str | None = None
+) -> dict[str, Any]:
     """Compare loss and gradients with those of the plain model on the CPU in fp32."""
     torch._dynamo.reset()  # each check compiles its own blocks
     model_kind = CONFIGS[family](**SHAPE).kind
@@ -88,8 +108,8 @@ def equal_to_cpu(family: str, variant: str, precision: str, device: torch.device
         reason := compile_obstacle(small_model(family, "plain", device, precision), device, precision)
     ):
         return {"ok": True, "skipped": reason}
-    expected, wanted = loss_and_gradients(family, plain, torch.device("cpu"), "fp32")
-    loss, grads = loss_and_gradients(family, variant, device, precision)
+    expected, wanted = loss_and_gradients(family, plain, torch.device("cpu"), "fp32", shape)
+    loss, grads = loss_and_gradients(family, variant, device, precision, shape)
     # Relative to its own norm, unless that is next to nothing: the true gradient of keys' biases is 0.
     least = 1e-3 * sum(one.norm() ** 2 for one in wanted.values()) ** 0.5
     off = max(((grads[name] - one).norm() / one.norm().clamp(min=least)).item() for name, one in wanted.items())
@@ -158,6 +178,18 @@ def list_checks(device: torch.device) -> Iterator[tuple[str, str, Check]]:
                     f"{family}, {variant}, {precision}",
                     lambda device, f=family, v=variant, p=precision: equal_to_cpu(f, v, p, device),
                 )
+    for variant in ALSO:
+        yield (
+            "correctness",
+            f"llama, {variant}, bf16",
+            lambda device, v=variant: equal_to_cpu("llama", v, "bf16", device),
+        )
+    for family, shape in itertools.product(("llama", "mistral"), SHAPES):
+        yield (
+            "correctness",
+            f"{family}, compiled packed, bf16, {shape}",
+            lambda device, f=family, s=shape: equal_to_cpu(f, "compiled packed", "bf16", device, s),
+        )
     for family in CONFIGS:
         if family_of(CONFIGS[family](**SHAPE)) and CONFIGS[family](**SHAPE).kind != "masked":
             yield "correctness", f"{family}, greedy text", lambda device, f=family: same_text(f, device)
