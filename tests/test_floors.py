@@ -19,7 +19,7 @@ FLOORS = [  # what stands on one floor imports only from the floors below, and n
     {"corpus", "records", "objectives"},
     {"storage"},
     {"inference", "formats"},
-    {"evals"},
+    {"evals", "tasks"},
     {"training"},
     {"commands"},
     {"__main__"},

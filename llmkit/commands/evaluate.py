@@ -1,7 +1,7 @@
 """Define the command `eval`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,16 +15,24 @@ from llmkit.commands.show import (
     progress_printer,
     show,
     to_stderr,
+    without_nan,
 )
 from llmkit.config.defaults import MAX_BAD_FRACTION
 
 
 def evaluate(
-    model: Annotated[str | None, typer.Argument(help="A run, checkpoint, adapter or folder.")] = None,
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="A run, checkpoint, adapter or folder.")
+    ] = None,
     perplexity: Annotated[
         bool, typer.Option("--perplexity", help="Loss, perplexity, bits per byte: the default.")
     ] = False,
-    data: Annotated[str | None, typer.Option(help="Texts, records or a data.dir; default: the val split.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Texts, records or a data.dir; default: the val split. Of tasks: NAME=PATH, may be repeated."
+        ),
+    ] = None,
     each: Annotated[bool, typer.Option("--each", help="Score each text on its own, after a begin token.")] = False,
     columns: Columns = None,
     window: Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens in a sliding window.")] = None,
@@ -32,24 +40,110 @@ def evaluate(
         int | None, typer.Option(min=1, max=MOST, help="Tokens between windows; default: the window.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=MOST)] = 8,
+    tasks: Annotated[str | None, typer.Option(help="Names or files of tasks, with commas between them.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, max=1000, help="Tasks: examples before each question; default: the task's.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, max=MOST, help="Tasks: ask only the first N questions.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Tasks: ask in the model's chat template.")] = False,
+    shown: Annotated[int, typer.Option("--show", min=0, max=1000, help="Tasks: print N prompts and their scores.")] = 0,
+    baseline: Annotated[str | None, typer.Option(help="Tasks: a model to compare with.")] = None,
+    metrics: Annotated[
+        list[str] | None, typer.Option("--metric", help="Tasks: score with a function, my.py:function.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Tasks: JSON file of the results; default: in ./evals.")] = None,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="Tasks: run the code that a task brings.")] = False,
     precision: Precision = "auto",
     max_bad_fraction: MaxBadFraction = MAX_BAD_FRACTION,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model: its loss, perplexity and bits per byte."""
+    """Measure a model: its loss, perplexity and bits per byte, or its scores on tasks."""
     from llmkit.errors import UserError
-
-    given = {"--max-bad-fraction": max_bad_fraction != MAX_BAD_FRACTION, "--each": each, "--columns": columns}
-    if data is None and (unused := [name for name, value in given.items() if value]):
-        raise UserError(f"{unused[0]} has no effect without --data", fix="leave it out")
-    from llmkit.evals.perplexity import measure
     from llmkit.storage.locate import locate
 
-    located = locate(model or find_default_run(progress_printer(as_json)))
-    to_stderr(located.choice)
+    of_tasks: dict[str, Any] = {"--shots": shots is not None, "--limit": limit, "--chat": chat, "--show": shown}
+    of_tasks |= {"--baseline": baseline, "--out": out, "--allow-code": allow_code, "--metric": metrics}
+    of_text = {"--perplexity": perplexity, "--each": each, "--columns": columns, "--window": window, "--stride": stride}
+    of_text |= {"--max-bad-fraction": max_bad_fraction != MAX_BAD_FRACTION, "--batch-size": batch_size != 8}
+    if given := [name for name, value in (of_text if tasks else of_tasks).items() if value]:
+        has = "with" if tasks else "without"
+        raise UserError(f"{given[0]} has no effect {has} --tasks", fix="leave it out")
+    if not tasks and len(models or []) > 1:
+        raise UserError("perplexity is measured of one model at a time", got=", ".join(models), fix="name one")
+    if not tasks and len(data or []) > 1:
+        raise UserError("--data is given twice", fix="give it once")
+    located = []
+    for model in models or [find_default_run(progress_printer(as_json))]:
+        located.append(locate(model))
+        to_stderr(located[-1].choice)
+    if tasks:
+        options = {"shots": shots, "limit": limit, "chat": chat, "allow_code": allow_code, "metrics": metrics or []}
+        evaluate_tasks(located, tasks, data or [], baseline, shown, out, precision, as_json, options)
+        return
+    given = {"--max-bad-fraction": of_text["--max-bad-fraction"], "--each": each, "--columns": columns}
+    if not data and (unused := [name for name, value in given.items() if value]):
+        raise UserError(f"{unused[0]} has no effect without --data", fix="leave it out")
+    from llmkit.evals.perplexity import measure
+
     options = {"window": window, "stride": stride, "batch_size": batch_size, "precision": precision}
-    options |= {"each": each, "columns": parse_columns(columns)}
-    show(measure(located, data=data, max_bad_fraction=max_bad_fraction, **options), as_json)
+    options |= {"each": each, "columns": parse_columns(columns), "max_bad_fraction": max_bad_fraction}
+    show(measure(located[0], data=data[0] if data else None, **options), as_json)
+
+
+def evaluate_tasks(
+    located: list,
+    tasks: str,
+    data: list[str],
+    baseline: str | None,
+    shown: int,
+    out: Path | None,
+    precision: str,
+    as_json: bool,
+    options: dict[str, Any],
+) -> None:
+    """Ask models the questions of tasks, and print and write their scores."""
+    import json
+    from datetime import datetime
+
+    from llmkit.errors import UserError
+    from llmkit.storage.locate import locate
+    from llmkit.tasks import results
+    from llmkit.tasks.evaluate import evaluate_models, prepare_tasks
+
+    pairs = [one.partition("=")[::2] for one in data]
+    if wrong := [one for one, (_, path) in zip(data, pairs, strict=True) if not path]:
+        raise UserError("--data names the records of a task as NAME=PATH", got=wrong[0])
+    names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    prepared = prepare_tasks(names, {name: Path(path).expanduser() for name, path in pairs}, **options)
+    if baseline is not None:
+        located = [*located, locate(baseline)]
+    found = evaluate_models(located, prepared, precision=precision, say=to_stderr)
+    as_values = [results.to_json(one.about, prepared, one.results) for one in found]
+    differences = {}
+    if len(found) == 2 or baseline is not None:
+        differences = {one.name: results.compare(one.results, found[-1].results) for one in found[:-1]}
+        for value, one in zip(as_values, found[:-1], strict=False):
+            value |= {"compared_with": found[-1].about["model"], "differences": differences[one.name]}
+    out = out or Path("evals") / f"{datetime.now():%Y%m%d-%H%M%S}.json"
+    results.write_results(out, [without_nan(value) for value in as_values])
+    if as_json:
+        print(json.dumps(without_nan(as_values if len(as_values) > 1 else as_values[0]), allow_nan=False))
+        return
+    for task, result in zip(prepared, found[0].results, strict=True):
+        for line in results.show_questions(task, result, shown):
+            print(line)
+    print(results.tabulate([one.name for one in found], [one.results for one in found]))
+    for one in found:
+        for line in results.describe_groups(one.results):
+            print(f"{one.name}: {line}" if len(found) > 1 else line)
+    for name, by_task in differences.items():
+        for task, by_metric in by_task.items():
+            for metric, difference in by_metric.items():
+                print(results.describe_difference(name, found[-1].name, task, metric, difference))
+    if len(found) > 1:
+        results.draw([one.name for one in found], [one.results for one in found], out.with_suffix(".png"))
+        print(f"picture: {out.with_suffix('.png')}")
+    print(f"results: {out}")
 
 
 def find_default_run(say) -> Path:

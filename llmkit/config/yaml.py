@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,14 @@ def dump_yaml(values: dict) -> str:
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-def read_yaml(path: Path) -> tuple[dict, dict[tuple, str]]:
-    """Read a YAML mapping. Return (values, origins), where origins maps each key path to its "file:line"."""
+Tags = dict[str, Callable[[str, str], Any]]  # tag -> what makes a value of its text and its "file:line"
+
+
+def read_yaml(path: Path, tags: Tags | None = None) -> tuple[dict, dict[tuple, str]]:
+    """Read a YAML mapping. Return (values, origins), where origins maps each key path to its "file:line".
+
+    tags  those that are allowed
+    """
     path = path / "config.yaml" if (path / "config.yaml").is_file() else path  # of a run
     if not path.exists():
         raise UserError(f"no such config file: {path}", fix="`llmkit init pretrain` writes a commented example")
@@ -89,7 +96,7 @@ def read_yaml(path: Path) -> tuple[dict, dict[tuple, str]]:
         raise UserError(f"the config is not a file: {path}", fix="name a YAML file")
     try:
         text = path.read_bytes().decode("utf-8-sig")
-        return parse_yaml(text, str(path))
+        return parse_yaml(text, str(path), tags)
     except UnicodeDecodeError as error:
         raise UserError("the config is not UTF-8 text", at=f"{path}, byte {error.start}") from None
     except OSError as error:
@@ -106,8 +113,8 @@ def compose(text: str) -> tuple[Loader | FastLoader, yaml.Node | None]:
     return loader, loader.get_single_node()
 
 
-def parse_yaml(text: str, name: str) -> tuple[dict, dict[tuple, str]]:
-    """Parse one mapping; refuse duplicate keys, tags and alias bombs. See `read_yaml`."""
+def parse_yaml(text: str, name: str, tags: Tags | None = None) -> tuple[dict, dict[tuple, str]]:
+    """Parse one mapping; refuse duplicate keys, other tags and alias bombs. See `read_yaml`."""
     try:
         loader, root = compose(text)
     except RecursionError:
@@ -134,6 +141,8 @@ def parse_yaml(text: str, name: str) -> tuple[dict, dict[tuple, str]]:
             raise UserError("the YAML expands to too many values (aliases within aliases?)", at=name)
         where = f"{name}:{node.start_mark.line + 1}"
         plain = isinstance(node, yaml.ScalarNode) and not node.style
+        if tags and node.tag in tags and isinstance(node, yaml.ScalarNode):
+            return tags[node.tag](node.value, where)
         if node.tag != loader.resolve(type(node), node.value, (plain, not plain)):
             raise UserError(f"the YAML tag {node.tag} is not allowed", at=where, fix="write a plain value")
         if isinstance(node, yaml.SequenceNode):

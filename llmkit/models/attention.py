@@ -201,14 +201,16 @@ def attend(
     causal  without a mask: each token sees itself and earlier tokens, or (False) all tokens
     scale   of the scores; None: D^-1/2
 
-    window  without a mask: how many keys a query may see, including its own; None: all
+    window  without a mask: how many keys a query may see, including its own; None: all. With a mask (B, 1, T, T), which
+            has the window in it, keys that are outside of it are skipped; a mask (T, S) may be in any order
 
     On a CPU, a single query is a sum of products when compiled, and windows and compiled blocks are computed by
     `block_attention`, a fifth faster than SDPA at T 256. Everything else is SDPA.
     """
     if isinstance(mask, BlockMask):
         return block_masked_attention(q, k, v, mask, scale).transpose(1, 2).flatten(2)
-    aligned, on_cpu, compiled = q.shape[2] == k.shape[2], q.device.type == "cpu", torch.compiler.is_compiling()
+    aligned = q.shape[2] == k.shape[2] and (mask is None or mask.dim() == 4)
+    on_cpu, compiled = q.device.type == "cpu", torch.compiler.is_compiling()
     window = window if causal and aligned and window is not None and window < q.shape[2] else None
     if on_cpu and compiled and q.shape[2] == 1:
         return single_attention(q, k, v, mask, scale).flatten(1)[:, None]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from llmkit.models.attention import KVCache, LayerCache, Masks, attention_mask
 from llmkit.models.layers import Head, token_tables
 from llmkit.models.loss import ChunkLoss, Logits, linear_cross_entropy
+from llmkit.models.shared_prefix import SharedLayer, SharedPrefix
 
 
 class Context(NamedTuple):
@@ -15,7 +16,7 @@ class Context(NamedTuple):
 
     masks: Masks
     rope: tuple[Tensor, Tensor] | None = None  # cos and sin of rotary positions
-    cache: LayerCache | None = None  # of this layer
+    cache: LayerCache | SharedLayer | None = None  # of this layer
 
 
 class CausalLM(nn.Module):
@@ -44,8 +45,8 @@ class CausalLM(nn.Module):
         reduction: str = "sum",
         positions: Tensor | None = None,
         segments: Tensor | None = None,
-        cache: KVCache | None = None,
-        logits_to_keep: int = 0,
+        cache: KVCache | SharedPrefix | None = None,
+        logits_to_keep: int | Tensor = 0,
         with_balance: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits (B, T, V) of input_ids (B, T), or losses if there are labels (B, T), aligned with the logits.
@@ -53,7 +54,7 @@ class CausalLM(nn.Module):
         reduction            of the losses, see `linear_cross_entropy`
         positions, segments  (B, T), for packed rows
         cache                continue after the tokens in it
-        logits_to_keep       compute logits or losses of this many last tokens only; 0: of all
+        logits_to_keep       compute logits or losses of this many last tokens only, or of these columns; 0: of all
         with_balance         also return the balance statistics of the experts, see `Family.aux_loss`
         """
         length = input_ids.shape[1]
@@ -74,7 +75,8 @@ class CausalLM(nn.Module):
                 balances.append(balance)
         if cache is not None:
             cache.length += length
-        hidden = self.norm(x[:, -logits_to_keep:])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden = self.norm(x[:, kept])
         weight = token_tables(self)[-1].rows()
         if labels is None:
             result = self.to_logits(hidden, weight)

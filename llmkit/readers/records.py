@@ -164,11 +164,17 @@ def as_record(value: Any, path: Path, number: int, offset: int | None, size: int
     return value if isinstance(value, dict) else BadRecord(str(path), number, offset, reason, size)
 
 
-def read_csv(path: Path) -> Iterator[Record]:
+def read_csv(
+    path: Path, header: list[str] | None = None, separator: str | None = None, quoted: bool = True
+) -> Iterator[Record]:
     """Read the rows after a header line, quoted as in Excel.
 
     Columns are separated by commas, by tabs in .tsv files, and by semicolons if the header has some and no comma: so
     does Excel in countries that write 1,5 for 1.5.
+
+    header     names of the columns of a file without such a line
+    separator  between the columns, if it is another one
+    quoted     whether quotes around a field have a meaning
     """
     csv.field_size_limit(packed.MAX_DOCUMENT_BYTES)  # for the whole process; the default is 131,072 characters
 
@@ -193,8 +199,9 @@ def read_csv(path: Path) -> Iterator[Record]:
 
     begin = next((line for _, _, line in read_lines(path) if isinstance(line, bytes) and line.strip()), b"")
     comma = ";" if b";" in begin and b"," not in begin else ","
-    rows = csv.reader(lines(), delimiter="\t" if ".tsv" in suffix_of(path) else comma, strict=True)
-    header, number = None, 1
+    delimiter = separator or ("\t" if ".tsv" in suffix_of(path) else comma)
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    rows, number = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True), 1
     while True:
         before, damaged = taken, False
         try:

@@ -178,23 +178,37 @@ def encode_chat(
     tools: list[dict[str, Any]] | None = None,
     variables: dict[str, Any] | None = None,
 ) -> list[int]:
-    """Return the ids of a conversation up to the start of the next answer.
+    """Return the ids of a conversation up to the start of the next answer; see `render_chat`."""
+    return encode_rendered(tokenizer, Rendered(render_chat(tokenizer, messages, tools, variables), []))[0].tolist()
 
-    variables  further ones of the template, such as enable_thinking
+
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
+    variables: dict[str, Any] | None = None,
+    *,
+    starts_answer: bool = True,
+) -> str:
+    """Return the text of a conversation, which `encode_rendered` reads.
+
+    variables      further ones of the template, such as enable_thinking
+    starts_answer  whether it ends with the start of the next answer
 
     Raise ValueError if the template does not support it, DataError if it can't be parsed.
     """
     template = default_template(tokenizer)
     one = adapt(template, Conversation(messages, [False] * len(messages), tools, variables or {}))
     one = break_special_tokens(tokenizer, one)
+    rendering = (len(messages), starts_answer)
     [found] = render_jobs(
-        template, [Job(to_parts(template, one.messages), [(len(messages), True)], template_variables(tokenizer, one))]
+        template, [Job(to_parts(template, one.messages), [rendering], template_variables(tokenizer, one))]
     )
     if isinstance(found, ValueError):
         raise found
     if problem := find_loss(one, found.texts[0]):
         raise ValueError(problem)
-    return encode_rendered(tokenizer, Rendered(found.texts[0], []))[0].tolist()
+    return found.texts[0]
 
 
 def find_loss(one: Conversation, text: str) -> str | None:

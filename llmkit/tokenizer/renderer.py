@@ -16,6 +16,7 @@ from llmkit.errors import DataError
 from llmkit.tokenizer.sandbox import CPU_SECONDS
 
 WALL_SECONDS = 60  # without an answer; the limit of CPU_SECONDS comes first, unless the machine is very busy
+TOGETHER = 500  # records of a task that are rendered in one request
 NEEDED = ("PATH", "HOME", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ")  # no other variable is handed on
 
 
@@ -59,7 +60,7 @@ class Renderer:
             if self.process is None:
                 self.start()
             try:
-                self.connection.send_bytes(json.dumps(request).encode())
+                self.connection.send_bytes(json.dumps(request, default=str).encode())
                 if self.connection.poll(WALL_SECONDS):
                     return json.loads(self.connection.recv_bytes())
                 reason = f"gave no answer for {WALL_SECONDS} s"
@@ -128,6 +129,31 @@ def render_jobs(template: str, jobs: list[Job], date: str | None = None) -> list
         return [found for job in jobs for found in render_jobs(template, [job], date)]
     answers = [answers] if isinstance(answers, dict) else answers
     return [read_answer(answer, job) for answer, job in zip(answers, jobs, strict=True)]
+
+
+def render_texts(template: str, variables: list[dict[str, Any]]) -> list[str | ValueError]:
+    """Render a template of a task for some records, whose fields are its variables. See `sandbox.render_task`.
+
+    The error of a record is TemplateLimit if the template exceeds a limit, and another ValueError if it fails. Raise
+    DataError if the template can't be parsed.
+    """
+    found: list[str | ValueError] = []
+    for start in range(0, len(variables), TOGETHER):
+        part = variables[start : start + TOGETHER]
+        try:
+            answers = renderer(os.getpid()).ask({"template": template, "jobs": part})
+        except TemplateLimit as error:
+            answers = {"error": "limit", "reason": str(error)}
+        if isinstance(answers, dict) and len(part) > 1:  # find out which one it was
+            found += [text for one in part for text in render_texts(template, [one])]
+            continue
+        for answer in [answers] if isinstance(answers, dict) else answers:
+            if answer.get("error") == "syntax":
+                raise DataError(f"the template can't be parsed: {answer['reason']}", got=template[:200])
+            limit = answer.get("error") == "limit"
+            error = (TemplateLimit if limit else ValueError)(f"the template fails: {answer.get('reason')}")
+            found.append(error if "error" in answer else answer["text"])
+    return found
 
 
 def read_answer(answer: dict[str, Any], job: Job) -> Texts | ValueError:

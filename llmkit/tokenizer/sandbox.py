@@ -12,6 +12,8 @@ text before, rest] or null where the template fails, ...], spans what stands in 
 places [start, stop] of each content that is not blank in it, or null. Or it is {error: kind, reason: text} with a kind
 of "syntax", "limit" or "refusal" (the template rejects all messages together). A request that is too large as a whole
 has one such error.
+
+A request {template, jobs: [variables, ...]} without a date is that of a task's template; see `render_task`.
 """
 
 import json
@@ -27,7 +29,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, TemplateSyntaxError, nodes
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -71,6 +73,35 @@ def compile_template(source: str, date: str | None) -> Template:
     env.filters["tojson"] = tojson  # jinja2's own escapes HTML
     env.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     return env.from_string(source)
+
+
+@lru_cache(8)
+def compile_task_template(source: str) -> Template:
+    """Compile a template of a task with what lm-evaluation-harness gives it. Raise TemplateSyntaxError."""
+    env = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+
+    def regex_replace(text: str, pattern: str, replacement: str, count: int = 0) -> str:
+        return re.sub(pattern, replacement, text, count=count)
+
+    env.filters["regex_replace"] = regex_replace
+    return env.from_string(source)
+
+
+def render_task(template: str, variables: dict[str, Any]) -> dict[str, Any]:
+    """Return {text}, what a template of a task makes of a record, or an error as `render` does."""
+    kind = "syntax"
+    try:
+        compiled = compile_task_template(template)
+        kind = "refusal"
+        text = compiled.render(**variables)
+    except MemoryError:
+        return {"error": "limit", "reason": f"takes over {MEMORY // 2**20} MiB of memory"}
+    except TemplateSyntaxError as error:
+        return {"error": kind, "reason": f"{error} (line {error.lineno})"[:LONGEST_REASON]}
+    except Exception as error:  # a template can raise any error
+        return {"error": kind, "reason": (str(error) or type(error).__name__)[:LONGEST_REASON]}
+    too_long = {"error": "limit", "reason": f"renders more than {CHARACTERS // 10**6} million characters"}
+    return {"text": text} if len(text) <= CHARACTERS else too_long
 
 
 def render(template: str, date: str | None, job: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +205,10 @@ def main() -> None:
             request, answers = json.loads(raw), []
             for job in request["jobs"]:
                 signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # then SIGPROF ends this process
-                answers.append(render(request["template"], request["date"], job))
+                if "date" in request:
+                    answers.append(render(request["template"], request["date"], job))
+                else:
+                    answers.append(render_task(request["template"], job))
             answer = json.dumps(answers).encode()
         except MemoryError:
             answer = json.dumps(TOO_MUCH).encode()

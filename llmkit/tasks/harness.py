@@ -1,0 +1,98 @@
+"""Run tasks of lm-evaluation-harness by their names: its prompts, filters and metrics, and our model (extra `tasks`)."""
+
+import hashlib
+import importlib.util
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+from torch import nn
+
+from llmkit.errors import DataError, MachineError, UserError, did_you_mean
+from llmkit.tasks.run import Result
+from llmkit.tasks.statistics import Z
+from llmkit.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass
+class HarnessTask:
+    """A task of the harness, by its name."""
+
+    name: str
+    shots: int | None
+    limit: int | None
+    chat: bool
+    about: dict[str, Any]
+
+    def run(self, model: nn.Module, tokenizer: Tokenizer, progress: Callable[[Iterable], Iterable] = iter) -> Result:
+        """Ask a model; see `Prepared.run`."""
+        import lm_eval
+
+        from llmkit.tasks.adapter import Adapter
+
+        adapter = Adapter(model, tokenizer, self.chat, progress)
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        try:
+            with redirect_stdout(StringIO()):
+                found = lm_eval.simple_evaluate(
+                    adapter,
+                    tasks=[self.name],
+                    num_fewshot=self.shots,
+                    limit=self.limit,
+                    apply_chat_template=self.chat,
+                    bootstrap_iters=1000,
+                )
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+            fix = "the harness loads its data from the hub; offline, copy the task file and name your files in it"
+            raise DataError(f"the task {self.name} of lm-evaluation-harness fails", got=reason, fix=fix) from error
+        return self.to_result(found, adapter.lost)
+
+    def to_result(self, found: dict[str, Any], lost: Counter[str]) -> Result:
+        """Convert what the harness returns. A group of tasks has the harness's scores of the whole."""
+        scores = found["results"].get(self.name) or found["groups"][self.name]
+        samples = [one for task in sorted(found["samples"]) for one in found["samples"][task]]
+        figures, items = {}, {}
+        for key, value in scores.items():
+            name, comma, filtered = key.partition(",")
+            if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            label = name if filtered == "none" else key
+            error = scores.get(f"{name}_stderr,{filtered}")
+            error = error if isinstance(error, int | float) else float("nan")
+            interval = [value - Z * error, value + Z * error]
+            figures |= {label: value, f"{label}_stderr": error, f"{label}_interval": interval}
+            own = [one[name] for one in samples if one.get("filter", filtered) == filtered and name in one]
+            items[label] = own
+        number = len({(one["doc_hash"], one["doc_id"]) for one in samples})
+        prompts = json.dumps(sorted(one["prompt_hash"] for one in samples))
+        self.about |= {
+            "version": found["versions"].get(self.name),
+            "shots": found["n-shot"].get(self.name, self.shots),
+            "questions": number,
+            "prompts_sha256": hashlib.sha256(prompts.encode()).hexdigest(),
+        }
+        return Result(self.name, figures | {"n": number}, items, list(range(number)), +lost)
+
+
+def harness_task(name: str, known: Sequence[str], *, shots: int | None, limit: int | None, chat: bool) -> HarnessTask:
+    """Return a task of the harness. Raise MachineError if it is not installed, UserError if it has no such task.
+
+    known  names of llmkit's own tasks, for a hint
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        fix = did_you_mean(name, known) or "name a YAML file; for the tasks of lm-evaluation-harness: pip install "
+        fix += "'llmkit[tasks]'" if fix.endswith("install ") else ""
+        raise MachineError(f"llmkit has no task {name} of its own", expected=", ".join(known), fix=fix)
+    from lm_eval.tasks import TaskManager
+
+    names = TaskManager().all_tasks
+    if name not in names:
+        raise UserError(f"there is no task {name}", fix=did_you_mean(name, [*known, *names]) or "lm_eval ls tasks")
+    about = {"task": name, "source": "lm-evaluation-harness", "shots": shots, "limit": limit, "chat": chat}
+    return HarnessTask(name, shots, limit, chat, about)

@@ -1,0 +1,138 @@
+"""Put the scores of several models together: a table, a picture, and a file with all that is needed to repeat them."""
+
+import io
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmkit.files import write_atomically
+from llmkit.screen import for_stream, format_table
+from llmkit.tasks.metrics import METRICS
+from llmkit.tasks.run import Prepared, Result
+from llmkit.tasks.statistics import bootstrap_difference, paired_difference
+
+
+def metric_names(figures: dict[str, Any]) -> list[str]:
+    """Return the names of the scores among the figures of a result."""
+    return [name for name in figures if f"{name}_stderr" in figures]
+
+
+def to_json(about: dict[str, Any], tasks: Sequence[Prepared], results: Sequence[Result]) -> dict[str, Any]:
+    """Return the results of one model, in the form of lm-evaluation-harness with intervals beside.
+
+    about  the model, the machine and the versions
+    """
+    return {
+        "results": {one.name: one.figures for one in results},
+        "tasks": {task.about["task"]: task.about for task in tasks},
+        "lost": {one.name: dict(one.lost) for one in results if one.lost},
+        **about,
+    }
+
+
+def compare(ours: Sequence[Result], theirs: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """Return the paired difference of each score of two models, on the questions that both were asked."""
+    found: dict[str, dict[str, Any]] = {}
+    for our, their in zip(ours, theirs, strict=True):
+        for name in metric_names(our.figures):
+            pairs = [(our.items[name], our.asked), (their.items[name], their.asked)]
+            both = sorted(set(our.asked) & set(their.asked))
+            one, other = ([dict(zip(asked, items, strict=True))[i] for i in both] for items, asked in pairs)
+            if all(isinstance(item, int | float) for item in (*one, *other)) and name != "perplexity":
+                found.setdefault(our.name, {})[name] = paired_difference(one, other)
+            else:
+                found.setdefault(our.name, {})[name] = bootstrap_difference(one, other, METRICS[name][1])
+    return found
+
+
+def format_score(figures: dict[str, Any], name: str) -> str:
+    """Return a score with its interval: 0.5312 (0.4721-0.5894)."""
+    low, high = figures[f"{name}_interval"]
+    if not math.isfinite(low):
+        return f"{figures[name]:.4f}"
+    return f"{figures[name]:.4f} ({low:.4f}-{high:.4f})"
+
+
+def tabulate(names: Sequence[str], models: Sequence[Sequence[Result]]) -> str:
+    """Return a table: one line for each task and score, one column for each model."""
+    rows = []
+    for of_models in zip(*models, strict=True):
+        first = of_models[0]
+        for name in metric_names(first.figures):
+            scores = {model: format_score(one.figures, name) for model, one in zip(names, of_models, strict=True)}
+            rows.append({"task": first.name, "score": name, "n": first.figures["n"]} | scores)
+    return format_table(rows)
+
+
+def describe_difference(model: str, baseline: str, task: str, name: str, found: dict[str, Any]) -> str:
+    """Return a difference in words, with its interval."""
+    low, high = found["interval"]
+    value = f"{found['difference']:+.4f} ({low:+.4f} to {high:+.4f}), n {found['n']}"
+    words = {"higher": "higher than", "lower": "lower than", "no difference": "the same as"}
+    return f"{task} {name}: {model} is {words.get(found['verdict'], 'not clearly different from')} {baseline}: {value}"
+
+
+def draw(names: Sequence[str], models: Sequence[Sequence[Result]], out: Path) -> None:
+    """Draw the first score of each task for each model, with its interval, to a PNG file."""
+    from matplotlib.figure import Figure
+
+    tasks = [one.name for one in models[0]]
+    figure = Figure(layout="constrained", figsize=(7.5, 1.4 + 0.32 * len(tasks) * (len(names) + 0.6)))
+    axes = figure.add_subplot(xlabel="score, with its 95 % interval")
+    for i, (name, results) in enumerate(zip(names, models, strict=True)):
+        for j, one in enumerate(results):
+            metric = metric_names(one.figures)[0]
+            value, (low, high) = one.figures[metric], one.figures[f"{metric}_interval"]
+            at = j * (len(names) + 0.6) + i
+            axes.barh(at, value, color=f"C{i}", label=name if j == 0 else None, alpha=0.8)
+            if math.isfinite(low):
+                axes.plot([low, high], [at, at], color="black", linewidth=1.4)
+    middle = [j * (len(names) + 0.6) + (len(names) - 1) / 2 for j in range(len(tasks))]
+    labels = [f"{one.name}\n{metric_names(one.figures)[0]}, n {one.figures['n']}" for one in models[0]]
+    axes.set_yticks(middle, labels)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.25)
+    for text in axes.get_yticklabels():
+        text.set_parse_math(False)
+    if len(names) > 1:
+        legend = figure.legend(loc="outside lower left", frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=130)
+    write_atomically(out, png.getvalue())
+
+
+def write_results(out: Path, results: list[dict[str, Any]]) -> None:
+    """Write the results of all models to a JSON file; numbers that are not finite become null."""
+    text = json.dumps(results if len(results) > 1 else results[0], indent=2, ensure_ascii=False, default=str)
+    write_atomically(out, text.encode())
+
+
+def describe_groups(results: Sequence[Result]) -> Iterator[str]:
+    """Yield lines with the first score of each group, and how fair a model is to the groups."""
+    for one in results:
+        if groups := one.figures.get("groups"):
+            name = metric_names(one.figures)[0]
+            yield f"{one.name} {name}: " + ", ".join(f"{group} {own[name]:.3f}" for group, own in groups.items())
+        if fair := one.figures.get("fairness"):
+            names = ("demographic_parity", "equalized_odds", "bias_amplification")
+            yield f"{one.name}: " + ", ".join(f"{key.replace('_', ' ')} {fair[key]:.3f}" for key in names)
+
+
+def show_questions(prepared: Prepared, result: Result, number: int) -> Iterator[str]:
+    """Yield the whole prompts of the first questions, and what the model made of them."""
+    for one in result.answered[:number]:
+        question = one.question
+        yield f"---- {result.name}, question {question.number} ----"
+        yield for_stream("\n...\n".join(question.contexts), sys.stdout)
+        for i, (answer, score) in enumerate(zip(question.answers, one.scores, strict=False)):
+            right = question.target if isinstance(question.target, list) else [question.target]
+            mark = "*" if question.choices and i in right else " "
+            greedy = ", each token the likeliest" if score.greedy else ""
+            yield for_stream(f"{mark} {answer!r}: {score.log_prob:.4f} nats{greedy}", sys.stdout)
+        if one.text is not None:
+            yield for_stream(f"  written: {one.text!r}\n  wanted: {question.target!r}", sys.stdout)

@@ -1,0 +1,255 @@
+"""Ask a model the questions of a task, and compute its scores."""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llmkit.errors import DataError, ModelError, UserError, raise_all
+from llmkit.inference.sampling import Sampling
+from llmkit.tasks.documents import read_split
+from llmkit.tasks.encode import encode_answers, encode_prompts, encode_windows
+from llmkit.tasks.likelihood import Score, score_requests
+from llmkit.tasks.metrics import METRICS, Answered, Item, apply_filter, check_metrics, chosen, is_right, mean
+from llmkit.tasks.prompts import SEED, Question, build_questions
+from llmkit.tasks.statistics import bootstrap, fairness, mean_error, mean_interval
+from llmkit.tasks.task import Filter, Metric, Task, load_function, read_task
+from llmkit.tasks.writing import write_answers
+from llmkit.tokenizer.tokenizer import Tokenizer
+
+Progress = Callable[[Iterable], Iterable]
+
+
+@dataclass
+class Prepared:
+    """A task with its questions, which are the same for all models."""
+
+    task: Task
+    questions: list[Question]
+    about: dict[str, Any]  # what is needed to repeat it
+
+    @property
+    def name(self) -> str:
+        return self.task.task
+
+    def run(self, model: nn.Module, tokenizer: Tokenizer, progress: Progress = iter) -> "Result":
+        """Ask a model, in the autocast context of the caller."""
+        return run_task(self, model, tokenizer, progress=progress)
+
+
+@dataclass
+class Result:
+    """The scores of a model on a task."""
+
+    name: str
+    figures: dict[str, Any]  # name -> value, with name_stderr and name_interval; n; groups
+    items: dict[str, list[Item]]  # of each metric, by question, in order
+    asked: list[int]  # numbers of the questions
+    lost: Counter[str]
+    answered: list[Answered] = field(default_factory=list)
+
+
+def prepare(
+    path: Path,
+    *,
+    data: Path | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    chat: bool = False,
+    allow_code: bool = False,
+    metrics: Sequence[str] = (),
+) -> Prepared:
+    """Read a task file and its records, and build the questions.
+
+    data     file or folder of the records, in the place of the task's own
+    shots    examples before each question; None: the task's
+    limit    ask only this many of the first questions
+    chat     make chats for the model's chat template
+    metrics  the user's own, as my.py:function, in addition to the task's
+    """
+    task = read_task(path, allow_code=allow_code)
+    if metrics:
+        task.metric_list = [*task.metrics, *(Metric(metric=load_metric(one)) for one in metrics)]
+    raise_all(check_metrics(task))
+    number = (task.num_fewshot or 0) if shots is None else shots
+    if number and task.output_type == "loglikelihood_rolling":
+        raise DataError(f"{task.task}: whole texts are scored without examples", fix="leave out --shots")
+    docs = read_split(task, task.asked_split, path.parent, data)
+    split = task.shots_split or task.training_split or task.asked_split
+    same, pool = split == task.asked_split, docs
+    if number and not same and not task.fewshot_config.samples:
+        pool = read_split(task, split, path.parent, data)
+    questions = build_questions(task, docs[:limit], pool, number, same_split=same, chat=chat)
+    prompts = json.dumps([[one.contexts, one.answers, str(one.target)] for one in questions])
+    about = {
+        "task": task.task,
+        "version": task.metadata.get("version"),
+        "shots": number,
+        "seed": SEED,
+        "chat": chat,
+        "limit": limit,
+        "questions": len(questions),
+        "prompts_sha256": hashlib.sha256(prompts.encode()).hexdigest(),
+    }
+    return Prepared(task, questions, about)
+
+
+def load_metric(name: str) -> Callable:
+    """Load a user's metric, a function in a Python file: my.py:function."""
+    file, colon, function = name.rpartition(":")
+    if not colon or not file.endswith(".py"):
+        raise UserError("a metric of your own is named as my.py:function", got=name)
+    path = Path(file).expanduser()
+    return load_function(path.parent, f"{path.stem}.{function}", f"--metric {name}")
+
+
+def run_task(prepared: Prepared, model: nn.Module, tokenizer: Tokenizer, *, progress: Progress = iter) -> Result:
+    """Ask a model, in the autocast context of the caller."""
+    task, lost = prepared.task, Counter()
+    if model.config.kind != "causal":
+        raise ModelError(f"tasks need a decoder, not {model.config.model_type}")
+    positions = model.config.max_position_embeddings
+    if task.output_type == "generate_until":
+        written = task.generation_kwargs.max_gen_toks
+        prompts = encode_prompts(prepared.questions, tokenizer, positions, written, lost)
+        texts = write_answers(
+            model,
+            tokenizer,
+            prompts,
+            until=task.until,
+            max_new_tokens=written,
+            sampling=sampling_of(task),
+            progress=progress,
+        )
+        answered = [Answered(one, [], text) for one, text in zip(prepared.questions, texts, strict=True)]
+    else:
+        answered = score_answers(prepared, model, tokenizer, positions, lost, progress)
+    if not answered:
+        raise DataError(f"{task.task}: no question is left to ask", got="; ".join(lost) or None)
+    figures, items = compute_figures(task, answered)
+    return Result(task.task, figures, items, [one.question.number for one in answered], +lost, answered)
+
+
+def sampling_of(task: Task) -> Sampling:
+    """Return how tokens of written answers are chosen."""
+    options = task.generation_kwargs
+    if not options.do_sample or not options.temperature:
+        return Sampling(temperature=0)
+    return Sampling(options.temperature, options.top_k, options.top_p)
+
+
+def score_answers(
+    prepared: Prepared,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    positions: int,
+    lost: Counter[str],
+    progress: Progress,
+) -> list[Answered]:
+    """Return the questions with the scores of their answers, without those that do not fit the model."""
+    if prepared.task.output_type == "loglikelihood_rolling":
+        found = [list(encode_windows(one.answers[0], tokenizer, positions)) for one in prepared.questions]
+    else:
+        found = encode_answers(prepared.questions, tokenizer, positions, lost)
+    kept = [i for i, one in enumerate(found) if one]
+    requests = [request for i in kept for request in found[i]]
+    owners = [i for i in kept for _ in found[i]]
+    if prepared.task.output_type == "loglikelihood_rolling":
+        owners = range(len(requests))  # windows of a text are no answers to the same question
+    scores = iter(score_requests(model, requests, owners, progress=progress))
+    answered = []
+    for i in kept:
+        own = [next(scores) for _ in found[i]]
+        if prepared.task.output_type == "loglikelihood_rolling":
+            own = [Score(sum(one.log_prob for one in own), all(one.greedy for one in own))]
+        answered.append(Answered(prepared.questions[i], own))
+    return answered
+
+
+def compute_figures(task: Task, answered: list[Answered]) -> tuple[dict[str, Any], dict[str, list[Item]]]:
+    """Return the scores with their errors and intervals, and what each metric made of each question."""
+    figures: dict[str, Any] = {}
+    items: dict[str, list[Item]] = {}
+    for one in task.filter_list or [Filter()]:
+        filtered = answered
+        if task.output_type == "generate_until":
+            filtered = [Answered(a.question, [], apply_filter(one, a.text)) for a in answered]
+        suffix = "" if one.name == "none" else f",{one.name}"
+        for name, (found, aggregate) in score_all(task, filtered).items():
+            items[name + suffix] = found
+            figures |= summarize(name + suffix, found, aggregate)
+    figures["n"] = len(answered)
+    if task.group_by is not None:
+        figures |= by_group(task, answered, items)
+    return figures, items
+
+
+def score_all(task: Task, answered: list[Answered]) -> dict[str, tuple[list[Item], Callable]]:
+    """Return what each metric makes of each question, and how these are put together."""
+    if task.process_results is not None:
+        found = [task.process_results(one.question.doc, results_of(one)) for one in answered]
+        return {name: ([one[name] for one in found], mean) for name in found[0]}
+    scored = {}
+    for metric in task.metrics:
+        if callable(metric.metric):
+            scored[metric.name] = [run_metric(metric, one) for one in answered], mean
+        else:
+            score, aggregate, *_ = METRICS[metric.name]
+            scored[metric.name] = [score(one, metric) for one in answered], aggregate
+    return scored
+
+
+def results_of(one: Answered) -> list[Any]:
+    """Return what the harness gives to a task's own code."""
+    return [one.text] if one.text is not None else [(score.log_prob, score.greedy) for score in one.scores]
+
+
+def run_metric(metric: Metric, one: Answered) -> Item:
+    """Call a user's metric with the answer and the target, as `metric(predictions=[...], references=[...])`."""
+    answer = one.text if one.text is not None else one.question.choices[chosen(one)]
+    try:
+        found = metric.metric(predictions=[answer], references=[one.question.target])
+    except Exception as error:
+        what = f"the metric {metric.name} fails: {type(error).__name__}: {error}"
+        raise DataError(what, got=str(one.question.doc)[:200]) from error
+    found = found.get(metric.name) if isinstance(found, dict) else found
+    if not isinstance(found, int | float):
+        raise DataError(f"the metric {metric.name} returns no number", got=repr(found)[:100])
+    return float(found)
+
+
+def summarize(name: str, items: list[Item], aggregate: Callable) -> dict[str, Any]:
+    """Return a score with its standard error and 95 % interval."""
+    if aggregate is mean:
+        error, interval = mean_error(items), mean_interval(items)
+    else:
+        error, interval = bootstrap(items, aggregate)
+    return {name: aggregate(items), f"{name}_stderr": error, f"{name}_interval": list(interval)}
+
+
+def by_group(task: Task, answered: list[Answered], items: dict[str, list[Item]]) -> dict[str, Any]:
+    """Return the scores of each group, and for choices how fair they are."""
+    groups = [one.question.group for one in answered]
+    members = defaultdict(list)
+    for i, group in enumerate(groups):
+        members[group].append(i)
+    aggregates = {name: aggregate for name, (_, aggregate) in score_all(task, answered[:1]).items()}
+    found = {
+        group: {
+            **{
+                name: aggregates[name.partition(",")[0]]([values[i] for i in numbers]) for name, values in items.items()
+            },
+            "n": len(numbers),
+        }
+        for group, numbers in sorted(members.items())
+    }
+    if task.output_type != "multiple_choice" or any(isinstance(one.question.target, list) for one in answered):
+        return {"groups": found}
+    choices = [chosen(one) for one in answered]
+    right = [is_right(one, choice) for one, choice in zip(answered, choices, strict=True)]
+    return {"groups": found, "fairness": fairness(groups, right, choices, [one.question.target for one in answered])}

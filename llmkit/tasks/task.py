@@ -1,0 +1,299 @@
+"""Read a task: a YAML file in the format of lm-evaluation-harness, which says what is asked and how it is scored.
+
+The keys, their defaults and their meaning are those of version 0.4 of the harness:
+https://github.com/EleutherAI/lm-evaluation-harness/blob/main/docs/task_guide.md. The keys of `Task` that it does not
+have are `group_by`, `choice_by` and the output type `pairs`.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from llmkit.config.explain import explain_all
+from llmkit.config.fields import Count, NonBlank, Section
+from llmkit.config.yaml import merge, read_yaml
+from llmkit.errors import DataError, UserError, did_you_mean, raise_all
+
+Template = str | Callable  # a field, a Jinja template, or a function of a task's own code
+
+# Keys of the harness that only the harness itself understands.
+HARNESS_ONLY = ("custom_dataset", "use_prompt", "doc_to_image", "doc_to_audio", "unsafe_code", "class", "group")
+HARNESS_FIX = "pip install 'llmkit[tasks]', and give the name of a task that the harness has"
+DEFAULT_METRICS = {
+    "multiple_choice": ["acc", "acc_norm"],
+    "pairs": ["acc", "difference"],
+    "loglikelihood": ["perplexity", "acc"],
+    "loglikelihood_rolling": ["word_perplexity", "byte_perplexity", "bits_per_byte"],
+    "generate_until": ["exact_match"],
+}
+
+
+class Files(Section):
+    """`dataset_kwargs`: the files of each split, and how they are read."""
+
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
+    """A file, folder or glob, or one for each split. `--data TASK=PATH` replaces it."""
+    column_names: list[str] | None = None
+    """Of CSV files without a header."""
+    field: str | None = None
+    """Of a JSON file: where its list of records is."""
+    labels: str | None = None
+    """A file with one label a line, which becomes the field `label` of the records."""
+    separator: str | None = Field(None, alias="sep")
+    """Between the columns of a CSV file."""
+    quoting: Literal[0, 3] = 0
+    """3: quotes in a CSV file are plain characters."""
+    trust_remote_code: bool = False
+    """Read for compatibility: nothing remote is run."""
+
+
+class Shots(Section):
+    """`fewshot_config`: where the examples before a question come from."""
+
+    sampler: Literal["default", "first_n"] = "default"
+    """default: at random, other ones for each question; first_n: the first ones."""
+    split: str | None = None
+    """Default: fewshot_split."""
+    samples: list[dict[str, Any]] | None = None
+    """The examples themselves."""
+
+
+class Metric(Section):
+    """One of `metric_list`."""
+
+    metric: str | Callable
+    """Its name, or a function."""
+    aggregation: str | Callable | None = None
+    """mean, or what the metric needs."""
+    higher_is_better: bool | None = None
+    """Whether larger is better."""
+    ignore_case: bool = False
+    """exact_match: compare in lower case."""
+    ignore_punctuation: bool = False
+    """exact_match: leave out punctuation."""
+    ignore_numbers: bool = False
+    """exact_match: leave out digits."""
+    regexes_to_ignore: list[str] = Field(default_factory=list)
+    """exact_match: leave out what matches."""
+
+    @property
+    def name(self) -> str:
+        return self.metric if isinstance(self.metric, str) else self.metric.__name__
+
+
+class Step(Section):
+    """A step of a filter of generated text."""
+
+    function: Literal["regex", "take_first", "remove_whitespace", "lowercase", "uppercase"]
+    """What it does."""
+    regex_pattern: str = r"#### (\-?[0-9\.\,]+)"
+    """regex: what to find."""
+    group_select: int = 0
+    """regex: which of several matches; -1: the last."""
+    fallback: str = "[invalid]"
+    """regex: the text if nothing matches."""
+
+
+class Filter(Section):
+    """One of `filter_list`: its scores have its name."""
+
+    name: NonBlank = "none"
+    """Which one."""
+    filter: list[Step] = Field(default_factory=list)
+    """Steps, one after the other."""
+
+
+class Writing(Section):
+    """`generation_kwargs`."""
+
+    until: str | list[str] | None = None
+    """Texts that end an answer; default: fewshot_delimiter."""
+    max_gen_toks: Count = 256
+    """Most tokens of an answer."""
+    do_sample: bool = False
+    """Draw tokens instead of taking the likeliest."""
+    temperature: float = Field(0.0, ge=0)
+    """Of drawing."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Of drawing."""
+    top_k: int | None = Field(None, ge=0)
+    """Of drawing."""
+
+
+class Task(Section):
+    """A task."""
+
+    task: NonBlank
+    """Its name."""
+    task_alias: str | None = None
+    """A name for tables."""
+    tag: str | list[str] | None = None
+    """Names of collections that it is in."""
+    include: str | None = None
+    """A task file whose keys this one replaces."""
+    dataset_path: NonBlank = "json"
+    """json, csv, parquet or text: files; anything else is a data set on the hub."""
+    dataset_name: str | None = None
+    """Configuration of a data set on the hub."""
+    dataset_kwargs: Files = Files()
+    """The files."""
+    training_split: str | None = None
+    """Name of the split for examples."""
+    validation_split: str | None = None
+    """Name of the split that is asked if there is no test split."""
+    test_split: str | None = None
+    """Name of the split that is asked."""
+    fewshot_split: str | None = None
+    """Name of the split of the examples; default: the training split, or the one that is asked."""
+    fewshot_config: Shots = Shots()
+    """How examples are chosen."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Number of examples before a question; `--shots` replaces it."""
+    process_docs: Callable | None = None
+    """A function of a data set that prepares its records."""
+    output_type: Literal["multiple_choice", "pairs", "loglikelihood", "loglikelihood_rolling", "generate_until"] = (
+        "generate_until"
+    )
+    """pairs: which of two texts is likelier."""
+    description: str = ""
+    """Text before all examples; a template."""
+    doc_to_text: Template | int | None = None
+    """The question."""
+    doc_to_target: Template | int | list[str] | None = None
+    """The right answer, or the number of the right choice; several are a list."""
+    doc_to_choice: Template | list[str] | dict[str, str] | None = None
+    """The choices."""
+    gen_prefix: str | None = None
+    """Text with which each answer begins."""
+    target_delimiter: str = " "
+    """Between a question and its answer."""
+    fewshot_delimiter: str = "\n\n"
+    """After each example."""
+    generation_kwargs: Writing = Writing()
+    """How an answer is written."""
+    repeats: Literal[1] = 1
+    """How often each question is asked."""
+    filter_list: list[Filter] | None = None
+    """What is done to a written answer before it is scored."""
+    metric_list: list[Metric] | None = None
+    """The scores; default: those that are usual for the output type."""
+    process_results: Callable | None = None
+    """A function of a record and results that returns scores."""
+    should_decontaminate: bool = False
+    """Read for compatibility; see data.decontaminate."""
+    doc_to_decontamination_query: str | None = None
+    """What of a record is looked for in training data."""
+    group_by: str | None = None
+    """A field or template: the score is given for each of its values too, and examples come from the same one."""
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    """`version`, and what else its author notes."""
+
+    @property
+    def asked_split(self) -> str:
+        """Return the name of the split whose records are asked."""
+        return self.test_split or self.validation_split or "test"
+
+    @property
+    def shots_split(self) -> str | None:
+        """Return the name of the split that examples come from, if one is named."""
+        return self.fewshot_config.split or self.fewshot_split
+
+    @property
+    def metrics(self) -> list[Metric]:
+        names = DEFAULT_METRICS[self.output_type]
+        return self.metric_list or [Metric(metric=name) for name in names]
+
+    @property
+    def until(self) -> list[str]:
+        """Return the texts that end an answer."""
+        until = self.generation_kwargs.until
+        until = [self.fewshot_delimiter] if until is None else [until] if isinstance(until, str) else until
+        return [text for text in until if text]
+
+
+def read_task(path: Path, *, allow_code: bool = False) -> Task:
+    """Read a task file. Raise UserError if it is not one, or if it brings code and `allow_code` is false."""
+    values, origins = read_values(path, allow_code)
+    values.pop("include", None)
+    for key in HARNESS_ONLY:
+        if key in values:
+            raise UserError(f"{key} is understood by the harness alone", at=origins[(key,)], fix=HARNESS_FIX)
+    if "task" not in values:
+        values["task"] = path.stem
+    try:
+        task = Task.model_validate(values)
+    except ValidationError as error:
+        raise_all(explain_all(error, Task, origins))
+    raise_all(conflicts(task, path))
+    return task
+
+
+def read_values(path: Path, allow_code: bool, depth: int = 0) -> tuple[dict[str, Any], dict[tuple, str]]:
+    """Read the keys of a task file, and those of a file that it includes."""
+
+    def load(value: str, at: str) -> Callable:
+        if not allow_code:
+            fix = "read it, and give --allow-code if you trust it"
+            raise UserError("the task runs code of its own", at=at, got=f"!function {value}", fix=fix)
+        return load_function(path.parent, value, at)
+
+    values, origins = read_yaml(path, {"!function": load})
+    if "include" in values:
+        at, file = origins[("include",)], path.parent / str(values["include"])
+        if depth > 8 or not file.is_file():
+            raise UserError("the included task file is not there", at=at, got=values["include"])
+        included, places = read_values(file, allow_code, depth + 1)
+        values, origins = merge(included, values), places | origins
+    return values, origins
+
+
+def load_function(folder: Path, name: str, at: str) -> Callable:
+    """Load `module.function` of a Python file in a folder."""
+    module, _, function = name.rpartition(".")
+    file = folder / f"{module.replace('.', '/')}.py"
+    if not module or not file.is_file():
+        raise UserError("the task's code is not there", at=at, got=name, expected=file)
+    spec = importlib.util.spec_from_file_location(f"llmkit_task_{module}", file)
+    loaded = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(folder))  # it may import its neighbours
+    try:
+        spec.loader.exec_module(loaded)
+    except Exception as error:
+        raise UserError(f"the task's code fails: {type(error).__name__}: {error}", at=file) from error
+    finally:
+        sys.path.remove(str(folder))
+    if not callable(found := getattr(loaded, function, None)):
+        raise UserError(f"{file} has no function {function}", at=at, fix=did_you_mean(function, vars(loaded)))
+    return found
+
+
+def conflicts(task: Task, path: Path) -> list[UserError]:
+    """Return what a task lacks."""
+    found, needs_choices = [], task.output_type in ("multiple_choice", "pairs")
+    if needs_choices and task.doc_to_choice is None:
+        found.append(UserError(f"{task.task}: doc_to_choice is missing", at=path, fix="name the field of the choices"))
+    if task.doc_to_target is None and task.process_results is None and task.output_type != "pairs":
+        found.append(UserError(f"{task.task}: doc_to_target is missing", at=path, fix="name the field of the answer"))
+    if task.doc_to_text is None and task.output_type not in ("pairs", "loglikelihood_rolling"):
+        found.append(UserError(f"{task.task}: doc_to_text is missing", at=path, fix="name the field of the question"))
+    for shots in task.fewshot_config.samples or []:
+        if not shots:
+            found.append(DataError(f"{task.task}: an example of fewshot_config.samples is empty", at=path))
+    return found
+
+
+def find_task(name: str, folder: Path) -> Path | None:
+    """Return the file of a task: a path, or the name of one that comes with llmkit; None if there is none.
+
+    folder  of the task files that come with llmkit
+    """
+    given = Path(name).expanduser()
+    if given.suffix in (".yaml", ".yml") or given.is_file():
+        if not given.is_file():
+            raise UserError("there is no such task file", at=given)
+        return given
+    return path if (path := folder / f"{name}.yaml").is_file() else None
