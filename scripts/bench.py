@@ -25,8 +25,8 @@ What was tried to train faster, with the ratio of tokens/s that it gave:
     x1.07  tcmalloc preloaded; instead the C library is told to keep freed memory. jemalloc x0.66
     x1.00  fused AdamW
     less   huge pages and mmap thresholds of 8 and 32 MiB: 3 to 40 % slower, or a tenth larger
-    --     products alone: gradients of weights as (x^T d)^T instead of d^T x: 356 to 419 against 362 to 419 GFLOP/s; from
-           a transposed copy of d: 383 to 434, but the copy takes longer than that saves
+    --     products alone: gradients of weights as (x^T d)^T instead of d^T x: 356 to 419 against 362 to 419 GFLOP/s;
+           from a transposed copy of d: 383 to 434, but the copy takes longer than that saves
 """
 
 from __future__ import annotations

@@ -196,7 +196,9 @@ def test_examples_are_of_the_same_group(folder):
 
 def test_scores_have_errors_intervals_and_groups(folder):
     model, tokenizer = sharp_model(), train_tokenizer(["yes no larger"] * 20, vocab_size=280)
-    result = run_task(prepare(change(folder, group_by="kind")), model, tokenizer)
+    choices = '["yes", "not at all"]'
+    file = change(folder, group_by="kind", doc_to_choice=choices, fairness="true")
+    result = run_task(prepare(file), model, tokenizer)
     figures = result.figures
     assert figures["n"] == 12 and figures["acc"] == sum(result.items["acc"]) / 12
     low, high = figures["acc_interval"]
@@ -209,6 +211,7 @@ def test_scores_have_errors_intervals_and_groups(folder):
     ("values", "words"),
     [
         ({"output_typ": "x"}, "did you mean output_type"),
+        ({"fairness": "true"}, "group_by"),
         ({"metric_list": "[{metric: accuracy}]"}, "no such metric"),
         ({"metric_list": "[{metric: bleu}]"}, "does not fit"),
         ({"doc_to_text": "!function mine.text"}, "code of its own"),

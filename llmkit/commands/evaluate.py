@@ -117,6 +117,8 @@ def evaluate_tasks(
     prepared = prepare_tasks(names, {name: Path(path).expanduser() for name, path in pairs}, **options)
     if baseline is not None:
         located = [*located, locate(baseline)]
+    out = out or Path("evals") / f"{datetime.now():%Y%m%d-%H%M%S}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)  # before the work, in case that it can't be made
     found = evaluate_models(located, prepared, precision=precision, say=to_stderr)
     as_values = [results.to_json(one.about, prepared, one.results) for one in found]
     differences = {}
@@ -124,7 +126,6 @@ def evaluate_tasks(
         differences = {one.name: results.compare(one.results, found[-1].results) for one in found[:-1]}
         for value, one in zip(as_values, found[:-1], strict=False):
             value |= {"compared_with": found[-1].about["model"], "differences": differences[one.name]}
-    out = out or Path("evals") / f"{datetime.now():%Y%m%d-%H%M%S}.json"
     results.write_results(out, [without_nan(value) for value in as_values])
     if as_json:
         print(json.dumps(without_nan(as_values if len(as_values) > 1 else as_values[0]), allow_nan=False))
@@ -137,9 +138,7 @@ def evaluate_tasks(
         for line in results.describe_groups(one.results):
             print(f"{one.name}: {line}" if len(found) > 1 else line)
     for name, by_task in differences.items():
-        for task, by_metric in by_task.items():
-            for metric, difference in by_metric.items():
-                print(results.describe_difference(name, found[-1].name, task, metric, difference))
+        print(results.tabulate_differences(name, found[-1].name, by_task))
     if len(found) > 1:
         results.draw([one.name for one in found], [one.results for one in found], out.with_suffix(".png"))
         print(f"picture: {out.with_suffix('.png')}")

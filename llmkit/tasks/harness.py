@@ -1,4 +1,4 @@
-"""Run tasks of lm-evaluation-harness by their names: its prompts, filters and metrics, and our model (extra `tasks`)."""
+"""Run tasks of lm-evaluation-harness by their names: its prompts, filters and metrics, and our model."""
 
 import hashlib
 import importlib.util

@@ -10,7 +10,7 @@ from typing import Any
 
 from llmkit.files import write_atomically
 from llmkit.screen import for_stream, format_table
-from llmkit.tasks.metrics import METRICS
+from llmkit.tasks.metrics import METRICS, mean
 from llmkit.tasks.run import Prepared, Result
 from llmkit.tasks.statistics import bootstrap_difference, paired_difference
 
@@ -41,10 +41,13 @@ def compare(ours: Sequence[Result], theirs: Sequence[Result]) -> dict[str, dict[
             pairs = [(our.items[name], our.asked), (their.items[name], their.asked)]
             both = sorted(set(our.asked) & set(their.asked))
             one, other = ([dict(zip(asked, items, strict=True))[i] for i in both] for items, asked in pairs)
-            if all(isinstance(item, int | float) for item in (*one, *other)) and name != "perplexity":
-                found.setdefault(our.name, {})[name] = paired_difference(one, other)
-            else:
-                found.setdefault(our.name, {})[name] = bootstrap_difference(one, other, METRICS[name][1])
+            aggregate = METRICS[base][1] if (base := name.partition(",")[0]) in METRICS else mean
+            if not both or (not all(isinstance(item, int | float) for item in (*one, *other)) and aggregate is mean):
+                continue
+            own = found.setdefault(our.name, {})
+            own[name] = (
+                paired_difference(one, other) if aggregate is mean else bootstrap_difference(one, other, aggregate)
+            )
     return found
 
 
@@ -67,12 +70,19 @@ def tabulate(names: Sequence[str], models: Sequence[Sequence[Result]]) -> str:
     return format_table(rows)
 
 
-def describe_difference(model: str, baseline: str, task: str, name: str, found: dict[str, Any]) -> str:
-    """Return a difference in words, with its interval."""
-    low, high = found["interval"]
-    value = f"{found['difference']:+.4f} ({low:+.4f} to {high:+.4f}), n {found['n']}"
-    words = {"higher": "higher than", "lower": "lower than", "no difference": "the same as"}
-    return f"{task} {name}: {model} is {words.get(found['verdict'], 'not clearly different from')} {baseline}: {value}"
+VERDICTS = {"higher": "higher than", "lower": "lower than", "no difference": "the same as"}
+
+
+def tabulate_differences(name: str, baseline: str, found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Return a table of the differences of a model from another one, and in words whether there is one."""
+    rows = []
+    for task, by_metric in found.items():
+        for metric, one in by_metric.items():
+            low, high = one["interval"]
+            words = VERDICTS.get(one["verdict"], "not clearly different from")
+            value = f"{one['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
+            rows.append({"task": task, "score": metric, "difference": value, name: f"{words} {baseline}"})
+    return format_table(rows)
 
 
 def draw(names: Sequence[str], models: Sequence[Sequence[Result]], out: Path) -> None:

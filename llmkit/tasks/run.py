@@ -12,11 +12,22 @@ from torch import nn
 
 from llmkit.errors import DataError, ModelError, UserError, raise_all
 from llmkit.inference.sampling import Sampling
-from llmkit.tasks.documents import read_split
+from llmkit.tasks.documents import Doc, read_split
 from llmkit.tasks.encode import encode_answers, encode_prompts, encode_windows
 from llmkit.tasks.likelihood import Score, score_requests
-from llmkit.tasks.metrics import METRICS, Answered, Item, apply_filter, check_metrics, chosen, is_right, mean
-from llmkit.tasks.prompts import SEED, Question, build_questions
+from llmkit.tasks.metrics import (
+    METRICS,
+    Answered,
+    Item,
+    apply_filter,
+    check_metrics,
+    chosen,
+    is_right,
+    mean,
+    percentage,
+    target_and_choice,
+)
+from llmkit.tasks.prompts import SEED, Question, build_questions, fill
 from llmkit.tasks.statistics import bootstrap, fairness, mean_error, mean_interval
 from llmkit.tasks.task import Filter, Metric, Task, load_function, read_task
 from llmkit.tasks.writing import write_answers
@@ -68,7 +79,7 @@ def prepare(
 
     data     file or folder of the records, in the place of the task's own
     shots    examples before each question; None: the task's
-    limit    ask only this many of the first questions
+    limit    ask only this many of the first questions, of each group
     chat     make chats for the model's chat template
     metrics  the user's own, as my.py:function, in addition to the task's
     """
@@ -84,7 +95,8 @@ def prepare(
     same, pool = split == task.asked_split, docs
     if number and not same and not task.fewshot_config.samples:
         pool = read_split(task, split, path.parent, data)
-    questions = build_questions(task, docs[:limit], pool, number, same_split=same, chat=chat)
+    asked = docs if limit is None else first_of_groups(task, docs, limit)
+    questions = build_questions(task, asked, pool, number, same_split=same, chat=chat)
     prompts = json.dumps([[one.contexts, one.answers, str(one.target)] for one in questions])
     about = {
         "task": task.task,
@@ -97,6 +109,16 @@ def prepare(
         "prompts_sha256": hashlib.sha256(prompts.encode()).hexdigest(),
     }
     return Prepared(task, questions, about)
+
+
+def first_of_groups(task: Task, docs: list[Doc], limit: int) -> list[Doc]:
+    """Return the first records of each group."""
+    taken: Counter[Any] = Counter()
+    kept = []
+    for doc, group in zip(docs, fill(task, task.group_by, docs), strict=True):
+        taken[group] += 1
+        kept += [doc] if taken[group] <= limit else []
+    return kept
 
 
 def load_metric(name: str) -> Callable:
@@ -225,8 +247,9 @@ def run_metric(metric: Metric, one: Answered) -> Item:
 
 def summarize(name: str, items: list[Item], aggregate: Callable) -> dict[str, Any]:
     """Return a score with its standard error and 95 % interval."""
-    if aggregate is mean:
-        error, interval = mean_error(items), mean_interval(items)
+    if aggregate in (mean, percentage):
+        scale = aggregate([1.0])
+        error, interval = scale * mean_error(items), [scale * edge for edge in mean_interval(items)]
     else:
         error, interval = bootstrap(items, aggregate)
     return {name: aggregate(items), f"{name}_stderr": error, f"{name}_interval": list(interval)}
@@ -248,8 +271,8 @@ def by_group(task: Task, answered: list[Answered], items: dict[str, list[Item]])
         }
         for group, numbers in sorted(members.items())
     }
-    if task.output_type != "multiple_choice" or any(isinstance(one.question.target, list) for one in answered):
+    if not task.fairness:
         return {"groups": found}
-    choices = [chosen(one) for one in answered]
+    choices, targets = [chosen(one) for one in answered], [target_and_choice(one)[0] for one in answered]
     right = [is_right(one, choice) for one, choice in zip(answered, choices, strict=True)]
-    return {"groups": found, "fairness": fairness(groups, right, choices, [one.question.target for one in answered])}
+    return {"groups": found, "fairness": fairness(groups, right, choices, targets)}

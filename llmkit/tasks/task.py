@@ -2,7 +2,7 @@
 
 The keys, their defaults and their meaning are those of version 0.4 of the harness:
 https://github.com/EleutherAI/lm-evaluation-harness/blob/main/docs/task_guide.md. The keys of `Task` that it does not
-have are `group_by`, `choice_by` and the output type `pairs`.
+have are `group_by`, `fairness` and the output type `pairs`; and what `Files` says.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 from llmkit.config.explain import explain_all
 from llmkit.config.fields import Count, NonBlank, Section
 from llmkit.config.yaml import merge, read_yaml
-from llmkit.errors import DataError, UserError, did_you_mean, raise_all
+from llmkit.errors import UserError, did_you_mean, raise_all
 
 Template = str | Callable  # a field, a Jinja template, or a function of a task's own code
 
@@ -189,6 +189,8 @@ class Task(Section):
     """What of a record is looked for in training data."""
     group_by: str | None = None
     """A field or template: the score is given for each of its values too, and examples come from the same one."""
+    fairness: bool = False
+    """Whether the groups are people: then it is measured how a model's choices differ between them."""
     metadata: dict[str, Any] = Field(default_factory=dict)
     """`version`, and what else its author notes."""
 
@@ -280,9 +282,8 @@ def conflicts(task: Task, path: Path) -> list[UserError]:
         found.append(UserError(f"{task.task}: doc_to_target is missing", at=path, fix="name the field of the answer"))
     if task.doc_to_text is None and task.output_type not in ("pairs", "loglikelihood_rolling"):
         found.append(UserError(f"{task.task}: doc_to_text is missing", at=path, fix="name the field of the question"))
-    for shots in task.fewshot_config.samples or []:
-        if not shots:
-            found.append(DataError(f"{task.task}: an example of fewshot_config.samples is empty", at=path))
+    if task.fairness and (task.group_by is None or task.output_type != "multiple_choice"):
+        found.append(UserError(f"{task.task}: fairness needs choices, and group_by for the groups", at=path))
     return found
 
 
