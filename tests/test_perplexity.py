@@ -16,8 +16,9 @@ from tokenizers import processors
 from llmkit.config.data import CorpusData
 from llmkit.corpus.build import build_corpus
 from llmkit.errors import DataError, UserError
-from llmkit.evals.perplexity import measure
+from llmkit.evals.perplexity import compare, divide, measure, measure_parts
 from llmkit.evals.reading import windows
+from llmkit.intervals import ratio_error
 from llmkit.models import build_model, folder, llama
 from llmkit.objectives.lm import perplexity
 from llmkit.storage.locate import locate
@@ -284,3 +285,40 @@ def test_a_built_corpus_gives_its_val_split_if_the_tokenizer_is_the_models(corpu
     other.save(tmp_path / "m")
     with pytest.raises(UserError):
         measure(locate(str(tmp_path / "m")), data=str(tmp_path / "data"))
+
+
+def test_the_error_of_a_loss_is_that_of_its_documents():
+    """Documents of very different losses: the error equals that of the ratio of sums, computed by hand."""
+    eos, tokens = 0, np.array([5, 6, 0, 7, 0] * 6 + [8, 8, 8, 0])
+    losses = [np.arange(1, len(tokens), dtype=np.float32)[None]]
+    masks = [np.ones((1, len(tokens) - 1), dtype=bool)]
+    part, nats, targets = divide(losses, masks, tokens, eos, window=4)
+    assert part == "document" and targets.tolist() == [2, *[2, 3] * 5, 2, 4]
+    assert nats.sum() == losses[0].sum()
+    ratio = nats.sum() / targets.sum()
+    spread = ((nats - ratio * targets) ** 2).sum() * len(nats) / (len(nats) - 1)
+    assert ratio_error(nats, targets) == pytest.approx(spread**0.5 / targets.sum())
+
+
+def test_few_documents_are_divided_into_windows():
+    tokens = np.arange(1, 21)
+    part, nats, targets = divide([np.ones((1, 19), np.float32)], [np.ones((1, 19), bool)], tokens, 0, window=8)
+    assert (part, nats.tolist(), targets.tolist()) == ("window", [8, 8, 3], [8, 8, 3])
+
+
+def test_a_baseline_is_compared_part_by_part(corpus, tmp_path):
+    """The same model has no difference; a damaged copy is worse, with an interval that says so."""
+    from safetensors.torch import load_file, save_file
+
+    tokenizer = load_tokenizer(corpus / "data" / "tokenizer")
+    model = build_model(dataclasses.replace(CONFIG, vocab_size=len(tokenizer)), seed=0)
+    for name in ("good", "bad"):
+        folder.save_model(model, tmp_path / name)
+        tokenizer.save(tmp_path / name)
+    weights = load_file(tmp_path / "bad" / "model.safetensors")
+    save_file({key: value * 3 for key, value in weights.items()}, tmp_path / "bad" / "model.safetensors")
+    text = str(corpus / "text")
+    good, again, bad = (measure_parts(locate(tmp_path / name), data=text) for name in ("good", "good", "bad"))
+    assert compare(good, again)["verdict"] == "no difference"
+    assert compare(bad, good)["verdict"] == "higher" and good.part == "document"
+    assert good.figures["loss"] == pytest.approx(good.nats.sum() / good.targets.sum(), rel=1e-5)

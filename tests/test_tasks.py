@@ -11,12 +11,12 @@ import torch
 from conftest import SHARED, needs_shared
 
 from llmkit.errors import DataError, UserError
+from llmkit.intervals import bootstrap, fairness, mean_interval, paired_difference, wilson
 from llmkit.models import CONFIGS, build_model
 from llmkit.tasks.encode import encode_answers, encode_windows
 from llmkit.tasks.likelihood import ROW, Request, best_groups, score_requests
 from llmkit.tasks.prompts import Question
 from llmkit.tasks.run import prepare, run_task
-from llmkit.tasks.statistics import bootstrap, fairness, mean_interval, paired_difference, wilson
 from llmkit.tasks.task import read_task
 from llmkit.tokenizer.train import train_tokenizer
 

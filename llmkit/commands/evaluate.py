@@ -47,7 +47,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, max=MOST, help="Tasks: ask only the first N questions.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Tasks: ask in the model's chat template.")] = False,
     shown: Annotated[int, typer.Option("--show", min=0, max=1000, help="Tasks: print N prompts and their scores.")] = 0,
-    baseline: Annotated[str | None, typer.Option(help="Tasks: a model to compare with.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="A model to compare with.")] = None,
     metrics: Annotated[
         list[str] | None, typer.Option("--metric", help="Tasks: score with a function, my.py:function.")
     ] = None,
@@ -62,7 +62,7 @@ def evaluate(
     from llmkit.storage.locate import locate
 
     of_tasks: dict[str, Any] = {"--shots": shots is not None, "--limit": limit, "--chat": chat, "--show": shown}
-    of_tasks |= {"--baseline": baseline, "--out": out, "--allow-code": allow_code, "--metric": metrics}
+    of_tasks |= {"--out": out, "--allow-code": allow_code, "--metric": metrics}
     of_text = {"--perplexity": perplexity, "--each": each, "--columns": columns, "--window": window, "--stride": stride}
     of_text |= {"--max-bad-fraction": max_bad_fraction != MAX_BAD_FRACTION, "--batch-size": batch_size != 8}
     if given := [name for name, value in (of_text if tasks else of_tasks).items() if value]:
@@ -83,11 +83,35 @@ def evaluate(
     given = {"--max-bad-fraction": of_text["--max-bad-fraction"], "--each": each, "--columns": columns}
     if not data and (unused := [name for name, value in given.items() if value]):
         raise UserError(f"{unused[0]} has no effect without --data", fix="leave it out")
-    from llmkit.evals.perplexity import measure
+    from llmkit.evals.perplexity import compare, measure_parts
 
     options = {"window": window, "stride": stride, "batch_size": batch_size, "precision": precision}
     options |= {"each": each, "columns": parse_columns(columns), "max_bad_fraction": max_bad_fraction}
-    show(measure(located[0], data=data[0] if data else None, **options), as_json)
+    options["data"] = data[0] if data else None
+    measured = measure_parts(located[0], **options)
+    if baseline is None:
+        show(measured.figures, as_json)
+        return
+    if not data:
+        raise UserError("--baseline needs --data, which both models read", fix="name a file")
+    other = measure_parts(locate(baseline), **options)
+    difference = compare(measured, other)
+    if as_json:
+        show(measured.figures | {"baseline": other.figures, "difference": difference}, as_json)
+        return
+    show(measured.figures, as_json)
+    print(f"baseline {baseline}")
+    names = ("loss", "loss_stderr", "perplexity", "perplexity_interval", "bits_per_byte")
+    show({name: other.figures[name] for name in names if name in other.figures}, as_json)
+    print(describe_loss(difference))
+
+
+def describe_loss(found: dict[str, Any]) -> str:
+    """Return in words whether a loss is higher than a baseline's."""
+    low, high = found["interval"]
+    words = {"higher": "is worse", "lower": "is better", "no difference": "is the same"}
+    verdict = words.get(found["verdict"], "is not clearly another")
+    return f"the loss {verdict}: {found['difference']:+.4f} ({low:+.4f} to {high:+.4f}) nats a token"
 
 
 def evaluate_tasks(

@@ -106,5 +106,12 @@ def show(figures: dict[str, Any], as_json: bool) -> None:
         return
     width = max(map(len, figures), default=0)
     for key, value in figures.items():
-        value = (f"{value:.4f}" if abs(value) < 1e4 else f"{value:.6g}") if isinstance(value, float) else value
+        is_interval = isinstance(value, list) and all(isinstance(one, float) for one in value)
+        value = " to ".join(map(format_float, value)) if is_interval else value
+        value = format_float(value) if isinstance(value, float) else value
         print(terminal_text(f"{key.replace('_', ' '):>{width}}  {value}"))
+
+
+def format_float(value: float) -> str:
+    """Return a number as results show it."""
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.6g}"

@@ -1,7 +1,11 @@
 """Measure loss, perplexity and bits per byte of a MODEL on files, or on the val split of its run."""
 
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -9,15 +13,36 @@ from llmkit.config.defaults import MAX_BAD_FRACTION
 from llmkit.data.splits import bytes_per_token
 from llmkit.errors import DataError, UserError
 from llmkit.evals.reading import Reading, corrupted_rows, read_data, run_val_split, windows
+from llmkit.intervals import Z, describe, ratio_error
 from llmkit.objectives.lm import perplexity
 from llmkit.parallel.device import DTYPES, autocast, choose_precision
 from llmkit.parallel.world import start_world
 from llmkit.readers.tally import Tally
+from llmkit.screen import count
 from llmkit.storage.locate import Located, load_located
 from llmkit.storage.run import read_run_config
+from llmkit.types import IGNORE_INDEX, Batch
+
+FEWEST_DOCUMENTS = 10  # whose spread says how sure a loss is; of fewer, that of windows does
 
 
-def measure(
+@dataclass
+class Measured:
+    """The figures of a model on a text, and the losses of its parts, which tell how sure the figures are."""
+
+    figures: dict[str, Any]
+    part: str  # document, window or example
+    nats: np.ndarray  # the sum of the losses of each part
+    targets: np.ndarray  # their number
+    tokenizer_sha256: str
+
+
+def measure(located: Located, **options: Any) -> dict[str, Any]:
+    """Measure loss, perplexity and bits per byte of a MODEL; see `measure_parts`."""
+    return measure_parts(located, **options).figures
+
+
+def measure_parts(
     located: Located,
     *,
     data: str | None = None,
@@ -28,7 +53,7 @@ def measure(
     batch_size: int = 8,
     precision: str = "auto",
     max_bad_fraction: float = MAX_BAD_FRACTION,
-) -> dict[str, Any]:
+) -> Measured:
     """Measure loss, perplexity and bits per byte of a MODEL.
 
     data    files of texts (a file, folder or glob), read as one stream of documents and end tokens; or of fine-tuning
@@ -81,24 +106,78 @@ def measure(
     token_bytes = None
     if kind == "causal":
         token_bytes = bytes_per_token(tokenizer, None if tokens is None else [tokens], text_bytes)
+    losses: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
     with autocast(device, precision):
         result = perplexity(
             model,
-            tqdm(batches, desc="measure", unit="batch", disable=None, leave=False),
+            tqdm(note_targets(batches, masks), desc="measure", unit="batch", disable=None, leave=False),
             device=device,
             token_bytes=token_bytes,
             micro_batch_size=batch_size,
+            losses=losses,
         )
     if not result["val_tokens"]:
         raise DataError("the text is too short to measure on", got=what, fix="add text or lower the window")
-    names = {"val_loss": "loss", "val_perplexity": "perplexity", "val_tokens": "tokens"}
-    figures = {names.get(key, key): value for key, value in result.items()}
-    return {
+    is_stream = kind == "causal" and tokens is not None and not each
+    part, nats, targets = divide(losses, masks, tokens if is_stream else None, tokenizer.eos_id, window)
+    error = ratio_error(nats, targets)
+    figures = {
         "model": str(located.folder),
         "data": what,
         **({"bad_records": tally.describe()} if tally.bad else {}),
-        **figures,
+        "loss": result["val_loss"],
+        "loss_stderr": error,
+        "perplexity": result["val_perplexity"],
+        "perplexity_interval": [math.exp(min(result["val_loss"] + sign * Z * error, 700)) for sign in (-1, 1)],
+        "tokens": result["val_tokens"],
+        "parts": count(len(nats), part),
+        **{key: result[key] for key in ("bits_per_byte",) if key in result},
         "window": window,
         "stride": stride,
         "precision": precision,
     }
+    return Measured(figures, part, nats, targets, tokenizer.sha256)
+
+
+def note_targets(batches: Iterable[Batch], masks: list[np.ndarray]) -> Iterator[Batch]:
+    """Yield batches, and append to `masks` where they have targets, (B, T)."""
+    for batch in batches:
+        masks.append(batch.labels != IGNORE_INDEX)
+        yield batch
+
+
+def divide(
+    losses: list[np.ndarray], masks: list[np.ndarray], tokens: np.ndarray | None, eos_id: int, window: int
+) -> tuple[str, np.ndarray, np.ndarray]:
+    """Return what independent parts are called, and the sum of the losses and the number of targets of each.
+
+    tokens  of a stream of documents, each with an end token, all but the first of which are targets in this order: its
+            documents are the parts, or windows if they are few. None: each row is a part
+    """
+    masks = [mask for batch in masks for mask in batch]
+    rows = [row for micro in losses for row in micro]
+    if tokens is None:
+        nats = np.array([row.sum(dtype=np.float64) for row in rows])
+        targets = np.array([mask.sum() for mask in masks])
+        return "example", nats[targets > 0], targets[targets > 0]
+    values = np.concatenate([row[mask] for row, mask in zip(rows, masks, strict=True)]).astype(np.float64)
+    document = np.cumsum(tokens[:-1] == eos_id)[: len(values)]
+    few = len(np.unique(document)) < FEWEST_DOCUMENTS
+    owner = np.arange(len(values)) // window if few else document
+    _, owner = np.unique(owner, return_inverse=True)
+    return "window" if few else "document", np.bincount(owner, weights=values), np.bincount(owner)
+
+
+def compare(ours: Measured, theirs: Measured) -> dict[str, Any]:
+    """Return by how much one model's loss is higher than another's on the same text, part by part.
+
+    Raise UserError if they read the text as other tokens.
+    """
+    if ours.tokenizer_sha256 != theirs.tokenizer_sha256 or not np.array_equal(ours.targets, theirs.targets):
+        what = "the losses can't be compared: the models read the text as other tokens, or in other windows"
+        fix = "give both the same --window; models with other tokenizers: compare bits per byte"
+        raise UserError(what, got=f"{ours.figures['tokens']} and {theirs.figures['tokens']} tokens", fix=fix)
+    apart = ours.nats - theirs.nats
+    difference, error = float(apart.sum() / ours.targets.sum()), ratio_error(apart, ours.targets)
+    return describe(difference, error, (difference - Z * error, difference + Z * error), len(apart))

@@ -46,26 +46,31 @@ def perplexity(
     token_bytes: np.ndarray | None = None,
     micro_batch_size: int = 8,
     total: Callable[[float], float] = lambda value: value,
+    losses: list[np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Measure a model on batches, in the autocast context of the caller.
 
     token_bytes  bytes of text a token stands for (V,): bits per byte needs it
     total        adds a number up over ranks
+    losses       gets the losses of each micro-batch, fp32 (B, T), 0 where there is no target
     Returns val_loss (nats a token), val_perplexity = exp(val_loss), bits_per_byte, and the targets counted.
     """
     training = model.training
     model.eval()
-    losses = torch.zeros((), dtype=torch.float64, device=device)
+    summed = torch.zeros((), dtype=torch.float64, device=device)
     targets, text_bytes = 0, 0.0
     for batch in batches:
         for micro in batch.split(micro_batch_size):
             full = pad_rows(micro, micro_batch_size)
-            losses += model(**to_device(full, device), reduction="none").double().sum()
+            found = model(**to_device(full, device), reduction="none")
+            summed += found.double().sum()
+            if losses is not None:
+                losses.append(found[: len(micro.labels)].float().cpu().numpy())
             scored = micro.labels[micro.labels != IGNORE_INDEX]
             targets += len(scored)
             text_bytes += float(token_bytes[scored].sum()) if token_bytes is not None else 0
     model.train(training)
-    nats, targets, text_bytes = total(losses.item()), int(total(targets)), total(text_bytes)
+    nats, targets, text_bytes = total(summed.item()), int(total(targets)), total(text_bytes)
     loss = nats / targets if targets else math.nan
     result: dict[str, Any] = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700)), "val_tokens": targets}
     if text_bytes > 0:  # NaN if a target's bytes are not known

@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from llmkit.errors import DataError, MachineError, UserError, did_you_mean
+from llmkit.intervals import Z
 from llmkit.tasks.run import Result
-from llmkit.tasks.statistics import Z
 from llmkit.tokenizer.tokenizer import Tokenizer
 
 

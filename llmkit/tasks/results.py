@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.files import write_atomically
+from llmkit.intervals import bootstrap_difference, paired_difference
 from llmkit.screen import for_stream, format_table
 from llmkit.tasks.metrics import METRICS, mean
 from llmkit.tasks.run import Prepared, Result
-from llmkit.tasks.statistics import bootstrap_difference, paired_difference
 
 
 def metric_names(figures: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from llmkit.errors import DataError, ModelError, UserError, raise_all
 from llmkit.inference.sampling import Sampling
+from llmkit.intervals import bootstrap, fairness, mean_error, mean_interval
 from llmkit.tasks.documents import Doc, read_split
 from llmkit.tasks.encode import encode_answers, encode_prompts, encode_windows
 from llmkit.tasks.likelihood import Score, score_requests
@@ -28,7 +29,6 @@ from llmkit.tasks.metrics import (
     target_and_choice,
 )
 from llmkit.tasks.prompts import SEED, Question, build_questions, fill
-from llmkit.tasks.statistics import bootstrap, fairness, mean_error, mean_interval
 from llmkit.tasks.task import Filter, Metric, Task, load_function, read_task
 from llmkit.tasks.writing import write_answers
 from llmkit.tokenizer.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""Say how sure a score is: standard errors, intervals, and whether two models differ.
+"""Say how sure a figure is: standard errors, intervals, and whether two models differ.
 
 All resampling is seeded, so that the same answers give the same figures.
 """
@@ -44,6 +44,21 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
         return wilson(mean, len(values))
     error = mean_error(values)
     return mean - Z * error, mean + Z * error
+
+
+def ratio_error(sums: np.ndarray, counts: np.ndarray) -> float:
+    """Return the standard error of sum(sums) / sum(counts), where each pair is of an independent unit, as a document.
+
+    It is that of a ratio estimator (Cochran 1977, Sampling Techniques, 6.4); NaN for a single unit.
+
+    >>> ratio_error(np.array([2.0, 2.0, 4.0]), np.array([1, 1, 2]))
+    0.0
+    """
+    units = len(sums)
+    if units < 2:
+        return math.nan
+    rest = sums - counts * (sums.sum() / counts.sum())
+    return float(math.sqrt(units / (units - 1) * (rest**2).sum()) / counts.sum())
 
 
 def bootstrap(items: Sequence[Any], statistic: Callable[[Sequence[Any]], float]) -> tuple[float, tuple[float, float]]:
