@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr
 
 from llmkit.config.data import CorpusData, SftData
-from llmkit.config.fields import Choice, Count, PathStr, Section, Seed, Tokens
+from llmkit.config.fields import Choice, Count, NonBlank, PathStr, Section, Seed, Tokens
 from llmkit.config.yaml import dump_yaml, find_origin, key_path
 from llmkit.errors import UserError
 
@@ -47,6 +47,17 @@ class Train(Section):
     """Non-finite steps in a row, all skipped, before the run stops."""
 
 
+class EvalTask(Section):
+    task: NonBlank
+    """Its name, or a YAML file."""
+    data: PathStr | None = None
+    """File or folder of its records."""
+    shots: Annotated[int, Field(ge=0, le=1000)] | None = None
+    """Examples before each question; null: the task's."""
+    limit: Count | None = None
+    """Ask only the first questions, of each group."""
+
+
 class Eval(Section):
     every: Count | None = 250
     """Steps between evaluations; null: never."""
@@ -56,6 +67,16 @@ class Eval(Section):
     """Text to continue at every evaluation."""
     sample_tokens: Count = 64
     """Tokens to write after sample_prompt."""
+    sets: dict[NonBlank, PathStr] = Field(default_factory=dict)
+    """Names of further files to measure at every evaluation: {wiki: wiki.txt, code: code.jsonl}."""
+    general: PathStr | None = None
+    """A file of general text, for fine-tuning: how much of it the model forgets."""
+    tasks: list[NonBlank | EvalTask] = Field(default_factory=list)
+    """Tasks to ask, see `llmkit eval --tasks`: [{task: hellaswag, data: hellaswag.jsonl, limit: 200}]."""
+    tasks_every: Count | None = None
+    """Ask the tasks at the evaluations of every so many steps, and at the last; null: at each."""
+    best: NonBlank = "val_loss"
+    """The figure that chooses the best checkpoint and stops early: val_loss, wiki/val_loss, hellaswag/acc."""
 
 
 class Checkpoint(Section):

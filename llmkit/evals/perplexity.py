@@ -178,6 +178,13 @@ def compare(ours: Measured, theirs: Measured) -> dict[str, Any]:
         what = "the losses can't be compared: the models read the text as other tokens, or in other windows"
         fix = "give both the same --window; models with other tokenizers: compare bits per byte"
         raise UserError(what, got=f"{ours.figures['tokens']} and {theirs.figures['tokens']} tokens", fix=fix)
-    apart = ours.nats - theirs.nats
-    difference, error = float(apart.sum() / ours.targets.sum()), ratio_error(apart, ours.targets)
+    return loss_difference(ours.nats, theirs.nats, ours.targets)
+
+
+def loss_difference(ours: np.ndarray, theirs: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+    """Return by how much the loss of a token is higher in `ours` than in `theirs`, given the sums of losses of the same
+    parts of a text, and the number of targets in each.
+    """
+    apart = ours - theirs
+    difference, error = float(apart.sum() / targets.sum()), ratio_error(apart, targets)
     return describe(difference, error, (difference - Z * error, difference + Z * error), len(apart))

@@ -110,9 +110,9 @@ def move_aside(folder: Path) -> Path:
     return folder.rename(folder.with_name(f"{folder.name}.old.tmp"))
 
 
-def record_val_loss(folder: Path, val_loss: float) -> None:
-    """Add the val loss to the manifest of a checkpoint that was saved before its evaluation."""
-    manifest = read_checkpoint_manifest(folder) | {"val_loss": val_loss}
+def record_evaluation(folder: Path, about: dict[str, Any]) -> None:
+    """Add val_loss, and `best`, to the manifest of a checkpoint that was saved before its evaluation."""
+    manifest = read_checkpoint_manifest(folder) | about
     manifest["sha256"] = manifest_sha256(manifest)
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 

@@ -57,8 +57,11 @@ def locate(model: str | Path, *, check: bool = True) -> Located:
             verify(checkpoint, "model/")
         if checkpoint == path:
             return Located(checkpoint / "model", run_of(path))
-        loss = read_checkpoint_manifest(checkpoint)["val_loss"]
-        why = "the newest checkpoint" if loss is None else f"the checkpoint with the best val loss, {loss:.4f}"
+        manifest = read_checkpoint_manifest(checkpoint)
+        name, value = "val loss", manifest["val_loss"]
+        if "best" in manifest:
+            name, value = manifest["best"]["name"], manifest["best"]["score"]
+        why = "the newest checkpoint" if value is None else f"the checkpoint with the best {name}, {abs(value):.4f}"
         return Located(checkpoint / "model", path, f"model: {checkpoint}, {why}")
     if is_run(path):
         raise ModelError("this run has no checkpoint yet", at=path)

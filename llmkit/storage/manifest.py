@@ -28,12 +28,21 @@ class FileEntry(TypedDict):
     sha256: str
 
 
+class Best(TypedDict):
+    """A figure by which the best checkpoint is chosen in the place of the val loss."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    name: str
+    score: float | None  # lower is better: a score of which more is better has its sign changed
+
+
 class Manifest(TypedDict):
     """The content of a MANIFEST.json. Any other key or type in it means that the file is damaged."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     step: int
     val_loss: float | None  # None: not measured, or not finite
+    best: NotRequired[Best]
     llmkit: str
     world_size: int
     data_fingerprint: str
@@ -112,11 +121,14 @@ def newest_intact_checkpoint(run_dir: Path) -> Path | None:
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
-    """Return the checkpoint with the lowest val loss, else the newest; warn about damaged manifests."""
+    """Return the checkpoint with the lowest val loss, or the best by `eval.best`, else the newest; warn about damaged
+    manifests.
+    """
     scored = []
     for folder in list_checkpoints(run_dir):
         try:
-            loss = read_checkpoint_manifest(folder)["val_loss"]
+            manifest = read_checkpoint_manifest(folder)
+            loss = manifest["best"]["score"] if "best" in manifest else manifest["val_loss"]
             scored.append((math.inf if loss is None else loss, -step_of(folder), folder))
         except UserError as error:
             warn(error)

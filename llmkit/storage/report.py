@@ -46,7 +46,13 @@ def summarize(folder: Path) -> dict[str, Any]:
         "val_perplexity": best.get("val_perplexity"),
         "bits_per_byte": best.get("bits_per_byte"),
         "best_step": best.get("step"),
+        "scores": {key: value for key, value in best.items() if is_score(key)},
     }
+
+
+def is_score(key: str) -> bool:
+    """Return whether a figure of an evaluation is the loss of a set or the score of a task."""
+    return "/" in key and not key.endswith(("_stderr", "/val_perplexity", "/bits_per_byte"))
 
 
 def data_name(data: dict[str, Any]) -> str | None:
@@ -61,6 +67,7 @@ def is_finite(value: float | None) -> bool:
 
 def summary_table(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows of a table about runs that fits a screen; "at step" is the step of the best checkpoint."""
+    measured = any(one["scores"] for one in summaries)
     return [
         {
             **{key: one[key] for key in ("run", "model", "data")},
@@ -69,6 +76,7 @@ def summary_table(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "tokens": one["tokens"] and format_count(one["tokens"]),
             "best val loss": one["val_loss"],
             "at step": one["best_step"],
+            **({"scores": ", ".join(f"{k} {v:.4g}" for k, v in one["scores"].items())} if measured else {}),
         }
         for one in summaries
     ]

@@ -14,6 +14,7 @@ from llmkit.parallel.device import peak_flops, synchronize
 from llmkit.parallel.memory import peak_memory
 from llmkit.parallel.world import World
 from llmkit.screen import format_count, format_duration, printable
+from llmkit.storage.report import is_score
 from llmkit.storage.run import RunDirectory
 from llmkit.training.prepare import PreparedRun
 
@@ -133,6 +134,7 @@ def progress_line(record: dict[str, Any], total: int) -> str:
     if "val_loss" in record:
         perplexity = f" ppl {record['val_perplexity']:.2f}" if "val_perplexity" in record else ""
         parts.append(f"val {record['val_loss']:.3f}{perplexity}")
+    parts += [f"{key.removesuffix('/val_loss')} {value:.3f}" for key, value in record.items() if is_score(key)]
     if "lr" in record:
         parts += [f"lr {record['lr']:.1e}", f"gnorm {record['grad_norm']:.2f}"]
         parts += [f"{format_count(record['tokens_per_second'])} tok/s", f"mfu {record['mfu']:.0%}"]

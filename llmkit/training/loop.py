@@ -2,8 +2,6 @@
 
 import contextlib
 import gc
-import itertools
-import math
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +15,6 @@ from llmkit.config.data import CorpusData
 from llmkit.config.schema import Config
 from llmkit.corpus.build import needs_build
 from llmkit.errors import INTERRUPTED, UserError
-from llmkit.inference.generate import stream
 from llmkit.parallel.compile import apply_checkpointing, compile_blocks, describe_checkpointing
 from llmkit.parallel.device import DTYPES, autocast, device_name, make_deterministic, matmul_rate, peak_flops, to_device
 from llmkit.parallel.fp8 import apply_fp8
@@ -35,6 +32,7 @@ from llmkit.storage.plot import plot_runs
 from llmkit.storage.report import write_report
 from llmkit.storage.run import RunDirectory, check_can_open, open_run, without_secrets
 from llmkit.training.average import averaged, start_average, update_average
+from llmkit.training.evaluation import best_of, describe_forgetting, measure, score_of
 from llmkit.training.fit import with_train
 from llmkit.training.log import Interval, MetricsLogger
 from llmkit.training.optim import OPTIMIZERS, clip, set_lr
@@ -164,7 +162,7 @@ def take_steps(
             logger.flush(progress.step)
         if config.eval.every and progress.step == run.max_steps and lacks_evaluation(resumed, directory, world):
             evaluate(run, model, progress, logger)
-            complete_last_step(resumed, directory, logger)
+            complete_last_step(run, resumed, directory, logger)
         profiler = start_profiler(directory.folder / "profile", profiled, device) if directory and profiled else None
         while progress.step < run.max_steps and not stop:
             # One step: the gradient of (sum of losses / targets of the whole step), however it is cut up.
@@ -239,12 +237,11 @@ def lacks_evaluation(resumed: Path, directory: RunDirectory | None, world: World
     return not world.sum(sum(record["step"] == step_of(resumed) and "val_loss" in record for record in records))
 
 
-def complete_last_step(resumed: Path, directory: RunDirectory | None, logger: MetricsLogger) -> None:
+def complete_last_step(run: PreparedRun, resumed: Path, directory: RunDirectory | None, logger: MetricsLogger) -> None:
     """Add a late evaluation to the record and the checkpoint of the last step."""
     if directory:
         directory.complete(logger.pending)
-        if math.isfinite(logger.pending["val_loss"]):
-            checkpoint.record_val_loss(resumed, logger.pending["val_loss"])
+        checkpoint.record_evaluation(resumed, best_of(run.config.eval.best, logger.pending))
     logger.pending = {}
 
 
@@ -273,37 +270,17 @@ def log_step(
 
 def evaluate(run: PreparedRun, model: nn.Module, progress: Progress, logger: MetricsLogger) -> str | None:
     """Measure the val split, write a sample, and return the reason to stop early, None without one."""
+    folder = logger.directory.folder if logger.directory else None
+    attempt = partial(measure, run, model, progress.step, folder, logger.say)
     with logger.pause(), averaged(progress.average):
-        result = retry_smaller(run, model, logger.directory, logger.say, partial(measure, run, model))
+        result = retry_smaller(run, model, logger.directory, logger.say, attempt)
     logger.log(step=progress.step, tokens=progress.step * run.tokens_per_step, **result)
-    if result["val_loss"] < progress.best_val:
-        progress.best_val, progress.evals_without_gain = result["val_loss"], 0
+    score = score_of(run.config.eval.best, result)
+    if score < progress.best_val:
+        progress.best_val, progress.evals_without_gain = score, 0
     else:
         progress.evals_without_gain += 1
     return early_stop(run, progress)
-
-
-def measure(run: PreparedRun, model: nn.Module) -> dict[str, Any]:
-    """Return the val split's loss and what belongs to it, and a sample of text if the config asks for one."""
-    config, world, size = run.config, run.world, run.micro_batch_size
-    limit = config.eval.max_batches and config.eval.max_batches * config.train.global_batch_size
-    batches = itertools.islice(run.batches("val", size).in_order(limit), world.rank, None, world.size)
-    with autocast(world.device, run.precision):
-        options = {"device": world.device, "micro_batch_size": size, "total": world.sum}
-        result = run.objective.evaluate(model, batches, token_bytes=run.token_bytes, **options)
-        if config.eval.sample_prompt is not None:
-            result["sample"] = sample(run, model)
-    return result
-
-
-def sample(run: PreparedRun, model: nn.Module) -> str:
-    """Continue eval.sample_prompt, with a generator of its own: the run's RNG does not move."""
-    tokenizer, text = run.data.tokenizer, run.config.eval.sample_prompt
-    seq2seq = run.model_config.kind == "seq2seq"
-    prompt = tokenizer.encode_source(text) if seq2seq else tokenizer.encode_prompt(text)
-    options = {"max_new_tokens": run.config.eval.sample_tokens, "stop": frozenset([tokenizer.eos_id])}
-    new = stream(model, prompt, seed=run.config.seed, **options)
-    return tokenizer.decode(new if seq2seq else [*prompt, *new])
 
 
 def finish(
@@ -331,6 +308,7 @@ def finish(
         names = {"val_perplexity": ("perplexity", 3), "bits_per_byte": ("bits_per_byte", 4)}
         summary |= {name: round(best[key], digits) for key, (name, digits) in names.items() if key in best}
         summary |= {"best_checkpoint": str(kept)}
+        summary |= {key: round(value, 4) for key, value in best.items() if "/" in key and not key.endswith("_stderr")}
         lowest = min((r for r in records if r.get("val_loss") is not None), key=lambda r: r["val_loss"])
         if lowest["val_loss"] < best["val_loss"]:
             what = f"{lowest['val_loss']:.4f} at step {lowest['step']}, of which no checkpoint is kept"
@@ -342,6 +320,7 @@ def finish(
         "peak_memory_gib": round(memory, 2),
         "estimated_memory_gib": round(run.plan.peak_memory / 2**30, 2),
         "skipped_steps": int(progress.tensors["skipped"].item()),
+        **({"general_text": forgotten} if (forgotten := describe_forgetting(folder)) else {}),
         **({"profile": f"{folder}/profile: {TABLE}, {TRACE}"} if (folder / "profile" / TABLE).is_file() else {}),
         "ended": stop or "at its full length",
         "files": f"{folder}/: checkpoints/, metrics.jsonl, loss.png, report.md",

@@ -32,6 +32,7 @@ from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.training.build_data import open_data
 from llmkit.training.cost import Plan
+from llmkit.training.evaluation import Extras, open_extras
 from llmkit.training.fit import MEMORY_SHARE, cheapest_change, check_memory, choose_fit
 from llmkit.training.resolve import (
     Options,
@@ -92,6 +93,7 @@ class PreparedRun:
     micro_batch_size: int
     gradient_checkpointing: str | int | float
     smaller: str
+    extras: Extras
 
     @property
     def tokens_per_step(self) -> int:
@@ -167,6 +169,7 @@ def prepare(
         objective=objective,
         options=options,
         **vars(derived),
+        extras=open_extras(config, model_config, data.tokenizer) if config.eval.every else Extras(),
     )
     raise_all(list(check_max_epochs(config, epochs_by_source(run), data.shares, derived.max_steps)))
     return run
@@ -353,6 +356,7 @@ def describe(run: PreparedRun) -> dict[str, str]:
         "compute": f"{format_count(plan.flops_per_token)} FLOPs a token, "
         f"{plan.flops_per_token * run.max_steps * run.tokens_per_step:.1e} in all",
         "eval": describe_evaluation(run),
+        "beside": ", ".join([*run.extras.sets, *(task.name for task in run.extras.tasks)]),
         "note": "; ".join(filter(None, notes)),
         "memory": f"{plan.peak_memory / 2**30:.2f} GiB estimated at the peak"
         + (f", more than is free; the cheapest change: {run.smaller}" if run.smaller else ""),

@@ -71,5 +71,7 @@ def early_stop(run: PreparedRun, progress: Progress) -> str | None:
     """Return why to stop before the full length, if patience has run out."""
     patience = run.config.train.early_stopping_patience
     if patience and progress.evals_without_gain >= patience:
-        return f"stopped early: {patience} evaluations without a lower val loss"
+        best = run.config.eval.best
+        gain = "a lower val loss" if best == "val_loss" else f"a better {best}"
+        return f"stopped early: {patience} evaluations without {gain}"
     return None

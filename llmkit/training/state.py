@@ -1,7 +1,6 @@
 """Make the model of a run, restore what a checkpoint holds, and save it."""
 
 import hashlib
-import math
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from llmkit.peft.adapter import base_change, load_adapter, save_adapter, saved_b
 from llmkit.storage import checkpoint
 from llmkit.storage.manifest import read_checkpoint_manifest
 from llmkit.training.average import averaged
+from llmkit.training.evaluation import best_of
 from llmkit.training.log import MetricsLogger
 from llmkit.training.prepare import PreparedRun
 from llmkit.training.progress import Progress
@@ -71,7 +71,7 @@ def restore(folder: Path, run: PreparedRun, model: nn.Module, optimizers: Optimi
 
 def save(run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: Progress, logger: MetricsLogger) -> None:
     """Write a checkpoint. The step is logged before, so it is no state that has diverged."""
-    val_loss = logger.pending.get("val_loss", math.nan)
+    evaluated = best_of(run.config.eval.best, logger.pending)
     # Flush before saving: a resumed run does not log the steps before its checkpoint again.
     logger.flush(progress.step)
     tokenizer, config = run.data.tokenizer, run.config
@@ -80,7 +80,7 @@ def save(run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: P
         tensors = {f"progress/{key}": value.detach().cpu() for key, value in progress.tensors.items()}
         tensors |= checkpoint.optimizer_tensors(model, optimizers)
         about = {
-            "val_loss": val_loss if math.isfinite(val_loss) else None,
+            **evaluated,
             "llmkit": __version__,
             "world_size": run.world.size,
             "data_fingerprint": run.data.fingerprint,

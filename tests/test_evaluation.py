@@ -1,0 +1,129 @@
+"""What is measured while a model trains: further texts, tasks, the best checkpoint, and what is forgotten."""
+
+import json
+import math
+
+import pytest
+import yaml
+from conftest import llmkit, metrics, sentences, tiny_config
+
+from llmkit.errors import UserError
+from llmkit.evals.perplexity import measure
+from llmkit.storage.locate import locate
+from llmkit.storage.manifest import best_checkpoint, list_checkpoints, read_checkpoint_manifest, step_of
+
+TASK = """
+task: next
+dataset_path: json
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: answers
+doc_to_target: right
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.fixture
+def folder(corpus, tmp_path):
+    """Return a folder with a config that measures two sets and a task."""
+    (tmp_path / "wiki.txt").write_text(sentences(100, 60))
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"the {i}", "completion": "small model"}) + "\n" for i in range(12))
+    )
+    records = [{"question": f"The {i}", "answers": ["loss is it", "xq zzy"], "right": i % 2} for i in range(10)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    (tmp_path / "next.yaml").write_text(TASK)
+    measured = {
+        "every": 5,
+        "max_batches": None,
+        "sets": {"wiki": str(tmp_path / "wiki.txt"), "pairs": str(tmp_path / "pairs.jsonl")},
+        "tasks": [{"task": str(tmp_path / "next.yaml"), "data": str(tmp_path / "q.jsonl")}],
+    }
+    config = tiny_config(corpus, run_dir=str(tmp_path / "run"), eval=measured, checkpoint={"every": 5, "keep": 9})
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def test_sets_and_tasks_are_measured_at_each_evaluation(folder):
+    printed = llmkit("pretrain", "c.yaml", cwd=folder).stdout
+    records = [one for one in metrics(folder / "run") if "val_loss" in one]
+    assert [one["step"] for one in records] == [0, 5, 10, 15, 20]
+    for one in records:
+        assert math.isfinite(one["wiki/val_loss"]) and math.isfinite(one["pairs/val_loss"])
+        assert one["next/acc"] * 10 == pytest.approx(round(one["next/acc"] * 10)) and "next/acc_stderr" in one
+    assert records[-1]["wiki/val_loss"] < records[0]["wiki/val_loss"]
+    assert "beside  pairs, wiki, next" in printed and " | next/acc 0." in printed
+    # The set is what `llmkit eval` measures on the same file, but for the last window, which is not whole.
+    last = measure(locate(folder / "run" / "checkpoints" / "step-000020"), data=str(folder / "pairs.jsonl"))
+    assert last["loss"] == pytest.approx(records[-1]["pairs/val_loss"], rel=1e-4)
+    assert "next/acc" in llmkit("runs", "run", cwd=folder).stdout
+
+
+def test_the_best_checkpoint_is_the_one_that_eval_best_names(folder):
+    for best, sign in (("next/acc", -1), ("pairs/val_loss", 1)):
+        llmkit("pretrain", "c.yaml", "--fresh", "-o", f"eval.best={best}", "-o", "optimizer.lr=0.3", cwd=folder)
+        values = {one["step"]: one[best] for one in metrics(folder / "run") if "val_loss" in one}
+        checkpoints = [step_of(one) for one in list_checkpoints(folder / "run")]
+        wanted = min(checkpoints, key=lambda step: (sign * values[step], -step))
+        found = best_checkpoint(folder / "run")
+        assert step_of(found) == wanted
+        assert read_checkpoint_manifest(found)["best"] == {"name": best, "score": sign * values[wanted]}
+        assert best in locate(folder / "run").choice
+
+
+def test_tasks_are_asked_less_often(folder):
+    llmkit("pretrain", "c.yaml", "-o", "eval.tasks_every=10", cwd=folder)
+    records = [one for one in metrics(folder / "run") if "val_loss" in one]
+    assert [one["step"] for one in records if "next/acc" in one] == [0, 10, 20]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["eval.best=nothing"], "eval.best is not measured"),
+        (["eval.sets={none: missing.txt}"], "no such file"),
+        (["eval.tasks=[missing.yaml]"], "no such task file"),
+        (["eval.tasks=[helaswag]"], "hellaswag"),
+        (["eval.tasks_every=10", "eval.best=next/acc"], "eval.tasks_every"),
+    ],
+)
+def test_what_can_not_be_measured_is_an_error_before_the_run(folder, overrides, words):
+    options = [part for one in overrides for part in ("-o", one)]
+    done = llmkit("pretrain", "c.yaml", *options, cwd=folder, code=None)
+    assert done.returncode in (2, 3, 5) and words in done.stderr and not list_checkpoints(folder / "run")
+
+
+def test_a_task_that_fails_does_not_end_the_run(folder, monkeypatch):
+    from llmkit.config.load import load_config
+    from llmkit.tasks.run import Prepared
+    from llmkit.training.loop import train
+
+    def fail(*args):
+        raise UserError("out of questions")
+
+    monkeypatch.setattr(Prepared, "run", fail)
+    lines = []
+    train(load_config(folder / "c.yaml"), say=lines.append)
+    assert any("warning: the task next fails" in line and "out of questions" in line for line in lines)
+    assert metrics(folder / "run")[-1]["step"] == 20
+
+
+def test_a_fine_tuning_says_what_it_forgot(folder, corpus):
+    llmkit("pretrain", "c.yaml", cwd=folder)
+    (folder / "odd.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"q{i}", "completion": "zq xj " * 3}) + "\n" for i in range(40))
+    )
+    tuned = {
+        "run_dir": str(folder / "tuned"), "init_from": str(folder / "run"),
+        "data": {"kind": "sft", "path": str(folder / "odd.jsonl"), "seq_len": 32},
+        "optimizer": {"name": "adamw", "lr": 3e-2},
+        "train": {"max_steps": 20, "global_batch_size": 8, "compile": False},
+        "eval": {"every": 10, "general": str(folder / "wiki.txt")},
+    }  # fmt: skip
+    (folder / "t.yaml").write_text(yaml.safe_dump(tuned))
+    printed = llmkit("finetune", "t.yaml", "--full", cwd=folder).stdout
+    records = [one for one in metrics(folder / "tuned") if "general/val_loss" in one]
+    change = records[-1]["general/val_loss"] - records[0]["general/val_loss"]
+    assert change > 0.1
+    [line] = [line for line in printed.splitlines() if "general text" in line]
+    assert f"{change:+.4f}" in line and "it forgot" in line
