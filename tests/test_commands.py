@@ -108,7 +108,7 @@ def test_an_error_is_safe_for_a_terminal_and_without_passwords(capsys):
         (["eval", "a", "--data", "x", "--data", "y"], "'--data' is given twice"),
         (["generate", "m", "p", "--top-k", "5", "--top-k=6"], "'--top-k' is given twice"),
         (["generate", "m", "p", "--compile", "--no-compile"], "is given twice"),
-        (["eval", ""], "'model' is empty"),
+        (["eval", ""], "'MODEL' is empty"),
         (["finetune", "--lora", "--from", ""], "'--from' is empty"),
         (["finetune", "--lora", "--data="], "'--data' is empty"),
         (["runs", ""], "'names' is empty"),

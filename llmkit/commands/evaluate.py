@@ -22,7 +22,7 @@ from llmkit.config.defaults import MAX_BAD_FRACTION
 
 def evaluate(
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]...", help="A run, checkpoint, adapter or folder.")
+        list[str] | None, typer.Argument(metavar="MODEL", help="A run, checkpoint, adapter or folder.")
     ] = None,
     perplexity: Annotated[
         bool, typer.Option("--perplexity", help="Loss, perplexity, bits per byte: the default.")
@@ -71,7 +71,7 @@ def evaluate(
     if not tasks and len(models or []) > 1:
         raise UserError("perplexity is measured of one model at a time", got=", ".join(models), fix="name one")
     if not tasks and len(data or []) > 1:
-        raise UserError("--data is given twice", fix="give it once")
+        raise UserError("'--data' is given twice", at="llmkit eval", fix="give it once")
     located = []
     for model in models or [find_default_run(progress_printer(as_json))]:
         located.append(locate(model))
