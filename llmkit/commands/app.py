@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from llmkit import __version__
-from llmkit.commands import convert, evaluate, look, train, write
+from llmkit.commands import convert, evaluate, look, score, train, write
 from llmkit.commands.data import data_app, tokenizer_app
 from llmkit.commands.show import Command
 
@@ -36,6 +36,7 @@ for name, command in {
     "pretrain": train.pretrain,
     "finetune": train.finetune,
     "eval": evaluate.evaluate,
+    "score": score.score,
     "generate": write.generate,
     "chat": write.chat,
     "serve": write.serve,
