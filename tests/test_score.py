@@ -12,7 +12,8 @@ from conftest import llmkit
 
 from llmkit.errors import UserError
 from llmkit.evals.page import make_page
-from llmkit.evals.probabilities import attribute, check_same_tokens, score_text, token_texts
+from llmkit.evals.probabilities import attribute, check_same_tokens, score_text
+from llmkit.inference.logprobs import token_texts
 from llmkit.models import CONFIGS, build_model
 from llmkit.models.folder import save_model
 from llmkit.tokenizer.train import train_tokenizer

@@ -425,11 +425,73 @@ def test_variables_reach_a_template_that_names_them(writer):
     assert [spy.tokenizer.decode(ids) for ids in seen] == ["low|False|d|a"]
 
 
+# ---- log-probabilities -----------------------------------------------------------------------------------------------
+
+
+def test_logprobs_are_those_of_the_forward_pass(client, writer):
+    """Of the prompt and of what is written, as OpenAI's completions have them."""
+    done = complete(client, "the model", max_tokens=4, temperature=0, logprobs=2, echo=True)
+    found = done.choices[0].logprobs
+    prompt = writer.encode("the model")
+    with torch.no_grad():
+        log_probs = writer.model(torch.tensor([prompt]))[0].float().log_softmax(-1)
+    expected = log_probs[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist()
+    assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+    assert found.token_logprobs[1 : len(prompt)] == pytest.approx(expected, abs=1e-2)
+    assert len(found.tokens) == len(prompt) + done.usage.completion_tokens == len(found.token_logprobs)
+    for own, top in zip(found.token_logprobs[len(prompt) :], found.top_logprobs[len(prompt) :], strict=True):
+        assert own == pytest.approx(max(top.values()))  # greedy: each token is the likeliest
+    assert "".join(found.tokens) == done.choices[0].text
+
+
+def test_logprobs_of_a_chat(client):
+    options = {"model": "tiny", "messages": asking("Hello"), "max_tokens": 3, "temperature": 0}
+    answer = client.chat.completions.create(**options, logprobs=True, top_logprobs=3)
+    content = answer.choices[0].logprobs.content
+    assert len(content) == answer.usage.completion_tokens
+    for one in content:
+        assert len(one.top_logprobs) == 3 and one.logprob == pytest.approx(one.top_logprobs[0].logprob)
+        assert bytes(one.bytes).decode() == one.token
+    assert client.chat.completions.create(**options).choices[0].logprobs is None
+
+
+@pytest.mark.slow
+def test_the_harness_asks_the_server(server, writer, tmp_path):
+    """lm-evaluation-harness's local-completions gets the scores that the model has here."""
+    lm_eval = pytest.importorskip("lm_eval")
+    pytest.importorskip("tenacity")
+    from lm_eval.tasks import TaskManager
+
+    from llmkit.tasks.run import prepare, run_task
+
+    records = [{"q": f"The {word}", "a": ["model", "token"], "right": i % 2} for i, word in enumerate("abcd")]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    (tmp_path / "asked.yaml").write_text(
+        f"task: asked\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'q.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: a\ndoc_to_target: right\n"
+        "metric_list: [{metric: acc}, {metric: brier_score}]\nmetadata: {version: 1}\n"
+    )
+    writer.tokenizer.save(tmp_path / "tokenizer")
+    address = f"http://127.0.0.1:{server.port}/v1/completions"
+    found = lm_eval.simple_evaluate(
+        "local-completions",
+        model_args={"base_url": address, "model": "tiny", "tokenizer": str(tmp_path / "tokenizer"), "max_length": 60},
+        tasks=["asked"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+    )["results"]["asked"]
+    ours = run_task(prepare(tmp_path / "asked.yaml"), writer.model, writer.tokenizer).figures
+    assert found["acc,none"] == ours["acc"] and found["brier_score,none"] == pytest.approx(
+        ours["brier_score"], rel=1e-2
+    )
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 COMPLETIONS = {  # changes to a good request -> status, and what the message names
     "another_model": ({"model": "gpt-4"}, 404, "gpt-4"),
-    "logprobs": ({"logprobs": 1}, 400, "logprobs"),
+    "too_many_logprobs": ({"logprobs": 21}, 400, "logprobs"),
+    "logprobs_of_a_stream": ({"logprobs": 1, "stream": True}, 400, "logprobs"),
     "best_of": ({"best_of": 2}, 400, "best_of"),
     "penalty": ({"presence_penalty": 0.5}, 400, "presence_penalty: only 0 is supported"),
     "too_many_tokens": ({"max_tokens": 2049}, 400, "max_tokens"),
@@ -526,8 +588,8 @@ def test_openais_client_raises_its_own_errors(client):
         client.completions.create(model="gpt-4", prompt="a")
     assert unknown.value.code == "model_not_found" and unknown.value.param == "model"
     with pytest.raises(openai.BadRequestError) as unsupported:
-        complete(client, logprobs=1)
-    assert unsupported.value.param == "logprobs" and "not supported" in str(unsupported.value)
+        complete(client, presence_penalty=1)
+    assert unsupported.value.param == "presence_penalty" and "only 0 is supported" in str(unsupported.value)
     with pytest.raises(openai.BadRequestError) as long:
         complete(client, [90] * POSITIONS)
     assert long.value.code == "context_length_exceeded"

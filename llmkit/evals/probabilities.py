@@ -1,5 +1,6 @@
 """Look at what a model finds likely: the probability of each token of a text, and what it would have written."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.errors import DataError, ModelError, UserError
+from llmkit.inference.logprobs import score_ids, token_texts
 from llmkit.tokenizer.tokenizer import Tokenizer
-
-CONTEXT = 8  # tokens before one that may decide whether its text begins with a space
-MOST_PARTS = 4  # tokens of a character, of at most four bytes
 
 
 @dataclass(frozen=True)
@@ -46,14 +45,10 @@ class ScoredText:
         return {"log_prob": self.log_prob, "loss": per_token, "tokens": [asdict(token) for token in self.tokens]}
 
 
-@torch.no_grad()
 def score_text(model: nn.Module, tokenizer: Tokenizer, text: str, *, top: int = 5) -> ScoredText:
     """Return how likely a model finds each token of a text, the first one after a begin token.
 
-    A text that is longer than the model's positions is read in windows that overlap by half: each token but those of
-    the first window has at least half of the positions before it.
-
-    top  number of alternatives
+    top  number of alternatives; see also `score_ids`
     """
     if model.config.kind != "causal":
         raise ModelError(f"{model.config.model_type} does not predict the next token")
@@ -61,47 +56,15 @@ def score_text(model: nn.Module, tokenizer: Tokenizer, text: str, *, top: int = 
     if not ids:
         raise DataError("the text is empty")
     begin = tokenizer.prefix or [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
-    whole, device, longest = begin + ids, next(model.parameters()).device, model.config.max_position_embeddings
-    model.eval()
-    found: list[TokenScore] = []
-    texts = token_texts(tokenizer, ids)
-    start = 0
-    while len(found) < len(ids):
-        window = torch.tensor([whole[start : start + longest]], device=device)
-        first = len(begin) - 1 + len(found) - start  # column whose logits predict the first token that is not done
-        columns = torch.arange(first, min(window.shape[1], len(whole) - 1 - start), device=device)
-        logits = model(window, logits_to_keep=columns)[0].float()
-        new = ids[len(found) : len(found) + len(columns)]
-        found += score_rows(logits, new, texts[len(found) : len(found) + len(columns)], tokenizer, top)
-        start += longest // 2 if start else longest - longest // 2
-    return ScoredText(found)
-
-
-def score_rows(logits: Tensor, ids: list[int], texts: list[str], tokenizer: Tokenizer, top: int) -> list[TokenScore]:
-    """Return the scores of tokens, given the logits (n, V) before each."""
-    log_probs = logits.log_softmax(-1)
-    targets = torch.tensor(ids, device=logits.device)[:, None]
-    own = log_probs.gather(1, targets)
-    ranks = (log_probs > own).sum(-1) + 1
-    best, tokens = log_probs.topk(min(top, logits.shape[-1]), dim=-1)
-    rows = zip(ids, texts, own[:, 0].tolist(), ranks.tolist(), best.exp().tolist(), tokens.tolist(), strict=True)
-    return [
-        TokenScore(text, i, -log_prob, rank, [(tokenizer.decode([t]), p) for t, p in zip(others, probs, strict=True)])
-        for i, text, log_prob, rank, probs, others in rows
-    ]
-
-
-def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """Return the text that each token adds. A character of several tokens is in the last one; the others are U+FFFD."""
-    texts, before, pending = [], [], []
-    for i in ids:
-        pending.append(i)
-        known, text = tokenizer.decode(before), tokenizer.decode(before + pending)
-        is_part = text.endswith("\ufffd") and len(pending) < MOST_PARTS
-        texts.append("\ufffd" if is_part else text[len(known) :])
-        if not is_part:
-            before, pending = (before + pending)[-CONTEXT:], []
-    return texts
+    texts, scores = token_texts(tokenizer, ids), score_ids(model, begin + ids, len(begin), top)
+    return ScoredText(
+        [
+            TokenScore(
+                text, one.id, -one.log_prob, one.rank, [(tokenizer.decode([t]), math.exp(p)) for t, p in one.top]
+            )
+            for text, one in zip(texts, scores, strict=True)
+        ]
+    )
 
 
 def check_same_tokens(ours: Tokenizer, theirs: Tokenizer) -> None:

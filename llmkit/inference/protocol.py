@@ -1,5 +1,6 @@
 """Define OpenAI's protocol: the requests that are accepted, and the format of answers and errors."""
 
+import itertools
 import json
 import time
 import uuid
@@ -13,8 +14,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from llmkit.errors import UserError
+from llmkit.inference.logprobs import TokenLogprob, token_texts
 from llmkit.inference.sampling import Sampling
 from llmkit.inference.writer import GeneratedText
+from llmkit.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,8 @@ def check_unset(value: Any) -> Any:
     return value
 
 
+TopLogprobs = Annotated[int, Field(ge=0, le=20)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-
-
-def check_no_logprobs(value: Any) -> Any:
-    """Refuse a number of log-probabilities, even 0, which asks for those of the written tokens."""
-    if value is not None and value is not False:
-        raise PydanticCustomError("unsupported", "is not supported, leave it out")
-    return value
 
 
 Zero = Annotated[float, AfterValidator(check_zero)]
@@ -90,8 +87,6 @@ class SamplingRequest(StrictModel):
     presence_penalty: Zero = 0
     frequency_penalty: Zero = 0
     logit_bias: Unset = None
-    logprobs: Unset = None
-    top_logprobs: Unset = None
     store: Unset = None
     service_tier: Literal["auto", "default"] | None = None
     user: str | None = None  # accepted, not used
@@ -104,7 +99,7 @@ class CompletionRequest(SamplingRequest):
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: Annotated[int, Field(ge=1)] = 16
     echo: bool = False
-    logprobs: Annotated[Any, AfterValidator(check_no_logprobs)] = None
+    logprobs: TopLogprobs | Literal[False] | None = None  # of the written tokens, with echo also of the prompt's
 
 
 class TextPart(StrictModel):
@@ -153,6 +148,8 @@ class ChatCompletionRequest(SamplingRequest):
     """Hold a request to POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    logprobs: bool = False
+    top_logprobs: TopLogprobs | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: list[Tool] | None = None
@@ -223,11 +220,13 @@ class ResponseFormatter:
             "model": model,
         }
 
-    def whole(self, answers: list[str], texts: list[GeneratedText]) -> dict[str, Any]:
-        """Return the response body for answers that are complete."""
+    def whole(
+        self, answers: list[str], texts: list[GeneratedText], logprobs: list[dict[str, Any]] | None = None
+    ) -> dict[str, Any]:
+        """Return the response body for answers that are complete, and their log-probabilities in its format."""
         contents = [{"message": {"role": "assistant", "content": a}} if self.chat else {"text": a} for a in answers]
         choices = [
-            {"index": i, **content, "logprobs": None, "finish_reason": text.ended}
+            {"index": i, **content, "logprobs": logprobs and logprobs[i], "finish_reason": text.ended}
             for i, (content, text) in enumerate(zip(contents, texts, strict=True))
         ]
         kind = "chat.completion" if self.chat else "text_completion"
@@ -273,6 +272,38 @@ class ResponseFormatter:
             "completion_tokens": written,
             "total_tokens": self.prompt_tokens + written,
         }
+
+
+def format_logprobs(
+    tokenizer: Tokenizer, scores: list[TokenLogprob], *, chat: bool, first_id: int | None = None
+) -> dict[str, Any]:
+    """Return the log-probabilities of tokens in the format of an answer.
+
+    first_id  a first token, which nothing is before, so that it has no log-probability: of a prompt that is echoed
+    """
+    ids = ([] if first_id is None else [first_id]) + [one.id for one in scores]
+    texts = token_texts(tokenizer, ids)
+    if chat:
+
+        def entry(i: int, log_prob: float, text: str) -> dict[str, Any]:
+            return {"token": text, "logprob": log_prob, "bytes": list(tokenizer.decode([i]).encode())}
+
+        content = [
+            entry(one.id, one.log_prob, text)
+            | {"top_logprobs": [entry(i, p, tokenizer.decode([i])) for i, p in one.top]}
+            for one, text in zip(scores, texts, strict=True)
+        ]
+        return {"content": content, "refusal": None}
+    # Likeliest tokens have their own text as a key: where two have the same, the likelier one is kept.
+    top = [{tokenizer.decode([i]): p for i, p in reversed(one.top)} for one in scores]
+    own = [tokenizer.decode([i]) for i in ids]
+    missing = [] if first_id is None else [None]
+    return {
+        "tokens": own,
+        "token_logprobs": missing + [one.log_prob for one in scores],
+        "top_logprobs": missing + top,
+        "text_offset": list(itertools.accumulate(map(len, texts[:-1]), initial=0)) if texts else [],
+    }
 
 
 def event(data: str) -> bytes:

@@ -5,6 +5,7 @@ All tokens are drawn in one thread, in which the requests take turns. Each reque
 
 import asyncio
 import contextlib
+import functools
 import logging
 import random
 import socket
@@ -28,6 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llmkit.errors import MachineError, UserError
 from llmkit.inference.connections import WatchedProtocol
+from llmkit.inference.logprobs import score_ids
 from llmkit.inference.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -35,6 +37,7 @@ from llmkit.inference.protocol import (
     RequestError,
     ResponseFormatter,
     SamplingRequest,
+    format_logprobs,
     is_token_ids,
     read_field,
     read_request,
@@ -129,9 +132,9 @@ class Server:
         encode = self.writer.encode
         ids = await self.encode(lambda: [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts])
         self.check_prompts(ids)
-        decode = self.writer.tokenizer.decode
+        decode, top = self.writer.tokenizer.decode, None if body.logprobs is False else body.logprobs
         echo = [decode(prompt) if isinstance(prompt, list) else prompt for prompt in prompts] if body.echo else None
-        return await self.answer(request, body, ids, body.max_tokens, echo=echo)
+        return await self.answer(request, body, ids, body.max_tokens, echo=echo, top=top)
 
     async def chat_completions(self, request: Request) -> Response:
         body = await read_request(request, ChatCompletionRequest, self.limits)
@@ -152,7 +155,10 @@ class Server:
         ids = await self.encode(lambda: self.writer.encode_chat(messages, tools, variables))
         self.check_prompts([ids])
         max_tokens = max_tokens or max(1, min(self.limits.new_tokens, self.writer.max_length - len(ids)))
-        return await self.answer(request, body, [ids], max_tokens, chat=True)
+        if body.top_logprobs and not body.logprobs:
+            raise RequestError(400, "top_logprobs is given without logprobs", param="top_logprobs")
+        top = (body.top_logprobs or 0) if body.logprobs else None
+        return await self.answer(request, body, [ids], max_tokens, chat=True, top=top)
 
     async def answer(
         self,
@@ -163,8 +169,17 @@ class Server:
         *,
         chat: bool = False,
         echo: list[str] | None = None,
+        top: int | None = None,
     ) -> Response:
-        """Write body.n texts for each prompt, as one response or as server-sent events."""
+        """Write body.n texts for each prompt, as one response or as server-sent events.
+
+        top  likeliest tokens beside the log-probability of each token; None: no log-probabilities
+        """
+        if top is not None and (body.stream or not self.writer.is_causal):
+            reason = "of a decoder" if not self.writer.is_causal else "with stream"
+            raise RequestError(
+                400, f"logprobs are given {'only' if not body.stream else 'not'} {reason}", param="logprobs"
+            )
         rows = [prompt for prompt in prompts for _ in range(body.n)]
         top_k = max(body.top_k, 0)
         sampling = Sampling(body.temperature, top_k, body.top_p, body.min_p, body.repetition_penalty)
@@ -185,7 +200,17 @@ class Server:
                     raise ClientDisconnect
         finally:
             await pieces.aclose()
-        return JSONResponse(formatter.whole(answers, texts))
+        logprobs = None
+        if top is not None:
+            score = functools.partial(self.score, top=top, chat=chat, echo=echo is not None)
+            logprobs = [await self.run(score, row, text.tokens) for row, text in zip(rows, texts, strict=True)]
+        return JSONResponse(formatter.whole(answers, texts, logprobs))
+
+    def score(self, prompt: list[int], written: list[int], *, top: int, chat: bool, echo: bool) -> dict[str, Any]:
+        """Return the log-probabilities of written tokens, and with `echo` of the prompt's, as answers have them."""
+        scores = score_ids(self.writer.model, prompt + written, 1 if echo else len(prompt), top)
+        first_id = prompt[0] if echo else None
+        return format_logprobs(self.writer.tokenizer, scores, chat=chat, first_id=first_id)
 
     def check(self, body: SamplingRequest, prompts: int, max_tokens: int) -> None:
         """Raise RequestError if a request exceeds the limits, before any work is done for it."""
