@@ -166,3 +166,49 @@ def test_the_picture_is_the_same_for_the_same_metrics(tmp_path):
     for name in ("a.png", "b.png"):
         plot_runs([run], tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_panels_and_sets_of_a_run_are_drawn_below_and_beside_its_losses(tmp_path):
+    lines = [one | {"lr": 1e-3, "grad_norm": 1.0 + i % 3, "tokens_per_second": 5e3} for i, one in enumerate(records())]
+    for one in lines:
+        if "val_loss" in one:
+            one["wiki/val_loss"] = one["val_loss"] + 1
+    figure = draw_runs([write(tmp_path, "run", lines)])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    assert [axes.get_title() for axes in figure.axes] == ["run", "learning rate", "gradient norm", "tokens/s"]
+    assert "wiki" in [text.get_text() for text in figure.legends[0].get_texts()]
+    boxes = [axes.get_tightbbox(renderer) for axes in figure.axes]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    two = draw_runs([write(tmp_path, "a", lines), write(tmp_path, "b", lines)])
+    assert len(two.axes) == 1
+
+
+CURVES = {
+    "still falling": ([4.0, 3.5, 3.2, 3.0, 2.8], None),
+    "flat": ([4.0, 3.0, 2.9, 2.9, 2.899], None),
+    "over-fitting since step 200": ([4.0, 3.0, 2.9, 3.0, 3.2], [4.0, 3.0, 2.8, 2.4, 2.0]),
+    "unstable": ([4.0, 3.0, 5.0, 3.0, 2.9], None),
+    "too few": ([4.0, 3.0], None),
+}
+
+
+@pytest.mark.parametrize("words", CURVES)
+def test_a_sentence_says_what_the_curves_show(words):
+    from llmkit.storage.curves import describe_curves
+
+    val, train = CURVES[words]
+    lines = [{"step": i * 100, "val_loss": loss, "loss": (train or val)[i]} for i, loss in enumerate(val)]
+    assert describe_curves(lines).startswith(words)
+
+
+def test_jumps_of_the_gradient_are_unstable():
+    from llmkit.storage.curves import describe_curves
+
+    lines = [
+        {"step": i, "val_loss": 4 - i / 100, "loss": 4.0, "grad_norm": 9.0 if i % 8 == 0 else 1.0} for i in range(80)
+    ]
+    assert "gradient norm" in describe_curves(lines)
+    steady = [line | {"grad_norm": 1.0} for line in lines]
+    assert describe_curves(steady).startswith("still falling")

@@ -37,11 +37,20 @@ class Point(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """The losses of a run. `best` is its lowest val loss: one point, or none."""
+    """The losses of a run. `best` is its lowest val loss: one point, or none.
+
+    sets    name of a set of `eval.sets` -> its losses
+    panels  what is drawn in small panels below -> (tokens, value)
+    """
 
     train: list[Point]
     val: list[Point]
     best: list[Point]
+    sets: dict[str, list[Point]]
+    panels: dict[str, list[tuple[float, float]]]
+
+
+PANELS = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens/s"}
 
 
 def plot_runs(folders: list[Path], out: Path) -> None:
@@ -56,13 +65,18 @@ def draw_runs(folders: list[Path]) -> "Figure":
     """Draw train and val loss over the tokens seen.
 
     A star marks the best val loss of a run. The legend tells its value and stands below the axes, where it covers no
-    curve. Losses that are not finite are left out.
+    curve. Losses that are not finite are left out. Below the losses of a single run are small panels with the learning
+    rate, the gradient norm and the speed.
     """
     from matplotlib.figure import Figure
 
     runs, names = [read_curves(folder) for folder in folders], name_runs(folders)
     figure = Figure(layout="constrained")
-    axes = figure.add_subplot(xlabel="tokens seen", ylabel="loss (nats per token)")
+    panels = runs[0].panels if len(runs) == 1 else {}
+    grid = figure.add_gridspec(2, len(panels), height_ratios=[4, 1]) if panels else None
+    axes = figure.add_subplot(grid[0, :] if panels else 111, xlabel="tokens seen", ylabel="loss (nats per token)")
+    for i, (name, points) in enumerate(panels.items()):
+        draw_panel(figure.add_subplot(grid[1, i]), name, points)
     rows = []  # of the legend: (line, text)
     for i, (run, name) in enumerate(zip(runs, names, strict=True)):
         marker, star = MARKERS[i % len(MARKERS)], {"markeredgecolor": "white", "linestyle": "none", "zorder": 3}
@@ -75,6 +89,10 @@ def draw_runs(folders: list[Path]) -> "Figure":
             )
         )
         own = [(train, "train"), (val, "val"), (best, describe(run))]
+        for j, (set_name, points) in enumerate(run.sets.items() if len(runs) == 1 else ()):
+            style = {"color": COLOURS[(j + 1) % len(COLOURS)], "linestyle": "--", "linewidth": 1.2}
+            [line] = axes.plot([p.tokens for p in points], [p.loss for p in points], **style)
+            own.insert(2 + j, (line, set_name))
         several = [(val if run.val else train, f"{name}: {describe(run)}")]
         rows += several if len(runs) > 1 else [(line, text) for line, text in own if len(line.get_xdata())]
     title = names[0] if len(runs) == 1 else f"{len(runs)} runs (thin: train, with markers: val, star: best val)"
@@ -85,13 +103,29 @@ def draw_runs(folders: list[Path]) -> "Figure":
     legend = figure.legend([line for line, _ in rows], [""] * len(rows), loc="outside lower left", frameon=False)
     for drawn, text in zip(legend.get_texts(), texts, strict=True):  # here $ and a leading _ have no special meaning
         drawn.set(text=text, parse_math=False, fontsize=9)
-    figure.set_size_inches(7.5, 4.5 + 0.2 * sum(text.count("\n") + 1 for text in texts))
+    figure.set_size_inches(7.5, 4.5 + (1.3 if panels else 0) + 0.2 * sum(text.count("\n") + 1 for text in texts))
     return figure
+
+
+def draw_panel(axes: "Axes", name: str, points: list[tuple[float, float]]) -> None:
+    """Draw a small panel below the losses."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.plot(*zip(*points, strict=True), color="#555555", linewidth=1)
+    axes.set_title(PANELS[name], fontsize=9)
+    axes.tick_params(labelsize=7)
+    axes.xaxis.set_major_locator(MaxNLocator(3))
+    axes.yaxis.set_major_locator(MaxNLocator(3))
+    axes.xaxis.set_major_formatter(lambda value, _: format_count(value))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}" if name == "lr" and value else format_count(value))
+    axes.grid(alpha=0.25)
+    if name == "grad_norm":  # a few large ones at the start would flatten all others
+        axes.set_ylim(0, 3 * float(np.median([value for _, value in points])) or 1)
 
 
 def set_limits(axes: "Axes", runs: list[Curves]) -> None:
     """Choose a linear or logarithmic tokens axis, and cut the loss axis where a few losses dwarf all others."""
-    points = [[*run.train, *run.val] for run in runs if run.train or run.val]
+    points = [[*run.train, *run.val, *itertools.chain(*run.sets.values())] for run in runs if run.train or run.val]
     if not points:
         axes.set(xticks=[], yticks=[])
         axes.text(0.5, 0.5, "no losses yet", transform=axes.transAxes, ha="center", va="center")
@@ -112,13 +146,21 @@ def set_limits(axes: "Axes", runs: list[Curves]) -> None:
 
 def read_curves(folder: Path) -> Curves:
     """Return the finite losses of a run."""
-    curves: dict[str, list[Point]] = {"loss": [], "val_loss": []}
-    for record in read_metrics(folder):
-        for key, points in curves.items():
-            if "tokens" in record and is_finite(record.get(key)):
-                points.append(Point(record["tokens"], record[key], record["step"]))
-    train, val = curves.values()
-    return Curves(train, val, [min(val, key=lambda point: point.loss)] if val else [])
+    records = [record for record in read_metrics(folder) if "tokens" in record]
+    names = dict.fromkeys(key for record in records for key in record if key.endswith("/val_loss"))
+
+    def points(key: str) -> list[Point]:
+        return [Point(one["tokens"], one[key], one["step"]) for one in records if is_finite(one.get(key))]
+
+    train, val = points("loss"), points("val_loss")
+    panels = {key: [(one.tokens, one.loss) for one in points(key)] for key in PANELS}
+    return Curves(
+        train,
+        val,
+        [min(val, key=lambda point: point.loss)] if val else [],
+        {name.removesuffix("/val_loss"): points(name) for name in names},
+        {key: found for key, found in panels.items() if len(found) > 1},
+    )
 
 
 def describe(run: Curves) -> str:

@@ -22,6 +22,7 @@ from llmkit.parallel.signals import Signals
 from llmkit.parallel.world import World, start_world
 from llmkit.screen import format_duration
 from llmkit.storage import checkpoint
+from llmkit.storage.curves import describe_curves
 from llmkit.storage.manifest import (
     add_dependent_run,
     best_checkpoint,
@@ -323,6 +324,7 @@ def finish(
         **({"general_text": forgotten} if (forgotten := describe_forgetting(folder)) else {}),
         **({"profile": f"{folder}/profile: {TABLE}, {TRACE}"} if (folder / "profile" / TABLE).is_file() else {}),
         "ended": stop or "at its full length",
+        **({"val_loss_is": describe_curves(records)} if run.config.eval.every else {}),
         "files": f"{folder}/: checkpoints/, metrics.jsonl, loss.png, report.md",
     }
     directory.write_about(planned_memory=run.plan.peak_memory, peak_memory=round(memory * 2**30))
