@@ -88,7 +88,13 @@ class MachineError(UserError):
     code = ENVIRONMENT
 
 
-NO_MEMORY = ("can't allocate memory", "not enough memory", "could not create a memory", "bad_alloc")  # torch on a CPU
+NO_MEMORY = (  # torch on a CPU, and oneDNN
+    "can't allocate memory",
+    "not enough memory",
+    "could not create a memory",
+    "could not create a primitive",
+    "bad_alloc",
+)
 FILE_FIXES = {
     errno.ENOSPC: "free some space, or write to another disk",
     errno.EDQUOT: "free some space, or write to another disk",

@@ -61,7 +61,9 @@ def ratio_error(sums: np.ndarray, counts: np.ndarray) -> float:
     return float(math.sqrt(units / (units - 1) * (rest**2).sum()) / counts.sum())
 
 
-def bootstrap(items: Sequence[Any], statistic: Callable[[Sequence[Any]], float]) -> tuple[float, tuple[float, float]]:
+def bootstrap(
+    items: Sequence[Any], statistic: Callable[[Sequence[Any]], float], resamples: int = RESAMPLES
+) -> tuple[float, tuple[float, float]]:
     """Return the standard error and the 95 % interval of a statistic of all items, by drawing them again with
     replacement (Efron 1979).
     """
@@ -69,7 +71,7 @@ def bootstrap(items: Sequence[Any], statistic: Callable[[Sequence[Any]], float])
         return math.nan, (math.nan, math.nan)
     draw = np.random.default_rng(SEED)
     found = []
-    for _ in range(RESAMPLES):
+    for _ in range(resamples):
         drawn = draw.integers(len(items), size=len(items))
         found.append(statistic([items[i] for i in drawn]))
     finite = [value for value in found if math.isfinite(value)]
@@ -93,7 +95,7 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[st
 
 
 def bootstrap_difference(
-    ours: Sequence[Any], theirs: Sequence[Any], statistic: Callable[[Sequence[Any]], float]
+    ours: Sequence[Any], theirs: Sequence[Any], statistic: Callable[[Sequence[Any]], float], resamples: int = RESAMPLES
 ) -> dict[str, Any]:
     """Compare a statistic of two models' answers to the same questions, as `paired_difference` compares means."""
 
@@ -101,7 +103,7 @@ def bootstrap_difference(
         return statistic([one for one, _ in pairs]) - statistic([other for _, other in pairs])
 
     pairs = list(zip(ours, theirs, strict=True))
-    error, interval = bootstrap(pairs, apart)
+    error, interval = bootstrap(pairs, apart, resamples)
     return describe(apart(pairs), error, interval, len(pairs))
 
 
@@ -128,7 +130,8 @@ def fairness(groups: Sequence[str], right: Sequence[int], chosen: Sequence[int],
     equalized_odds          the same among the records for which a choice is right, or is wrong (Hardt et al. 2016,
                             arXiv:1610.02413)
     bias_amplification      how much more often than in the labels a choice is made for the groups in which it is
-                            already frequent, mean over the choices (Zhao et al. 2017, arXiv:1707.09457)
+                            already frequent, summed over these and divided by the number of choices (Zhao et al. 2017,
+                            arXiv:1707.09457)
     """
     groups, right, chosen, targets = map(np.asarray, (groups, right, chosen, targets))
     names, choices = sorted(set(groups.tolist())), sorted({*chosen.tolist(), *targets.tolist()})
@@ -154,5 +157,5 @@ def fairness(groups: Sequence[str], right: Sequence[int], chosen: Sequence[int],
         "accuracy_by_group": {name: float(np.mean(right[groups == name])) for name in names},
         "demographic_parity": max(largest_gap(everyone, choice) for choice in choices),
         "equalized_odds": max(odds),
-        "bias_amplification": float(np.mean(amplified)) if amplified else 0.0,
+        "bias_amplification": sum(amplified) / len(choices),
     }

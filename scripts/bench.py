@@ -346,6 +346,8 @@ class Process:
     def __init__(self, spec: dict):
         # A compiler cache for this run alone, so that the first session compiles with a cold cache.
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{spec['folder']}/inductor", "HF_HUB_OFFLINE": "1"}
+        if spec["who"] == "llmkit":
+            env.setdefault("GOMP_SPINCOUNT", "5000")  # as `llmkit` does
         if spec["device"] == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""
         self.error: str | None = None

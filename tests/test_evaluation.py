@@ -127,3 +127,25 @@ def test_a_fine_tuning_says_what_it_forgot(folder, corpus):
     assert change > 0.1
     [line] = [line for line in printed.splitlines() if "general text" in line]
     assert f"{change:+.4f}" in line and "it forgot" in line
+
+
+def test_memorization_is_seen_in_a_model_that_learnt_its_text_by_heart(tmp_path):
+    """A text of random words, read a hundred times, is written word for word; val text of the same kind is not."""
+    import random
+
+    draw = random.Random(0)
+    (tmp_path / "text").mkdir()
+    for i in range(3):
+        words = [f"{draw.choice('bcdfg')}{draw.choice('aeiou')}{draw.choice('klmnp')}" for _ in range(500)]
+        (tmp_path / "text" / f"{i}.txt").write_text(" ".join(words))
+    config = tiny_config(tmp_path, run_dir=str(tmp_path / "run"))
+    config["model"] |= {"hidden_size": 128, "max_position_embeddings": 128}
+    config["data"] |= {"seq_len": 128}
+    config["optimizer"] = {"name": "adamw", "lr": 3e-3}
+    config["train"] = {"max_steps": 400, "global_batch_size": 8, "compile": False, "precision": "fp32"}
+    config["eval"], config["checkpoint"] = {"every": 400}, {"every": 400}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    llmkit("pretrain", "c.yaml", cwd=tmp_path)
+    found = json.loads(llmkit("eval", "run", "--memorization", "--json", cwd=tmp_path).stdout)
+    assert found["train_extracted"] > found["val_extracted"] == 0
+    assert found["auc"] > 0.9

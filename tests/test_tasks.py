@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED, needs_shared
+from conftest import SHARED, llmkit, needs_shared
 
 from llmkit.errors import DataError, UserError
 from llmkit.intervals import bootstrap, fairness, mean_interval, paired_difference, wilson
@@ -217,7 +217,7 @@ def test_scores_have_errors_intervals_and_groups(folder):
         ({"doc_to_text": "!function mine.text"}, "code of its own"),
         ({"doc_to_text": '"{{nothing}}"'}, "nothing"),
         ({"doc_to_text": '"{{question"'}, "parsed"),
-        ({"doc_to_text": "\"{{'a' * 10**9}}\""}, "fails"),
+        ({"doc_to_text": "\"{{'a' * 10**9}}\""}, "memory"),
         ({"doc_to_target": "question"}, "none of its choices"),
         ({"doc_to_choice": "question"}, "not a list"),
         ({"doc_to_image": "x"}, "harness"),
@@ -350,6 +350,156 @@ def test_scores_equal_the_harness(name, shots, tmp_path):
         if own in ours and isinstance(value, int | float):  # the errors of some scores are "N/A"
             assert ours[own] == pytest.approx(value, rel=1e-4), key
     assert theirs.keys() & {"acc,none", "byte_perplexity,none", "exact_match,first"}
+
+
+@pytest.mark.slow
+def test_the_harness_asks_our_model_through_its_interface(tmp_path, monkeypatch):
+    """A task by its name: its prompts and metrics, and scores equal those of its own backend."""
+    lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
+    from llmkit.tasks.harness import harness_task
+    from llmkit.tasks.results import compare
+
+    for name in ("choice", "whole", "written", "last_word"):
+        for split in ("test", "train"):
+            own = QUESTIONS[:8] if split == "test" else QUESTIONS[8:]
+            (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in own))
+        files = {split: str(tmp_path / f"{split}.jsonl") for split in ("test", "train")}
+        head = f"task: own_{name}\ndataset_path: json\ndataset_kwargs: {{data_files: {json.dumps(files)}}}\n"
+        head += "test_split: test\ntraining_split: train\nfewshot_split: train\nmetadata: {version: 1}\n"
+        (tmp_path / f"own_{name}.yaml").write_text(head + HARNESS_TASKS[name])
+    (tmp_path / "both.yaml").write_text(
+        "group: both\ntask: [own_choice, own_last_word]\n"
+        "aggregate_metric_list: [{metric: acc, aggregation: mean, weight_by_size: true}]\nmetadata: {version: 1}\n"
+    )
+    (tmp_path / "tagged.yaml").write_text((tmp_path / "own_choice.yaml").read_text() + "tag: collection\n")
+    real = lm_eval_tasks.TaskManager
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", lambda *a, **k: real(include_path=str(tmp_path)))
+    monkeypatch.setattr(
+        "lm_eval.evaluator.TaskManager", lambda *a, **k: real(include_path=str(tmp_path)), raising=False
+    )
+    tokenizer = train_tokenizer([json.dumps(one) for one in QUESTIONS], vocab_size=300)
+    model = sharp_model(vocab_size=len(tokenizer), max_position_embeddings=96)
+    for name in ("choice", "whole", "written", "last_word"):
+        shots = 0 if name == "whole" else 1
+        found = harness_task(f"own_{name}", [], shots=shots, limit=None, chat=False).run(model, tokenizer)
+        ours = run_task(prepare(tmp_path / f"own_{name}.yaml", shots=shots), model, tokenizer)
+        for metric in ours.items:
+            if metric in found.figures:
+                assert found.figures[metric] == pytest.approx(ours.figures[metric], rel=1e-4), metric
+        assert found.figures["n"] == 8 and ours.items.keys() & found.figures.keys()
+        if name == "choice":
+            assert compare([found], [found])["own_choice"]["acc"]["verdict"] == "no difference"
+    group = harness_task("both", [], shots=0, limit=None, chat=False).run(model, tokenizer)
+    assert group.figures["n"] == 16 and not group.items
+    with pytest.raises(UserError, match="collection"):
+        harness_task("collection", [], shots=0, limit=None, chat=False)
+    with pytest.raises(UserError, match="no task"):
+        harness_task("own_choise", [], shots=0, limit=None, chat=False)
+
+
+CODE = """
+def prepare(dataset):
+    return dataset.map(lambda doc: {"question": doc["question"].upper()})
+
+
+def results(doc, results):
+    best = max(range(len(results)), key=lambda i: results[i][0])
+    return {"own": float(best == doc["right"]), "pair": (doc["right"], best)}
+
+
+def same(predictions, references):
+    return {"same": predictions[0] == references[0]}
+"""
+
+
+def test_code_of_a_task_prepares_records_and_scores_results(folder):
+    (folder / "mine.py").write_text(CODE)
+    file = change(
+        folder,
+        process_docs="!function mine.prepare",
+        process_results="!function mine.results",
+        metric_list="[{metric: own, aggregation: mean}, {metric: pair, aggregation: matthews_corrcoef}]",
+    )
+    model, tokenizer = sharp_model(), train_tokenizer(["yes no larger"] * 20, vocab_size=280)
+    prepared = prepare(file, allow_code=True)
+    assert "IS 0 LARGER THAN 5" in prepared.questions[0].contexts[0]
+    figures = run_task(prepared, model, tokenizer).figures
+    plain = run_task(prepare(change(folder, process_docs="!function mine.prepare"), allow_code=True), model, tokenizer)
+    assert figures["own"] == plain.figures["acc"] and -1 <= figures["pair"] <= 1
+    with pytest.raises(UserError, match="no such aggregation"):
+        prepare(change(folder, metric_list="[{metric: acc, aggregation: nonsense}]"))
+
+
+def test_a_metric_of_the_user_gets_the_answer_and_the_right_one(folder):
+    (folder / "mine.py").write_text(CODE)
+    model, tokenizer = sharp_model(), train_tokenizer(["yes no larger"] * 20, vocab_size=280)
+    result = run_task(prepare(folder / "choice.yaml", metrics=[f"{folder / 'mine.py'}:same"]), model, tokenizer)
+    assert result.figures["same"] == result.figures["acc"]
+    with pytest.raises(UserError, match=r"my.py:function"):
+        prepare(folder / "choice.yaml", metrics=["mine.same"])
+
+
+def test_several_right_answers_and_equal_records(folder):
+    records = [{"question": f"Q{i % 3}", "answers": ["yes", "no", "both"], "right": [0, 2]} for i in range(9)]
+    (folder / "q.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    for one in prepare(folder / "choice.yaml", shots=4).questions:
+        *examples, last = one.contexts[0].split("\n\n")
+        assert all(example.endswith("Answer: yes") for example in examples) and one.target == [0, 2]
+        assert not any(example.startswith(last) for example in examples)
+
+
+def test_labels_of_a_csv_file_are_numbers(folder):
+    (folder / "q.csv").write_text("question,right\nIs it,1\nWas it,0\n")
+    file = change(
+        folder, dataset_path="csv", dataset_kwargs="{data_files: {test: q.csv}}", doc_to_choice='["no", "yes"]'
+    )
+    assert [one.target for one in prepare(file).questions] == [1, 0]
+
+
+def test_a_chat_asks_in_the_template_of_the_model(folder):
+    """The question is the user's turn, and the answer begins the assistant's: no second begin token, no end mark."""
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer = train_tokenizer(["yes no larger"] * 20, vocab_size=280)
+    tokenizer.chat_template = template
+    prepared = prepare(folder / "choice.yaml", shots=1, chat=True)
+    [requests] = encode_answers(prepared.questions[:1], tokenizer, 1000, Counter())
+    texts = [tokenizer.decode(one.tokens) for one in requests]
+    assert all(text.count("<user>") == 2 and text.count("</assistant>") == 1 for text in texts)
+    assert [text.rpartition("<assistant>")[2] for text in texts] == ["yes", "not at all"]
+    with pytest.raises(UserError, match="gen_prefix"):
+        prepare(change(folder, gen_prefix='"Answer:"'), chat=True)
+
+
+def test_the_command_compares_models(folder):
+    from llmkit.models.folder import save_model
+
+    tokenizer = train_tokenizer(["yes no larger"] * 20, vocab_size=280)
+    for seed, name in enumerate(("a", "b")):
+        model = sharp_model(vocab_size=len(tokenizer))
+        for p in model.parameters():
+            p.data.add_(seed * 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(9)))
+        save_model(model, folder / name)
+        tokenizer.save(folder / name)
+    done = llmkit("eval", "a", "b", "--tasks", "choice.yaml", "--show", "1", "--out", "r.json", cwd=folder)
+    assert "Question: Is 0 larger than 5?" in done.stdout and "nats" in done.stdout
+    assert any(words in done.stdout for words in ("the same as b", "different from b", "higher than b", "lower than b"))
+    saved = json.loads((folder / "r.json").read_text())
+    assert len(saved) == 2 and (folder / "r.png").stat().st_size > 1000
+    about = saved[0]["tasks"]["larger"]
+    assert about["questions"] == 12 and len(about["prompts_sha256"]) == 64 and len(saved[0]["model_sha256"]) == 64
+    printed = json.loads(llmkit("eval", "a", "--tasks", "choice.yaml", "--json", cwd=folder).stdout)
+    own = printed["results"]["larger"]
+    assert own["acc"] == saved[0]["results"]["larger"]["acc"] and own["n"] == 12 and len(own["acc_interval"]) == 2
+    for arguments, words in {
+        ("--tasks", "choise.yaml"): "no such task file",
+        ("--tasks", ","): "names no task",
+        ("--tasks", "choice.yaml", "--window", "5"): "--window has no effect with --tasks",
+        ("--shots", "5"): "--shots has no effect without --tasks",
+        ("--tasks", "choice.yaml", "--data", "q.jsonl"): "NAME=PATH",
+        ("--tasks", "choice.yaml", "--data", "other=q.jsonl"): "not asked",
+    }.items():
+        assert words in llmkit("eval", "a", *arguments, cwd=folder, code=2).stderr
 
 
 PUBLIC = {

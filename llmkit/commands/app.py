@@ -58,6 +58,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Print a user's mistake as one block with an exit code, never as a traceback."""
     from llmkit.errors import BUG, INTERRUPTED, UserError, explain_machine
 
+    # Threads that wait for each other sleep soon (in libgomp's unit, of which its default is 300,000). Alone this costs
+    # nothing, and beside other work steps are 2.5 times as fast: measured with two runs on two cores.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]

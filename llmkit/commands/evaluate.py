@@ -27,6 +27,9 @@ def evaluate(
     perplexity: Annotated[
         bool, typer.Option("--perplexity", help="Loss, perplexity, bits per byte: the default.")
     ] = False,
+    memorization: Annotated[
+        bool, typer.Option("--memorization", help="How much of its training text the model of a run gives away.")
+    ] = False,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,6 +68,8 @@ def evaluate(
     of_tasks |= {"--out": out, "--allow-code": allow_code, "--metric": metrics}
     of_text = {"--perplexity": perplexity, "--each": each, "--columns": columns, "--window": window, "--stride": stride}
     of_text |= {"--max-bad-fraction": max_bad_fraction != MAX_BAD_FRACTION, "--batch-size": batch_size != 8}
+    if tasks and memorization:
+        raise UserError("--tasks and --memorization are two measurements", fix="give one of them")
     if given := [name for name, value in (of_text if tasks else of_tasks).items() if value]:
         has = "with" if tasks else "without"
         raise UserError(f"{given[0]} has no effect {has} --tasks", fix="leave it out")
@@ -76,6 +81,13 @@ def evaluate(
     for model in models or [find_default_run(progress_printer(as_json))]:
         located.append(locate(model))
         to_stderr(located[-1].choice)
+    if memorization:
+        from llmkit.evals.memorization import measure_memorization
+
+        if given := [name for name, value in {**of_text, "--data": data, "--baseline": baseline}.items() if value]:
+            raise UserError(f"{given[0]} has no effect with --memorization", fix="leave it out")
+        show(measure_memorization(located[0], precision=precision), as_json)
+        return
     if tasks:
         options = {"shots": shots, "limit": limit, "chat": chat, "allow_code": allow_code, "metrics": metrics or []}
         evaluate_tasks(located, tasks, data or [], baseline, shown, out, precision, as_json, options)
@@ -137,6 +149,8 @@ def evaluate_tasks(
     pairs = [one.partition("=")[::2] for one in data]
     if wrong := [one for one, (_, path) in zip(data, pairs, strict=True) if not path]:
         raise UserError("--data names the records of a task as NAME=PATH", got=wrong[0])
+    if not tasks.replace(",", " ").strip():
+        raise UserError("--tasks names no task", got=repr(tasks))
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
     prepared = prepare_tasks(names, {name: Path(path).expanduser() for name, path in pairs}, **options)
     if baseline is not None:
@@ -155,6 +169,8 @@ def evaluate_tasks(
         print(json.dumps(without_nan(as_values if len(as_values) > 1 else as_values[0]), allow_nan=False))
         return
     for task, result in zip(prepared, found[0].results, strict=True):
+        if shown and not result.answered:
+            to_stderr(f"{task.name}: --show has no prompts of lm-evaluation-harness's tasks: lm_eval --log_samples")
         for line in results.show_questions(task, result, shown):
             print(line)
     print(results.tabulate([one.name for one in found], [one.results for one in found]))
@@ -162,7 +178,8 @@ def evaluate_tasks(
         for line in results.describe_groups(one.results):
             print(f"{one.name}: {line}" if len(found) > 1 else line)
     for name, by_task in differences.items():
-        print(results.tabulate_differences(name, found[-1].name, by_task))
+        if by_task:
+            print(results.tabulate_differences(name, found[-1].name, by_task))
     if len(found) > 1:
         results.draw([one.name for one in found], [one.results for one in found], out.with_suffix(".png"))
         print(f"picture: {out.with_suffix('.png')}")

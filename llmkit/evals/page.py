@@ -48,7 +48,7 @@ def make_page(
         .replace("{{title}}", escape(title))
         .replace("{{facts}}", escape(". ".join(facts)))
         .replace("{{legend}}", legend)
-        .replace("{{pictures}}", draw_attention(why[2]) if why else "")
+        .replace("{{pictures}}", draw_attention(why[2]) if why and why[2] else "")
         .replace("{{text}}", "".join(shown))  # last: the text may have any of the words above
     )
 

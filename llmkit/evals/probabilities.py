@@ -11,6 +11,8 @@ from llmkit.errors import DataError, ModelError, UserError
 from llmkit.inference.logprobs import score_ids, token_texts
 from llmkit.tokenizer.tokenizer import Tokenizer
 
+MOST_ATTRIBUTED = 512  # tokens
+
 
 @dataclass(frozen=True)
 class TokenScore:
@@ -81,12 +83,13 @@ def attribute(model: nn.Module, tokenizer: Tokenizer, text: str) -> tuple[str, l
     """Return the likeliest next token after a text, how much each token of the text speaks for it, and the attention.
 
     How much a token speaks for the next one is the gradient of that one's logit times the token's embedding (Denil et
-    al. 2014, arXiv:1412.6815). The attention is one tensor (heads, T, T) for each layer.
+    al. 2014, arXiv:1412.6815). The attention is one tensor (heads, T, T) for each layer; none where a sliding window
+    is shorter than the text, which is computed in another way.
     """
     ids = tokenizer.encode_prompt(text)
-    if len(ids) > model.config.max_position_embeddings:
-        got, expected = f"{len(ids)} tokens", f"at most {model.config.max_position_embeddings}"
-        raise DataError("the text is longer than the model's positions", got=got, expected=expected)
+    if len(ids) > (most := min(MOST_ATTRIBUTED, model.config.max_position_embeddings)):
+        what = "the text is too long for --attribute, which keeps all weights of attention"
+        raise DataError(what, got=f"{len(ids)} tokens", expected=f"at most {most}")
     embedded: list[Tensor] = []
 
     def keep(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:

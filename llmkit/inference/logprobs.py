@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from llmkit.tokenizer.tokenizer import Tokenizer
 
+LOGIT_BYTES = 2**28  # most bytes of fp32 logits at a time; a window is read again for more
 CONTEXT = 8  # tokens before one that may decide whether its text begins with a space
 MOST_PARTS = 4  # tokens of a character, of at most four bytes
 
@@ -36,16 +37,16 @@ def score_ids(model: nn.Module, ids: list[int], first: int, top: int) -> list[To
     """
     device, longest = next(model.parameters()).device, model.config.max_position_embeddings
     model.eval()
-    found, start = [], 0
+    found, start, rows = [], 0, max(1, LOGIT_BYTES // (4 * model.config.vocab_size))
     while (done := first + len(found)) < len(ids):
         if done - start >= longest:  # its prediction is no column of this window
             start += longest - longest // 2
             continue
         window = ids[start : start + longest]
-        columns = torch.arange(done - 1 - start, min(len(window), len(ids) - 1 - start), device=device)
+        last = min(len(window), len(ids) - 1 - start, done - 1 - start + rows)
+        columns = torch.arange(done - 1 - start, last, device=device)
         logits = model(torch.tensor([window], device=device), logits_to_keep=columns)[0].float()
         found += score_rows(logits, ids[done : done + len(columns)], top)
-        start += longest - longest // 2
     return found
 
 

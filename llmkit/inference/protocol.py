@@ -285,12 +285,12 @@ def format_logprobs(
     texts = token_texts(tokenizer, ids)
     if chat:
 
-        def entry(i: int, log_prob: float, text: str) -> dict[str, Any]:
-            return {"token": text, "logprob": log_prob, "bytes": list(tokenizer.decode([i]).encode())}
+        def entry(text: str, log_prob: float) -> dict[str, Any]:
+            whole = "\ufffd" not in text  # else it is a part of a character, whose bytes a text does not tell
+            return {"token": text, "logprob": log_prob, "bytes": list(text.encode()) if whole else None}
 
         content = [
-            entry(one.id, one.log_prob, text)
-            | {"top_logprobs": [entry(i, p, tokenizer.decode([i])) for i, p in one.top]}
+            entry(text, one.log_prob) | {"top_logprobs": [entry(tokenizer.decode([i]), p) for i, p in one.top]}
             for one, text in zip(scores, texts, strict=True)
         ]
         return {"content": content, "refusal": None}

@@ -111,6 +111,15 @@ class World:
             raise error or unpack(packed[0])
         return result
 
+    def from_main(self, value: Any) -> Any:
+        """Return rank 0's value on all ranks."""
+        if self.size == 1:
+            return value
+        shared = [value if self.main else None]
+        with notice_lost_ranks():
+            dist.broadcast_object_list(shared, src=0, group=self.saving)
+        return shared[0]
+
 
 def make_buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Group parameters of one dtype by BUCKET_BYTES, the last ones first: backward passes begin with the last layer."""

@@ -35,9 +35,10 @@ def describe_curves(records: list[dict[str, Any]]) -> str:
             "while the train loss fell; stop there, or take more data"
         )
     before = losses[steps <= steps[-1] - (steps[-1] - steps[0]) / 4][-1]
+    change = f"from {before:.4f} to {losses[-1]:.4f}"
     if before - losses[-1] > LITTLE * before:
-        return f"still falling: over the last quarter the val loss fell from {before:.4f} to {losses[-1]:.4f}; train longer"
-    return f"flat: over the last quarter the val loss went from {before:.4f} to {losses[-1]:.4f}"
+        return f"still falling: over the last quarter the val loss fell {change}; train longer"
+    return f"flat: over the last quarter the val loss went {change}"
 
 
 def find_instability(records: list[dict[str, Any]], val: list[tuple[int, float]]) -> str:
@@ -45,7 +46,8 @@ def find_instability(records: list[dict[str, Any]], val: list[tuple[int, float]]
     norms = [one["grad_norm"] for one in records if one.get("grad_norm") is not None]
     norms = norms[len(norms) // 5 :]
     finite = [norm for norm in norms if is_finite(norm)]
-    jumps = sum(not is_finite(norm) or norm > JUMP * float(np.median(finite)) for norm in norms)
+    most = JUMP * float(np.median(finite)) if finite else 0.0
+    jumps = sum(not is_finite(norm) or norm > most for norm in norms)
     if norms and jumps > max(1, MANY_JUMPS * len(norms)):
         return (
             f"unstable: in {jumps} of {len(norms)} logged steps the gradient norm was over {JUMP:g} times its median; "

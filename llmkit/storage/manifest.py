@@ -124,15 +124,21 @@ def best_checkpoint(run_dir: Path) -> Path | None:
     """Return the checkpoint with the lowest val loss, or the best by `eval.best`, else the newest; warn about damaged
     manifests.
     """
-    scored = []
+    found = []
     for folder in list_checkpoints(run_dir):
         try:
-            manifest = read_checkpoint_manifest(folder)
-            loss = manifest["best"]["score"] if "best" in manifest else manifest["val_loss"]
-            scored.append((math.inf if loss is None else loss, -step_of(folder), folder))
+            found.append((folder, read_checkpoint_manifest(folder)))
         except UserError as error:
             warn(error)
-    return min(scored)[2] if scored else None
+    if not found:
+        return None
+    name = found[-1][1].get("best", {}).get("name")  # of the newest: earlier ones may have been chosen by another
+    scored = []
+    for folder, manifest in found:
+        own = manifest.get("best", {"name": None, "score": None})
+        score = (own["score"] if own["name"] == name else None) if name else manifest["val_loss"]
+        scored.append((math.inf if score is None else score, -step_of(folder), folder))
+    return min(scored)[2]
 
 
 def add_dependent_run(model: Path, run_dir: Path) -> None:

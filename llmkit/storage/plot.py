@@ -117,7 +117,7 @@ def draw_panel(axes: "Axes", name: str, points: list[tuple[float, float]]) -> No
     axes.xaxis.set_major_locator(MaxNLocator(3))
     axes.yaxis.set_major_locator(MaxNLocator(3))
     axes.xaxis.set_major_formatter(lambda value, _: format_count(value))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}" if name == "lr" and value else format_count(value))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}" if value < 100 else format_count(value))
     axes.grid(alpha=0.25)
     if name == "grad_norm":  # a few large ones at the start would flatten all others
         axes.set_ylim(0, 3 * float(np.median([value for _, value in points])) or 1)

@@ -8,7 +8,7 @@ from typing import Any
 from llmkit.errors import ModelError
 from llmkit.files import write_atomically
 from llmkit.screen import format_count, hide_secrets
-from llmkit.storage.manifest import list_checkpoints, step_of
+from llmkit.storage.manifest import best_checkpoint, list_checkpoints, step_of
 from llmkit.storage.run import CONFIG, METRICS, RunDirectory, read_metrics, read_run_config
 
 
@@ -32,6 +32,9 @@ def summarize(folder: Path) -> dict[str, Any]:
     losses = [record for record in records if "loss" in record]
     kept = {step_of(checkpoint) for checkpoint in list_checkpoints(folder)}
     evaluated = [r for r in records if r["step"] in kept and is_finite(r.get("val_loss"))]
+    if any("/" in key for record in evaluated for key in record) and (chosen := best_checkpoint(folder)):
+        # eval.best may be another figure than the val loss
+        evaluated = [record for record in evaluated if record["step"] == step_of(chosen)] or evaluated
     best = min(evaluated, key=lambda record: record["val_loss"], default={})
     model = (config.get("model") or {}).get("name") or config.get("init_from")
     return {

@@ -39,8 +39,12 @@ class Adapter(LM):
         return self.tokenizer.chat_template or ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render a chat, whose special tokens have a meaning."""
-        return render_chat(self.tokenizer, chat_history, starts_answer=add_generation_prompt)
+        """Render a chat, whose special tokens have a meaning. Without a new answer, it ends with the last content."""
+        text = render_chat(self.tokenizer, chat_history, starts_answer=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        content = chat_history[-1]["content"].rstrip()
+        return text[: text.rindex(content) + len(content)]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Score (context, answer) pairs. Those with the same context are taken for one question."""
@@ -48,8 +52,8 @@ class Adapter(LM):
         ids = encode_pairs(set(pairs), self.tokenizer, specials=self.chat)
         fitted = [fit_answers([ids[pair]], self.positions, self.lost) for pair in pairs]
         kept = [i for i, one in enumerate(fitted) if one]
-        contexts = {context: i for i, (context, _) in enumerate(pairs)}
-        owners = [contexts[pairs[i][0]] for i in kept]
+        contexts = {context: i for i, (context, _) in enumerate(pairs) if context}
+        owners = [contexts.get(pairs[i][0], i) for i in kept]  # what follows no context shares none
         scores = score_requests(self.model, [fitted[i][0] for i in kept], owners, progress=self.progress)
         found = dict(zip(kept, scores, strict=True))
         return [(one.log_prob, one.greedy) for one in (found.get(i, UNSCORED) for i in range(len(pairs)))]

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,10 @@ def process(task: Task, docs: list[Doc]) -> list[Doc]:
     """Return the records as the task's own code prepares them. It expects a data set of the `datasets` library."""
     import datasets
 
-    return list(task.process_docs(datasets.Dataset.from_list(docs)))
+    try:
+        return list(task.process_docs(datasets.Dataset.from_list(docs)))
+    except Exception as error:
+        raise DataError(f"{task.task}: process_docs fails: {type(error).__name__}: {error}") from error
 
 
 def find_files(task: Task, split: str, home: Path, data: Path | None) -> list[Path]:
@@ -68,8 +72,8 @@ def find_files(task: Task, split: str, home: Path, data: Path | None) -> list[Pa
                 f"{task.task}: the examples are in the split {split}, and this is one file", at=data, fix=fix
             )
         return [data]
-    if named is None and Path(task.dataset_path).exists():
-        named = task.dataset_path
+    if named is None and Path(task.dataset_path).exists() and data is None:
+        return list_files(task.dataset_path)
     if named is None:
         fix = f"--data {task.task}=PATH"
         if data is None:
@@ -92,12 +96,13 @@ def find_files(task: Task, split: str, home: Path, data: Path | None) -> list[Pa
 
 def resolve(pattern: str, home: Path, data: Path | None) -> list[Path]:
     """Return the files of a path or glob: in the user's folder, else beside the task file, else from here."""
-    start = Path(pattern).expanduser()
-    if start.is_absolute():
-        return sorted(start.parent.glob(start.name))
     roots = [home, Path()] if data is None else [data if data.is_dir() else data.parent]
-    found = (sorted(file for file in root.glob(pattern) if file.is_file()) for root in roots)
-    return next(filter(None, found), [])
+    for root in roots:
+        whole = root / Path(pattern).expanduser()  # which is the pattern itself if that is absolute
+        paths = sorted(map(Path, glob(str(whole), recursive=True)))  # noqa: PTH207 Path.glob takes no absolute pattern
+        if found := [file for path in paths for file in (list_files(str(path)) if path.is_dir() else [path])]:
+            return found
+    return []
 
 
 def read_file(file: Path, task: Task, split: str) -> Iterator[Doc]:
@@ -105,7 +110,8 @@ def read_file(file: Path, task: Task, split: str) -> Iterator[Doc]:
     options: Files = task.dataset_kwargs
     if task.dataset_path == "text":
         with open_bytes(file) as lines:
-            yield from ({"text": line.decode("utf-8", "replace").rstrip("\r\n")} for line in lines)
+            name = file.name.partition(".")[0]
+            yield from ({"file": name, "text": line.decode("utf-8", "replace").rstrip("\r\n")} for line in lines)
         return
     if options.column_names or options.separator or options.quoting:
         found = read_csv(file, options.column_names, options.separator, not options.quoting)
@@ -128,7 +134,7 @@ def add_labels(docs: list[Doc], files: list[Path], pattern: str) -> list[Doc]:
     if len(files) != 1:
         raise DataError("there is no file of labels, or more than one", got=len(files), expected=pattern)
     [file] = files
-    labels = file.read_text(encoding="utf-8").split("\n")
+    labels = file.read_text(encoding="utf-8", errors="replace").split("\n")
     labels = labels[:-1] if labels and not labels[-1] else labels
     if len(labels) != len(docs):
         what = "the file of labels has another length than the records"

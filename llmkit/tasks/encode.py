@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from llmkit.errors import DataError
 from llmkit.tasks.likelihood import Request
 from llmkit.tasks.prompts import Question
 from llmkit.tokenizer.chat_template import Rendered, encode_chat, encode_rendered
 from llmkit.tokenizer.tokenizer import Tokenizer
 
 CUT = "prompts that were cut on the left: longer than the model's positions"
+EMPTY = "questions left out: an answer is empty"
 TOO_LONG = "questions left out: an answer is longer than the model's positions"
 
 
@@ -47,7 +49,7 @@ def fit_answers(
     longer than the model's positions.
     """
     if any(not 0 < len(answer) <= positions for _, answer in encoded):
-        lost[TOO_LONG] += 1
+        lost[TOO_LONG if all(answer for _, answer in encoded) else EMPTY] += 1
         return None
     lost[CUT] += any(len(context) + len(answer) > positions + 1 for context, answer in encoded)
     return [Request((*context, *answer)[-positions - 1 :], len(answer)) for context, answer in encoded]
@@ -144,6 +146,9 @@ def encode_text_of_chat(text: str, tokenizer: Tokenizer) -> list[int]:
 
 def cut_left(ids: list[int], positions: int, written: int, lost: Counter[str]) -> list[int]:
     """Return the last ids of a prompt, so that an answer has room."""
-    most = max(1, positions - written)
+    most = positions - written
+    if most < 1:
+        got, expected = f"max_gen_toks {written}", f"at most {positions - 1}, as the model has {positions} positions"
+        raise DataError("there is no room for a prompt", got=got, expected=expected)
     lost[CUT] += len(ids) > most
     return ids[-most:]

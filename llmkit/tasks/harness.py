@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from llmkit.errors import DataError, MachineError, UserError, did_you_mean
+from llmkit.errors import DataError, MachineError, UserError, did_you_mean, is_out_of_memory
 from llmkit.intervals import Z
 from llmkit.tasks.run import Result
 from llmkit.tokenizer.tokenizer import Tokenizer
@@ -47,16 +48,21 @@ class HarnessTask:
                     apply_chat_template=self.chat,
                     bootstrap_iters=1000,
                 )
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # a task may bring any code, and need any package
+            if is_out_of_memory(error):
+                raise
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
             fix = "the harness loads its data from the hub; offline, copy the task file and name your files in it"
             raise DataError(f"the task {self.name} of lm-evaluation-harness fails", got=reason, fix=fix) from error
         return self.to_result(found, adapter.lost)
 
     def to_result(self, found: dict[str, Any], lost: Counter[str]) -> Result:
-        """Convert what the harness returns. A group of tasks has the harness's scores of the whole."""
-        scores = found["results"].get(self.name) or found["groups"][self.name]
-        samples = [one for task in sorted(found["samples"]) for one in found["samples"][task]]
+        """Convert what the harness returns. A group has the scores of the whole, but none of single questions."""
+        is_group = self.name not in found["samples"]
+        scores = found["groups"][self.name] if is_group else found["results"][self.name]
+        samples = [] if is_group else found["samples"][self.name]
+        every = [one for own in found["samples"].values() for one in own]
+        asked = sorted({one["doc_id"] for one in samples})
         figures, items = {}, {}
         for key, value in scores.items():
             name, comma, filtered = key.partition(",")
@@ -64,20 +70,21 @@ class HarnessTask:
                 continue
             label = name if filtered == "none" else key
             error = scores.get(f"{name}_stderr,{filtered}")
-            error = error if isinstance(error, int | float) else float("nan")
-            interval = [value - Z * error, value + Z * error]
-            figures |= {label: value, f"{label}_stderr": error, f"{label}_interval": interval}
-            own = [one[name] for one in samples if one.get("filter", filtered) == filtered and name in one]
-            items[label] = own
-        number = len({(one["doc_hash"], one["doc_id"]) for one in samples})
-        prompts = json.dumps(sorted(one["prompt_hash"] for one in samples))
+            error = error if isinstance(error, int | float) else math.nan
+            figures |= {label: value, f"{label}_stderr": error}
+            figures[f"{label}_interval"] = [value - Z * error, value + Z * error]
+            own = {one["doc_id"]: one[name] for one in samples if one["filter"] == filtered and name in one}
+            if own.keys() == set(asked) and all(isinstance(one, int | float) for one in own.values()):
+                items[label] = [own[i] for i in asked]
+        number = sum(len({one["doc_id"] for one in own}) for own in found["samples"].values())
+        prompts = json.dumps(sorted(one["prompt_hash"] for one in every))
         self.about |= {
             "version": found["versions"].get(self.name),
             "shots": found["n-shot"].get(self.name, self.shots),
             "questions": number,
             "prompts_sha256": hashlib.sha256(prompts.encode()).hexdigest(),
         }
-        return Result(self.name, figures | {"n": number}, items, list(range(number)), +lost)
+        return Result(self.name, figures | {"n": number}, items, asked, +lost)
 
 
 def harness_task(name: str, known: Sequence[str], *, shots: int | None, limit: int | None, chat: bool) -> HarnessTask:
@@ -91,7 +98,11 @@ def harness_task(name: str, known: Sequence[str], *, shots: int | None, limit: i
         raise MachineError(f"llmkit has no task {name} of its own", expected=", ".join(known), fix=fix)
     from lm_eval.tasks import TaskManager
 
-    names = TaskManager().all_tasks
+    manager = TaskManager()
+    names = [*manager.all_subtasks, *manager.all_groups]
+    if name in manager.all_tags:
+        fix = "name its tasks: lm_eval ls tasks"
+        raise UserError(f"{name} is a collection of tasks without a score of its own", fix=fix)
     if name not in names:
         raise UserError(f"there is no task {name}", fix=did_you_mean(name, [*known, *names]) or "lm_eval ls tasks")
     about = {"task": name, "source": "lm-evaluation-harness", "shots": shots, "limit": limit, "chat": chat}

@@ -113,23 +113,34 @@ def score_requests(
         questions = range(len(requests))
     order = sorted(range(len(requests)), key=questions.__getitem__)
     members = [[*numbers] for _, numbers in groupby(order, key=questions.__getitem__)]
-    trees = [Tree(numbers, [requests[i] for i in numbers]) for numbers in members]
-    device = next(model.parameters()).device
-    if share:
-        most_logits = LOGIT_BYTES // (4 * model.config.vocab_size)
-        passes = plan_passes(trees, ROW.get(device.type, ROW["cuda"]), most_logits)
-    else:
-        passes = [(0, [tree]) for tree in trees]
+    most_tokens = ROW.get(next(model.parameters()).device.type, ROW["cuda"])
+    most_logits = max(1, LOGIT_BYTES // (4 * model.config.vocab_size))
+    trees = [tree for numbers in members for tree in make_trees(numbers, requests, most_tokens, most_logits)]
+    passes = plan_passes(trees, most_tokens, most_logits) if share else [(0, [tree]) for tree in trees]
     found: dict[int, Score] = {}
     training, root, root_tokens = model.training, None, ()
     model.eval()
-    with torch.inference_mode():
-        for length, row in progress(passes):
-            if (tokens := row[0].inputs[0][:length]) != root_tokens:
-                root, root_tokens = read_root(model, tokens), tokens
-            found |= read_trees(model, row, root, length)
-    model.train(training)
+    try:
+        with torch.inference_mode():
+            for length, row in progress(passes):
+                if (tokens := row[0].inputs[0][:length]) != root_tokens:
+                    root, root_tokens = read_root(model, tokens), tokens
+                found |= read_trees(model, row, root, length)
+    finally:
+        model.train(training)
     return [found[i] for i in range(len(requests))]
+
+
+def make_trees(numbers: list[int], requests: Sequence[Request], most_tokens: int, most_logits: int) -> Iterator[Tree]:
+    """Yield the requests of a question as one tree, or as several if they are many."""
+    kept, tokens, logits = [], 0, 0
+    for i in numbers:
+        size = len(requests[i].tokens)
+        if kept and (tokens + size > 4 * most_tokens or logits + requests[i].scored > most_logits):
+            yield Tree(kept, [requests[j] for j in kept])
+            kept, tokens, logits = [], 0, 0
+        kept, tokens, logits = [*kept, i], tokens + size, logits + requests[i].scored
+    yield Tree(kept, [requests[j] for j in kept])
 
 
 # ---- what is read together ------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def per_byte(one: Answered, metric: Metric) -> Item:
 
 def text_and_targets(one: Answered, metric: Metric) -> Item:
     target = one.question.target
-    return one.text or "", [str(t) for t in target] if isinstance(target, list) else [str(target)]
+    return one.text or "", [str(t) for t in target or [""]] if isinstance(target, list) else [str(target)]
 
 
 def squad_f1(one: Answered, metric: Metric) -> Item:
@@ -266,10 +266,40 @@ METRICS: dict[str, tuple[Scorer, Callable[[Sequence[Item]], float], bool, set[st
 }
 
 
+AGGREGATIONS: dict[str, Callable[[Sequence[Item]], float]] = {  # the harness's names
+    "mean": mean,
+    "nanmean": mean,
+    "perplexity": perplexity,
+    "weighted_perplexity": weighted_perplexity,
+    "bits_per_byte": bits_per_byte,
+    "f1": f1,
+    "matthews_corrcoef": matthews,
+    "brier_score": mean,  # of squared distances
+    "bleu": METRICS["bleu"][1],
+    "chrf": METRICS["chrf"][1],
+}
+SLOW = (METRICS["bleu"][1], METRICS["chrf"][1])  # that are resampled less often
+SLOW_RESAMPLES = 100
+
+
+def aggregation_of(metric: Metric | None) -> Callable[[Sequence[Item]], float]:
+    """Return how the scores of questions are put together; None: of a score that no metric names."""
+    if metric is None or (metric.aggregation is None and metric.name not in METRICS):
+        return mean
+    if callable(metric.aggregation):
+        return metric.aggregation
+    if metric.name in METRICS and metric.aggregation in (None, "mean"):
+        return METRICS[metric.name][1]
+    return AGGREGATIONS[metric.aggregation]
+
+
 def check_metrics(task: Task) -> list[UserError]:
     """Return an error for each metric that a task names and that does not exist or does not fit."""
     found = []
     for metric in task.metrics:
+        if isinstance(metric.aggregation, str) and metric.aggregation not in AGGREGATIONS:
+            fix = suggest(metric.aggregation, AGGREGATIONS)
+            found.append(UserError(f"{task.task}: no such aggregation: {metric.aggregation}", fix=fix))
         if callable(metric.metric) or task.process_results is not None:
             continue
         if metric.name not in METRICS:

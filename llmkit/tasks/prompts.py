@@ -15,7 +15,7 @@ from typing import Any
 from llmkit.errors import DataError
 from llmkit.tasks.documents import Doc
 from llmkit.tasks.task import Task
-from llmkit.tokenizer.renderer import render_texts
+from llmkit.tokenizer.renderer import TemplateLimit, render_texts
 
 SEED = 1234  # of the harness, for examples
 Message = dict[str, str]
@@ -65,7 +65,10 @@ def fill(task: Task, template: Any, docs: list[Doc], *, numbers: bool = False, l
         return [template] * len(docs)
     if template in docs[0]:
         return [doc[template] for doc in docs]
-    found = render_texts(template, docs) if "{" in template else [template] * len(docs)
+    try:
+        found = render_texts(template, docs) if "{" in template else [template] * len(docs)
+    except TemplateLimit as error:
+        raise DataError(f"{task.task}: {error}", fix=f"the template is {template[:120]!r}") from None
     for doc, text in zip(docs, found, strict=True):
         if isinstance(text, ValueError):
             raise DataError(f"{task.task}: {text}", got=str(doc)[:200], fix=f"the template is {template[:120]!r}")
@@ -89,6 +92,9 @@ def read_parts(task: Task, docs: list[Doc]) -> list[Parts]:
     texts = fill(task, "" if task.doc_to_text is None else task.doc_to_text, docs, numbers=has_choices)
     target = default if task.doc_to_target is None else task.doc_to_target
     targets = fill(task, target, docs, numbers=has_choices, lists=True)
+    for doc, text in zip(docs, texts, strict=True):
+        if text is None:
+            raise DataError(f"{task.task}: a record has no question", got=str(doc)[:200])
     choices = [None] * len(docs)
     if has_choices:
         wanted = list(task.doc_to_choice.values()) if isinstance(task.doc_to_choice, dict) else task.doc_to_choice
@@ -99,7 +105,7 @@ def read_parts(task: Task, docs: list[Doc]) -> list[Parts]:
         fill(task, task.group_by, docs),
     )
     columns = zip(texts, targets, choices, *rest, strict=True)
-    return [Parts(*one[:-1], None if one[-1] is None else str(one[-1])) for one in columns]
+    return [Parts(*one[:-1], None if task.group_by is None else str(one[-1])) for one in columns]
 
 
 def read_list(task: Task, value: Any, doc: Doc) -> list[str]:
@@ -151,6 +157,9 @@ def choose_shots(
             drawn = draw.sample(here, min(len(here), number + same_split))
             if same_split:
                 drawn = [i for i in drawn if pool[i] != doc][:number]
+                others = [i for i in here if pool[i] != doc] if len(drawn) < number else []
+                if len(others) >= number:  # several records were equal to it
+                    drawn = draw.sample(others, number)
         if len(drawn) < number:
             got = f"{len(drawn)} of {number}" + (f" for {group}" if group else "")
             raise DataError(f"{task.task}: there are too few examples", got=got, fix="lower --shots")
@@ -167,12 +176,14 @@ def join(before: str, after: str, delimiter: str) -> str:
 
 def answer_text(task: Task, parts: Parts) -> str:
     """Return the right answer of an example."""
-    target = parts.target
+    target = parts.target[0] if isinstance(parts.target, list) and parts.target else parts.target
     if parts.choices and isinstance(target, int) and not isinstance(parts.text, int):
         if not 0 <= target < len(parts.choices):
             raise DataError(f"{task.task}: an example has no choice {target}", got=str(parts.choices)[:200])
         return parts.choices[target]
-    return str(target[0] if isinstance(target, list) else target)
+    if target is None or target == []:
+        raise DataError(f"{task.task}: an example has no answer", got=str(parts.text)[:200])
+    return str(target)
 
 
 def turns_of(task: Task, parts: Parts, *, answered: bool) -> list[Message]:
@@ -242,6 +253,10 @@ def number_of_choice(task: Task, doc: Doc, target: Any, choices: list[str]) -> i
         return [number_of_choice(task, doc, one, choices) for one in target]
     if isinstance(target, str) and target in choices:
         return choices.index(target)
+    if isinstance(target, str) and target.strip().isdecimal():  # of a CSV file, where all is text
+        target = int(target)
+    if isinstance(target, float) and target.is_integer():
+        target = int(target)
     if not isinstance(target, int) or not 0 <= target < len(choices):
         got = f"{target!r} for the choices {str(choices)[:120]} in {str(doc)[:120]}"
         raise DataError(f"{task.task}: the label of a record is none of its choices", got=got)

@@ -37,7 +37,7 @@ def compare(ours: Sequence[Result], theirs: Sequence[Result]) -> dict[str, dict[
     """Return the paired difference of each score of two models, on the questions that both were asked."""
     found: dict[str, dict[str, Any]] = {}
     for our, their in zip(ours, theirs, strict=True):
-        for name in metric_names(our.figures):
+        for name in [name for name in our.items if name in their.items]:
             pairs = [(our.items[name], our.asked), (their.items[name], their.asked)]
             both = sorted(set(our.asked) & set(their.asked))
             one, other = ([dict(zip(asked, items, strict=True))[i] for i in both] for items, asked in pairs)

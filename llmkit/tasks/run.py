@@ -5,21 +5,26 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from llmkit.errors import DataError, ModelError, UserError, raise_all
 from llmkit.inference.sampling import Sampling
-from llmkit.intervals import bootstrap, fairness, mean_error, mean_interval
+from llmkit.intervals import RESAMPLES, bootstrap, fairness, mean_error, mean_interval
 from llmkit.tasks.documents import Doc, read_split
-from llmkit.tasks.encode import encode_answers, encode_prompts, encode_windows
+from llmkit.tasks.encode import EMPTY, encode_answers, encode_prompts, encode_windows
 from llmkit.tasks.likelihood import Score, score_requests
 from llmkit.tasks.metrics import (
     METRICS,
+    SLOW,
+    SLOW_RESAMPLES,
     Answered,
     Item,
+    aggregation_of,
     apply_filter,
     check_metrics,
     chosen,
@@ -28,7 +33,7 @@ from llmkit.tasks.metrics import (
     percentage,
     target_and_choice,
 )
-from llmkit.tasks.prompts import SEED, Question, build_questions, fill
+from llmkit.tasks.prompts import SEED, Question, build_questions, fill, run_code
 from llmkit.tasks.task import Filter, Metric, Task, load_function, read_task
 from llmkit.tasks.writing import write_answers
 from llmkit.tokenizer.tokenizer import Tokenizer
@@ -84,6 +89,9 @@ def prepare(
     metrics  the user's own, as my.py:function, in addition to the task's
     """
     task = read_task(path, allow_code=allow_code)
+    if metrics and task.output_type not in ("multiple_choice", "generate_until"):
+        what = f"{task.task}: a metric of your own scores choices or written answers, not {task.output_type}"
+        raise UserError(what, fix="leave out --metric")
     if metrics:
         task.metric_list = [*task.metrics, *(Metric(metric=load_metric(one)) for one in metrics)]
     raise_all(check_metrics(task))
@@ -91,7 +99,11 @@ def prepare(
     if number and task.output_type == "loglikelihood_rolling":
         raise DataError(f"{task.task}: whole texts are scored without examples", fix="leave out --shots")
     docs = read_split(task, task.asked_split, path.parent, data)
-    split = task.shots_split or task.training_split or task.asked_split
+    if chat and task.gen_prefix:
+        raise UserError(
+            f"{task.task}: --chat can't begin an answer with gen_prefix", at=path, fix="leave out one of them"
+        )
+    split = task.shots_split or task.training_split or task.validation_split or task.asked_split
     same, pool = split == task.asked_split, docs
     if number and not same and not task.fewshot_config.samples:
         pool = read_split(task, split, path.parent, data)
@@ -179,6 +191,7 @@ def score_answers(
     else:
         found = encode_answers(prepared.questions, tokenizer, positions, lost)
     kept = [i for i, one in enumerate(found) if one]
+    lost[EMPTY] += sum(one == [] for one in found)  # whole texts without a token
     requests = [request for i in kept for request in found[i]]
     owners = [i for i in kept for _ in found[i]]
     if prepared.task.output_type == "loglikelihood_rolling":
@@ -214,33 +227,42 @@ def compute_figures(task: Task, answered: list[Answered]) -> tuple[dict[str, Any
 def score_all(task: Task, answered: list[Answered]) -> dict[str, tuple[list[Item], Callable]]:
     """Return what each metric makes of each question, and how these are put together."""
     if task.process_results is not None:
-        found = [task.process_results(one.question.doc, results_of(one)) for one in answered]
-        return {name: ([one[name] for one in found], mean) for name in found[0]}
+        found = [run_code(task, task.process_results, one.question.doc, results_of(one)) for one in answered]
+        named = {metric.name: metric for metric in task.metrics}
+        return {name: ([one[name] for one in found], aggregation_of(named.get(name))) for name in found[0]}
     scored = {}
     for metric in task.metrics:
         if callable(metric.metric):
-            scored[metric.name] = [run_metric(metric, one) for one in answered], mean
+            scored[metric.name] = [run_metric(metric, one) for one in answered], aggregation_of(metric)
         else:
-            score, aggregate, *_ = METRICS[metric.name]
-            scored[metric.name] = [score(one, metric) for one in answered], aggregate
+            score = METRICS[metric.name][0]
+            scored[metric.name] = [score(one, metric) for one in answered], aggregation_of(metric)
     return scored
 
 
 def results_of(one: Answered) -> list[Any]:
     """Return what the harness gives to a task's own code."""
-    return [one.text] if one.text is not None else [(score.log_prob, score.greedy) for score in one.scores]
+    if one.text is not None:
+        return [one.text]
+    if not one.question.contexts[0] and len(one.scores) == 1 and one.question.target == one.question.answers[0]:
+        return [one.scores[0].log_prob]  # of a whole text
+    return [(score.log_prob, score.greedy) for score in one.scores]
 
 
 def run_metric(metric: Metric, one: Answered) -> Item:
-    """Call a user's metric with the answer and the target, as `metric(predictions=[...], references=[...])`."""
-    answer = one.text if one.text is not None else one.question.choices[chosen(one)]
+    """Call a user's metric with the answer and the right one, as `metric(predictions=[...], references=[...])`."""
+    question, answer = one.question, one.text
+    right = question.target
+    if answer is None:
+        answer = question.choices[chosen(one)]
+        right = [question.choices[i] for i in right] if isinstance(right, list) else question.choices[right]
     try:
-        found = metric.metric(predictions=[answer], references=[one.question.target])
+        found = metric.metric(predictions=[answer], references=[right])
     except Exception as error:
         what = f"the metric {metric.name} fails: {type(error).__name__}: {error}"
         raise DataError(what, got=str(one.question.doc)[:200]) from error
     found = found.get(metric.name) if isinstance(found, dict) else found
-    if not isinstance(found, int | float):
+    if not isinstance(found, Number | np.generic):
         raise DataError(f"the metric {metric.name} returns no number", got=repr(found)[:100])
     return float(found)
 
@@ -251,7 +273,7 @@ def summarize(name: str, items: list[Item], aggregate: Callable) -> dict[str, An
         scale = aggregate([1.0])
         error, interval = scale * mean_error(items), [scale * edge for edge in mean_interval(items)]
     else:
-        error, interval = bootstrap(items, aggregate)
+        error, interval = bootstrap(items, aggregate, SLOW_RESAMPLES if aggregate in SLOW else RESAMPLES)
     return {name: aggregate(items), f"{name}_stderr": error, f"{name}_interval": list(interval)}
 
 

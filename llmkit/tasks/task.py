@@ -6,6 +6,7 @@ have are `group_by`, `fairness` and the output type `pairs`; and what `Files` sa
 """
 
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -68,9 +69,9 @@ class Metric(Section):
     metric: str | Callable
     """Its name, or a function."""
     aggregation: str | Callable | None = None
-    """mean, or what the metric needs."""
+    """How the scores of questions are put together: mean, or what the metric needs; or a function."""
     higher_is_better: bool | None = None
-    """Whether larger is better."""
+    """Read for compatibility: of its own metrics llmkit knows it, and of a function it is true."""
     ignore_case: bool = False
     """exact_match: compare in lower case."""
     ignore_punctuation: bool = False
@@ -210,6 +211,13 @@ class Task(Section):
         return self.metric_list or [Metric(metric=name) for name in names]
 
     @property
+    def score_names(self) -> list[str]:
+        """Return the names of the scores: those of the metrics, for written answers with the filter's."""
+        filters = [one.name for one in self.filter_list or [Filter()]]
+        suffixes = ["" if name == "none" else f",{name}" for name in filters]
+        return [metric.name + suffix for metric in self.metrics for suffix in suffixes]
+
+    @property
     def until(self) -> list[str]:
         """Return the texts that end an answer."""
         until = self.generation_kwargs.until
@@ -239,7 +247,7 @@ def read_values(path: Path, allow_code: bool, depth: int = 0) -> tuple[dict[str,
 
     def load(value: str, at: str) -> Callable:
         if not allow_code:
-            fix = "read it, and give --allow-code if you trust it"
+            fix = "read it, and give `llmkit eval --allow-code` if you trust it"
             raise UserError("the task runs code of its own", at=at, got=f"!function {value}", fix=fix)
         return load_function(path.parent, value, at)
 
@@ -282,6 +290,11 @@ def conflicts(task: Task, path: Path) -> list[UserError]:
         found.append(UserError(f"{task.task}: doc_to_target is missing", at=path, fix="name the field of the answer"))
     if task.doc_to_text is None and task.output_type not in ("pairs", "loglikelihood_rolling"):
         found.append(UserError(f"{task.task}: doc_to_text is missing", at=path, fix="name the field of the question"))
+    for one in (step for each in task.filter_list or [] for step in each.filter):
+        try:
+            re.compile(one.regex_pattern)
+        except re.error as error:
+            found.append(UserError(f"{task.task}: a filter is no regular expression: {error}", got=one.regex_pattern))
     if task.fairness and (task.group_by is None or task.output_type != "multiple_choice"):
         found.append(UserError(f"{task.task}: fairness needs choices, and group_by for the groups", at=path))
     return found

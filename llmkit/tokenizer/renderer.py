@@ -134,25 +134,30 @@ def render_jobs(template: str, jobs: list[Job], date: str | None = None) -> list
 def render_texts(template: str, variables: list[dict[str, Any]]) -> list[str | ValueError]:
     """Render a template of a task for some records, whose fields are its variables. See `sandbox.render_task`.
 
-    The error of a record is TemplateLimit if the template exceeds a limit, and another ValueError if it fails. Raise
-    DataError if the template can't be parsed.
+    The error of a record on which the template fails is a ValueError. Raise TemplateLimit for the first record with
+    which it exceeds a limit, DataError if it can't be parsed.
     """
     found: list[str | ValueError] = []
     for start in range(0, len(variables), TOGETHER):
         part = variables[start : start + TOGETHER]
         try:
             answers = renderer(os.getpid()).ask({"template": template, "jobs": part})
-        except TemplateLimit as error:
-            answers = {"error": "limit", "reason": str(error)}
-        if isinstance(answers, dict) and len(part) > 1:  # find out which one it was
+        except TemplateLimit:
+            if len(part) == 1:
+                raise
+            answers = {"error": "limit"}
+        if isinstance(answers, dict):  # find out which one it was, or whether they are too much together
+            if len(part) == 1:
+                raise TemplateLimit(f"the template {answers['reason']}")
             found += [text for one in part for text in render_texts(template, [one])]
             continue
-        for answer in [answers] if isinstance(answers, dict) else answers:
-            if answer.get("error") == "syntax":
-                raise DataError(f"the template can't be parsed: {answer['reason']}", got=template[:200])
-            limit = answer.get("error") == "limit"
-            error = (TemplateLimit if limit else ValueError)(f"the template fails: {answer.get('reason')}")
-            found.append(error if "error" in answer else answer["text"])
+        for answer in answers:
+            match answer.get("error"):
+                case "syntax":
+                    raise DataError(f"the template can't be parsed: {answer['reason']}", got=template[:200])
+                case "limit":
+                    raise TemplateLimit(f"the template {answer['reason']}")
+            found.append(ValueError(f"the template fails: {answer['reason']}") if "error" in answer else answer["text"])
     return found
 
 

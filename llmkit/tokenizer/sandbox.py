@@ -93,7 +93,7 @@ def render_task(template: str, variables: dict[str, Any]) -> dict[str, Any]:
     try:
         compiled = compile_task_template(template)
         kind = "refusal"
-        text = compiled.render(**variables)
+        text = compiled.render(variables)
     except MemoryError:
         return {"error": "limit", "reason": f"takes over {MEMORY // 2**20} MiB of memory"}
     except TemplateSyntaxError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmkit.config.data import CorpusData
 from llmkit.config.schema import Config
-from llmkit.corpus.build import build_corpus
+from llmkit.corpus.build import build_corpus, needs_build
 from llmkit.corpus.units import VERSION
 from llmkit.data.splits import Splits, open_corpus, open_records, read_manifest
 from llmkit.errors import DataError
@@ -31,16 +31,25 @@ def open_data(
     """Open the splits of data.dir, or of fine-tuning records that are encoded with the base's tokenizer.
 
     start_id  the decoder's first token, for an encoder and a decoder; None: the model is a decoder alone
-    keep      encode records into the run directory; False: into a temporary folder
+    keep      encode records into the run directory; False: into a temporary folder, and replace no build of a corpus
     """
     if isinstance(config.data, CorpusData):
-        return open_built_corpus(config, world, say)
+        return open_built_corpus(config, world, say, keep=keep)
     return open_encoded_records(config, world, base, start_id, keep=keep)
 
 
-def open_built_corpus(config: Config, world: World, say: Callable[[str], None]) -> Splits:
-    """Build the corpus if the config names sources, and open it."""
+def open_built_corpus(config: Config, world: World, say: Callable[[str], None], *, keep: bool) -> Splits:
+    """Build the corpus if the config names sources, and open it.
+
+    keep  False: raise DataError if that would replace another build, which runs may have been trained on
+    """
     data, folder = config.data, Path(config.data.dir)
+    if not keep and (folder / "manifest.json").is_file() and needs_build(data):
+        what, fix = (
+            "data.dir holds a build with other settings",
+            "`llmkit data build` replaces it; or name another data.dir",
+        )
+        raise DataError(what, at=folder, fix=fix)
     if data.sources:
         world.on_main(lambda: build_corpus(data, say=say, where=config.where), builds_data=True)
     if read_manifest(folder).get("version") != VERSION:
@@ -72,6 +81,7 @@ def open_encoded_records(config: Config, world: World, base: Path, start_id: int
         tokenizer.chat_template = default_template(tokenizer)
     weights = {source.name: source.weight for source in data.sources if source.weight}
     where = data.path or ", ".join(source.name for source in data.sources)
+    where += f" and {data.val_path}" if data.val_path else ""
     return open_records(report, where, tokenizer, start_id, form=form, weights=weights)
 
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from llmkit.files import write_atomically
 from llmkit.inference.generate import stream
 from llmkit.objectives.lm import perplexity
 from llmkit.parallel.device import autocast
+from llmkit.parallel.world import World
 from llmkit.readers.tally import Tally
 from llmkit.tasks.evaluate import prepare_tasks
 from llmkit.tasks.harness import HarnessTask
@@ -58,7 +60,9 @@ class Extras:
 
 def open_extras(config: Config, model_config: Any, tokenizer: Tokenizer) -> Extras:
     """Read the sets and the tasks of a config. Raise UserError for one that can't be read, or does not fit."""
-    names = dict(config.eval.sets) | ({GENERAL: config.eval.general} if config.eval.general else {})
+    names = dict(config.eval.sets)
+    if config.eval.general and names.setdefault(GENERAL, config.eval.general) != config.eval.general:
+        raise config.error("eval.sets.general", "has the name of the text of eval.general", fix="rename it")
     sets = {name: open_set(config, model_config, tokenizer, name, path) for name, path in names.items()}
     if config.eval.tasks and model_config.kind != "causal":
         raise config.error("eval.tasks", f"need a decoder, not {model_config.model_type}")
@@ -67,6 +71,10 @@ def open_extras(config: Config, model_config: Any, tokenizer: Tokenizer) -> Extr
         one = EvalTask(task=one) if isinstance(one, str) else one
         data = {one.task: Path(one.data)} if one.data else {}
         tasks += prepare_tasks([one.task], data, shots=one.shots, limit=one.limit, chat=False, metrics=[])
+    names = [task.name for task in tasks]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        fix = "copy the task's file, and give the copy another name"
+        raise config.error("eval.tasks", "has two tasks of one name", got=repeated[0], fix=fix)
     extras = Extras(sets, tasks)
     check_best(config, extras)
     return extras
@@ -102,12 +110,10 @@ def open_set(config: Config, model_config: Any, tokenizer: Tokenizer, name: str,
 def check_best(config: Config, extras: Extras) -> None:
     """Raise UserError if eval.best is no figure of an evaluation."""
     known = ["val_loss", *(f"{name}/val_loss" for name in extras.sets)]
-    known += [
-        f"{task.name}/{one.name}" for task in extras.tasks if isinstance(task, Prepared) for one in task.task.metrics
-    ]
-    if config.eval.best not in known and not any(
-        isinstance(task, HarnessTask) and config.eval.best.startswith(f"{task.name}/") for task in extras.tasks
-    ):
+    own = [task for task in extras.tasks if isinstance(task, Prepared)]
+    known += [f"{task.name}/{name}" for task in own for name in task.task.score_names]
+    theirs = tuple(f"{task.name}/" for task in extras.tasks if task not in own)  # the harness knows their scores
+    if config.eval.best not in known and not (theirs and config.eval.best.startswith(theirs)):
         raise config.error("eval.best", "is not measured", got=config.eval.best, expected=" or ".join(known))
     if config.eval.best != "val_loss" and config.eval.tasks_every and "/val_loss" not in config.eval.best:
         raise config.error("eval.tasks_every", "must be null, since eval.best is the score of a task", fix="delete it")
@@ -149,19 +155,24 @@ def measure(run: Any, model: nn.Module, step: int, folder: Path | None, say: Cal
         result = run.objective.evaluate(model, batches, token_bytes=run.token_bytes, **options)
         with torch.compiler.set_stance("force_eager"):  # rows of other lengths, of which each would be compiled
             for name, one in run.extras.sets.items():
-                result |= measure_set(run, model, name, one, step, folder)
+                result |= on_main(run.world, partial(measure_set, run, model, name, one, step, folder))
             every = config.eval.tasks_every
             if run.extras.tasks and (not every or step % every == 0 or step == run.max_steps):
-                result |= measure_tasks(run, model, say)
+                result |= on_main(run.world, partial(measure_tasks, run, model, say))
             if config.eval.sample_prompt is not None:
                 result["sample"] = sample(run, model)
     return result
 
 
+def on_main(world: World, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what a function returns on rank 0, on all ranks: they decide by the same figures."""
+    return world.from_main(world.on_main(function))
+
+
 def measure_set(
     run: Any, model: nn.Module, name: str, one: TextSet, step: int, folder: Path | None
 ) -> dict[str, float]:
-    """Measure a set on every rank, and return its figures. The losses of the set `general` are kept."""
+    """Measure a set, and return its figures. The losses of the set `general` are kept."""
     losses: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     options = {"device": run.world.device, "micro_batch_size": run.micro_batch_size, "losses": losses}
@@ -173,7 +184,7 @@ def measure_set(
 
 
 def measure_tasks(run: Any, model: nn.Module, say: Callable[[str], None]) -> dict[str, float]:
-    """Ask the tasks, on every rank, and return their scores. A task that fails is said, and has none."""
+    """Ask the tasks, and return their scores. A task that fails is said, and has none."""
     found, start = {}, time.perf_counter()
     for task in run.extras.tasks:
         try:

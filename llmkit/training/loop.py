@@ -121,7 +121,7 @@ def take_steps(
 
     optimizers = OPTIMIZERS[config.optimizer.name](model, world, **run.options["optimizer"])
     trained = [p for p in model.parameters() if p.requires_grad]
-    progress = Progress(tensors=initial_counters(device, run.precision))
+    progress = Progress(best=config.eval.best, tensors=initial_counters(device, run.precision))
     if config.checkpoint.average == "tail":  # of a checkpoint, model/ is the average
         progress.average = start_average(trained)
         say(f"{'average':>10}  of the last weights: what val_loss measures, and what a checkpoint's model/ holds")
@@ -210,7 +210,7 @@ def take_steps(
         what = f"interrupted at step {progress.step}; a checkpoint is saved"
         fix = "run the same command again to continue"
         raise UserError(what, fix=fix, code=INTERRUPTED[signals.signal or signal.SIGTERM])
-    return world.on_main(lambda: finish(run, directory, header, progress, logger, stop, say))
+    return world.on_main(lambda: finish(run, directory, header, progress, logger, stop, profiled, say))
 
 
 def add_gradients(
@@ -291,6 +291,7 @@ def finish(
     progress: Progress,
     logger: MetricsLogger,
     stop: str | None,
+    profiled: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Plot a finished run, write its report, and return the summary."""
@@ -311,7 +312,7 @@ def finish(
         summary |= {"best_checkpoint": str(kept)}
         summary |= {key: round(value, 4) for key, value in best.items() if "/" in key and not key.endswith("_stderr")}
         lowest = min((r for r in records if r.get("val_loss") is not None), key=lambda r: r["val_loss"])
-        if lowest["val_loss"] < best["val_loss"]:
+        if lowest["val_loss"] < best["val_loss"] and run.config.eval.best == "val_loss":
             what = f"{lowest['val_loss']:.4f} at step {lowest['step']}, of which no checkpoint is kept"
             summary["lower_val_loss"] = f"{what}: lower checkpoint.every"
     if speeds:
@@ -322,7 +323,11 @@ def finish(
         "estimated_memory_gib": round(run.plan.peak_memory / 2**30, 2),
         "skipped_steps": int(progress.tensors["skipped"].item()),
         **({"general_text": forgotten} if (forgotten := describe_forgetting(folder)) else {}),
-        **({"profile": f"{folder}/profile: {TABLE}, {TRACE}"} if (folder / "profile" / TABLE).is_file() else {}),
+        **(
+            {"profile": f"{folder}/profile: {TABLE}, {TRACE}"}
+            if profiled and (folder / "profile" / TABLE).is_file()
+            else {}
+        ),
         "ended": stop or "at its full length",
         **({"val_loss_is": describe_curves(records)} if run.config.eval.every else {}),
         "files": f"{folder}/: checkpoints/, metrics.jsonl, loss.png, report.md",

@@ -20,7 +20,8 @@ class Progress:
     """Count what a run has done. A resumed run needs it, the weights and the optimizer state, nothing else."""
 
     step: int = 0
-    best_val: float = math.inf
+    best: str = "val_loss"  # the figure that best_val is of: eval.best
+    best_val: float = math.inf  # lower is better
     evals_without_gain: int = 0
     seconds: float = 0.0  # that earlier processes of this run took
     # On the device, so that a step never waits for the host:

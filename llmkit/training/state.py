@@ -1,6 +1,7 @@
 """Make the model of a run, restore what a checkpoint holds, and save it."""
 
 import hashlib
+import math
 from functools import partial
 from pathlib import Path
 
@@ -63,8 +64,10 @@ def restore(folder: Path, run: PreparedRun, model: nn.Module, optimizers: Optimi
         raise ModelError(what, at=folder, got=got, expected=expected, fix=fix)
     checkpoint.restore_weights(model, tensors)
     checkpoint.restore_optimizers(model, optimizers, tensors)
-    for key in progress.numbers():
-        setattr(progress, key, numbers[key])
+    for key, value in progress.numbers().items():
+        setattr(progress, key, numbers.get(key, value))
+    if progress.best != run.config.eval.best:  # it was changed since
+        progress.best, progress.best_val, progress.evals_without_gain = run.config.eval.best, math.inf, 0
     for key in progress.tensors:
         progress.tensors[key] = tensors[f"progress/{key}"].to(run.world.device)
 
