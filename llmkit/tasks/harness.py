@@ -74,7 +74,7 @@ class HarnessTask:
             figures |= {label: value, f"{label}_stderr": error}
             figures[f"{label}_interval"] = [value - Z * error, value + Z * error]
             own = {one["doc_id"]: one[name] for one in samples if one["filter"] == filtered and name in one}
-            if own.keys() == set(asked) and all(isinstance(one, int | float) for one in own.values()):
+            if own and own.keys() == set(asked) and all(isinstance(one, int | float) for one in own.values()):
                 items[label] = [own[i] for i in asked]
         number = sum(len({one["doc_id"] for one in own}) for own in found["samples"].values())
         prompts = json.dumps(sorted(one["prompt_hash"] for one in every))

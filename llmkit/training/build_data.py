@@ -45,11 +45,8 @@ def open_built_corpus(config: Config, world: World, say: Callable[[str], None], 
     """
     data, folder = config.data, Path(config.data.dir)
     if not keep and (folder / "manifest.json").is_file() and needs_build(data):
-        what, fix = (
-            "data.dir holds a build with other settings",
-            "`llmkit data build` replaces it; or name another data.dir",
-        )
-        raise DataError(what, at=folder, fix=fix)
+        fix = "`llmkit data build` replaces it; or name another data.dir"
+        raise DataError("data.dir holds a build with other settings", at=folder, fix=fix)
     if data.sources:
         world.on_main(lambda: build_corpus(data, say=say, where=config.where), builds_data=True)
     if read_manifest(folder).get("version") != VERSION:
