@@ -11,8 +11,10 @@ from tqdm import tqdm
 
 from llmkit import __version__
 from llmkit.errors import UserError
+from llmkit.files import file_sha256
 from llmkit.parallel.device import DTYPES, autocast, choose_precision, device_name
 from llmkit.parallel.world import start_world
+from llmkit.peft.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from llmkit.storage.locate import Located, load_located, weights_sha256
 from llmkit.tasks.harness import HarnessTask, harness_task
 from llmkit.tasks.run import Prepared, Result, prepare
@@ -80,9 +82,10 @@ def evaluate_models(
                 for reason, number in result.lost.items():
                     say(f"{label}: {number} {reason}")
                 results.append(result)
+        adapter = located.folder / ADAPTER_WEIGHTS
         about = {
             "model": str(located.folder),
-            "model_sha256": weights_sha256(located.folder),
+            "model_sha256": file_sha256(adapter) if located.is_adapter else weights_sha256(located.folder),
             **({"base_sha256": weights_sha256(located.base)} if located.is_adapter else {}),
             "tokenizer_sha256": tokenizer.sha256,
             "precision": precision,

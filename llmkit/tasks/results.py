@@ -52,11 +52,16 @@ def compare(ours: Sequence[Result], theirs: Sequence[Result]) -> dict[str, dict[
 
 
 def format_score(figures: dict[str, Any], name: str) -> str:
-    """Return a score with its interval: 0.5312 (0.4721-0.5894)."""
+    """Return a score with its interval: 0.5312 (0.4721 to 0.5894)."""
     low, high = figures[f"{name}_interval"]
     if not math.isfinite(low):
-        return f"{figures[name]:.4f}"
-    return f"{figures[name]:.4f} ({low:.4f}-{high:.4f})"
+        return format_number(figures[name])
+    return f"{format_number(figures[name])} ({format_number(low)} to {format_number(high)})"
+
+
+def format_number(value: float, sign: str = "") -> str:
+    """Return a number with four decimals, or four digits if it is large."""
+    return f"{value:{sign}.4f}" if abs(value) < 1e4 else f"{value:{sign}.4g}"
 
 
 def tabulate(names: Sequence[str], models: Sequence[Sequence[Result]]) -> str:
@@ -80,37 +85,37 @@ def tabulate_differences(name: str, baseline: str, found: dict[str, dict[str, di
         for metric, one in by_metric.items():
             low, high = one["interval"]
             words = VERDICTS.get(one["verdict"], "not clearly different from")
-            value = f"{one['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
+            edges = f"{format_number(low, '+')} to {format_number(high, '+')}"
+            value = f"{format_number(one['difference'], '+')} ({edges})"
             rows.append({"task": task, "score": metric, "difference": value, name: f"{words} {baseline}"})
     return format_table(rows)
 
 
 def draw(names: Sequence[str], models: Sequence[Sequence[Result]], out: Path) -> None:
-    """Draw the first score of each task for each model, with its interval, to a PNG file."""
+    """Draw a score of each task for each model, with its interval, to a PNG file: a share if there is one."""
     from matplotlib.figure import Figure
 
-    tasks = [one.name for one in models[0]]
-    figure = Figure(layout="constrained", figsize=(7.5, 1.4 + 0.32 * len(tasks) * (len(names) + 0.6)))
-    axes = figure.add_subplot(xlabel="score, with its 95 % interval")
-    for i, (name, results) in enumerate(zip(names, models, strict=True)):
-        for j, one in enumerate(results):
-            metric = metric_names(one.figures)[0]
-            value, (low, high) = one.figures[metric], one.figures[f"{metric}_interval"]
-            at = j * (len(names) + 0.6) + i
-            axes.barh(at, value, color=f"C{i}", label=name if j == 0 else None, alpha=0.8)
+    tasks = list(zip(*models, strict=True))
+    figure = Figure(layout="constrained", figsize=(7.5, 0.6 + len(tasks) * (0.7 + 0.28 * len(names))))
+    all_axes = figure.subplots(len(tasks), squeeze=False)[:, 0]
+    for axes, results in zip(all_axes, tasks, strict=True):
+        first = results[0].figures
+        metrics = metric_names(first)
+        metric = next((one for one in metrics if 0 <= first[one] <= 1), metrics[0])
+        for i, one in enumerate(results):
+            low, high = one.figures[f"{metric}_interval"]
+            axes.barh(i, one.figures[metric], color=f"C{i}", alpha=0.8)
             if math.isfinite(low):
-                axes.plot([low, high], [at, at], color="black", linewidth=1.4)
-    middle = [j * (len(names) + 0.6) + (len(names) - 1) / 2 for j in range(len(tasks))]
-    labels = [f"{one.name}\n{metric_names(one.figures)[0]}, n {one.figures['n']}" for one in models[0]]
-    axes.set_yticks(middle, labels)
-    axes.invert_yaxis()
-    axes.grid(axis="x", alpha=0.25)
-    for text in axes.get_yticklabels():
-        text.set_parse_math(False)
-    if len(names) > 1:
-        legend = figure.legend(loc="outside lower left", frameon=False)
-        for text in legend.get_texts():
+                axes.plot([low, high], [i, i], color="black", linewidth=1.4)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_title(f"{results[0].name}: {metric}, n {first['n']}", fontsize=10, loc="left", parse_math=False)
+        if all(0 <= one.figures[metric] <= 1 for one in results):
+            axes.set_xlim(0, 1)
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.25)
+        for text in axes.get_yticklabels():
             text.set_parse_math(False)
+    all_axes[-1].set_xlabel("score, with its 95 % interval")
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=130)
     write_atomically(out, png.getvalue())

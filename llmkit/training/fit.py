@@ -162,5 +162,7 @@ def check_memory(plan: Plan, there: int, fix: str) -> None:
     """Raise a MachineError if the weights and the optimizer's state are more than the memory there is."""
     needed = sum(plan.memory.get(part, 0) for part in KEPT)
     if needed > there:
-        got, expected = f"{needed / 2**30:.1f} GiB", f"at most {there / 2**30:.1f} GiB"
+        largest = max(KEPT, key=lambda part: plan.memory.get(part, 0))
+        most = f"{largest.replace('_', ' ')} {plan.memory[largest] / 2**30:.1f}"
+        got, expected = f"{needed / 2**30:.1f} GiB, the most of them {most}", f"at most {there / 2**30:.1f} GiB"
         raise MachineError("the weights and the optimizer's state do not fit", got=got, expected=expected, fix=fix)
