@@ -37,6 +37,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 CPU_SECONDS, MEMORY, CHARACTERS = 2.0, 400 * 2**20, 10_000_000  # limits for a job; memory on top of the start's
 START, STOP = "\ufdd1", "\ufdd2"  # noncharacters, which no text has, before and after a content
 GENERATION = re.compile("[\ufdd3\ufdd4]")  # where {% generation %} starts and ends
+TOO_LONG = {"error": "limit", "reason": f"renders more than {CHARACTERS // 10**6} million characters"}
 TOO_MUCH = {"error": "limit", "reason": "gets or renders too much text"}
 LONGEST_REASON = 300  # characters; `raise_exception` takes any text
 
@@ -94,14 +95,17 @@ def render_task(template: str, variables: dict[str, Any]) -> dict[str, Any]:
         compiled = compile_task_template(template)
         kind = "refusal"
         text = compiled.render(variables)
-    except MemoryError:
-        return {"error": "limit", "reason": f"takes over {MEMORY // 2**20} MiB of memory"}
-    except TemplateSyntaxError as error:
-        return {"error": kind, "reason": f"{error} (line {error.lineno})"[:LONGEST_REASON]}
     except Exception as error:  # a template can raise any error
-        return {"error": kind, "reason": (str(error) or type(error).__name__)[:LONGEST_REASON]}
-    too_long = {"error": "limit", "reason": f"renders more than {CHARACTERS // 10**6} million characters"}
-    return {"text": text} if len(text) <= CHARACTERS else too_long
+        return describe_error(error, kind)
+    return {"text": text} if len(text) <= CHARACTERS else TOO_LONG
+
+
+def describe_error(error: Exception, kind: str) -> dict[str, str]:
+    """Return the answer to a job whose template raised an error."""
+    if isinstance(error, MemoryError):
+        return {"error": "limit", "reason": f"takes over {MEMORY // 2**20} MiB of memory"}
+    reason = f"{error} (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else str(error)
+    return {"error": kind, "reason": (reason or type(error).__name__)[:LONGEST_REASON]}
 
 
 def render(template: str, date: str | None, job: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +132,7 @@ def render(template: str, date: str | None, job: dict[str, Any]) -> dict[str, An
             texts.append((shared, text[shared:]))
             size, before = size + len(text) - shared, text
             if size > CHARACTERS:
-                return {"error": "limit", "reason": f"renders more than {CHARACTERS // 10**6} million characters"}
+                return TOO_LONG
             if spans and job["mark"]:  # they tell where the answers are
                 return {"texts": texts, "spans": spans, "places": None}
         if job["mark"]:
@@ -136,12 +140,8 @@ def render(template: str, date: str | None, job: dict[str, Any]) -> dict[str, An
                 messages = [*map(mark, job["messages"])]
                 text = compiled.render(messages=messages, **job["variables"], add_generation_prompt=False)
                 places = take_marks(take_generation_marks(text)[0], whole)
-    except MemoryError:
-        return {"error": "limit", "reason": f"takes over {MEMORY // 2**20} MiB of memory"}
-    except TemplateSyntaxError as error:
-        return {"error": kind, "reason": f"{error} (line {error.lineno})"[:LONGEST_REASON]}
     except Exception as error:  # a template can raise any error
-        return {"error": kind, "reason": (str(error) or type(error).__name__)[:LONGEST_REASON]}
+        return describe_error(error, kind)
     return {"texts": texts, "spans": spans, "places": places}
 
 
