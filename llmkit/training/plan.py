@@ -65,8 +65,10 @@ def check_and_size(config: Config, ranks: int) -> CheckedConfig:
     checked = check(config, ranks)
     if checked.model_config.vocab_size is None:
         section, built = checked.config.data.tokenizer, Path(checked.config.data.dir) / "tokenizer"
-        folder = Path(section.path) if section.path else built if built.is_dir() else None
-        checked.model_config.vocab_size = len(load_tokenizer(folder)) if folder else section.vocab_size
+        size = len(load_tokenizer(Path(section.path))) if section.path else section.vocab_size
+        if not section.path and built.is_dir():  # of a small text it has fewer tokens, of other settings perhaps more
+            size = min(size, len(load_tokenizer(built)))
+        checked.model_config.vocab_size = size
     return checked
 
 
