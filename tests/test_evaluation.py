@@ -149,3 +149,22 @@ def test_memorization_is_seen_in_a_model_that_learnt_its_text_by_heart(tmp_path)
     found = json.loads(llmkit("eval", "run", "--memorization", "--json", cwd=tmp_path).stdout)
     assert found["train_extracted"] > found["val_extracted"] == 0
     assert found["auc"] > 0.9
+
+
+def test_each_source_of_a_corpus_is_measured_on_its_own(tmp_path):
+    for name, seed in (("even", 0), ("odd", 100)):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            (tmp_path / name / f"{i}.txt").write_text(sentences(seed + i, 40).upper() if seed else sentences(i, 40))
+    config = tiny_config(tmp_path, run_dir=str(tmp_path / "run"))
+    config["data"]["sources"] = [{"name": name, "path": str(tmp_path / name)} for name in ("even", "odd")]
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    llmkit("pretrain", "c.yaml", cwd=tmp_path)
+    parts = json.loads(llmkit("eval", "run", "--by-source", "--json", cwd=tmp_path).stdout)
+    whole = json.loads(llmkit("eval", "run", "--json", cwd=tmp_path).stdout)
+    assert parts.keys() == {"even", "odd"} and abs(parts["even"]["loss"] - parts["odd"]["loss"]) > 0.01
+    targets = sum(one["tokens"] for one in parts.values())
+    mean = sum(one["loss"] * one["tokens"] for one in parts.values()) / targets
+    assert targets == whole["tokens"] - 1 and mean == pytest.approx(whole["loss"], rel=0.02)
+    assert "even" in llmkit("eval", "run", "--by-source", cwd=tmp_path).stdout
+    assert "--by-source" in llmkit("eval", "run", "--by-source", "--data", "even", cwd=tmp_path, code=2).stderr

@@ -37,6 +37,7 @@ def evaluate(
         ),
     ] = None,
     each: Annotated[bool, typer.Option("--each", help="Score each text on its own, after a begin token.")] = False,
+    by_source: Annotated[bool, typer.Option("--by-source", help="Each source of a run's corpus on its own.")] = False,
     columns: Columns = None,
     window: Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens in a sliding window.")] = None,
     stride: Annotated[
@@ -67,6 +68,7 @@ def evaluate(
     of_tasks: dict[str, Any] = {"--shots": shots is not None, "--limit": limit, "--chat": chat, "--show": shown}
     of_tasks |= {"--out": out, "--allow-code": allow_code, "--metric": metrics}
     of_text = {"--perplexity": perplexity, "--each": each, "--columns": columns, "--window": window, "--stride": stride}
+    of_text |= {"--by-source": by_source}
     of_text |= {"--max-bad-fraction": max_bad_fraction != MAX_BAD_FRACTION, "--batch-size": batch_size != 8}
     if tasks and memorization:
         raise UserError("--tasks and --memorization are two measurements", fix="give one of them")
@@ -99,6 +101,9 @@ def evaluate(
 
     options = {"window": window, "stride": stride, "batch_size": batch_size, "precision": precision}
     options |= {"each": each, "columns": parse_columns(columns), "max_bad_fraction": max_bad_fraction}
+    if by_source:
+        show_by_source(located[0], options, bool(data or baseline), as_json)
+        return
     options["data"] = data[0] if data else None
     measured = measure_parts(located[0], **options)
     if baseline is None:
@@ -116,6 +121,26 @@ def evaluate(
     names = ("loss", "loss_stderr", "perplexity", "perplexity_interval", "bits_per_byte")
     show({name: other.figures[name] for name in names if name in other.figures}, as_json)
     print(describe_loss(difference))
+
+
+def show_by_source(located, options: dict[str, Any], is_other: bool, as_json: bool) -> None:
+    """Print a table with the figures of each source in the val split of a run."""
+    from llmkit.errors import UserError
+    from llmkit.evals.perplexity import measure_by_source
+    from llmkit.screen import format_table
+
+    if is_other or options.pop("each") or options.pop("columns"):
+        raise UserError("--by-source measures the val split of a run, and nothing else", fix="leave out other options")
+    found = measure_by_source(located, **options)
+    if as_json:
+        show(found, as_json)
+        return
+    names = ("tokens", "loss", "loss_stderr", "perplexity", "bits_per_byte")
+    rows = [
+        {"source": source} | {name.replace("_", " "): figures.get(name) for name in names}
+        for source, figures in found.items()
+    ]
+    print(format_table([{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]))
 
 
 def describe_loss(found: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from llmkit.config.defaults import MAX_BAD_FRACTION
-from llmkit.data.splits import bytes_per_token
+from llmkit.data.splits import bytes_per_token, read_manifest
 from llmkit.errors import DataError, UserError
 from llmkit.evals.reading import Reading, corrupted_rows, read_data, run_val_split, windows
 from llmkit.intervals import Z, describe, ratio_error
@@ -42,10 +43,21 @@ def measure(located: Located, **options: Any) -> dict[str, Any]:
     return measure_parts(located, **options).figures
 
 
+def measure_by_source(located: Located, **options: Any) -> dict[str, dict[str, Any]]:
+    """Measure each source in the val split of a run's corpus; see `measure_parts`."""
+    config = read_run_config(located.run_dir) if located.run_dir else None
+    if config is None or config["data"]["kind"] != "corpus":
+        raise UserError("sources are those of a run's corpus", at=located.folder, fix="name a run of `llmkit pretrain`")
+    files = read_manifest(Path(config["data"]["dir"]))["splits"]["val"]["files"]
+    names = list(dict.fromkeys(file["source"] for file in files))
+    return {name: measure(located, source=name, **options) for name in names}
+
+
 def measure_parts(
     located: Located,
     *,
     data: str | None = None,
+    source: str | None = None,
     columns: dict[str, str] | None = None,
     each: bool = False,
     window: int | None = None,
@@ -60,6 +72,7 @@ def measure_parts(
             records, each in a row of its own with only the answers as targets; or a built corpus, of which the val
             split is read. None: the val split of the model's run.
             For an encoder the texts are corrupted as its objective does
+    source  of the run's corpus: only its part of the val split
     columns  our name of a field of records -> the file's name; None: the run's data.columns
     each    score each text on its own, after a begin token, as published figures do
     window  tokens of context at the most; default: the run's data.seq_len, else the model's longest position
@@ -89,7 +102,7 @@ def measure_parts(
             raise UserError("fine-tuning rows have data.seq_len tokens", got=f"window {window}, stride {stride}")
         if config is None:
             raise DataError("there is no text to measure on", fix="name a file with --data")
-        read = run_val_split(located.run_dir, config["data"], model.config, tokenizer, batch_size)
+        read = run_val_split(located.run_dir, config["data"], model.config, tokenizer, batch_size, source)
     else:
         named = trained.get("columns") or {} if columns is None else columns
         how = {"train_on": trained.get("train_on", "all"), "date": trained.get("date")}

@@ -55,8 +55,12 @@ class Reading:
         return pair_rows(rows, self.tokenizer.eos_id, start_id, self.batch_size)
 
 
-def run_val_split(run_dir: Path, data: dict, model_config: Any, tokenizer: Tokenizer, batch_size: int) -> Read:
-    """Read the val split of a run's data; raise a DataError if data.dir holds another build by now."""
+def run_val_split(
+    run_dir: Path, data: dict, model_config: Any, tokenizer: Tokenizer, batch_size: int, source: str | None = None
+) -> Read:
+    """Read the val split of a run's data, or of one source of a corpus; raise a DataError if data.dir holds another
+    build by now.
+    """
     key = read_about(run_dir).get("data_fingerprint")
     if data["kind"] == "sft":
         start_id = family_of(model_config).start_token_id(model_config)
@@ -66,18 +70,23 @@ def run_val_split(run_dir: Path, data: dict, model_config: Any, tokenizer: Token
     if read_manifest(folder)["fingerprint"] != key:
         fix = "build it as it was, or name a file with --data"
         raise DataError("the data was built anew since this run", at=folder, fix=fix)
-    return (*read_val(folder, tokenizer), None)
+    return (*read_val(folder, tokenizer, source), None)
 
 
-def read_val(folder: Path, tokenizer: Tokenizer) -> tuple[np.ndarray, str, int]:
-    """Return (tokens, description, bytes) of the val split of a built corpus, which has the model's tokenizer."""
+def read_val(folder: Path, tokenizer: Tokenizer, source: str | None = None) -> tuple[np.ndarray, str, int]:
+    """Return (tokens, description, bytes) of the val split of a built corpus, which has the model's tokenizer.
+
+    source  only this one; its bytes are those that its tokens stand for
+    """
     manifest = read_manifest(folder)
     if manifest["tokenizer_sha256"] != tokenizer.sha256:
         fix = "name files of texts, which are then encoded with the model's"
         raise DataError("the data was built with another tokenizer than the model's", at=folder, fix=fix)
-    stream = open_stream(folder, manifest, "val")
-    what = f"the val split of {folder}, in one stream"
-    return stream.read(0, len(stream)), what, manifest["splits"]["val"]["bytes"]
+    stream = open_stream(folder, manifest, "val", source)
+    what = f"the val split of {folder}, in one stream" if source is None else f"{source} in the val split of {folder}"
+    tokens = stream.read(0, len(stream))
+    size = manifest["splits"]["val"]["bytes"] if source is None else int(tokenizer.token_bytes[tokens].sum())
+    return tokens, what, size
 
 
 def read_data(path: str, reading: Reading, tally: Tally) -> Read:
