@@ -89,9 +89,9 @@ def prepare(
     metrics  the user's own, as my.py:function, in addition to the task's
     """
     task = read_task(path, allow_code=allow_code)
-    if metrics and task.output_type not in ("multiple_choice", "generate_until"):
-        what = f"{task.task}: a metric of your own scores choices or written answers, not {task.output_type}"
-        raise UserError(what, fix="leave out --metric")
+    if metrics and (task.output_type not in ("multiple_choice", "generate_until") or task.process_results):
+        what = f"{task.task}: a metric of your own scores choices or written answers, without process_results"
+        raise UserError(what, got=task.output_type, fix="leave out --metric")
     if metrics:
         task.metric_list = [*task.metrics, *(Metric(metric=load_metric(one)) for one in metrics)]
     raise_all(check_metrics(task))
