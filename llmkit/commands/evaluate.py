@@ -79,6 +79,9 @@ def evaluate(
         raise UserError("perplexity is measured of one model at a time", got=", ".join(models), fix="name one")
     if not tasks and len(data or []) > 1:
         raise UserError("'--data' is given twice", at="llmkit eval", fix="give it once")
+    given = {"--max-bad-fraction": of_text["--max-bad-fraction"], "--each": each, "--columns": columns}
+    if not data and (unused := [name for name, value in given.items() if value]):
+        raise UserError(f"{unused[0]} has no effect without --data", fix="leave it out")
     located = []
     for model in models or [find_default_run(progress_printer(as_json))]:
         located.append(locate(model))
@@ -94,9 +97,6 @@ def evaluate(
         options = {"shots": shots, "limit": limit, "chat": chat, "allow_code": allow_code, "metrics": metrics or []}
         evaluate_tasks(located, tasks, data or [], baseline, shown, out, precision, as_json, options)
         return
-    given = {"--max-bad-fraction": of_text["--max-bad-fraction"], "--each": each, "--columns": columns}
-    if not data and (unused := [name for name, value in given.items() if value]):
-        raise UserError(f"{unused[0]} has no effect without --data", fix="leave it out")
     from llmkit.evals.perplexity import compare, measure_parts
 
     options = {"window": window, "stride": stride, "batch_size": batch_size, "precision": precision}

@@ -22,6 +22,7 @@ EXTRAS = {  # an extra in pyproject.toml -> a module that it installs
     "classifier": "transformers",
     "fp8": "torchao",
     "cluster": "distributed",
+    "tasks": "lm_eval",
 }
 
 
