@@ -84,6 +84,8 @@ def test_tasks_are_asked_less_often(folder):
         (["eval.sets={none: missing.txt}"], "no such file"),
         (["eval.tasks=[missing.yaml]"], "no such task file"),
         (["eval.tasks=[helaswag]"], "hellaswag"),
+        (["eval.every=null"], "eval.sets needs evaluations"),
+        (["eval.tasks=[]", "eval.tasks_every=5"], "has no effect without eval.tasks"),
         (["eval.tasks_every=10", "eval.best=next/acc"], "eval.tasks_every"),
     ],
 )

@@ -11,7 +11,7 @@ from llmkit.config.data import CorpusData, Pii, SftData, TokenizerSection
 from llmkit.config.defaults import PATTERN
 from llmkit.config.explain import explain_all
 from llmkit.config.fields import Choice, Section
-from llmkit.config.schema import RECIPES, Checkpoint, Config
+from llmkit.config.schema import RECIPES, Checkpoint, Config, Eval
 from llmkit.config.yaml import LENGTHS, find_origin, merge, read_yaml, set_override
 from llmkit.errors import UserError, raise_all, suggest
 
@@ -86,6 +86,13 @@ def run_conflicts(config: Config) -> Iterator[UserError]:
     if config.train.early_stopping_patience and config.eval.every is None:
         what, fix = "needs evaluations, but eval.every is null", "set eval.every, or delete the patience"
         yield error("train.early_stopping_patience", what, fix=fix)
+    measured = {key: getattr(config.eval, key) for key in ("sets", "general", "tasks", "tasks_every")}
+    for key in [key for key, value in measured.items() if value and config.eval.every is None]:
+        yield error(f"eval.{key}", "needs evaluations, but eval.every is null", fix="set eval.every, or delete it")
+    if config.eval.tasks_every and not config.eval.tasks:
+        yield error("eval.tasks_every", "has no effect without eval.tasks", fix="delete it")
+    if config.eval.every is None and config.eval.best != Eval().best:
+        yield error("eval.best", "needs evaluations, but eval.every is null", fix="set eval.every, or delete it")
     if config.checkpoint.average == "none" and config.checkpoint.average_fraction != Checkpoint().average_fraction:
         what, fix = "has no effect with average: none", "set checkpoint.average: tail, or delete it"
         yield error("checkpoint.average_fraction", what, fix=fix)
