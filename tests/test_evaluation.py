@@ -170,3 +170,18 @@ def test_each_source_of_a_corpus_is_measured_on_its_own(tmp_path):
     assert targets == whole["tokens"] - 1 and mean == pytest.approx(whole["loss"], rel=0.02)
     assert "even" in llmkit("eval", "run", "--by-source", cwd=tmp_path).stdout
     assert "--by-source" in llmkit("eval", "run", "--by-source", "--data", "even", cwd=tmp_path, code=2).stderr
+
+
+def test_another_build_is_neither_replaced_by_a_look_nor_planned_with(corpus, tmp_path):
+    """A build with 300 tokens lies in data.dir: a config with 280 plans with these, and a look destroys nothing."""
+    before = (corpus / "data" / "manifest.json").read_bytes()
+    counted = {}
+    for size in (280, 300):
+        config = tiny_config(corpus, run_dir=str(tmp_path / "run"))
+        config["data"]["tokenizer"] = {"train": "bpe", "vocab_size": size}
+        (tmp_path / f"{size}.yaml").write_text(yaml.safe_dump(config))
+        counted[size] = json.loads(llmkit("plan", f"{size}.yaml", "--json", cwd=tmp_path).stdout)["parameters"]
+    assert counted[300] - counted[280] in (20 * 32, 2 * 20 * 32)  # embedding rows, with those of a head or without
+    said = llmkit("data", "inspect", "280.yaml", cwd=tmp_path, code=3).stderr
+    assert "other settings" in said and (corpus / "data" / "manifest.json").read_bytes() == before
+    llmkit("data", "inspect", "300.yaml", cwd=tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from llmkit.config.defaults import MAX_BAD_FRACTION
@@ -22,6 +23,7 @@ from llmkit.readers.tally import Tally
 from llmkit.screen import count
 from llmkit.storage.locate import Located, load_located
 from llmkit.storage.run import read_run_config
+from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
 
 FEWEST_DOCUMENTS = 10  # whose spread says how sure a loss is; of fewer, that of windows does
@@ -29,7 +31,7 @@ FEWEST_DOCUMENTS = 10  # whose spread says how sure a loss is; of fewer, that of
 
 @dataclass
 class Measured:
-    """The figures of a model on a text, and the losses of its parts, which tell how sure the figures are."""
+    """Hold the figures of a model on a text, and the losses of its parts, which tell how sure they are."""
 
     figures: dict[str, Any]
     part: str  # document, window or example
@@ -50,7 +52,17 @@ def measure_by_source(located: Located, **options: Any) -> dict[str, dict[str, A
         raise UserError("sources are those of a run's corpus", at=located.folder, fix="name a run of `llmkit pretrain`")
     files = read_manifest(Path(config["data"]["dir"]))["splits"]["val"]["files"]
     names = list(dict.fromkeys(file["source"] for file in files))
-    return {name: measure(located, source=name, **options) for name in names}
+    loaded = load_to_measure(located, options.get("precision", "auto"))
+    return {name: measure(located, source=name, loaded=loaded, **options) for name in names}
+
+
+def load_to_measure(located: Located, precision: str) -> tuple[nn.Module, Tokenizer, str]:
+    """Load a MODEL to measure it. Return it with its tokenizer and the precision to compute in."""
+    device = start_world().device
+    precision = choose_precision(precision, device)
+    # As in training: an adapter's base was frozen in 16 bits, and weights that were all trained were in fp32.
+    dtype = DTYPES[precision] if located.is_adapter else torch.float32
+    return *load_located(located, device=device, dtype=dtype), precision
 
 
 def measure_parts(
@@ -64,6 +76,7 @@ def measure_parts(
     stride: int | None = None,
     batch_size: int = 8,
     precision: str = "auto",
+    loaded: tuple[nn.Module, Tokenizer, str] | None = None,
     max_bad_fraction: float = MAX_BAD_FRACTION,
 ) -> Measured:
     """Measure loss, perplexity and bits per byte of a MODEL.
@@ -77,13 +90,11 @@ def measure_parts(
     each    score each text on its own, after a begin token, as published figures do
     window  tokens of context at the most; default: the run's data.seq_len, else the model's longest position
     stride  see `windows`; default: the window
+    loaded  the model, if it is loaded already, see `load_to_measure`
     max_bad_fraction  of the records, and of the bytes, of `data` that may be bad and left out
     """
     device = start_world().device
-    precision = choose_precision(precision, device)
-    # As in training: an adapter's base was frozen in 16 bits, and weights that were all trained were in fp32.
-    dtype = DTYPES[precision] if located.is_adapter else torch.float32
-    model, tokenizer = load_located(located, device=device, dtype=dtype)
+    model, tokenizer, precision = loaded or load_to_measure(located, precision)
     longest = model.config.max_position_embeddings
     config = read_run_config(located.run_dir) if located.run_dir else None
     window = window or min(longest, config["data"]["seq_len"] if config else longest)

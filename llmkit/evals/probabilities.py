@@ -16,7 +16,7 @@ MOST_ATTRIBUTED = 512  # tokens
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token of a text, and how likely a model finds it after all before it.
+    """Hold a token of a text, and how likely a model finds it after all before it.
 
     surprise      -log of its probability, in nats
     rank          1: no token is likelier
@@ -32,7 +32,7 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class ScoredText:
-    """A text with the score of each token."""
+    """Hold the score of each token of a text."""
 
     tokens: list[TokenScore]
 

@@ -14,7 +14,7 @@ MOST_PARTS = 4  # tokens of a character, of at most four bytes
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token, given all before it.
+    """Hold how likely a token is, given all before it.
 
     log_prob  in nats, without temperature and the like
     rank      1: no token is likelier

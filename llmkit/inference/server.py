@@ -176,10 +176,8 @@ class Server:
         top  likeliest tokens beside the log-probability of each token; None: no log-probabilities
         """
         if top is not None and (body.stream or not self.writer.is_causal):
-            reason = "of a decoder" if not self.writer.is_causal else "with stream"
-            raise RequestError(
-                400, f"logprobs are given {'only' if not body.stream else 'not'} {reason}", param="logprobs"
-            )
+            reason = "with stream" if body.stream else f"for {self.writer.model.config.model_type}"
+            raise RequestError(400, f"logprobs: is not supported {reason}", param="logprobs")
         rows = [prompt for prompt in prompts for _ in range(body.n)]
         top_k = max(body.top_k, 0)
         sampling = Sampling(body.temperature, top_k, body.top_p, body.min_p, body.repetition_penalty)

@@ -27,7 +27,7 @@ class SharedLayer:
 
 
 class SharedPrefix:
-    """A row of trees, which takes the place of a `KVCache` in one forward pass of a decoder, and may be a prefix then.
+    """Hold a row of trees in the place of a `KVCache`, for one forward pass of a decoder. Then it may be a prefix.
 
     windows    one per layer
     positions  (T,) of each token in its text

@@ -29,7 +29,7 @@ class FileEntry(TypedDict):
 
 
 class Best(TypedDict):
-    """A figure by which the best checkpoint is chosen in the place of the val loss."""
+    """Hold a figure by which the best checkpoint is chosen in the place of the val loss."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     name: str

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from llmkit import __version__
+from llmkit.config.defaults import EXAMPLES
 from llmkit.errors import UserError
 from llmkit.files import file_sha256
 from llmkit.parallel.device import DTYPES, autocast, choose_precision, device_name
@@ -20,14 +21,12 @@ from llmkit.tasks.harness import HarnessTask, harness_task
 from llmkit.tasks.run import Prepared, Result, prepare
 from llmkit.tasks.task import find_task
 
-HERE = Path(__file__).parents[1]
-CONFIGS = HERE / "configs" if (HERE / "configs").is_dir() else HERE.parent / "configs"  # installed, or a checkout
-TASKS = CONFIGS / "tasks"
+TASKS = EXAMPLES / "tasks"
 
 
 @dataclass
 class Evaluated:
-    """A model with its results."""
+    """Hold a model's results."""
 
     name: str
     results: list[Result]

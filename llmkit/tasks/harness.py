@@ -22,7 +22,7 @@ from llmkit.tokenizer.tokenizer import Tokenizer
 
 @dataclass
 class HarnessTask:
-    """A task of the harness, by its name."""
+    """Hold the name of a task of the harness, and how it is asked."""
 
     name: str
     shots: int | None

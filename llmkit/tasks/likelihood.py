@@ -30,7 +30,7 @@ SHORTEST_ROOT = 8  # tokens; to read fewer alone costs more than it saves
 
 @dataclass(frozen=True)
 class Request:
-    """Tokens, of which the last ones are scored."""
+    """Hold tokens, of which the last ones are scored."""
 
     tokens: tuple[int, ...]
     scored: int  # at least 1, and fewer than there are tokens
@@ -38,7 +38,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Score:
-    """How likely the scored tokens of a request are."""
+    """Hold how likely the scored tokens of a request are."""
 
     log_prob: float  # nats, the sum over the tokens
     greedy: bool  # whether each of them is the likeliest one
@@ -46,7 +46,7 @@ class Score:
 
 @dataclass
 class Tree:
-    """The requests of one question, and their numbers."""
+    """Hold the requests of one question, and their numbers."""
 
     numbers: list[int]
     requests: list[Request]

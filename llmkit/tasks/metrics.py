@@ -19,7 +19,7 @@ Item = Any  # what a metric keeps of a question: a number, or what its aggregati
 
 @dataclass
 class Answered:
-    """A question with what the model made of it: scores of its answers, or a text."""
+    """Hold a question with what the model made of it: scores of its answers, or a text."""
 
     question: Question
     scores: list[Score]

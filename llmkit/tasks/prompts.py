@@ -23,7 +23,7 @@ Message = dict[str, str]
 
 @dataclass
 class Question:
-    """A record, and what a model is asked about it.
+    """Hold a record, and what a model is asked about it.
 
     number    of the record in its split, from 0
     contexts  one text for all answers, or one for each
@@ -44,7 +44,7 @@ class Question:
 
 @dataclass
 class Parts:
-    """What the templates of a task make of a record."""
+    """Hold what the templates of a task make of a record."""
 
     text: Any
     target: Any

@@ -43,7 +43,7 @@ Progress = Callable[[Iterable], Iterable]
 
 @dataclass
 class Prepared:
-    """A task with its questions, which are the same for all models."""
+    """Hold a task with its questions, which are the same for all models."""
 
     task: Task
     questions: list[Question]
@@ -60,7 +60,7 @@ class Prepared:
 
 @dataclass
 class Result:
-    """The scores of a model on a task."""
+    """Hold the scores of a model on a task."""
 
     name: str
     figures: dict[str, Any]  # name -> value, with name_stderr and name_interval; n; groups

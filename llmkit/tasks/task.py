@@ -37,17 +37,17 @@ class Files(Section):
     """`dataset_kwargs`: the files of each split, and how they are read."""
 
     data_files: str | list[str] | dict[str, str | list[str]] | None = None
-    """A file, folder or glob, or one for each split. `--data TASK=PATH` replaces it."""
+    """Name a file, folder or glob, or one for each split. `--data TASK=PATH` replaces it."""
     column_names: list[str] | None = None
-    """Of CSV files without a header."""
+    """Name the columns of CSV files without a header."""
     field: str | None = None
-    """Of a JSON file: where its list of records is."""
+    """Name the field of a JSON file that holds the list of records."""
     labels: str | None = None
-    """A file with one label a line, which becomes the field `label` of the records."""
+    """Name a file with one label a line, which becomes the field `label` of the records."""
     separator: str | None = Field(None, alias="sep")
-    """Between the columns of a CSV file."""
+    """Separate the columns of a CSV file by this text."""
     quoting: Literal[0, 3] = 0
-    """3: quotes in a CSV file are plain characters."""
+    """Read quotes in a CSV file as plain characters if it is 3."""
     trust_remote_code: bool = False
     """Read for compatibility: nothing remote is run."""
 
@@ -56,30 +56,30 @@ class Shots(Section):
     """`fewshot_config`: where the examples before a question come from."""
 
     sampler: Literal["default", "first_n"] = "default"
-    """default: at random, other ones for each question; first_n: the first ones."""
+    """Choose at random, other ones for each question (default), or the first ones (first_n)."""
     split: str | None = None
-    """Default: fewshot_split."""
+    """Take the examples from this split; default: fewshot_split."""
     samples: list[dict[str, Any]] | None = None
-    """The examples themselves."""
+    """Give the examples themselves."""
 
 
 class Metric(Section):
-    """One of `metric_list`."""
+    """Hold one of `metric_list`."""
 
     metric: str | Callable
-    """Its name, or a function."""
+    """Name the metric, or give a function."""
     aggregation: str | Callable | None = None
-    """How the scores of questions are put together: mean, or what the metric needs; or a function."""
+    """Put the scores of questions together by the mean, by what the metric needs, or by a function."""
     higher_is_better: bool | None = None
     """Read for compatibility: of its own metrics llmkit knows it, and of a function it is true."""
     ignore_case: bool = False
-    """exact_match: compare in lower case."""
+    """Compare in lower case (exact_match)."""
     ignore_punctuation: bool = False
-    """exact_match: leave out punctuation."""
+    """Leave out punctuation (exact_match)."""
     ignore_numbers: bool = False
-    """exact_match: leave out digits."""
+    """Leave out digits (exact_match)."""
     regexes_to_ignore: list[str] = Field(default_factory=list)
-    """exact_match: leave out what matches."""
+    """Leave out what matches (exact_match)."""
 
     @property
     def name(self) -> str:
@@ -87,113 +87,113 @@ class Metric(Section):
 
 
 class Step(Section):
-    """A step of a filter of generated text."""
+    """Hold a step of a filter of written text."""
 
     function: Literal["regex", "take_first", "remove_whitespace", "lowercase", "uppercase"]
-    """What it does."""
+    """Choose what is done."""
     regex_pattern: str = r"#### (\-?[0-9\.\,]+)"
-    """regex: what to find."""
+    """Find this (regex)."""
     group_select: int = 0
-    """regex: which of several matches; -1: the last."""
+    """Choose one of several matches, -1 for the last (regex)."""
     fallback: str = "[invalid]"
-    """regex: the text if nothing matches."""
+    """Return this text if nothing matches (regex)."""
 
 
 class Filter(Section):
-    """One of `filter_list`: its scores have its name."""
+    """Hold one of `filter_list`, whose scores have its name."""
 
     name: NonBlank = "none"
-    """Which one."""
+    """Name the filter."""
     filter: list[Step] = Field(default_factory=list)
-    """Steps, one after the other."""
+    """Apply these steps, one after the other."""
 
 
 class Writing(Section):
     """`generation_kwargs`."""
 
     until: str | list[str] | None = None
-    """Texts that end an answer; default: fewshot_delimiter."""
+    """End an answer at these texts; default: fewshot_delimiter."""
     max_gen_toks: Count = 256
-    """Most tokens of an answer."""
+    """Write at most this many tokens."""
     do_sample: bool = False
     """Draw tokens instead of taking the likeliest."""
     temperature: float = Field(0.0, ge=0)
-    """Of drawing."""
+    """Draw tokens at this temperature."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Of drawing."""
+    """Draw from the likeliest tokens that reach this probability."""
     top_k: int | None = Field(None, ge=0)
-    """Of drawing."""
+    """Draw from this many of the likeliest tokens."""
 
 
 class Task(Section):
-    """A task."""
+    """Hold a task."""
 
     task: NonBlank
-    """Its name."""
+    """Name the task."""
     task_alias: str | None = None
-    """A name for tables."""
+    """Read for compatibility: tables show the name."""
     tag: str | list[str] | None = None
-    """Names of collections that it is in."""
+    """Read for compatibility: the collections that it is in."""
     include: str | None = None
-    """A task file whose keys this one replaces."""
+    """Name a task file whose keys this one replaces."""
     dataset_path: NonBlank = "json"
-    """json, csv, parquet or text: files; anything else is a data set on the hub."""
+    """Read files (json, csv, parquet or text), a local folder, or a data set on the hub."""
     dataset_name: str | None = None
-    """Configuration of a data set on the hub."""
+    """Name the configuration of a data set on the hub."""
     dataset_kwargs: Files = Files()
-    """The files."""
+    """Name the files."""
     training_split: str | None = None
-    """Name of the split for examples."""
+    """Name the split for examples."""
     validation_split: str | None = None
-    """Name of the split that is asked if there is no test split."""
+    """Name the split that is asked if there is no test split."""
     test_split: str | None = None
-    """Name of the split that is asked."""
+    """Name the split that is asked."""
     fewshot_split: str | None = None
-    """Name of the split of the examples; default: the training split, or the one that is asked."""
+    """Name the split of the examples; default: the training split, the validation split, the one that is asked."""
     fewshot_config: Shots = Shots()
-    """How examples are chosen."""
+    """Choose how examples are taken."""
     num_fewshot: int | None = Field(None, ge=0)
-    """Number of examples before a question; `--shots` replaces it."""
+    """Put this many examples before a question; `--shots` replaces it."""
     process_docs: Callable | None = None
-    """A function of a data set that prepares its records."""
+    """Prepare the records by a function of the data set."""
     output_type: Literal["multiple_choice", "pairs", "loglikelihood", "loglikelihood_rolling", "generate_until"] = (
         "generate_until"
     )
-    """pairs: which of two texts is likelier."""
+    """Choose what is asked; pairs: which of two texts is likelier."""
     description: str = ""
-    """Text before all examples; a template."""
+    """Begin each prompt with this template."""
     doc_to_text: Template | int | None = None
-    """The question."""
+    """Make the question: a field, a template or a function."""
     doc_to_target: Template | int | list[str] | None = None
-    """The right answer, or the number of the right choice; several are a list."""
+    """Make the right answer, or the number of the right choice; several are a list."""
     doc_to_choice: Template | list[str] | dict[str, str] | None = None
-    """The choices."""
+    """Make the choices."""
     gen_prefix: str | None = None
-    """Text with which each answer begins."""
+    """Begin each answer with this text."""
     target_delimiter: str = " "
-    """Between a question and its answer."""
+    """Put this between a question and its answer."""
     fewshot_delimiter: str = "\n\n"
-    """After each example."""
+    """Put this after each example."""
     generation_kwargs: Writing = Writing()
-    """How an answer is written."""
+    """Choose how an answer is written."""
     repeats: Literal[1] = 1
-    """How often each question is asked."""
+    """Ask each question so often."""
     filter_list: list[Filter] | None = None
-    """What is done to a written answer before it is scored."""
+    """Filter a written answer before it is scored."""
     metric_list: list[Metric] | None = None
-    """The scores; default: those that are usual for the output type."""
+    """Compute these scores; default: those that are usual for the output type."""
     process_results: Callable | None = None
-    """A function of a record and results that returns scores."""
+    """Compute scores by a function of a record and the results."""
     should_decontaminate: bool = False
     """Read for compatibility; see data.decontaminate."""
     doc_to_decontamination_query: str | None = None
-    """What of a record is looked for in training data."""
+    """Read for compatibility: what of a record is looked for in training data."""
     group_by: str | None = None
-    """A field or template: the score is given for each of its values too, and examples come from the same one."""
+    """Give the score for each value of this field or template too, and take examples from the same one."""
     fairness: bool = False
-    """Whether the groups are people: then it is measured how a model's choices differ between them."""
+    """Measure how a model's choices differ between the groups, which are people."""
     metadata: dict[str, Any] = Field(default_factory=dict)
-    """`version`, and what else its author notes."""
+    """Note the `version`, and what else its author notes."""
 
     @property
     def asked_split(self) -> str:

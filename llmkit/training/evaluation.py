@@ -38,7 +38,7 @@ FORGOTTEN = "general.json"  # in a run directory: the losses on it of the base, 
 
 @dataclass
 class TextSet:
-    """A text or file of records to measure, which was read once."""
+    """Hold a text or records to measure, which were read once."""
 
     batches: Callable[[], Iterable[Batch]]
     tokens: np.ndarray | None  # of a stream of documents
@@ -49,7 +49,7 @@ class TextSet:
 
 @dataclass
 class Extras:
-    """What is measured beside the val split."""
+    """Hold what is measured beside the val split."""
 
     sets: dict[str, TextSet] = field(default_factory=dict)
     tasks: list[Prepared | HarnessTask] = field(default_factory=list)

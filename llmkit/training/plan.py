@@ -65,9 +65,10 @@ def check_and_size(config: Config, ranks: int) -> CheckedConfig:
     checked = check(config, ranks)
     if checked.model_config.vocab_size is None:
         section, built = checked.config.data.tokenizer, Path(checked.config.data.dir) / "tokenizer"
-        size = len(load_tokenizer(Path(section.path))) if section.path else section.vocab_size
-        if not section.path and built.is_dir():  # of a small text it has fewer tokens, of other settings perhaps more
-            size = min(size, len(load_tokenizer(built)))
+        folder = Path(section.path) if section.path else built if built.is_dir() else None
+        size = len(load_tokenizer(folder)) if folder else section.vocab_size
+        if checked.config.data.sources and folder == built:  # which may be of other settings, with more tokens
+            size = min(size, section.vocab_size)
         checked.model_config.vocab_size = size
     return checked
 

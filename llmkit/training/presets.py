@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llmkit.config.defaults import EXAMPLES
 from llmkit.config.load import load_config
 from llmkit.config.schema import Config
 from llmkit.config.yaml import quote, read_yaml
@@ -20,8 +21,6 @@ from llmkit.storage.run import read_run_config
 
 LOCAL = Path("llmkit.yaml")
 LONGEST = 1024  # data.seq_len at the most, unless the config says otherwise
-HERE = Path(__file__).parents[1]
-EXAMPLES = HERE / "configs" if (HERE / "configs").is_dir() else HERE.parent / "configs"  # installed, or a checkout
 EXAMPLE_NAMES = {"pretrain": "llama-150m", "finetune": "lora"}  # what `init` calls them -> a file in configs/
 
 
