@@ -1,7 +1,7 @@
 """Define the types and constants that all packages share."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
@@ -38,6 +38,12 @@ class Batch:
     positions          position of each token in its document (packed rows only)
     segments           number of the document a token belongs to; attention never crosses it (packed rows only)
     decoder_input_ids  the decoder's input in the shape of labels (encoder-decoders only; input_ids go to the encoder)
+
+    For a head for labels, rows are padded on the right, and labels are (B,), of several labels (B, L), of tags (B, T);
+    numbers are floats, and NaN where there is no target.
+
+    lengths            (B,), tokens of each row without its padding
+    token_type_ids     1 for the tokens of a second text
     """
 
     input_ids: np.ndarray
@@ -45,6 +51,8 @@ class Batch:
     positions: np.ndarray | None = None
     segments: np.ndarray | None = None
     decoder_input_ids: np.ndarray | None = None
+    lengths: np.ndarray | None = None
+    token_type_ids: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name, array in self.arrays().items():
@@ -53,7 +61,12 @@ class Batch:
     @property
     def count(self) -> int:
         """Return the number of targets. The loop divides the sum of losses by it."""
-        return int((self.labels != IGNORE_INDEX).sum())
+        return int(self.is_target.sum())
+
+    @property
+    def is_target(self) -> np.ndarray:
+        """Return where there is a target, in the shape of the labels."""
+        return ~np.isnan(self.labels) if self.labels.dtype.kind == "f" else self.labels != IGNORE_INDEX
 
     def split(self, micro_batch_size: int) -> Iterator["Batch"]:
         """Yield micro-batches of at most `micro_batch_size` rows, in order."""
@@ -64,5 +77,4 @@ class Batch:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays that are present, by name: the keyword arguments of a model's forward."""
-        names = ("input_ids", "labels", "positions", "segments", "decoder_input_ids")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) is not None}

@@ -12,7 +12,7 @@ import llmkit
 ROOT = Path(llmkit.__file__).parent
 FLOORS = [  # what stands on one floor imports only from the floors below, and nothing of its neighbours
     {"errors", "types"},
-    {"files", "screen", "intervals"},
+    {"files", "screen", "intervals", "scores"},
     {"config"},
     {"models", "tokenizer", "readers"},
     {"data", "parallel", "peft"},

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from llmkit import __version__
-from llmkit.commands import convert, evaluate, look, score, train, write
+from llmkit.commands import convert, evaluate, label, look, score, train, write
 from llmkit.commands.data import data_app, tokenizer_app
 from llmkit.commands.show import Command
 
@@ -37,6 +37,8 @@ for name, command in {
     "finetune": train.finetune,
     "eval": evaluate.evaluate,
     "score": score.score,
+    "classify": label.classify,
+    "embed": label.embed,
     "generate": write.generate,
     "chat": write.chat,
     "serve": write.serve,

@@ -19,9 +19,11 @@ from llmkit.commands.show import (
     progress_printer,
     show,
     terminal_text,
+    to_stderr,
 )
 from llmkit.config.defaults import MAX_BAD_FRACTION, PATTERN, VOCAB_SIZE
 
+NEAREST = 10  # tokens that `tokenizer show --near` lists
 SAMPLE = "def main(argv=None):\n    return 0\n"
 TextKey = Annotated[str, typer.Option(help="Name of the text field in JSONL, CSV and Parquet.")]
 
@@ -106,17 +108,22 @@ def data_inspect(
     if not for_training:
         inspect_documents(loaded.data, id, dropped, kept, rule, as_json)
         return
-    from llmkit.data.inspect import format_rows, inspect_rows
+    from llmkit.data.inspect import format_labelled, format_rows, inspect_labelled, inspect_rows
     from llmkit.parallel.world import start_world
     from llmkit.training.prepare import prepare
 
     run = prepare(loaded, start_world(), keep=False, say=progress_printer(as_json))
     batches = run.batches("train", run.config.train.global_batch_size)
-    shown = inspect_rows(batches.rows_from(step or 0, rows or 2), run.data.tokenizer, run.model_config.kind)
+    batch, tokenizer = batches.rows_from(step or 0, rows or 2), run.data.tokenizer
+    if run.head:
+        shown = inspect_labelled(batch, tokenizer, run.data.labels, tags=run.head.kind == "tag")
+        show({"rows": shown}, as_json) if as_json else print(terminal_text(format_labelled(shown, tokenizer)))
+        return
+    shown = inspect_rows(batch, tokenizer, run.model_config.kind)
     if as_json:
         show({"rows": shown}, as_json)
     else:
-        print(format_rows(shown, run.data.tokenizer, colour=sys.stdout.isatty()))
+        print(format_rows(shown, tokenizer, colour=sys.stdout.isatty()))
 
 
 def inspect_documents(data: Any, id: str | None, dropped: int, kept: int, rule: str | None, as_json: bool) -> None:
@@ -209,10 +216,14 @@ def tokenizer_show(
     tokenizer: Annotated[Path, typer.Argument(help="A tokenizer.json, or a folder with one.")],
     texts: Annotated[list[str], typer.Argument(help="Text, or files, folders and globs.")] = [SAMPLE],
     beside: Annotated[str | None, typer.Option(help="A tokenizer to compare: a path, or a hub id like gpt2.")] = None,
+    near: Annotated[str | None, typer.Option(help="A word: the tokens nearest to it in the model's embedding.")] = None,
     text_key: TextKey = "text",
     as_json: AsJson = False,
 ) -> None:
     """Show how a tokenizer splits texts, and how well it compresses each text or file."""
+    if near is not None:
+        show_nearest(tokenizer, near, as_json)
+        return
     from llmkit.data.inspect import format_tokens, is_path, measure_compression
     from llmkit.screen import format_table
     from llmkit.tokenizer.load import fetch_tokenizer, load_tokenizer
@@ -232,3 +243,20 @@ def tokenizer_show(
         print(f"{LEGEND}\n")
     print(terminal_text(format_table(rows)))
     print(f"vocabulary: {len(loaded)}")
+
+
+def show_nearest(model: Path, word: str, as_json: bool) -> None:
+    """Print the tokens that are nearest to a word in the embedding of a model."""
+    from llmkit.evals.embeddings import nearest_tokens
+    from llmkit.screen import format_table
+    from llmkit.storage.locate import load_located, locate, read_located_head
+
+    located = locate(model)
+    to_stderr(located.choice)
+    loaded, tokenizer = load_located(located, merge=True, head=read_located_head(located))
+    found = nearest_tokens(loaded, tokenizer, word, NEAREST)
+    if as_json:
+        show(found, as_json)
+        return
+    print(terminal_text("nearest to " + " ".join(map(repr, found["word"]))))
+    print(terminal_text(format_table([row | {"token": repr(row["token"])} for row in found["nearest"]])))

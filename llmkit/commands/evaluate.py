@@ -14,10 +14,13 @@ from llmkit.commands.show import (
     parse_columns,
     progress_printer,
     show,
+    terminal_text,
     to_stderr,
     without_nan,
 )
 from llmkit.config.defaults import MAX_BAD_FRACTION
+
+LABEL_OPTIONS = ("--columns", "--max-bad-fraction")  # that a model with a head for labels takes too
 
 
 def evaluate(
@@ -63,7 +66,7 @@ def evaluate(
 ) -> None:
     """Measure a model: its loss, perplexity and bits per byte, or its scores on tasks."""
     from llmkit.errors import UserError
-    from llmkit.storage.locate import locate
+    from llmkit.storage.locate import locate, read_located_head
 
     of_tasks: dict[str, Any] = {"--shots": shots is not None, "--limit": limit, "--chat": chat, "--show": shown}
     of_tasks |= {"--out": out, "--allow-code": allow_code, "--metric": metrics}
@@ -97,6 +100,14 @@ def evaluate(
         options = {"shots": shots, "limit": limit, "chat": chat, "allow_code": allow_code, "metrics": metrics or []}
         evaluate_tasks(located, tasks, data or [], baseline, shown, out, precision, as_json, options)
         return
+    if read_located_head(located[0]):
+        given = {**of_text, "--baseline": baseline}
+        if unused := [name for name, value in given.items() if value and name not in LABEL_OPTIONS]:
+            what = f"{unused[0]} has no effect on a model that predicts labels"
+            raise UserError(what, at=located[0].folder, fix="leave it out")
+        options = {"columns": parse_columns(columns), "precision": precision, "max_bad_fraction": max_bad_fraction}
+        evaluate_labels(located[0], data[0] if data else None, as_json, options)
+        return
     from llmkit.evals.perplexity import compare, measure_parts
 
     options = {"window": window, "stride": stride, "batch_size": batch_size, "precision": precision}
@@ -121,6 +132,22 @@ def evaluate(
     names = ("loss", "loss_stderr", "perplexity", "perplexity_interval", "bits_per_byte")
     show({name: other.figures[name] for name in names if name in other.figures}, as_json)
     print(describe_loss(difference))
+
+
+def evaluate_labels(located, data: str | None, as_json: bool, options: dict[str, Any]) -> None:
+    """Print how often a model with a head for labels is right."""
+    from llmkit.evals.labels import measure_labels
+    from llmkit.screen import format_table
+
+    figures = measure_labels(located, data=data, **options)
+    if as_json:
+        show(figures, as_json)
+        return
+    by_label = figures.pop("labels", None)
+    show(figures, as_json)
+    if by_label:
+        rows = [{key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()} for row in by_label]
+        print(f"\n{terminal_text(format_table(rows))}")
 
 
 def show_by_source(located, options: dict[str, Any], is_other: bool, as_json: bool) -> None:

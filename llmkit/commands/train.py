@@ -40,9 +40,14 @@ def finetune(
     full: Annotated[bool, typer.Option("--full", help="Train all weights.")] = False,
     method: Annotated[str | None, typer.Option(help="Another PEFT method, by name.")] = None,
     from_: Annotated[str | None, typer.Option("--from", help="The model to start from.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Prompts and answers: JSONL, JSON, CSV or Parquet.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Prompts and answers, or texts with labels: JSONL, CSV, Parquet.")
+    ] = None,
     columns: Columns = None,
     rank: Annotated[int | None, typer.Option(min=1, max=MOST, help="Rank of the LoRA adapter.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="classify, regress or tag: learn labels of texts, not prompts and answers.")
+    ] = None,
     o: Override = [],
     dry_run: DryRun = False,
     fresh: Fresh = False,
@@ -54,7 +59,7 @@ def finetune(
     from llmkit.training.presets import finetune_config
 
     chosen = [name for name, given in (("lora", lora), ("full", full), (method, method is not None)) if given]
-    given = {"model": from_, "data": data, "columns": parse_columns(columns), "rank": rank}
+    given = {"model": from_, "data": data, "columns": parse_columns(columns), "rank": rank, "objective": objective}
     loaded = finetune_config(config, chosen, **given, overrides=o, say=progress_printer(as_json))
     run_training(loaded, dry_run=dry_run, fresh=fresh, nproc=nproc, profiled=profile, as_json=as_json)
 

@@ -267,25 +267,33 @@ class RecordSource(SourceFiles):
     """Names of the fields in this source; null: data.columns."""
 
 
-class SftData(Section):
-    """Prompts and answers. Only answers are targets. In an encoder-decoder the encoder reads the prompt."""
+class RecordData(Section):
+    """Hold what all kinds of records share."""
 
-    kind: Literal["sft"]
-    """sft: prompts and answers for fine-tuning."""
     path: PathStr | None = None
     """A file, folder or glob of records: JSONL, JSON, CSV or Parquet; or the folder of a saved dataset."""
-    sources: Annotated[list[RecordSource], BeforeValidator(name_sources)] = []
-    """Instead of path: several sources, with weights if some are to be read more often."""
     columns: dict[str, NonBlank] = {}
-    """Names of the fields, if they are others: {question: Frage, answer: Antwort}. Then no other field is read."""
-    train_on: Literal["all", "last"] = "all"
-    """Which answers of a conversation are learnt: all, or the last one."""
+    """Names of the fields, if they are others: {question: Frage, answer: Antwort}, or {text: Satz, label: Klasse}. Then
+    no other field is read."""
     val_path: PathStr | None = None
     """Records for validation, named as in path; null: a part of the records."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """The share of the records that is held out for validation, if there is no val_path."""
     seq_len: SeqLen = 1024
     """Tokens in a row."""
+    on_error: OnError = OnError()
+    """What to do with bad records."""
+
+
+class SftData(RecordData):
+    """Prompts and answers. Only answers are targets. In an encoder-decoder the encoder reads the prompt."""
+
+    kind: Literal["sft"]
+    """sft: prompts and answers for fine-tuning."""
+    sources: Annotated[list[RecordSource], BeforeValidator(name_sources)] = []
+    """Instead of path: several sources, with weights if some are to be read more often."""
+    train_on: Literal["all", "last"] = "all"
+    """Which answers of a conversation are learnt: all, or the last one."""
     packing: bool | None = None
     """Put several examples into a row; null: true unless the model has an encoder."""
     too_long: Literal["drop", "truncate_prompt", "split"] = "drop"
@@ -299,9 +307,34 @@ class SftData(Section):
     """Special tokens to add to the model's tokenizer; see resize_embeddings."""
     workers: Count | Literal["auto"] = "auto"
     """Processes that encode the records; auto: one per core."""
-    on_error: OnError = OnError()
-    """What to do with bad records."""
 
     def all_sources(self) -> list[RecordSource]:
         """Return the sources; a path is one of them."""
         return self.sources or [RecordSource(**source) for source in name_sources(self.path)]
+
+
+class LabelledData(RecordData):
+    """Texts with a label, pairs of texts, or words with a tag each; for the objectives classify, regress and tag."""
+
+    kind: Literal["labelled"]
+    """labelled: texts with labels, for a head that predicts them."""
+    header: list[NonBlank] | None = None
+    """Names of the columns of CSV and TSV files that have no line with them."""
+    labels: Annotated[list[NonBlank], Field(min_length=1)] | None = None
+    """The labels in the order of the model's outputs; null: those of the records, in order."""
+    multi_label: bool | None = None
+    """Whether a text may have several labels, or none; null: if the first record has a list."""
+    label_separator: NonBlank | None = None
+    """Splits the label of a text file into several: "|" for "sport|news"."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """Cut texts that are longer than seq_len, the longer one of a pair first; or drop them."""
+    seq_len: SeqLen = 512
+    """Tokens of a text at the most; rows are as long as the longest of their batch."""
+
+    @property
+    def sources(self) -> list[RecordSource]:
+        return []
+
+    def all_sources(self) -> list[RecordSource]:
+        """Return the source that path is."""
+        return [RecordSource(**source) for source in name_sources(self.path)]

@@ -33,7 +33,8 @@ ALIASES = {
     "checkpoint.every": "save_steps",
     "log.every": "logging_steps",
 }
-KINDS = ("corpus", "sft")  # of the section data; pydantic names the one that it took in the path of a problem
+# Of the section data; pydantic names the one that it took in the path of a problem.
+KINDS = ("corpus", "sft", "labelled")
 KEY_OF_ALIAS = {alias: key for key, aliases in ALIASES.items() for alias in aliases.split()}
 
 
@@ -82,7 +83,7 @@ def explain(problem: dict, schema: type[BaseModel], origins: dict[tuple, str], p
     if problem["type"] == "missing":
         return UserError(f"{key} is missing", at=at, fix=f"add `{path[-1]}:`")
     if problem["type"] == "union_tag_invalid":
-        return UserError(f"{key}.kind is unknown", at=at, got=problem["ctx"]["tag"], expected="corpus or sft")
+        return UserError(f"{key}.kind is unknown", at=at, got=problem["ctx"]["tag"], expected=" or ".join(KINDS))
     expected = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     expected = re.sub(r"dictionary or instance of \w+|dictionary", "a section", expected)
     names = {

@@ -66,6 +66,7 @@ MEANINGS = {
     "weight_decay": "Decay of matrices; norms and biases have none.",
     "cautious_weight_decay": "Decay only weights that the update does not move away from zero (arXiv:2510.12402).",
     "momentum": "Decay of the average of gradients.",
+    "pooling": "Of which state a text is classified: cls, last or mean; null: cls of an encoder, last of a decoder.",
     "adjust_lr": "match_rms_adamw: lr and weight decay carry over from AdamW; original: as in Jordan's post.",
     "warmup_steps": "Steps in which the rate rises linearly to its highest.",
     "min_lr_ratio": "What the rate falls to, as a share of its highest.",
@@ -181,7 +182,9 @@ def json_schema(tables: Tables) -> dict[str, Any]:
     sources["items"] = {"anyOf": [sources["items"], text]}
     corpus["properties"]["sources"] = {"anyOf": [{k: v for k, v in sources.items() if k in ("type", "items")}, text]}
     corpus["properties"]["sources"]["description"] = sources.get("description", "")
-    schema["properties"]["data"] = {"anyOf": [{"$ref": "#/$defs/CorpusData"}, {"$ref": "#/$defs/SftData"}]}
+    schema["properties"]["data"] = {
+        "anyOf": [{"$ref": f"#/$defs/{name}Data"} for name in ("Corpus", "Sft", "Labelled")]
+    }
     for section, table in tables.items():
         named = schema["properties"][section]
         named["anyOf"] = [{"type": "object", "properties": {"name": {"enum": list(table)}}}, {"type": "null"}]

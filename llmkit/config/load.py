@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 from pydantic import ValidationError, create_model
 
-from llmkit.config.data import CorpusData, Pii, SftData, TokenizerSection
+from llmkit.config.data import CorpusData, LabelledData, Pii, RecordData, SftData, TokenizerSection
 from llmkit.config.defaults import PATTERN
 from llmkit.config.explain import explain_all
 from llmkit.config.fields import Choice, Section
@@ -57,7 +57,7 @@ def complete_data(values: dict, origins: dict[tuple, str]) -> dict:
         return values
     if "path" in data and not data.keys() & {"kind", "dir", "sources"}:
         at = find_origin(origins, ("data", "path"))
-        raise UserError("data.kind is missing", at=at, fix="add kind: sft to train on prompts and answers")
+        raise UserError("data.kind is missing", at=at, fix="add kind: sft for prompts and answers, or kind: labelled")
     data = {"kind": "corpus"} | data
     if data["kind"] == "corpus" and data.get("sources") and isinstance(base, str) and data.get("tokenizer") is None:
         data["tokenizer"] = {"path": base}
@@ -98,18 +98,23 @@ def run_conflicts(config: Config) -> Iterator[UserError]:
         yield error("checkpoint.average_fraction", what, fix=fix)
     if config.resize_embeddings and config.init_from is None:
         yield error("resize_embeddings", "needs a model to start from", fix="name one as init_from, or delete it")
-    if isinstance(config.data, SftData) and config.init_from is None:
-        yield error("data.kind", "sft needs a trained model to start from", fix="name one as init_from")
+    if isinstance(config.data, RecordData) and config.init_from is None:
+        what = f"{config.data.kind} needs a trained model to start from"
+        yield error("data.kind", what, fix="name one as init_from")
 
 
 def data_conflicts(config: Config) -> Iterator[UserError]:
     """Yield errors about keys of the data section that contradict each other."""
     yield from source_conflicts(config, config.data)
-    if isinstance(config.data, SftData):
+    if isinstance(config.data, RecordData):
         yield from ignored_keys(config, "data", config.data, "val_path", ["val_fraction"])
-        if (config.data.path is None) != bool(config.data.sources):
-            got = "both" if config.data.path else "neither"
-            yield UserError("data needs either path or sources", at=config.where("data"), got=got)
+    if isinstance(config.data, LabelledData) and config.data.path is None:
+        yield UserError("data has no path", at=config.where("data"), fix="name the file of the records as data.path")
+    if isinstance(config.data, LabelledData) and len(set(config.data.labels or [])) < len(config.data.labels or []):
+        yield config.error("data.labels", "names a label twice", got=", ".join(config.data.labels))
+    if isinstance(config.data, SftData) and (config.data.path is None) != bool(config.data.sources):
+        got = "both" if config.data.path else "neither"
+        yield UserError("data needs either path or sources", at=config.where("data"), got=got)
     if isinstance(config.data, CorpusData):
         yield from ignored_keys(config, "data", config.data, "cluster", ["workers"])
         yield from pii_conflicts(config, config.data.pii)
@@ -125,7 +130,7 @@ def pii_conflicts(config: Config, pii: Pii) -> Iterator[UserError]:
         yield config.error("data.pii.drop_above", what, fix="delete it")
 
 
-def source_conflicts(config: Config, data: CorpusData | SftData) -> Iterator[UserError]:
+def source_conflicts(config: Config, data: CorpusData | SftData | LabelledData) -> Iterator[UserError]:
     """Yield errors about sources."""
     names = [source.name for source in data.sources]
     without = [source.name for source in data.sources if source.weight is None]

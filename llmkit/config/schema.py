@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr
 
-from llmkit.config.data import CorpusData, SftData
+from llmkit.config.data import CorpusData, LabelledData, SftData
 from llmkit.config.fields import Choice, Count, NonBlank, PathStr, Section, Seed, Tokens
 from llmkit.config.yaml import dump_yaml, find_origin, key_path
 from llmkit.errors import UserError
@@ -76,7 +76,8 @@ class Eval(Section):
     tasks_every: Count | None = None
     """Ask the tasks at the evaluations of every so many steps, and at the last; null: at each."""
     best: NonBlank = "val_loss"
-    """The figure that chooses the best checkpoint and stops early: val_loss, wiki/val_loss, hellaswag/acc."""
+    """The figure that chooses the best checkpoint and stops early: val_loss, wiki/val_loss, hellaswag/acc; of a
+    head for labels: val_accuracy, val_f1, val_spearman."""
 
 
 class Checkpoint(Section):
@@ -127,7 +128,7 @@ class Config(Section):
     """Add embedding rows for tokens that the model of init_from lacks."""
     model: Choice | None = None
     """The architecture and its sizes, for a model that starts from random weights."""
-    data: Annotated[CorpusData | SftData, Field(discriminator="kind")]
+    data: Annotated[CorpusData | SftData | LabelledData, Field(discriminator="kind")]
     """What to train on."""
     objective: Choice | None = None
     """Null: the default for the model and the data."""

@@ -86,6 +86,45 @@ def format_example(tokens: list[dict[str, Any]], tokenizer: Tokenizer, *, colour
     return token_gap(tokenizer).join(parts) + (RESET if colour else "")
 
 
+def inspect_labelled(batch: Batch, tokenizer: Tokenizer, names: tuple[str, ...], *, tags: bool) -> list[dict[str, Any]]:
+    """Return the rows of a batch of labelled texts: tokens {id, text}, and the label, the labels, the number, or the
+    tag of each token that has one.
+
+    names  of the labels; of numbers, none
+    """
+    rows = []
+    for ids, label, length in zip(batch.input_ids, batch.labels, batch.lengths, strict=True):
+        ids = ids[:length].tolist()
+        texts = [text.decode(errors="replace") for text in spell_tokens(tokenizer, ids)]
+        tokens: list[dict[str, Any]] = [{"id": i, "text": text} for i, text in zip(ids, texts, strict=True)]
+        row: dict[str, Any] = {"tokens": tokens}
+        if tags:
+            for token, number in zip(tokens, label, strict=False):
+                token |= {} if number == IGNORE_INDEX else {"tag": names[number]}
+        elif not names:
+            row["label"] = float(label)
+        else:
+            row["label"] = (
+                [name for name, there in zip(names, label, strict=True) if there] if label.ndim else names[label]
+            )
+        rows.append(row)
+    return rows
+
+
+def format_labelled(rows: list[dict[str, Any]], tokenizer: Tokenizer) -> str:
+    """Format rows of `inspect_labelled` for a terminal: a tag stands in brackets behind its token."""
+    formatted = []
+    for number, row in enumerate(rows):
+        label = f", label {row['label']}" if "label" in row else ""
+        parts = [
+            spell_text(tokenizer, [token["id"]]) + (f"[{token['tag']}]" if "tag" in token else "")
+            for token in row["tokens"]
+        ]
+        text = token_gap(tokenizer).join(parts)
+        formatted.append(f"--- row {number}: {len(parts)} tokens{label}\n{text}")
+    return "\n".join([*formatted, LEGEND])
+
+
 def format_tokens(tokens: list[bytes], *, colour: bool) -> str:
     """Format tokens side by side in alternating shades, or separated by | without colour. A | in a token is \\x7c."""
     texts = [visible(token) for token in tokens]

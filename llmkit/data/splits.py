@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from llmkit.data.batches import Batches, Mixture, corpus_batches, samples_in
+from llmkit.data.labelled import open_labelled_rows
 from llmkit.data.rows import ANSWERS_LOST, open_rows
 from llmkit.data.tokens import TokenStream, open_split, read_sealed
 from llmkit.errors import DataError
@@ -41,6 +42,9 @@ class Splits:
     warning      that many of the examples are left out
     is_chat      whether the records went through the chat template
     token_bytes  bytes of text per token (V,), see `bytes_per_token`
+    labels       names of the labels, in the order of the model's outputs
+    multi_label  whether a text has any number of them
+    mean_length  tokens of a row; None: seq_len
     """
 
     tokenizer: Tokenizer
@@ -54,6 +58,9 @@ class Splits:
     warning: str = ""
     is_chat: bool = False
     token_bytes: np.ndarray | None = None
+    labels: tuple[str, ...] = ()
+    multi_label: bool = False
+    mean_length: float | None = None
 
 
 def bytes_per_token(
@@ -221,3 +228,46 @@ def describe_losses(report: dict[str, Any]) -> Iterator[str]:
         yield "fields not read: " + ", ".join(list(found["unread"])[:MOST_UNREAD])
     yield from (f"{number} files skipped, {reason}" for reason, number in report["skipped"].items())
     yield from filter(None, [Tally(**report["records"]).describe(report["listed_in"])])
+
+
+def open_labelled(report: dict[str, Any], where: str, tokenizer: Tokenizer, *, types: bool) -> Splits:
+    """Open the texts with labels that `records.labelled.encode_labelled` encoded, given its report.
+
+    where  the files, for the header
+    types  see `labelled.pad_batch`
+    """
+    splits, found, counts = report["splits"], report["found"], report["counts"]
+
+    def batches(split: str, size: int, **order: Any) -> Batches:
+        return open_labelled_rows(Path(report["folder"]), split, size, types=types and report["pairs"], **order)
+
+    if report["task"] == "regress":
+        labels = ", ".join(f"{name} {value:.4g}" for name, value in counts.items())
+    else:
+        total = sum(counts.values()) if not report["multi_label"] else splits["train"]["examples"]
+        often = sorted(counts.items(), key=lambda item: -item[1])
+        labels = ", ".join(f"{name} {number / total:.1%}" for name, number in often[:MOST_UNREAD])
+        labels = f"{len(counts)} labels: {labels}" + (" ..." if len(often) > MOST_UNREAD else "")
+    notes = {
+        "truncated": f"texts cut to {report['seq_len']} tokens",
+        "too_long": f"texts over {report['seq_len']} tokens, left out",
+        "unlabelled": "records without a label, left out",
+        "without_token": "texts without a token, left out",
+        "words_without_token": "words without a token of their own, not learnt",
+    }
+    losses = [f"{number:,} {notes[key]}" for key in notes if (number := found[key])]
+    losses += ["val has texts that train has too, so its scores are too good"] if report["texts in both"] else []
+    losses += filter(None, [Tally(**report["records"]).describe(report["listed_in"])])
+    return Splits(
+        tokenizer,
+        batches,
+        {split: part["examples"] for split, part in splits.items()},
+        report["key"],
+        f"{where}: {splits['train']['examples']:,} train and {splits['val']['examples']:,} val examples of "
+        f"{', '.join(found['fields'])}; {labels}",
+        lengths=", ".join(f"{name} {length:,}" for name, length in report["lengths"].items()) + " tokens an example",
+        losses="; ".join(losses),
+        labels=tuple(report["labels"]),
+        multi_label=report["multi_label"],
+        mean_length=splits["train"]["tokens"] / max(1, splits["train"]["examples"]),
+    )

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -17,11 +16,11 @@ from llmkit.errors import DataError, UserError
 from llmkit.evals.reading import Reading, corrupted_rows, read_data, run_val_split, windows
 from llmkit.intervals import Z, describe, ratio_error
 from llmkit.objectives.lm import perplexity
-from llmkit.parallel.device import DTYPES, autocast, choose_precision
+from llmkit.parallel.device import autocast, choose_precision
 from llmkit.parallel.world import start_world
 from llmkit.readers.tally import Tally
 from llmkit.screen import count
-from llmkit.storage.locate import Located, load_located
+from llmkit.storage.locate import Located, choose_dtype, load_located
 from llmkit.storage.run import read_run_config
 from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
@@ -60,9 +59,7 @@ def load_to_measure(located: Located, precision: str) -> tuple[nn.Module, Tokeni
     """Load a MODEL to measure it. Return it with its tokenizer and the precision to compute in."""
     device = start_world().device
     precision = choose_precision(precision, device)
-    # As in training: an adapter's base was frozen in 16 bits, and weights that were all trained were in fp32.
-    dtype = DTYPES[precision] if located.is_adapter else torch.float32
-    return *load_located(located, device=device, dtype=dtype), precision
+    return *load_located(located, device=device, dtype=choose_dtype(located, precision)), precision
 
 
 def measure_parts(

@@ -10,15 +10,14 @@ from llmkit.formats.gguf import TYPES, write_gguf
 from llmkit.models.folder import save_model
 from llmkit.parallel.device import DTYPES
 from llmkit.peft.adapter import read_adapter_config
-from llmkit.storage.locate import Located, load_located
+from llmkit.storage.locate import Located, load_located, read_located_head
 
 
 def export_hf(located: Located, out: Path, dtype: str) -> None:
     """Write config.json, model.safetensors and tokenizer.json for transformers. An adapter is merged in fp32 first."""
-    model, tokenizer = load_located(located, merge=True)
-    options = {"eos_token_ids": tokenizer.stop_ids, "bos_token_id": tokenizer.bos_id, "dtype": DTYPES[dtype]}
+    model, tokenizer = load_located(located, merge=True, head=read_located_head(located))
     with write_beside(out) as folder:
-        save_model(model, folder, **options)
+        save_model(model, folder, **tokenizer.config_ids, dtype=DTYPES[dtype])
         tokenizer.save(folder)
 
 

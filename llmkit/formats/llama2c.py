@@ -59,7 +59,7 @@ def import_llama2c(path: Path, tokenizer: Path, out: Path) -> None:
     check_finite(state, path)
     model.load_state_dict(state, assign=True)
     with write_beside(out) as folder:
-        save_model(model, folder, eos_token_ids=loaded_tokenizer.stop_ids, bos_token_id=loaded_tokenizer.bos_id)
+        save_model(model, folder, **loaded_tokenizer.config_ids)
         loaded_tokenizer.save(folder)
 
 

@@ -5,6 +5,7 @@ from torch import nn
 
 from llmkit.models import bert, falcon, family, gemma, gpt2, llama, mistral, mixtral, qwen2, qwen3, t5
 from llmkit.models.family import Config, Family, Problem
+from llmkit.models.heads import HeadConfig, add_head
 from llmkit.models.layers import init_weights
 
 FAMILIES: dict[str, Family] = {
@@ -24,16 +25,21 @@ def shape_problems(config: Config) -> list[Problem]:
     return family.shape_problems(family_of(config), config)
 
 
-def build_model(config: Config, *, device: torch.device | str = "cpu", seed: int | None = 0) -> nn.Module:
+def build_model(
+    config: Config, *, device: torch.device | str = "cpu", seed: int | None = 0, head: HeadConfig | None = None
+) -> nn.Module:
     """Build a model of the config's family, in fp32.
 
     seed  initialise with it (see `init_weights`); None leaves the weights empty, to be loaded
+    head  predicts labels instead of tokens
 
     >>> sum(p.numel() for p in build_model(gpt2.Config(vocab_size=50257), device="meta", seed=None).parameters())
     124439808
     """
     with torch.device("meta"):
         model = family_of(config).build(config)
+        if head:
+            add_head(model, family_of(config), head)
     if torch.device(device).type == "meta":
         return model
     model = model.to_empty(device=device)

@@ -213,5 +213,9 @@ FAMILY = Family(  # no residual matrix is scaled: every sum is normalised, so th
     may_be_missing=re.compile(r"cls\..*"),  # files of a bare encoder have no head
     from_disk_name=from_disk_name,
     prefix="bert.",
+    text_head=("classifier", True),
+    tag_head=("classifier", True),
+    pooler="bert.pooler.dense",
+    token_heads=("cls",),
     token_biases=lambda model: [(model.cls["predictions"], "bias")],
 )

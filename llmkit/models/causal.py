@@ -57,6 +57,28 @@ class CausalLM(nn.Module):
         logits_to_keep       compute logits or losses of this many last tokens only, or of these columns; 0: of all
         with_balance         also return the balance statistics of the experts, see `Family.aux_loss`
         """
+        x, balances = self.run_blocks(input_ids, positions, segments, cache)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden = self.norm(x[:, kept])
+        weight = token_tables(self)[-1].rows()
+        if labels is None:
+            result = self.to_logits(hidden, weight)
+        else:
+            result = linear_cross_entropy(hidden, weight, labels, reduction, chunk_loss=self.chunk_loss)
+        return (result, torch.stack(balances)) if with_balance else result
+
+    def encode(self, input_ids: Tensor) -> Tensor:
+        """Return the hidden states (B, T, hidden) of the last block, normed: what the head reads."""
+        return self.norm(self.run_blocks(input_ids)[0])
+
+    def run_blocks(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | SharedPrefix | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the output (B, T, hidden) of the last block, and the balance statistics of the blocks with experts."""
         length = input_ids.shape[1]
         if cache is not None:
             positions, masks = cache.begin(length)
@@ -75,11 +97,4 @@ class CausalLM(nn.Module):
                 balances.append(balance)
         if cache is not None:
             cache.length += length
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden = self.norm(x[:, kept])
-        weight = token_tables(self)[-1].rows()
-        if labels is None:
-            result = self.to_logits(hidden, weight)
-        else:
-            result = linear_cross_entropy(hidden, weight, labels, reduction, chunk_loss=self.chunk_loss)
-        return (result, torch.stack(balances)) if with_balance else result
+        return x, balances

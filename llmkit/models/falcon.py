@@ -132,6 +132,7 @@ FALCON = llama.LLAMA | {
     "to_hf": to_hf,
     "hf_defaults": {"hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71},
     "prefix": "transformer.",
+    "tag_head": ("classifier", True),
     "gated": lambda config: False,
     "gguf": Gguf("falcon", rms_norm=False, unsupported=lambda config: {"biases": config.bias}),
 }

@@ -92,6 +92,11 @@ class Family:
     from_disk_name: Callable[[str], str] = lambda name: (
         name
     )  # an old name in a file -> the name that `disk_views` gives
+    # Its head for labels, see `heads.add_head`: name, and whether it has a bias
+    text_head: tuple[str, bool] = ("score", False)
+    tag_head: tuple[str, bool] = ("score", True)
+    pooler: str = ""  # name of a linear between the first token's state and the head
+    token_heads: tuple[str, ...] = ("lm_head",)  # modules that predict tokens
     prefix: str = ""  # of the names of all weights but the head's; files of a model without its head lack it
 
     # What planning, training and adapters ask:

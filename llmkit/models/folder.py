@@ -20,6 +20,7 @@ from llmkit.errors import ModelError, did_you_mean, raise_all
 from llmkit.files import read_json
 from llmkit.models import FAMILIES, build_model, family_of, shape_problems
 from llmkit.models.family import Config
+from llmkit.models.heads import HeadConfig, head_fields, head_parameters, parse_head
 from llmkit.screen import printable
 
 MAX_CONFIG_BYTES = 2**20
@@ -42,15 +43,7 @@ MAX_SHARD_BYTES = 5 * 10**9  # of a weight file, as in transformers
 
 def read_config(folder: Path) -> Config:
     """Return the Config of a model's folder; raise a ModelError if a field asks for mathematics that is not built."""
-    path = folder / "config.json"
-    try:
-        hf = read_json(path, max_bytes=MAX_CONFIG_BYTES)
-        if not isinstance(hf, dict):
-            raise ValueError("not an object")
-    except FileNotFoundError:
-        raise ModelError(f"{folder} is not a model: it has no config.json", at=folder) from None
-    except (ValueError, OSError) as error:
-        raise ModelError(f"config.json can't be read: {error}", at=path) from None
+    path, hf = folder / "config.json", read_fields(folder)
     name = hf.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         expected, fix = " or ".join(FAMILIES), did_you_mean(str(name), FAMILIES)
@@ -89,6 +82,31 @@ def read_config(folder: Path) -> Config:
         problems.append(("vocab_size", "is missing"))
     raise_all([ModelError(f"config.json: {key} {reason}", at=path) for key, reason in problems])
     return config
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """Return the fields of a folder's config.json as they are."""
+    path = folder / "config.json"
+    try:
+        hf = read_json(path, max_bytes=MAX_CONFIG_BYTES)
+        if not isinstance(hf, dict):
+            raise ValueError("not an object")
+    except FileNotFoundError:
+        raise ModelError(f"{folder} is not a model: it has no config.json", at=folder) from None
+    except (ValueError, OSError) as error:
+        raise ModelError(f"config.json can't be read: {error}", at=path) from None
+    return hf
+
+
+def read_head(folder: Path) -> HeadConfig | None:
+    """Return the head for labels that a folder's config.json describes, None if the model predicts tokens."""
+    hf = read_fields(folder)
+    family = FAMILIES.get(str(hf.get("model_type")))
+    try:
+        return parse_head(hf, family.config.kind) if family else None
+    except ModelError as error:
+        error.at = folder / "config.json"
+        raise
 
 
 def unused_fields(name: str, options: dict[str, Any]) -> list[str]:
@@ -147,17 +165,23 @@ class Found:
     head: tuple[Path, str] | None
 
 
-def load_model(folder: Path, *, device="cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_model(
+    folder: Path, *, device="cpu", dtype: torch.dtype = torch.float32, head: HeadConfig | None = None, seed: int = 0
+) -> nn.Module:
     """Load a model from a Hugging Face folder. Names and shapes are checked before memory is allocated.
 
     If the config ties the output matrix to the embedding, but the files have both and they differ, they are not tied,
     as in transformers.
+
+    head  for labels, instead of the one for tokens. Its weights are initialised with `seed` where the folder has none,
+          or those of other labels
     """
     config = read_config(folder)
     family = family_of(config)
-    model = build_model(config, device="meta", seed=None)
+    model = build_model(config, device="meta", seed=None, head=head)
+    is_own = head is not None and (own := read_head(folder)) is not None and own.labels == head.labels
     files = weight_files(folder)
-    found = find_weights(model, folder, files)
+    found = find_weights(model, folder, files, reads_head=is_own)
     table = found.places.get(table_name(model))
     if found.head and table is None:
         found.places[table_name(model)] = found.head
@@ -169,9 +193,11 @@ def load_model(folder: Path, *, device="cpu", dtype: torch.dtype = torch.float32
         model = build_model(replace(config, tie_word_embeddings=False), device="meta", seed=None)
         found = find_weights(model, folder, files)
     weights = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
-    if fresh := [name for name in found.missing if family.may_be_missing.fullmatch(name)]:
-        warn(f"{folder} lacks {len(fresh)} weights; initialised: {', '.join(fresh)}")
-        initial = build_model(config, seed=0).state_dict()
+    own_head = head_parameters(model)
+    if fresh := [name for name in found.missing if family.may_be_missing.fullmatch(name) or name in own_head]:
+        if not head or is_own:
+            warn(f"{folder} lacks {len(fresh)} weights; initialised: {', '.join(fresh)}")
+        initial = build_model(config, seed=seed, head=head).state_dict()
         for name in fresh:
             weights[name].copy_(initial[name])
     views = {disk: view for name, tensor in weights.items() for disk, view in family.disk_views(name, tensor).items()}
@@ -207,13 +233,17 @@ def read_tensor(path: Path, name: str) -> Tensor:
         return file.get_tensor(name)
 
 
-def find_weights(model: nn.Module, folder: Path, files: list[Path]) -> Found:
+def find_weights(model: nn.Module, folder: Path, files: list[Path], reads_head: bool = False) -> Found:
     """Find the weights of a model in its files. Raise a ModelError with all that does not fit.
 
     Files of a model without its head lack the prefix of names. Weights of no known name are named in a warning, as
     transformers does, but not those of a layer that the config does not have: it is probably that of another model.
+
+    reads_head  whether the head for labels is in the files; else only what lies before it is read, if it is there
     """
-    family = family_of(model.config)
+    family, head_names = family_of(model.config), getattr(model, "head_names", [])
+    new = set() if reads_head else {f"{name}.{end}" for name in head_names[-1:] for end in ("weight", "bias")}
+    without_tokens = tuple(f"{name}." for name in family.token_heads if getattr(model, name) is None and head_names)
     shapes = {
         disk: tuple(view.shape)
         for name, p in model.named_parameters()
@@ -227,7 +257,8 @@ def find_weights(model: nn.Module, folder: Path, files: list[Path]) -> Found:
                 name = family.from_disk_name(disk_name)
                 name = f"{family.prefix}{name}" if f"{family.prefix}{name}" in shapes else name
                 shape, dtype = tuple(file.get_slice(disk_name).get_shape()), file.get_slice(disk_name).get_dtype()
-                if family.ignored_weights.fullmatch(name):
+                is_ignored = family.ignored_weights.fullmatch(name) and name not in shapes
+                if is_ignored or name in new or name.startswith(without_tokens):
                     continue
                 if name == "lm_head.weight" and model.config.tie_word_embeddings:
                     head = (path, disk_name)
@@ -252,6 +283,7 @@ def find_weights(model: nn.Module, folder: Path, files: list[Path]) -> Found:
                     errors.append(unsupported_type(disk_name, dtype, path))
     missing = [name for name in shapes if name not in places]
     allowed = {*family.missing_copies, *([table_name(model)] if head else [])}
+    allowed |= head_parameters(model).keys()
     needed = [name for name in missing if name not in allowed and not family.may_be_missing.fullmatch(name)]
     if needed and not errors:
         errors.append(ModelError(f"{len(needed)} weights are missing, for example {needed[0]}", at=folder))
@@ -290,10 +322,12 @@ def save_model(
     *,
     eos_token_ids: Sequence[int] = (),
     bos_token_id: int | None = None,
+    pad_token_id: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write config.json and model.safetensors, and generation_config.json if there are several stop tokens.
 
+    pad_token_id  for a head for labels, which transformers finds the last token of a text by
     dtype  of the weights; None: that of the parameters. Raises ModelError if its range is too small
     """
     weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in disk_weights(model)}
@@ -301,7 +335,9 @@ def save_model(
         check_finite(weights, folder)
     folder.mkdir(parents=True, exist_ok=True)
     token_ids = {"bos_token_id": bos_token_id, "eos_token_id": next(iter(eos_token_ids), None)}
-    config = hf_config(model.config) | token_ids
+    config = hf_config(model.config, getattr(model, "head", None)) | token_ids
+    if pad_token_id is not None and hasattr(model, "head"):
+        config["pad_token_id"] = pad_token_id
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if len(eos_token_ids) > 1:
@@ -329,9 +365,10 @@ def save_model(
         (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
 
 
-def hf_config(config: Config) -> dict:
-    """Return the fields of a Config's config.json."""
+def hf_config(config: Config, head: HeadConfig | None = None) -> dict:
+    """Return the fields of a Config's config.json, with those of a head for labels."""
     family = family_of(config)
     options = {key: value for key, value in asdict(config).items() if key != "init"}
     names = {"model_type": config.model_type, "architectures": [family.architecture]}
-    return family.to_hf(options) | family.fixed_values | names
+    fields = family.to_hf(options) | family.fixed_values | names
+    return fields | head_fields(config, family, head) if head else fields

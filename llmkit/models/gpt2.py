@@ -146,5 +146,6 @@ FAMILY = Family(
     ignored_weights=re.compile(r"(.*\.)?attn\.(masked_)?bias"),  # constants in old files
     transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"),
     prefix="transformer.",
+    tag_head=("classifier", True),
     gguf=Gguf("gpt2", rms_norm=False, rope=False),
 )

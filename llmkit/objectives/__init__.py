@@ -1,14 +1,19 @@
 """Objectives, by name. A new one is a function that builds it, and a line here with the models and data it fits."""
 
-from llmkit.objectives import lm
+from llmkit.objectives import heads, lm
 from llmkit.objectives.objective import ObjectiveType
 
+LABELLED = (("causal", "labelled"), ("masked", "labelled"))
 OBJECTIVES: dict[str, ObjectiveType] = {
     "lm": ObjectiveType(lm.lm, (("causal", "corpus"), ("causal", "sft"))),
     "mlm": ObjectiveType(lm.mlm, (("masked", "corpus"),)),
     "span_corruption": ObjectiveType(lm.spans, (("seq2seq", "corpus"),), lm.corrupted_lengths),
+    "classify": ObjectiveType(heads.classify, LABELLED),
+    "regress": ObjectiveType(heads.regress, LABELLED),
+    "tag": ObjectiveType(heads.tag, LABELLED),
     "seq2seq": ObjectiveType(lm.seq2seq, (("seq2seq", "sft"),), lambda seq_len: (seq_len, seq_len)),
 }
+HEADS = tuple(name for name, one in OBJECTIVES.items() if one.fits == LABELLED)  # that predict labels
 
 
 def fitting_objectives(kind: str, data_kind: str) -> list[str]:

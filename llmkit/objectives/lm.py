@@ -1,7 +1,7 @@
 """Language modelling: the objectives differ in the tokens that the model sees and in the labels."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from llmkit.errors import UserError
 from llmkit.models import family_of
 from llmkit.objectives.objective import Objective
 from llmkit.parallel.device import to_device
+from llmkit.parallel.world import World
 from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
 
@@ -45,13 +46,13 @@ def perplexity(
     device: torch.device,
     token_bytes: np.ndarray | None = None,
     micro_batch_size: int = 8,
-    total: Callable[[float], float] = lambda value: value,
+    world: World | None = None,
     losses: list[np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Measure a model on batches, in the autocast context of the caller.
 
     token_bytes  bytes of text a token stands for (V,): bits per byte needs it
-    total        adds a number up over ranks
+    world        adds numbers up over its ranks
     losses       gets the losses of each micro-batch, fp32 (B, T), 0 where there is no target
     Returns val_loss (nats a token), val_perplexity = exp(val_loss), bits_per_byte, and the targets counted.
     """
@@ -70,6 +71,7 @@ def perplexity(
             targets += len(scored)
             text_bytes += float(token_bytes[scored].sum()) if token_bytes is not None else 0
     model.train(training)
+    total = world.sum if world else float
     nats, targets, text_bytes = total(summed.item()), int(total(targets)), total(text_bytes)
     loss = nats / targets if targets else math.nan
     result: dict[str, Any] = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700)), "val_tokens": targets}

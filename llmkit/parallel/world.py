@@ -8,6 +8,7 @@ from datetime import timedelta
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -91,6 +92,16 @@ class World:
         with notice_lost_ranks():
             dist.all_gather(list(parts.chunk(self.size)), part)
         return parts
+
+    def concatenate(self, rows: np.ndarray) -> np.ndarray:
+        """Return the rows of all ranks, in the order of ranks; each may have another number of them."""
+        if self.size == 1:
+            return rows
+        counts = self.gather(torch.tensor([len(rows)])).tolist()
+        padded = torch.zeros(max(counts), *rows.shape[1:], dtype=torch.float64)
+        padded[: len(rows)] = torch.from_numpy(rows)
+        parts = self.gather(padded).split(max(counts))
+        return np.concatenate([part[:number].numpy() for part, number in zip(parts, counts, strict=True)])
 
     def on_main(self, function: Callable[[], Any], *, builds_data: bool = False) -> Any:
         """Call a function on rank 0 while the others wait; return its result there, and raise its error on all.

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from llmkit.errors import ModelError, UserError, raise_all
 from llmkit.files import read_json
-from llmkit.models.folder import FLOATS, check_finite, open_weights, unsupported_type
+from llmkit.models import family_of
+from llmkit.models.folder import (
+    FLOATS,
+    check_finite,
+    hf_config,
+    open_weights,
+    read_config,
+    read_head,
+    unsupported_type,
+)
+from llmkit.models.heads import POOLINGS, HeadConfig, head_parameters, train_head
 from llmkit.models.layers import token_tables
 from llmkit.models.resize import resize_embeddings
 from llmkit.peft import METHODS
@@ -22,6 +32,7 @@ from llmkit.peft.method import Method
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SAVED = "modules_to_save"  # names of modules that were trained as a whole, and are in the adapter's file
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "masked": None}  # PEFT's names for kinds of models
+HEAD_TASKS = {"classify": "SEQ_CLS", "regress": "SEQ_CLS", "tag": "TOKEN_CLS"}
 PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
 # Fields of an adapter_config.json that do not change what an adapter computes: names, versions, training and loading.
 IGNORED_FIELDS = set(
@@ -32,16 +43,22 @@ IGNORED_FIELDS = set(
 def save_adapter(model: nn.Module, folder: Path, name: str, options: Any, *, base: str, base_sha256: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors of a method, for PEFT and for `load_adapter`."""
     folder.mkdir(parents=True, exist_ok=True)
-    method = METHODS[name]
+    method, head = METHODS[name], getattr(model, "head", None)
     config = {
         "peft_type": method.peft_type,
-        "task_type": TASKS[model.config.kind],
+        "task_type": HEAD_TASKS[head.kind] if head else TASKS[model.config.kind],
         "base_model_name_or_path": base,
         **method.to_peft(model, options),
         "inference_mode": True,
     }
+    if head:  # peft saves no names of labels: they are in a config.json, that of the merged model
+        config[SAVED] = [one.removesuffix(".dense").rpartition(".")[2] for one in model.head_names]
+        (folder / "config.json").write_text(
+            json.dumps(hf_config(model.config, head), indent=2) + "\n", encoding="utf-8"
+        )
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = {f"{PREFIX}{key}": value.detach().cpu().contiguous() for key, value in method.tensors(model).items()}
+    trained = method.tensors(model) | head_parameters(model)
+    tensors = {f"{PREFIX}{key}": value.detach().cpu().contiguous() for key, value in trained.items()}
     # One entry: safetensors writes several in another order each time, and equal runs would have different files.
     save_file(tensors, folder / WEIGHTS, metadata={"base_sha256": base_sha256})
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)
@@ -100,6 +117,30 @@ def read_adapter_config(folder: Path) -> tuple[dict[str, Any], Method]:
     return config, method
 
 
+def read_adapter_head(folder: Path, base: Path) -> HeadConfig | None:
+    """Return the head for labels that an adapter of peft brings or was trained with, None if it predicts tokens.
+
+    peft saves no names of labels: they are the base's, or LABEL_0, LABEL_1 ... as in transformers.
+    """
+    config, _ = read_adapter_config(folder)
+    kind = {"SEQ_CLS": "classify", "TOKEN_CLS": "tag"}.get(str(config.get("task_type")))
+    model_config = read_config(base)
+    if kind is None or model_config.kind not in POOLINGS:
+        return None
+    family = family_of(model_config)
+    name, _ = family.tag_head if kind == "tag" else family.text_head
+    with open_weights(folder / WEIGHTS) as file:
+        key = f"{PREFIX}{name}.weight"
+        rows = file.get_slice(key).get_shape()[0] if key in file.keys() else None  # noqa: SIM118
+    own = read_head(base)
+    if own and rows in (None, len(own.labels)):
+        return own
+    if rows is None:
+        raise ModelError("the adapter lacks the weights of its head", at=folder / WEIGHTS, expected=key)
+    labels = tuple(f"LABEL_{i}" for i in range(rows))
+    return HeadConfig(kind, labels, None if kind == "tag" else POOLINGS[model_config.kind][0])
+
+
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: Path) -> Method:
     """Apply an adapter's method to its base model, fill in the trained tensors, and return the method."""
@@ -109,6 +150,7 @@ def load_adapter(model: nn.Module, folder: Path) -> Method:
         types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
         raise_all([unsupported_type(name, dtype, path) for name, dtype in types.items() if dtype not in FLOATS][:10])
         tensors = {name: file.get_tensor(name) for name in types}
+    train_head(model)  # in fp32, as its tensors are
     copy_saved_modules(model, config.get(SAVED) or [], tensors, path)
     try:
         shapes = {name.removeprefix(PREFIX): tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -116,6 +158,7 @@ def load_adapter(model: nn.Module, folder: Path) -> Method:
         if new_ids:
             resize_embeddings(model, max(new_ids) + 1, {})
         method.apply(model, options, 0, new_ids)
+        train_head(model)
     except ValueError as error:
         raise ModelError(f"the adapter does not fit this model: {error}", at=folder / CONFIG, fix=fix) from None
     except UserError as error:
@@ -137,12 +180,12 @@ def load_adapter(model: nn.Module, folder: Path) -> Method:
 def copy_saved_modules(model: nn.Module, names: list[str], tensors: dict[str, Tensor], path: Path) -> None:
     """Copy the modules that an adapter brings as a whole into the model, and remove them from its tensors.
 
-    names  the ends of the modules' names. An embedding with further rows extends the model's
+    names  the modules' names, or the last parts of them. An embedding with further rows extends the model's
     """
     brought = {
         key.removeprefix(PREFIX): tensors.pop(key)
         for key in sorted(tensors)
-        if any(f".{key.removeprefix(PREFIX).rpartition('.')[0]}".endswith(f".{name}") for name in names)
+        if any(f".{name}." in f".{key.removeprefix(PREFIX)}" for name in names)
     }
     tied = model.config.tie_word_embeddings
     tables = {name for name, module in model.named_modules() if any(module is table for table in token_tables(model))}
@@ -159,5 +202,9 @@ def copy_saved_modules(model: nn.Module, names: list[str], tensors: dict[str, Te
             raise ModelError(what, at=path, got=got, expected=None if found is None else tuple(found.shape))
         found.copy_(tensor)
     check_finite({name: parameters[name] for name in brought}, path)
-    if missing := [name for name in names if not any(name in key for key in brought)]:
+    known = {part for name, _ in model.named_modules() for part in name.split(".")}
+    missing = [name for name in names if not any(name in key for key in brought)]
+    if brought and hasattr(model, "head"):  # peft lists all names that a head may have
+        missing = [name for name in missing if name in known]
+    if missing:
         raise ModelError(f"the adapter's file lacks {missing[0]}, which {SAVED} names", at=path)

@@ -162,8 +162,11 @@ def is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-def check_file(path: Path) -> None:
-    """Raise DataError if a file that the user named can't be read."""
+def check_file(path: Path, any_suffix: bool = False) -> None:
+    """Raise DataError if a file that the user named can't be read.
+
+    any_suffix  its format is known from elsewhere
+    """
     problem, got, fix = None, None, None
     if not path.exists():
         problem = "the link points to a missing file" if path.is_symlink() else "no such file"
@@ -171,7 +174,7 @@ def check_file(path: Path) -> None:
         problem = "not a regular file"
     elif not path.stat().st_size:
         problem = "the file is empty"
-    elif (got := suffix_of(path)) not in (*READERS, ".zip"):
+    elif not any_suffix and (got := suffix_of(path)) not in (*READERS, ".zip"):
         problem, fix = "no reader for files with this suffix", did_you_mean(got, READERS)
     if problem:
         raise DataError(problem, at=path, got=got, fix=fix)

@@ -11,8 +11,16 @@ from torch import nn
 
 from llmkit.errors import ModelError
 from llmkit.files import file_sha256
-from llmkit.models.folder import load_model, read_config, weight_files
-from llmkit.peft.adapter import base_change, load_adapter, read_adapter_config, saved_base_sha256
+from llmkit.models.folder import load_model, read_config, read_head, weight_files
+from llmkit.models.heads import HeadConfig
+from llmkit.parallel.device import DTYPES
+from llmkit.peft.adapter import (
+    base_change,
+    load_adapter,
+    read_adapter_config,
+    read_adapter_head,
+    saved_base_sha256,
+)
 from llmkit.storage.manifest import MANIFEST, best_checkpoint, read_checkpoint_manifest, verify
 from llmkit.storage.run import is_run
 from llmkit.tokenizer.load import has_tokenizer, load_tokenizer, set_extra_stop_ids
@@ -107,27 +115,51 @@ def base_sha256(folder: Path) -> str:
     return f"{weights_sha256(folder)}-{hashlib.sha256(text.encode()).hexdigest()}"
 
 
+def read_located_head(located: Located) -> HeadConfig | None:
+    """Return the head for labels of a model or an adapter, None if it predicts tokens."""
+    if (located.folder / "config.json").is_file():
+        return read_head(located.folder)
+    return read_adapter_head(located.folder, located.base) if located.is_adapter else None
+
+
+def choose_dtype(located: Located, precision: str) -> torch.dtype:
+    """Return the dtype of a MODEL's weights for measuring, as in training: an adapter's base was frozen in 16 bits, and
+    weights that were all trained were in fp32.
+    """
+    return DTYPES[precision] if located.is_adapter else torch.float32
+
+
 def load_located(
-    located: Located, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, merge: bool = False
+    located: Located,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    merge: bool = False,
+    head: HeadConfig | None = None,
 ) -> tuple[nn.Module, Tokenizer]:
     """Load a model and its tokenizer, and an adapter on its base.
 
     merge  fold the adapter into the base, one matrix after the other in fp32. The whole base is never in fp32 unless
            `dtype` is: it was frozen in 16 bits when the adapter was trained, and memory may hold no more
+    head   of the model, see `read_located_head`; None: predict tokens. Raise ModelError if the model has a head for
+           labels instead
     """
+    if head is None and read_located_head(located):
+        fix = f"llmkit classify {located.folder} FILE"
+        raise ModelError("this model predicts labels, not tokens", at=located.folder, fix=fix)
     brings_own = not located.is_adapter or has_tokenizer(located.folder)
     tokenizer = load_tokenizer(located.folder if brings_own else located.base)
     if not located.is_adapter:
         if len(tokenizer) > (size := read_config(located.folder).vocab_size):
             what = "the tokenizer has more tokens than the model"
             raise ModelError(what, at=located.folder, got=len(tokenizer), expected=size)
-        return load_model(located.folder, device=device, dtype=dtype), tokenizer
+        return load_model(located.folder, device=device, dtype=dtype, head=head), tokenizer
     base = located.base
     set_extra_stop_ids(tokenizer, base)
     saved = saved_base_sha256(located.folder)
     if saved and (change := base_change(saved, base_sha256(base))):
         raise ModelError(f"{change} since the adapter was trained", at=base)
-    model = load_model(base, device=device, dtype=dtype)
+    model = load_model(base, device=device, dtype=dtype, head=head)
     method = load_adapter(model, located.folder)
     if merge:
         method.merge(model)

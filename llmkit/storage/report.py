@@ -22,6 +22,9 @@ def list_runs(root: Path) -> list[Path]:
     return sorted((path.parent for path in root.glob(f"*/{CONFIG}")), key=last_write)
 
 
+COUNTED = ("val_loss", "val_perplexity", "val_tokens", "val_examples")  # figures of the val split that are no scores
+
+
 def summarize(folder: Path) -> dict[str, Any]:
     """Return figures of a run: its setup, its last step, and the best val loss of a checkpoint that exists."""
     records = read_metrics(folder)
@@ -32,7 +35,7 @@ def summarize(folder: Path) -> dict[str, Any]:
     losses = [record for record in records if "loss" in record]
     kept = {step_of(checkpoint) for checkpoint in list_checkpoints(folder)}
     evaluated = [r for r in records if r["step"] in kept and is_finite(r.get("val_loss"))]
-    if any("/" in key for record in evaluated for key in record) and (chosen := best_checkpoint(folder)):
+    if any(is_score(key) for record in evaluated for key in record) and (chosen := best_checkpoint(folder)):
         # eval.best may be another figure than the val loss
         evaluated = [record for record in evaluated if record["step"] == step_of(chosen)] or evaluated
     best = min(evaluated, key=lambda record: record["val_loss"], default={})
@@ -54,8 +57,10 @@ def summarize(folder: Path) -> dict[str, Any]:
 
 
 def is_score(key: str) -> bool:
-    """Return whether a figure of an evaluation is the loss of a set or the score of a task."""
-    return "/" in key and not key.endswith(("_stderr", "/val_perplexity", "/bits_per_byte"))
+    """Return whether a figure of an evaluation is the loss of a set, or a score of a task or of a head for labels."""
+    if "/" in key:
+        return not key.endswith(("_stderr", "/val_perplexity", "/bits_per_byte"))
+    return key.startswith("val_") and key not in COUNTED
 
 
 def data_name(data: dict[str, Any]) -> str | None:

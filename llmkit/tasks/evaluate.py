@@ -13,10 +13,10 @@ from llmkit import __version__
 from llmkit.config.defaults import EXAMPLES
 from llmkit.errors import UserError
 from llmkit.files import file_sha256
-from llmkit.parallel.device import DTYPES, autocast, choose_precision, device_name
+from llmkit.parallel.device import autocast, choose_precision, device_name
 from llmkit.parallel.world import start_world
 from llmkit.peft.adapter import WEIGHTS as ADAPTER_WEIGHTS
-from llmkit.storage.locate import Located, load_located, weights_sha256
+from llmkit.storage.locate import Located, choose_dtype, load_located, weights_sha256
 from llmkit.tasks.harness import HarnessTask, harness_task
 from llmkit.tasks.run import Prepared, Result, prepare
 from llmkit.tasks.task import find_task
@@ -70,8 +70,7 @@ def evaluate_models(
     precision = choose_precision(precision, device)
     names, found = unique_names(models), []
     for name, located in zip(names, models, strict=True):
-        # As for perplexity: an adapter's base was frozen in 16 bits, and weights that were all trained were in fp32.
-        dtype = DTYPES[precision] if located.is_adapter else torch.float32
+        dtype = choose_dtype(located, precision)
         model, tokenizer = load_located(located, device=device, dtype=dtype)
         results = []
         with autocast(device, precision):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llmkit import scores
 from llmkit.errors import MachineError, UserError, suggest
 from llmkit.tasks.likelihood import Score
 from llmkit.tasks.prompts import Question
@@ -178,26 +179,12 @@ def bits_per_byte(items: Sequence[tuple[float, int]]) -> float:
     return -sum(nats for nats, _ in items) / max(1, sum(size for _, size in items)) / math.log(2)
 
 
-def f1(items: Sequence[tuple[int, int]]) -> float:
-    """Return the F1 of class 1 if there are two classes, else the mean of those of all classes."""
-    targets, choices = np.array(items).T
-    classes = sorted({*targets.tolist(), *choices.tolist()})
-    scores = []
-    for one in [1] if set(classes) <= {0, 1} else classes:
-        same = ((targets == one) & (choices == one)).sum()
-        both = (targets == one).sum() + (choices == one).sum()
-        scores.append(2 * same / both if both else 0.0)
-    return float(np.mean(scores))
+def of_classes(score: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[Sequence[tuple[int, int]]], float]:
+    """Return a score of pairs of the right choice and the likeliest one."""
+    return lambda items: score(*np.array(items).T)
 
 
-def matthews(items: Sequence[tuple[int, int]]) -> float:
-    """Return the correlation of classes and labels (Matthews 1975; for many classes: Gorodkin 2004); 0 if undefined."""
-    targets, choices = np.array(items).T
-    classes = range(max(targets.max(), choices.max()) + 1)
-    counts = np.array([[((targets == a) & (choices == b)).sum() for b in classes] for a in classes], dtype=float)
-    total, right, true, made = counts.sum(), np.trace(counts), counts.sum(1), counts.sum(0)
-    spread = (total**2 - (true**2).sum()) * (total**2 - (made**2).sum())
-    return float((right * total - true @ made) / math.sqrt(spread)) if spread else 0.0
+f1, matthews = of_classes(scores.f1), of_classes(scores.matthews)
 
 
 def corpus_score(name: str) -> Callable[[Sequence[Item]], float]:

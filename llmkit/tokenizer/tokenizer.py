@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as Rust
@@ -116,6 +117,17 @@ class Tokenizer:
         """Return the ids that stop generation: end token, end of turn (with a chat template), and `extra_stop_ids`."""
         turn = [self.end_of_turn_id] if self.chat_template else []
         return list(dict.fromkeys([self.eos_id, *turn, *self.extra_stop_ids]))
+
+    @property
+    def pad_id(self) -> int:
+        """Return the id that fills rows: that of the padding token, else of the end token."""
+        name = self.roles.get("pad_token")
+        return self.rust.token_to_id(name) if name else self.eos_id
+
+    @property
+    def config_ids(self) -> dict[str, Any]:
+        """Return the ids that a model's config.json names, as `folder.save_model` takes them."""
+        return {"eos_token_ids": self.stop_ids, "bos_token_id": self.bos_id, "pad_token_id": self.pad_id}
 
     def add_specials(self, tokens: list[str]) -> None:
         """Append special tokens to the vocabulary."""

@@ -197,7 +197,8 @@ def train_wordpiece(texts: Iterable[str], options: Options) -> Tokenizer:
     )
     train_on_words(rust, texts, trainer, options.say)
     markers = [(token, rust.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    rust.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=markers)
+    pair = "[CLS] $A [SEP] $B:1 [SEP]:1"
+    rust.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair=pair, special_tokens=markers)
     return Tokenizer(rust, rust.token_to_id("[SEP]"))
 
 

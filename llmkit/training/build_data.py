@@ -10,10 +10,12 @@ from llmkit.config.data import CorpusData
 from llmkit.config.schema import Config
 from llmkit.corpus.build import build_corpus, needs_build
 from llmkit.corpus.units import VERSION
-from llmkit.data.splits import Splits, open_corpus, open_records, read_manifest
+from llmkit.data.splits import Splits, open_corpus, open_labelled, open_records, read_manifest
 from llmkit.errors import DataError
+from llmkit.models.folder import read_config
 from llmkit.parallel.world import World
 from llmkit.records.build import encode_sft
+from llmkit.records.labelled import encode_labelled
 from llmkit.records.layouts import CONTINUED
 from llmkit.tokenizer.chat_template import default_template, describe_template
 from llmkit.tokenizer.load import load_tokenizer, read_template
@@ -35,6 +37,8 @@ def open_data(
     """
     if isinstance(config.data, CorpusData):
         return open_built_corpus(config, world, say, keep=keep)
+    if config.data.kind == "labelled":
+        return open_encoded_labels(config, world, base, keep=keep)
     return open_encoded_records(config, world, base, start_id, keep=keep)
 
 
@@ -80,6 +84,17 @@ def open_encoded_records(config: Config, world: World, base: Path, start_id: int
     where = data.path or ", ".join(source.name for source in data.sources)
     where += f" and {data.val_path}" if data.val_path else ""
     return open_records(report, where, tokenizer, start_id, form=form, weights=weights)
+
+
+def open_encoded_labels(config: Config, world: World, base: Path, *, keep: bool) -> Splits:
+    """Encode the texts with labels, if that is not done, and open them."""
+    data, tokenizer = config.data, load_tokenizer(base)
+    out = Path(config.run_dir) / "data" if keep else temporary_folder()
+    options = {"task": config.objective.name, "seed": config.seed, "keep": keep}
+    world.on_main(lambda: encode_labelled(data, tokenizer, out, **options), builds_data=True)
+    report = encode_labelled(data, tokenizer, out, **options)  # every rank reads what rank 0 wrote
+    where = data.path + (f" and {data.val_path}" if data.val_path else "")
+    return open_labelled(report, where, tokenizer, types=read_config(base).kind == "masked")
 
 
 def temporary_folder() -> Path:

@@ -9,6 +9,7 @@ from torch import nn
 
 from llmkit.models import build_model, family_of
 from llmkit.models.family import Config
+from llmkit.models.heads import HeadConfig, train_head
 from llmkit.models.layers import Head, RMSNorm, token_tables
 from llmkit.models.loss import rows_in_chunk
 from llmkit.peft import METHODS
@@ -99,6 +100,7 @@ def flops_per_row(model: nn.Module, lengths: Lengths) -> float:
     tables = {id(parameter) for table in token_tables(model) for parameter in table.parameters()}
     predicted = lengths.target if decoder_layers else lengths.source
     total = (4.0 if frozen else 6.0) * config.vocab_size * config.hidden_size * predicted
+    total = 0.0 if hasattr(model, "head") else total  # a head for labels reads a single state, or has few rows
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2 and parts[name] not in ("embeddings", "norms") and id(parameter) not in tables:
             tokens = lengths.source if family.reads_source(name) else lengths.target
@@ -120,6 +122,7 @@ def memory(
     precision: str,
     peft: tuple[str, dict[str, Any]] | None = None,
     new_rows: int = 0,
+    head: HeadConfig | None = None,
     optimizer: tuple[str, dict[str, Any]] = ("adamw", {}),
     checkpointing: str | int | float = "none",
     compiled: bool = True,
@@ -141,11 +144,19 @@ def memory(
     if packed and not (device == "cuda" and compiled):  # a block mask takes next to nothing
         shapes |= dict.fromkeys(("segments",) if lengths.target else ("segments", "positions"), shapes["input_ids"])
 
+    if head:
+        shapes["lengths"] = (micro_batch_size,)
+        shapes["labels"] = shapes["labels"] if head.kind == "tag" else (micro_batch_size,)
+        if head.multi_label:
+            shapes["labels"] = (micro_batch_size, len(head.labels))
+
     def change(model: nn.Module) -> None:
         METHODS[peft[0]].apply(model, METHODS[peft[0]].options(**peft[1]), 0, list(range(new_rows)))
+        train_head(model)
 
     phases = simulate_layers(
         config,
+        head=head,
         period=checkpointing if isinstance(checkpointing, int) else 1,
         alike=not re.search(r"[^\W\d]\.\d", str(peft)),  # an adapter may change some layers alone
         shapes=shapes,
@@ -157,10 +168,11 @@ def memory(
         accumulates=accumulates,
         averages=averages,
     )
-    if device == "cuda":
+    if device == "cuda" and not head:
         rows = micro_batch_size * (lengths.target or lengths.source)
         here, there = (rows_in_chunk(rows, config.vocab_size, torch.device(one)) for one in ("cpu", "cuda"))
         phases["loss"]["loss"] += (there - here) * config.vocab_size * (4 if compiled else 14)  # bytes of a logit
+    if device == "cuda":
         return max(phases.values(), key=lambda parts: sum(parts.values()))
     if frozen := phases["loss"].get("frozen weights"):  # a base is copied from a file that is mapped
         phases["load"] = {"frozen weights": frozen, "file of the base": frozen}
@@ -198,6 +210,7 @@ def make_plan(
     lengths: Lengths | None = None,
     peft: tuple[str, dict[str, Any]] | None = None,
     new_rows: int = 0,
+    head: HeadConfig | None = None,
     **options: Any,
 ) -> Plan:
     """Return the cost of a run of a model's Config; see `memory` for the other options.
@@ -206,18 +219,20 @@ def make_plan(
     lengths   of a row in the encoder and the decoder; None: a decoder reads seq_len tokens
     peft      name and options of a PEFT method
     new_rows  number of embedding rows that an adapter trains
+    head      for labels, instead of the one for tokens
 
     >>> from llmkit.models import gpt2
     >>> make_plan(gpt2.Config(vocab_size=50257), seq_len=1024, micro_batch_size=8, precision="bf16").total
     124439808
     """
-    model, lengths = build_model(config, device="meta", seed=None), lengths or Lengths(seq_len)
+    model, lengths = build_model(config, device="meta", seed=None, head=head), lengths or Lengths(seq_len)
     base = {name for name, _ in model.named_parameters()}
     if peft:
         method = METHODS[peft[0]]
         method.apply(model, method.options(**peft[1]), 0, list(range(new_rows)))
+        train_head(model)
     added = frozenset(name for name, _ in model.named_parameters()) - base
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     flops = flops_per_row(model, lengths) / seq_len
-    peak = memory(config, lengths=lengths, peft=peft, new_rows=new_rows, **options)
+    peak = memory(config, lengths=lengths, peft=peft, new_rows=new_rows, head=head, **options)
     return Plan(parameters_by_part(model, added), trainable, flops, {part: n for part, n in peak.items() if n})

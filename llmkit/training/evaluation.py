@@ -75,9 +75,7 @@ def open_extras(config: Config, model_config: Any, tokenizer: Tokenizer) -> Extr
     if repeated := [name for name in names if names.count(name) > 1]:
         fix = "copy the task's file, and give the copy another name"
         raise config.error("eval.tasks", "has two tasks of one name", got=repeated[0], fix=fix)
-    extras = Extras(sets, tasks)
-    check_best(config, extras)
-    return extras
+    return Extras(sets, tasks)
 
 
 def open_set(config: Config, model_config: Any, tokenizer: Tokenizer, name: str, path: str) -> TextSet:
@@ -107,15 +105,19 @@ def open_set(config: Config, model_config: Any, tokenizer: Tokenizer, name: str,
     return TextSet(lambda: kept, tokens, token_bytes, data.seq_len, tokenizer.eos_id)
 
 
-def check_best(config: Config, extras: Extras) -> None:
-    """Raise UserError if eval.best is no figure of an evaluation."""
-    known = ["val_loss", *(f"{name}/val_loss" for name in extras.sets)]
+def check_best(config: Config, extras: Extras, own_scores: Iterable[str] = ()) -> None:
+    """Raise UserError if eval.best is no figure of an evaluation.
+
+    own_scores  of the val split, besides its loss
+    """
+    known = ["val_loss", *own_scores, *(f"{name}/val_loss" for name in extras.sets)]
     own = [task for task in extras.tasks if isinstance(task, Prepared)]
     known += [f"{task.name}/{name}" for task in own for name in task.task.score_names]
     theirs = tuple(f"{task.name}/" for task in extras.tasks if task not in own)  # the harness knows their scores
     if config.eval.best not in known and not (theirs and config.eval.best.startswith(theirs)):
         raise config.error("eval.best", "is not measured", got=config.eval.best, expected=" or ".join(known))
-    if config.eval.best != "val_loss" and config.eval.tasks_every and "/val_loss" not in config.eval.best:
+    is_of_task = "/" in config.eval.best and not config.eval.best.endswith("/val_loss")
+    if is_of_task and config.eval.tasks_every:
         raise config.error("eval.tasks_every", "must be null, since eval.best is the score of a task", fix="delete it")
 
 
@@ -124,7 +126,7 @@ def score_of(name: str, figures: dict[str, Any]) -> float:
     if name not in figures:
         return math.inf
     metric = name.rpartition("/")[2].partition(",")[0]
-    is_lower_better = metric == "val_loss" or (metric in METRICS and not METRICS[metric][2])
+    is_lower_better = metric in ("val_loss", "val_mse") or (metric in METRICS and not METRICS[metric][2])
     return figures[name] if is_lower_better else -figures[name]
 
 
@@ -151,7 +153,7 @@ def measure(run: Any, model: nn.Module, step: int, folder: Path | None, say: Cal
     limit = config.eval.max_batches and config.eval.max_batches * config.train.global_batch_size
     batches = itertools.islice(run.batches("val", size).in_order(limit), world.rank, None, world.size)
     with autocast(world.device, run.precision):
-        options = {"device": world.device, "micro_batch_size": size, "total": world.sum}
+        options = {"device": world.device, "micro_batch_size": size, "world": world}
         result = run.objective.evaluate(model, batches, token_bytes=run.token_bytes, **options)
         with torch.compiler.set_stance("force_eager"):  # rows of other lengths, of which each would be compiled
             for name, one in run.extras.sets.items():

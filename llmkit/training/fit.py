@@ -7,7 +7,9 @@ from typing import Any
 from llmkit.config.fields import Choice
 from llmkit.config.schema import Config
 from llmkit.errors import MachineError
+from llmkit.models.heads import HeadConfig
 from llmkit.objectives import OBJECTIVES
+from llmkit.objectives.heads import make_head
 from llmkit.peft import METHODS
 from llmkit.training.cost import KEPT, Lengths, Plan, make_plan
 
@@ -29,6 +31,7 @@ def plan_run(
     train, data = config.train, config.data
     return make_plan(
         model_config,
+        head=head_of(config, options, model_config.kind),
         peft=(config.peft.name, options["peft"]) if config.peft else None,
         new_rows=new_rows,
         seq_len=data.seq_len,
@@ -38,11 +41,18 @@ def plan_run(
         optimizer=(config.optimizer.name, options["optimizer"]),
         checkpointing=train.gradient_checkpointing,
         compiled=train.compile is True,
-        packed=data.kind != "corpus" or data.document_mask,
+        packed=data.kind == "sft" or (data.kind == "corpus" and data.document_mask),
         accumulates=train.global_batch_size // ranks > train.micro_batch_size,
         averages=config.checkpoint.average == "tail",
         device=device,
     )
+
+
+def head_of(config: Config, options: Options, kind: str) -> HeadConfig | None:
+    """Return the head for labels that a config trains on a model of this kind, None if it trains none."""
+    if config.data.kind != "labelled":
+        return None
+    return make_head(config.objective.name, options["objective"], kind, config.data.labels, config.data.multi_label)
 
 
 def with_train(config: Config, **values: Any) -> Config:

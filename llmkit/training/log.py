@@ -18,6 +18,8 @@ from llmkit.storage.report import is_score
 from llmkit.storage.run import RunDirectory
 from llmkit.training.prepare import PreparedRun
 
+HEAD_SCORES = 2  # scores of a head for labels in a line: accuracy and F1, or two correlations
+
 
 @dataclass
 class Interval:
@@ -134,7 +136,10 @@ def progress_line(record: dict[str, Any], total: int) -> str:
     if "val_loss" in record:
         perplexity = f" ppl {record['val_perplexity']:.2f}" if "val_perplexity" in record else ""
         parts.append(f"val {record['val_loss']:.3f}{perplexity}")
-    parts += [f"{key.removesuffix('/val_loss')} {value:.3f}" for key, value in record.items() if is_score(key)]
+    scores = [key for key in record if is_score(key)]
+    of_head = [key for key in scores if "/" not in key]
+    shown = [key for key in scores if key not in of_head[HEAD_SCORES:]]
+    parts += [f"{key.removesuffix('/val_loss').removeprefix('val_')} {record[key]:.3f}" for key in shown]
     if "lr" in record:
         parts += [f"lr {record['lr']:.1e}", f"gnorm {record['grad_norm']:.2f}"]
         parts += [f"{format_count(record['tokens_per_second'])} tok/s", f"mfu {record['mfu']:.0%}"]

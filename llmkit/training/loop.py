@@ -30,7 +30,7 @@ from llmkit.storage.manifest import (
     step_of,
 )
 from llmkit.storage.plot import plot_runs
-from llmkit.storage.report import write_report
+from llmkit.storage.report import is_score, write_report
 from llmkit.storage.run import RunDirectory, check_can_open, open_run, without_secrets
 from llmkit.training.average import averaged, start_average, update_average
 from llmkit.training.evaluation import best_of, describe_forgetting, measure, score_of
@@ -310,7 +310,7 @@ def finish(
         names = {"val_perplexity": ("perplexity", 3), "bits_per_byte": ("bits_per_byte", 4)}
         summary |= {name: round(best[key], digits) for key, (name, digits) in names.items() if key in best}
         summary |= {"best_checkpoint": str(kept)}
-        summary |= {key: round(value, 4) for key, value in best.items() if "/" in key and not key.endswith("_stderr")}
+        summary |= {key: round(value, 4) for key, value in best.items() if is_score(key)}
         lowest = min((r for r in records if r.get("val_loss") is not None), key=lambda r: r["val_loss"])
         if lowest["val_loss"] < best["val_loss"] and run.config.eval.best == "val_loss":
             what = f"{lowest['val_loss']:.4f} at step {lowest['step']}, of which no checkpoint is kept"

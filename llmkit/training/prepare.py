@@ -18,13 +18,16 @@ from llmkit.data.splits import Splits
 from llmkit.errors import DataError, UserError, raise_all
 from llmkit.models import CONFIGS, family_of
 from llmkit.models.folder import read_config
+from llmkit.models.heads import HeadConfig
 from llmkit.objectives import OBJECTIVES
+from llmkit.objectives.heads import score_names
 from llmkit.objectives.objective import Objective
 from llmkit.parallel.device import choose_precision, describe_precision, device_name
 from llmkit.parallel.memory import free_memory
 from llmkit.parallel.world import World
 from llmkit.peft import METHODS
 from llmkit.records.build import list_record_files
+from llmkit.records.labelled import list_labelled_files
 from llmkit.screen import count, format_count
 from llmkit.storage.locate import base_sha256, locate
 from llmkit.storage.run import check_own, claim
@@ -32,8 +35,8 @@ from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.training.build_data import open_data
 from llmkit.training.cost import Plan
-from llmkit.training.evaluation import Extras, open_extras
-from llmkit.training.fit import MEMORY_SHARE, cheapest_change, check_memory, choose_fit
+from llmkit.training.evaluation import Extras, check_best, open_extras
+from llmkit.training.fit import MEMORY_SHARE, cheapest_change, check_memory, choose_fit, head_of
 from llmkit.training.resolve import (
     Options,
     check_choices,
@@ -97,12 +100,18 @@ class PreparedRun:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.config.train.global_batch_size * self.config.data.seq_len
+        """Return the tokens that a step reads, on average of labelled texts, whose rows differ in length."""
+        return round(self.config.train.global_batch_size * (self.data.mean_length or self.config.data.seq_len))
 
     @property
     def token_bytes(self) -> np.ndarray | None:
         """The bytes of text per token, for bits per byte; None if not all tokens of a text are predicted."""
         return self.data.token_bytes if self.model_config.kind == "causal" else None
+
+    @property
+    def head(self) -> HeadConfig | None:
+        """The head for labels; None: the model predicts tokens."""
+        return head_of(self.config, self.options, self.model_config.kind)
 
     @cached_property
     def base_sha256(self) -> str:
@@ -140,17 +149,24 @@ def prepare(
     check_machine(config, world.device)
     config, options, model_config = checked.config, checked.options, checked.model_config
     check_own(Path(config.run_dir))
-    if config.data.kind == "sft":  # its records are encoded into the run directory
+    if config.data.kind != "corpus":  # its records are encoded into the run directory
         for source in config.data.all_sources():
-            list_record_files(source)
+            if config.data.kind == "sft":
+                list_record_files(source)
+            else:
+                list_labelled_files(source, config.objective.name, config.data.header)
         if keep:
             world.on_main(lambda: claim(Path(config.run_dir)))
     start_id = family_of(model_config).start_token_id(model_config)
     data = open_data(config, world, checked.base, start_id, say, keep=keep)
+    if config.data.kind == "labelled":  # the labels are written into the resolved config
+        found = {"labels": list(data.labels) or None}
+        found |= {"multi_label": data.multi_label} if config.objective.name == "classify" else {}
+        checked.config = config = config.model_copy(update={"data": config.data.model_copy(update=found)})
     new_tokens = fit_vocabulary(checked, data.tokenizer)
     for split, samples in data.samples.items():
         if samples < 1:
-            fix = "add records" if config.data.kind == "sft" else "lower data.seq_len or add text"
+            fix = "lower data.seq_len or add text" if config.data.kind == "corpus" else "add records"
             if data.samples["train" if split == "val" else "val"] > 1 and not getattr(config.data, "val_path", None):
                 key = "data.split.val_fraction" if isinstance(config.data, CorpusData) else "data.val_fraction"
                 fix += f", or {'raise' if split == 'val' else 'lower'} {key}"
@@ -171,6 +187,8 @@ def prepare(
         **vars(derived),
         extras=open_extras(config, model_config, data.tokenizer) if config.eval.every else Extras(),
     )
+    if config.eval.every:
+        check_best(config, run.extras, score_names(run.head) if run.head else ())
     raise_all(list(check_max_epochs(config, epochs_by_source(run), data.shares, derived.max_steps)))
     return run
 
@@ -346,7 +364,7 @@ def describe(run: PreparedRun) -> dict[str, str]:
         "mixture": ", ".join(mixture),
         "device": f"{device_name(run.world.device)}, {describe_precision(run.world.device, run.precision)}, {ranks}",
         "batch": f"{size} = {run.micro_batch_size} micro x {accumulation} accumulated x {ranks}, "
-        f"{config.data.seq_len} tokens each",
+        f"{'up to ' if run.head else ''}{config.data.seq_len} tokens each",
         "length": f"{run.max_steps} steps, {format_count(run.max_steps * run.tokens_per_step)} tokens, "
         f"{run.max_steps * size / rows:.2f} epochs",
         "objective": describe_choice(config.objective.name, options["objective"]) if options["objective"] else "",
@@ -367,6 +385,8 @@ def describe(run: PreparedRun) -> dict[str, str]:
 def next_commands(run: PreparedRun) -> list[str]:
     """Return the commands to type after the run."""
     folder, kind = run.config.run_dir, run.model_config.kind
+    if run.head:
+        return [f"llmkit eval {folder}", f"llmkit classify {folder} FILE"]
     prompt = shlex.quote(run.config.eval.sample_prompt or "Once upon a time")
     write = [f"llmkit generate {folder} {prompt}"]
     if run.config.data.kind == "sft":

@@ -12,6 +12,7 @@ from llmkit.config.schema import Config
 from llmkit.config.yaml import quote, read_yaml
 from llmkit.errors import ModelError, UserError, suggest
 from llmkit.models.folder import read_config
+from llmkit.objectives import HEADS
 from llmkit.readers.packed import suffix_of
 from llmkit.readers.records import DOCUMENT_FORMATS
 from llmkit.storage.locate import locate
@@ -42,6 +43,7 @@ def finetune_config(
     data: Path | None,
     columns: dict[str, str] | None,
     rank: int | None,
+    objective: str | None = None,
     overrides: list[str],
     say: Callable[[str], None],
 ) -> Config:
@@ -62,7 +64,7 @@ def finetune_config(
         if newest:
             say(f"model: {newest}, the newest run")
             model = str(newest)
-    if data and suffix_of(data) in DOCUMENT_FORMATS:
+    if data and suffix_of(data) in DOCUMENT_FORMATS and objective != "tag":  # words and tags in CoNLL's columns
         fix = continue_pretraining(model, str(data))
         raise UserError("--data is text, not prompts and answers", got=data, fix=fix)
     if len(methods) > 1:
@@ -98,7 +100,7 @@ def finetune_config(
     if section:
         defaults["data"] = section
     elif data is not None or is_records(own.get("data")):
-        defaults["data"] = {"kind": "sft"}
+        defaults["data"] = {"kind": "labelled" if objective in HEADS else "sft"}
         if start is not None:
             defaults["data"]["seq_len"] = min(LONGEST, trained_length(start))
     flags = [f"init_from={quote(model)}"] if model else []
@@ -107,6 +109,7 @@ def finetune_config(
     if methods:
         flags += ["peft=null" if method == "full" else f"peft.name={method}"]
     flags += [f"peft.r={rank}"] if rank else []
+    flags += [f"objective.name={objective}"] if objective else []
     config = load_config(path, [*flags, *overrides], defaults)
     if config.model_dump() != load_config(path, [*flags, *overrides, *flags], defaults).model_dump():
         what, got = "-o contradicts an option of finetune", f"-o {' '.join(overrides)}, against {' '.join(flags)}"

@@ -15,11 +15,13 @@ from llmkit.config.load import check_options
 from llmkit.config.schema import Config, Train
 from llmkit.errors import DataError, MachineError, UserError, did_you_mean, raise_all
 from llmkit.models import CONFIGS, build_model, shape_problems
+from llmkit.models.heads import POOLINGS
 from llmkit.objectives import OBJECTIVES, fitting_objectives
 from llmkit.parallel.device import choose_precision
 from llmkit.parallel.fp8 import fp8_obstacle
 from llmkit.peft import METHODS
 from llmkit.readers.records import DOCUMENT_FORMATS, suffix_of
+from llmkit.records.label_layouts import OURS
 from llmkit.records.layouts import FIELDS
 from llmkit.storage.manifest import best_checkpoint, list_checkpoints
 from llmkit.storage.run import CONFIG as RUN_CONFIG
@@ -72,8 +74,8 @@ def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[st
     name, kind, data = model_config.model_type, model_config.kind, config.data.kind
     fitting = fitting_objectives(kind, data)
     if not fitting:
-        what = f"{name} can't be trained on prompts and answers: it writes no text"
-        raise UserError(what, at=config.where("data.kind"), got=data)
+        why = "labels: it has no head for them" if data == "labelled" else "prompts and answers: it writes no text"
+        raise UserError(f"{name} can't be trained on {why}", at=config.where("data.kind"), got=data)
     choice = config.objective or Choice(name=fitting[0])
     if choice.name not in fitting:
         expected, fix = " or ".join(fitting), "leave the objective out"
@@ -81,6 +83,11 @@ def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[st
         raise config.error("objective.name", what, got=choice.name, expected=expected, fix=fix)
     options, errors = check_objective(config, choice)
     raise_all(errors)
+    if "pooling" in options:
+        options["pooling"] = options["pooling"] or POOLINGS[kind][0]
+        if options["pooling"] not in POOLINGS[kind]:
+            what, expected = f"does not fit {name}", " or ".join(POOLINGS[kind])
+            raise config.error("objective.pooling", what, got=options["pooling"], expected=expected)
     return choice, options
 
 
@@ -117,6 +124,8 @@ def find_problems(config: Config, options: Options, model_config: Any, ranks: in
         yield config.error("data.document_mask", "can't be done: spans are cut out of whole rows")
     if data == "sft":
         yield from record_problems(config, kind)
+    if data == "labelled":
+        yield from head_problems(config)
     section = "model" if config.model else "init_from"
     for key, reason in shape_problems(model_config):
         yield UserError(f"model.{key} {reason}", at=config.where(f"{section}.{key}"))
@@ -151,6 +160,26 @@ def record_problems(config: Config, model_kind: str) -> Iterator[UserError]:
     if data.too_long == "split" and model_kind == "seq2seq":
         what, fix = "can't be split for an encoder and a decoder", "data.too_long: drop or truncate_prompt"
         yield config.error("data.too_long", what, fix=fix)
+
+
+def head_problems(config: Config) -> Iterator[UserError]:
+    """Yield what does not fit a head for labels."""
+    for name in [name for name in config.data.columns if name not in OURS]:
+        fix = did_you_mean(name, OURS) or f"name one of {', '.join(OURS)}"
+        yield config.error("data.columns", f"has {name}, which is no field of a record", fix=fix)
+    measured = ("sample_prompt", "sets", "general", "tasks")
+    for key in [key for key in measured if getattr(config.eval, key)]:
+        yield config.error(
+            f"eval.{key}", "needs a head for tokens, and this run trains one for labels", fix="delete it"
+        )
+    if config.objective.name != "classify" and config.data.multi_label is not None:
+        yield config.error("data.multi_label", f"has no effect with objective {config.objective.name}", fix="delete it")
+    if config.train.max_tokens is not None:
+        yield config.error(
+            "train.max_tokens", "can't be counted: texts differ in length", fix="give epochs or max_steps"
+        )
+    if config.train.compile is True:
+        yield config.error("train.compile", "can't be done: rows of labelled texts differ in length", fix="delete it")
 
 
 def check_method(config: Config, options: dict[str, Any], model_config: Any) -> None:

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from llmkit.models import family_of
 from llmkit.models.family import Config
-from llmkit.objectives.lm import sum_of_losses
+from llmkit.models.heads import HeadConfig, add_head
+from llmkit.objectives import heads, lm
 from llmkit.parallel.compile import PRODUCTS, apply_checkpointing
 from llmkit.parallel.device import DTYPES
 from llmkit.training.average import start_average
@@ -138,7 +139,8 @@ def watch(ledger: Ledger, model: nn.Module, compiled: bool) -> None:
 def simulate_step(
     config: Config,
     *,
-    shapes: dict[str, tuple[int, int]],
+    shapes: dict[str, tuple[int, ...]],
+    head: HeadConfig | None,
     change: Callable[[nn.Module], None] | None,
     make_optimizers: Callable[[nn.Module], list[torch.optim.Optimizer]],
     precision: str,
@@ -151,6 +153,7 @@ def simulate_step(
 
     config           of a model
     shapes           name -> shape of the model's inputs and labels for one micro-batch
+    head             for labels, None: for tokens
     change           applies an adapter to the model, whose weights are then in the dtype of `precision`
     make_optimizers  for the model
     checkpointing    train.gradient_checkpointing
@@ -160,6 +163,8 @@ def simulate_step(
     ledger, dtype = Ledger(), DTYPES[precision]
     with FakeTensorMode(allow_non_fake_inputs=True):  # constants of a module have data
         model = family_of(config).build(config)
+        if head:
+            add_head(model, family_of(config), head)
         if change:
             for p in model.parameters():
                 p.data = p.data.to(dtype)
@@ -184,7 +189,7 @@ def simulate_step(
                 p.grad = torch.zeros_like(p)
             ledger.enter("activations", "forward")
             with torch.autocast("cpu", dtype, enabled=precision != "fp32"):
-                loss, _ = sum_of_losses(model, batch)
+                loss, _ = (heads if head else lm).sum_of_losses(model, batch)
             loss.backward()
             del loss
             ledger.enter("optimizer", "step")

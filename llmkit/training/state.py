@@ -12,6 +12,7 @@ from llmkit import __version__
 from llmkit.errors import ModelError
 from llmkit.models import build_model
 from llmkit.models.folder import load_model, save_model
+from llmkit.models.heads import train_head
 from llmkit.models.resize import resize_embeddings
 from llmkit.parallel.device import DTYPES
 from llmkit.peft import METHODS
@@ -34,11 +35,12 @@ def make_model(run: PreparedRun, resumed: Path | None) -> nn.Module:
         folder = resumed / "model" if resumed else run.base
         if folder is None:
             return build_model(run.model_config, device=device, seed=config.seed)
-        model = load_model(folder, device=device)
+        model = load_model(folder, device=device, head=run.head, seed=config.seed)
         if not resumed and run.new_tokens:
             resize_embeddings(model, run.model_config.vocab_size, run.new_tokens)
         return model
-    model = load_model(run.base, device=device, dtype=DTYPES[run.precision])  # what is frozen needs no fp32
+    dtype = DTYPES[run.precision]  # what is frozen needs no fp32
+    model = load_model(run.base, device=device, dtype=dtype, head=run.head, seed=config.seed)
     if resumed:
         if change := base_change(saved_base_sha256(resumed / "model") or "", run.base_sha256):
             fix = "name the checkpoint that it began with, or start over with --fresh"
@@ -49,6 +51,7 @@ def make_model(run: PreparedRun, resumed: Path | None) -> nn.Module:
         resize_embeddings(model, run.model_config.vocab_size, run.new_tokens)
     method = METHODS[config.peft.name]
     method.apply(model, method.options(**run.options["peft"]), config.seed, list(run.new_tokens))
+    train_head(model)
     return model
 
 
@@ -109,5 +112,5 @@ def write_model(run: PreparedRun, model: nn.Module, folder: Path) -> None:
         base = {"base": str(run.base.resolve()), "base_sha256": run.base_sha256}
         save_adapter(model, folder, config.peft.name, options, **base)
     else:
-        save_model(model, folder, eos_token_ids=tokenizer.stop_ids, bos_token_id=tokenizer.bos_id)
+        save_model(model, folder, **tokenizer.config_ids)
     tokenizer.save(folder)

@@ -60,6 +60,8 @@ def choose_compile(run: PreparedRun, model: nn.Module, batches: Batches, done: i
     """
     if run.config.train.compile != "auto":
         return run.config.train.compile, "as when the run began" if done else "as the config says"
+    if run.head:
+        return False, "rows of labelled texts differ in length"
     if obstacle := compile_obstacle(model, run.world.device, run.precision):
         return False, obstacle
     time_micro_batch(run, model, batches)  # the first one allocates memory

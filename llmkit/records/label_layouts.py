@@ -1,0 +1,213 @@
+"""Read texts with labels, pairs of texts, and words with tags, in the layouts that files have."""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llmkit.errors import DataError, did_you_mean
+from llmkit.readers.packed import open_bytes, suffix_of
+from llmkit.readers.records import DOCUMENT_FORMATS, READERS, read_csv, read_records
+from llmkit.readers.tally import BadRecord, Record
+from llmkit.records.layouts import describe_fields
+
+PAIRS = (  # names of the fields of two texts, those of GLUE and SuperGLUE first
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("#1 String", "#2 String"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("text_a", "text_b"),
+    ("text", "text_pair"),
+)
+TEXTS = ("text", "sentence", "content", "review", "tweet", "comment_text", "comment", "document")
+LABELS = (
+    *("label", "labels", "gold_label", "is_duplicate", "Quality", "score", "class", "category", "sentiment"),
+    *("target", "rating", "stars"),
+)
+WORDS, TAGS = ("tokens", "words"), ("ner_tags", "tags", "pos_tags", "labels")
+FIELDS = tuple(dict.fromkeys([name for pair in PAIRS for name in pair] + [*TEXTS, *LABELS, *WORDS, *TAGS]))
+OURS = ("text", "text_pair", "label", "tokens", "tags")  # that data.columns may name
+NO_LABEL = ("", "-", "-1")  # SNLI's for "the annotators do not agree", and that of test files
+COLA = ["source", "label", "star", "sentence"]  # GLUE's CoLA has no line with the names of its columns
+
+
+class Labelled(NamedTuple):
+    """A text, two, or words, and what is right: a label or tags as they are in the file; None if it is not known."""
+
+    texts: tuple[str, ...] | list[str]  # a tuple of one or two texts, or a list of words
+    label: Any
+
+
+class NoFieldError(ValueError):
+    """Raised for a record without a field that is needed: at the first record of a file, its layout is unknown."""
+
+
+def read_rows(path: Path, tags: bool = False, header: list[str] | None = None) -> Iterator[Record]:
+    """Yield the records of a file: JSONL, JSON, CSV, Parquet; TSV without quotes, as GLUE has it; CoNLL's columns.
+
+    tags    whether words have tags: a file of no other format is one of CoNLL
+    header  names of the columns of a CSV or TSV file that has no line with them
+    """
+    kind = suffix_of(path)
+    is_table = any(end in kind for end in (".csv", ".tsv"))
+    if tags and (kind not in READERS or kind in DOCUMENT_FORMATS):
+        yield from read_conll(path)
+    elif is_table or (header and kind in (*DOCUMENT_FORMATS, "")):
+        with open_bytes(path) as file:
+            first = file.readline(2**20).decode("utf-8-sig", "replace")
+        if not first.strip():
+            yield 1, BadRecord(str(path), 1, 0, "the file is empty"), 0
+            return
+        is_tsv = ".tsv" in kind or (".csv" not in kind and "\t" in first)
+        cells = first.rstrip("\r\n").split("\t")
+        if header is None and len(cells) == len(COLA) and cells[1] in ("0", "1") and cells[2] in ("", "*"):
+            header = COLA
+        rows = read_csv(path, header, "\t", quoted=False) if is_tsv else read_csv(path, header)
+        yield from ((line, unquote(row) if is_tsv and isinstance(row, dict) else row, n) for line, row, n in rows)
+    else:
+        yield from read_records(path)
+
+
+def unquote(row: dict[str, str]) -> dict[str, str]:
+    """Return the fields of a TSV row without the quotes that a spreadsheet puts around them.
+
+    >>> unquote({"a": '"a ""b"" c"', "b": '"One" or "two"'})
+    {'a': 'a "b" c', 'b': '"One" or "two"'}
+    """
+    is_quoted = re.compile(r'"(?:[^"]|"")*"').fullmatch
+    return {key: value[1:-1].replace('""', '"') if is_quoted(value) else value for key, value in row.items()}
+
+
+def read_conll(path: Path) -> Iterator[Record]:
+    """Yield the sentences of a file with a word and its tag, the last column, on each line, and blank lines between.
+
+    Lines that begin with -DOCSTART-, or with # and a space as CoNLL-U has its comments, are no words.
+    """
+    words: list[str] = []
+    tags: list[str] = []
+    first = size = number = 0
+    with open_bytes(path) as file:
+        for number, raw in enumerate(file, 1):
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8", "replace").rstrip("\r\n")
+            size += len(raw)
+            if not line.strip() or line.startswith(("-DOCSTART-", "# ")):
+                if words:
+                    yield first, {"tokens": words, "tags": tags}, size
+                    words, tags, size = [], [], 0
+                continue
+            cells = line.split("\t") if "\t" in line else line.split()
+            if len(cells) < 2:
+                yield number, BadRecord(str(path), number, None, "a line without a tag", len(raw)), len(raw)
+                continue
+            first = first if words else number
+            words.append(cells[0])
+            tags.append(cells[-1].strip())
+    if words:
+        yield first, {"tokens": words, "tags": tags}, size
+    elif not number:
+        yield 1, BadRecord(str(path), 1, 0, "the file is empty"), 0
+
+
+def read_labelled(
+    record: dict[str, Any],
+    task: str,
+    columns: dict[str, str],
+    labels: list[str] | None = None,
+    needs_label: bool = True,
+) -> tuple[Labelled, list[str]]:
+    """Return the example of a record, and the names of the fields that were read.
+
+    task         classify, regress or tag
+    columns      our name of a field, one of OURS -> the file's
+    labels       of data.labels: a record with a field of each is one of several labels, 1 or 0
+    needs_label  False: a record without one will do
+
+    Raise NoFieldError if a field is missing, and ValueError if one has no text.
+    """
+
+    def choose(ours: str, names: Iterable[str]) -> str | None:
+        if columns:
+            names = [columns[ours]] if ours in columns else []
+        return next((name for name in names if record.get(name) is not None), None)
+
+    if task == "tag":
+        words = choose("tokens", WORDS)
+        if words is None:
+            raise NoFieldError("no field with the words of a sentence")
+        texts, read = record[words], [words]
+        if not isinstance(texts, list) or not texts or not all(isinstance(one, str) for one in texts):
+            raise ValueError(f"{words} is no list of words")
+        key = choose("tags", [name for name in TAGS if name != words])
+    else:
+        pair = next(
+            (pair for pair in PAIRS if not columns and all(record.get(name) is not None for name in pair)), None
+        )
+        names = (choose("text", TEXTS), choose("text_pair", ())) if columns else pair or (choose("text", TEXTS),)
+        read = [name for name in names if name]
+        if names[0] is None:
+            raise NoFieldError("no field with a text")
+        texts = tuple(record[name] for name in read)
+        if not all(isinstance(one, str) for one in texts):
+            raise ValueError(f"{' or '.join(read)} is no text")
+        if not any(one.strip() for one in texts):
+            raise ValueError(f"{' and '.join(read)} is empty")
+        key = choose("label", LABELS)
+    if key is None and labels and not columns and all(name in record for name in labels):
+        return Labelled(texts, [name for name in labels if str(record[name]) in ("1", "1.0", "True")]), [*read, *labels]
+    if key is None and needs_label:
+        raise NoFieldError("no field with a label" if task != "tag" else "no field with the tags of the words")
+    return Labelled(texts, None if key is None else record[key]), [*read, *([key] if key else [])]
+
+
+def parse_label(value: Any, task: str, separator: str | None = None) -> Any:
+    """Return a label as text, several as a list, a number for `regress`; None if the record has none.
+
+    Raise ValueError for what can't be one.
+
+    >>> parse_label(1.0, "classify"), parse_label("a|b", "classify", "|"), parse_label("3.8", "regress")
+    ('1', ['a', 'b'], 3.8)
+    """
+    none = NO_LABEL[:2] if task == "regress" else NO_LABEL
+    if value is None or (isinstance(value, str | int | float) and str(value).strip() in none):
+        return None
+    if task == "regress":
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"the label is no number: {str(value)[:40]}") from None
+        if not np.isfinite(number):
+            raise ValueError("the label is not finite")
+        return number
+    if isinstance(value, str) and separator:
+        return [part.strip() for part in value.split(separator) if part.strip()]
+    if isinstance(value, list):
+        return [name_of(one) for one in value]
+    return name_of(value)
+
+
+def name_of(value: Any) -> str:
+    """Return the name of a label."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int) or not str(value).strip():
+        raise ValueError(f"the label is no name: {str(value)[:40]}")
+    return str(value).strip()
+
+
+def unknown_layout(record: dict[str, Any], at: str, error: NoFieldError) -> DataError:
+    """Return the error for a file whose first record has no field that is known."""
+    hints = [hint for key in record if key not in FIELDS and (hint := did_you_mean(str(key), FIELDS))]
+    fix = "name the fields: data.columns: {text: ..., label: ...}"
+    if "no field with a text" in str(error) and not any(isinstance(key, str) and key in FIELDS for key in record):
+        fix += "; if the file has no line with the names of its columns, give them as data.header: [label, text]"
+    expected = "text, sentence1 and sentence2, premise and hypothesis or similar, with label, class or similar"
+    if "words" in str(error) or "tags" in str(error):
+        expected, fix = "tokens and ner_tags, tags or labels", "name the fields: data.columns: {tokens: ..., tags: ...}"
+    what = f"the first record of the file has {error}"
+    return DataError(what, at=at, got=describe_fields(record), expected=expected, fix=hints[0] if hints else fix)

@@ -1,0 +1,379 @@
+"""Encode texts with labels, pairs of texts, or words with tags; `data/labelled.py` says which files are written."""
+
+import hashlib
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Encoding
+from tokenizers import Tokenizer as Rust
+
+from llmkit.config.data import LabelledData, RecordSource
+from llmkit.data.labelled import FILES
+from llmkit.data.rows import QUARANTINE, REPORT, encode_tokens, read_report
+from llmkit.data.tokens import ShardWriter, describe_file, save_array, seal
+from llmkit.errors import DataError
+from llmkit.files import file_sha256, folder_stamps, open_atomically, write_atomically
+from llmkit.readers.documents import is_saved_dataset, load_dataset_rows
+from llmkit.readers.listing import check_file
+from llmkit.readers.tally import BadRecord, Record, Tally
+from llmkit.records.build import LENGTHS, VALIDATION, list_record_files
+from llmkit.records.label_layouts import Labelled, NoFieldError, parse_label, read_labelled, read_rows, unknown_layout
+from llmkit.records.rows import choose_splits
+from llmkit.screen import replace_surrogates
+from llmkit.tokenizer.guard import library_errors
+from llmkit.tokenizer.tokenizer import Tokenizer
+
+VERSION = 1  # of the encoding
+BATCH = 512  # examples that are encoded together
+MOST_CLASSES = 1000  # over which a label that most records do not share is no label
+
+
+@dataclass
+class Found:
+    """Count what is found in records, besides bad ones."""
+
+    unlabelled: int = 0
+    truncated: int = 0
+    too_long: int = 0
+    without_token: int = 0
+    words_without_token: int = 0
+    fields: Counter[str] = field(default_factory=Counter)
+
+
+class Encoded(NamedTuple):
+    """The coded tokens of an example, its label or the tags of its tokens as numbers, and a hash of its text."""
+
+    tokens: np.ndarray
+    label: Any
+    digest: int
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------------------
+
+
+def make_encoder(tokenizer: Tokenizer, seq_len: int) -> Callable[[list[tuple[str, ...] | list[str]]], list[Encoding]]:
+    """Return a function that encodes texts as transformers does: with the tokens that begin, part and end them, cut to
+    seq_len tokens. Words are joined with spaces. Special tokens that a text spells out are text.
+    """
+    rust = Rust.from_str(tokenizer.rust.to_str())
+    rust.encode_special_tokens = True
+    rust.no_padding()
+    rust.enable_truncation(seq_len, strategy="longest_first")
+
+    def encode(examples: list[tuple[str, ...] | list[str]]) -> list[Encoding]:
+        texts = [(" ".join(one),) if isinstance(one, list) else one for one in examples]
+        inputs = [replace_surrogates(one[0]) if len(one) == 1 else tuple(map(replace_surrogates, one)) for one in texts]
+        with library_errors("the tokenizer can't encode a text"):
+            return rust.encode_batch(inputs, add_special_tokens=True)
+
+    return encode
+
+
+def words_of(encoding: Encoding, words: list[str]) -> np.ndarray:
+    """Return the number of the word that each token of `make_encoder` belongs to; -1 of a special one.
+
+    It is the word of the token's last character: a token may begin with the space before its word.
+    """
+    ends = np.cumsum([len(word) + 1 for word in words])  # the place after the space behind each word
+    places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    numbers = np.searchsorted(ends, places[:, 1] - 1, side="right")
+    return np.where((places[:, 1] > places[:, 0]) & (numbers < len(words)), numbers, -1)
+
+
+def first_tokens(numbers: np.ndarray) -> np.ndarray:
+    """Return which tokens are the first of their word, given the word of each; see `words_of`."""
+    _, first = np.unique(numbers, return_index=True)
+    is_first = np.zeros(len(numbers), bool)
+    is_first[first] = True
+    return is_first & (numbers >= 0)
+
+
+# ---- labels ---------------------------------------------------------------------------------------------------------
+
+
+class Labels:
+    """Give labels numbers: in the order in which they come, or those of data.labels alone.
+
+    multi_label  whether a text has any number of labels; None: as the first one has it
+    """
+
+    def __init__(self, task: str, names: list[str] | None, multi_label: bool | None):
+        self.task, self.is_open, self.multi_label = task, names is None, multi_label if task == "classify" else False
+        self.numbers = {name: i for i, name in enumerate(names or [])}
+
+    def encode(self, label: Any) -> Any:
+        """Return a label of `parse_label` as a number, several labels or tags as a list of numbers."""
+        if self.task == "regress":
+            return label
+        if self.multi_label is None:
+            self.multi_label = isinstance(label, list)
+        if self.multi_label or self.task == "tag":
+            return [self.number_of(one) for one in (label if isinstance(label, list) else [label])]
+        if isinstance(label, list):
+            raise ValueError("several labels, where the first record has one: data.multi_label")
+        return self.number_of(label)
+
+    def number_of(self, name: str) -> int:
+        """Return the number of a label. Raise ValueError if it is not one of data.labels, nor the number of one."""
+        if self.is_open:
+            return self.numbers.setdefault(name, len(self.numbers))
+        if name in self.numbers:
+            return self.numbers[name]
+        if name.isdecimal() and int(name) < len(self.numbers):
+            return int(name)
+        raise ValueError(f"there is no label {name[:40]!r} in data.labels")
+
+    def in_order(self) -> tuple[list[str], np.ndarray]:
+        """Return the names, sorted unless data.labels gives an order, and the new number of each old one."""
+        names = list(self.numbers)
+        if self.is_open:
+            whole = all(re.fullmatch(r"[+-]?\d{1,18}", name) for name in names)
+            names.sort(key=int if whole else str)
+        places = {name: i for i, name in enumerate(names)}
+        return names, np.array([places[name] for name in self.numbers], np.int64)
+
+    def as_array(self, labels: list) -> np.ndarray:
+        """Return the labels of all examples: float32 (N,) numbers, int64 (N,), or int64 (N, L) of 0 and 1."""
+        if self.task == "regress":
+            return np.array(labels, np.float32)
+        _, places = self.in_order()
+        if not self.multi_label:
+            return places[np.array(labels, np.int64)]
+        array = np.zeros((len(labels), len(places)), np.int64)
+        for row, numbers in zip(array, labels, strict=True):
+            row[places[np.array(numbers, np.int64)]] = 1
+        return array
+
+
+def count_labels(task: str, names: list[str], labels: np.ndarray) -> dict[str, float]:
+    """Return how often each label is there; of numbers the least, the mean and the largest."""
+    if task == "regress":
+        return {"least": float(labels.min()), "mean": float(labels.mean()), "largest": float(labels.max())}
+    counts = labels.sum(0) if labels.ndim > 1 else np.bincount(labels[labels >= 0], minlength=len(names))
+    return dict(zip(names, counts.tolist(), strict=True))
+
+
+def check_labels(data: LabelledData, task: str, counts: dict[str, float], examples: int) -> None:
+    """Raise DataError for labels from which nothing can be learnt, or which are no labels."""
+    names = list(counts)
+    if task == "regress":
+        return
+    if len(names) < 2:
+        raise DataError("all records have the same label", at=data.path, got=", ".join(names)[:100] or "no label")
+    if task == "classify" and len(names) > MOST_CLASSES and len(names) > examples / 2:
+        what, fix = "most records have a label of their own", "name the field: data.columns: {text: ..., label: ...}"
+        raise DataError(what, at=data.path, got=f"{len(names):,} labels, {names[0][:40]!r} first", fix=fix)
+    numbers = [name for name in names if re.fullmatch(r"-?\d+\.\d+", name)]
+    if task == "classify" and len(numbers) > len(names) / 2 and data.labels is None:
+        fix = "objective: {name: regress} predicts numbers; data.labels says that these are classes"
+        raise DataError("the labels are numbers", at=data.path, got=", ".join(numbers[:5]), fix=fix)
+
+
+# ---- all records ----------------------------------------------------------------------------------------------------
+
+
+def encode_labelled(
+    data: LabelledData, tokenizer: Tokenizer, out: Path, *, task: str, seed: int, keep: bool = True
+) -> dict[str, Any]:
+    """Encode `data` into OUT/<key>/, unless that is done; return the report, with the folder added.
+
+    task  classify, regress or tag
+    keep  whether the folder stays: only then messages name the list of bad records in it
+
+    Raise DataError if more records are bad than data.on_error allows, or if there are no labels to learn.
+    """
+    sources = [*data.all_sources(), *([RecordSource(name="val", path=data.val_path)] if data.val_path else [])]
+    splits = [None, VALIDATION][: len(sources)]
+    files = [list_labelled_files(one, task, data.header, split) for one, split in zip(sources, splits, strict=True)]
+    contents = [
+        [file_sha256(path) for path in paths] if paths else folder_stamps(Path(source.path).expanduser())
+        for source, paths in zip(sources, files, strict=True)
+    ]
+    settings = [VERSION, task, data.model_dump(exclude={"on_error"}), seed, tokenizer.sha256, contents]
+    folder = out / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    listed_in = folder / QUARANTINE if keep else "quarantine.jsonl of the run, once it is started"
+    try:
+        report = read_report(folder)
+    except DataError:  # there is none yet, or it is damaged
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [read_source(one, task, data.header, split) for one, split in zip(sources, splits, strict=True)]
+        report = seal(write_examples(data, tokenizer, folder, task, seed, rows, listed_in))
+        write_atomically(folder / REPORT, json.dumps(report, indent=2))
+    check_records(Tally(**report["records"]), data, listed_in)
+    return report | {"key": folder.name, "folder": str(folder), "listed_in": str(listed_in)}
+
+
+def check_records(tally: Tally, data: LabelledData, listed_in: Path | str) -> None:
+    """Raise DataError if there are more bad records than the config allows."""
+    tally.check(data.on_error.max_fraction, fix=data.on_error.fix, listed_in=listed_in)
+
+
+def list_labelled_files(
+    source: RecordSource, task: str, header: list[str] | None, split: str | None = None
+) -> list[Path] | None:
+    """Return the files of a source, or None if `datasets` reads it. Raise DataError for what can't be read.
+
+    split  of a folder with several, instead of the source's
+    """
+    path = Path(source.path).expanduser()
+    if path.is_file() and (task == "tag" or header):  # as train.conll, or SMSSpamCollection, which has no suffix
+        check_file(path, any_suffix=True)
+        return [path]
+    return list_record_files(source, split=split)
+
+
+def read_source(
+    source: RecordSource, task: str, header: list[str] | None, split: str | None = None
+) -> Iterator[tuple[str, Iterator[Record]]]:
+    """Yield (file, records) of a source; see `list_labelled_files`."""
+    files = list_labelled_files(source, task, header, split)
+    for path in files or []:
+        yield str(path), read_rows(path, task == "tag", header)
+    if not files:
+        saved = is_saved_dataset(Path(source.path).expanduser())
+        yield source.path, load_dataset_rows(source.path, None, source.split, False, saved, "", None)
+
+
+def write_examples(
+    data: LabelledData,
+    tokenizer: Tokenizer,
+    folder: Path,
+    task: str,
+    seed: int,
+    sources: list[Iterable[tuple[str, Iterable[Record]]]],
+    listed_in: Path | str,
+) -> dict[str, Any]:
+    """Encode all records, number their labels, and choose the splits. Return the report."""
+    tally, found, labels = Tally(), Found(), Labels(task, data.labels, data.multi_label)
+    kept, digests, is_val = [], [], []
+    with (
+        ShardWriter(folder / "tokens", FILES["tokens"]) as tokens,
+        ShardWriter(folder / "tags", FILES["tags"]) as tags,
+        open_atomically(folder / QUARANTINE) as listed,
+    ):
+
+        def note_bad(bad: BadRecord) -> None:
+            tally.add(0, bad)
+            listed.write(json.dumps(vars(bad)).encode() + b"\n")
+
+        for number, files in enumerate(sources):
+            for path, records in files:
+                examples = read_examples(path, records, data, labels, tally, found, note_bad)
+                for one in encode_examples(examples, data, tokenizer, task, found):
+                    tokens.add(one.tokens)
+                    tags.add(one.label) if task == "tag" else kept.append(one.label)
+                    digests.append(one.digest)
+                    is_val.append(number > 0)
+    check_records(tally, data, listed_in)
+    if not digests:
+        raise nothing_left(data, tally, found, listed_in)
+    train, val, is_shared = choose_splits(np.array(digests, np.uint64), np.array(is_val), data.val_fraction, seed)
+    names, places = labels.in_order()
+    if task == "tag":
+        coded = np.memmap(tags.path, FILES["tags"], "r+")
+        coded[coded >= 0] = places[coded[coded >= 0]]
+        coded.flush()
+        counts = count_labels(task, names, coded)
+    else:
+        array = labels.as_array(kept)
+        save_array(folder / "labels.npy", array)
+        counts = count_labels(task, names, array[train])
+    check_labels(data, task, counts, len(digests))
+    splits, lengths = {"train": train, "val": val}, np.diff(np.array(tokens.ends), prepend=0)
+    for name, chosen in splits.items():
+        save_array(folder / f"{name}.npy", np.flatnonzero(chosen))
+    own = [tags.path] if task == "tag" else [folder / "labels.npy"]
+    written = [tokens.path, tokens.index, *own, *(folder / f"{name}.npy" for name in splits)]
+    return {
+        "files": [describe_file(path, folder) for path in written],
+        "records": tally.counts(),
+        "found": vars(found) | {"fields": dict(found.fields)},
+        "lengths": {name: int(np.quantile(lengths, q, method="inverted_cdf")) for name, q in LENGTHS.items()},
+        "seq_len": data.seq_len,
+        "task": task,
+        "labels": names,
+        "multi_label": bool(labels.multi_label),
+        "counts": counts,
+        "pad_id": tokenizer.pad_id,
+        "pairs": bool((np.memmap(tokens.path, FILES["tokens"], "r") < 0).any()),
+        "splits": {
+            name: {"examples": int(one.sum()), "tokens": int(lengths[one].sum())} for name, one in splits.items()
+        },
+        "texts in both": is_shared,
+    }
+
+
+def read_examples(
+    path: str,
+    records: Iterable[Record],
+    data: LabelledData,
+    labels: Labels,
+    tally: Tally,
+    found: Found,
+    note_bad: Callable[[BadRecord], None],
+) -> Iterator[Labelled]:
+    """Yield the good records of a file that have a label, which becomes numbers."""
+    is_first = True
+    for line, record, size in records:
+        if isinstance(record, BadRecord):
+            note_bad(record)
+            continue
+        try:
+            one, fields = read_labelled(record, labels.task, data.columns, data.labels)
+            label = parse_label(one.label, labels.task, data.label_separator)
+            is_tagged = isinstance(label, list) and len(label) == len(one.texts)
+            if labels.task == "tag" and label is not None and not is_tagged:
+                raise ValueError("there is not one tag for each word")
+            label = None if label is None else labels.encode(label)
+        except ValueError as error:
+            if is_first and isinstance(error, NoFieldError):
+                raise unknown_layout(record, f"{path}:{line}", error) from None
+            note_bad(BadRecord(path, line, None, str(error), size))
+            continue
+        is_first = False
+        tally.add(size)
+        if label is None:
+            found.unlabelled += 1
+            continue
+        found.fields.update(fields)
+        yield Labelled(one.texts, label)
+
+
+def encode_examples(
+    examples: Iterator[Labelled], data: LabelledData, tokenizer: Tokenizer, task: str, found: Found
+) -> Iterator[Encoded]:
+    """Yield examples as tokens."""
+    encode = make_encoder(tokenizer, data.seq_len)
+    while batch := list(itertools.islice(examples, BATCH)):
+        for one, encoding in zip(batch, encode([one.texts for one in batch]), strict=True):
+            if encoding.overflowing and data.too_long == "drop":
+                found.too_long += 1
+                continue
+            if not encoding.ids:
+                found.without_token += 1
+                continue
+            found.truncated += bool(encoding.overflowing)
+            label = one.label
+            if task == "tag":
+                numbers = words_of(encoding, one.texts)
+                is_first = first_tokens(numbers)
+                found.words_without_token += len(one.texts) - int(is_first.sum())
+                label = np.where(is_first, np.array(label)[numbers], -1)
+            coded = encode_tokens(encoding.ids, np.array(encoding.type_ids) == 0)
+            digest = hashlib.blake2b(repr(one.texts).encode("utf-8", "replace"), digest_size=8).digest()
+            yield Encoded(coded, label, int.from_bytes(digest, "little"))
+
+
+def nothing_left(data: LabelledData, tally: Tally, found: Found, listed_in: Path | str) -> DataError:
+    """Return the error for data of which no example is left."""
+    reasons = [f"{found.unlabelled} records without a label"] if found.unlabelled else []
+    reasons += [f"{found.too_long} longer than {data.seq_len} tokens"] if found.too_long else []
+    got = "; ".join(filter(None, [", ".join(reasons), tally.describe(listed_in)])) or "no record at all"
+    return DataError("no example is left to train on", at=data.path, got=got)
