@@ -148,7 +148,7 @@ def prepare(
     checked = check(config, world.size, fresh=fresh)
     check_machine(config, world.device)
     config, options, model_config = checked.config, checked.options, checked.model_config
-    check_own(Path(config.run_dir))
+    world.on_main(lambda: check_own(Path(config.run_dir)))  # before rank 0 claims it: others would see that half done
     if config.data.kind != "corpus":  # its records are encoded into the run directory
         for source in config.data.all_sources():
             if config.data.kind == "sft":
