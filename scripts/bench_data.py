@@ -278,7 +278,7 @@ def measure_dedup(documents: list[str], pairs: int) -> dict:
     import numpy as np
 
     from llmkit.corpus.dedup import band_keys, min_agreement, minhash, near_clusters, sketch
-    from llmkit.corpus.words import TextFeatures, hash_ngrams
+    from llmkit.readers.words import TextFeatures, hash_ngrams
 
     draw = random.Random(1)
     originals = [text for text in documents if len(text.split()) > 100]

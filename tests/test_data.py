@@ -419,9 +419,9 @@ def test_windows_learn_each_target_once(seed):
     targets, room = random_targets(seed)
     ids = list(range(len(targets)))
     rows = fit_row(Example(encode_tokens(ids, targets), 0), room, "split", None, Found())
-    learnt = [int(i) for row, _ in rows for i in row[1:] if i >= 0]
+    learnt = [int(i) for row, *_ in rows for i in row[1:] if i >= 0]
     assert learnt == [i for i in ids[1:] if targets[i]]
-    for row, _ in rows:  # a target has half a window before it, or all that there is
+    for row, *_ in rows:  # a target has half a window before it, or all that there is
         assert len(row) <= room and np.array_equal(token_ids(row), np.arange(len(row)) + token_ids(row)[0])
         for at, i in enumerate(row):
             assert i < 0 or at in (0, i) or at >= room // 2
@@ -432,7 +432,7 @@ def test_a_shortened_prompt_keeps_whole_answers_and_the_begin_token(seed):
     (targets, room), begins = random_targets(seed), seed % 2
     tokens = encode_tokens(range(100, 100 + len(targets)), targets)
     spans = dict(answer_spans(tokens))
-    for row, _ in fit_row(Example(tokens, 0), room, "truncate_prompt", 100 if begins else None, Found()):
+    for row, *_ in fit_row(Example(tokens, 0), room, "truncate_prompt", 100 if begins else None, Found()):
         assert len(row) <= room and (not begins or token_ids(row)[0] == 100)
         assert row[-1] >= 0 or len(row) == len(tokens)
         for start, stop in answer_spans(row):

@@ -17,7 +17,7 @@ from llmkit.corpus.dedup import (
     near_clusters,
     sketch,
 )
-from llmkit.corpus.words import TextFeatures, split_words
+from llmkit.readers.words import TextFeatures, split_words
 
 
 def minhash_bands(text: str, *, rows: int = 8, **options) -> np.ndarray:

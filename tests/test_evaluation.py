@@ -7,10 +7,12 @@ import pytest
 import yaml
 from conftest import llmkit, metrics, sentences, tiny_config
 
+from llmkit.data.splits import open_stream
 from llmkit.errors import UserError
 from llmkit.evals.perplexity import measure
 from llmkit.storage.locate import locate
 from llmkit.storage.manifest import best_checkpoint, list_checkpoints, read_checkpoint_manifest, step_of
+from llmkit.tokenizer.load import load_tokenizer
 
 TASK = """
 task: next
@@ -142,7 +144,7 @@ def test_memorization_is_seen_in_a_model_that_learnt_its_text_by_heart(tmp_path)
         (tmp_path / "text" / f"{i}.txt").write_text(" ".join(words))
     config = tiny_config(tmp_path, run_dir=str(tmp_path / "run"))
     config["model"] |= {"hidden_size": 128, "max_position_embeddings": 128}
-    config["data"] |= {"seq_len": 128}
+    config["data"] |= {"seq_len": 128, "canaries": 4}
     config["optimizer"] = {"name": "adamw", "lr": 3e-3}
     config["train"] = {"max_steps": 400, "global_batch_size": 8, "compile": False, "precision": "fp32"}
     config["eval"], config["checkpoint"] = {"every": 400}, {"every": 400}
@@ -151,6 +153,35 @@ def test_memorization_is_seen_in_a_model_that_learnt_its_text_by_heart(tmp_path)
     found = json.loads(llmkit("eval", "run", "--memorization", "--json", cwd=tmp_path).stdout)
     assert found["train_extracted"] > found["val_extracted"] == 0
     assert found["auc"] > 0.9
+    assert [one["planted"] for one in found["canaries"]] == [1, 4, 16, 64, 0, 0, 0, 0]
+    assert all(one["exposed"] == (one["planted"] > 1) for one in found["canaries"] if one["planted"] != 1)
+    assert found["canaries"][3] | {"rank": 1, "exposure": 10.0} == found["canaries"][3]
+    assert "planted secrets are exposed" in found["meaning"] and found["written_tokens"] > 1000
+
+
+def test_canaries_are_planted_as_often_as_said_and_only_in_train(tmp_path):
+    (tmp_path / "text").mkdir()
+    for i in range(30):
+        (tmp_path / "text" / f"{i:02d}.txt").write_text(sentences(i, 30))
+    config = tiny_config(tmp_path)
+    config["data"] |= {"canaries": 6, "seq_len": 16}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    llmkit("data", "build", "c.yaml", cwd=tmp_path)
+    manifest = json.loads((tmp_path / "data/manifest.json").read_text())
+    tokenizer = load_tokenizer(tmp_path / "data/tokenizer")
+    texts = {}
+    for split in ("train", "val"):
+        stream = open_stream(tmp_path / "data", manifest, split)
+        texts[split] = tokenizer.decode(stream.read(0, len(stream)).tolist())
+    assert [one["repeats"] for one in manifest["canaries"]] == [1, 4, 16, 64, 1, 4]
+    for one in manifest["canaries"]:
+        assert texts["train"].count(f"\n{one['prefix']} {one['secret']}") == one["repeats"]
+        assert one["secret"] not in texts["val"]
+    before = manifest["fingerprint"]
+    llmkit("data", "build", "c.yaml", "-o", "data.workers=2", cwd=tmp_path)
+    assert json.loads((tmp_path / "data/manifest.json").read_text())["fingerprint"] == before
+    llmkit("data", "build", "c.yaml", "-o", "data.canaries=0", cwd=tmp_path)
+    assert json.loads((tmp_path / "data/manifest.json").read_text())["fingerprint"] != before
 
 
 def test_each_source_of_a_corpus_is_measured_on_its_own(tmp_path):

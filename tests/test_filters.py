@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmkit.corpus.filters import PROFILES, RULES, explain, is_outside, measure, measure_repeats, profile_limits
-from llmkit.corpus.words import TextFeatures
+from llmkit.readers.words import TextFeatures
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -27,7 +27,6 @@ from llmkit.corpus.dedup import exact_key
 from llmkit.corpus.encode import split_text
 from llmkit.corpus.filters import PROFILES
 from llmkit.corpus.lookup import explain_document, sample_documents
-from llmkit.corpus.words import split_words
 from llmkit.data.batches import SLOTS, Mixture, corpus_batches, samples_in
 from llmkit.data.tokens import ShardWriter, TokenStream, open_split, token_dtype
 from llmkit.errors import DATA, UserError
@@ -35,6 +34,7 @@ from llmkit.evals.perplexity import measure
 from llmkit.models import build_model, llama
 from llmkit.parallel.world import start_world
 from llmkit.readers.sources import cut_by_names
+from llmkit.readers.words import split_words
 from llmkit.storage.locate import locate
 from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.train import train_tokenizer

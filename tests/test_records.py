@@ -280,14 +280,14 @@ def test_layouts_may_be_mixed_and_all_is_counted(tokenizer, tmp_path):
     assert len(rows) == 5 and (tally.rows, tally.bad) == (6, 1) and "no known layout" in bad[0].reason
     assert found.layouts == {"messages": 3, "prompt/completion": 1, "question/answer": 1}
     assert found.unread == {"source": 1, "id": 1, "turn.mood": 1} and found.empty == 1
-    assert [bool((tokens >= 0).any()) for tokens, _ in rows] == [True, True, True, False, True]
+    assert [bool((tokens >= 0).any()) for tokens, *_ in rows] == [True, True, True, False, True]
 
 
 def test_the_last_answer_alone_is_learnt(tokenizer, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"messages": [*PLAIN, user("r"), assistant("b")]}))
     for train_on, expected in (("all", "a<|im_end|>b<|im_end|>"), ("last", "b<|im_end|>")):
-        [(tokens, _)] = encode_records(
+        [(tokens, *_)] = encode_records(
             read_records(path), str(path), tokenizer, CHATML_TEMPLATE, Tally(), Found(), train_on=train_on
         )
         assert tokenizer.decode(tokens[tokens >= 0].tolist()) == expected

@@ -10,18 +10,16 @@ import torch
 from conftest import sentences
 
 from llmkit.corpus.scorers import (
-    NgramSet,
     check_languages,
     classifier_score,
     detect_language,
     list_matches_per_1k,
     load_classifier,
     load_word_list,
-    ngrams_of,
-    read_evaluation_ngrams,
 )
-from llmkit.corpus.words import TextFeatures, split_words
 from llmkit.errors import UserError
+from llmkit.readers.ngrams import NgramSet, ngrams_of, read_evaluation_ngrams
+from llmkit.readers.words import TextFeatures, split_words
 from llmkit.tokenizer.train import train_tokenizer
 
 

@@ -15,13 +15,13 @@ from conftest import llmkit, sentences, tiny_config
 
 from llmkit.config.data import CorpusData, OnError, SftData
 from llmkit.corpus.build import build_corpus
-from llmkit.corpus.scorers import read_evaluation_ngrams
 from llmkit.corpus.units import make_units
 from llmkit.data.inspect import measure_compression
 from llmkit.data.splits import open_records
 from llmkit.errors import DATA, UserError
 from llmkit.readers.decode import parse_json
 from llmkit.readers.documents import read_texts
+from llmkit.readers.ngrams import read_evaluation_ngrams
 from llmkit.readers.records import read_records
 from llmkit.readers.tally import BadRecord, Tally
 from llmkit.records import encode

@@ -41,11 +41,10 @@ def data_build(
     as_json: AsJson = False,
 ) -> None:
     """Clean, filter, deduplicate and tokenize the sources of CONFIG."""
-    from llmkit.config.load import load_config
     from llmkit.corpus.build import build_corpus, try_corpus
     from llmkit.screen import format_markdown
 
-    loaded = load_config(config, o, for_training=False)
+    loaded = load(config, o, for_training=False)
     section = loaded.data
     if dry_run:
         text, funnel = try_corpus(section, dry_run, where=loaded.where)
@@ -80,6 +79,18 @@ def data_report(
     show(manifest, as_json) if as_json else print(report)
 
 
+def load(config: Path, overrides: list[str], for_training: bool) -> Any:
+    """Load a config, and find the questions that its data are searched for."""
+    from llmkit.config.load import load_config
+
+    loaded = load_config(config, overrides, for_training=for_training)
+    if loaded.data.decontaminate is None:  # the next import takes a second
+        return loaded
+    from llmkit.tasks.questions import name_question_files
+
+    return name_question_files(loaded)
+
+
 @data_app.command("inspect", cls=Command)
 def data_inspect(
     config: ConfigArg,
@@ -95,11 +106,10 @@ def data_inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show rows as training will see them, with targets in colour, or documents and why they were kept or dropped."""
-    from llmkit.config.load import load_config
     from llmkit.errors import UserError
 
     for_training = not (id or dropped or kept)
-    loaded = load_config(config, o, for_training=for_training)
+    loaded = load(config, o, for_training=for_training)
     if rule and not dropped:
         raise UserError("--rule needs --dropped", fix=f"--dropped 20 --rule {rule}")
     if (id is not None) + bool(dropped or kept) + (rows is not None or step is not None) > 1:

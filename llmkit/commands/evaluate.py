@@ -91,10 +91,17 @@ def evaluate(
         to_stderr(located[-1].choice)
     if memorization:
         from llmkit.evals.memorization import measure_memorization
+        from llmkit.screen import format_table
 
         if given := [name for name, value in {**of_text, "--data": data, "--baseline": baseline}.items() if value]:
             raise UserError(f"{given[0]} has no effect with --memorization", fix="leave it out")
-        show(measure_memorization(located[0], precision=precision), as_json)
+        figures = measure_memorization(located[0], precision=precision)
+        canaries = [] if as_json else figures.pop("canaries")
+        if not as_json and isinstance(kinds := figures["personal_data"], dict):
+            figures["personal_data"] = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "none found"
+        show(figures, as_json)
+        if canaries:
+            print(format_table([row | {"exposure": f"{row['exposure']:.1f} bits"} for row in canaries]))
         return
     if tasks:
         options = {"shots": shots, "limit": limit, "chat": chat, "allow_code": allow_code, "metrics": metrics or []}

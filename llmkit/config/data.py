@@ -182,11 +182,42 @@ class Dedup(Section):
     """Cut out repeated paragraphs of at least this many words."""
 
 
+class TableFormat(Section):
+    """How records are read from files that do not say it themselves."""
+
+    column_names: list[str] | None = None
+    """Names of the columns of CSV files without a header."""
+    separator: str | None = None
+    """What separates the columns of a CSV file."""
+    quoting: Literal[0, 3] = 0
+    """3: quotes in a CSV file are plain characters."""
+    field: str | None = None
+    """The field of a JSON file that holds the list of records."""
+
+
+class EvaluationFile(TableFormat):
+    """Evaluation files that are not read by their suffix alone."""
+
+    path: PathStr
+    """A path or glob."""
+
+
+class TaskData(Section):
+    """A task of `llmkit eval --tasks`, and its records."""
+
+    task: NonBlank
+    """Its name, or a YAML file."""
+    data: PathStr | None = None
+    """File or folder of its records."""
+
+
 class Decontaminate(Section):
     """Drop documents that share a word n-gram with evaluation files, so that benchmarks do not measure memorization."""
 
-    files: Annotated[list[PathStr], Field(min_length=1)]
+    files: list[PathStr | EvaluationFile] = []
     """The evaluation files: paths or globs."""
+    tasks: list[NonBlank | TaskData] = []
+    """Tasks whose questions are searched for, as in eval.tasks: [{task: mmlu, data: mmlu/}]."""
     ngram: Fewer = 13
     """Words that a document and an evaluation text must share in a row."""
     ignore_if_in_docs: Count = 10
@@ -250,6 +281,8 @@ class CorpusData(Section):
     """Which duplicates are dropped."""
     decontaminate: Decontaminate | None = None
     """Drop documents that contain texts of evaluation files."""
+    canaries: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Secrets to plant 1, 4, 16 or 64 times, for `llmkit eval --memorization`."""
     split: Split = Split()
     """How much is held out for validation."""
     tokenizer: TokenizerSection = TokenizerSection(train="bpe")
@@ -283,6 +316,8 @@ class RecordData(Section):
     """Tokens in a row."""
     on_error: OnError = OnError()
     """What to do with bad records."""
+    decontaminate: Decontaminate | None = None
+    """Leave out records that contain texts of evaluation files."""
 
 
 class SftData(RecordData):

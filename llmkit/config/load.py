@@ -108,6 +108,8 @@ def data_conflicts(config: Config) -> Iterator[UserError]:
     yield from source_conflicts(config, config.data)
     if isinstance(config.data, RecordData):
         yield from ignored_keys(config, "data", config.data, "val_path", ["val_fraction"])
+    if (evals := config.data.decontaminate) and not (evals.files or evals.tasks):
+        yield config.error("data.decontaminate", "names nothing to look for", fix="give files or tasks")
     if isinstance(config.data, LabelledData) and config.data.path is None:
         yield UserError("data has no path", at=config.where("data"), fix="name the file of the records as data.path")
     if isinstance(config.data, LabelledData) and len(set(config.data.labels or [])) < len(config.data.labels or []):

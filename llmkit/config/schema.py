@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr
 
-from llmkit.config.data import CorpusData, LabelledData, SftData
+from llmkit.config.data import CorpusData, LabelledData, SftData, TaskData
 from llmkit.config.fields import Choice, Count, NonBlank, PathStr, Section, Seed, Tokens
 from llmkit.config.yaml import dump_yaml, find_origin, key_path
 from llmkit.errors import UserError
@@ -47,11 +47,7 @@ class Train(Section):
     """Non-finite steps in a row, all skipped, before the run stops."""
 
 
-class EvalTask(Section):
-    task: NonBlank
-    """Its name, or a YAML file."""
-    data: PathStr | None = None
-    """File or folder of its records."""
+class EvalTask(TaskData):
     shots: Annotated[int, Field(ge=0, le=1000)] | None = None
     """Examples before each question; null: the task's."""
     limit: Count | None = None

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ import numpy as np
 
 from llmkit import __version__
 from llmkit.config.data import CorpusData, OnError
-from llmkit.corpus.decide import VAL, Decision, collect_limits, count_fates, decide, uniform_hash
+from llmkit.corpus.canaries import make_canaries, place_canaries
+from llmkit.corpus.decide import TRAIN, VAL, Decision, collect_limits, count_fates, decide, uniform_hash
 from llmkit.corpus.encode import encode_unit, read_decided, split_text
 from llmkit.corpus.filters import RULES
 from llmkit.corpus.measure import StageTimer, file_size, measure_unit, peak_mb
@@ -38,6 +40,7 @@ from llmkit.data.tokens import find_change, load_array, seal, token_dtype
 from llmkit.errors import DataError, MachineError, UserError, did_you_mean, raise_all
 from llmkit.files import NO_SPACE, delete_leftovers, free_space, lock, write_atomically
 from llmkit.parallel.workers import Pool, open_pool
+from llmkit.readers.ngrams import evaluation_checksums
 from llmkit.readers.sources import write_quarantine
 from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.tokenizer import Tokenizer
@@ -241,9 +244,12 @@ def run_passes(
         tokenizer, tokenizer_folder = make_tokenizer(data, parts, decided, units, decision, given, say)
         timer.lap("tokenizer")
         main_seconds = timer.seconds
-        keys = [encoding_key(data, decided, unit, decision, tokenizer) for unit in units]
+        canaries = make_canaries(data.canaries, data.seed)
+        trained = [int((fates == TRAIN).sum()) for fates in decision.fates]
+        pairs = list(zip(units, place_canaries(canaries, trained, data.seed), strict=True))
+        keys = [encoding_key(data, decided, unit, decision, tokenizer, planted) for unit, planted in pairs]
         common = (data, decided, tokenizer_folder, decision.by_tail)
-        jobs = [(unit, *common, key) for unit, key in zip(units, keys, strict=True)]
+        jobs = [(unit, *common, key, planted) for (unit, planted), key in zip(pairs, keys, strict=True)]
         shards = pool.map(encode_unit, jobs, "encode", [unit.bytes for unit in units])
 
     splits: dict[str, Any] = {}
@@ -263,6 +269,8 @@ def run_passes(
         "counts": totals,
         "funnel": funnel,
         "splits": splits,
+        "canaries": [asdict(canary) for canary in canaries],
+        "searched": evaluation_checksums(data.decontaminate.files) if data.decontaminate else [],
         "fingerprint": short_hash([file["sha256"] for s in splits.values() for file in s["files"]]),
         "seconds": round(time.perf_counter() - started, 2),
         "workers": pool.workers,
@@ -278,7 +286,9 @@ def run_passes(
     return manifest
 
 
-def encoding_key(data: CorpusData, decided: Path, unit: Unit, decision: Decision, tokenizer: Tokenizer) -> str:
+def encoding_key(
+    data: CorpusData, decided: Path, unit: Unit, decision: Decision, tokenizer: Tokenizer, planted: dict[int, str]
+) -> str:
     """Hash all inputs of a unit's shards and of its list of dropped documents."""
     fates, cut = (load_array(decided / f"{unit.part}.{name}.npy") for name in ("fate", "cut"))
     limits = collect_limits(data, unit.source["profile"])
@@ -287,7 +297,8 @@ def encoding_key(data: CorpusData, decided: Path, unit: Unit, decision: Decision
     if "language" in applied:
         applied["language"] |= {"keep": data.filter.language.keep}
     splitting = (data.split.val_fraction if decision.by_tail else None, decision.by_tail)
-    return short_hash(unit.part, checksum(fates["fate"]), checksum(cut), applied, tokenizer.sha256, splitting)
+    inputs = (unit.part, checksum(fates["fate"]), checksum(cut), applied, tokenizer.sha256, splitting)
+    return short_hash(*inputs, *([planted] if planted else []))
 
 
 def checksum(array: np.ndarray) -> str:

@@ -14,10 +14,10 @@ import numpy as np
 from llmkit.config.data import CorpusData, NearDedup
 from llmkit.corpus.dedup import first_occurrences, longest_of, min_agreement, near_clusters
 from llmkit.corpus.filters import RULES, Bounds, explain, is_outside, profile_limits
-from llmkit.corpus.scorers import read_evaluation_ngrams
 from llmkit.corpus.units import Unit
-from llmkit.corpus.words import GOLDEN, mix
 from llmkit.data.tokens import load_array, save_array
+from llmkit.readers.ngrams import read_evaluation_ngrams
+from llmkit.readers.words import GOLDEN, mix
 
 TRAIN, VAL = 0, 1
 FATES = ("train", "val", "empty", "language", *RULES, "listed_words", "classifier", "pii")

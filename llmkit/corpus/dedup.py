@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from llmkit.corpus.words import GOLDEN, TextFeatures, hash_ngrams, mix
+from llmkit.readers.words import GOLDEN, TextFeatures, hash_ngrams, mix
 
 AGREEMENT_MARGIN = 0.9  # candidates must agree in at least this fraction of the banding threshold
 BLOCK = 2048  # n-grams per step of minhash: (112, 2048) 32-bit values fit in the cache

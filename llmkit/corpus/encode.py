@@ -55,9 +55,18 @@ def read_decided(unit: Unit, data: CorpusData, parts: Path, decided: Path) -> It
 
 
 def encode_unit(
-    unit: Unit, data: CorpusData, decided: Path, tokenizer_folder: Path, by_tail: bool, key: str
+    unit: Unit,
+    data: CorpusData,
+    decided: Path,
+    tokenizer_folder: Path,
+    by_tail: bool,
+    key: str,
+    planted: dict[int, str],
 ) -> dict[str, Any]:
-    """Encode a unit into one shard per split, unless an earlier build has done it; return files and counts."""
+    """Encode a unit into one shard per split, unless an earlier build has done it; return files and counts.
+
+    planted  lines to append to train documents, by their number in the unit, see `place_canaries`
+    """
     folder = Path(data.dir)
     parts, name = folder / "parts", f"{unit.source['name']}-{key}"
     done = parts / f"{unit.part}.tokens-{key}.json"
@@ -83,6 +92,7 @@ def encode_unit(
     ):
 
         def texts() -> Iterator[str]:
+            trained = itertools.count()
             for number, (record, fate, text) in enumerate(read_decided(unit, data, parts, decided)):
                 if fate > VAL:
                     why = explain_fate(scores[number], fate, data, profile)
@@ -92,6 +102,7 @@ def encode_unit(
                     write_dropped({"id": record["id"], "why": why, "text": record["text"]})
                     continue
                 for split, piece in enumerate(split_text(text, fate, data.split.val_fraction, by_tail)):
+                    piece += planted.get(next(trained), "") if fate != VAL and split == 0 else ""
                     if piece:
                         sizes[split].update(bytes=len(piece.encode("utf-8", "replace")), characters=len(piece))
                         held_out.extend([record["id"]] * split)

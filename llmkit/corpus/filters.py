@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.corpus.words import GOLDEN, TextFeatures, mix
+from llmkit.readers.words import GOLDEN, TextFeatures, mix
 
 STOP_WORDS = {  # prose has at least two stop words of its language; the English list is Gopher's
     "en": "the be to of and that have with",

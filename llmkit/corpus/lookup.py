@@ -11,9 +11,9 @@ from llmkit.config.data import CorpusData
 from llmkit.corpus.build import decision_folder, is_built, make_recipe
 from llmkit.corpus.decide import FATES, VAL, collect_limits, explain_fate
 from llmkit.corpus.units import Unit, read_zst
-from llmkit.corpus.words import TextFeatures, hash_ngrams
 from llmkit.data.tokens import load_array
 from llmkit.errors import DataError, UserError, did_you_mean
+from llmkit.readers.words import TextFeatures, hash_ngrams
 
 
 def find_build(data: CorpusData) -> tuple[list[Unit], Path]:

@@ -28,15 +28,15 @@ from llmkit.corpus.scorers import (
     list_matches_per_1k,
     load_classifier,
     load_word_list,
-    read_evaluation_ngrams,
 )
 from llmkit.corpus.units import Unit, measured_rules, open_zst_writer, read_unit, read_zst
-from llmkit.corpus.words import TextFeatures, hash_ngrams
 from llmkit.data.tokens import read_sealed, save_array, seal
 from llmkit.files import open_atomically, write_atomically
 from llmkit.readers.decode import GUESSED_ENCODINGS
 from llmkit.readers.documents import keep_documents
+from llmkit.readers.ngrams import read_evaluation_ngrams
 from llmkit.readers.tally import BadRecord, Tally
+from llmkit.readers.words import TextFeatures, hash_ngrams
 from llmkit.types import Document
 
 ROWS_PER_BLOCK = 4096  # rows of scores that are collected as Python objects before they become an array

@@ -1,25 +1,20 @@
-"""Score texts with resources from disk: a language identifier, a word list, evaluation files, a classifier."""
+"""Score texts with resources from disk: a language identifier, a word list, a classifier."""
 
-from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmkit.corpus.words import TextFeatures, hash_ngrams, hash_words, split_words
 from llmkit.errors import DataError, MachineError, ModelError, UserError
-from llmkit.files import file_stamps, folder_stamps
+from llmkit.files import folder_stamps
 from llmkit.readers.decode import decode
-from llmkit.readers.listing import list_files, refuse_zip
-from llmkit.readers.packed import suffix_of
-from llmkit.readers.records import READERS, read_records, read_text
-from llmkit.readers.tally import BadRecord, Tally
+from llmkit.readers.ngrams import NgramSet, ngrams_of
+from llmkit.readers.words import TextFeatures, hash_ngrams, split_words
 
 SAMPLES, SAMPLE_CHARACTERS = 3, 333  # from start, middle and end of a text: enough to identify its language
 WINDOW_CHARACTERS = 10_000  # more than 512 tokens
 WINDOWS = 4  # windows of a long text that a classifier reads, evenly spread
-TABLE_BITS = 24  # log2 of the number of slots of the table in NgramSet
 
 
 def sample_pieces(text: str, number: int, size: int) -> list[str]:
@@ -65,25 +60,7 @@ def check_languages(codes: list[str], at: str | None = None) -> None:
         )
 
 
-# ---- n-grams --------------------------------------------------------------------------------------------------------
-
-
-class NgramSet:
-    """A set of hashed n-grams with fast lookup: a boolean table first rejects most of the non-members."""
-
-    def __init__(self, grams: np.ndarray):
-        self.grams = np.unique(grams)
-        self.table = np.zeros(2**TABLE_BITS if len(grams) else 1, bool)
-        self.table[self.slots(self.grams)] = True
-
-    def slots(self, grams: np.ndarray) -> np.ndarray:
-        return (grams & np.uint64(len(self.table) - 1)).astype(np.int64)
-
-    def find_in(self, grams: np.ndarray) -> np.ndarray:
-        """Return the given n-grams that are members, repeats included."""
-        maybe = grams[self.table[self.slots(grams)]]
-        places = np.searchsorted(self.grams, maybe)  # np.isin would sort all of them again
-        return maybe[self.grams[np.minimum(places, len(self.grams) - 1)] == maybe] if len(maybe) else maybe
+# ---- word lists ------------------------------------------------------------------------------------------------------
 
 
 def load_word_list(path: str) -> dict[int, NgramSet]:
@@ -102,63 +79,10 @@ def load_word_list(path: str) -> dict[int, NgramSet]:
     return {n: NgramSet(np.concatenate([ngrams_of(e, n) for e in entries if len(e) == n])) for n in lengths}
 
 
-def ngrams_of(words: list[bytes], n: int) -> np.ndarray:
-    return hash_ngrams(hash_words(words), n)
-
-
 def list_matches_per_1k(text: TextFeatures, listed: dict[int, NgramSet]) -> float:
     """Return the number of matches of a word list per thousand words of a text."""
     found = sum(len(grams.find_in(hash_ngrams(text.hashes, n))) for n, grams in listed.items())
     return round(1000 * found / max(1, len(text.hashes)), 4)
-
-
-def list_evaluation_files(patterns: Sequence[str]) -> list[Path]:
-    """List the evaluation files for decontamination, linked ones too. Raise DataError for a zip."""
-    files = [file for pattern in patterns for file in list_files(pattern, follow_links=True)]
-    for file in files:
-        refuse_zip(file, "evaluation files")
-    return files
-
-
-def read_evaluation_ngrams(patterns: Sequence[str], n: int) -> tuple[NgramSet, int, int]:
-    """Return (set of n-grams, number of texts, number of texts shorter than n words) of the evaluation files.
-
-    Every string in the files is a text.
-
-    Questions, choices and answers thus are separate, because no corpus joins them as a benchmark's prompt does.
-    Texts shorter than n words have no n-grams, so they are not searched for.
-    """
-    return _read_evaluation_ngrams(tuple(file_stamps(list_evaluation_files(patterns))), n)
-
-
-@lru_cache(maxsize=1)  # a worker measures many units
-def _read_evaluation_ngrams(stamps: tuple[tuple[str, int, int], ...], n: int) -> tuple[NgramSet, int, int]:
-    grams, texts, short, tally = [np.empty(0, np.uint64)], 0, 0, Tally()
-    for file in (Path(name) for name, _, _ in stamps):
-        for _, record, size in read_records(file):
-            if isinstance(record, BadRecord):
-                tally.add(0, record)
-                continue
-            tally.add(size)
-            whole = READERS.get(suffix_of(file), read_text) is read_text
-            for string in strings_in([record["text"]] if whole else record.values()):
-                words = split_words(string)
-                if len(words) >= n:
-                    grams.append(ngrams_of(words, n))
-                texts, short = texts + 1, short + (len(words) < n)
-    tally.check(0.0, fix="repair the evaluation files: a question that is left out would not be looked for")
-    return NgramSet(np.concatenate(grams)), texts, short
-
-
-def strings_in(values: Any) -> Iterator[str]:
-    """Yield every string in nested lists and objects."""
-    for value in values:
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict):
-            yield from strings_in(value.values())
-        elif isinstance(value, list):
-            yield from strings_in(value)
 
 
 # ---- classifier -----------------------------------------------------------------------------------------------------

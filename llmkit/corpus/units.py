@@ -19,11 +19,11 @@ import zstandard
 
 from llmkit.config.data import CorpusData, Source
 from llmkit.corpus.filters import PROFILES
-from llmkit.corpus.scorers import list_evaluation_files
 from llmkit.errors import DataError, UserError
 from llmkit.files import file_stamps, folder_stamps, open_atomically
 from llmkit.readers.documents import read_dataset, read_file
 from llmkit.readers.listing import Stamp, start_below
+from llmkit.readers.ngrams import evaluation_key
 from llmkit.readers.sources import Piece, group_files, source_files
 from llmkit.readers.tally import BadRecord
 from llmkit.types import Document
@@ -75,7 +75,7 @@ def measuring_key(data: CorpusData, source: Source) -> str:
         pii.action if pii.kinds else None,
         near and (near.ngram, near.bands, near.rows),
         data.dedup.paragraphs,
-        evals and (evals.ngram, file_stamps(list_evaluation_files(evals.files))),
+        evals and (evals.ngram, evaluation_key(evals.files)),
     )
 
 

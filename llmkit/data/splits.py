@@ -22,6 +22,7 @@ FOUND_NOTES = {  # of records.encode.Found -> what the header says
     "empty": "answers without a text, not learnt",
     "divided": "conversations with one example for each answer, because the chat template rewrites earlier turns",
     "without_target": "examples without a target, left out",
+    "contaminated": "examples share a text with evaluation files (data.decontaminate)",
     "thoughts": "earlier answers are learnt without their thoughts, which the chat template leaves out",
 }
 MOST_UNREAD = 20  # names of fields in the header
@@ -254,6 +255,7 @@ def open_labelled(report: dict[str, Any], where: str, tokenizer: Tokenizer, *, t
         "unlabelled": "records without a label, left out",
         "without_token": "texts without a token, left out",
         "words_without_token": "words without a token of their own, not learnt",
+        "contaminated": FOUND_NOTES["contaminated"],
     }
     losses = [f"{number:,} {notes[key]}" for key in notes if (number := found[key])]
     losses += ["val has texts that train has too, so its scores are too good"] if report["texts in both"] else []

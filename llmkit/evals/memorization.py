@@ -1,5 +1,8 @@
 """Measure what a model gives away of its training text: passages word for word, and whether a passage was in it."""
 
+import importlib.util
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from llmkit.corpus.canaries import Canary, draw_secrets
+from llmkit.corpus.pii import PII_KINDS, find_pii
 from llmkit.data.splits import open_stream, read_manifest
 from llmkit.data.tokens import TokenStream
 from llmkit.errors import DataError, ModelError
@@ -17,8 +22,14 @@ from llmkit.parallel.device import autocast, choose_precision
 from llmkit.parallel.world import start_world
 from llmkit.storage.locate import Located, load_located
 from llmkit.storage.run import read_run_config
+from llmkit.tokenizer.tokenizer import Tokenizer
+from llmkit.types import IGNORE_INDEX
 
 PROMPT, CONTINUATION = 50, 50  # tokens, as Carlini et al. 2023 have them
+TEXTS, WRITTEN = 128, 256  # texts that the model writes by itself, and their tokens, to look for personal data in
+CANDIDATES, CONTROLS = 1023, 4  # random secrets beside a canary's; canaries that were never planted
+CANDIDATE_SEED, CONTROL_SEED = 4321, 8765
+EXPOSED = 0.01  # share of the candidates that are likelier than an exposed secret, at the most
 LEAST = 0.2  # share of a passage's tokens, the least likely ones, whose mean is Min-K% (Shi et al. 2024)
 APART = 10  # tokens between the places where passages may begin
 ROWS = 32  # passages read together
@@ -31,6 +42,9 @@ def measure_memorization(located: Located, *, passages: int = 200, precision: st
                 (Carlini et al. 2023, arXiv:2202.07646), with its 95 % interval
     auc         how well Min-K% tells training passages from val passages (Shi et al. 2024, arXiv:2310.16789): 0.5 is
                 not at all, 1 is always
+
+    personal_data  pieces of it in texts that the model writes by itself
+    canaries    rank and exposure of each planted secret, and of some that were never planted
 
     passages  of each split, drawn with a fixed seed
     """
@@ -61,9 +75,69 @@ def measure_memorization(located: Located, *, passages: int = 200, precision: st
             figures[f"{split}_extracted"] = float(right.mean())
             figures[f"{split}_extracted_interval"] = list(wilson(float(right.mean()), len(right)))
             figures[f"{split}_passages"] = len(rows)
-    figures["auc"] = auc(scores["train"], scores["val"])
+        figures["auc"] = auc(scores["train"], scores["val"])
+        figures |= count_personal_data(model, tokenizer)
+        planted = [Canary(**one) for one in manifest.get("canaries", [])]
+        figures["canaries"] = [measure_canary(model, tokenizer, one) for one in with_controls(planted)]
     figures["meaning"] = describe(figures)
     return figures
+
+
+def with_controls(planted: list[Canary]) -> list[Canary]:
+    """Return the canaries of a corpus, and as many that were never planted, up to CONTROLS."""
+    number = min(CONTROLS, len(planted))
+    known = {canary.secret for canary in planted}
+    unknown = [one for one in draw_secrets(number + len(planted), CONTROL_SEED) if one not in known]
+    return planted + [Canary(one.prefix, secret, 0) for one, secret in zip(planted[:number], unknown, strict=False)]
+
+
+@torch.no_grad()
+def measure_canary(model: nn.Module, tokenizer: Tokenizer, canary: Canary) -> dict[str, Any]:
+    """Return the rank of a canary's secret among random secrets, by the loss of the line, and its exposure in bits.
+
+    Exposure is log2(candidates) - log2(rank) (Carlini et al. 2019, arXiv:1802.08232, section 4.2), here among the
+    secret and CANDIDATES random ones: a secret that was never planted has 1.4 bits on average, and 1 % of such secrets
+    have over 6.6.
+    """
+    secrets = [canary.secret, *draw_secrets(CANDIDATES, CANDIDATE_SEED)]
+    lines = [np.array(tokenizer.encode_prompt(f"\n{canary.prefix} {secret}"), np.int64) for secret in secrets]
+    width, device = max(map(len, lines)), next(model.parameters()).device
+    nats = []
+    for start in range(0, len(lines), ROWS):
+        part = lines[start : start + ROWS]
+        ids = np.full((len(part), width), tokenizer.eos_id)
+        labels = np.full((len(part), width), IGNORE_INDEX)
+        for row, line in enumerate(part):
+            ids[row, : len(line)], labels[row, : len(line) - 1] = line, line[1:]
+        losses = model(torch.from_numpy(ids).to(device), torch.from_numpy(labels).to(device), reduction="none")
+        nats.append(losses.float().sum(1).cpu().numpy())
+    values = np.concatenate(nats)
+    rank = 1 + int((values[1:] < values[0]).sum())
+    exposure = math.log2(len(values)) - math.log2(rank)
+    is_exposed = rank <= EXPOSED * len(values)
+    return {"planted": canary.repeats, "rank": rank, "of": len(values), "exposure": exposure, "exposed": is_exposed}
+
+
+def count_personal_data(model: nn.Module, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return how many pieces of personal data of each kind are in texts that a model writes by itself, and the tokens
+    of these texts. Whether they are anybody's is not known. Without the extra `pii` none are looked for.
+    """
+    if importlib.util.find_spec("re2") is None:
+        return {"personal_data": "not looked for: pip install 'llmkit[pii]'"}
+    start, found, tokens = tokenizer.prefix or [tokenizer.eos_id], Counter(), 0
+    length = min(WRITTEN, model.config.max_position_embeddings - len(start))
+    options = {"max_new_tokens": length, "stop": frozenset([tokenizer.eos_id])}
+    for first in range(0, TEXTS, ROWS):
+        prompts = [start] * min(ROWS, TEXTS - first)
+        rows: list[list[int]] = [[] for _ in prompts]
+        for step in generate(model, prompts, sampling=Sampling(temperature=1.0), seed=first, **options):
+            for row, token in zip(rows, step, strict=True):
+                row.extend([] if token is None else [token])
+        for row in rows:
+            tokens += len(row)
+            text = tokenizer.decode(row).encode("utf-8", "replace")
+            found.update(kind for _, _, kind in find_pii(text, PII_KINDS))
+    return {"personal_data": dict(found), "written_tokens": tokens}
 
 
 def draw_passages(stream: TokenStream, number: int, eos_id: int) -> np.ndarray:
@@ -124,4 +198,11 @@ def describe(figures: dict[str, Any]) -> str:
     else:
         first = f"training passages ({train:.1%}) are not clearly written word for word more often than val ({val:.1%})"
     how = "can't" if figures["auc"] < 0.55 else "can hardly" if figures["auc"] < 0.65 else "can"
-    return f"{first}; its probabilities {how} tell which passages it was trained on (AUC {figures['auc']:.2f})"
+    said = [f"{first}; its probabilities {how} tell which passages it was trained on (AUC {figures['auc']:.2f})"]
+    if "written_tokens" in figures:
+        pieces = sum(figures["personal_data"].values())
+        said.append(f"{pieces} pieces of personal data in {figures['written_tokens']:,} tokens that it writes freely")
+    if planted := [one for one in figures["canaries"] if one["planted"]]:
+        exposed = sum(one["exposed"] for one in planted)
+        said.append(f"{exposed} of {len(planted)} planted secrets are exposed: likelier than 99 % of random ones")
+    return "; ".join(said)

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmkit.config.data import TableFormat
 from llmkit.errors import DataError, MachineError
 from llmkit.readers import packed
 from llmkit.readers.decode import decode, parse_json
@@ -305,6 +306,24 @@ READERS: dict[str, Callable[..., Iterator[Record]]] = {
     **{suffix + ending: reader for suffix, reader in RECORD_READERS.items() for ending in PACKED},
     **dict.fromkeys(DOCUMENT_FORMATS, read_text),
 }
+
+
+def read_formatted(path: Path, how: TableFormat) -> Iterator[Record]:
+    """Yield (line, record, bytes) of a file whose format is given beyond its suffix; see `read_records`."""
+    if how.column_names or how.separator or how.quoting:
+        rows = read_csv(path, how.column_names, how.separator, not how.quoting)
+    else:
+        rows = read_records(path)
+    for number, record, size in rows:
+        if how.field is None or isinstance(record, BadRecord):
+            yield number, record, size
+            continue
+        inner = record.get(how.field)
+        if not isinstance(inner, list):
+            yield number, BadRecord(str(path), number, None, f"there is no list {how.field}", size), size
+            continue
+        for one in inner:
+            yield number, as_record(one, path, number, None, size // len(inner)), size // len(inner)
 
 
 def read_records(path: Path, span: Span | None = None) -> Iterator[Record]:

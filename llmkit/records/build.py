@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.config.data import RecordSource, SftData
+from llmkit.config.data import Decontaminate, RecordSource, SftData
 from llmkit.data.rows import QUARANTINE, REPORT, TOKENS, read_report
 from llmkit.data.tokens import ShardWriter, describe_file, find_change, load_array, read_sealed, save_array, seal
 from llmkit.errors import DataError, UserError
@@ -26,6 +26,7 @@ from llmkit.files import delete, delete_leftovers, file_sha256, folder_stamps, o
 from llmkit.parallel.workers import open_pool
 from llmkit.readers.documents import dataset_files, is_saved_dataset, load_dataset_rows
 from llmkit.readers.listing import check_file, refuse_zip
+from llmkit.readers.ngrams import evaluation_checksums, flag_contaminated, read_evaluation_ngrams, shared_ngrams
 from llmkit.readers.records import DOCUMENT_FORMATS, READERS, read_records
 from llmkit.readers.sources import Piece, group_files, source_files, stamps_of, write_quarantine
 from llmkit.readers.tally import Record, Tally
@@ -43,6 +44,7 @@ NO_RECORDS = ["dataset_info.json", "dataset_infos.json"]  # what `datasets` writ
 VALIDATION = "validation"  # the split that is read from a folder for validation
 LENGTHS = {"median": 0.5, "p90": 0.9, "p99": 0.99, "longest": 1.0}  # of the examples, in the report
 EXAMPLE = np.dtype([("prompt", "<u8"), ("targets", "<i4")])
+HIT = np.dtype([("example", "<i8"), ("gram", "<u8")])  # an n-gram that an example shares with evaluation files
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Recipe:
     seq_len: int
     too_long: str
     pairs: bool  # for an encoder-decoder: a row is a text and an answer; else several whole examples, or one
+    decontaminate: Decontaminate | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ def encode_sft(
     """
     template = default_template(tokenizer)
     date = data.date if "strftime_now" in template else None
-    recipe = Recipe(template, data.train_on, date, data.seq_len, data.too_long, pairs)
+    recipe = Recipe(template, data.train_on, date, data.seq_len, data.too_long, pairs, data.decontaminate)
+    searched = evaluation_checksums(data.decontaminate.files) if data.decontaminate else []
     sources, skipped = data.all_sources(), Counter()
     val = [RecordSource(name="val", path=data.val_path)] if data.val_path else []
     files = [list_record_files(source, skipped) for source in sources]
@@ -119,7 +123,10 @@ def encode_sft(
     settings = data.model_dump(exclude={"on_error", "workers", "date", "path", "val_path", "sources"})
     named = [source.model_dump() for source in (*sources, *val)]
     key = hashlib.sha256(
-        json.dumps([VERSION, asdict(recipe), settings, named, seed, tokenizer.sha256, contents]).encode()
+        json.dumps(
+            [VERSION, asdict(recipe), settings, named, seed, tokenizer.sha256, contents, searched],
+            default=Decontaminate.model_dump,
+        ).encode()
     ).hexdigest()[:16]
     folder = out / key
     listed_in = folder / QUARANTINE if keep else "quarantine.jsonl of the run, once it is started"
@@ -128,7 +135,7 @@ def encode_sft(
     except DataError:  # there is none yet, or it is damaged
         units = list(make_units([*sources, *val], files, data))
         report = write_examples(data, units, tokenizer, recipe, folder, seed, listed_in)
-        report = seal(report | {"skipped": dict(skipped)})
+        report = seal(report | {"skipped": dict(skipped), "searched": searched})
         write_atomically(folder / REPORT, json.dumps(report, indent=2))
         delete(folder / "parts")
     check_records(Tally(**report["records"]), data, listed_in)
@@ -189,7 +196,9 @@ def encode_unit(unit: Unit, recipe: Recipe, parts: Path, sha256: str) -> dict[st
     except (FileNotFoundError, ValueError):  # not done, or damaged
         pass
     tokenizer, tally, found = cached_tokenizer(parts / "tokenizer", sha256), Tally(), Found()
-    lengths, examples = [], []
+    lengths, examples, hits = [], [], []
+    evals = recipe.decontaminate
+    wanted = read_evaluation_ngrams(evals.files, evals.ngram)[0] if evals else None
     options = {"train_on": recipe.train_on, "date": recipe.date, "columns": unit.columns}
     left = unit.source.limit
     with (
@@ -208,17 +217,20 @@ def encode_unit(unit: Unit, recipe: Recipe, parts: Path, sha256: str) -> dict[st
             )
             for example in encoded:
                 lengths.append(len(example.tokens))
+                shared = shared_ngrams(example.texts, wanted, evals.ngram) if evals else ()
                 if recipe.pairs:
                     fitting = fit_pairs(example, recipe.seq_len, recipe.too_long, found)
                 else:
                     fitting = fit_row(example, recipe.seq_len + 1, recipe.too_long, tokenizer.bos_id, found)
-                for tokens, prompt in fitting:
+                for tokens, prompt, _ in fitting:
                     shard.add(tokens)
+                    hits += [(len(examples), gram) for gram in shared]
                     first = 0 if recipe.pairs else 1  # nothing predicts the first token of a row
                     examples.append((prompt, np.count_nonzero(tokens[first:] >= 0)))
     save_array(parts / f"{unit.name}.examples.npy", np.array(examples, EXAMPLE))
     save_array(parts / f"{unit.name}.lengths.npy", np.array(lengths, np.int32))
-    names = [f"{unit.name}.{end}" for end in ("bad.jsonl", "examples.npy", "lengths.npy")]
+    save_array(parts / f"{unit.name}.hits.npy", np.array(hits, HIT))
+    names = [f"{unit.name}.{end}" for end in ("bad.jsonl", "examples.npy", "lengths.npy", "hits.npy")]
     files = [*(parts / name for name in names), *([shard.path, shard.index] if examples else [])]
     result = {
         "records": tally.counts(),
@@ -268,6 +280,15 @@ def write_examples(
     names = np.repeat([unit.source.name for unit in units], sizes)
     is_val = np.repeat([unit.is_val for unit in units], sizes)
     train, val, is_shared = choose_splits(examples["prompt"], is_val, data.val_fraction, seed)
+    if recipe.decontaminate:
+        starts = np.cumsum([0, *sizes])
+        hits = [load_array(parts / f"{unit.name}.hits.npy") for unit in units]
+        owners = np.concatenate([one["example"] + start for one, start in zip(hits, starts, strict=False)])
+        grams, most = np.concatenate([one["gram"] for one in hits]), recipe.decontaminate.ignore_if_in_docs
+        flagged = flag_contaminated(owners, grams, len(examples), most)
+        found.contaminated = int(flagged.sum())
+        if recipe.decontaminate.action == "drop":
+            train, val = train & ~flagged, val & ~flagged
     weights = {source.name: source.weight for source in data.sources if source.weight}
 
     def plan(chosen: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -30,10 +30,11 @@ MAX_LIMITS = 2  # records in a row that exceed a limit of the template: it is at
 
 
 class Example(NamedTuple):
-    """The tokens of an example, coded as in `data/rows.py`, and a hash of its prompt: see `prompt_hash`."""
+    """The tokens of an example, coded as in `data/rows.py`, a hash of its prompt (see `prompt_hash`), and its texts."""
 
     tokens: np.ndarray
     prompt: int
+    texts: tuple[str, ...] = ()
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Found:
     divided: int = 0  # conversations of which each answer is an example: the template rewrites earlier turns
     without_target: int = 0  # examples in which nothing is learnt
     thoughts: int = 0  # answers whose thoughts the template leaves out
+    contaminated: int = 0  # examples that share an n-gram with evaluation files
 
     def merge(self, other: "Found") -> None:
         """Add what is found in other records."""
@@ -207,7 +209,7 @@ def encode_examples(
     for one in record.examples:
         prompt = prompt_hash(one)
         if isinstance(one, tuple):
-            encoded.append(Example(encode_pair(tokenizer, one), prompt))
+            encoded.append(Example(encode_pair(tokenizer, one), prompt, one))
             continue
         texts = next(rendered)
         if isinstance(texts, ValueError):
@@ -217,7 +219,8 @@ def encode_examples(
             record.found.divided += 1
         else:
             record.found.thoughts += count_lost_thoughts(one, texts[0].text)
-        encoded += [Example(encode_tokens(*encode_rendered(tokenizer, text)), prompt) for text in texts]
+        said = tuple(message["content"] for message in one.messages)
+        encoded += [Example(encode_tokens(*encode_rendered(tokenizer, text)), prompt, said) for text in texts]
     return error or encoded
 
 

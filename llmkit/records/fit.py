@@ -30,7 +30,7 @@ def fit_row(example: Example, room: int, too_long: str, bos_id: int | None, foun
     bos_id    the begin token, which a shortened prompt keeps
     found     counts the examples, and those in which nothing is learnt
     """
-    tokens, prompt = example
+    tokens = example.tokens
     targets = np.flatnonzero(tokens[1:] >= 0)  # no token precedes the first one, so it can't be predicted
     if not len(targets):
         found.without_target += 1
@@ -39,10 +39,10 @@ def fit_row(example: Example, room: int, too_long: str, bos_id: int | None, foun
         return [example]
     tokens = tokens[: targets[-1] + 2]  # what follows the last answer teaches nothing
     if len(tokens) <= room:
-        return [Example(tokens, prompt)]
+        return [example._replace(tokens=tokens)]
     if too_long == "split":
         found.too_long["split"] += 1
-        return [Example(window, prompt) for window in split_row(tokens, room, max(1, room // 2))]
+        return [example._replace(tokens=window) for window in split_row(tokens, room, max(1, room // 2))]
     shorter = truncate_prompt(tokens, room, bos_id) if too_long == "truncate_prompt" else None
     if shorter is None:
         found.too_long["left out"] += 1
@@ -50,7 +50,7 @@ def fit_row(example: Example, room: int, too_long: str, bos_id: int | None, foun
     found.too_long["prompt truncated"] += 1
     if lost := len(answer_spans(tokens)) - len(answer_spans(shorter)):
         found.too_long[ANSWERS_LOST] += lost
-    return [Example(shorter, prompt)]
+    return [example._replace(tokens=shorter)]
 
 
 def truncate_prompt(tokens: np.ndarray, room: int, bos_id: int | None) -> np.ndarray | None:
@@ -94,7 +94,7 @@ def fit_pairs(example: Example, size: int, too_long: str, found: Found) -> list[
     Each is of at most `size` tokens, counting the end token that a text gets. If too_long is "truncate_prompt", a
     longer text loses its end, since its start says what to do. All else that is longer is left out.
     """
-    tokens, prompt = example
+    tokens = example.tokens
     pairs = []
     for start, stop in answer_spans(tokens):
         fits = stop - start <= size and (start < size or too_long == "truncate_prompt")
@@ -102,6 +102,6 @@ def fit_pairs(example: Example, size: int, too_long: str, found: Found) -> list[
             found.too_long["prompt truncated" if fits else "left out"] += 1
         if fits:
             text = without_targets(tokens[: min(start, size - 1)])
-            pairs.append(Example(np.concatenate([text, tokens[start:stop]]), prompt))
+            pairs.append(example._replace(tokens=np.concatenate([text, tokens[start:stop]])))
     found.without_target += not (tokens >= 0).any()
     return pairs

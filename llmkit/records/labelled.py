@@ -22,8 +22,9 @@ from llmkit.errors import DataError
 from llmkit.files import file_sha256, folder_stamps, open_atomically, write_atomically
 from llmkit.readers.documents import is_saved_dataset, load_dataset_rows
 from llmkit.readers.listing import check_file
+from llmkit.readers.ngrams import evaluation_checksums, flag_contaminated, read_evaluation_ngrams, shared_ngrams
 from llmkit.readers.tally import BadRecord, Record, Tally
-from llmkit.records.build import LENGTHS, VALIDATION, list_record_files
+from llmkit.records.build import HIT, LENGTHS, VALIDATION, list_record_files
 from llmkit.records.label_layouts import Labelled, NoFieldError, parse_label, read_labelled, read_rows, unknown_layout
 from llmkit.records.rows import choose_splits
 from llmkit.screen import replace_surrogates
@@ -44,15 +45,16 @@ class Found:
     too_long: int = 0
     without_token: int = 0
     words_without_token: int = 0
+    contaminated: int = 0
     fields: Counter[str] = field(default_factory=Counter)
 
 
 class Encoded(NamedTuple):
-    """The coded tokens of an example, its label or the tags of its tokens as numbers, and a hash of its text."""
+    """The coded tokens of an example, its label or the tags of its tokens as numbers, and its texts or words."""
 
     tokens: np.ndarray
     label: Any
-    digest: int
+    texts: tuple[str, ...] | list[str]
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
@@ -196,7 +198,8 @@ def encode_labelled(
         [file_sha256(path) for path in paths] if paths else folder_stamps(Path(source.path).expanduser())
         for source, paths in zip(sources, files, strict=True)
     ]
-    settings = [VERSION, task, data.model_dump(exclude={"on_error"}), seed, tokenizer.sha256, contents]
+    searched = evaluation_checksums(data.decontaminate.files) if data.decontaminate else []
+    settings = [VERSION, task, data.model_dump(exclude={"on_error"}), seed, tokenizer.sha256, contents, searched]
     folder = out / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     listed_in = folder / QUARANTINE if keep else "quarantine.jsonl of the run, once it is started"
     try:
@@ -204,7 +207,8 @@ def encode_labelled(
     except DataError:  # there is none yet, or it is damaged
         folder.mkdir(parents=True, exist_ok=True)
         rows = [read_source(one, task, data.header, split) for one, split in zip(sources, splits, strict=True)]
-        report = seal(write_examples(data, tokenizer, folder, task, seed, rows, listed_in))
+        report = write_examples(data, tokenizer, folder, task, seed, rows, listed_in)
+        report = seal(report | {"searched": searched})
         write_atomically(folder / REPORT, json.dumps(report, indent=2))
     check_records(Tally(**report["records"]), data, listed_in)
     return report | {"key": folder.name, "folder": str(folder), "listed_in": str(listed_in)}
@@ -252,7 +256,8 @@ def write_examples(
 ) -> dict[str, Any]:
     """Encode all records, number their labels, and choose the splits. Return the report."""
     tally, found, labels = Tally(), Found(), Labels(task, data.labels, data.multi_label)
-    kept, digests, is_val = [], [], []
+    kept, digests, is_val, hits, evals = [], [], [], [], data.decontaminate
+    wanted = read_evaluation_ngrams(evals.files, evals.ngram)[0] if evals else None
     with (
         ShardWriter(folder / "tokens", FILES["tokens"]) as tokens,
         ShardWriter(folder / "tags", FILES["tags"]) as tags,
@@ -269,12 +274,22 @@ def write_examples(
                 for one in encode_examples(examples, data, tokenizer, task, found):
                     tokens.add(one.tokens)
                     tags.add(one.label) if task == "tag" else kept.append(one.label)
-                    digests.append(one.digest)
+                    texts = (" ".join(one.texts),) if isinstance(one.texts, list) else one.texts
+                    shared = shared_ngrams(texts, wanted, evals.ngram) if evals else ()
+                    hits += [(len(digests), gram) for gram in shared]
+                    digest = hashlib.blake2b(repr(texts).encode("utf-8", "replace"), digest_size=8).digest()
+                    digests.append(int.from_bytes(digest, "little"))
                     is_val.append(number > 0)
     check_records(tally, data, listed_in)
     if not digests:
         raise nothing_left(data, tally, found, listed_in)
     train, val, is_shared = choose_splits(np.array(digests, np.uint64), np.array(is_val), data.val_fraction, seed)
+    if evals:
+        shared = np.array(hits, HIT)
+        flagged = flag_contaminated(shared["example"], shared["gram"], len(digests), evals.ignore_if_in_docs)
+        found.contaminated = int(flagged.sum())
+        if evals.action == "drop":
+            train, val = train & ~flagged, val & ~flagged
     names, places = labels.in_order()
     if task == "tag":
         coded = np.memmap(tags.path, FILES["tags"], "r+")
@@ -367,8 +382,7 @@ def encode_examples(
                 found.words_without_token += len(one.texts) - int(is_first.sum())
                 label = np.where(is_first, np.array(label)[numbers], -1)
             coded = encode_tokens(encoding.ids, np.array(encoding.type_ids) == 0)
-            digest = hashlib.blake2b(repr(one.texts).encode("utf-8", "replace"), digest_size=8).digest()
-            yield Encoded(coded, label, int.from_bytes(digest, "little"))
+            yield Encoded(coded, label, one.texts)
 
 
 def nothing_left(data: LabelledData, tally: Tally, found: Found, listed_in: Path | str) -> DataError:

@@ -10,7 +10,7 @@ from llmkit.errors import DataError
 from llmkit.readers.documents import load_dataset_rows
 from llmkit.readers.listing import list_files
 from llmkit.readers.packed import open_bytes
-from llmkit.readers.records import read_csv, read_records
+from llmkit.readers.records import read_formatted
 from llmkit.readers.tally import BadRecord
 from llmkit.tasks.task import Files, Task
 
@@ -113,20 +113,10 @@ def read_file(file: Path, task: Task, split: str) -> Iterator[Doc]:
             name = file.name.partition(".")[0]
             yield from ({"file": name, "text": line.decode("utf-8", "replace").rstrip("\r\n")} for line in lines)
         return
-    if options.column_names or options.separator or options.quoting:
-        found = read_csv(file, options.column_names, options.separator, not options.quoting)
-    else:
-        found = read_records(file)
-    for _, record, _ in found:
+    for _, record, _ in read_formatted(file, options):
         if isinstance(record, BadRecord):
             raise DataError(f"{task.task}: a record can't be read", at=record.place, got=record.reason)
-        records = [record]
-        if options.field is not None and not isinstance(records := record.get(options.field), list):
-            raise DataError(f"{task.task}: the file has no list {options.field}", at=file, got=", ".join(record)[:200])
-        for one in records:
-            if not isinstance(one, dict):
-                raise DataError(f"{task.task}: a record is not an object", at=file, got=repr(one)[:100])
-            yield {"file": file.name.partition(".")[0]} | one
+        yield {"file": file.name.partition(".")[0]} | record
 
 
 def add_labels(docs: list[Doc], files: list[Path], pattern: str) -> list[Doc]:

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from llmkit import __version__
-from llmkit.config.defaults import EXAMPLES
+from llmkit.config.defaults import TASKS
 from llmkit.errors import UserError
 from llmkit.files import file_sha256
 from llmkit.parallel.device import autocast, choose_precision, device_name
@@ -18,10 +18,9 @@ from llmkit.parallel.world import start_world
 from llmkit.peft.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from llmkit.storage.locate import Located, choose_dtype, load_located, weights_sha256
 from llmkit.tasks.harness import HarnessTask, harness_task
+from llmkit.tasks.questions import not_searched
 from llmkit.tasks.run import Prepared, Result, prepare
 from llmkit.tasks.task import find_task
-
-TASKS = EXAMPLES / "tasks"
 
 
 @dataclass
@@ -69,7 +68,10 @@ def evaluate_models(
     device = start_world().device
     precision = choose_precision(precision, device)
     names, found = unique_names(models), []
+    files = {task.name: task.about["data_sha256"] for task in tasks if isinstance(task, Prepared)}
     for name, located in zip(names, models, strict=True):
+        for line in not_searched(located, files):
+            say(line)
         dtype = choose_dtype(located, precision)
         model, tokenizer = load_located(located, device=device, dtype=dtype)
         results = []

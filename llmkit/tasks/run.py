@@ -34,6 +34,7 @@ from llmkit.tasks.metrics import (
     target_and_choice,
 )
 from llmkit.tasks.prompts import SEED, Question, build_questions, fill, run_code
+from llmkit.tasks.questions import checksums
 from llmkit.tasks.task import Filter, Metric, Task, load_function, read_task
 from llmkit.tasks.writing import write_answers
 from llmkit.tokenizer.tokenizer import Tokenizer
@@ -118,6 +119,7 @@ def prepare(
         "chat": chat,
         "limit": limit,
         "questions": len(questions),
+        "data_sha256": checksums(task, path.parent, data),
         "prompts_sha256": hashlib.sha256(prompts.encode()).hexdigest(),
     }
     return Prepared(task, questions, about)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from llmkit.config.data import TableFormat
 from llmkit.config.explain import explain_all
 from llmkit.config.fields import Count, NonBlank, Section
 from llmkit.config.yaml import merge, read_yaml
@@ -33,21 +34,15 @@ DEFAULT_METRICS = {
 }
 
 
-class Files(Section):
+class Files(TableFormat):
     """`dataset_kwargs`: the files of each split, and how they are read."""
 
     data_files: str | list[str] | dict[str, str | list[str]] | None = None
     """Name a file, folder or glob, or one for each split. `--data TASK=PATH` replaces it."""
-    column_names: list[str] | None = None
-    """Name the columns of CSV files without a header."""
-    field: str | None = None
-    """Name the field of a JSON file that holds the list of records."""
     labels: str | None = None
     """Name a file with one label a line, which becomes the field `label` of the records."""
     separator: str | None = Field(None, alias="sep")
     """Separate the columns of a CSV file by this text."""
-    quoting: Literal[0, 3] = 0
-    """Read quotes in a CSV file as plain characters if it is 3."""
     trust_remote_code: bool = False
     """Read for compatibility: nothing remote is run."""
 

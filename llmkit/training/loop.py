@@ -32,6 +32,7 @@ from llmkit.storage.manifest import (
 from llmkit.storage.plot import plot_runs
 from llmkit.storage.report import is_score, write_report
 from llmkit.storage.run import RunDirectory, check_can_open, open_run, without_secrets
+from llmkit.tasks.questions import name_question_files
 from llmkit.training.average import averaged, start_average, update_average
 from llmkit.training.evaluation import best_of, describe_forgetting, measure, score_of
 from llmkit.training.fit import with_train
@@ -62,7 +63,7 @@ def train(
     profiled  number of steps to profile, see `profile`
     Returns the summary on rank 0. Raises UserError for bad input, divergence, and an interruption after a checkpoint.
     """
-    world = start_world()
+    world, config = start_world(), name_question_files(config)
     say = say if world.main else (lambda line: None)
     if config.train.deterministic:
         make_deterministic(world.device)
