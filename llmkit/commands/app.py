@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from llmkit import __version__
-from llmkit.commands import convert, evaluate, label, look, score, train, write
+from llmkit.commands import convert, evaluate, label, look, rate, score, train, write
 from llmkit.commands.data import data_app, tokenizer_app
 from llmkit.commands.show import Command
 
@@ -37,6 +37,7 @@ for name, command in {
     "finetune": train.finetune,
     "eval": evaluate.evaluate,
     "score": score.score,
+    "rate": rate.rate,
     "classify": label.classify,
     "embed": label.embed,
     "generate": write.generate,

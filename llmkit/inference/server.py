@@ -266,19 +266,34 @@ def check_host(app: ASGIApp, hosts: set[str]) -> ASGIApp:
 
 def serve(writer: Writer, name: str, host: str, port: int, limits: Limits, say: Callable[[str], None] = print) -> None:
     """Answer requests until interrupted."""
-    address = f"[{host}]" if ":" in host else host
-    hosts = {"*"} if host in ("0.0.0.0", "::") else {address.lower(), "127.0.0.1", "localhost", "[::1]"}
+    listening, address = listen(host, port)
+    server = Server(writer, name, limits)
+    server.warm_up()
+    say(f"{address}  chat page at /, API at /v1/completions and /v1/chat/completions  (Ctrl-C to stop)")
+    make_http_server(server.build_app(host_names(host))).run(sockets=[listening])
+
+
+def listen(host: str, port: int) -> tuple[socket.socket, str]:
+    """Return a socket that listens, and its address for a browser. Raise MachineError if that is not possible."""
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, TypeError, ValueError) as error:  # the latter for names that can be none
         what, fix = f"the server can't listen: {getattr(error, 'strerror', None) or error}", "choose another --port"
         raise MachineError(what, at=f"{host}:{port}", fix=fix) from None
-    server = Server(writer, name, limits)
-    server.warm_up()
-    say(f"http://{address}:{port}  chat page at /, API at /v1/completions and /v1/chat/completions  (Ctrl-C to stop)")
+    return listening, f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def host_names(host: str) -> set[str]:
+    """Return the names by which clients may ask for a server that listens on a host, for `check_host`."""
+    if host in ("0.0.0.0", "::"):
+        return {"*"}
+    return {(f"[{host}]" if ":" in host else host).lower(), "127.0.0.1", "localhost", "[::1]"}
+
+
+def make_http_server(app: Starlette) -> uvicorn.Server:
+    """Return a server for an application, to run with a socket of `listen`."""
     options = {"http": WatchedProtocol, "ws": "none", "log_level": "warning", "timeout_graceful_shutdown": 1}
-    config = uvicorn.Config(server.build_app(hosts), **options)
-    http_server = uvicorn.Server(config)
+    http_server = uvicorn.Server(uvicorn.Config(app, **options))
     handle_exit = http_server.handle_exit
 
     def exit_quietly(signal_number: int, frame: FrameType | None) -> None:
@@ -286,4 +301,4 @@ def serve(writer: Writer, name: str, host: str, port: int, limits: Limits, say: 
         handle_exit(signal_number, frame)
 
     http_server.handle_exit = exit_quietly
-    http_server.run(sockets=[listening])
+    return http_server
