@@ -184,6 +184,22 @@ def test_canaries_are_planted_as_often_as_said_and_only_in_train(tmp_path):
     assert json.loads((tmp_path / "data/manifest.json").read_text())["fingerprint"] != before
 
 
+def test_the_documents_of_each_language_are_measured_on_their_own(folder):
+    german = "Der Fluss ist heute sehr breit und das Wasser steht hoch über dem Ufer der Stadt. " * 3
+    english = "The river is very wide today and the water is high above the bank of the town. " * 3
+    rows = [german if i % 3 == 0 else english for i in range(24)]
+    (folder / "two.jsonl").write_text(
+        "".join(json.dumps({"text": f"{i} {text}"}) + "\n" for i, text in enumerate(rows))
+    )
+    llmkit("pretrain", "c.yaml", cwd=folder)
+    parts = json.loads(llmkit("eval", "run", "--data", "two.jsonl", "--by-language", "--json", cwd=folder).stdout)
+    whole = json.loads(llmkit("eval", "run", "--data", "two.jsonl", "--json", cwd=folder).stdout)
+    assert {name: one["documents"] for name, one in parts.items()} == {"en": 16, "de": 8}
+    assert sum(one["tokens"] for one in parts.values()) == whole["tokens"]
+    total = sum(one["loss"] * one["tokens"] for one in parts.values())
+    assert total / whole["tokens"] == pytest.approx(whole["loss"], rel=1e-5)
+
+
 def test_each_source_of_a_corpus_is_measured_on_its_own(tmp_path):
     for name, seed in (("even", 0), ("odd", 100)):
         (tmp_path / name).mkdir()

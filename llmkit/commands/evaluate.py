@@ -41,6 +41,9 @@ def evaluate(
     ] = None,
     each: Annotated[bool, typer.Option("--each", help="Score each text on its own, after a begin token.")] = False,
     by_source: Annotated[bool, typer.Option("--by-source", help="Each source of a run's corpus on its own.")] = False,
+    by_language: Annotated[
+        bool, typer.Option("--by-language", help="The documents of each language on their own.")
+    ] = False,
     columns: Columns = None,
     window: Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens in a sliding window.")] = None,
     stride: Annotated[
@@ -71,7 +74,7 @@ def evaluate(
     of_tasks: dict[str, Any] = {"--shots": shots is not None, "--limit": limit, "--chat": chat, "--show": shown}
     of_tasks |= {"--out": out, "--allow-code": allow_code, "--metric": metrics}
     of_text = {"--perplexity": perplexity, "--each": each, "--columns": columns, "--window": window, "--stride": stride}
-    of_text |= {"--by-source": by_source}
+    of_text |= {"--by-source": by_source, "--by-language": by_language}
     of_text |= {"--max-bad-fraction": max_bad_fraction != MAX_BAD_FRACTION, "--batch-size": batch_size != 8}
     if tasks and memorization:
         raise UserError("--tasks and --memorization are two measurements", fix="give one of them")
@@ -115,14 +118,21 @@ def evaluate(
         options = {"columns": parse_columns(columns), "precision": precision, "max_bad_fraction": max_bad_fraction}
         evaluate_labels(located[0], data[0] if data else None, as_json, options)
         return
-    from llmkit.evals.perplexity import compare, measure_parts
+    from llmkit.evals.perplexity import compare, measure_by_language, measure_parts
 
     options = {"window": window, "stride": stride, "batch_size": batch_size, "precision": precision}
     options |= {"each": each, "columns": parse_columns(columns), "max_bad_fraction": max_bad_fraction}
+    if by_source and by_language:
+        raise UserError("--by-source and --by-language are two tables", fix="ask for one after the other")
     if by_source:
         show_by_source(located[0], options, bool(data or baseline), as_json)
         return
     options["data"] = data[0] if data else None
+    if by_language:
+        if baseline is not None:
+            raise UserError("--by-language has no baseline", fix="leave out --baseline")
+        show_parts("language", measure_by_language(located[0], **options), as_json)
+        return
     measured = measure_parts(located[0], **options)
     if baseline is None:
         show(measured.figures, as_json)
@@ -161,18 +171,26 @@ def show_by_source(located, options: dict[str, Any], is_other: bool, as_json: bo
     """Print a table with the figures of each source in the val split of a run."""
     from llmkit.errors import UserError
     from llmkit.evals.perplexity import measure_by_source
-    from llmkit.screen import format_table
 
     if is_other or options.pop("each") or options.pop("columns"):
         raise UserError("--by-source measures the val split of a run, and nothing else", fix="leave out other options")
-    found = measure_by_source(located, **options)
+    show_parts("source", measure_by_source(located, **options), as_json)
+
+
+def show_parts(kind: str, found: dict[str, dict[str, Any]], as_json: bool) -> None:
+    """Print a table with the figures of each part of a text.
+
+    kind  of the parts: source or language
+    """
+    from llmkit.screen import format_table
+
     if as_json:
         show(found, as_json)
         return
-    names = ("tokens", "loss", "loss_stderr", "perplexity", "bits_per_byte")
+    names = ("documents", "tokens", "loss", "loss_stderr", "perplexity", "bits_per_byte")
     rows = [
-        {"source": source} | {name.replace("_", " "): figures.get(name) for name in names}
-        for source, figures in found.items()
+        {kind: part} | {name.replace("_", " "): figures[name] for name in names if name in figures}
+        for part, figures in found.items()
     ]
     print(format_table([{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]))
 

@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from llmkit.config.defaults import MAX_BAD_FRACTION
+from llmkit.corpus.scorers import detect_language
 from llmkit.data.splits import bytes_per_token, read_manifest
 from llmkit.errors import DataError, UserError
 from llmkit.evals.reading import Reading, corrupted_rows, read_data, run_val_split, windows
@@ -36,7 +37,8 @@ class Measured:
     part: str  # document, window or example
     nats: np.ndarray  # the sum of the losses of each part
     targets: np.ndarray  # their number
-    tokenizer_sha256: str
+    tokenizer: Tokenizer
+    tokens: np.ndarray | None = None  # of a stream of documents
 
 
 def measure(located: Located, **options: Any) -> dict[str, Any]:
@@ -53,6 +55,31 @@ def measure_by_source(located: Located, **options: Any) -> dict[str, dict[str, A
     names = list(dict.fromkeys(file["source"] for file in files))
     loaded = load_to_measure(located, options.get("precision", "auto"))
     return {name: measure(located, source=name, loaded=loaded, **options) for name in names}
+
+
+def measure_by_language(located: Located, **options: Any) -> dict[str, dict[str, Any]]:
+    """Measure the documents of each language on their own, the language with most tokens first; see `measure_parts`."""
+    measured = measure_parts(located, **options)
+    if measured.tokens is None or measured.part != "document":
+        what, expected = "languages are told apart by documents", f"at least {FEWEST_DOCUMENTS} of them in one stream"
+        raise UserError(what, got=measured.figures["parts"], expected=expected)
+    ends = np.flatnonzero(measured.tokens == measured.tokenizer.eos_id)
+    documents = np.split(measured.tokens, ends + 1)[: len(measured.nats)]
+    texts = [measured.tokenizer.decode(ids[ids != measured.tokenizer.eos_id].tolist()) for ids in documents]
+    names = np.array([detect_language(text)[0] for text in texts])
+    sizes, found = np.array([len(text.encode()) for text in texts]), {}
+    for name in np.unique(names):
+        nats, targets = measured.nats[names == name], measured.targets[names == name]
+        loss = float(nats.sum() / targets.sum())
+        found[str(name)] = {
+            "documents": len(nats),
+            "tokens": int(targets.sum()),
+            "loss": loss,
+            "loss_stderr": ratio_error(nats, targets),
+            "perplexity": math.exp(min(loss, 700)),
+            "bits_per_byte": float(nats.sum() / math.log(2) / max(1, sizes[names == name].sum())),
+        }
+    return dict(sorted(found.items(), key=lambda item: -item[1]["tokens"]))
 
 
 def load_to_measure(located: Located, precision: str) -> tuple[nn.Module, Tokenizer, str]:
@@ -158,7 +185,7 @@ def measure_parts(
         "stride": stride,
         "precision": precision,
     }
-    return Measured(figures, part, nats, targets, tokenizer.sha256)
+    return Measured(figures, part, nats, targets, tokenizer, tokens if is_stream else None)
 
 
 def note_targets(batches: Iterable[Batch], masks: list[np.ndarray]) -> Iterator[Batch]:
@@ -195,7 +222,7 @@ def compare(ours: Measured, theirs: Measured) -> dict[str, Any]:
 
     Raise UserError if they read the text as other tokens.
     """
-    if ours.tokenizer_sha256 != theirs.tokenizer_sha256 or not np.array_equal(ours.targets, theirs.targets):
+    if ours.tokenizer.sha256 != theirs.tokenizer.sha256 or not np.array_equal(ours.targets, theirs.targets):
         what = "the losses can't be compared: the models read the text as other tokens, or in other windows"
         fix = "give both the same --window; models with other tokenizers: compare bits per byte"
         raise UserError(what, got=f"{ours.figures['tokens']} and {theirs.figures['tokens']} tokens", fix=fix)

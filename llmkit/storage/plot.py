@@ -11,7 +11,7 @@ import numpy as np
 
 from llmkit.files import write_atomically
 from llmkit.screen import format_count, printable
-from llmkit.storage.report import is_finite
+from llmkit.storage.report import is_finite, is_score
 from llmkit.storage.run import read_metrics
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Curves(NamedTuple):
 
     sets    name of a set of `eval.sets` -> its losses
     panels  what is drawn in small panels below -> (tokens, value)
+    of_tokens  whether losses are of tokens, as opposed to labels
     """
 
     train: list[Point]
@@ -48,8 +49,11 @@ class Curves(NamedTuple):
     best: list[Point]
     sets: dict[str, list[Point]]
     panels: dict[str, list[tuple[float, float]]]
+    of_tokens: bool = True
 
 
+LOSS = "loss (nats per token)"
+MOST_SCORES = 6  # that are drawn
 PANELS = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens/s"}
 
 
@@ -65,18 +69,21 @@ def draw_runs(folders: list[Path]) -> "Figure":
     """Draw train and val loss over the tokens seen.
 
     A star marks the best val loss of a run. The legend tells its value and stands below the axes, where it covers no
-    curve. Losses that are not finite are left out. Below the losses of a single run are small panels with the learning
-    rate, the gradient norm and the speed.
+    curve. Losses that are not finite are left out. Below the losses of a single run are small panels with its scores,
+    the learning rate, the gradient norm and the speed.
     """
     from matplotlib.figure import Figure
 
     runs, names = [read_curves(folder) for folder in folders], name_runs(folders)
     figure = Figure(layout="constrained")
     panels = runs[0].panels if len(runs) == 1 else {}
-    grid = figure.add_gridspec(2, len(panels), height_ratios=[4, 1]) if panels else None
-    axes = figure.add_subplot(grid[0, :] if panels else 111, xlabel="tokens seen", ylabel="loss (nats per token)")
+    lines = -(-len(panels) // len(PANELS))  # of panels
+    grid = figure.add_gridspec(1 + lines, len(PANELS), height_ratios=[4] + [1] * lines)
+    axes = figure.add_subplot(
+        grid[0, :], xlabel="tokens seen", ylabel=LOSS if all(run.of_tokens for run in runs) else "loss"
+    )
     for i, (name, points) in enumerate(panels.items()):
-        draw_panel(figure.add_subplot(grid[1, i]), name, points)
+        draw_panel(figure.add_subplot(grid[1 + i // len(PANELS), i % len(PANELS)]), name, points)
     rows = []  # of the legend: (line, text)
     for i, (run, name) in enumerate(zip(runs, names, strict=True)):
         marker, star = MARKERS[i % len(MARKERS)], {"markeredgecolor": "white", "linestyle": "none", "zorder": 3}
@@ -103,7 +110,7 @@ def draw_runs(folders: list[Path]) -> "Figure":
     legend = figure.legend([line for line, _ in rows], [""] * len(rows), loc="outside lower left", frameon=False)
     for drawn, text in zip(legend.get_texts(), texts, strict=True):  # here $ and a leading _ have no special meaning
         drawn.set(text=text, parse_math=False, fontsize=9)
-    figure.set_size_inches(7.5, 4.5 + (1.3 if panels else 0) + 0.2 * sum(text.count("\n") + 1 for text in texts))
+    figure.set_size_inches(7.5, 4.5 + 1.3 * lines + 0.2 * sum(text.count("\n") + 1 for text in texts))
     return figure
 
 
@@ -112,7 +119,7 @@ def draw_panel(axes: "Axes", name: str, points: list[tuple[float, float]]) -> No
     from matplotlib.ticker import MaxNLocator
 
     axes.plot(*zip(*points, strict=True), color="#555555", linewidth=1)
-    axes.set_title(PANELS[name], fontsize=9)
+    axes.set_title(PANELS.get(name, printable(name.removeprefix("val_"))), fontsize=9, parse_math=False)
     axes.tick_params(labelsize=7)
     axes.xaxis.set_major_locator(MaxNLocator(3))
     axes.yaxis.set_major_locator(MaxNLocator(3))
@@ -141,7 +148,7 @@ def set_limits(axes: "Axes", runs: list[Curves]) -> None:
     band = np.quantile(losses, 0.75) - low
     if high - low > OUTLIER * band > 0:
         top = max([low + SHOWN * band, *(point.loss + band / 2 for run in runs for point in run.best)])
-        axes.set(ylim=(low - band / 5, top), ylabel=f"loss (nats per token), cut off: the highest is {high:.4g}")
+        axes.set(ylim=(low - band / 5, top), ylabel=f"{axes.get_ylabel()}, cut off: the highest is {high:.4g}")
 
 
 def read_curves(folder: Path) -> Curves:
@@ -153,13 +160,15 @@ def read_curves(folder: Path) -> Curves:
         return [Point(one["tokens"], one[key], one["step"]) for one in records if is_finite(one.get(key))]
 
     train, val = points("loss"), points("val_loss")
-    panels = {key: [(one.tokens, one.loss) for one in points(key)] for key in PANELS}
+    scores = dict.fromkeys(key for record in records for key in record if is_score(key) and key not in names)
+    panels = {key: [(one.tokens, one.loss) for one in points(key)] for key in [*[*scores][:MOST_SCORES], *PANELS]}
     return Curves(
         train,
         val,
         [min(val, key=lambda point: point.loss)] if val else [],
         {name.removesuffix("/val_loss"): points(name) for name in names},
         {key: found for key, found in panels.items() if len(found) > 1},
+        of_tokens=not any("/" not in key for key in scores),
     )
 
 
