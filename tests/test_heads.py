@@ -611,6 +611,21 @@ def test_what_does_not_fit_a_head_is_one_error(override, said, base):
     assert done.returncode and done.stderr.count("error:") == 1 and said in done.stderr
 
 
+def test_a_head_filters_a_corpus(base):
+    """The folder of a classifier is one of transformers, which data.filter.classifier reads."""
+    if not (base / "runs/filter").is_dir():
+        llmkit("pretrain", write_config(base, "filter", "runs/llama"), cwd=base)
+    rows = [{"text": f"{i} the {'river' if i % 2 else 'model'} is large"} for i in range(40)]
+    (base / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    classifier = {"path": str(next((base / "runs/filter/checkpoints").glob("*20")) / "model"), "label": "wet"}
+    config = tiny_config(base)
+    config["data"] |= {"sources": "docs.jsonl", "dir": "data-filter", "filter": {"classifier": classifier}}
+    (base / "filtered.yaml").write_text(yaml.safe_dump(config))
+    llmkit("data", "build", "filtered.yaml", cwd=base)
+    funnel = json.loads((base / "data-filter/manifest.json").read_text())["funnel"]
+    assert 18 <= funnel["docs"]["dropped"]["classifier"] <= 22
+
+
 def test_a_model_without_a_head_and_a_head_for_tokens_are_told_apart(base):
     assert "no head for labels" in llmkit("classify", "runs/llama", "hi", cwd=base, code=None).stderr
     if not (base / "runs/cls-llama-0").is_dir():

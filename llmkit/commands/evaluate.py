@@ -11,6 +11,7 @@ from llmkit.commands.show import (
     Columns,
     MaxBadFraction,
     Precision,
+    format_float,
     parse_columns,
     progress_printer,
     show,
@@ -161,10 +162,17 @@ def evaluate_labels(located, data: str | None, as_json: bool, options: dict[str,
         show(figures, as_json)
         return
     by_label = figures.pop("labels", None)
+    names = [key.removesuffix("_stderr") for key in figures if key.endswith("_stderr")]
+    rows = []
+    for name in names:
+        value, error, interval = (figures.pop(f"{name}{end}", None) for end in ("", "_stderr", "_interval"))
+        row = {"score": name.replace("_", " "), "value": value, "stderr": error}
+        rows.append(row | {"95 % interval": " to ".join(map(format_float, interval)) if interval else ""})
     show(figures, as_json)
-    if by_label:
-        rows = [{key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()} for row in by_label]
-        print(f"\n{terminal_text(format_table(rows))}")
+    for table in (rows, by_label):
+        if table:
+            shown = [{key: format_float(v) if isinstance(v, float) else v for key, v in row.items()} for row in table]
+            print(f"\n{terminal_text(format_table(shown))}")
 
 
 def show_by_source(located, options: dict[str, Any], is_other: bool, as_json: bool) -> None:

@@ -46,7 +46,7 @@ def measure_labels(
     if data is None:
         if located.run_dir is None:
             raise DataError("there is nothing to measure on", fix="name a file with --data")
-        what = f"the val split of {data_name(one.data)}"
+        what = one.data.get("val_path") or f"the val split of {data_name(one.data)}"
         batches = val_batches(one, located.run_dir)
     else:
         examples, labels = read_file(one, data, columns, tally, found)
