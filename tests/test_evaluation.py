@@ -97,19 +97,21 @@ def test_what_can_not_be_measured_is_an_error_before_the_run(folder, overrides, 
     assert done.returncode in (2, 3, 5) and words in done.stderr and not list_checkpoints(folder / "run")
 
 
-def test_a_task_that_fails_does_not_end_the_run(folder, monkeypatch):
+@pytest.mark.parametrize("error", [UserError("out of questions"), MemoryError()], ids=["error", "memory"])
+def test_a_task_that_fails_does_not_end_the_run(folder, monkeypatch, error):
     from llmkit.config.load import load_config
     from llmkit.tasks.run import Prepared
     from llmkit.training.loop import train
 
     def fail(*args):
-        raise UserError("out of questions")
+        raise error
 
     monkeypatch.setattr(Prepared, "run", fail)
     lines = []
-    train(load_config(folder / "c.yaml"), say=lines.append)
-    assert any("warning: the task next fails" in line and "out of questions" in line for line in lines)
+    train(load_config(folder / "c.yaml"), fresh=True, say=lines.append)
+    assert any("warning: the task next fails" in line and "out of" in line for line in lines)
     assert metrics(folder / "run")[-1]["step"] == 20
+    assert not any("micro-batch: again" in line for line in lines)
 
 
 def test_a_fine_tuning_says_what_it_forgot(folder, corpus):

@@ -16,7 +16,7 @@ from torch import nn
 
 from llmkit.config.schema import Config, EvalTask
 from llmkit.data.splits import bytes_per_token
-from llmkit.errors import DataError, UserError
+from llmkit.errors import DataError, UserError, is_out_of_memory
 from llmkit.evals.perplexity import divide, loss_difference, note_targets
 from llmkit.evals.reading import Reading, corrupted_rows, read_data, windows
 from llmkit.files import write_atomically
@@ -191,8 +191,11 @@ def measure_tasks(run: Any, model: nn.Module, say: Callable[[str], None]) -> dic
     for task in run.extras.tasks:
         try:
             figures = task.run(model, run.data.tokenizer).figures
-        except UserError as error:
-            say(f"warning: the task {task.name} fails, and the run goes on: {error.what}")
+        except Exception as error:
+            if not isinstance(error, UserError) and not is_out_of_memory(error):  # a smaller micro-batch is no help
+                raise
+            reason = error.what if isinstance(error, UserError) else "out of memory"
+            say(f"warning: the task {task.name} fails, and the run goes on: {reason}")
             continue
         scores = {key: value for key, value in figures.items() if f"{key}_stderr" in figures}
         found |= {f"{task.name}/{key}": value for key, value in scores.items()}
