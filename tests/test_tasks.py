@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHARED, llmkit, needs_shared
+from tokenizers.processors import TemplateProcessing
 
 from llmkit.errors import DataError, UserError
 from llmkit.intervals import bootstrap, fairness, mean_interval, paired_difference, wilson
@@ -350,6 +351,30 @@ def test_scores_equal_the_harness(name, shots, tmp_path):
         if own in ours and isinstance(value, int | float):  # the errors of some scores are "N/A"
             assert ours[own] == pytest.approx(value, rel=1e-4), key
     assert theirs.keys() & {"acc,none", "byte_perplexity,none", "exact_match,first"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shots", [0, 2])
+@pytest.mark.parametrize("name", ["choice", "last_word", "written"])
+def test_scores_of_an_encoder_and_a_decoder_equal_the_harness(name, shots, tmp_path):
+    for split, own in (("test", QUESTIONS[:10]), ("train", QUESTIONS[10:])):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in own))
+    files = {split: str(tmp_path / f"{split}.jsonl") for split in ("test", "train")}
+    head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {json.dumps(files)}}}\n"
+    head += "test_split: test\ntraining_split: train\nfewshot_split: train\nmetadata: {version: 1}\n"
+    file = tmp_path / f"{name}.yaml"
+    file.write_text(head + HARNESS_TASKS[name])
+    tokenizer = train_tokenizer([json.dumps(one) for one in QUESTIONS], "unigram", vocab_size=280)
+    end = (tokenizer.eos, tokenizer.eos_id)
+    tokenizer.rust.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    model = sharp_model("t5", vocab_size=len(tokenizer), max_position_embeddings=128)
+    theirs = harness_scores(file, model, tokenizer, tmp_path, shots)
+    ours = run_task(prepare(file, shots=shots), model, tokenizer).figures
+    named = {key: key.removesuffix(",none") for key, value in theirs.items() if isinstance(value, int | float)}
+    shared = [key for key, own in named.items() if own in ours]
+    assert shared
+    for key in shared:
+        assert ours[named[key]] == pytest.approx(theirs[key], rel=1e-3), key
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Turn questions into token ids, as lm-evaluation-harness does for decoders."""
+"""Turn questions into token ids, as lm-evaluation-harness does."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -53,6 +53,27 @@ def fit_answers(
         return None
     lost[CUT] += any(len(context) + len(answer) > positions + 1 for context, answer in encoded)
     return [Request((*context, *answer)[-positions - 1 :], len(answer)) for context, answer in encoded]
+
+
+def encode_sources(
+    questions: Sequence[Question], tokenizer: Tokenizer, positions: int, lost: Counter[str]
+) -> list[list[Request] | None]:
+    """Return a request for each answer, as `encode_answers`, for an encoder that reads the context and a decoder that
+    writes the answer: the context has its end token, and each of them all positions.
+    """
+    found: list[list[Request] | None] = []
+    for question in questions:
+        encoded = []
+        for context, answer in pairs_of(question):
+            kept = context.rstrip()
+            encoded.append((tokenizer.encode_source(kept), tokenizer.encode(context[len(kept) :] + answer)))
+        if any(not 0 < len(answer) <= positions for _, answer in encoded):
+            lost[TOO_LONG if all(answer for _, answer in encoded) else EMPTY] += 1
+            found.append(None)
+            continue
+        lost[CUT] += any(len(source) > positions for source, _ in encoded)
+        found.append([Request((*source[-positions:], *answer), len(answer)) for source, answer in encoded])
+    return found
 
 
 def repeat(contexts: list, question: Question) -> list:

@@ -21,7 +21,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from llmkit.data.corrupt import shift_right
+from llmkit.models import family_of
 from llmkit.models.shared_prefix import SharedPrefix
+from llmkit.types import IGNORE_INDEX
 
 ROW = {"cpu": 1024, "cuda": 8192}  # most tokens of a pass, but for a tree that is longer
 LOGIT_BYTES = 2**28  # most bytes of fp32 logits of a pass, but for a tree that has more
@@ -255,3 +258,53 @@ def read_trees(model: nn.Module, trees: list[Tree], root: SharedPrefix | None, l
         for some, same in zip(log_probs.split(sizes), greedy.split(sizes), strict=True)
     ]
     return dict(zip((i for tree in trees for i in tree.numbers), scores, strict=True))
+
+
+# ---- an encoder and a decoder ---------------------------------------------------------------------------------------
+
+
+def score_sources(
+    model: nn.Module, requests: Sequence[Request], *, progress: Callable[[Iterable], Iterable] = iter
+) -> list[Score]:
+    """Return the score of each request, of which an encoder reads all but the scored tokens, and a decoder writes
+    these. Requests of similar lengths are read together, in the autocast context of the caller.
+    """
+    device, start_id = next(model.parameters()).device, family_of(model.config).start_token_id(model.config)
+    most, found, training = ROW.get(device.type, ROW["cuda"]), {}, model.training
+    order = sorted(range(len(requests)), key=lambda i: (len(requests[i].tokens), requests[i].scored))
+    batches: list[list[int]] = [[]]
+    for i in order:
+        if batches[-1] and (len(batches[-1]) + 1) * len(requests[i].tokens) > most:
+            batches.append([])
+        batches[-1].append(i)
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for numbers in progress(batches if order else []):
+                found |= read_sources(model, {i: requests[i] for i in numbers}, start_id, device)
+    finally:
+        model.train(training)
+    return [found[i] for i in range(len(requests))]
+
+
+def read_sources(
+    model: nn.Module, requests: dict[int, Request], start_id: int, device: torch.device
+) -> dict[int, Score]:
+    """Read requests side by side, and return the score of each by its number; see `score_sources`."""
+    halves = [(one.tokens[: -one.scored], one.tokens[-one.scored :]) for one in requests.values()]
+    width, length = (max(len(half[side]) for half in halves) for side in (0, 1))
+    source, segments = np.zeros((len(halves), width), np.int64), np.full((len(halves), width), -1)
+    labels = np.full((len(halves), length), IGNORE_INDEX)
+    for row, (read, written) in enumerate(halves):
+        source[row, : len(read)], segments[row, : len(read)], labels[row, : len(written)] = read, 0, written
+    inputs = {"segments": segments, "decoder_input_ids": shift_right(labels, start_id)}
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+    logits = model(torch.from_numpy(source).to(device), **tensors).float()
+    targets = torch.from_numpy(np.maximum(labels, 0)).to(device)
+    log_probs = (logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)).double().cpu().numpy()
+    is_greedy = (logits.argmax(-1) == targets).cpu().numpy()
+    is_target = labels != IGNORE_INDEX
+    return {
+        number: Score(float(log_probs[row][is_target[row]].sum()), bool(is_greedy[row][is_target[row]].all()))
+        for row, number in enumerate(requests)
+    }

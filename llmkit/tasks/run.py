@@ -16,8 +16,8 @@ from llmkit.errors import DataError, ModelError, UserError, raise_all
 from llmkit.inference.sampling import Sampling
 from llmkit.intervals import RESAMPLES, bootstrap, fairness, mean_error, mean_interval
 from llmkit.tasks.documents import Doc, read_split
-from llmkit.tasks.encode import EMPTY, encode_answers, encode_prompts, encode_windows
-from llmkit.tasks.likelihood import Score, score_requests
+from llmkit.tasks.encode import EMPTY, cut_left, encode_answers, encode_prompts, encode_sources, encode_windows
+from llmkit.tasks.likelihood import Score, score_requests, score_sources
 from llmkit.tasks.metrics import (
     METRICS,
     SLOW,
@@ -147,12 +147,19 @@ def load_metric(name: str) -> Callable:
 def run_task(prepared: Prepared, model: nn.Module, tokenizer: Tokenizer, *, progress: Progress = iter) -> Result:
     """Ask a model, in the autocast context of the caller."""
     task, lost = prepared.task, Counter()
-    if model.config.kind != "causal":
-        raise ModelError(f"tasks need a decoder, not {model.config.model_type}")
+    kind = model.config.kind
+    if kind == "masked" or (kind == "seq2seq" and task.output_type in ("loglikelihood_rolling", "pairs")):
+        raise ModelError(f"{task.task}: {task.output_type} needs a decoder alone, not {model.config.model_type}")
+    if kind == "seq2seq" and any(one.messages for one in prepared.questions):
+        raise ModelError(f"{task.task}: --chat needs a decoder alone, not {model.config.model_type}")
     positions = model.config.max_position_embeddings
     if task.output_type == "generate_until":
         written = task.generation_kwargs.max_gen_toks
-        prompts = encode_prompts(prepared.questions, tokenizer, positions, written, lost)
+        if kind == "seq2seq":
+            sources = [tokenizer.encode_source(one.contexts[0]) for one in prepared.questions]
+            prompts = [cut_left(ids, positions, 0, lost) for ids in sources]
+        else:
+            prompts = encode_prompts(prepared.questions, tokenizer, positions, written, lost)
         texts = write_answers(
             model,
             tokenizer,
@@ -191,14 +198,18 @@ def score_answers(
     if prepared.task.output_type == "loglikelihood_rolling":
         found = [list(encode_windows(one.answers[0], tokenizer, positions)) for one in prepared.questions]
     else:
-        found = encode_answers(prepared.questions, tokenizer, positions, lost)
+        encode = encode_answers if model.config.kind == "causal" else encode_sources
+        found = encode(prepared.questions, tokenizer, positions, lost)
     kept = [i for i, one in enumerate(found) if one]
     lost[EMPTY] += sum(one == [] for one in found)  # whole texts without a token
     requests = [request for i in kept for request in found[i]]
     owners = [i for i in kept for _ in found[i]]
     if prepared.task.output_type == "loglikelihood_rolling":
         owners = range(len(requests))  # windows of a text are no answers to the same question
-    scores = iter(score_requests(model, requests, owners, progress=progress))
+    if model.config.kind == "causal":
+        scores = iter(score_requests(model, requests, owners, progress=progress))
+    else:
+        scores = iter(score_sources(model, requests, progress=progress))
     answered = []
     for i in kept:
         own = [next(scores) for _ in found[i]]

@@ -64,7 +64,7 @@ def open_extras(config: Config, model_config: Any, tokenizer: Tokenizer) -> Extr
     if config.eval.general and names.setdefault(GENERAL, config.eval.general) != config.eval.general:
         raise config.error("eval.sets.general", "has the name of the text of eval.general", fix="rename it")
     sets = {name: open_set(config, model_config, tokenizer, name, path) for name, path in names.items()}
-    if config.eval.tasks and model_config.kind != "causal":
+    if config.eval.tasks and model_config.kind == "masked":
         raise config.error("eval.tasks", f"need a decoder, not {model_config.model_type}")
     tasks = []
     for one in config.eval.tasks:
