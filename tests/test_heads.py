@@ -167,6 +167,30 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch():
         torch.testing.assert_close(p.grad, whole[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["classify", "multi", "regress", "tag"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_rows_that_are_read_by_length_have_the_loss_and_gradient_of_the_batch(name, kind, monkeypatch):
+    monkeypatch.setattr(heads, "PART_TOKENS", 8)
+    model = made(name, kind)
+    draw = np.random.default_rng(0)
+    examples = [encode_tokens(draw.integers(1, 64, n), draw.random(n) < 0.5) for n in (3, 24, 9, 24, 1, 12)]
+    labels = {"classify": draw.integers(3, size=6), "multi": draw.integers(2, size=(6, 3)),
+              "regress": draw.normal(size=6).astype(np.float32),
+              "tag": [draw.integers(-1, 3, len(one)) for one in examples]}[kind]  # fmt: skip
+    batch = to_device(pad_batch(examples, labels, 0, name == "bert"), torch.device("cpu"))
+    parts = list(heads.by_length(batch, tags=kind == "tag"))
+    assert len(parts) > 2 and sum(part["input_ids"].numel() for part in parts) < 0.75 * batch["input_ids"].numel()
+    model(**batch).backward()
+    whole = {name: p.grad.clone() for name, p in model.named_parameters()}
+    expected = model(**batch)
+    model.zero_grad()
+    loss, _ = heads.sum_of_losses(model, batch)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, whole[name], rtol=1e-4, atol=1e-5)
+
+
 def test_a_config_whose_head_is_not_built_is_refused(tmp_path):
     save_model(made("gpt2", "classify"), tmp_path, pad_token_id=0)
     path = tmp_path / "config.json"

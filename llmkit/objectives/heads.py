@@ -1,6 +1,6 @@
 """Predict labels with a head: classes of a text, a number, or a tag of each token."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llmkit import scores
+from llmkit.data.labelled import MULTIPLE
 from llmkit.models.heads import POOLINGS, HeadConfig, Pooling, label_losses
 from llmkit.objectives.objective import Objective
 from llmkit.parallel.device import to_device
@@ -16,6 +17,7 @@ from llmkit.parallel.world import World
 from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.types import Batch
 
+LEAST_FILLED, PART_TOKENS = 0.75, 256  # see `by_length`
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -35,8 +37,36 @@ def make_head(
 
 
 def sum_of_losses(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the sum of losses over the batch's targets, see `heads.label_losses`."""
-    return model(**batch, reduction="sum"), {}
+    """Return the sum of losses over the batch's targets, see `heads.label_losses`.
+
+    On a CPU, rows of similar lengths are read together, with less padding: texts of a batch differ in length, and their
+    order stays as it is. A GPU would wait for the lengths.
+    """
+    if batch["input_ids"].device.type != "cpu":
+        return model(**batch, reduction="sum"), {}
+    parts = [model(**part, reduction="sum") for part in by_length(batch, tags=model.head.kind == "tag")]
+    return torch.stack(parts).sum(), {}
+
+
+def by_length(batch: dict[str, Tensor], *, tags: bool) -> Iterator[dict[str, Tensor]]:
+    """Yield the rows of a batch in parts of similar lengths, each without the columns that are padding in all of it.
+
+    A part ends where a row is shorter than LEAST_FILLED of its longest one, if it has PART_TOKENS by then.
+
+    tags  whether there is a label for each token
+    """
+    in_columns = [name for name in ("input_ids", "token_type_ids", *(["labels"] if tags else [])) if name in batch]
+    lengths, width = batch["lengths"], batch["input_ids"].shape[1]
+    order = lengths.argsort(descending=True, stable=True)
+    longest, start = lengths[order].tolist(), 0
+    for stop in range(1, len(order) + 1):
+        is_full = (stop - start) * longest[start] >= PART_TOKENS
+        if stop < len(order) and not (is_full and longest[stop] < LEAST_FILLED * longest[start]):
+            continue
+        rows, columns = order[start:stop], min(width, -(-longest[start] // MULTIPLE) * MULTIPLE)
+        part = {name: values[rows] for name, values in batch.items()}
+        yield part | {name: part[name][:, :columns] for name in in_columns}
+        start = stop
 
 
 @torch.no_grad()
