@@ -177,7 +177,7 @@ def test_rows_that_are_read_by_length_have_the_loss_and_gradient_of_the_batch(na
     labels = {"classify": draw.integers(3, size=6), "multi": draw.integers(2, size=(6, 3)),
               "regress": draw.normal(size=6).astype(np.float32),
               "tag": [draw.integers(-1, 3, len(one)) for one in examples]}[kind]  # fmt: skip
-    batch = to_device(pad_batch(examples, labels, 0, name == "bert"), torch.device("cpu"))
+    batch = to_device(pad_batch(examples, labels, 0, types=name == "bert", most=32), torch.device("cpu"))
     parts = list(heads.by_length(batch, tags=kind == "tag"))
     assert len(parts) > 2 and sum(part["input_ids"].numel() for part in parts) < 0.75 * batch["input_ids"].numel()
     model(**batch).backward()
@@ -490,7 +490,9 @@ def test_a_damaged_file_of_encoded_labels_is_noticed(tokenizers, tmp_path):
 
 def test_a_target_that_is_missing_has_no_loss():
     model = made("gpt2", "regress")
-    batch = pad_batch([encode_tokens([5, 6, 7], [True] * 3)] * 2, np.array([1.0, np.nan], np.float32), 0, False)
+    batch = pad_batch(
+        [encode_tokens([5, 6, 7], [True] * 3)] * 2, np.array([1.0, np.nan], np.float32), 0, types=False, most=8
+    )
     assert batch.count == 1
     tensors = to_device(batch, torch.device("cpu"))
     losses = model(**tensors, reduction="none")
@@ -579,7 +581,7 @@ def test_tags_from_the_command_line(base):
     assert [one for one in metrics(base / "runs/tags") if "val_loss" in one][-1]["val_f1"] > 0.8
     said = llmkit("classify", "runs/tags", "the river is large", cwd=base).stdout
     assert said == "the/O river/B-RIVER is/O large/O\n"
-    assert "r" in llmkit("data", "inspect", config, cwd=base).stdout
+    assert "[B-RIVER]" in llmkit("data", "inspect", config, "--rows", 8, cwd=base).stdout
 
 
 @pytest.mark.parametrize("peft_section", [{}, {"peft": {"name": "lora", "r": 4, "dropout": 0.1}}], ids=["full", "lora"])

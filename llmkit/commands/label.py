@@ -33,11 +33,14 @@ def classify(
     as_json: AsJson = False,
 ) -> None:
     """Predict labels with a model that was trained to: of texts, of pairs of texts, or of words."""
+    import itertools
     import json
+    from collections import Counter
+    from contextlib import nullcontext
 
     from llmkit.data.inspect import is_path
     from llmkit.errors import DataError
-    from llmkit.evals.predict import count_predictions, load_classifier, predict_labels, read_texts
+    from llmkit.evals.predict import CHUNK, count_predictions, load_classifier, predict_labels, read_texts
     from llmkit.files import open_atomically
     from llmkit.readers.tally import Tally
     from llmkit.storage.locate import locate
@@ -45,28 +48,33 @@ def classify(
     located = locate(model)
     to_stderr(located.choice)
     one, tally = load_classifier(located, precision), Tally()
+    is_tagged = one.head.kind == "tag"
     if is_path(source):
         named = parse_columns(columns) or one.data.get("columns") or {}
-        records, texts = read_texts(source, one.head.kind, named, one.data.get("header"), tally)
-        tally.check(max_bad_fraction, fix="repair the file, or raise --max-bad-fraction")
-        to_stderr(tally.describe())
-        if not texts:
-            raise DataError("there is no text", at=source)
+        found = read_texts(source, one.head.kind, named, one.data.get("header"), tally)
     else:
-        is_tagged = one.head.kind == "tag"
-        texts = [source.split() if is_tagged else (source,)]
-        records = [{"tokens": texts[0]} if is_tagged else {"text": source}]
-    predictions, cut = predict_labels(one, texts)
-    to_stderr(f"{cut} of {len(texts)} texts were cut to {one.seq_len} tokens" if cut else "")
-    lines = [{**record, "prediction": found} for record, found in zip(records, predictions, strict=True)]
+        text = source.split() if is_tagged else (source,)
+        found = iter([({"tokens": text} if is_tagged else {"text": source}, text)])
+    counts: Counter[str] = Counter()
+    number = cut = 0
+    with open_atomically(out) if out else nullcontext() as file:
+        while chunk := list(itertools.islice(found, CHUNK)):
+            predictions, shortened = predict_labels(one, [text for _, text in chunk])
+            counts.update(count_predictions(one.head, predictions))
+            number, cut = number + len(chunk), cut + shortened
+            for (record, text), prediction in zip(chunk, predictions, strict=True):
+                line = {**record, "prediction": prediction}
+                if file:
+                    file.write(json.dumps(line, ensure_ascii=False, default=str).encode() + b"\n")
+                else:
+                    print(json.dumps(line, default=str) if as_json else terminal_text(describe(text, prediction)))
+        tally.check(max_bad_fraction, fix="repair the file, or raise --max-bad-fraction")
+        if not number:
+            raise DataError("there is no text", at=source)
+    to_stderr(tally.describe())
+    to_stderr(f"{cut} of {number} texts were cut to {one.seq_len} tokens" if cut else "")
     if out is not None:
-        with open_atomically(out) as file:
-            for line in lines:
-                file.write(json.dumps(line, ensure_ascii=False, default=str).encode() + b"\n")
-        show({"written": str(out), "texts": len(lines), **count_predictions(one.head, predictions)}, as_json)
-        return
-    for line, text, found in zip(lines, texts, predictions, strict=True):
-        print(json.dumps(line, default=str) if as_json else terminal_text(describe(text, found)))
+        show({"written": str(out), "texts": number, **dict(counts.most_common())}, as_json)
 
 
 def describe(text: tuple[str, ...] | list[str], found: dict) -> str:
@@ -110,7 +118,8 @@ def embed(
     texts = [source]
     if is_path(source):
         tally = Tally()
-        texts = ["\n".join(one) for one in read_texts(source, "classify", parse_columns(columns) or {}, None, tally)[1]]
+        found = read_texts(source, "classify", parse_columns(columns) or {}, None, tally)
+        texts = ["\n".join(one) for _, one in found]
         tally.check(max_bad_fraction, fix="repair the file, or raise --max-bad-fraction")
         to_stderr(tally.describe())
     if not texts:

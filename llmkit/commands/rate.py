@@ -33,14 +33,18 @@ def rate(
         raise UserError("rate compares two models or more", got=", ".join(models), fix="name another model")
     if rater.startswith(rating.JUDGE):
         raise UserError("--rater has the name of a judging model", got=rater)
-    try:
-        from llmkit.evals.rating_server import rate_pairs
-    except ImportError as error:
-        raise MachineError(f"the page needs {error.name}", fix="pip install 'llmkit[serve]'") from None
     from llmkit.evals.judge import judge_all, write_missing_answers
+    from llmkit.storage.locate import locate
 
     asked = rating.read_prompts(prompts)[:limit]
-    options = {"limit": limit, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    folders = [str(locate(model, check=False).folder) for model in models]  # another checkpoint writes other answers
+    options = {
+        "folders": folders,
+        "limit": limit,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
     rating.open_folder(out, models, prompts, options)
     pairs = rating.make_pairs(len(asked), len(models), seed)
     if not results:
@@ -50,6 +54,10 @@ def rate(
             judge_all(out, judge, pairs, asked, to_stderr)
         done = {row["pair"] for row in rating.read_judgements(out) if row["rater"] == rater}
         if judge is None and not done.issuperset(pair.id for pair in pairs):
+            try:
+                from llmkit.evals.rating_server import rate_pairs
+            except ImportError as error:
+                raise MachineError(f"the page needs {error.name}", fix="pip install 'llmkit[serve]'") from None
             rate_pairs(out, pairs, asked, rater, port, to_stderr)
     found = rating.summarize(out)
     if as_json:

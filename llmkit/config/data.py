@@ -183,7 +183,7 @@ class Dedup(Section):
 
 
 class TableFormat(Section):
-    """How records are read from files that do not say it themselves."""
+    """Say how records are read from files that do not say it themselves."""
 
     column_names: list[str] | None = None
     """Names of the columns of CSV files without a header."""
@@ -196,14 +196,14 @@ class TableFormat(Section):
 
 
 class EvaluationFile(TableFormat):
-    """Evaluation files that are not read by their suffix alone."""
+    """Name evaluation files that are not read by their suffix alone."""
 
     path: PathStr
     """A path or glob."""
 
 
 class TaskData(Section):
-    """A task of `llmkit eval --tasks`, and its records."""
+    """Name a task of `llmkit eval --tasks`, and its records."""
 
     task: NonBlank
     """Its name, or a YAML file."""
@@ -368,6 +368,7 @@ class LabelledData(RecordData):
 
     @property
     def sources(self) -> list[RecordSource]:
+        """Return no source: path names all records."""
         return []
 
     def all_sources(self) -> list[RecordSource]:

@@ -1,7 +1,7 @@
 """Read encoded texts with labels, which `records.labelled.encode_labelled` writes, as batches. The files are
 
 tokens.bin, tokens.idx  the ids of all examples, ~id of a second text, and the ends of the examples
-labels.npy              a label for each example: (N,) numbers, or (N, L) of 0 and 1
+labels.npy              a label for each example: (N,) numbers, or (N, L) of 0 and 1, int8
 tags.bin                instead: the tag of each token, -1 where there is none
 train.npy, val.npy      the numbers of the examples of each split
 report.json             counts, the names of the labels, and checksums, written last
@@ -21,14 +21,17 @@ FILES = {"tokens": TOKENS, "tags": np.dtype("<i4")}
 MULTIPLE = 8  # of the tokens in a row
 
 
-def pad_batch(examples: list[np.ndarray], labels: np.ndarray | list[np.ndarray], pad_id: int, types: bool) -> Batch:
+def pad_batch(
+    examples: list[np.ndarray], labels: np.ndarray | list[np.ndarray], pad_id: int, *, types: bool, most: int
+) -> Batch:
     """Return examples of coded tokens as a batch of rows, padded on the right to the longest one.
 
     labels  an array with a label for each; or of tags, a list with an array for each
     types   say which tokens are of a second text
+    most    tokens of a row, at the most
     """
     lengths = np.array([len(one) for one in examples])
-    width = -(-int(lengths.max()) // MULTIPLE) * MULTIPLE
+    width = min(-(-int(lengths.max()) // MULTIPLE) * MULTIPLE, most)
     ids, segments = np.full((len(examples), width), pad_id, np.int64), np.zeros((len(examples), width), np.int64)
     cells = np.arange(width) < lengths[:, None]
     coded = np.concatenate(examples)
@@ -59,6 +62,8 @@ def open_labelled_rows(folder: Path, split: str, global_batch_size: int, *, type
         numbers = chosen[indices]
         parts = [slice(starts[i], ends[i]) for i in numbers]
         right = [tags[part] for part in parts] if is_tagged else labels[numbers]
-        return pad_batch([tokens[part] for part in parts], right, report["pad_id"], types)
+        if not is_tagged and right.ndim > 1:
+            right = right.astype(np.int64)
+        return pad_batch([tokens[part] for part in parts], right, report["pad_id"], types=types, most=report["seq_len"])
 
     return Batches(len(chosen), rows, global_batch_size, **order)

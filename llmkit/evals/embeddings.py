@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from llmkit.errors import DataError, UserError
-from llmkit.evals.predict import run_by_length
+from llmkit.evals.predict import CHUNK, run_by_length
 from llmkit.files import open_atomically
 from llmkit.models.heads import hidden_states, pool
 from llmkit.parallel.device import autocast
@@ -32,17 +32,21 @@ def embed(
     if pooling not in known:
         expected = " or ".join(known)
         raise UserError(f"--pooling does not fit {model.config.model_type}", got=pooling, expected=expected)
-    encodings = make_encoder(tokenizer, longest)([(text,) for text in texts])
-    if empty := [number for number, one in enumerate(encodings, 1) if not one.ids]:
-        raise DataError("a text has no token", got=f"text {empty[0]}")
+    encode, coded, cut = make_encoder(tokenizer, longest), [], 0
+    for start in range(0, len(texts), CHUNK):
+        for number, one in enumerate(encode([(text,) for text in texts[start : start + CHUNK]]), start + 1):
+            if not one.ids:
+                raise DataError("a text has no token", got=f"text {number}")
+            coded.append(np.array(one.ids, np.int32))
+            cut += bool(one.overflowing)
 
     def compute(input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         return pool(hidden_states(model, input_ids, lengths).float(), pooling, lengths)
 
     device = next(model.parameters()).device
     with autocast(device, precision):
-        rows = run_by_length([np.array(one.ids) for one in encodings], tokenizer.pad_id, False, device, compute)
-    return np.stack(rows).astype(np.float32), sum(bool(one.overflowing) for one in encodings)
+        rows = run_by_length(coded, tokenizer.pad_id, device, compute, types=False, most=longest)
+    return np.stack(rows).astype(np.float32), cut
 
 
 def nearest(vectors: np.ndarray, query: np.ndarray, number: int) -> list[tuple[int, float]]:

@@ -1,6 +1,8 @@
 """Let models answer prompts, and let a model judge pairs of answers, for `rating.py`."""
 
+import contextlib
 import json
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -16,7 +18,8 @@ from llmkit.inference.sampling import Sampling
 from llmkit.inference.writer import Writer, open_writer
 
 ROWS = 16  # prompts that are answered together
-SECONDS = 120  # to wait for a server's answer
+SECONDS = 600  # to wait for a server's answer
+JUDGE_TOKENS = 1024  # of a judging server's answer, which may think before it
 QUESTION = """Here is a request, and two answers to it.
 
 Request:
@@ -64,10 +67,11 @@ def write_missing_answers(
             if longest := [i for i, row in zip(part, rows, strict=True) if len(row) >= writer.max_length]:
                 what, got = f"a prompt is longer than the positions of {model}", f"prompt {longest[0] + 1}"
                 raise DataError(what, got=got, expected=f"under {writer.max_length} tokens")
-            options = {"sampling": sampling, "max_new_tokens": max_new_tokens, "seed": seed + start, "chat": chat}
+            options = {"sampling": sampling, "max_new_tokens": max_new_tokens, "seed": seed + part[0], "chat": chat}
             texts = writer.write(rows, **options)
             for i, text in zip(part, texts, strict=True):
                 append_line(folder / ANSWERS, {"model": number, "prompt": i, "text": "".join(text)})
+        del writer  # before the next model is loaded
 
 
 def judge_all(
@@ -113,12 +117,20 @@ def ask_model(model: str) -> Callable[[str], int]:
 
 
 def ask_server(url: str) -> Callable[[str], int]:
-    """Return a function that asks a server which answer is better; 0 if it does not say 1 or 2."""
-    address = url.rstrip("/")
-    address += "/chat/completions" if address.endswith("/v1") else "/v1/chat/completions"
+    """Return a function that asks a server which answer is better: the last 1 or 2 in what it says.
+
+    Raises MachineError for a server that does not answer, and for one that says neither.
+    """
+    root = url.rstrip("/")
+    root = root if root.endswith("/v1") else f"{root}/v1"
+    address, name = f"{root}/chat/completions", None
+    with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError):
+        response = urllib.request.urlopen(f"{root}/models", timeout=SECONDS)
+        name = json.loads(response.read())["data"][0]["id"]  # OpenAI's protocol asks for a name
 
     def ask(question: str) -> int:
-        body: dict[str, Any] = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 8}
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": question}], "temperature": 0}
+        body |= {"max_tokens": JUDGE_TOKENS, **({"model": name} if name else {})}
         request = urllib.request.Request(
             address, json.dumps(body).encode(), {"content-type": "application/json"}, method="POST"
         )
@@ -130,6 +142,10 @@ def ask_server(url: str) -> Callable[[str], int]:
             raise MachineError("the judging server refuses", at=address, got=f"{error.code}: {said}") from None
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise MachineError("the judging server does not answer", at=address, got=str(error)[:200]) from None
-        return next((int(sign) for sign in text if sign in "12"), 0)
+        said = re.findall(r"\b[12]\b", text)
+        if not said:
+            what, fix = "the judging server says neither 1 nor 2", "choose another judge; what it judged is kept"
+            raise MachineError(what, at=address, got=repr(text[-200:]), fix=fix)
+        return int(said[-1])
 
     return ask

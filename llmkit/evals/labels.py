@@ -1,5 +1,6 @@
 """Measure how often a model with a head for labels is right."""
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from llmkit import scores
 from llmkit.config.data import LabelledData
 from llmkit.config.defaults import MAX_BAD_FRACTION
 from llmkit.data.labelled import open_labelled_rows, pad_batch
-from llmkit.data.rows import read_report
+from llmkit.data.rows import count_up, read_report
 from llmkit.errors import DataError
 from llmkit.evals.predict import Classifier, by_length, load_classifier
-from llmkit.intervals import bootstrap, mean_error, mean_interval
+from llmkit.intervals import SEED, mean_error, mean_interval
 from llmkit.models.heads import HeadConfig
 from llmkit.objectives import heads
 from llmkit.parallel.device import autocast
@@ -25,6 +26,7 @@ from llmkit.storage.report import data_name
 from llmkit.storage.run import read_about
 from llmkit.types import Batch
 
+RESAMPLES = 200  # of examples, for intervals
 SHOWN_LABELS = 30  # of which precision and recall are shown
 
 
@@ -107,26 +109,33 @@ def sorted_batches(one: Classifier, examples: list[Encoded], labels: Labels) -> 
     types = one.model.config.kind == "masked"
     for chosen in by_length([len(example.tokens) for example in examples]):
         right = [examples[i].label for i in chosen] if array is None else array[chosen]
-        yield pad_batch([examples[i].tokens for i in chosen], right, one.tokenizer.pad_id, types)
+        yield pad_batch(
+            [examples[i].tokens for i in chosen], right, one.tokenizer.pad_id, types=types, most=one.seq_len
+        )
 
 
 def with_intervals(head: HeadConfig, rows: np.ndarray) -> dict[str, Any]:
     """Return the scores of rows, see `heads.score`, each with its standard error and 95 % interval.
 
-    Parts that are drawn again are examples; of tags, sentences.
+    Examples are drawn again, of tags sentences (Efron 1979); the interval of a share of right ones is Wilson's.
     """
     ends = np.flatnonzero(rows[:, 2]) + 1 if head.kind == "tag" else np.arange(1, len(rows) + 1)
-    parts = np.split(rows, ends[:-1])
+    sizes, starts = np.diff(ends, prepend=0), np.append(0, ends[:-1])
+    draw, drawn_scores = np.random.default_rng(SEED), []
+    for _ in range(RESAMPLES if len(ends) > 1 else 0):
+        chosen = draw.integers(len(ends), size=len(ends))
+        places = np.repeat(starts[chosen], sizes[chosen]) + count_up(sizes[chosen])
+        drawn_scores.append(heads.score(head, rows[places]))
     found: dict[str, Any] = {}
     for name, value in heads.score(head, rows).items():
+        values = [one[name] for one in drawn_scores]
+        error, interval = math.nan, (math.nan, math.nan)
+        if values:
+            error, interval = float(np.std(values, ddof=1)), np.quantile(values, [0.025, 0.975]).tolist()
         if name == "accuracy" and head.kind != "tag":
             half = rows.shape[1] // 2
             right = (rows[:, :half] == rows[:, half:]).all(1).astype(float)
             error, interval = mean_error(right), mean_interval(right)
-        else:
-            error, interval = bootstrap(
-                parts, lambda drawn, name=name: heads.score(head, np.concatenate(drawn))[name], 200
-            )
         found |= {name: value, f"{name}_stderr": error, f"{name}_interval": list(interval)}
     return found
 

@@ -29,6 +29,7 @@ from llmkit.storage.run import read_run_config
 from llmkit.tokenizer.tokenizer import Tokenizer
 
 BATCH_TOKENS = 4096  # in a forward pass, padding included
+CHUNK = 4096  # texts that are encoded at a time, and sorted by length
 
 
 @dataclass
@@ -75,17 +76,26 @@ def by_length(lengths: list[int]) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def run_by_length(
-    examples: list[np.ndarray], pad_id: int, types: bool, device: torch.device, compute: Callable[..., Tensor]
+    examples: list[np.ndarray],
+    pad_id: int,
+    device: torch.device,
+    compute: Callable[..., Tensor],
+    *,
+    types: bool,
+    most: int,
 ) -> list[np.ndarray]:
     """Return what `compute` makes of each example, in order: a row of its result, cut to the example's tokens.
 
     examples  coded tokens, see `data/labelled.py`
+    types, most  see `pad_batch`
     compute   (input_ids, lengths, token_type_ids of an encoder) -> (B, ...), or (B, T, ...) of each token
     """
     results: list[np.ndarray] = [np.empty(0)] * len(examples)
     batches = list(by_length([len(one) for one in examples]))
     for chosen in tqdm(batches, desc="predict", unit="batch", disable=None, leave=False):
-        batch = pad_batch([examples[i] for i in chosen], np.zeros(len(chosen), np.int64), pad_id, types)
+        batch = pad_batch(
+            [examples[i] for i in chosen], np.zeros(len(chosen), np.int64), pad_id, types=types, most=most
+        )
         tensors = to_device(batch, device)
         tensors.pop("labels")
         for i, row in zip(chosen, compute(**tensors).float().cpu().numpy(), strict=True):
@@ -95,19 +105,21 @@ def run_by_length(
 
 def read_texts(
     source: str, task: str, columns: dict[str, str], header: list[str] | None, tally: Tally
-) -> tuple[list[dict[str, Any]], list[tuple[str, ...] | list[str]]]:
-    """Return the records of a source, and of each its texts, or its words; no label is needed.
+) -> Iterator[tuple[dict[str, Any], tuple[str, ...] | list[str]]]:
+    """Yield each record of a source with its texts, or its words; no label is needed.
 
-    task, columns, header  see `label_layouts.read_rows` and `read_labelled`
+    task, columns, header  see `label_layouts.read_rows` and `read_labelled`. A file that has none of the columns is
+                           read by the usual names
     """
-    records, texts = [], []
     for path, found in text_records(source, task, header):
-        is_first = True
+        is_first, named = True, columns
         for line, record, size in found:
+            if is_first and isinstance(record, dict) and not set(named.values()) & record.keys():
+                named = {}
             try:
                 if isinstance(record, BadRecord):
                     raise ValueError(record.reason)
-                example, _ = read_labelled(record, task, columns, needs_label=False)
+                example, _ = read_labelled(record, task, named, needs_label=False)
             except ValueError as error:
                 if is_first and isinstance(error, NoFieldError):
                     raise unknown_layout(record, f"{path}:{line}", error) from None
@@ -116,30 +128,28 @@ def read_texts(
                 continue
             is_first = False
             tally.add(size)
-            records.append(record)
-            texts.append(example.texts)
-    return records, texts
+            yield record, example.texts
 
 
 def text_records(source: str, task: str, header: list[str] | None) -> Iterator[tuple[str, Iterable[Record]]]:
-    """Yield (file, records) of a source. Each line of a file of plain text is a record; of tags, see `read_conll`."""
+    """Yield (file, records) of a source. Each line of a file of plain text is a record; of tags, its words are."""
     path = Path(source)
-    if task != "tag" and header is None and DOCUMENT_FORMATS.get(suffix_of(path)) == "text":
+    if DOCUMENT_FORMATS.get(suffix_of(path)) == "text":
         check_file(path)
-        yield source, read_text_lines(path)
+        yield source, read_text_lines(path, task == "tag")
         return
     yield from read_source(LabelledData(kind="labelled", path=source).all_sources()[0], task, header)
 
 
-def read_text_lines(path: Path) -> Iterator[Record]:
-    """Yield the lines of a text file that are not blank as records."""
+def read_text_lines(path: Path, words: bool) -> Iterator[Record]:
+    """Yield the lines of a text file that are not blank as records, whole or as lists of words."""
     for _, record, size in read_records(path):
         if isinstance(record, BadRecord):
             yield 1, record, size
             continue
         for number, line in enumerate(record["text"].split("\n"), 1):
             if line.strip():
-                yield number, {"text": line}, len(line.encode()) + 1
+                yield number, {"tokens": line.split()} if words else {"text": line}, len(line.encode()) + 1
 
 
 def predict_labels(one: Classifier, texts: list[tuple[str, ...] | list[str]]) -> tuple[list[dict[str, Any]], int]:
@@ -155,7 +165,7 @@ def predict_labels(one: Classifier, texts: list[tuple[str, ...] | list[str]]) ->
         raise DataError("a text has no token", got=f"text {empty[0] + 1}")
     types = one.model.config.kind == "masked"
     with autocast(one.device, one.precision):
-        outputs = run_by_length(coded, one.tokenizer.pad_id, types, one.device, one.model)
+        outputs = run_by_length(coded, one.tokenizer.pad_id, one.device, one.model, types=types, most=one.seq_len)
     results = []
     for text, encoding, output in zip(texts, encodings, outputs, strict=True):
         if one.head.kind == "tag":

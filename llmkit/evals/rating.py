@@ -5,6 +5,7 @@ A folder holds setup.json, answers.jsonl and judgements.jsonl; rating goes on wh
 
 import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ import numpy as np
 
 from llmkit.errors import DataError, UserError
 from llmkit.files import file_sha256, write_atomically
-from llmkit.intervals import bootstrap
+from llmkit.intervals import SEED, bootstrap
 from llmkit.readers.packed import suffix_of
 from llmkit.readers.records import DOCUMENT_FORMATS, read_records
 from llmkit.readers.tally import BadRecord
@@ -27,6 +28,7 @@ VERDICTS = ("left", "right", "tie", "both bad")
 PROMPTS = ("prompt", "question", "instruction", "input", "text")  # fields of a record
 JUDGE = "judge: "  # begins the name of a rater that is a model
 POINTS = 400 / np.log(10)  # of a strength on Elo's scale: 400 points are odds of 10 to 1
+DRAWN = 200  # times that prompts are drawn again for the intervals of strengths
 ROUNDS = 200  # of the iteration for Bradley and Terry's strengths
 
 Messages = list[dict[str, Any]]
@@ -113,9 +115,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
     """Append a line to a JSONL file."""
-    whole = not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")
-    with path.open("a", encoding="utf-8") as file:  # a line that was cut off stays a line of its own
-        file.write(("" if whole else "\n") + json.dumps(row, ensure_ascii=False) + "\n")
+    with path.open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        whole = file.read(1) in (b"", b"\n")  # a line that was cut off stays a line of its own
+        file.write(("" if whole else "\n").encode() + json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
 def read_answers(folder: Path) -> dict[tuple[int, int], str]:
@@ -178,10 +182,13 @@ def compare_models(names: Sequence[str], judgements: Iterable[dict[str, Any]]) -
         })  # fmt: skip
     found: dict[str, Any] = {"pairs": pairs}
     if len(names) > 2 and rows:
-        found["strengths"] = []
-        for i, strength in enumerate(strengths(parts, len(names))):
-            _, interval = bootstrap(parts, lambda drawn, i=i: strengths(drawn, len(names))[i], 200)
-            found["strengths"].append({"model": names[i], "points": strength, "points_interval": list(interval)})
+        draw, points = np.random.default_rng(SEED), strengths(parts, len(names))
+        drawn = [
+            strengths([parts[k] for k in draw.integers(len(parts), size=len(parts))], len(names)) for _ in range(DRAWN)
+        ]
+        low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+        rows = zip(names, points, low.tolist(), high.tolist(), strict=True)
+        found["strengths"] = [{"model": name, "points": one, "points_interval": [a, b]} for name, one, a, b in rows]
     return found
 
 

@@ -59,7 +59,8 @@ def build_app(
         elif pair.id not in done:
             done.append(pair.id)
         if len(done) == len(pairs):
-            asyncio.get_running_loop().call_later(1, finished)  # the page still asks for the next pair
+            # In a second: the page still asks for the next pair, and the last judgement may be undone.
+            asyncio.get_running_loop().call_later(1, lambda: finished() if len(done) == len(pairs) else None)
         return JSONResponse({"last": done[-1] if done else None})
 
     routes = [Route("/", page), Route("/next", next_pair), Route("/judgement", judgement, methods=["POST"])]

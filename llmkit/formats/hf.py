@@ -18,7 +18,7 @@ def export_hf(located: Located, out: Path, dtype: str) -> None:
     model, tokenizer = load_located(located, merge=True, head=read_located_head(located))
     with write_beside(out) as folder:
         save_model(model, folder, **tokenizer.config_ids, dtype=DTYPES[dtype])
-        tokenizer.save(folder)
+        tokenizer.save(folder, token_types=model.config.kind == "masked")
 
 
 def export_peft(located: Located, out: Path, dtype: str) -> None:

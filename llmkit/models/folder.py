@@ -21,6 +21,7 @@ from llmkit.files import read_json
 from llmkit.models import FAMILIES, build_model, family_of, shape_problems
 from llmkit.models.family import Config
 from llmkit.models.heads import HeadConfig, head_fields, head_parameters, parse_head
+from llmkit.models.layers import init_weights
 from llmkit.screen import printable
 
 MAX_CONFIG_BYTES = 2**20
@@ -197,9 +198,9 @@ def load_model(
     if fresh := [name for name in found.missing if family.may_be_missing.fullmatch(name) or name in own_head]:
         if not head or is_own:
             warn(f"{folder} lacks {len(fresh)} weights; initialised: {', '.join(fresh)}")
-        initial = build_model(config, seed=seed, head=head).state_dict()
+        initialise(model, fresh, seed)
         for name in fresh:
-            weights[name].copy_(initial[name])
+            weights[name].copy_(model.get_parameter(name))
     views = {disk: view for name, tensor in weights.items() for disk, view in family.disk_views(name, tensor).items()}
     for path in files:
         with open_weights(path) as file:
@@ -211,7 +212,18 @@ def load_model(
             weights[name].copy_(weights[other])
     check_finite(weights, folder)
     model.load_state_dict(weights, assign=True)
+    if head:
+        model.made_up = fresh
     return model.requires_grad_(True)
+
+
+def initialise(model: nn.Module, names: list[str], seed: int) -> None:
+    """Initialise these parameters of a model that is on the meta device; the others stay without data."""
+    for name in names:
+        owner, _, last = name.rpartition(".")
+        module = model.get_submodule(owner)
+        setattr(module, last, nn.Parameter(torch.empty(getattr(module, last).shape, device="cpu")))
+    init_weights(model, family_of(model.config), torch.Generator().manual_seed(seed), names)
 
 
 def warn(text: str) -> None:

@@ -19,7 +19,6 @@ Pooling = Literal["cls", "last", "mean"]
 POOLINGS = {"causal": ("last", "mean"), "masked": ("cls", "mean")}  # by kind of model; the first is transformers'
 SEQUENCE, TOKEN = "ForSequenceClassification", "ForTokenClassification"  # ends of the names of architectures
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
-MOST_LABELS = 2**17
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class HeadConfig:
 
 
 class LabelHead:
-    """Mixin for a model: predict labels from the hidden states. See `add_head`."""
+    """Predict labels from the hidden states of a model: a mixin, see `add_head`."""
 
     def forward(
         self,
@@ -74,6 +73,7 @@ class LabelHead:
 
     @property
     def pooler(self) -> nn.Linear | None:
+        """Return the linear between the first token's state and the head, None if the family has none."""
         return self.get_submodule(self.head_names[0]) if len(self.head_names) > 1 else None
 
 

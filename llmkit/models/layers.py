@@ -7,7 +7,7 @@ import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -271,8 +271,10 @@ def scaling_problem(scaling: dict) -> str | None:
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, family: Family, generator: torch.Generator) -> None:
-    """Initialise every parameter of a new model.
+def init_weights(
+    model: nn.Module, family: Family, generator: torch.Generator, names: Collection[str] | None = None
+) -> None:
+    """Initialise every parameter of a new model, or those with these full names.
 
     config.init is the scheme, config.initializer_range is std:
         normal  matrices ~ N(0, std^2) (GPT-2, Radford et al. 2019)
@@ -287,6 +289,8 @@ def init_weights(model: nn.Module, family: Family, generator: torch.Generator) -
     config, own_stds = model.config, family.init_stds(model.config)
     for path, module in model.named_modules():
         for kind, parameter in module.named_parameters(recurse=False):
+            if names is not None and f"{path}.{kind}" not in names:
+                continue
             name = path.rsplit(".", 1)[-1] if kind in ("weight", "bias") else kind
             if kind == "bias":
                 parameter.zero_()

@@ -22,6 +22,7 @@ from llmkit.models.folder import (
     read_config,
     read_head,
     unsupported_type,
+    warn,
 )
 from llmkit.models.heads import POOLINGS, HeadConfig, head_parameters, train_head
 from llmkit.models.layers import token_tables
@@ -133,11 +134,12 @@ def read_adapter_head(folder: Path, base: Path) -> HeadConfig | None:
         key = f"{PREFIX}{name}.weight"
         rows = file.get_slice(key).get_shape()[0] if key in file.keys() else None  # noqa: SIM118
     own = read_head(base)
-    if own and rows in (None, len(own.labels)):
+    if own and rows in (None, len(own.labels)) and (own.kind == "tag") == (kind == "tag"):
         return own
     if rows is None:
         raise ModelError("the adapter lacks the weights of its head", at=folder / WEIGHTS, expected=key)
     labels = tuple(f"LABEL_{i}" for i in range(rows))
+    kind = "regress" if kind == "classify" and rows == 1 else kind  # as transformers takes a single output
     return HeadConfig(kind, labels, None if kind == "tag" else POOLINGS[model_config.kind][0])
 
 
@@ -208,3 +210,7 @@ def copy_saved_modules(model: nn.Module, names: list[str], tensors: dict[str, Te
         missing = [name for name in missing if name in known]
     if missing:
         raise ModelError(f"the adapter's file lacks {missing[0]}, which {SAVED} names", at=path)
+    if hasattr(model, "head"):
+        made_up = [name for name in model.made_up if name not in brought]
+        if made_up:
+            warn(f"neither {path} nor its base has {made_up[0]}, which is made up: predictions mean nothing")

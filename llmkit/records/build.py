@@ -37,14 +37,14 @@ from llmkit.tokenizer.chat_template import default_template
 from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.tokenizer import Tokenizer
 
-VERSION = 8  # of the encoding; data of another version is encoded again
+VERSION = 9  # of the encoding; data of another version is encoded again
 UNIT_BYTES = 8 * 2**20  # most source bytes in one unit
 RECORD_FILES = [f"*{suffix}" for suffix in READERS if suffix not in DOCUMENT_FORMATS]
 NO_RECORDS = ["dataset_info.json", "dataset_infos.json"]  # what `datasets` writes beside the data
 VALIDATION = "validation"  # the split that is read from a folder for validation
 LENGTHS = {"median": 0.5, "p90": 0.9, "p99": 0.99, "longest": 1.0}  # of the examples, in the report
-EXAMPLE = np.dtype([("prompt", "<u8"), ("targets", "<i4")])
-HIT = np.dtype([("example", "<i8"), ("gram", "<u8")])  # an n-gram that an example shares with evaluation files
+EXAMPLE = np.dtype([("prompt", "<u8"), ("record", "<i8"), ("targets", "<i4")])
+HIT = np.dtype([("record", "<i8"), ("gram", "<u8")])  # an n-gram that a record shares with evaluation files
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def encode_unit(unit: Unit, recipe: Recipe, parts: Path, sha256: str) -> dict[st
     except (FileNotFoundError, ValueError):  # not done, or damaged
         pass
     tokenizer, tally, found = cached_tokenizer(parts / "tokenizer", sha256), Tally(), Found()
-    lengths, examples, hits = [], [], []
+    lengths, examples, hits, record, texts = [], [], [], -1, None
     evals = recipe.decontaminate
     wanted = read_evaluation_ngrams(evals.files, evals.ngram)[0] if evals else None
     options = {"train_on": recipe.train_on, "date": recipe.date, "columns": unit.columns}
@@ -217,16 +217,18 @@ def encode_unit(unit: Unit, recipe: Recipe, parts: Path, sha256: str) -> dict[st
             )
             for example in encoded:
                 lengths.append(len(example.tokens))
-                shared = shared_ngrams(example.texts, wanted, evals.ngram) if evals else ()
+                if example.texts is not texts:  # examples of one record share them
+                    record, texts = record + 1, example.texts
+                    shared = shared_ngrams(texts, wanted, evals.ngram) if evals else ()
+                    hits += [(record, gram) for gram in shared]
                 if recipe.pairs:
                     fitting = fit_pairs(example, recipe.seq_len, recipe.too_long, found)
                 else:
                     fitting = fit_row(example, recipe.seq_len + 1, recipe.too_long, tokenizer.bos_id, found)
                 for tokens, prompt, _ in fitting:
                     shard.add(tokens)
-                    hits += [(len(examples), gram) for gram in shared]
                     first = 0 if recipe.pairs else 1  # nothing predicts the first token of a row
-                    examples.append((prompt, np.count_nonzero(tokens[first:] >= 0)))
+                    examples.append((prompt, record, np.count_nonzero(tokens[first:] >= 0)))
     save_array(parts / f"{unit.name}.examples.npy", np.array(examples, EXAMPLE))
     save_array(parts / f"{unit.name}.lengths.npy", np.array(lengths, np.int32))
     save_array(parts / f"{unit.name}.hits.npy", np.array(hits, HIT))
@@ -236,6 +238,7 @@ def encode_unit(unit: Unit, recipe: Recipe, parts: Path, sha256: str) -> dict[st
         "records": tally.counts(),
         "found": found.counts(),
         "examples": len(examples),
+        "texts": record + 1,
         "files": [describe_file(path, parts) for path in files],
     }
     write_atomically(done, json.dumps(seal(result)))
@@ -281,11 +284,12 @@ def write_examples(
     is_val = np.repeat([unit.is_val for unit in units], sizes)
     train, val, is_shared = choose_splits(examples["prompt"], is_val, data.val_fraction, seed)
     if recipe.decontaminate:
-        starts = np.cumsum([0, *sizes])
+        starts = np.cumsum([0, *(result["texts"] for result in results)])
         hits = [load_array(parts / f"{unit.name}.hits.npy") for unit in units]
-        owners = np.concatenate([one["example"] + start for one, start in zip(hits, starts, strict=False)])
+        owners = np.concatenate([one["record"] + start for one, start in zip(hits, starts, strict=False)])
         grams, most = np.concatenate([one["gram"] for one in hits]), recipe.decontaminate.ignore_if_in_docs
-        flagged = flag_contaminated(owners, grams, len(examples), most)
+        records = examples["record"] + np.repeat(starts[:-1], sizes)
+        flagged = flag_contaminated(owners, grams, int(starts[-1]), most)[records]
         found.contaminated = int(flagged.sum())
         if recipe.decontaminate.action == "drop":
             train, val = train & ~flagged, val & ~flagged

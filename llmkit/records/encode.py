@@ -11,6 +11,7 @@ import numpy as np
 
 from llmkit.data.rows import encode_tokens
 from llmkit.errors import DataError
+from llmkit.readers.ngrams import strings_in
 from llmkit.readers.tally import BadRecord, Record, Tally
 from llmkit.records.layouts import (
     OtherKindError,
@@ -219,7 +220,7 @@ def encode_examples(
             record.found.divided += 1
         else:
             record.found.thoughts += count_lost_thoughts(one, texts[0].text)
-        said = tuple(message["content"] for message in one.messages)
+        said = tuple(strings_in(one.messages))
         encoded += [Example(encode_tokens(*encode_rendered(tokenizer, text)), prompt, said) for text in texts]
     return error or encoded
 

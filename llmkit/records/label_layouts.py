@@ -31,7 +31,8 @@ LABELS = (
 WORDS, TAGS = ("tokens", "words"), ("ner_tags", "tags", "pos_tags", "labels")
 FIELDS = tuple(dict.fromkeys([name for pair in PAIRS for name in pair] + [*TEXTS, *LABELS, *WORDS, *TAGS]))
 OURS = ("text", "text_pair", "label", "tokens", "tags")  # that data.columns may name
-NO_LABEL = ("", "-", "-1")  # SNLI's for "the annotators do not agree", and that of test files
+NO_LABEL = ("", "-")  # the latter is SNLI's for "the annotators do not agree"
+YES, NO = ("1", "1.0", "true"), ("0", "0.0", "false")  # in a column of 0 and 1
 COLA = ["source", "label", "star", "sentence"]  # GLUE's CoLA has no line with the names of its columns
 
 
@@ -54,7 +55,7 @@ def read_rows(path: Path, tags: bool = False, header: list[str] | None = None) -
     """
     kind = suffix_of(path)
     is_table = any(end in kind for end in (".csv", ".tsv"))
-    if tags and (kind not in READERS or kind in DOCUMENT_FORMATS):
+    if tags and (kind not in READERS or kind in DOCUMENT_FORMATS or (".tsv" in kind and not header and is_conll(path))):
         yield from read_conll(path)
     elif is_table or (header and kind in (*DOCUMENT_FORMATS, "")):
         with open_bytes(path) as file:
@@ -73,37 +74,50 @@ def read_rows(path: Path, tags: bool = False, header: list[str] | None = None) -
 
 
 def unquote(row: dict[str, str]) -> dict[str, str]:
-    """Return the fields of a TSV row without the quotes that a spreadsheet puts around them.
+    """Return the fields of a TSV row without the quotes that a spreadsheet puts around a field with quotes.
 
-    >>> unquote({"a": '"a ""b"" c"', "b": '"One" or "two"'})
-    {'a': 'a "b" c', 'b': '"One" or "two"'}
+    >>> unquote({"a": '"a ""b"" c"', "b": '"He left."'})
+    {'a': 'a "b" c', 'b': '"He left."'}
     """
-    is_quoted = re.compile(r'"(?:[^"]|"")*"').fullmatch
+    is_quoted = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"').fullmatch
     return {key: value[1:-1].replace('""', '"') if is_quoted(value) else value for key, value in row.items()}
+
+
+def is_conll(path: Path) -> bool:
+    """Return whether a TSV file has no line with names of its columns, but a word and its tag on each line."""
+    with open_bytes(path) as file:
+        first = file.readline(2**20).decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
+    return not {*WORDS, *TAGS} & set(first)
 
 
 def read_conll(path: Path) -> Iterator[Record]:
     """Yield the sentences of a file with a word and its tag, the last column, on each line, and blank lines between.
 
-    Lines that begin with -DOCSTART-, or with # and a space as CoNLL-U has its comments, are no words.
+    Lines that begin with -DOCSTART-, and comments before a sentence (# and a space), are no words. Raises DataError for
+    CoNLL-U and other files whose first column numbers the words.
     """
     words: list[str] = []
     tags: list[str] = []
     first = size = number = 0
+    columns: int | None = None  # of the lines before
     with open_bytes(path) as file:
         for number, raw in enumerate(file, 1):
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8", "replace").rstrip("\r\n")
             size += len(raw)
-            if not line.strip() or line.startswith(("-DOCSTART-", "# ")):
+            cells = line.split("\t") if "\t" in line else line.split()
+            is_comment = line.startswith("# ") and not words and len(cells) != columns
+            if not line.strip() or line.startswith("-DOCSTART-") or is_comment:
                 if words:
+                    if len(words) > 1 and words == [str(i + 1) for i in range(len(words))]:
+                        what, fix = "the first column numbers the words", "cut it off: cut -f2,4 FILE"
+                        raise DataError(what, at=f"{path}:{first}", got=" ".join(words[:5]), fix=fix)
                     yield first, {"tokens": words, "tags": tags}, size
                     words, tags, size = [], [], 0
                 continue
-            cells = line.split("\t") if "\t" in line else line.split()
             if len(cells) < 2:
                 yield number, BadRecord(str(path), number, None, "a line without a tag", len(raw)), len(raw)
                 continue
-            first = first if words else number
+            first, columns = first if words else number, len(cells)
             words.append(cells[0])
             tags.append(cells[-1].strip())
     if words:
@@ -118,11 +132,11 @@ def read_labelled(
     columns: dict[str, str],
     labels: list[str] | None = None,
     needs_label: bool = True,
-) -> tuple[Labelled, list[str]]:
-    """Return the example of a record, and the names of the fields that were read.
+) -> tuple[Labelled, dict[str, str]]:
+    """Return the example of a record, and the fields that were read: our name, one of OURS -> the file's.
 
     task         classify, regress or tag
-    columns      our name of a field, one of OURS -> the file's
+    columns      our name of a field -> the file's
     labels       of data.labels: a record with a field of each is one of several labels, 1 or 0
     needs_label  False: a record without one will do
 
@@ -132,47 +146,60 @@ def read_labelled(
     def choose(ours: str, names: Iterable[str]) -> str | None:
         if columns:
             names = [columns[ours]] if ours in columns else []
-        return next((name for name in names if record.get(name) is not None), None)
+        return next((name for name in names if name in record), None)
 
     if task == "tag":
         words = choose("tokens", WORDS)
         if words is None:
             raise NoFieldError("no field with the words of a sentence")
-        texts, read = record[words], [words]
+        texts, read = record[words], {"tokens": words}
         if not isinstance(texts, list) or not texts or not all(isinstance(one, str) for one in texts):
             raise ValueError(f"{words} is no list of words")
-        key = choose("tags", [name for name in TAGS if name != words])
+        ours, key = "tags", choose("tags", [name for name in TAGS if name != words])
     else:
-        pair = next(
-            (pair for pair in PAIRS if not columns and all(record.get(name) is not None for name in pair)), None
-        )
-        names = (choose("text", TEXTS), choose("text_pair", ())) if columns else pair or (choose("text", TEXTS),)
-        read = [name for name in names if name]
+        pair = None if columns else next((pair for pair in PAIRS if all(name in record for name in pair)), None)
+        names = pair or (choose("text", TEXTS), choose("text_pair", ()))
         if names[0] is None:
             raise NoFieldError("no field with a text")
-        texts = tuple(record[name] for name in read)
+        read = {ours: name for ours, name in zip(("text", "text_pair"), names, strict=True) if name}
+        texts = tuple(record[name] for name in read.values())
         if not all(isinstance(one, str) for one in texts):
-            raise ValueError(f"{' or '.join(read)} is no text")
+            raise ValueError(f"{' or '.join(read.values())} is no text")
         if not any(one.strip() for one in texts):
-            raise ValueError(f"{' and '.join(read)} is empty")
-        key = choose("label", LABELS)
-    if key is None and labels and not columns and all(name in record for name in labels):
-        return Labelled(texts, [name for name in labels if str(record[name]) in ("1", "1.0", "True")]), [*read, *labels]
+            raise ValueError(f"{' and '.join(read.values())} is empty")
+        ours, key = "label", choose("label", LABELS)
+        if key is None and labels and "label" not in columns and all(name in record for name in labels):
+            return Labelled(texts, read_columns(record, labels)), read
     if key is None and needs_label:
         raise NoFieldError("no field with a label" if task != "tag" else "no field with the tags of the words")
-    return Labelled(texts, None if key is None else record[key]), [*read, *([key] if key else [])]
+    return Labelled(texts, None if key is None else record[key]), read | ({ours: key} if key else {})
 
 
-def parse_label(value: Any, task: str, separator: str | None = None) -> Any:
+def read_columns(record: dict[str, Any], labels: list[str]) -> list[str] | None:
+    """Return the labels whose column says yes; None if one is empty or -1: it is not known."""
+    values = {name: str(record[name]).strip().lower() for name in labels}
+    if any(value in ("", "none", "-1", "-1.0") for value in values.values()):
+        return None
+    if wrong := next((name for name, value in values.items() if value not in (*YES, *NO)), None):
+        raise ValueError(f"{wrong} is neither 1 nor 0: {values[wrong][:40]}")
+    return [name for name, value in values.items() if value in YES]
+
+
+def parse_label(value: Any, task: str, separator: str | None = None, names: list[str] | None = None) -> Any:
     """Return a label as text, several as a list, a number for `regress`; None if the record has none.
+
+    names  of data.labels: a list of as many 0 and 1 says which of them are there
 
     Raise ValueError for what can't be one.
 
     >>> parse_label(1.0, "classify"), parse_label("a|b", "classify", "|"), parse_label("3.8", "regress")
     ('1', ['a', 'b'], 3.8)
     """
-    none = NO_LABEL[:2] if task == "regress" else NO_LABEL
-    if value is None or (isinstance(value, str | int | float) and str(value).strip() in none):
+    if isinstance(value, str) and separator and not value.strip():
+        return []
+    if value is None or (isinstance(value, str) and value.strip() in NO_LABEL and value.strip() not in (names or ())):
+        return None
+    if task == "classify" and names and "-1" not in names and str(value).strip() in ("-1", "-1.0"):
         return None
     if task == "regress":
         try:
@@ -185,6 +212,8 @@ def parse_label(value: Any, task: str, separator: str | None = None) -> Any:
     if isinstance(value, str) and separator:
         return [part.strip() for part in value.split(separator) if part.strip()]
     if isinstance(value, list):
+        if task == "classify" and names and len(value) == len(names) > 1 and all(one in (0, 1) for one in value):
+            return [name for name, is_there in zip(names, value, strict=True) if is_there]
         return [name_of(one) for one in value]
     return name_of(value)
 

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -25,7 +24,15 @@ from llmkit.readers.listing import check_file
 from llmkit.readers.ngrams import evaluation_checksums, flag_contaminated, read_evaluation_ngrams, shared_ngrams
 from llmkit.readers.tally import BadRecord, Record, Tally
 from llmkit.records.build import HIT, LENGTHS, VALIDATION, list_record_files
-from llmkit.records.label_layouts import Labelled, NoFieldError, parse_label, read_labelled, read_rows, unknown_layout
+from llmkit.records.label_layouts import (
+    Labelled,
+    NoFieldError,
+    parse_label,
+    read_labelled,
+    read_rows,
+    unknown_layout,
+)
+from llmkit.records.labels import MOST_ABSENT, Labels, check_labels, count_labels, stored_names
 from llmkit.records.rows import choose_splits
 from llmkit.screen import replace_surrogates
 from llmkit.tokenizer.guard import library_errors
@@ -33,7 +40,6 @@ from llmkit.tokenizer.tokenizer import Tokenizer
 
 VERSION = 1  # of the encoding
 BATCH = 512  # examples that are encoded together
-MOST_CLASSES = 1000  # over which a label that most records do not share is no label
 
 
 @dataclass
@@ -97,87 +103,6 @@ def first_tokens(numbers: np.ndarray) -> np.ndarray:
     return is_first & (numbers >= 0)
 
 
-# ---- labels ---------------------------------------------------------------------------------------------------------
-
-
-class Labels:
-    """Give labels numbers: in the order in which they come, or those of data.labels alone.
-
-    multi_label  whether a text has any number of labels; None: as the first one has it
-    """
-
-    def __init__(self, task: str, names: list[str] | None, multi_label: bool | None):
-        self.task, self.is_open, self.multi_label = task, names is None, multi_label if task == "classify" else False
-        self.numbers = {name: i for i, name in enumerate(names or [])}
-
-    def encode(self, label: Any) -> Any:
-        """Return a label of `parse_label` as a number, several labels or tags as a list of numbers."""
-        if self.task == "regress":
-            return label
-        if self.multi_label is None:
-            self.multi_label = isinstance(label, list)
-        if self.multi_label or self.task == "tag":
-            return [self.number_of(one) for one in (label if isinstance(label, list) else [label])]
-        if isinstance(label, list):
-            raise ValueError("several labels, where the first record has one: data.multi_label")
-        return self.number_of(label)
-
-    def number_of(self, name: str) -> int:
-        """Return the number of a label. Raise ValueError if it is not one of data.labels, nor the number of one."""
-        if self.is_open:
-            return self.numbers.setdefault(name, len(self.numbers))
-        if name in self.numbers:
-            return self.numbers[name]
-        if name.isdecimal() and int(name) < len(self.numbers):
-            return int(name)
-        raise ValueError(f"there is no label {name[:40]!r} in data.labels")
-
-    def in_order(self) -> tuple[list[str], np.ndarray]:
-        """Return the names, sorted unless data.labels gives an order, and the new number of each old one."""
-        names = list(self.numbers)
-        if self.is_open:
-            whole = all(re.fullmatch(r"[+-]?\d{1,18}", name) for name in names)
-            names.sort(key=int if whole else str)
-        places = {name: i for i, name in enumerate(names)}
-        return names, np.array([places[name] for name in self.numbers], np.int64)
-
-    def as_array(self, labels: list) -> np.ndarray:
-        """Return the labels of all examples: float32 (N,) numbers, int64 (N,), or int64 (N, L) of 0 and 1."""
-        if self.task == "regress":
-            return np.array(labels, np.float32)
-        _, places = self.in_order()
-        if not self.multi_label:
-            return places[np.array(labels, np.int64)]
-        array = np.zeros((len(labels), len(places)), np.int64)
-        for row, numbers in zip(array, labels, strict=True):
-            row[places[np.array(numbers, np.int64)]] = 1
-        return array
-
-
-def count_labels(task: str, names: list[str], labels: np.ndarray) -> dict[str, float]:
-    """Return how often each label is there; of numbers the least, the mean and the largest."""
-    if task == "regress":
-        return {"least": float(labels.min()), "mean": float(labels.mean()), "largest": float(labels.max())}
-    counts = labels.sum(0) if labels.ndim > 1 else np.bincount(labels[labels >= 0], minlength=len(names))
-    return dict(zip(names, counts.tolist(), strict=True))
-
-
-def check_labels(data: LabelledData, task: str, counts: dict[str, float], examples: int) -> None:
-    """Raise DataError for labels from which nothing can be learnt, or which are no labels."""
-    names = list(counts)
-    if task == "regress":
-        return
-    if len(names) < 2:
-        raise DataError("all records have the same label", at=data.path, got=", ".join(names)[:100] or "no label")
-    if task == "classify" and len(names) > MOST_CLASSES and len(names) > examples / 2:
-        what, fix = "most records have a label of their own", "name the field: data.columns: {text: ..., label: ...}"
-        raise DataError(what, at=data.path, got=f"{len(names):,} labels, {names[0][:40]!r} first", fix=fix)
-    numbers = [name for name in names if re.fullmatch(r"-?\d+\.\d+", name)]
-    if task == "classify" and len(numbers) > len(names) / 2 and data.labels is None:
-        fix = "objective: {name: regress} predicts numbers; data.labels says that these are classes"
-        raise DataError("the labels are numbers", at=data.path, got=", ".join(numbers[:5]), fix=fix)
-
-
 # ---- all records ----------------------------------------------------------------------------------------------------
 
 
@@ -198,6 +123,8 @@ def encode_labelled(
         [file_sha256(path) for path in paths] if paths else folder_stamps(Path(source.path).expanduser())
         for source, paths in zip(sources, files, strict=True)
     ]
+    if data.labels is None and task != "regress" and (names := stored_names(sources[0], files[0], data, task)):
+        data = data.model_copy(update={"labels": names})
     searched = evaluation_checksums(data.decontaminate.files) if data.decontaminate else []
     settings = [VERSION, task, data.model_dump(exclude={"on_error"}), seed, tokenizer.sha256, contents, searched]
     folder = out / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
@@ -284,23 +211,30 @@ def write_examples(
     if not digests:
         raise nothing_left(data, tally, found, listed_in)
     train, val, is_shared = choose_splits(np.array(digests, np.uint64), np.array(is_val), data.val_fraction, seed)
+    if (number := labels.absent(kept, MOST_ABSENT)) is not None:
+        is_absent = np.array(kept) == number
+        train, val, found.unlabelled = train & ~is_absent, val & ~is_absent, found.unlabelled + int(is_absent.sum())
+        kept = [0 if one == number else one - (one > number) for one in kept]
+        labels.forget("-1")
     if evals:
         shared = np.array(hits, HIT)
-        flagged = flag_contaminated(shared["example"], shared["gram"], len(digests), evals.ignore_if_in_docs)
+        flagged = flag_contaminated(shared["record"], shared["gram"], len(digests), evals.ignore_if_in_docs)
         found.contaminated = int(flagged.sum())
         if evals.action == "drop":
             train, val = train & ~flagged, val & ~flagged
+    if not train.any():
+        raise nothing_left(data, tally, found, listed_in)
     names, places = labels.in_order()
     if task == "tag":
         coded = np.memmap(tags.path, FILES["tags"], "r+")
         coded[coded >= 0] = places[coded[coded >= 0]]
         coded.flush()
-        counts = count_labels(task, names, coded)
+        counts = count_labels(task, names, coded[np.repeat(train, np.diff(tokens.ends, prepend=0))])
     else:
         array = labels.as_array(kept)
         save_array(folder / "labels.npy", array)
         counts = count_labels(task, names, array[train])
-    check_labels(data, task, counts, len(digests))
+    check_labels(data, task, labels.multi_label, counts, len(digests))
     splits, lengths = {"train": train, "val": val}, np.diff(np.array(tokens.ends), prepend=0)
     for name, chosen in splits.items():
         save_array(folder / f"{name}.npy", np.flatnonzero(chosen))
@@ -335,14 +269,14 @@ def read_examples(
     note_bad: Callable[[BadRecord], None],
 ) -> Iterator[Labelled]:
     """Yield the good records of a file that have a label, which becomes numbers."""
-    is_first = True
+    is_first, columns = True, data.columns
     for line, record, size in records:
         if isinstance(record, BadRecord):
             note_bad(record)
             continue
         try:
-            one, fields = read_labelled(record, labels.task, data.columns, data.labels)
-            label = parse_label(one.label, labels.task, data.label_separator)
+            one, fields = read_labelled(record, labels.task, columns, data.labels)
+            label = parse_label(one.label, labels.task, data.label_separator, data.labels)
             is_tagged = isinstance(label, list) and len(label) == len(one.texts)
             if labels.task == "tag" and label is not None and not is_tagged:
                 raise ValueError("there is not one tag for each word")
@@ -352,12 +286,13 @@ def read_examples(
                 raise unknown_layout(record, f"{path}:{line}", error) from None
             note_bad(BadRecord(path, line, None, str(error), size))
             continue
-        is_first = False
+        if is_first:  # the fields of a file are those of its first record: another one with a label is no other name
+            is_first, columns = False, fields
         tally.add(size)
         if label is None:
             found.unlabelled += 1
             continue
-        found.fields.update(fields)
+        found.fields.update(fields.values())
         yield Labelled(one.texts, label)
 
 
@@ -388,6 +323,7 @@ def encode_examples(
 def nothing_left(data: LabelledData, tally: Tally, found: Found, listed_in: Path | str) -> DataError:
     """Return the error for data of which no example is left."""
     reasons = [f"{found.unlabelled} records without a label"] if found.unlabelled else []
+    reasons += [f"{found.contaminated} share a text with evaluation files"] if found.contaminated else []
     reasons += [f"{found.too_long} longer than {data.seq_len} tokens"] if found.too_long else []
     got = "; ".join(filter(None, [", ".join(reasons), tally.describe(listed_in)])) or "no record at all"
     return DataError("no example is left to train on", at=data.path, got=got)

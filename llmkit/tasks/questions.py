@@ -62,7 +62,9 @@ def searched_by_run(located: Located) -> Iterator[tuple[Path, set[str]]]:
     """Yield (run, checksums of the evaluation files that its data were searched for) of a MODEL's run, and of the runs
     that it started from.
     """
-    while located.run_dir is not None:
+    seen: set[Path] = set()
+    while located.run_dir is not None and located.run_dir.resolve() not in seen:
+        seen.add(located.run_dir.resolve())
         run, config = located.run_dir, read_run_config(located.run_dir)
         data = config["data"]
         try:

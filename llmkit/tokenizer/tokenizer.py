@@ -126,8 +126,14 @@ class Tokenizer:
 
     @property
     def config_ids(self) -> dict[str, Any]:
-        """Return the ids that a model's config.json names, as `folder.save_model` takes them."""
-        return {"eos_token_ids": self.stop_ids, "bos_token_id": self.bos_id, "pad_token_id": self.pad_id}
+        """Return the ids that a model's config.json names, as `folder.save_model` takes them.
+
+        There is no padding token if it also ends each text: transformers would take the end of a text for padding.
+        """
+        with library_errors("the tokenizer can't encode a text"):
+            ends_with_pad = self.rust.encode("a", add_special_tokens=True).ids[-1:] == [self.pad_id]
+        pad_id = None if ends_with_pad else self.pad_id
+        return {"eos_token_ids": self.stop_ids, "bos_token_id": self.bos_id, "pad_token_id": pad_id}
 
     def add_specials(self, tokens: list[str]) -> None:
         """Append special tokens to the vocabulary."""
@@ -318,8 +324,11 @@ class Tokenizer:
                 sizes[i] = len(token.removeprefix(prefix or "").replace("\u2581", " ").encode())
         return sizes
 
-    def save(self, folder: Path) -> None:
-        """Write tokenizer.json, and the tokenizer_config.json that transformers reads with it."""
+    def save(self, folder: Path, *, token_types: bool = False) -> None:
+        """Write tokenizer.json, and the tokenizer_config.json that transformers reads with it.
+
+        token_types  whether the model is told which tokens are of a second text
+        """
         folder.mkdir(parents=True, exist_ok=True)
         rust = self.rust if self.unknown is None else set_special(self.rust, self.unknown, True)
         (folder / "tokenizer.json").write_text(rust.to_str(pretty=True), encoding="utf-8")
@@ -328,6 +337,8 @@ class Tokenizer:
             config["bos_token"] = self.bos
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
+        if token_types:
+            config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -49,7 +49,9 @@ def plan_run(
 
 
 def head_of(config: Config, options: Options, kind: str) -> HeadConfig | None:
-    """Return the head for labels that a config trains on a model of this kind, None if it trains none."""
+    """Return the head for labels that a config trains on a model of this kind, None if it trains none. Without
+    data.labels it has as many labels as a yes or no.
+    """
     if config.data.kind != "labelled":
         return None
     return make_head(config.objective.name, options["objective"], kind, config.data.labels, config.data.multi_label)

@@ -3,7 +3,7 @@
 import math
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -110,8 +110,11 @@ class PreparedRun:
 
     @property
     def head(self) -> HeadConfig | None:
-        """The head for labels; None: the model predicts tokens."""
-        return head_of(self.config, self.options, self.model_config.kind)
+        """Return the head for the labels of the data; None: the model predicts tokens."""
+        head = head_of(self.config, self.options, self.model_config.kind)
+        if head is None or head.kind == "regress":
+            return head
+        return replace(head, labels=self.data.labels, multi_label=self.data.multi_label)
 
     @cached_property
     def base_sha256(self) -> str:
@@ -159,10 +162,6 @@ def prepare(
             world.on_main(lambda: claim(Path(config.run_dir)))
     start_id = family_of(model_config).start_token_id(model_config)
     data = open_data(config, world, checked.base, start_id, say, keep=keep)
-    if config.data.kind == "labelled":  # the labels are written into the resolved config
-        found = {"labels": list(data.labels) or None}
-        found |= {"multi_label": data.multi_label} if config.objective.name == "classify" else {}
-        checked.config = config = config.model_copy(update={"data": config.data.model_copy(update=found)})
     new_tokens = fit_vocabulary(checked, data.tokenizer)
     for split, samples in data.samples.items():
         if samples < 1:

@@ -64,7 +64,7 @@ def finetune_config(
         if newest:
             say(f"model: {newest}, the newest run")
             model = str(newest)
-    if data and suffix_of(data) in DOCUMENT_FORMATS and objective != "tag":  # words and tags in CoNLL's columns
+    if data and suffix_of(data) in DOCUMENT_FORMATS and objective not in HEADS:  # it may be a table
         fix = continue_pretraining(model, str(data))
         raise UserError("--data is text, not prompts and answers", got=data, fix=fix)
     if len(methods) > 1:

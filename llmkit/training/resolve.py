@@ -172,8 +172,11 @@ def head_problems(config: Config) -> Iterator[UserError]:
         yield config.error(
             f"eval.{key}", "needs a head for tokens, and this run trains one for labels", fix="delete it"
         )
-    if config.objective.name != "classify" and config.data.multi_label is not None:
-        yield config.error("data.multi_label", f"has no effect with objective {config.objective.name}", fix="delete it")
+    unused = {"classify": (), "tag": ("multi_label", "label_separator")}
+    for key in unused.get(config.objective.name, ("multi_label", "label_separator", "labels")):
+        if getattr(config.data, key) is not None:
+            what = f"has no effect with objective {config.objective.name}"
+            yield config.error(f"data.{key}", what, fix="delete it")
     if config.train.max_tokens is not None:
         yield config.error(
             "train.max_tokens", "can't be counted: texts differ in length", fix="give epochs or max_steps"

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from llmkit.models import family_of
 from llmkit.models.family import Config
 from llmkit.models.heads import HeadConfig, add_head
-from llmkit.objectives import heads, lm
+from llmkit.objectives.lm import sum_of_losses
 from llmkit.parallel.compile import PRODUCTS, apply_checkpointing
 from llmkit.parallel.device import DTYPES
 from llmkit.training.average import start_average
@@ -189,7 +189,7 @@ def simulate_step(
                 p.grad = torch.zeros_like(p)
             ledger.enter("activations", "forward")
             with torch.autocast("cpu", dtype, enabled=precision != "fp32"):
-                loss, _ = (heads if head else lm).sum_of_losses(model, batch)
+                loss = model(**batch, reduction="sum") if head else sum_of_losses(model, batch)[0]
             loss.backward()
             del loss
             ledger.enter("optimizer", "step")

@@ -113,4 +113,4 @@ def write_model(run: PreparedRun, model: nn.Module, folder: Path) -> None:
         save_adapter(model, folder, config.peft.name, options, **base)
     else:
         save_model(model, folder, **tokenizer.config_ids)
-    tokenizer.save(folder)
+    tokenizer.save(folder, token_types=model.config.kind == "masked")
