@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,23 @@ def test_a_planted_question_is_found_in_fine_tuning_files(folder, kind, file, ac
     [report] = (folder / f"runs/{name}/data").glob("*/report.json")
     examples = sum(part["examples"] for part in json.loads(report.read_text())["splits"].values())
     assert examples == (39 if action == "drop" else 40)
+
+
+def test_the_windows_of_a_long_record_count_as_one(folder):
+    """Else a question in each of many windows would be a common phrase."""
+    records = [{"prompt": prose(i, 20), "completion": prose(100 + i, 9)} for i in range(40)]
+    records[5]["completion"] = f"{QUESTION} {prose(7, 900)}"
+    (folder / "long.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    evals = {"tasks": [{"task": "ducks.yaml", "data": "questions.csv"}]}
+    config = {
+        "init_from": "runs/base",
+        "data": {"kind": "sft", "path": "long.jsonl", "seq_len": 64, "too_long": "split", "decontaminate": evals},
+        "train": {"max_steps": 2, "global_batch_size": 4}, "schedule": {"name": "constant"},
+    }  # fmt: skip
+    (folder / "long.yaml").write_text(yaml.safe_dump(config))
+    said = llmkit("pretrain", "long.yaml", cwd=folder).stdout
+    [number] = re.findall(r"(\d+) examples share a text", said)
+    assert int(number) > 10
 
 
 def test_a_phrase_of_many_examples_is_no_contamination():

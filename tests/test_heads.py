@@ -235,6 +235,13 @@ def test_peft_opens_an_adapter_with_its_head(name, kind, tmp_path):
     assert torch.equal(again(ids, lengths=LENGTHS), outputs)
 
 
+def test_an_adapter_that_peft_trained_for_a_number_opens_as_one(tmp_path):
+    save_model(build_model(make_config("llama"), seed=1), tmp_path / "base", pad_token_id=0)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+    peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", r=4)).save_pretrained(tmp_path / "adapter")
+    assert read_adapter_head(tmp_path / "adapter", tmp_path / "base").kind == "regress"
+
+
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
 def test_an_adapter_that_peft_trained_with_a_head_opens_here(task, tmp_path):
     save_model(build_model(make_config("llama"), seed=1), tmp_path / "base", pad_token_id=0)
@@ -479,6 +486,98 @@ def test_labels_that_can_not_be_learnt_are_refused(text, task, options, what, to
         encode(tmp_path, task, load_tokenizer(tokenizers["bpe"]), path=str(tmp_path / "a.csv"), **options)
 
 
+@pytest.mark.parametrize(
+    ("values", "labels", "expected", "unlabelled"),
+    [
+        ([-1, 0, 1] * 20, None, ["-1", "0", "1"], 0),  # sentiment
+        ([0, 1] * 30 + [-1], None, ["0", "1"], 1),  # a few that are not known
+        ([-1, 0, 1] * 20, ["-1", "0", "1"], ["-1", "0", "1"], 0),
+        ([-1, 0, 1] * 20, ["no", "yes"], ["no", "yes"], 20),
+    ],
+)
+def test_a_label_of_minus_one(values, labels, expected, unlabelled, tokenizers, tmp_path):
+    rows = "".join(f"river {'large ' * i},{value}\n" for i, value in enumerate(values))
+    (tmp_path / "a.csv").write_text(f"text,label\n{rows}")
+    tokenizer = load_tokenizer(tokenizers["bpe"])
+    report, (train, val) = encode(tmp_path, "classify", tokenizer, path=str(tmp_path / "a.csv"), labels=labels)
+    assert report["labels"] == expected and report["found"]["unlabelled"] == unlabelled
+    seen = np.concatenate([batch.labels for batch in [*train, *val]])
+    number = {name: i for i, name in enumerate(report["labels"])} | (
+        {"0": 0, "1": 1} if labels == ["no", "yes"] else {}
+    )
+    known = [str(value) for value in values if str(value) in number]
+    assert sorted(seen.tolist()) == sorted(number[value] for value in known)
+
+
+def test_several_labels_as_lists_as_columns_and_as_one_text(tokenizers, tmp_path):
+    tokenizer, names = load_tokenizer(tokenizers["bpe"]), ["wet", "large", "old"]
+    wanted = [[i % 2, i % 3 == 0, i % 5 == 0] for i in range(30)]
+    texts = [f"river {'large ' * i}" for i in range(30)]
+    lists = [{"text": t, "labels": list(map(int, one))} for t, one in zip(texts, wanted, strict=True)]
+    named = [{"text": t, "labels": [n for n, is_there in zip(names, one, strict=True) if is_there]}
+             for t, one in zip(texts, wanted, strict=True)]  # fmt: skip
+    columns = [{"text": t} | dict(zip(names, ["TRUE" if v else "0" for v in one], strict=True))
+               for t, one in zip(texts, wanted, strict=True)]  # fmt: skip
+    joined = [{"text": one["text"], "labels": "|".join(one["labels"])} for one in named]
+    for kind, rows in {"lists": lists, "named": named, "columns": columns, "joined": joined}.items():
+        path = tmp_path / f"{kind}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        more = {"label_separator": "|", "multi_label": True} if kind == "joined" else {}
+        report, (train, val) = encode(tmp_path, "classify", tokenizer, path=str(path), labels=names, **more)
+        seen = np.concatenate([batch.labels for batch in [*train, *val]])
+        assert report["multi_label"] and seen.shape == (30, 3), kind
+        assert seen.sum(0).tolist() == [15, 10, 6], kind
+    with pytest.raises(DataError, match="lists of 0 and 1"):
+        encode(tmp_path, "classify", tokenizer, path=str(tmp_path / "lists.jsonl"))
+
+
+def test_the_fields_of_a_file_are_those_of_its_first_record(tokenizers, tmp_path):
+    rows = [{"text": f"river {i}", "label": "ab"[i % 2], "rating": i} for i in range(40)]
+    rows[7] = {"text": "river", "label": None, "rating": 3}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report, _ = encode(tmp_path, "classify", load_tokenizer(tokenizers["bpe"]), path=str(tmp_path / "a.jsonl"))
+    assert report["labels"] == ["a", "b"] and report["found"]["unlabelled"] == 1
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("task", ["classify", "tag"])
+def test_the_names_of_classes_that_a_data_set_stores_are_read(task, saved, tokenizers, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    names = datasets.ClassLabel(names=["O", "B-RIVER"] if task == "tag" else ["dry", "wet"])
+    rows = {"text": [f"river {i}" for i in range(20)], "label": [i % 2 for i in range(20)]}
+    features = {"text": datasets.Value("string"), "label": names}
+    if task == "tag":
+        rows = {"tokens": [["the", "river"]] * 10 + [["a", "model"]] * 10, "ner_tags": [[0, 1]] * 10 + [[0, 0]] * 10}
+        features = {"tokens": datasets.List(datasets.Value("string")), "ner_tags": datasets.List(names)}
+    data = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    path = tmp_path / ("saved" if saved else "a.parquet")
+    data.save_to_disk(str(path)) if saved else data.to_parquet(str(path))
+    report, _ = encode(tmp_path, task, load_tokenizer(tokenizers["bpe"]), path=str(path))
+    assert report["labels"] == names.names
+
+
+def test_conll_with_a_word_that_is_a_sign_and_in_tsv_and_with_numbers(tmp_path):
+    (tmp_path / "a.conll").write_text("# sent_id = 1\nThe DT O\n\n# CD O\nriver NN B-X\n")
+    assert [record["tokens"] for _, record, _ in read_rows(tmp_path / "a.conll", tags=True)] == [
+        ["The"],
+        ["#", "river"],
+    ]
+    (tmp_path / "a.tsv").write_text("The\tO\nriver\tB-X\n")
+    [(_, record, _)] = read_rows(tmp_path / "a.tsv", tags=True)
+    assert record == {"tokens": ["The", "river"], "tags": ["O", "B-X"]}
+    (tmp_path / "a.conllu").write_text("1\tThe\tDET\n2\triver\tNOUN\n\n")
+    with pytest.raises(DataError, match="numbers the words"):
+        list(read_rows(tmp_path / "a.conllu", tags=True))
+
+
+def test_rows_end_at_the_last_position():
+    batch = pad_batch([encode_tokens(range(1, 51), [True] * 50)], np.array([0]), 0, types=False, most=50)
+    assert batch.input_ids.shape == (1, 50)
+    assert (
+        pad_batch([encode_tokens([1] * 9, [True] * 9)], np.array([0]), 0, types=False, most=50).input_ids.shape[1] == 16
+    )
+
+
 def test_a_damaged_file_of_encoded_labels_is_noticed(tokenizers, tmp_path):
     (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"river {i},{i % 2}\n" for i in range(20)))
     report, _ = encode(tmp_path, "classify", load_tokenizer(tokenizers["bpe"]), path=str(tmp_path / "a.csv"))
@@ -550,7 +649,7 @@ def test_a_classifier_from_the_command_line(name, peft_section, base):
     slow = {"optimizer": {"name": "adamw", "lr": 3e-3}} if name == "bert" else {}
     config = write_config(base, f"cls-{name}-{len(peft_section)}", f"runs/{name}", **peft_section, **slow)
     run = f"runs/{Path(config).stem}"
-    llmkit("pretrain", config, "-o", f"train.max_steps={60 if slow and learns else 20}", cwd=base)
+    llmkit("pretrain", config, "-o", f"train.max_steps={60 if slow and learns else 40}", cwd=base)
     found = [record for record in metrics(base / run) if "val_loss" in record]
     assert not learns or (found[-1]["val_accuracy"] > 0.9 and found[-1]["val_loss"] < found[0]["val_loss"] - 0.2)
     measured = json.loads(llmkit("eval", run, "--precision", "fp32", "--json", cwd=base).stdout)
@@ -581,6 +680,7 @@ def test_tags_from_the_command_line(base):
     assert [one for one in metrics(base / "runs/tags") if "val_loss" in one][-1]["val_f1"] > 0.8
     said = llmkit("classify", "runs/tags", "the river is large", cwd=base).stdout
     assert said == "the/O river/B-RIVER is/O large/O\n"
+    assert llmkit("classify", "runs/tags", "lines.txt", cwd=base).stdout.splitlines()[0] == said.strip()
     assert "[B-RIVER]" in llmkit("data", "inspect", config, "--rows", 8, cwd=base).stdout
 
 
@@ -599,6 +699,31 @@ def test_a_resumed_head_has_the_same_bits(peft_section, base):
     )
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     assert any("score" in key for key in one)
+
+
+def test_a_run_goes_on_from_the_config_that_it_resolved(base):
+    config = write_config(base, "own", "runs/llama")
+    llmkit("pretrain", config, "-o", "train.max_steps=10", cwd=base)
+    (base / "copy.yaml").write_bytes((base / "runs/own/config.yaml").read_bytes())
+    said = llmkit("pretrain", "copy.yaml", "-o", "train.max_steps=20", cwd=base).stdout
+    assert "resumed" in said and len(list((base / "runs/own/data").iterdir())) == 1
+
+
+def test_a_classifier_of_pairs_says_in_transformers_what_it_says_here(base):
+    rows = "".join(f"the river {i}\tis {'large' if i % 2 else 'small'}\t{i % 2}\n" for i in range(60))
+    (base / "pairs.tsv").write_text(f"sentence1\tsentence2\tlabel\n{rows}")
+    data = {"kind": "labelled", "path": "pairs.tsv", "seq_len": 32, "val_fraction": 0.2}
+    llmkit("pretrain", write_config(base, "pairs", "runs/bert", data=data), cwd=base)
+    folder = next((base / "runs/pairs/checkpoints").glob("*20")) / "model"
+    (base / "one.tsv").write_text("sentence1\tsentence2\nthe river\tis large\n")
+    line = llmkit("classify", "runs/pairs", "one.tsv", "--precision", "fp32", "--json", cwd=base).stdout
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    inputs = transformers.AutoTokenizer.from_pretrained(folder)("the river", "is large", return_tensors="pt")
+    assert inputs["token_type_ids"].any()
+    with torch.no_grad():
+        expected = theirs(**inputs).logits.softmax(-1)[0].tolist()
+    found = json.loads(line)["prediction"]["probabilities"]
+    assert list(found.values()) == pytest.approx(expected, abs=1e-4)
 
 
 def test_two_ranks_learn_and_measure_what_one_does(base):
