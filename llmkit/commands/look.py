@@ -26,6 +26,8 @@ def runs(
         raise UserError("there is no run", at=", ".join(missing) or "./runs", fix="llmkit pretrain CONFIG makes one")
     if plot and plot.suffix != ".png":
         raise UserError("--plot writes a PNG", got=plot, fix="name a file that ends in .png")
+    if plot and plot.is_file() and plot.read_bytes()[:4] not in (b"", b"\x89PNG"):
+        raise UserError("the output exists already, and is no picture", at=plot, fix="choose another path")
     rows = [summarize(folder) for folder in folders]
     show({"runs": rows}, as_json) if as_json else print(terminal_text(format_table(summary_table(rows))))
     if plot:

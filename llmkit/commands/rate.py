@@ -29,13 +29,18 @@ def rate(
     from llmkit.evals import rating
     from llmkit.inference.sampling import Sampling
 
+    if results:
+        print_or_show(rating.summarize(out), out, as_json)
+        return
     if len(models) < 2 or len(set(models)) < len(models):
-        raise UserError("rate compares two models or more", got=", ".join(models), fix="name another model")
+        what = "rate compares two models or more" if len(models) < 2 else "a model is named twice"
+        raise UserError(what, got=", ".join(models), fix="name another model")
     if rater.startswith(rating.JUDGE):
         raise UserError("--rater has the name of a judging model", got=rater)
     from llmkit.evals.judge import judge_all, write_missing_answers
     from llmkit.storage.locate import locate
 
+    check_writers(models)
     asked = rating.read_prompts(prompts)[:limit]
     folders = [str(locate(model, check=False).folder) for model in models]  # another checkpoint writes other answers
     options = {
@@ -47,24 +52,43 @@ def rate(
     }
     rating.open_folder(out, models, prompts, options)
     pairs = rating.make_pairs(len(asked), len(models), seed)
-    if not results:
-        sampling = Sampling(temperature=temperature)
-        write_missing_answers(out, models, asked, sampling, max_new_tokens, seed, to_stderr)
-        if judge is not None:
-            judge_all(out, judge, pairs, asked, to_stderr)
-        done = {row["pair"] for row in rating.read_judgements(out) if row["rater"] == rater}
-        if judge is None and not done.issuperset(pair.id for pair in pairs):
-            try:
-                from llmkit.evals.rating_server import rate_pairs
-            except ImportError as error:
-                raise MachineError(f"the page needs {error.name}", fix="pip install 'llmkit[serve]'") from None
-            rate_pairs(out, pairs, asked, rater, port, to_stderr)
-    found = rating.summarize(out)
+    sampling = Sampling(temperature=temperature)
+    write_missing_answers(out, models, asked, sampling, max_new_tokens, seed, to_stderr)
+    if judge is not None:
+        judge_all(out, judge, pairs, asked, to_stderr)
+    done = {row["pair"] for row in rating.read_judgements(out) if row["rater"] == rater}
+    if judge is None and not done.issuperset(pair.id for pair in pairs):
+        try:
+            from llmkit.evals.rating_server import rate_pairs
+        except ImportError as error:
+            raise MachineError(f"the page needs {error.name}", fix="pip install 'llmkit[serve]'") from None
+        rate_pairs(out, pairs, asked, rater, port, to_stderr)
+    print_or_show(rating.summarize(out), out, as_json)
+
+
+def check_writers(models: list[str]) -> None:
+    """Raise ModelError for a model that writes no text, before anything is written about it."""
+    from llmkit.errors import ModelError
+    from llmkit.models.folder import read_config
+    from llmkit.storage.locate import locate, read_located_head
+
+    for model in models:
+        located = locate(model)
+        if read_located_head(located):
+            raise ModelError("this model predicts labels, and writes no text", at=model, fix="llmkit eval measures it")
+        if read_config(located.base).kind == "masked":
+            raise ModelError("an encoder writes no text", at=model, fix="llmkit eval, or embed, can use it")
+
+
+def print_or_show(found: dict[str, Any], out: Path, as_json: bool) -> None:
+    """Print the results of a comparison."""
+    from llmkit.evals.rating import JUDGEMENTS
+
     if as_json:
         show(without_nan(found), as_json)
         return
     print_results(found)
-    print(f"judgements: {out / rating.JUDGEMENTS}")
+    print(f"judgements: {out / JUDGEMENTS}")
 
 
 def print_results(found: dict[str, Any]) -> None:

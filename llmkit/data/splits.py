@@ -22,7 +22,6 @@ FOUND_NOTES = {  # of records.encode.Found -> what the header says
     "empty": "answers without a text, not learnt",
     "divided": "conversations with one example for each answer, because the chat template rewrites earlier turns",
     "without_target": "examples without a target, left out",
-    "contaminated": "examples share a text with evaluation files (data.decontaminate)",
     "thoughts": "earlier answers are learnt without their thoughts, which the chat template leaves out",
 }
 MOST_UNREAD = 20  # names of fields in the header
@@ -202,6 +201,25 @@ def open_records(
     )
 
 
+def warn_of_untrained(report: dict[str, Any]) -> str:
+    """Return a warning if labels have no example to train on; "" otherwise."""
+    if report["task"] == "regress":
+        return ""
+    never = [name for name, number in report["counts"].items() if not number]
+    names = ", ".join(never[:5]) + (" ..." if len(never) > 5 else "")
+    return f"no example to train on has the label {names}" if never else ""
+
+
+def describe_contamination(report: dict[str, Any]) -> Iterator[str]:
+    """Yield what data.decontaminate found among records, and what it did not look for."""
+    if not (about := report.get("decontaminated")):
+        return
+    fate = "left out" if about["action"] == "drop" else "kept, as data.decontaminate.action says"
+    number = report["found"]["contaminated"]
+    yield f"{number:,} examples share a text with evaluation files, {fate}"
+    yield f"{about['short']:,} of {about['texts']:,} evaluation texts, with under {about['ngram']} words, not searched for"
+
+
 def warn_of_few(report: dict[str, Any]) -> str:
     """Return a warning if over a tenth of the examples are too long to be trained on; "" otherwise."""
     kept, lost = (
@@ -221,6 +239,7 @@ def describe_losses(report: dict[str, Any]) -> Iterator[str]:
             " (raise data.seq_len, or set data.too_long: split)" if fate == "left out" else ""
         )
     yield from (f"{number:,} {what}" for key, what in FOUND_NOTES.items() if (number := found[key]))
+    yield from describe_contamination(report)
     if number := report["val prompts in train"]:
         yield f"{number:,} val examples with a prompt of train, left out"
     if report["prompts in both"]:
@@ -255,9 +274,9 @@ def open_labelled(report: dict[str, Any], where: str, tokenizer: Tokenizer, *, t
         "unlabelled": "records without a label, left out",
         "without_token": "texts without a token, left out",
         "words_without_token": "words without a token of their own, not learnt",
-        "contaminated": FOUND_NOTES["contaminated"],
     }
     losses = [f"{number:,} {notes[key]}" for key in notes if (number := found[key])]
+    losses += describe_contamination(report)
     losses += ["val has texts that train has too, so its scores are too good"] if report["texts in both"] else []
     losses += filter(None, [Tally(**report["records"]).describe(report["listed_in"])])
     return Splits(
@@ -269,6 +288,7 @@ def open_labelled(report: dict[str, Any], where: str, tokenizer: Tokenizer, *, t
         f"{', '.join(found['fields'])}; {labels}",
         lengths=", ".join(f"{name} {length:,}" for name, length in report["lengths"].items()) + " tokens an example",
         losses="; ".join(losses),
+        warning=warn_of_untrained(report),
         labels=tuple(report["labels"]),
         multi_label=report["multi_label"],
         mean_length=splits["train"]["tokens"] / max(1, splits["train"]["examples"]),

@@ -88,12 +88,16 @@ def judge_all(
         return
     say(f"{judge} judges {len(missing)} pairs")
     ask = ask_server(judge) if judge.startswith(("http://", "https://")) else ask_model(judge)
+    same = 0
     for pair in missing:
         prompt, left, right = to_text(prompts[pair.prompt]), *(answers[m, pair.prompt] for m in (pair.left, pair.right))
         one = ask(QUESTION.format(prompt=prompt, first=left, second=right))
         other = ask(QUESTION.format(prompt=prompt, first=right, second=left))
         verdict = {(1, 2): "left", (2, 1): "right"}.get((one, other), "tie")
+        same += one == other
         judge_pair(folder, pair, rater, verdict, answers=[one, other])
+    if same:
+        say(f"{judge} chose the same place in both orders of {same} of {len(missing)} pairs, which count as ties")
 
 
 def ask_model(model: str) -> Callable[[str], int]:

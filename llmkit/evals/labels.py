@@ -74,9 +74,9 @@ def measure_labels(
         "loss": result["val_loss"],
         "loss_stderr": mean_error(losses),
         **with_intervals(one.head, rows),
-        "examples": len(rows),
+        ("words" if one.head.kind == "tag" else "examples"): len(rows),
         "precision": one.precision,
-        **({"labels": by_label(one.head, rows)} if one.head.kind == "classify" else {}),
+        **({} if one.head.kind == "regress" else {"labels": by_label(one.head, rows)}),
     }
 
 
@@ -151,5 +151,5 @@ def by_label(head: HeadConfig, rows: np.ndarray) -> list[dict[str, Any]]:
         hits = int((targets & found).sum())
         precision, recall = hits / max(1, int(found.sum())), hits / max(1, int(targets.sum()))
         row = {"label": name, "precision": precision, "recall": recall, "f1": scores.f1_of(targets, found)}
-        table.append(row | {"examples": int(targets.sum())})
+        table.append(row | {"words" if head.kind == "tag" else "examples": int(targets.sum())})
     return table

@@ -62,7 +62,8 @@ def measure_by_language(located: Located, **options: Any) -> dict[str, dict[str,
     measured = measure_parts(located, **options)
     if measured.tokens is None or measured.part != "document":
         what, expected = "languages are told apart by documents", f"at least {FEWEST_DOCUMENTS} of them in one stream"
-        raise UserError(what, got=measured.figures["parts"], expected=expected)
+        fix = "name files of more documents with --data: each file or record is one"
+        raise UserError(what, got=measured.figures["parts"], expected=expected, fix=fix)
     ends = np.flatnonzero(measured.tokens == measured.tokenizer.eos_id)
     documents = np.split(measured.tokens, ends + 1)[: len(measured.nats)]
     texts = [measured.tokenizer.decode(ids[ids != measured.tokenizer.eos_id].tolist()) for ids in documents]

@@ -52,7 +52,7 @@ def load_classifier(located: Located, precision: str = "auto") -> Classifier:
     """Load a model with a head for labels. Raise ModelError if it has none."""
     head = read_located_head(located)
     if head is None:
-        fix = "train one: objective: {name: classify}, or tag, or regress"
+        fix = f"llmkit finetune --lora --objective classify --from {located.run_dir or located.folder} --data FILE"
         raise ModelError("this model has no head for labels", at=located.folder, fix=fix)
     precision = choose_precision(precision, start_world().device)
     dtype = choose_dtype(located, precision)

@@ -233,6 +233,8 @@ def agreement(judgements: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def summarize(folder: Path) -> dict[str, Any]:
     """Return the results of a comparison: of people, of each judging model, and how far they agree."""
+    if not (folder / SETUP).is_file():
+        raise UserError("there is no comparison in this folder", at=folder, fix="name that of `llmkit rate --out`")
     names = json.loads((folder / SETUP).read_text(encoding="utf-8"))["models"]
     rows = read_judgements(folder)
     people = [row for row in rows if not row["rater"].startswith(JUDGE)]

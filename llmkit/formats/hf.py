@@ -7,7 +7,8 @@ from pathlib import Path
 from llmkit.errors import ModelError, UserError
 from llmkit.files import write_beside
 from llmkit.formats.gguf import TYPES, write_gguf
-from llmkit.models.folder import save_model
+from llmkit.models.folder import save_model, warn
+from llmkit.models.heads import POOLINGS
 from llmkit.parallel.device import DTYPES
 from llmkit.peft.adapter import read_adapter_config
 from llmkit.storage.locate import Located, load_located, read_located_head
@@ -16,6 +17,8 @@ from llmkit.storage.locate import Located, load_located, read_located_head
 def export_hf(located: Located, out: Path, dtype: str) -> None:
     """Write config.json, model.safetensors and tokenizer.json for transformers. An adapter is merged in fp32 first."""
     model, tokenizer = load_located(located, merge=True, head=read_located_head(located))
+    if (head := getattr(model, "head", None)) and head.pooling not in (None, POOLINGS[model.config.kind][0]):
+        warn(f"transformers has no pooling {head.pooling} for this model: the folder opens in llmkit alone")
     with write_beside(out) as folder:
         save_model(model, folder, **tokenizer.config_ids, dtype=DTYPES[dtype])
         tokenizer.save(folder, token_types=model.config.kind == "masked")

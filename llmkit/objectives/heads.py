@@ -180,17 +180,26 @@ def score_names(head: HeadConfig) -> list[str]:
 def classify(
     tokenizer: Tokenizer, seed: int, start_id: None, *, pooling: Pooling | None = None, dropout: Dropout = 0.1
 ) -> Objective:
-    """Predict the label of a text, or its labels."""
+    """Predict the label of a text, or its labels.
+
+    dropout  on the state that is classified
+    """
     return Objective(sum_of_losses, evaluate)
 
 
 def regress(
     tokenizer: Tokenizer, seed: int, start_id: None, *, pooling: Pooling | None = None, dropout: Dropout = 0.1
 ) -> Objective:
-    """Predict a number for a text, as how similar two sentences are."""
+    """Predict a number for a text, as how similar two sentences are.
+
+    dropout  on the state that is classified
+    """
     return Objective(sum_of_losses, evaluate)
 
 
 def tag(tokenizer: Tokenizer, seed: int, start_id: None, *, dropout: Dropout = 0.1) -> Objective:
-    """Predict a label for each word, as whether it names a person."""
+    """Predict a label for each word, as whether it names a person.
+
+    dropout  on the state that is classified
+    """
     return Objective(sum_of_losses, evaluate)

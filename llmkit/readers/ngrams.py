@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.config.data import EvaluationFile, TableFormat
+from llmkit.config.data import Decontaminate, EvaluationFile, TableFormat
 from llmkit.files import file_sha256, file_stamps
 from llmkit.readers.listing import list_files, refuse_zip
 from llmkit.readers.packed import suffix_of
@@ -78,6 +78,15 @@ def evaluation_key(named: Sequence[Evaluation]) -> list:
     """Return what changes when the evaluation files do: their stamps, and how they are read."""
     files = list_evaluation_files(named)
     return [file_stamps(files), [how.model_dump(exclude_defaults=True) for how in files.values()]]
+
+
+def describe_search(evals: Decontaminate | None) -> dict[str, Any]:
+    """Return what the report of some records says about a search for evaluation texts; {} if there was none."""
+    if evals is None:
+        return {"searched": []}
+    _, texts, short = read_evaluation_ngrams(evals.files, evals.ngram)
+    about = {"action": evals.action, "ngram": evals.ngram, "texts": texts, "short": short}
+    return {"searched": evaluation_checksums(evals.files), "decontaminated": about}
 
 
 def evaluation_checksums(named: Sequence[Evaluation]) -> list[str]:

@@ -218,6 +218,8 @@ def read_csv(
                 header = row
                 check_columns(header, path)
             elif row:
+                if row == header and number > 1:
+                    raise csv.Error("the header line again")
                 if len(row) != len(header):
                     raise csv.Error(f"{len(row)} fields, but the header has {len(header)}")
                 yield number, dict(zip(header, row, strict=True)), taken - before

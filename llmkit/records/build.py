@@ -26,7 +26,13 @@ from llmkit.files import delete, delete_leftovers, file_sha256, folder_stamps, o
 from llmkit.parallel.workers import open_pool
 from llmkit.readers.documents import dataset_files, is_saved_dataset, load_dataset_rows
 from llmkit.readers.listing import check_file, refuse_zip
-from llmkit.readers.ngrams import evaluation_checksums, flag_contaminated, read_evaluation_ngrams, shared_ngrams
+from llmkit.readers.ngrams import (
+    describe_search,
+    evaluation_checksums,
+    flag_contaminated,
+    read_evaluation_ngrams,
+    shared_ngrams,
+)
 from llmkit.readers.records import DOCUMENT_FORMATS, READERS, read_records
 from llmkit.readers.sources import Piece, group_files, source_files, stamps_of, write_quarantine
 from llmkit.readers.tally import Record, Tally
@@ -135,7 +141,7 @@ def encode_sft(
     except DataError:  # there is none yet, or it is damaged
         units = list(make_units([*sources, *val], files, data))
         report = write_examples(data, units, tokenizer, recipe, folder, seed, listed_in)
-        report = seal(report | {"skipped": dict(skipped), "searched": searched})
+        report = seal(report | {"skipped": dict(skipped)} | describe_search(data.decontaminate))
         write_atomically(folder / REPORT, json.dumps(report, indent=2))
         delete(folder / "parts")
     check_records(Tally(**report["records"]), data, listed_in)

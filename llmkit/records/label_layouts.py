@@ -145,6 +145,8 @@ def read_labelled(
 
     def choose(ours: str, names: Iterable[str]) -> str | None:
         if columns:
+            if ours in columns and columns[ours] not in record and (needs_label or ours not in ("label", "tags")):
+                raise NoFieldError(f"no field {columns[ours]}, which data.columns names")
             names = [columns[ours]] if ours in columns else []
         return next((name for name in names if name in record), None)
 
@@ -205,7 +207,7 @@ def parse_label(value: Any, task: str, separator: str | None = None, names: list
         try:
             number = float(value)
         except (TypeError, ValueError):
-            raise ValueError(f"the label is no number: {str(value)[:40]}") from None
+            raise ValueError(f"the label is no number, and the objective is regress: {str(value)[:40]}") from None
         if not np.isfinite(number):
             raise ValueError("the label is not finite")
         return number
@@ -225,12 +227,15 @@ def name_of(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, str | int) or not str(value).strip():
-        raise ValueError(f"the label is no name: {str(value)[:40]}")
+        raise ValueError(f"the label is no name, and the objective is not regress: {str(value)[:40]}")
     return str(value).strip()
 
 
 def unknown_layout(record: dict[str, Any], at: str, error: NoFieldError) -> DataError:
     """Return the error for a file whose first record has no field that is known."""
+    if record.keys() == {"text", "format", "encoding"}:
+        fix = "if it is a table: data.header: [label, text]; records have a field with the label"
+        return DataError("a file of plain text has no labels", at=at, fix=fix)
     hints = [hint for key in record if key not in FIELDS and (hint := did_you_mean(str(key), FIELDS))]
     fix = "name the fields: data.columns: {text: ..., label: ...}"
     if "no field with a text" in str(error) and not any(isinstance(key, str) and key in FIELDS for key in record):

@@ -21,7 +21,13 @@ from llmkit.errors import DataError
 from llmkit.files import file_sha256, folder_stamps, open_atomically, write_atomically
 from llmkit.readers.documents import is_saved_dataset, load_dataset_rows
 from llmkit.readers.listing import check_file
-from llmkit.readers.ngrams import evaluation_checksums, flag_contaminated, read_evaluation_ngrams, shared_ngrams
+from llmkit.readers.ngrams import (
+    describe_search,
+    evaluation_checksums,
+    flag_contaminated,
+    read_evaluation_ngrams,
+    shared_ngrams,
+)
 from llmkit.readers.tally import BadRecord, Record, Tally
 from llmkit.records.build import HIT, LENGTHS, VALIDATION, list_record_files
 from llmkit.records.label_layouts import (
@@ -135,7 +141,7 @@ def encode_labelled(
         folder.mkdir(parents=True, exist_ok=True)
         rows = [read_source(one, task, data.header, split) for one, split in zip(sources, splits, strict=True)]
         report = write_examples(data, tokenizer, folder, task, seed, rows, listed_in)
-        report = seal(report | {"searched": searched})
+        report = seal(report | describe_search(data.decontaminate))
         write_atomically(folder / REPORT, json.dumps(report, indent=2))
     check_records(Tally(**report["records"]), data, listed_in)
     return report | {"key": folder.name, "folder": str(folder), "listed_in": str(listed_in)}

@@ -48,7 +48,8 @@ class Labels:
             return self.numbers[name]
         if name.isdecimal() and int(name) < len(self.numbers) and not any(map(str.isdecimal, self.numbers)):
             return int(name)
-        raise ValueError(f"there is no label {name[:40]!r} in data.labels")
+        known = ", ".join(list(self.numbers)[:10])
+        raise ValueError(f"there is no such label: {name[:40]}, but {known}")
 
     def absent(self, labels: list, most: float) -> int | None:
         """Return the number of the label -1, which means "no label" in many data sets: where data.labels does not name

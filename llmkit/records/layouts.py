@@ -142,7 +142,10 @@ def check_kind(fields: dict[str, Any]) -> None:
     if media := [name for name in MEDIA if fields.get(name)]:
         raise ValueError(f"the record has {media[0]}, and only text is read")
     if "text" in fields and not is_record(fields):
-        raise OtherKindError("a text, not a prompt and an answer", "continue pretraining on texts: llmkit pretrain")
+        fix = "continue pretraining on texts: llmkit pretrain"
+        if fields.keys() & {"label", "labels"}:
+            fix = "learn the labels: llmkit finetune --objective classify"
+        raise OtherKindError("a text, not a prompt and an answer", fix)
 
 
 def is_verdict(fields: dict[str, Any]) -> bool:

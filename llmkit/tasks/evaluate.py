@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from llmkit import __version__
 from llmkit.config.defaults import TASKS
-from llmkit.errors import UserError
+from llmkit.errors import UserError, did_you_mean
 from llmkit.files import file_sha256
 from llmkit.parallel.device import autocast, choose_precision, device_name
 from llmkit.parallel.world import start_world
@@ -49,9 +49,10 @@ def prepare_tasks(
         if file is not None:
             found.append(prepare(file, data=own, allow_code=allow_code, **options))
             continue
-        if own is not None or options["metrics"]:
-            raise UserError(f"{name} is a task of lm-evaluation-harness, which has its own data and metrics")
         known = sorted(path.stem for path in TASKS.glob("*.yaml"))
+        if own is not None or options["metrics"]:
+            what = f"{name} is no task file, and tasks of lm-evaluation-harness have their own data and metrics"
+            raise UserError(what, fix=did_you_mean(name, known))
         how = {key: value for key, value in options.items() if key != "metrics"}
         found.append(harness_task(name, known, **how))
     return found

@@ -75,7 +75,8 @@ def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[st
     fitting = fitting_objectives(kind, data)
     if not fitting:
         why = "labels: it has no head for them" if data == "labelled" else "prompts and answers: it writes no text"
-        raise UserError(f"{name} can't be trained on {why}", at=config.where("data.kind"), got=data)
+        fix = "for texts with labels: data.kind: labelled, or --objective classify" if data == "sft" else None
+        raise UserError(f"{name} can't be trained on {why}", at=config.where("data.kind"), got=data, fix=fix)
     choice = config.objective or Choice(name=fitting[0])
     if choice.name not in fitting:
         expected, fix = " or ".join(fitting), "leave the objective out"
