@@ -217,7 +217,8 @@ def describe_contamination(report: dict[str, Any]) -> Iterator[str]:
     fate = "left out" if about["action"] == "drop" else "kept, as data.decontaminate.action says"
     number = report["found"]["contaminated"]
     yield f"{number:,} examples share a text with evaluation files, {fate}"
-    yield f"{about['short']:,} of {about['texts']:,} evaluation texts, with under {about['ngram']} words, not searched for"
+    size = f"under {about['ngram']} words"
+    yield f"{about['short']:,} of {about['texts']:,} evaluation texts have {size} and are not searched for"
 
 
 def warn_of_few(report: dict[str, Any]) -> str:
