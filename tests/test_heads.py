@@ -739,6 +739,30 @@ def test_two_ranks_learn_and_measure_what_one_does(base):
         assert a["val_accuracy"] == pytest.approx(b["val_accuracy"], abs=0.05)
 
 
+def test_predictions_are_compared_between_groups(base):
+    if not (base / "runs/groups").is_dir():
+        llmkit("pretrain", write_config(base, "groups", "runs/llama"), cwd=base)
+    rows = [
+        {"text": f"{i} the {'river' if i % 2 else 'model'} is", "label": "wet" if i % 3 else "dry", "who": "ab"[i % 2]}
+        for i in range(60)
+    ]
+    (base / "groups.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--data", "groups.jsonl", "--group-by", "who"]
+    found = json.loads(llmkit("eval", "runs/groups", *options, "--json", cwd=base).stdout)
+    lines = llmkit("classify", "runs/groups", "groups.jsonl", "--json", cwd=base).stdout.splitlines()
+    said = [json.loads(line) for line in lines]
+    for group in "ab":
+        own = [one for one in said if one["who"] == group]
+        right = np.mean([one["prediction"]["label"] == one["label"] for one in own])
+        assert found["accuracy_by_group"][group] == pytest.approx(right)
+    wet = [np.mean([one["prediction"]["label"] == "wet" for one in said if one["who"] == group]) for group in "ab"]
+    assert found["demographic_parity"] == pytest.approx(abs(wet[0] - wet[1]))
+    assert found["examples_by_group"] == {"a": 30, "b": 30}
+    assert "group" in llmkit("eval", "runs/groups", *options, cwd=base).stdout
+    said = llmkit("eval", "runs/groups", "--data", "groups.jsonl", "--group-by", "none", cwd=base, code=None).stderr
+    assert "no field none" in said
+
+
 def test_finetune_takes_an_objective(base):
     options = ["--from", "runs/llama", "--data", "train.tsv", "-o", "train.max_steps=3", "-o", "train.epochs=null"]
     llmkit("finetune", "--lora", "--objective", "classify", *options, cwd=base)

@@ -21,7 +21,7 @@ from llmkit.commands.show import (
 )
 from llmkit.config.defaults import MAX_BAD_FRACTION
 
-LABEL_OPTIONS = ("--columns", "--max-bad-fraction")  # that a model with a head for labels takes too
+LABEL_OPTIONS = ("--columns", "--max-bad-fraction", "--group-by")  # that a model with a head for labels takes too
 
 
 def evaluate(
@@ -45,6 +45,9 @@ def evaluate(
     by_language: Annotated[
         bool, typer.Option("--by-language", help="The documents of each language on their own.")
     ] = False,
+    group_by: Annotated[
+        str | None, typer.Option(help="Labels: a field of the records, to compare predictions for its values.")
+    ] = None,
     columns: Columns = None,
     window: Annotated[int | None, typer.Option(min=1, max=MOST, help="Tokens in a sliding window.")] = None,
     stride: Annotated[
@@ -75,7 +78,7 @@ def evaluate(
     of_tasks: dict[str, Any] = {"--shots": shots is not None, "--limit": limit, "--chat": chat, "--show": shown}
     of_tasks |= {"--out": out, "--allow-code": allow_code, "--metric": metrics}
     of_text = {"--perplexity": perplexity, "--each": each, "--columns": columns, "--window": window, "--stride": stride}
-    of_text |= {"--by-source": by_source, "--by-language": by_language}
+    of_text |= {"--by-source": by_source, "--by-language": by_language, "--group-by": group_by}
     of_text |= {"--max-bad-fraction": max_bad_fraction != MAX_BAD_FRACTION, "--batch-size": batch_size != 8}
     if tasks and memorization:
         raise UserError("--tasks and --memorization are two measurements", fix="give one of them")
@@ -117,8 +120,13 @@ def evaluate(
             what = f"{unused[0]} has no effect on a model that predicts labels"
             raise UserError(what, at=located[0].folder, fix="leave it out")
         options = {"columns": parse_columns(columns), "precision": precision, "max_bad_fraction": max_bad_fraction}
+        options["group_by"] = group_by
         evaluate_labels(located[0], data[0] if data else None, as_json, options)
         return
+    if group_by is not None:
+        raise UserError(
+            "--group-by is for models that predict labels", fix="leave it out; tasks have their own group_by"
+        )
     from llmkit.evals.perplexity import compare, measure_by_language, measure_parts
 
     options = {"window": window, "stride": stride, "batch_size": batch_size, "precision": precision}
@@ -161,7 +169,9 @@ def evaluate_labels(located, data: str | None, as_json: bool, options: dict[str,
     if as_json:
         show(figures, as_json)
         return
-    by_label = figures.pop("labels", None)
+    by_label, groups = figures.pop("labels", None), figures.pop("accuracy_by_group", {})
+    sizes = figures.pop("examples_by_group", {})
+    by_group = [{"group": name, "accuracy": value, "examples": sizes[name]} for name, value in groups.items()]
     names = [key.removesuffix("_stderr") for key in figures if key.endswith("_stderr")]
     rows = []
     for name in names:
@@ -169,7 +179,7 @@ def evaluate_labels(located, data: str | None, as_json: bool, options: dict[str,
         row = {"score": name.replace("_", " "), "value": value, "stderr": error}
         rows.append(row | {"95 % interval": " to ".join(map(format_float, interval)) if interval else ""})
     show(figures, as_json)
-    for table in (rows, by_label):
+    for table in (rows, by_label, by_group):
         if table:
             shown = [{key: format_float(v) if isinstance(v, float) else v for key, v in row.items()} for row in table]
             print(f"\n{terminal_text(format_table(shown))}")

@@ -1,6 +1,7 @@
 """Measure how often a model with a head for labels is right."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from llmkit.config.data import LabelledData
 from llmkit.config.defaults import MAX_BAD_FRACTION
 from llmkit.data.labelled import open_labelled_rows, pad_batch
 from llmkit.data.rows import count_up, read_report
-from llmkit.errors import DataError
+from llmkit.errors import DataError, UserError
 from llmkit.evals.predict import Classifier, by_length, load_classifier
-from llmkit.intervals import SEED, mean_error, mean_interval
+from llmkit.intervals import SEED, fairness, mean_error, mean_interval
 from llmkit.models.heads import HeadConfig
 from llmkit.objectives import heads
 from llmkit.parallel.device import autocast
@@ -27,6 +28,7 @@ from llmkit.storage.run import read_about
 from llmkit.types import Batch
 
 RESAMPLES = 200  # of examples, for intervals
+MOST_GROUPS = 100  # that predictions are compared for
 SHOWN_LABELS = 30  # of which precision and recall are shown
 
 
@@ -35,16 +37,21 @@ def measure_labels(
     *,
     data: str | None = None,
     columns: dict[str, str] | None = None,
+    group_by: str | None = None,
     precision: str = "auto",
     max_bad_fraction: float = MAX_BAD_FRACTION,
 ) -> dict[str, Any]:
     """Measure how well a model with a head predicts the labels of a file, or of the val split of its run.
 
-    columns  our name of a field -> the file's; None: those of the run
+    columns   our name of a field -> the file's; None: those of the run
+    group_by  a field of the records of `data`: how predictions of a label differ between its values, see `fairness`
     Returns loss, each score with a standard error and a 95 % interval, and of up to SHOWN_LABELS classes precision,
     recall and F1.
     """
-    one, tally, found = load_classifier(located, precision), Tally(), Found()
+    one, tally, found, groups = load_classifier(located, precision), Tally(), Found(), None
+    if group_by is not None and (data is None or one.head.kind != "classify" or one.head.multi_label):
+        what = "--group-by compares predictions of one label a text"
+        raise UserError(what, fix="name records with --data, and a model with the objective classify")
     if data is None:
         if located.run_dir is None:
             raise DataError("there is nothing to measure on", fix="name a file with --data")
@@ -56,7 +63,10 @@ def measure_labels(
         if not examples:
             raise DataError("there is no record with a label", at=data, got=f"{found.unlabelled} without one")
         what = f"{data}, {len(examples):,} examples"
-        batches = sorted_batches(one, examples, labels)
+        order = list(by_length([len(example.tokens) for example in examples]))
+        batches = sorted_batches(one, examples, labels, order)
+        if group_by is not None:
+            groups = groups_of([examples[i] for chosen in order for i in chosen], group_by, data)
     kept: list[np.ndarray] = []
     with autocast(one.device, one.precision):
         options = {"device": one.device, "micro_batch_size": 2**30, "keep": lambda *arrays: kept.extend(arrays)}
@@ -77,7 +87,29 @@ def measure_labels(
         ("words" if one.head.kind == "tag" else "examples"): len(rows),
         "precision": one.precision,
         **({} if one.head.kind == "regress" else {"labels": by_label(one.head, rows)}),
+        **(compare_groups(groups, rows) if groups else {}),
     }
+
+
+def groups_of(examples: list[Encoded], field: str, data: str) -> list[str]:
+    """Return the group of each example, the value of a field of its record."""
+    lacking = next((one for one in examples if one.record.get(field) is None), None)
+    if lacking is not None:
+        raise DataError(f"a record has no field {field}", at=data, got=", ".join(map(str, lacking.record)))
+    groups = [str(one.record[field]) for one in examples]
+    if not 1 < len(set(groups)) <= MOST_GROUPS:
+        got, expected = f"{len(set(groups))} values", f"2 to {MOST_GROUPS}"
+        raise DataError(
+            f"the field {field} does not divide the records into groups", at=data, got=got, expected=expected
+        )
+    return groups
+
+
+def compare_groups(groups: list[str], rows: np.ndarray) -> dict[str, Any]:
+    """Return `intervals.fairness` of rows (target, prediction), with the number of examples in each group."""
+    targets, found = rows.astype(np.int64).T
+    about = fairness(groups, (targets == found).astype(int).tolist(), found.tolist(), targets.tolist())
+    return about | {"examples_by_group": dict(sorted(Counter(groups).items()))}
 
 
 def val_batches(one: Classifier, run_dir: Path) -> Iterable[Batch]:
@@ -103,11 +135,11 @@ def read_file(
     return examples, labels
 
 
-def sorted_batches(one: Classifier, examples: list[Encoded], labels: Labels) -> Iterator[Batch]:
-    """Yield examples as batches of similar lengths."""
+def sorted_batches(one: Classifier, examples: list[Encoded], labels: Labels, order: list[list[int]]) -> Iterator[Batch]:
+    """Yield examples as batches, whose numbers `order` has."""
     array = None if one.head.kind == "tag" else labels.as_array([example.label for example in examples])
     types = one.model.config.kind == "masked"
-    for chosen in by_length([len(example.tokens) for example in examples]):
+    for chosen in order:
         right = [examples[i].label for i in chosen] if array is None else array[chosen]
         yield pad_batch(
             [examples[i].tokens for i in chosen], right, one.tokenizer.pad_id, types=types, most=one.seq_len

@@ -41,6 +41,7 @@ class Labelled(NamedTuple):
 
     texts: tuple[str, ...] | list[str]  # a tuple of one or two texts, or a list of words
     label: Any
+    record: dict[str, Any]  # that it is from
 
 
 class NoFieldError(ValueError):
@@ -171,10 +172,10 @@ def read_labelled(
             raise ValueError(f"{' and '.join(read.values())} is empty")
         ours, key = "label", choose("label", LABELS)
         if key is None and labels and "label" not in columns and all(name in record for name in labels):
-            return Labelled(texts, read_columns(record, labels)), read
+            return Labelled(texts, read_columns(record, labels), record), read
     if key is None and needs_label:
         raise NoFieldError("no field with a label" if task != "tag" else "no field with the tags of the words")
-    return Labelled(texts, None if key is None else record[key]), read | ({ours: key} if key else {})
+    return Labelled(texts, None if key is None else record[key], record), read | ({ours: key} if key else {})
 
 
 def read_columns(record: dict[str, Any], labels: list[str]) -> list[str] | None:

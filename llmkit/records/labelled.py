@@ -62,11 +62,12 @@ class Found:
 
 
 class Encoded(NamedTuple):
-    """The coded tokens of an example, its label or the tags of its tokens as numbers, and its texts or words."""
+    """Hold the coded tokens of an example, its label or the tags of its tokens as numbers, its texts, and its record."""
 
     tokens: np.ndarray
     label: Any
     texts: tuple[str, ...] | list[str]
+    record: dict[str, Any]
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
@@ -299,7 +300,7 @@ def read_examples(
             found.unlabelled += 1
             continue
         found.fields.update(fields.values())
-        yield Labelled(one.texts, label)
+        yield one._replace(label=label)
 
 
 def encode_examples(
@@ -323,7 +324,7 @@ def encode_examples(
                 found.words_without_token += len(one.texts) - int(is_first.sum())
                 label = np.where(is_first, np.array(label)[numbers], -1)
             coded = encode_tokens(encoding.ids, np.array(encoding.type_ids) == 0)
-            yield Encoded(coded, label, one.texts)
+            yield Encoded(coded, label, one.texts, one.record)
 
 
 def nothing_left(data: LabelledData, tally: Tally, found: Found, listed_in: Path | str) -> DataError:
