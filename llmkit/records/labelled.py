@@ -62,7 +62,7 @@ class Found:
 
 
 class Encoded(NamedTuple):
-    """Hold the coded tokens of an example, its label or the tags of its tokens as numbers, its texts, and its record."""
+    """Hold the coded tokens of an example, its label or tags as numbers, its texts or words, and its record."""
 
     tokens: np.ndarray
     label: Any
