@@ -653,7 +653,7 @@ def test_a_classifier_from_the_command_line(name, peft_section, base):
     run = f"runs/{Path(config).stem}"
     llmkit("pretrain", config, "-o", f"train.max_steps={60 if slow and learns else 40}", cwd=base)
     found = [record for record in metrics(base / run) if "val_loss" in record]
-    assert not learns or (found[-1]["val_accuracy"] > 0.8 and found[-1]["val_loss"] < found[0]["val_loss"] - 0.2)
+    assert not learns or (found[-1]["val_accuracy"] > 0.8 and found[-1]["val_loss"] < found[0]["val_loss"] - 0.1)
     measured = json.loads(llmkit("eval", run, "--precision", "fp32", "--json", cwd=base).stdout)
     best = min(found, key=lambda record: record["val_loss"])
     assert measured["accuracy"] == pytest.approx(best["val_accuracy"])

@@ -140,7 +140,7 @@ def simulate_step(
     config: Config,
     *,
     shapes: dict[str, tuple[int, ...]],
-    head: HeadConfig | None,
+    head: HeadConfig | None = None,
     change: Callable[[nn.Module], None] | None,
     make_optimizers: Callable[[nn.Module], list[torch.optim.Optimizer]],
     precision: str,
