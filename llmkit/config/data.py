@@ -188,7 +188,7 @@ class TableFormat(Section):
     column_names: list[str] | None = None
     """Names of the columns of CSV files without a header."""
     separator: str | None = None
-    """What separates the columns of a CSV file."""
+    """Separator of the columns of a CSV file."""
     quoting: Literal[0, 3] = 0
     """3: quotes in a CSV file are plain characters."""
     field: str | None = None
@@ -358,7 +358,7 @@ class LabelledData(RecordData):
     labels: Annotated[list[NonBlank], Field(min_length=1)] | None = None
     """The labels in the order of the model's outputs; null: those of the records, in order."""
     multi_label: bool | None = None
-    """Whether a text may have several labels, or none; null: if the first record has a list."""
+    """Several labels of a text, or none, are possible; null: if the first record has a list."""
     label_separator: NonBlank | None = None
     """Splits the label of a text file into several: "|" for "sport|news"."""
     too_long: Literal["truncate", "drop"] = "truncate"
