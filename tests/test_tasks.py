@@ -329,18 +329,23 @@ metric_list: [{metric: exact_match, ignore_case: true, regexes_to_ignore: ["[^y]
 KINDS = [(name, shots) for name in HARNESS_TASKS for shots in (0, 2) if not (name == "whole" and shots)]
 
 
+def write_harness_task(folder: Path, name: str, test: list[dict], train: list[dict]) -> Path:
+    """Write a task of HARNESS_TASKS with its records, and return its file."""
+    files = {"test": str(folder / "test.jsonl"), "train": str(folder / "train.jsonl")}
+    for split, own in (("test", test), ("train", train)):
+        Path(files[split]).write_text("".join(json.dumps(one) + "\n" for one in own))
+    head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {json.dumps(files)}}}\n"
+    head += "test_split: test\ntraining_split: train\nfewshot_split: train\nmetadata: {version: 1}\n"
+    file = folder / f"{name}.yaml"
+    file.write_text(head + HARNESS_TASKS[name])
+    return file
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "shots"), KINDS)  # whole texts have no examples
 def test_scores_equal_the_harness(name, shots, tmp_path):
     records = [one | {"question": one["question"] + " ".join("xyz"[: i % 3])} for i, one in enumerate(QUESTIONS * 2)]
-    for split in ("test", "train"):
-        own = records[:14] if split == "test" else records[14:]
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in own))
-    files = {split: str(tmp_path / f"{split}.jsonl") for split in ("test", "train")}
-    head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {json.dumps(files)}}}\n"
-    head += "test_split: test\ntraining_split: train\nfewshot_split: train\nmetadata: {version: 1}\n"
-    file = tmp_path / f"{name}.yaml"
-    file.write_text(head + HARNESS_TASKS[name])
+    file = write_harness_task(tmp_path, name, records[:14], records[14:])
     tokenizer = train_tokenizer([json.dumps(one) for one in records], vocab_size=300)
     model = sharp_model(vocab_size=len(tokenizer), max_position_embeddings=96)
     theirs = harness_scores(file, model, tokenizer, tmp_path, shots)
@@ -357,13 +362,7 @@ def test_scores_equal_the_harness(name, shots, tmp_path):
 @pytest.mark.parametrize("shots", [0, 2])
 @pytest.mark.parametrize("name", ["choice", "last_word", "written"])
 def test_scores_of_an_encoder_and_a_decoder_equal_the_harness(name, shots, tmp_path):
-    for split, own in (("test", QUESTIONS[:10]), ("train", QUESTIONS[10:])):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in own))
-    files = {split: str(tmp_path / f"{split}.jsonl") for split in ("test", "train")}
-    head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {json.dumps(files)}}}\n"
-    head += "test_split: test\ntraining_split: train\nfewshot_split: train\nmetadata: {version: 1}\n"
-    file = tmp_path / f"{name}.yaml"
-    file.write_text(head + HARNESS_TASKS[name])
+    file = write_harness_task(tmp_path, name, QUESTIONS[:10], QUESTIONS[10:])
     tokenizer = train_tokenizer([json.dumps(one) for one in QUESTIONS], "unigram", vocab_size=280)
     end = (tokenizer.eos, tokenizer.eos_id)
     tokenizer.rust.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])

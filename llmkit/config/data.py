@@ -79,7 +79,7 @@ class OnError(Section):
     """List bad records in a file and go on, unless more than max_bad_fraction of the records or bytes are lost."""
 
     mode: Literal["quarantine", "fail"] = "quarantine"
-    """What to do with records that can't be used: set them aside in quarantine.jsonl, or fail if there is any."""
+    """Set records that can't be used aside in quarantine.jsonl, or fail if there is any."""
     max_bad_fraction: Fraction = MAX_BAD_FRACTION
     """Fail if more than this share of the records, or of the bytes, is lost."""
 
@@ -270,13 +270,13 @@ class CorpusData(Section):
     cluster: NonBlank | None = None
     """Address of a Dask scheduler whose workers see the same files: tcp://host:8786."""
     on_error: OnError = OnError()
-    """What to do with records that can't be read."""
+    """Say what to do with records that can't be read."""
     clean: Clean = Clean()
     """How texts are cleaned."""
     filter: Filter = Filter()
     """Which documents are dropped."""
     pii: Pii = Pii()
-    """What to do with personal data."""
+    """Say what to do with personal data."""
     dedup: Dedup = Dedup()
     """Which duplicates are dropped."""
     decontaminate: Decontaminate | None = None
@@ -315,7 +315,7 @@ class RecordData(Section):
     seq_len: SeqLen = 1024
     """Tokens in a row."""
     on_error: OnError = OnError()
-    """What to do with bad records."""
+    """Say what to do with bad records."""
     decontaminate: Decontaminate | None = None
     """Leave out records that contain texts of evaluation files."""
 
@@ -328,7 +328,7 @@ class SftData(RecordData):
     sources: Annotated[list[RecordSource], BeforeValidator(name_sources)] = []
     """Instead of path: several sources, with weights if some are to be read more often."""
     train_on: Literal["all", "last"] = "all"
-    """Which answers of a conversation are learnt: all, or the last one."""
+    """Learn all answers of a conversation, or the last one."""
     packing: bool | None = None
     """Put several examples into a row; null: true unless the model has an encoder."""
     too_long: Literal["drop", "truncate_prompt", "split"] = "drop"
