@@ -832,6 +832,16 @@ def test_vectors_are_the_mean_of_the_last_states_of_transformers(name, base):
             np.testing.assert_allclose(row["vector"], vector, rtol=1e-5, atol=1e-6)
 
 
+def test_no_file_of_the_user_is_overwritten(base):
+    (base / "mine.npy").write_text("my own")
+    said = llmkit("embed", "runs/llama", "lines.txt", "--out", "mine", cwd=base, code=None).stderr
+    assert "exists already" in said and (base / "mine.npy").read_text() == "my own"
+    said = llmkit("classify", "runs/llama", "lines.txt", "--out", "lines.txt", cwd=base, code=None).stderr
+    assert "exists already" in said
+    llmkit("embed", "runs/llama", "lines.txt", "--out", "new/folder/vectors", cwd=base)
+    assert np.load(base / "new/folder/vectors.npy").shape == (3, 32)
+
+
 def test_the_nearest_texts_and_tokens_are_those_with_the_highest_cosine(base):
     found = json.loads(
         llmkit("embed", "runs/llama", "lines.txt", "--near", "the river is large", "--json", cwd=base).stdout

@@ -12,6 +12,7 @@ from llmkit.commands.show import (
     MaxBadFraction,
     ModelArg,
     Precision,
+    check_is_new,
     parse_columns,
     show,
     terminal_text,
@@ -48,7 +49,9 @@ def classify(
     from llmkit.readers.tally import Tally
     from llmkit.storage.locate import locate
 
-    check_out(out)
+    if out is not None:
+        check_is_new(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
     located = locate(model)
     to_stderr(located.choice)
     one, tally = load_classifier(located, precision), Tally()
@@ -79,17 +82,6 @@ def classify(
     to_stderr(f"{cut} of {number} texts were cut to {one.seq_len} tokens" if cut else "")
     if out is not None:
         show({"written": str(out), "texts": number, **dict(counts.most_common())}, as_json)
-
-
-def check_out(out: Path | None) -> None:
-    """Raise UserError if a file to write is there already; make its folder."""
-    from llmkit.errors import UserError
-
-    if out is None:
-        return
-    if out.exists():
-        raise UserError("the output exists already", at=out, fix="choose another path, or delete it")
-    out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def describe(text: tuple[str, ...] | list[str], found: dict) -> str:
@@ -130,8 +122,10 @@ def embed(
 
     if out is None and near is None:
         raise UserError("embed needs --out or --near", fix="--out vectors writes vectors.npy and vectors.jsonl")
-    for end in (".npy", ".jsonl") if out else ():
-        check_out(out.with_name(out.name + end))
+    if out is not None:
+        for path in embeddings.vector_files(out):
+            check_is_new(path)
+        out.parent.mkdir(parents=True, exist_ok=True)
     texts = [source]
     if is_path(source):
         tally = Tally()

@@ -56,9 +56,14 @@ def nearest(vectors: np.ndarray, query: np.ndarray, number: int) -> list[tuple[i
     return [(int(i), float(similarity[i])) for i in np.argsort(-similarity, kind="stable")[:number]]
 
 
+def vector_files(out: Path) -> list[Path]:
+    """Return the files that `write_vectors` writes."""
+    return [out.with_name(out.name + end) for end in (".npy", ".jsonl")]
+
+
 def write_vectors(out: Path, texts: list[str], vectors: np.ndarray) -> list[Path]:
     """Write OUT.npy, fp32 (N, hidden), and OUT.jsonl with a text and its vector on each line."""
-    paths = [out.with_name(out.name + end) for end in (".npy", ".jsonl")]
+    paths = vector_files(out)
     with open_atomically(paths[0]) as file:
         np.save(file, vectors, allow_pickle=False)
     with open_atomically(paths[1]) as file:
