@@ -1119,6 +1119,7 @@ MARKDOWN = {
     "code is not read": ("`**a**` **`b*`**", "<p><code>**a**</code> <strong><code>b*</code></strong></p>"),
     "block": ("```python\na\n\n  **b**\n```\nc", "<pre><code>a\n\n  **b**</code></pre><p>c</p>"),
     "open block": ("~~~\na\n```\n", "<pre><code>a\n```\n</code></pre>"),
+    "a fence of tildes may name its language with backticks": ("~~~ a`b\nx\n~~~", "<pre><code>x</code></pre>"),
     "list": ("- a\n- b\n  c\n\n- d", "<ul><li>a</li><li>b\nc</li><li>d</li></ul>"),
     "numbers": ("3. a\n4. b\n- c", '<ol start="3"><li>a</li><li>b</li></ol><ul><li>c</li></ul>'),
     "lists in lists": ("1. a\n   - b\n     - c\n2. d",
