@@ -253,6 +253,28 @@ def test_prompts_of_different_lengths_have_their_own_logits(config):
 
 
 @each_kind
+@torch.no_grad()
+def test_what_prompts_share_is_read_once(config, monkeypatch):
+    """Eight prompts begin with the same tokens, and half of them are copies: as in groups of answers, or examples."""
+    model, read = made(config), []
+    stack = model.encoder if config.kind == "seq2seq" else model
+    stack.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[:2].numel()))
+    common = tokens(1, 6, seed=5)[0].tolist()
+    prompts = [common + prompt for prompt in PROMPTS for _ in range(2)]
+    alone = [prefill(model, [prompt], 32, torch.float32) for prompt in prompts]
+    read.clear()
+    monkeypatch.setattr("llmkit.inference.generate.SHARED_TOKENS", 4)
+    cache, logits = prefill(model, prompts, 32, torch.float32)
+    is_shared = config.kind == "causal" and not any(config.windows)
+    assert sum(read) == (6 + 4 * 14 if is_shared else 4 * 20)
+    for token in range(4):
+        equal(logits, torch.cat([own for _, own in alone]))
+        following = torch.tensor([token * 3 + row for row in range(8)])
+        logits = decode_one_token(model, following, cache)
+        alone = [(own, decode_one_token(model, one[None], own)) for (own, _), one in zip(alone, following, strict=True)]
+
+
+@each_kind
 @pytest.mark.parametrize("drawing", [{"temperature": 0}, {"repetition_penalty": 1.2}], ids=["greedy", "drawn"])
 def test_a_prompt_has_the_same_text_alone_and_beside_others(config, drawing):
     model = speaking(config)

@@ -19,6 +19,7 @@ CONTEXT_TOKENS = 8  # earlier tokens that may decide whether a new token's text 
 MAX_INCOMPLETE_TOKENS = 16  # tokens after which bytes that are not a character yet are emitted as U+FFFD
 GREEDY_BELOW = 1e-5  # at lower temperatures no other token is ever drawn, and the division would overflow
 MOST_PROGRAMS = 256  # one for each number of rows, cache size and model
+SHARED_TOKENS = 16  # fewest tokens that all prompts begin with, for which a forward pass of their own pays
 STATIC_SLOTS = 256  # the smallest static cache; each further one has twice as many, and is compiled or captured anew
 
 
@@ -70,30 +71,49 @@ def prefill(model: nn.Module, prompts: list[list[int]], capacity: int, dtype: to
     """Read the prompts and return a cache for `capacity` tokens in all, and logits (B, V) of the next token.
 
     Prompts of different lengths are padded on the left. With an encoder they are padded on the right, and the cache
-    holds only the tokens that the decoder writes.
+    holds only the tokens that the decoder writes. Equal prompts are read once, and so is what all prompts begin with.
     """
-    config, device, longest = model.config, next(model.parameters()).device, max(map(len, prompts))
-    pads = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
-    cache = KVCache(
-        config.windows,
-        len(prompts),
-        config.num_key_value_heads,
-        capacity,
-        config.head_dim,
-        device=device,
-        dtype=dtype,
-        starts=pads if pads.any() and config.kind == "causal" else None,
-        max_positions=config.max_position_embeddings,
-    )
+    config, device = model.config, next(model.parameters()).device
+    unique = list(dict.fromkeys(map(tuple, prompts)))
+    longest = max(map(len, unique))
+    pads = torch.tensor([longest - len(prompt) for prompt in unique], device=device)
+
+    def make_cache(rows: int, columns: int, starts: Tensor | None) -> KVCache:
+        shape = (config.windows, rows, config.num_key_value_heads, columns, config.head_dim)
+        limit = config.max_position_embeddings
+        return KVCache(*shape, device=device, dtype=dtype, starts=starts, max_positions=limit)
+
+    cache = make_cache(len(unique), capacity, pads if pads.any() and config.kind == "causal" else None)
     if config.kind == "causal":
-        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in unique], device=device)
+        if (shared := count_shared(unique)) >= SHARED_TOKENS and not any(config.windows):
+            prefix = make_cache(1, shared, None)
+            model(torch.tensor([unique[0][:shared]], device=device), cache=prefix, logits_to_keep=1)
+            cache.begin_with(prefix)
     else:
-        sources = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+        sources = torch.tensor([list(prompt) + [0] * (longest - len(prompt)) for prompt in unique], device=device)
         is_pad = torch.arange(longest, device=device) >= longest - pads[:, None]
         cache.encoded = model.encode(sources, -is_pad.long() if pads.any() else None)
         cache.encoded_mask = ~is_pad[:, None, None] if pads.any() else None
-        ids = torch.full((len(prompts), 1), family_of(config).start_token_id(config), device=device)
-    return cache, model(ids, cache=cache, logits_to_keep=1)[:, -1]
+        ids = torch.full((len(unique), 1), family_of(config).start_token_id(config), device=device)
+    logits = model(ids[:, cache.length :], cache=cache, logits_to_keep=1)[:, -1]
+    if len(unique) == len(prompts):
+        return cache, logits
+    numbers = {prompt: row for row, prompt in enumerate(unique)}
+    rows = torch.tensor([numbers[tuple(prompt)] for prompt in prompts], device=device)
+    cache.select(rows)
+    return cache, logits[rows]
+
+
+def count_shared(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all of several prompts begin with, at most all but the last of the shortest.
+
+    >>> count_shared([(1, 2, 3), (1, 2, 4, 5)]), count_shared([(1, 2)]), count_shared([(1, 2), (1, 2, 3)])
+    (2, 0, 1)
+    """
+    low, high = min(prompts), max(prompts)
+    shared = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
+    return 0 if len(prompts) == 1 else min(shared, min(map(len, prompts)) - 1)
 
 
 def decode_one_token(model: nn.Module, tokens: Tensor, cache: KVCache) -> Tensor:

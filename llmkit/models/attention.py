@@ -112,6 +112,28 @@ class KVCache:
         for layer, window in zip(self.layers, self.windows, strict=True):
             layer.resize(capacity if window is None else min(capacity, window))
 
+    def begin_with(self, prefix: "KVCache") -> None:
+        """Copy the columns of a cache of one row to where each row begins. The rows may differ after it.
+
+        A row with padding is read on from a column within its prefix, whose end is then computed once more. No layer
+        may have a window.
+        """
+        starts = [0] * len(self.layers[0].keys) if self.starts is None else self.starts.tolist()
+        for layer, read in zip(self.layers, prefix.layers, strict=True):
+            for row, start in enumerate(starts):
+                columns = slice(start, start + prefix.length)
+                layer.keys[row, :, columns], layer.values[row, :, columns] = read.keys[0], read.values[0]
+        self.length = prefix.length
+
+    def select(self, rows: Tensor) -> None:
+        """Keep rows by their numbers (B,), in this order; one may be named several times."""
+        self.starts, self.encoded, self.encoded_mask = (
+            None if x is None else x[rows] for x in (self.starts, self.encoded, self.encoded_mask)
+        )
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            layer.cross = layer.cross and tuple(x[rows] for x in layer.cross)
+
     def begin(self, new: int) -> tuple[Tensor, Masks]:
         """Prepare the layers for `new` tokens. Return the tokens' positions, (T,) or (B, T), and their masks."""
         positions = columns = (
