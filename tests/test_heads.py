@@ -16,6 +16,7 @@ from llmkit.config.data import LabelledData
 from llmkit.data.labelled import open_labelled_rows, pad_batch
 from llmkit.data.rows import encode_tokens
 from llmkit.errors import DataError, ModelError
+from llmkit.evals.predict import read_texts
 from llmkit.models import CONFIGS, build_model
 from llmkit.models.folder import load_model, read_head, save_model
 from llmkit.models.heads import POOLINGS, HeadConfig, hidden_states, pool, train_head
@@ -23,6 +24,7 @@ from llmkit.objectives import heads
 from llmkit.parallel.device import to_device
 from llmkit.peft import lora
 from llmkit.peft.adapter import load_adapter, read_adapter_head, save_adapter
+from llmkit.readers.tally import Tally
 from llmkit.records.label_layouts import read_labelled, read_rows
 from llmkit.records.labelled import encode_labelled, first_tokens, make_encoder, words_of
 from llmkit.tokenizer.load import load_tokenizer
@@ -350,6 +352,7 @@ def test_the_files_of_glue_are_read_as_they_are(name, tmp_path):
         ("news.csv", '"3","A title","A text"\n', {"header": ["label", "title", "text"]}, ("A text",), "3"),
         ("sms", 'ham\tHe said "ok\n', {"header": ["label", "text"]}, ('He said "ok',), "ham"),
         ("excel.tsv", 'text\tlabel\n"a ""b"" c"\tx\n', {}, ('a "b" c',), "x"),
+        ("pandas.tsv", 'text\tlabel\n"two\nlines, ""a""\tb"\tx\n', {}, ('two\nlines, "a"\tb',), "x"),
         ("own.csv", "Satz,Klasse\nEin,gut\n", {"columns": {"text": "Satz", "label": "Klasse"}}, ("Ein",), "gut"),
         ("yelp.jsonl", '{"stars": 4.0, "text": "good", "user_id": "u"}\n', {}, ("good",), 4.0),
         ("jigsaw.csv", "id,comment_text,rude,mean\n1,hey,1,0\n", {"labels": ["rude", "mean"]}, ("hey",), ["rude"]),
@@ -360,6 +363,14 @@ def test_layouts_of_other_files(file, text, options, texts, label, tmp_path):
     [(_, record, _)] = read_rows(tmp_path / file, header=options.get("header"))
     found, _ = read_labelled(record, "classify", options.get("columns", {}), options.get("labels"))
     assert (found.texts, found.label) == (texts, label)
+
+
+def test_a_text_file_with_the_columns_of_the_header_is_a_table(tmp_path):
+    (tmp_path / "SMSSpamCollection.txt").write_text("ham\tOk lar\nspam\tWin a prize\n")
+    (tmp_path / "lines.txt").write_text("Ok lar\n\nWin a prize\n")
+    for name in ("SMSSpamCollection.txt", "lines.txt"):
+        found = read_texts(str(tmp_path / name), "classify", {}, ["label", "text"], Tally())
+        assert [texts for _, texts in found] == [("Ok lar",), ("Win a prize",)]
 
 
 def test_columns_of_conll(tmp_path):

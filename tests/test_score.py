@@ -103,6 +103,7 @@ def test_the_command(tokenizer, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     printed = llmkit("score", "a", "text.txt", "--beside", "b", "--html", "p.html", "--attribute", cwd=tmp_path)
     assert "nats" in printed.stdout and (tmp_path / "p.html").is_file()
+    assert "exists already" in llmkit("score", "a", TEXT, "--html", "p.html", cwd=tmp_path, code=2).stderr
     found = json.loads(llmkit("score", "a", TEXT, "--json", cwd=tmp_path).stdout)
     expected = score_text(make(tokenizer), tokenizer, TEXT)
     assert math.isclose(found["log_prob"], expected.log_prob, rel_tol=1e-5) and len(found["tokens"]) == len(

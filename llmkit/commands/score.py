@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmkit.commands.show import AsJson, ModelArg, Precision, terminal_text, to_stderr
+from llmkit.commands.show import AsJson, ModelArg, Precision, check_is_new, terminal_text, to_stderr
 
 SHOWN_TOKENS = 200  # lines of the table on a terminal
 
@@ -34,6 +34,8 @@ def score(
 
     if attribute and html is None:
         raise UserError("--attribute draws on a page", fix="add --html page.html")
+    if html is not None:
+        check_is_new(html)
     text = read_text(text)
     device = start_world().device
     dtype = DTYPES[choose_precision(precision, device)]

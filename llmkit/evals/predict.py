@@ -19,10 +19,10 @@ from llmkit.models.heads import HeadConfig
 from llmkit.parallel.device import autocast, choose_precision, to_device
 from llmkit.parallel.world import start_world
 from llmkit.readers.listing import check_file
-from llmkit.readers.packed import suffix_of
+from llmkit.readers.packed import open_bytes, suffix_of
 from llmkit.readers.records import DOCUMENT_FORMATS, read_records
 from llmkit.readers.tally import BadRecord, Record, Tally
-from llmkit.records.label_layouts import NoFieldError, read_labelled, unknown_layout
+from llmkit.records.label_layouts import NoFieldError, read_labelled, read_rows, unknown_layout
 from llmkit.records.labelled import first_tokens, make_encoder, read_source, words_of
 from llmkit.storage.locate import Located, choose_dtype, load_located, read_located_head
 from llmkit.storage.run import read_run_config
@@ -132,10 +132,18 @@ def read_texts(
 
 
 def text_records(source: str, task: str, header: list[str] | None) -> Iterator[tuple[str, Iterable[Record]]]:
-    """Yield (file, records) of a source. Each line of a file of plain text is a record; of tags, its words are."""
+    """Yield (file, records) of a source. Each line of a file of plain text is a record; of tags, its words are.
+
+    A text file whose first line has as many columns as the header is a table.
+    """
     path = Path(source)
     if DOCUMENT_FORMATS.get(suffix_of(path)) == "text":
         check_file(path)
+        with open_bytes(path) as file:
+            is_table = bool(header) and file.readline(2**20).count(b"\t") == len(header) - 1
+        if is_table:
+            yield source, read_rows(path, header=header)
+            return
         yield source, read_text_lines(path, task == "tag")
         return
     yield from read_source(LabelledData(kind="labelled", path=source).all_sources()[0], task, header)

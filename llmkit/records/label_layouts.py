@@ -1,5 +1,6 @@
 """Read texts with labels, pairs of texts, and words with tags, in the layouts that files have."""
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ FIELDS = tuple(dict.fromkeys([name for pair in PAIRS for name in pair] + [*TEXTS
 OURS = ("text", "text_pair", "label", "tokens", "tags")  # that data.columns may name
 NO_LABEL = ("", "-")  # the latter is SNLI's for "the annotators do not agree"
 YES, NO = ("1", "1.0", "true"), ("0", "0.0", "false")  # in a column of 0 and 1
+TRIED_ROWS = 1000  # of a TSV file, from which it is told whether quotes have a meaning
 COLA = ["source", "label", "star", "sentence"]  # GLUE's CoLA has no line with the names of its columns
 
 
@@ -49,7 +51,7 @@ class NoFieldError(ValueError):
 
 
 def read_rows(path: Path, tags: bool = False, header: list[str] | None = None) -> Iterator[Record]:
-    """Yield the records of a file: JSONL, JSON, CSV, Parquet; TSV without quotes, as GLUE has it; CoNLL's columns.
+    """Yield the records of a file: JSONL, JSON, CSV, Parquet; TSV, without quotes as GLUE has it or with them; CoNLL.
 
     tags    whether words have tags: a file of no other format is one of CoNLL
     header  names of the columns of a CSV or TSV file that has no line with them
@@ -68,10 +70,22 @@ def read_rows(path: Path, tags: bool = False, header: list[str] | None = None) -
         cells = first.rstrip("\r\n").split("\t")
         if header is None and len(cells) == len(COLA) and cells[1] in ("0", "1") and cells[2] in ("", "*"):
             header = COLA
-        rows = read_csv(path, header, "\t", quoted=False) if is_tsv else read_csv(path, header)
-        yield from ((line, unquote(row) if is_tsv and isinstance(row, dict) else row, n) for line, row, n in rows)
+        if not is_tsv or count_bad(path, header, quoted=True) < count_bad(path, header, quoted=False):
+            yield from read_csv(path, header, "\t" if is_tsv else None)
+            return
+        rows = read_csv(path, header, "\t", quoted=False)
+        yield from ((line, unquote(row) if isinstance(row, dict) else row, size) for line, row, size in rows)
     else:
         yield from read_records(path)
+
+
+def count_bad(path: Path, header: list[str] | None, *, quoted: bool) -> int:
+    """Count the bad ones of a TSV file's first rows, with quotes that have a meaning or not.
+
+    GLUE's files have single quotes in their fields; pandas puts quotes around a field with a line break or a tab.
+    """
+    rows = itertools.islice(read_csv(path, header, "\t", quoted), TRIED_ROWS)
+    return sum(isinstance(row, BadRecord) for _, row, _ in rows)
 
 
 def unquote(row: dict[str, str]) -> dict[str, str]:
