@@ -38,6 +38,9 @@ class Batch:
     positions          position of each token in its document (packed rows only)
     segments           number of the document a token belongs to; attention never crosses it (packed rows only)
     decoder_input_ids  the decoder's input in the shape of labels (encoder-decoders only; input_ids go to the encoder)
+    branches           0 for a prompt and 1, 2 for answers that continue it without seeing each other (preferences only)
+    answers            (preferences only) the number of the answer that a target belongs to, -1 elsewhere
+    reference          (B, A) log-probability of each answer under another model, NaN where it is not known
 
     For a head for labels, rows are padded on the right, and labels are (B,), of several labels (B, L), of tags (B, T);
     numbers are floats, and NaN where there is no target.
@@ -53,6 +56,9 @@ class Batch:
     decoder_input_ids: np.ndarray | None = None
     lengths: np.ndarray | None = None
     token_type_ids: np.ndarray | None = None
+    branches: np.ndarray | None = None
+    answers: np.ndarray | None = None
+    reference: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name, array in self.arrays().items():
@@ -60,8 +66,8 @@ class Batch:
 
     @property
     def count(self) -> int:
-        """Return the number of targets. The loop divides the sum of losses by it."""
-        return int(self.is_target.sum())
+        """Return the number of targets, of preferences that of trees. The loop divides the sum of losses by it."""
+        return int(self.is_target.sum() if self.answers is None else (self.answers.max(1) // 2 + 1).sum())
 
     @property
     def is_target(self) -> np.ndarray:

@@ -94,9 +94,9 @@ def used(who: int) -> tuple[float, float]:
 
 def measure(number: int, batches: int, workers: int, pairs: bool, marks: bool) -> None:
     """Encode `number` records and read some batches. Print one line of figures."""
-    from llmkit.config.data import SftData
+    from llmkit.config.records import SftData
     from llmkit.data.rows import packed_batches
-    from llmkit.records.build import encode_sft
+    from llmkit.records.build import encode_turns
     from llmkit.tokenizer.renderer import renderer
     from llmkit.tokenizer.train import train_tokenizer
 
@@ -108,7 +108,7 @@ def measure(number: int, batches: int, workers: int, pairs: bool, marks: bool) -
         before = used(resource.RUSAGE_SELF)[0] + used(resource.RUSAGE_CHILDREN)[0]
         started = time.perf_counter()
         data = SftData(kind="sft", path=str(path), workers=workers)
-        report = encode_sft(data, tokenizer, Path(folder) / "out", seed=0)
+        report = encode_turns(data, tokenizer, Path(folder) / "out", seed=0)
         seconds = time.perf_counter() - started
         if renderer(os.getpid()).process:
             renderer(os.getpid()).stop()  # only of a process that has ended the time is known

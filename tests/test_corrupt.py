@@ -14,8 +14,8 @@ from conftest import llmkit, metrics, sentences, tiny_config
 from safetensors.torch import load_file
 
 from llmkit.commands import app as cli
-from llmkit.config.data import SftData
 from llmkit.config.load import load_config
+from llmkit.config.records import SftData
 from llmkit.data.batches import Batches
 from llmkit.data.corrupt import masking, span_corruption, span_lengths
 from llmkit.data.inspect import format_rows, inspect_rows
@@ -25,7 +25,7 @@ from llmkit.evals.reading import Reading, read_data
 from llmkit.models import t5
 from llmkit.parallel.world import start_world
 from llmkit.readers.tally import Tally
-from llmkit.records.build import encode_sft
+from llmkit.records.build import encode_turns
 from llmkit.records.encode import Example, Found
 from llmkit.records.fit import fit_pairs
 from llmkit.storage.locate import load_located, locate
@@ -268,7 +268,7 @@ def encoded(tokenizer, folder: Path, records: list[dict], **options) -> tuple[di
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     files = {"path": str(folder / "train.jsonl"), "val_path": str(folder / "val.jsonl")}
     data = SftData(kind="sft", **{"seq_len": 64} | files | options)
-    report = encode_sft(data, tokenizer, folder / "out", seed=0, pairs=True)
+    report = encode_turns(data, tokenizer, folder / "out", seed=0, form="pairs")
     batches = {
         split: next(pair_batches(Path(report["folder"]), split, 99, start_id=3, seed=0).in_order())
         for split in ("train", "val")

@@ -18,8 +18,9 @@ from tokenizers import Tokenizer as Rust
 from tokenizers import models, pre_tokenizers
 
 from llmkit.commands.app import main
-from llmkit.config.data import OnError, SftData
+from llmkit.config.data import OnError
 from llmkit.config.load import load_config
+from llmkit.config.records import SftData
 from llmkit.config.schema import Config
 from llmkit.corpus.build import build_corpus, read_manifest
 from llmkit.data.batches import Batches, corpus_batches, permute
@@ -30,7 +31,7 @@ from llmkit.data.tokens import ShardWriter, TokenStream, open_split, token_dtype
 from llmkit.errors import UserError
 from llmkit.parallel.world import start_world
 from llmkit.records import build
-from llmkit.records.build import encode_sft
+from llmkit.records.build import encode_turns
 from llmkit.records.encode import Example, Found, encode_pair
 from llmkit.records.fit import answer_spans, fit_row
 from llmkit.records.layouts import read_examples
@@ -343,7 +344,7 @@ def test_sft_rows_hold_whole_examples(tokenizer, tmp_path):
     records = [{"prompt": f"{w} ", "completion": " ".join(WORDS_FOR[w])} for w in WORDS_FOR]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + "{bad\n")
     data = SftData(kind="sft", path=str(tmp_path / "a.jsonl"), seq_len=40, val_fraction=0.2, on_error=HALF)
-    report = encode_sft(data, tokenizer, tmp_path / "out", seed=0)
+    report = encode_turns(data, tokenizer, tmp_path / "out", seed=0)
     assert report["records"]["bad"] == 1 and report["records"]["reasons"] == {"bad JSON": 1}
     assert sum(part["examples"] for part in report["splits"].values()) == len(records)
     found = set()
@@ -357,7 +358,7 @@ def test_sft_rows_hold_whole_examples(tokenizer, tmp_path):
                     labels = batch.labels[row][cut]
                     found.add(tokenizer.decode(labels[labels != IGNORE_INDEX]).removesuffix("<|endoftext|>"))
     assert found == {r["completion"] for r in records}
-    assert encode_sft(data, tokenizer, tmp_path / "out", seed=0) == report
+    assert encode_turns(data, tokenizer, tmp_path / "out", seed=0) == report
 
 
 HALF = OnError(max_bad_fraction=0.5)
@@ -371,7 +372,7 @@ def encoded(tokenizer, folder, texts: list[tuple[str, str]], **options) -> tuple
     (folder / "train.jsonl").write_text("".join(lines))
     (folder / "val.jsonl").write_text(json.dumps({"prompt": "loss ", "completion": "loss"}))
     files = {"path": str(folder / "train.jsonl"), "val_path": str(folder / "val.jsonl")}
-    report = encode_sft(SftData(kind="sft", seq_len=16, **files, **options), tokenizer, folder / "out", seed=0)
+    report = encode_turns(SftData(kind="sft", seq_len=16, **files, **options), tokenizer, folder / "out", seed=0)
     return report, table_rows(report, "train")
 
 
@@ -446,7 +447,7 @@ def test_no_prompt_is_on_both_sides_of_the_split(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
     for seed in range(5):
         data = SftData(kind="sft", path=str(tmp_path / "a.jsonl"), seq_len=64, val_fraction=0.1, packing=False)
-        report = encode_sft(data, tokenizer, tmp_path / "out", seed=seed)
+        report = encode_turns(data, tokenizer, tmp_path / "out", seed=seed)
         asked = {}
         for split in ("train", "val"):
             rows = table_rows(report, split)
@@ -461,7 +462,7 @@ def test_val_examples_with_a_prompt_of_train_are_left_out_and_counted(tokenizer,
     for lines, left_out, kept in ((both[2:], 1, 1), (both[:2], 0, 2)):  # all of them: the user wants to see train
         (tmp_path / "b.jsonl").write_text("".join(lines))
         files = {"path": str(tmp_path / "a.jsonl"), "val_path": str(tmp_path / "b.jsonl")}
-        report = encode_sft(SftData(kind="sft", seq_len=16, **files), tokenizer, tmp_path / "out", seed=0)
+        report = encode_turns(SftData(kind="sft", seq_len=16, **files), tokenizer, tmp_path / "out", seed=0)
         assert report["val prompts in train"] == left_out and report["prompts in both"] is not bool(left_out)
         assert (report["splits"]["train"]["examples"], report["splits"]["val"]["examples"]) == (3, kept)
 
@@ -486,7 +487,7 @@ def test_sources_are_mixed_by_weight_and_a_folder_gives_its_train_split(tokenize
     sources = [{"name": "one", "path": str(tmp_path / "one"), "weight": 3},
                {"name": "two", "path": str(tmp_path / "two" / "*a*.jsonl"), "weight": 1}]  # fmt: skip
     data = SftData(kind="sft", sources=sources, seq_len=64, packing=False, val_fraction=0.1)
-    report = encode_sft(data, tokenizer, tmp_path / "out", seed=0)
+    report = encode_turns(data, tokenizer, tmp_path / "out", seed=0)
     assert sum(part["examples"] for part in report["splits"].values()) == 38
     splits = open_records(report, "x", tokenizer, weights={"one": 3.0, "two": 1.0})
     batches = splits.batches("train", 20, seed=0)
@@ -508,10 +509,10 @@ def test_a_limit_holds_over_files_and_after_a_bad_record_of_many_rows(tokenizer,
     source = {"name": "s", "path": str(tmp_path / "*"), "limit": 20}
     data = SftData(kind="sft", sources=[source], seq_len=64, on_error=OnError(max_bad_fraction=1.0))
     with pytest.raises(UserError, match="no example is left"):  # the damaged rows are more than the limit
-        encode_sft(data, tokenizer, tmp_path / "out", seed=0)
+        encode_turns(data, tokenizer, tmp_path / "out", seed=0)
     source["path"] = str(tmp_path / "b.jsonl")
     data = SftData(kind="sft", sources=[source], seq_len=64)
-    report = encode_sft(data, tokenizer, tmp_path / "out", seed=0)
+    report = encode_turns(data, tokenizer, tmp_path / "out", seed=0)
     assert report["records"]["rows"] == 20
 
 
@@ -521,7 +522,7 @@ def test_a_weighted_source_without_an_example_is_named(tokenizer, tmp_path):
     (tmp_path / "two.jsonl").write_text("".join(lines))
     sources = [{"name": name, "path": str(tmp_path / f"{name}.jsonl"), "weight": 1} for name in ("one", "two")]
     with pytest.raises(UserError, match="source one has a weight, but no example"):
-        encode_sft(SftData(kind="sft", sources=sources, seq_len=64), tokenizer, tmp_path / "out", seed=0)
+        encode_turns(SftData(kind="sft", sources=sources, seq_len=64), tokenizer, tmp_path / "out", seed=0)
 
 
 def test_a_folder_for_validation_gives_its_validation_split_and_counts_the_rest(tokenizer, tmp_path):
@@ -529,7 +530,7 @@ def test_a_folder_for_validation_gives_its_validation_split_and_counts_the_rest(
         line = json.dumps({"question": f"q {word}", "answer": word}) + "\n"
         (tmp_path / f"{name}.jsonl").write_text(line)
     data = SftData(kind="sft", path=str(tmp_path), val_path=str(tmp_path), seq_len=64)
-    report = encode_sft(data, tokenizer, tmp_path / "out", seed=0)
+    report = encode_turns(data, tokenizer, tmp_path / "out", seed=0)
     assert [report["splits"][split]["examples"] for split in ("train", "val")] == [1, 1]
     assert report["skipped"] == {"of another split, by their names": 4}
 
@@ -546,10 +547,10 @@ def test_records_are_the_same_with_any_number_of_workers_and_after_a_kill(tokeni
             join = build.join_tokens
             monkeypatch.setattr(build, "join_tokens", lambda *_: 1 / 0)  # it ends after the units
             with pytest.raises(ZeroDivisionError):
-                encode_sft(data, tokenizer, tmp_path / "1", seed=0)
+                encode_turns(data, tokenizer, tmp_path / "1", seed=0)
             monkeypatch.setattr(build, "join_tokens", join)
             monkeypatch.setattr(build, "encode_records", lambda *_, **__: 1 / 0)  # nothing is encoded again
-        report = encode_sft(data, tokenizer, tmp_path / str(workers), seed=0)
+        report = encode_turns(data, tokenizer, tmp_path / str(workers), seed=0)
         folder = Path(report["folder"])
         files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".bin", ".npy", ".jsonl")}
         found.append((files, report["records"], report["found"]))

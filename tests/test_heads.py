@@ -12,7 +12,7 @@ import yaml
 from conftest import llmkit, metrics, tiny_config
 
 from llmkit import scores
-from llmkit.config.data import LabelledData
+from llmkit.config.records import LabelledData
 from llmkit.data.labelled import open_labelled_rows, pad_batch
 from llmkit.data.rows import encode_tokens
 from llmkit.errors import DataError, ModelError

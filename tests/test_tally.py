@@ -13,7 +13,8 @@ import pytest
 import zstandard
 from conftest import llmkit, sentences, tiny_config
 
-from llmkit.config.data import CorpusData, OnError, SftData
+from llmkit.config.data import CorpusData, OnError
+from llmkit.config.records import SftData
 from llmkit.corpus.build import build_corpus
 from llmkit.corpus.units import make_units
 from llmkit.data.inspect import measure_compression
@@ -25,7 +26,7 @@ from llmkit.readers.ngrams import read_evaluation_ngrams
 from llmkit.readers.records import read_records
 from llmkit.readers.tally import BadRecord, Tally
 from llmkit.records import encode
-from llmkit.records.build import encode_sft
+from llmkit.records.build import encode_turns
 from llmkit.records.encode import Found, encode_records
 from llmkit.records.layouts import read_examples
 from llmkit.tokenizer.tokenizer import Tokenizer
@@ -223,13 +224,13 @@ def test_fine_tuning_has_the_bound_of_a_build(tokenizer, tmp_path, on_error):
     path = write(tmp_path / "a.jsonl", "\n".join(lines))
     data = SftData(kind="sft", path=str(path), seq_len=16, on_error=OnError(**on_error))
     if on_error.get("max_bad_fraction"):
-        report = encode_sft(data, tokenizer, tmp_path / "out", seed=0)
+        report = encode_turns(data, tokenizer, tmp_path / "out", seed=0)
         folder, first = Path(report["folder"]), report["records"]["first"]
         with pytest.raises(UserError, match="too many"):  # the bound holds for data that is encoded already
-            encode_sft(data.model_copy(update={"on_error": OnError()}), tokenizer, tmp_path / "out", seed=0)
+            encode_turns(data.model_copy(update={"on_error": OnError()}), tokenizer, tmp_path / "out", seed=0)
     else:
         with pytest.raises(UserError, match="records can't be used") as error:
-            encode_sft(data, tokenizer, tmp_path / "out", seed=0)
+            encode_turns(data, tokenizer, tmp_path / "out", seed=0)
         assert ("mode: quarantine" if on_error else "max_bad_fraction") in error.value.fix
         (folder,), first = (tmp_path / "out").iterdir(), str(error.value.at)
         assert {file.name for file in folder.iterdir()} == {"quarantine.jsonl", "parts"} and str(folder) in first
@@ -250,7 +251,7 @@ def test_data_without_an_example_is_an_error_with_the_counts(tokenizer, tmp_path
     path = write(tmp_path / "a.json", content)
     data = SftData(kind="sft", path=str(path), seq_len=16, on_error=OnError(max_bad_fraction=1.0), too_long="drop")
     with pytest.raises(UserError, match="no example is left to train on") as error:
-        encode_sft(data, tokenizer, tmp_path / "out", seed=0, pairs=pairs)
+        encode_turns(data, tokenizer, tmp_path / "out", seed=0, form="pairs" if pairs else "rows")
     assert error.value.got.startswith(got) and error.value.code == DATA
 
 
@@ -262,7 +263,7 @@ def test_the_header_says_what_became_of_long_and_of_bad_records(tokenizer, tmp_p
     val = write(tmp_path / "val.jsonl", lines[1])
     on_error = OnError(max_bad_fraction=0.5)
     data = SftData(kind="sft", path=str(path), val_path=str(val), seq_len=16, too_long=too_long, on_error=on_error)
-    report = encode_sft(data, tokenizer, tmp_path / "out", seed=0)
+    report = encode_turns(data, tokenizer, tmp_path / "out", seed=0)
     losses = open_records(report, data.path, tokenizer).losses
     assert f"1 examples longer than 16 tokens: {cut}" in losses and "left out 1 of 6 records" in losses
     assert f"the first is {path}:5 (bad JSON" in losses and losses.endswith("quarantine.jsonl")
@@ -306,14 +307,14 @@ def test_fine_tuning_records_in_a_zip_are_refused_by_name(tokenizer, tmp_path, k
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         archive.writestr("a.jsonl", record)
     with pytest.raises(UserError, match="fine-tuning records in a zip are not supported") as error:
-        encode_sft(SftData(kind="sft", seq_len=16, **paths), tokenizer, tmp_path / "out", seed=0)
+        encode_turns(SftData(kind="sft", seq_len=16, **paths), tokenizer, tmp_path / "out", seed=0)
     assert error.value.at == tmp_path / "b.zip" and not (tmp_path / "out").exists()
 
 
 def test_lone_surrogates_of_fine_tuning_records_become_replacement_characters(tokenizer, tmp_path):
     lines = r'{"prompt": "the \ud800 ", "completion": "river \udfff"}' + "\n"
     data = SftData(kind="sft", path=str(write(tmp_path / "a.jsonl", lines * 2)), seq_len=64)
-    report = encode_sft(data, tokenizer, tmp_path / "out", seed=0)
+    report = encode_turns(data, tokenizer, tmp_path / "out", seed=0)
     assert report["records"]["bad"] == 0 and report["splits"]["train"]["examples"] == 1
 
 

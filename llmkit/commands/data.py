@@ -118,7 +118,14 @@ def data_inspect(
     if not for_training:
         inspect_documents(loaded.data, id, dropped, kept, rule, as_json)
         return
-    from llmkit.data.inspect import format_labelled, format_rows, inspect_labelled, inspect_rows
+    from llmkit.data.inspect import (
+        format_labelled,
+        format_rows,
+        format_trees,
+        inspect_labelled,
+        inspect_rows,
+        inspect_trees,
+    )
     from llmkit.parallel.world import start_world
     from llmkit.training.prepare import prepare
 
@@ -129,11 +136,14 @@ def data_inspect(
         shown = inspect_labelled(batch, tokenizer, run.data.labels, tags=run.head.kind == "tag")
         show({"rows": shown}, as_json) if as_json else print(terminal_text(format_labelled(shown, tokenizer)))
         return
-    shown = inspect_rows(batch, tokenizer, run.model_config.kind)
+    if batch.answers is not None:
+        shown, form = inspect_trees(batch, tokenizer), format_trees
+    else:
+        shown, form = inspect_rows(batch, tokenizer, run.model_config.kind), format_rows
     if as_json:
         show({"rows": shown}, as_json)
     else:
-        print(format_rows(shown, tokenizer, colour=sys.stdout.isatty()))
+        print(form(shown, tokenizer, colour=sys.stdout.isatty()))
 
 
 def inspect_documents(data: Any, id: str | None, dropped: int, kept: int, rule: str | None, as_json: bool) -> None:

@@ -46,7 +46,7 @@ def finetune(
     columns: Columns = None,
     rank: Annotated[int | None, typer.Option(min=1, max=MOST, help="Rank of the LoRA adapter.")] = None,
     objective: Annotated[
-        str | None, typer.Option(help="classify, regress or tag: learn labels of texts, not prompts and answers.")
+        str | None, typer.Option(help="dpo: learn from preferences; classify, regress or tag: learn labels of texts.")
     ] = None,
     o: Override = [],
     dry_run: DryRun = False,

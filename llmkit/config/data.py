@@ -1,4 +1,4 @@
-"""Declare the section `data` of the YAML file: a corpus for pretraining, or records for fine-tuning."""
+"""Declare the section `data` of the YAML file for a corpus; `records.py` has those for records."""
 
 import itertools
 import re
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from llmkit.config.defaults import MAX_BAD_FRACTION, PATTERN, VOCAB_SIZE
-from llmkit.config.fields import Count, Date, Fewer, Fraction, NonBlank, PathStr, Section, Seed, SeqLen
+from llmkit.config.fields import Count, Fewer, Fraction, NonBlank, PathStr, Section, Seed, SeqLen
 
 
 class SourceFiles(Section):
@@ -292,85 +292,7 @@ class CorpusData(Section):
     document_mask: bool = False
     """Attention stays inside a document; positions restart in each."""
 
-
-class RecordSource(SourceFiles):
-    """A source of fine-tuning records: JSONL, JSON, CSV, Parquet or a saved dataset."""
-
-    columns: dict[str, NonBlank] | None = None
-    """Names of the fields in this source; null: data.columns."""
-
-
-class RecordData(Section):
-    """Hold what all kinds of records share."""
-
-    path: PathStr | None = None
-    """A file, folder or glob of records: JSONL, JSON, CSV or Parquet; or the folder of a saved dataset."""
-    columns: dict[str, NonBlank] = {}
-    """Names of the fields, if they are others: {question: Frage, answer: Antwort}, or {text: Satz, label: Klasse}. Then
-    no other field is read."""
-    val_path: PathStr | None = None
-    """Records for validation, named as in path; null: a part of the records."""
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """The share of the records that is held out for validation, if there is no val_path."""
-    seq_len: SeqLen = 1024
-    """Tokens in a row."""
-    on_error: OnError = OnError()
-    """Say what to do with bad records."""
-    decontaminate: Decontaminate | None = None
-    """Leave out records that contain texts of evaluation files."""
-
-
-class SftData(RecordData):
-    """Prompts and answers. Only answers are targets. In an encoder-decoder the encoder reads the prompt."""
-
-    kind: Literal["sft"]
-    """sft: prompts and answers for fine-tuning."""
-    sources: Annotated[list[RecordSource], BeforeValidator(name_sources)] = []
-    """Instead of path: several sources, with weights if some are to be read more often."""
-    train_on: Literal["all", "last"] = "all"
-    """Learn all answers of a conversation, or the last one."""
-    packing: bool | None = None
-    """Put several examples into a row; null: true unless the model has an encoder."""
-    too_long: Literal["drop", "truncate_prompt", "split"] = "drop"
-    """Treat examples longer than seq_len so that no answer is cut: drop them, leave out the start of the prompt, or
-    split them into windows that overlap by half, in which each token of an answer is learnt once."""
-    chat_template: PathStr | None = None
-    """A Jinja file; default: the tokenizer's own, else a plain one."""
-    date: Date | None = None
-    """The day that chat templates with a date show, as 2026-01-31; null: the day of the run's first start."""
-    special_tokens: list[str] = []
-    """Special tokens to add to the model's tokenizer; see resize_embeddings."""
-    workers: Count | Literal["auto"] = "auto"
-    """Processes that encode the records; auto: one per core."""
-
-    def all_sources(self) -> list[RecordSource]:
-        """Return the sources; a path is one of them."""
-        return self.sources or [RecordSource(**source) for source in name_sources(self.path)]
-
-
-class LabelledData(RecordData):
-    """Texts with a label, pairs of texts, or words with a tag each; for the objectives classify, regress and tag."""
-
-    kind: Literal["labelled"]
-    """labelled: texts with labels, for a head that predicts them."""
-    header: list[NonBlank] | None = None
-    """Names of the columns of CSV and TSV files that have no line with them."""
-    labels: Annotated[list[NonBlank], Field(min_length=1)] | None = None
-    """The labels in the order of the model's outputs; null: those of the records, in order."""
-    multi_label: bool | None = None
-    """Several labels of a text, or none, are possible; null: if the first record has a list."""
-    label_separator: NonBlank | None = None
-    """Splits the label of a text file into several: "|" for "sport|news"."""
-    too_long: Literal["truncate", "drop"] = "truncate"
-    """Cut texts that are longer than seq_len, the longer one of a pair first; or drop them."""
-    seq_len: SeqLen = 512
-    """Tokens of a text at the most; rows are as long as the longest of their batch."""
-
     @property
-    def sources(self) -> list[RecordSource]:
-        """Return no source: path names all records."""
-        return []
-
-    def all_sources(self) -> list[RecordSource]:
-        """Return the source that path is."""
-        return [RecordSource(**source) for source in name_sources(self.path)]
+    def row_len(self) -> int:
+        """Return the tokens that a row reads."""
+        return self.seq_len

@@ -7,10 +7,11 @@ from typing import Any, get_type_hints
 
 from pydantic import ValidationError, create_model
 
-from llmkit.config.data import CorpusData, LabelledData, Pii, RecordData, SftData, TokenizerSection
+from llmkit.config.data import CorpusData, Pii, TokenizerSection
 from llmkit.config.defaults import PATTERN
 from llmkit.config.explain import explain_all
 from llmkit.config.fields import Choice, Section
+from llmkit.config.records import LabelledData, RecordData, TurnData
 from llmkit.config.schema import RECIPES, Checkpoint, Config, Eval
 from llmkit.config.yaml import LENGTHS, find_origin, merge, read_yaml, set_override
 from llmkit.errors import UserError, raise_all, suggest
@@ -114,7 +115,7 @@ def data_conflicts(config: Config) -> Iterator[UserError]:
         yield UserError("data has no path", at=config.where("data"), fix="name the file of the records as data.path")
     if isinstance(config.data, LabelledData) and len(set(config.data.labels or [])) < len(config.data.labels or []):
         yield config.error("data.labels", "names a label twice", got=", ".join(config.data.labels))
-    if isinstance(config.data, SftData) and (config.data.path is None) != bool(config.data.sources):
+    if isinstance(config.data, TurnData) and (config.data.path is None) != bool(config.data.sources):
         got = "both" if config.data.path else "neither"
         yield UserError("data needs either path or sources", at=config.where("data"), got=got)
     if isinstance(config.data, CorpusData):
@@ -132,7 +133,7 @@ def pii_conflicts(config: Config, pii: Pii) -> Iterator[UserError]:
         yield config.error("data.pii.drop_above", what, fix="delete it")
 
 
-def source_conflicts(config: Config, data: CorpusData | SftData | LabelledData) -> Iterator[UserError]:
+def source_conflicts(config: Config, data: CorpusData | RecordData) -> Iterator[UserError]:
     """Yield errors about sources."""
     names = [source.name for source in data.sources]
     without = [source.name for source in data.sources if source.weight is None]

@@ -18,7 +18,8 @@ from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
 
 MAX_CHARACTERS = 2_000_000  # of each source that `tokenizer show` encodes
-TARGET, CONTEXT, SHADES, RESET = "\x1b[1;32m", "\x1b[2m", ("\x1b[44m", "\x1b[45m"), "\x1b[0m"
+TARGET, WORSE, CONTEXT, RESET = "\x1b[1;32m", "\x1b[1;31m", "\x1b[2m", "\x1b[0m"
+SHADES = ("\x1b[44m", "\x1b[45m")
 
 
 def inspect_rows(batch: Batch, tokenizer: Tokenizer, kind: str) -> list[list[dict[str, Any]]]:
@@ -84,6 +85,56 @@ def format_example(tokens: list[dict[str, Any]], tokenizer: Tokenizer, *, colour
             part = f"[[{part}]]" if is_target else part
         parts.append(part)
     return token_gap(tokenizer).join(parts) + (RESET if colour else "")
+
+
+def inspect_trees(batch: Batch, tokenizer: Tokenizer) -> list[list[dict[str, Any]]]:
+    """Return the rows of a batch of preferences as trees {prompt, better, worse}, each a list of tokens {id, text}."""
+
+    def spell(ids: Any) -> list[dict[str, Any]]:
+        ids = list(map(int, ids))
+        texts = (text.decode(errors="replace") for text in spell_tokens(tokenizer, ids))
+        return [{"id": i, "text": text} for i, text in zip(ids, texts, strict=True)]
+
+    rows = []
+    for number, answers in enumerate(batch.answers):
+        inputs, labels, segments = (one[number] for one in (batch.input_ids, batch.labels, batch.segments))
+        trees: list[dict[str, Any]] = [{} for _ in range(answers.max() // 2 + 1)]
+        for answer in np.unique(answers[answers >= 0]):
+            places = np.flatnonzero(answers == answer)
+            own = segments == segments[places[0]]
+            before = own & (np.arange(len(own)) <= places[0])
+            if batch.branches is not None:
+                branches = batch.branches[number]
+                before &= (branches == 0) | (branches == branches[places[0]])
+            tree = trees[answer // 2]
+            tree["prompt"] = spell(inputs[before])
+            # what lies between answers, such as a further question, is an input that is no target
+            inside = np.arange(places[0], places[-1] + 1)
+            ids = [*inputs[inside[1:]], labels[places[-1]]]
+            tree["worse" if answer % 2 else "better"] = spell(ids)
+        rows.append(trees)
+    return rows
+
+
+def format_trees(rows: list[list[dict[str, Any]]], tokenizer: Tokenizer, *, colour: bool) -> str:
+    """Format rows of `inspect_trees`: prompts dim, better answers green, worse ones red; without colour [[+ ]], [[- ]].
+
+    A short line stands between two trees that share a row.
+    """
+    signs = {"prompt": (CONTEXT, "", ""), "better": (TARGET, "[[+", "]]"), "worse": (WORSE, "[[-", "]]")}
+    formatted = []
+    for number, trees in enumerate(rows):
+        texts = []
+        for tree in trees:
+            lines = []
+            for part, (shade, opening, closing) in signs.items():
+                if part in tree:
+                    text = spell_text(tokenizer, [token["id"] for token in tree[part]])
+                    lines.append(f"{RESET}{shade}{text}{RESET}" if colour else f"{opening}{text}{closing}")
+            texts.append("\n".join(lines))
+        formatted.append(f"--- row {number}: {len(trees)} pairs\n" + "\n-\n".join(texts))
+    marks = "green and red" if colour else "[[+ ]] and [[- ]]"
+    return "\n".join([*formatted, f"{marks}: the better and the worse answer, {LEGEND}"])
 
 
 def inspect_labelled(batch: Batch, tokenizer: Tokenizer, names: tuple[str, ...], *, tags: bool) -> list[dict[str, Any]]:

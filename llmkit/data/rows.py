@@ -1,4 +1,4 @@
-"""Read the rows of encoded fine-tuning records, which `records.build.encode_sft` writes, as batches.
+"""Read the rows of encoded fine-tuning records, which `records.build.encode_turns` writes, as batches.
 
 Tokens are coded as int32: the id of a target, or ~id (below 0) of any other token. The files of their folder are
     examples.bin       the coded tokens of all examples

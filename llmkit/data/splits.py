@@ -9,6 +9,7 @@ import numpy as np
 
 from llmkit.data.batches import Batches, Mixture, corpus_batches, samples_in
 from llmkit.data.labelled import open_labelled_rows
+from llmkit.data.preferences import open_trees
 from llmkit.data.rows import ANSWERS_LOST, open_rows
 from llmkit.data.tokens import TokenStream, open_split, read_sealed
 from llmkit.errors import DataError
@@ -22,6 +23,7 @@ FOUND_NOTES = {  # of records.encode.Found -> what the header says
     "empty": "answers without a text, not learnt",
     "divided": "conversations with one example for each answer, because the chat template rewrites earlier turns",
     "without_target": "examples without a target, left out",
+    "same_answers": "pairs of equal answers, left out",
     "thoughts": "earlier answers are learnt without their thoughts, which the chat template leaves out",
 }
 MOST_UNREAD = 20  # names of fields in the header
@@ -165,7 +167,7 @@ def open_records(
     form: str = "",
     weights: dict[str, float] | None = None,
 ) -> Splits:
-    """Open the fine-tuning records that `records.build.encode_sft` encoded, given its report.
+    """Open the fine-tuning records that `records.build.encode_turns` encoded, given its report.
 
     where     the files, for the header
     start_id  the decoder's first input token in an encoder-decoder; None for a decoder-only model
@@ -177,6 +179,8 @@ def open_records(
 
     def batches(split: str, size: int, **order: Any) -> Batches:
         mixed = mixture if split == "train" else None
+        if report["form"] == "trees":
+            return open_trees(Path(report["folder"]), split, size, mixture=mixed, **order)
         return open_rows(Path(report["folder"]), split, size, start_id, mixture=mixed, **order)
 
     layouts = report["found"]["layouts"]
@@ -185,6 +189,8 @@ def open_records(
         f"{sum(layouts.values()):,} records ({names})" if len(layouts) > 1 else names.replace(" of ", " records of ", 1)
     )
     how = f"through {form}" if form else "as they are, no chat template"
+    if pairs := report["found"]["pairs"]:
+        how += f", the better answer is the longer one in {report['found']['better_is_longer'] / pairs:.0%}"
     return Splits(
         tokenizer,
         batches,
@@ -234,10 +240,11 @@ def warn_of_few(report: dict[str, Any]) -> str:
 def describe_losses(report: dict[str, Any]) -> Iterator[str]:
     """Yield what of fine-tuning records is not trained on, as the header says it."""
     found, size = report["found"], f"longer than {report['seq_len']} tokens"
+    other = "truncate_prompt" if report["form"] == "trees" else "split"
     for fate, number in found["too_long"].items():
         what = "answers before the kept prompt, not learnt" if fate == ANSWERS_LOST else f"examples {size}: {fate}"
         yield f"{number:,} {what}" + (
-            " (raise data.seq_len, or set data.too_long: split)" if fate == "left out" else ""
+            f" (raise data.seq_len, or set data.too_long: {other})" if fate == "left out" else ""
         )
     yield from (f"{number:,} {what}" for key, what in FOUND_NOTES.items() if (number := found[key]))
     yield from describe_contamination(report)

@@ -10,8 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from llmkit import scores
-from llmkit.config.data import LabelledData
 from llmkit.config.defaults import MAX_BAD_FRACTION
+from llmkit.config.records import LabelledData
 from llmkit.data.labelled import open_labelled_rows, pad_batch
 from llmkit.data.rows import count_up, read_report
 from llmkit.errors import DataError, UserError

@@ -134,7 +134,11 @@ def measure_parts(
         raise UserError(f"--each is for models that predict all tokens of a text, not {model.config.model_type}")
     tally, trained = Tally(), (config or {}).get("data") or {}
     if data is None:
-        if config and config["data"]["kind"] == "sft" and (stride < window or window != config["data"]["seq_len"]):
+        if (
+            config
+            and config["data"]["kind"] in ("sft", "preference")
+            and (stride < window or window != config["data"]["seq_len"])
+        ):
             raise UserError("fine-tuning rows have data.seq_len tokens", got=f"window {window}, stride {stride}")
         if config is None:
             raise DataError("there is no text to measure on", fix="name a file with --data")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llmkit.config.data import LabelledData
+from llmkit.config.records import LabelledData
 from llmkit.data.labelled import pad_batch
 from llmkit.data.rows import encode_tokens
 from llmkit.errors import DataError, ModelError

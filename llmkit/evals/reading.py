@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from llmkit.corpus.clean import extract_article
 from llmkit.data.corrupt import shift_right
+from llmkit.data.preferences import open_trees
 from llmkit.data.rows import open_rows, token_ids
 from llmkit.data.splits import open_stream, read_manifest
 from llmkit.errors import DataError, UserError
@@ -62,6 +63,10 @@ def run_val_split(
     build by now.
     """
     key = read_about(run_dir).get("data_fingerprint")
+    if data["kind"] == "preference":
+        trees = open_trees(run_dir / "data" / key, "val", batch_size, seed=0)
+        what = f"the better answers in the val split of {data_name(data)}"
+        return None, what, 0, map(better_answers, trees.in_order())
     if data["kind"] == "sft":
         start_id = family_of(model_config).start_token_id(model_config)
         batches = open_rows(run_dir / "data" / key, "val", batch_size, start_id, seed=0)
@@ -71,6 +76,12 @@ def run_val_split(
         fix = "build it as it was, or name a file with --data"
         raise DataError("the data was built anew since this run", at=folder, fix=fix)
     return (*read_val(folder, tokenizer, source), None)
+
+
+def better_answers(batch: Batch) -> Batch:
+    """Return a batch of trees with the better answers as targets, as language models have them."""
+    labels = np.where(batch.answers % 2 == 0, batch.labels, IGNORE_INDEX)
+    return replace(batch, labels=labels, answers=None, reference=None)
 
 
 def read_val(folder: Path, tokenizer: Tokenizer, source: str | None = None) -> tuple[np.ndarray, str, int]:

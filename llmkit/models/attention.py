@@ -180,21 +180,25 @@ def attention_mask(
     *,
     causal: bool = True,
     in_blocks: bool = False,
+    branches: Tensor | None = None,
 ) -> Tensor | BlockMask | None:
     """Return the mask of `length` tokens without a cache, as `attend` takes it.
 
     segments   (B, T) document number of each token: documents do not see each other; None: one document
+    branches   (B, T) with segments: a token sees branch 0 of its document, and its own branch; no window may hide any
     in_blocks  return a block mask, for compiled attention on a GPU; None if one document sees all of itself
     """
     if in_blocks and (segments is not None or (window is not None and window < length)):
-        return make_block_mask(segments, length, window, device, causal=causal)
+        return make_block_mask(segments, length, window, device, causal=causal, branches=branches)
     if segments is None:
         return None
     if not causal:
         return same_segment(segments)
     columns = torch.arange(length, device=device)
-    seen = visible(columns[:, None], columns, window)
-    return seen & same_segment(segments)
+    seen = visible(columns[:, None], columns, window) & same_segment(segments)
+    if branches is None:
+        return seen
+    return seen & (same_segment(branches) | (branches == 0)[:, None, None])
 
 
 def same_segment(segments: Tensor) -> Tensor:

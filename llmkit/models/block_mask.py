@@ -13,11 +13,18 @@ BLOCK = 128  # queries and keys of a block, FlexAttention's own default
 
 
 def make_block_mask(
-    segments: Tensor | None, length: int, window: int | None, device: torch.device, *, causal: bool = True
+    segments: Tensor | None,
+    length: int,
+    window: int | None,
+    device: torch.device,
+    *,
+    causal: bool = True,
+    branches: Tensor | None = None,
 ) -> BlockMask:
     """Return which blocks of keys each block of queries needs, wholly or in part.
 
     segments  (B, T) document number of each token: documents do not see each other; None: one document
+    branches  (B, T) with segments: a token sees branch 0 of its document, and its own branch
 
     Documents are compared by the lowest and highest number in a block. If numbers do not rise along a row, a block may
     be listed although nothing in it is seen; the function hides it.
@@ -27,7 +34,11 @@ def make_block_mask(
         shown = key <= query if causal else key >= 0
         if window is not None:
             shown = shown & (key > query - window)
-        return shown if segments is None else shown & (segments[row, query] == segments[row, key])
+        if segments is not None:
+            shown = shown & (segments[row, query] == segments[row, key])
+        if branches is not None:
+            shown = shown & ((branches[row, key] == 0) | (branches[row, query] == branches[row, key]))
+        return shown
 
     number = -(-length // BLOCK)
     first = torch.arange(number, device=device) * BLOCK
@@ -40,12 +51,22 @@ def make_block_mask(
     if window is not None:
         some, every = some & (last > first[:, None] - window), every & (first > last[:, None] - window)
     if segments is not None:
-        end = segments[:, -1:].expand(-1, number * BLOCK - length)
-        low, high = torch.cat((segments, end), dim=1).unflatten(1, (number, BLOCK)).aminmax(dim=2)
+        low, high = extremes(segments, number)
         some = some & (low[:, None] <= high[:, :, None]) & (low[:, :, None] <= high[:, None])
         every = every & (low[:, None] == high[:, :, None]) & (low[:, :, None] == high[:, None])
+    if branches is not None:
+        low, high = extremes(branches, number)
+        same = (low[:, None] == high[:, :, None]) & (low[:, :, None] == high[:, None])
+        every = every & (same | (high == 0)[:, None])
     lists = (x for blocks in (some & ~every, every) for x in listed(blocks[:, None]))
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(length, length))
+
+
+def extremes(numbers: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """Return the lowest and the highest of the numbers (B, T) in each block, (B, blocks) each."""
+    end = numbers[:, -1:].expand(-1, blocks * BLOCK - numbers.shape[1])
+    low, high = torch.cat((numbers, end), dim=1).unflatten(1, (blocks, BLOCK)).aminmax(dim=2)
+    return low, high
 
 
 def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,7 @@ class CausalLM(nn.Module):
         reduction: str = "sum",
         positions: Tensor | None = None,
         segments: Tensor | None = None,
+        branches: Tensor | None = None,
         cache: KVCache | SharedPrefix | None = None,
         logits_to_keep: int | Tensor = 0,
         with_balance: bool = False,
@@ -53,11 +54,12 @@ class CausalLM(nn.Module):
 
         reduction            of the losses, see `linear_cross_entropy`
         positions, segments  (B, T), for packed rows
+        branches             (B, T), for preferences, see `attention_mask`
         cache                continue after the tokens in it
         logits_to_keep       compute logits or losses of this many last tokens only, or of these columns; 0: of all
         with_balance         also return the balance statistics of the experts, see `Family.aux_loss`
         """
-        x, balances = self.run_blocks(input_ids, positions, segments, cache)
+        x, balances = self.run_blocks(input_ids, positions, segments, branches, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = self.norm(x[:, kept])
         weight = token_tables(self)[-1].rows()
@@ -76,6 +78,7 @@ class CausalLM(nn.Module):
         input_ids: Tensor,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
+        branches: Tensor | None = None,
         cache: KVCache | SharedPrefix | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the output (B, T, hidden) of the last block, and the balance statistics of the blocks with experts."""
@@ -86,7 +89,7 @@ class CausalLM(nn.Module):
             if positions is None:
                 positions = torch.arange(length, device=input_ids.device)
             windows = dict.fromkeys(self.config.windows)
-            options = {"device": input_ids.device, "in_blocks": self.block_masks}
+            options = {"device": input_ids.device, "in_blocks": self.block_masks, "branches": branches}
             masks = {window: attention_mask(segments, length, window, **options) for window in windows}
         x, rope = self.embed(input_ids, positions)
         balances = []

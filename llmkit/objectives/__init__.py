@@ -1,9 +1,9 @@
 """Objectives, by name. A new one is a function that builds it, and a line here with the models and data it fits."""
 
-from llmkit.objectives import heads, lm
+from llmkit.objectives import heads, lm, preference
 from llmkit.objectives.objective import ObjectiveType
 
-LABELLED = (("causal", "labelled"), ("masked", "labelled"))
+LABELLED, PREFERENCES = (("causal", "labelled"), ("masked", "labelled")), (("causal", "preference"),)
 OBJECTIVES: dict[str, ObjectiveType] = {
     "lm": ObjectiveType(lm.lm, (("causal", "corpus"), ("causal", "sft"))),
     "mlm": ObjectiveType(lm.mlm, (("masked", "corpus"),)),
@@ -11,9 +11,11 @@ OBJECTIVES: dict[str, ObjectiveType] = {
     "classify": ObjectiveType(heads.classify, LABELLED),
     "regress": ObjectiveType(heads.regress, LABELLED),
     "tag": ObjectiveType(heads.tag, LABELLED),
+    "dpo": ObjectiveType(preference.dpo, PREFERENCES),
     "seq2seq": ObjectiveType(lm.seq2seq, (("seq2seq", "sft"),), lambda seq_len: (seq_len, seq_len)),
 }
 HEADS = tuple(name for name, one in OBJECTIVES.items() if one.fits == LABELLED)  # that predict labels
+PREFERENCE = tuple(name for name, one in OBJECTIVES.items() if one.fits == PREFERENCES)  # that learn from two answers
 
 
 def fitting_objectives(kind: str, data_kind: str) -> list[str]:

@@ -16,11 +16,15 @@ class Objective:
     loss      (model, micro-batch on the device) -> sum of losses over the targets, and sums of metrics by name
     evaluate  (model, batches, options as `lm.perplexity` has) -> figures with a "val_loss", of which the lowest is best
     corrupt   changes a batch before the model sees it; None: nothing is changed
+    needs_reference  whether batches have the `reference` of the model that training starts from, if that is not at hand
+    scores    names of the figures of `evaluate`, besides val_loss, that eval.best may name
     """
 
     loss: Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
     evaluate: Callable[..., dict[str, Any]]
     corrupt: Corrupt | None = None
+    needs_reference: bool = False
+    scores: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

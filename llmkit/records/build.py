@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.config.data import Decontaminate, RecordSource, SftData
+from llmkit.config.data import Decontaminate
+from llmkit.config.records import PreferenceData, RecordSource, TurnData
 from llmkit.data.rows import QUARANTINE, REPORT, TOKENS, read_report
 from llmkit.data.tokens import ShardWriter, describe_file, find_change, load_array, read_sealed, save_array, seal
 from llmkit.errors import DataError, UserError
@@ -33,23 +34,21 @@ from llmkit.readers.ngrams import (
     read_evaluation_ngrams,
     shared_ngrams,
 )
-from llmkit.readers.records import DOCUMENT_FORMATS, READERS, read_records
+from llmkit.readers.records import read_records
 from llmkit.readers.sources import Piece, group_files, source_files, stamps_of, write_quarantine
 from llmkit.readers.tally import Record, Tally
 from llmkit.records.encode import Found, encode_records
-from llmkit.records.fit import fit_pairs, fit_row
-from llmkit.records.rows import choose_splits, plan_pairs, plan_rows
+from llmkit.records.fit import fit_pairs, fit_preference, fit_row
+from llmkit.records.rows import choose_splits, plan_pairs, plan_rows, plan_trees
 from llmkit.tokenizer.chat_template import default_template
 from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.tokenizer import Tokenizer
 
-VERSION = 9  # of the encoding; data of another version is encoded again
+VERSION = 10  # of the encoding; data of another version is encoded again
 UNIT_BYTES = 8 * 2**20  # most source bytes in one unit
-RECORD_FILES = [f"*{suffix}" for suffix in READERS if suffix not in DOCUMENT_FORMATS]
-NO_RECORDS = ["dataset_info.json", "dataset_infos.json"]  # what `datasets` writes beside the data
 VALIDATION = "validation"  # the split that is read from a folder for validation
 LENGTHS = {"median": 0.5, "p90": 0.9, "p99": 0.99, "longest": 1.0}  # of the examples, in the report
-EXAMPLE = np.dtype([("prompt", "<u8"), ("record", "<i8"), ("targets", "<i4")])
+EXAMPLE = np.dtype([("prompt", "<u8"), ("record", "<i8"), ("targets", "<i4"), ("parts", "<i4", (3,))])
 HIT = np.dtype([("record", "<i8"), ("gram", "<u8")])  # an n-gram that a record shares with evaluation files
 
 
@@ -62,7 +61,9 @@ class Recipe:
     date: str | None
     seq_len: int
     too_long: str
-    pairs: bool  # for an encoder-decoder: a row is a text and an answer; else several whole examples, or one
+    form: str  # rows of examples; pairs of a text and an answer, for an encoder-decoder; or trees of preferences
+    single: bool = False  # of preferences: an answer is a tree of its own, as kto wants it
+    apart: bool = False  # of preferences: the prompt is read again for each answer
     decontaminate: Decontaminate | None = None
 
 
@@ -101,22 +102,31 @@ def list_record_files(
     return found
 
 
-def encode_sft(
-    data: SftData, tokenizer: Tokenizer, out: Path, *, seed: int, pairs: bool = False, keep: bool = True
+def encode_turns(
+    data: TurnData,
+    tokenizer: Tokenizer,
+    out: Path,
+    *,
+    seed: int,
+    form: str = "rows",
+    single: bool = False,
+    apart: bool = False,
+    keep: bool = True,
 ) -> dict[str, Any]:
     """Encode `data` into OUT/<key>/, unless that is done. Return the report, with the folder added.
 
     The key is a hash of all settings and files, so that the data of other runs is never overwritten.
 
-    pairs  for an encoder-decoder: a row is a text and an answer; otherwise it is seq_len + 1 tokens, of several whole
-           examples (packing) or of one
+    form, single, apart  see `Recipe`. A row of examples has seq_len + 1 tokens, one of trees reads data.row_len
     keep   whether the folder stays: only then messages name the list of bad records in it
 
     Raise DataError if more records are bad than data.on_error allows, or if a file changed after it was written.
     """
     template = default_template(tokenizer)
     date = data.date if "strftime_now" in template else None
-    recipe = Recipe(template, data.train_on, date, data.seq_len, data.too_long, pairs, data.decontaminate)
+    train_on = getattr(data, "train_on", "last")
+    fixed = (template, train_on, date, data.seq_len, data.too_long)
+    recipe = Recipe(*fixed, form, single, apart, data.decontaminate)
     searched = evaluation_checksums(data.decontaminate.files) if data.decontaminate else []
     sources, skipped = data.all_sources(), Counter()
     val = [RecordSource(name="val", path=data.val_path)] if data.val_path else []
@@ -148,7 +158,7 @@ def encode_sft(
     return report | {"key": key, "folder": str(folder), "listed_in": str(listed_in)}
 
 
-def make_units(sources: list[RecordSource], files: list[list[Path] | None], data: SftData) -> Iterator[Unit]:
+def make_units(sources: list[RecordSource], files: list[list[Path] | None], data: TurnData) -> Iterator[Unit]:
     """Yield the units of some sources, given their files, in order. If there is a val_path, it is the last source."""
     number = itertools.count()
     for source, paths in zip(sources, files, strict=True):
@@ -161,7 +171,7 @@ def make_units(sources: list[RecordSource], files: list[list[Path] | None], data
             yield Unit(f"unit-{next(number):05d}", is_val, source, tuple(pieces), size, columns)
 
 
-def check_records(tally: Tally, data: SftData, listed_in: Path | str) -> None:
+def check_records(tally: Tally, data: TurnData, listed_in: Path | str) -> None:
     """Raise DataError if there are more bad records than the config allows."""
     tally.check(data.on_error.max_fraction, fix=data.on_error.fix, listed_in=listed_in)
 
@@ -206,6 +216,7 @@ def encode_unit(unit: Unit, recipe: Recipe, parts: Path, sha256: str) -> dict[st
     evals = recipe.decontaminate
     wanted = read_evaluation_ngrams(evals.files, evals.ngram)[0] if evals else None
     options = {"train_on": recipe.train_on, "date": recipe.date, "columns": unit.columns}
+    options |= {"preferences": recipe.form == "trees"}
     left = unit.source.limit
     with (
         ShardWriter(parts / unit.name, TOKENS) as shard,
@@ -227,14 +238,15 @@ def encode_unit(unit: Unit, recipe: Recipe, parts: Path, sha256: str) -> dict[st
                     record, texts = record + 1, example.texts
                     shared = shared_ngrams(texts, wanted, evals.ngram) if evals else ()
                     hits += [(record, gram) for gram in shared]
-                if recipe.pairs:
+                if recipe.form == "pairs":
                     fitting = fit_pairs(example, recipe.seq_len, recipe.too_long, found)
                 else:
-                    fitting = fit_row(example, recipe.seq_len + 1, recipe.too_long, tokenizer.bos_id, found)
-                for tokens, prompt, _ in fitting:
+                    fit = fit_preference if recipe.form == "trees" else fit_row
+                    fitting = fit(example, recipe.seq_len + 1, recipe.too_long, tokenizer.bos_id, found)
+                for tokens, prompt, _, parts_of in fitting:
                     shard.add(tokens)
-                    first = 0 if recipe.pairs else 1  # nothing predicts the first token of a row
-                    examples.append((prompt, record, np.count_nonzero(tokens[first:] >= 0)))
+                    first = 0 if recipe.form == "pairs" else 1  # nothing predicts the first token of a row
+                    examples.append((prompt, record, np.count_nonzero(tokens[first:] >= 0), parts_of))
     save_array(parts / f"{unit.name}.examples.npy", np.array(examples, EXAMPLE))
     save_array(parts / f"{unit.name}.lengths.npy", np.array(lengths, np.int32))
     save_array(parts / f"{unit.name}.hits.npy", np.array(hits, HIT))
@@ -255,7 +267,7 @@ def encode_unit(unit: Unit, recipe: Recipe, parts: Path, sha256: str) -> dict[st
 
 
 def write_examples(
-    data: SftData,
+    data: TurnData,
     units: list[Unit],
     tokenizer: Tokenizer,
     recipe: Recipe,
@@ -302,8 +314,11 @@ def write_examples(
     weights = {source.name: source.weight for source in data.sources if source.weight}
 
     def plan(chosen: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        if recipe.pairs:
+        if recipe.form == "pairs":
             return plan_pairs(ends, examples["targets"], chosen)
+        if recipe.form == "trees":
+            options = {"packing": data.packing is not False, "single": recipe.single, "apart": recipe.apart}
+            return plan_trees(ends, examples["targets"], examples["parts"], chosen, data.row_len, **options)
         return plan_rows(ends, examples["targets"], chosen, data.seq_len + 1, data.packing is not False)
 
     planned = {"val": plan(val)}
@@ -328,6 +343,9 @@ def write_examples(
         "found": found.counts(),
         "lengths": dict(zip(LENGTHS, map(int, quantiles), strict=True)),
         "seq_len": data.seq_len,
+        "row_len": data.row_len,
+        "form": recipe.form,
+        "apart": recipe.apart,
         "too_long": data.too_long,
         "eos_id": tokenizer.eos_id,
         "splits": {split: planned[split][1] for split in ("train", "val")},
@@ -355,16 +373,20 @@ def join_plans(plans: list[tuple[dict[str, np.ndarray], dict[str, Any]]]) -> tup
     """Join the rows of several sources, one source after another."""
     arrays = {name: [one[name] for one, _ in plans] for name in plans[0][0]}
     if "rows" in arrays:  # they are ends among the pieces
-        before = np.cumsum([0, *(len(pieces) for pieces in arrays["pieces"][:-1])])
+        members = arrays["pieces" if "pieces" in arrays else "trees"]
+        before = np.cumsum([0, *map(len, members[:-1])])
         arrays["rows"] = [rows + start for rows, start in zip(arrays["rows"], before, strict=True)]
     counts: dict[str, Any] = {}
     for name in plans[0][1]:
         values = [one[name] for _, one in plans]
-        counts[name] = [max(value) for value in zip(*values, strict=True)] if name == "longest" else sum(values)
+        if name == "longest":
+            counts[name] = [max(value) for value in zip(*values, strict=True)]
+        else:
+            counts[name] = max(values) if name == "most" else sum(values)
     return {name: np.concatenate(values) for name, values in arrays.items()}, counts
 
 
-def no_examples_error(data: SftData, found: Found, tally: Tally, listed_in: Path | str) -> DataError:
+def no_examples_error(data: TurnData, found: Found, tally: Tally, listed_in: Path | str) -> DataError:
     """Return the error for data of which no example is left."""
     reasons = [
         f"{number} examples {fate}, longer than {data.seq_len} tokens" for fate, number in found.too_long.items()
@@ -373,7 +395,6 @@ def no_examples_error(data: SftData, found: Found, tally: Tally, listed_in: Path
     nothing = "no usable record" if tally.rows else "no record at all"
     got = "; ".join([", ".join(reasons) or nothing, *filter(None, [tally.describe(listed_in)])])
     at = data.path or ", ".join(source.name for source in data.sources)
-    fix = (
-        "raise data.seq_len if the model has longer positions, or set data.too_long: split" if found.too_long else None
-    )
-    return DataError("no example is left to train on", at=at, got=got, fix=fix)
+    other = "truncate_prompt" if isinstance(data, PreferenceData) else "split"
+    fix = f"raise data.seq_len if the model has longer positions, or set data.too_long: {other}"
+    return DataError("no example is left to train on", at=at, got=got, fix=fix if found.too_long else None)

@@ -21,6 +21,7 @@ from llmkit.records.layouts import (
     read_examples,
     refuse_first,
 )
+from llmkit.records.preferences import read_preference
 from llmkit.tokenizer.answers import render_examples
 from llmkit.tokenizer.chat_template import Conversation, Rendered, count_lost_thoughts, encode_rendered
 from llmkit.tokenizer.renderer import TemplateLimit
@@ -31,11 +32,16 @@ MAX_LIMITS = 2  # records in a row that exceed a limit of the template: it is at
 
 
 class Example(NamedTuple):
-    """The tokens of an example, coded as in `data/rows.py`, a hash of its prompt (see `prompt_hash`), and its texts."""
+    """The tokens of an example, coded as in `data/rows.py`, a hash of its prompt (see `prompt_hash`), and its texts.
+
+    parts  of a preference: how many of the tokens are the prompt, then the better, then the worse answer; a verdict
+           about one answer leaves the other one empty
+    """
 
     tokens: np.ndarray
     prompt: int
     texts: tuple[str, ...] = ()
+    parts: tuple[int, int, int] = (0, 0, 0)
 
 
 @dataclass
@@ -50,6 +56,9 @@ class Found:
     without_target: int = 0  # examples in which nothing is learnt
     thoughts: int = 0  # answers whose thoughts the template leaves out
     contaminated: int = 0  # examples that share an n-gram with evaluation files
+    same_answers: int = 0  # pairs of equal answers, of which nothing is learnt
+    pairs: int = 0  # of a better and a worse answer
+    better_is_longer: int = 0  # of them
 
     def merge(self, other: "Found") -> None:
         """Add what is found in other records."""
@@ -86,6 +95,7 @@ def encode_records(
     train_on: str = "all",
     date: str | None = None,
     strict: bool = True,
+    preferences: bool = False,
 ) -> Iterator[Example]:
     """Encode the good ones of some records.
 
@@ -97,12 +107,13 @@ def encode_records(
     train_on    "all" answers of a conversation, or the "last" one
     date        what the template takes for today, as 2026-01-31; None: today
     strict      raise DataError if the first record has no known layout; False: treat it like any other bad record
+    preferences  read them as preferences, see `preferences.read_preference`
 
     Raise DataError if the file holds other records, if the template can't be parsed, or if it exceeds its limits for
     MAX_LIMITS records in a row.
     """
     records, size, limits = iter(records), 1, 0
-    options = {"columns": columns or {}, "train_on": train_on}
+    options = {"columns": columns or {}, "train_on": train_on, "preferences": preferences}
     while batch := take_batch(records, size):
         read = [read_record(record, **options) for _, record, _ in batch]
         for (line, record, _), one in zip(batch, read, strict=True):
@@ -147,20 +158,29 @@ def take_batch(records: Iterator[Record], size: int) -> list[Record]:
 
 @dataclass
 class ReadRecord:
-    """The examples of a good record, and what is found in it."""
+    """The examples of a good record, and what is found in it.
+
+    verdict  of a preference: whether its answer is good; None for a better and a worse one
+    """
 
     examples: list[Pair | Conversation]
     found: Found
+    preferences: bool = False
+    verdict: bool | None = None
 
 
 def read_record(
-    record: dict[str, Any] | BadRecord, columns: dict[str, str], train_on: str
+    record: dict[str, Any] | BadRecord, columns: dict[str, str], train_on: str, preferences: bool
 ) -> ReadRecord | ValueError | BadRecord:
     """Return a record's examples, or the error that says why it is bad."""
     if isinstance(record, BadRecord):
         return record
     examples, found = [], Found()
     try:
+        if preferences:
+            layout, examples, verdict = read_preference(record, columns, found.unread)
+            found.layouts[layout] += 1
+            return ReadRecord(examples, found, True, verdict)
         for layout, one in read_examples(record, columns, found.unread):
             found.layouts[layout] += 1
             examples.append(one)
@@ -222,7 +242,32 @@ def encode_examples(
             record.found.thoughts += count_lost_thoughts(one, texts[0].text)
         said = tuple(strings_in(one.messages))
         encoded += [Example(encode_tokens(*encode_rendered(tokenizer, text)), prompt, said) for text in texts]
-    return error or encoded
+    return error or (join_answers(encoded, record) if record.preferences else encoded)
+
+
+def join_answers(answers: list[Example], record: ReadRecord) -> list[Example] | ValueError:
+    """Return a preference as one example, whose prompt is there once; none if both answers are the same."""
+    if len(answers) != (2 if record.verdict is None else 1):
+        return ValueError("the chat template makes several examples of a preference")
+    ends = [int(np.flatnonzero(one.tokens >= 0)[-1]) + 1 if (one.tokens >= 0).any() else 0 for one in answers]
+    if not all(ends):
+        return ValueError("an answer has no token")
+    first, *other = (one.tokens[:end] for one, end in zip(answers, ends, strict=True))
+    shared = int(np.argmax(first >= 0))
+    for tokens in other:
+        both = min(shared, len(tokens))
+        differ = (first[:both] != tokens[:both]) | (tokens[:both] >= 0)
+        shared = int(np.argmax(differ)) if differ.any() else both
+        if np.array_equal(first, tokens):
+            record.found.same_answers += 1
+            return []
+        record.found.pairs += 1
+        record.found.better_is_longer += len(first) > len(tokens)
+    lengths = [len(tokens) - shared for tokens in (first, *other)]
+    better, worse = lengths if other else (lengths[0], 0) if record.verdict else (0, lengths[0])
+    texts = tuple(dict.fromkeys(text for one in answers for text in one.texts))
+    tokens = np.concatenate([first, *(tokens[shared:] for tokens in other)])
+    return [Example(tokens, answers[0].prompt, texts, (shared, better, worse))]
 
 
 def encode_pair(tokenizer: Tokenizer, pair: Pair) -> np.ndarray:

@@ -105,3 +105,22 @@ def fit_pairs(example: Example, size: int, too_long: str, found: Found) -> list[
             pairs.append(example._replace(tokens=np.concatenate([text, tokens[start:stop]])))
     found.without_target += not (tokens >= 0).any()
     return pairs
+
+
+def fit_preference(example: Example, room: int, too_long: str, bos_id: int | None, found: Found) -> list[Example]:
+    """Return a preference of which the prompt with either answer has at most `room` tokens; [] if that can't be.
+
+    too_long  "drop", or "truncate_prompt": the start of the prompt is left out, but not the begin token
+    """
+    shared, *answers = example.parts
+    over = shared + max(answers) - room
+    if over <= 0:
+        return [example]
+    tokens = example.tokens
+    head = int(shared > 0 and tokens[0] == ~bos_id) if bos_id is not None else 0
+    if too_long != "truncate_prompt" or shared - over <= head:
+        found.too_long["left out"] += 1
+        return []
+    found.too_long["prompt truncated"] += 1
+    tokens = np.concatenate([tokens[:head], tokens[head + over :]])
+    return [example._replace(tokens=tokens, parts=(shared - over, *answers))]

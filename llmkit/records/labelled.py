@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Rust
 
-from llmkit.config.data import LabelledData, RecordSource
+from llmkit.config.records import LabelledData, RecordSource
 from llmkit.data.labelled import FILES
 from llmkit.data.rows import QUARANTINE, REPORT, encode_tokens, read_report
 from llmkit.data.tokens import ShardWriter, describe_file, save_array, seal

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmkit.config.data import LabelledData, RecordSource
+from llmkit.config.records import LabelledData, RecordSource
 from llmkit.errors import DataError
 from llmkit.records.label_layouts import LABELS, TAGS
 

@@ -42,7 +42,7 @@ SYSTEM = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
 PREFERENCES = {  # field -> the objective that reads it
     **dict.fromkeys(("chosen", "rejected", "response_j", "response_k"), "dpo"),
-    "label": "kto",  # see `is_verdict`
+    **dict.fromkeys(("label", "kto_tag"), "kto"),  # see `is_verdict`
 }
 VARIABLES = ("documents", "chat_template_kwargs")  # what templates get beside messages and tools
 TURNS_IN_JSON = re.compile(r"\s*\[\s*\{")
@@ -60,7 +60,7 @@ def rename_columns(record: dict[str, Any], columns: dict[str, str]) -> dict[str,
     if not columns:
         return record
     for ours, name in columns.items():
-        if name not in record and ours in (*TURNS, *QUESTIONS, *ANSWERS):
+        if name not in record and ours in (*TURNS, *QUESTIONS, *ANSWERS, *PREFERENCES):
             raise UnknownColumnError(f"there is no field {name}, which data.columns names", did_you_mean(name, record))
     return {ours: record[name] for ours, name in columns.items() if name in record}
 
@@ -130,22 +130,25 @@ class OtherKindError(ValueError):
 
 
 def check_kind(fields: dict[str, Any]) -> None:
-    """Raise OtherKindError for records that another objective reads, and for plain texts."""
+    """Raise OtherKindError for records that another objective reads, and for plain texts; ValueError for media."""
     wrong = [name for name in PREFERENCES if name in fields and (name != "label" or is_verdict(fields))]
     if wrong:
-        objective = PREFERENCES[wrong[0]]
-        fix = "keep the good answers alone"
+        fix = f"learn what is preferred: llmkit finetune --objective {PREFERENCES[wrong[0]]}"
         if wrong[0] == "chosen":
-            fix = "learn the good answers alone: data.columns: {question: prompt, answer: chosen}"
-        fix = f"{fix}; llmkit can't train on preferences yet (objective {objective})"
+            fix += "; or the good answers alone: data.columns: {question: prompt, answer: chosen}"
         raise OtherKindError(f"a preference, not an answer: it has {wrong[0]}", fix)
-    if media := [name for name in MEDIA if fields.get(name)]:
-        raise ValueError(f"the record has {media[0]}, and only text is read")
+    check_media(fields)
     if "text" in fields and not is_record(fields):
         fix = "continue pretraining on texts: llmkit pretrain"
         if fields.keys() & {"label", "labels"}:
             fix = "learn the labels: llmkit finetune --objective classify"
         raise OtherKindError("a text, not a prompt and an answer", fix)
+
+
+def check_media(fields: dict[str, Any]) -> None:
+    """Raise ValueError for a record with pictures or sound."""
+    if media := [name for name in MEDIA if fields.get(name)]:
+        raise ValueError(f"the record has {media[0]}, and only text is read")
 
 
 def is_verdict(fields: dict[str, Any]) -> bool:

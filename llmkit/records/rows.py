@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from llmkit.data.preferences import BETTER, WORSE, columns_of
+
 LARGEST_SHARE = 0.2  # of the examples that the rarest prompt may have
 
 
@@ -103,3 +105,43 @@ def plan_pairs(
     counts = {"examples": len(pairs), "rows": len(pairs), "tokens": int(texts.sum()) + len(pairs)}
     counts |= {"targets": int(answers.sum()), "longest": [int(texts.max(initial=-1)) + 1, int(answers.max(initial=0))]}
     return {"pairs": pairs}, counts
+
+
+def plan_trees(
+    ends: np.ndarray,
+    targets: np.ndarray,
+    parts: np.ndarray,
+    chosen: np.ndarray,
+    size: int,
+    *,
+    packing: bool,
+    single: bool,
+    apart: bool,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Choose the trees of each row of some preferences; see `data/preferences.py`. Return `trees`, `rows`, the counts.
+
+    ends, targets, chosen  as in `plan_rows`
+    parts                  (N, 3), see `encode.Example`
+    size                   tokens in a row
+    single                 a tree has one answer: those of a pair are two trees
+    apart                  see `columns_of`
+
+    The counts have "pairs", the trees with two answers, and "most", the largest number of trees in a row.
+    """
+    starts = np.concatenate(([0], ends[:-1]))
+    shared, better, worse = parts.astype(np.int64).T
+    trees = np.stack([starts, shared, starts + shared, better, starts + shared + better, worse], axis=1)[chosen]
+    is_pair = (trees[:, BETTER] > 0) & (trees[:, WORSE] > 0)
+    if single:
+        halves = np.concatenate([trees, trees])
+        halves[: len(trees), WORSE], halves[len(trees) :, BETTER] = 0, 0
+        order = np.arange(len(halves)).reshape(2, -1).T.ravel()  # of one pair after another
+        trees = halves[order]
+        trees = trees[(trees[:, BETTER] > 0) | (trees[:, WORSE] > 0)]
+    alone = np.arange(len(trees))
+    lengths = columns_of(trees, apart)
+    members, rows = pack(lengths, size) if packing else (alone, alone + 1)
+    counts = {"examples": len(trees), "pairs": int(is_pair.sum()), "rows": len(rows)}
+    counts |= {"tokens": int(lengths.sum()), "targets": int(targets[chosen].sum())}
+    counts["most"] = int(np.diff(rows, prepend=0).max(initial=0))
+    return {"trees": trees[members], "rows": rows}, counts

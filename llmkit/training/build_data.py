@@ -14,9 +14,9 @@ from llmkit.data.splits import Splits, open_corpus, open_labelled, open_records,
 from llmkit.errors import DataError
 from llmkit.models.folder import read_config
 from llmkit.parallel.world import World
-from llmkit.records.build import encode_sft
+from llmkit.records.build import encode_turns
 from llmkit.records.labelled import encode_labelled
-from llmkit.records.layouts import CONTINUED
+from llmkit.records.preferences import is_continued
 from llmkit.tokenizer.chat_template import default_template, describe_template
 from llmkit.tokenizer.load import load_tokenizer, read_template
 
@@ -73,10 +73,13 @@ def open_encoded_records(config: Config, world: World, base: Path, start_id: int
     if data.chat_template is not None:
         tokenizer.chat_template = read_template(Path(data.chat_template))
     out = Path(config.run_dir) / "data" if keep else temporary_folder()
-    options = {"seed": config.seed, "pairs": start_id is not None, "keep": keep}
-    world.on_main(lambda: encode_sft(data, tokenizer, out, **options), builds_data=True)
-    report = encode_sft(data, tokenizer, out, **options)  # every rank reads what rank 0 wrote
-    is_chat = set(report["found"]["layouts"]) != {CONTINUED}
+    options = {"seed": config.seed, "form": "rows" if start_id is None else "pairs", "keep": keep}
+    if data.kind == "preference":
+        windows = read_config(base).windows  # one that is shorter than a prompt with an answer would hide a part of it
+        options |= {"form": "trees", "apart": any(size and size < data.seq_len for size in windows)}
+    world.on_main(lambda: encode_turns(data, tokenizer, out, **options), builds_data=True)
+    report = encode_turns(data, tokenizer, out, **options)  # every rank reads what rank 0 wrote
+    is_chat = not all(map(is_continued, report["found"]["layouts"]))
     form = describe_template(tokenizer) if is_chat else ""
     if is_chat:  # checkpoints get the template that was trained with
         tokenizer.chat_template = default_template(tokenizer)

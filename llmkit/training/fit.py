@@ -34,14 +34,14 @@ def plan_run(
         head=head_of(config, options, model_config.kind),
         peft=(config.peft.name, options["peft"]) if config.peft else None,
         new_rows=new_rows,
-        seq_len=data.seq_len,
-        lengths=Lengths(*OBJECTIVES[config.objective.name].lengths(data.seq_len, **options["objective"])),
+        seq_len=data.row_len,
+        lengths=Lengths(*OBJECTIVES[config.objective.name].lengths(data.row_len, **options["objective"])),
         micro_batch_size=train.micro_batch_size,
         precision=precision,
         optimizer=(config.optimizer.name, options["optimizer"]),
         checkpointing=train.gradient_checkpointing,
         compiled=train.compile is True,
-        packed=data.kind == "sft" or (data.kind == "corpus" and data.document_mask),
+        packed=data.kind in ("sft", "preference") or (data.kind == "corpus" and data.document_mask),
         accumulates=train.global_batch_size // ranks > train.micro_batch_size,
         averages=config.checkpoint.average == "tail",
         device=device,
@@ -87,7 +87,7 @@ def choose_fit(
         got = f"{asked}, and {rows} rows a rank"
         raise config.error("train.micro_batch_size", "does not divide a rank's share of the batch", got=got)
     most_tokens = GPU_MICRO_TOKENS if device == "cuda" else CPU_MICRO_TOKENS
-    most_rows = max(1, most_tokens // config.data.seq_len)
+    most_rows = max(1, most_tokens // config.data.row_len)
     micros = [asked] if asked != "auto" else smaller_micro_batches(rows, most_rows)
     mode = config.train.gradient_checkpointing
     for recomputed in RECOMPUTED if mode == "auto" else [mode]:

@@ -42,6 +42,7 @@ from llmkit.training.plan import plan_config, plan_rows
 from llmkit.training.prepare import PreparedRun, describe, next_commands, prepare
 from llmkit.training.profile import TABLE, TRACE, start_profiler
 from llmkit.training.progress import Progress, early_stop, initial_counters, stop_if_diverged, update_loss_scale
+from llmkit.training.reference import keep_references
 from llmkit.training.retry import retry_smaller
 from llmkit.training.state import make_model, restore, save, write_model
 from llmkit.training.warmup import choose_compile, rehearse
@@ -103,6 +104,7 @@ def take_steps(
 ) -> dict[str, Any]:
     """Make the model, restore the checkpoint `resumed`, and train to the last step. The order is important."""
     config, world, device = run.config, run.world, run.world.device
+    world.on_main(partial(keep_references, run, say), builds_data=True)
     model = make_model(run, resumed)
     if config.train.fp8:
         if not (number := apply_fp8(model)):

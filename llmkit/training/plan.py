@@ -87,7 +87,7 @@ def plan_config(
     machine = other_machine(gpu, asked) if gpu else this_machine(asked)
     derived = derive(checked, machine.kind, machine.precision, machine.memory, devices)
     config, options = resolve(checked, derived), checked.options
-    plan, seq_len = derived.plan, config.data.seq_len
+    plan, row_len = derived.plan, config.data.row_len
     planned = (options, devices, checked.model_config, machine.kind, machine.precision)
     figures = {
         "parameters": plan.total,
@@ -97,7 +97,7 @@ def plan_config(
         "micro_batch_size": derived.micro_batch_size,
         "largest_micro_batch_size": largest_micro_batch(config, machine.memory, *planned),
         "gradient_checkpointing": derived.gradient_checkpointing,
-        "seq_len": seq_len,
+        "row_len": row_len,
         "precision": derived.precision,
         "device": machine.name,
         "devices": devices,
@@ -111,7 +111,7 @@ def plan_config(
         "measured_before": measured_before(Path(config.run_dir).parent, machine.name),
     }
     if derived.max_steps:
-        tokens = config.train.max_tokens or derived.max_steps * config.train.global_batch_size * seq_len
+        tokens = config.train.max_tokens or derived.max_steps * config.train.global_batch_size * row_len
         flops = tokens * plan.flops_per_token
         seconds = flops / machine.flops / devices
         figures |= {"tokens": tokens, "flops": flops, "rate": machine.rate, "seconds": seconds}
@@ -167,7 +167,7 @@ def plan_rows(figures: dict[str, Any]) -> dict[str, str]:
         **{f"  {part}": f"{number:,}" for part, number in figures["parameters_by_part"].items()},
         "FLOPs per token": format_count(figures["flops_per_token"]),
         "device": f"{devices} x {figures['device']}" if devices > 1 else figures["device"],
-        "micro-batch": f"{figures['micro_batch_size']} x {figures['seq_len']} tokens, {figures['precision']}",
+        "micro-batch": f"{figures['micro_batch_size']} x {figures['row_len']} tokens, {figures['precision']}",
         "blocks": describe_checkpointing(figures["gradient_checkpointing"]),
         "largest": f"{figures['largest_micro_batch_size']} rows would fit",
         "peak memory": f"{figures['peak_memory'] / gib:.2f} of {figures['device_memory'] / gib:.1f} GiB free{each}",

@@ -101,7 +101,7 @@ class PreparedRun:
     @property
     def tokens_per_step(self) -> int:
         """Return the tokens that a step reads, on average of labelled texts, whose rows differ in length."""
-        return round(self.config.train.global_batch_size * (self.data.mean_length or self.config.data.seq_len))
+        return round(self.config.train.global_batch_size * (self.data.mean_length or self.config.data.row_len))
 
     @property
     def token_bytes(self) -> np.ndarray | None:
@@ -154,10 +154,10 @@ def prepare(
     world.on_main(lambda: check_own(Path(config.run_dir)))  # before rank 0 claims it: others would see that half done
     if config.data.kind != "corpus":  # its records are encoded into the run directory
         for source in config.data.all_sources():
-            if config.data.kind == "sft":
-                list_record_files(source)
-            else:
+            if config.data.kind == "labelled":
                 list_labelled_files(source, config.objective.name, config.data.header)
+            else:
+                list_record_files(source)
         if keep:
             world.on_main(lambda: claim(Path(config.run_dir)))
     start_id = family_of(model_config).start_token_id(model_config)
@@ -187,7 +187,7 @@ def prepare(
         extras=open_extras(config, model_config, data.tokenizer) if config.eval.every else Extras(),
     )
     if config.eval.every:
-        check_best(config, run.extras, score_names(run.head) if run.head else ())
+        check_best(config, run.extras, score_names(run.head) if run.head else objective.scores)
     raise_all(list(check_max_epochs(config, epochs_by_source(run), data.shares, derived.max_steps)))
     return run
 
@@ -285,7 +285,7 @@ def derive(
     samples  of the train split; None: not known
     """
     config, options, model_config = checked.config, checked.options, checked.model_config
-    max_steps = count_steps(config.train, config.data.seq_len, samples)
+    max_steps = count_steps(config.train, config.data.row_len, samples)
     raise_all(list(check_warmup(config, options, max_steps)))
     planned = (model_config, device, precision, new_rows)
     config, plan = choose_fit(config, ranks, room, options, *planned)
@@ -363,7 +363,7 @@ def describe(run: PreparedRun) -> dict[str, str]:
         "mixture": ", ".join(mixture),
         "device": f"{device_name(run.world.device)}, {describe_precision(run.world.device, run.precision)}, {ranks}",
         "batch": f"{size} = {run.micro_batch_size} micro x {accumulation} accumulated x {ranks}, "
-        f"{'up to ' if run.head else ''}{config.data.seq_len} tokens each",
+        f"{'up to ' if run.head else ''}{config.data.row_len} tokens each",
         "length": f"{run.max_steps} steps, {format_count(run.max_steps * run.tokens_per_step)} tokens, "
         f"{run.max_steps * size / rows:.2f} epochs",
         "objective": describe_choice(config.objective.name, options["objective"]) if options["objective"] else "",
@@ -388,7 +388,7 @@ def next_commands(run: PreparedRun) -> list[str]:
         return [f"llmkit eval {folder}", f"llmkit classify {folder} FILE"]
     prompt = shlex.quote(run.config.eval.sample_prompt or "Once upon a time")
     write = [f"llmkit generate {folder} {prompt}"]
-    if run.config.data.kind == "sft":
+    if run.config.data.kind in ("sft", "preference"):
         prompt = "'a prompt as in the data'"
         write = [f"llmkit chat {folder}" if run.data.is_chat else f"llmkit generate {folder} {prompt}"]
     elif kind != "causal":  # an encoder writes nothing, its decoder only the spans that were cut out

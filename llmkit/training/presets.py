@@ -12,7 +12,7 @@ from llmkit.config.schema import Config
 from llmkit.config.yaml import quote, read_yaml
 from llmkit.errors import ModelError, UserError, suggest
 from llmkit.models.folder import read_config
-from llmkit.objectives import HEADS
+from llmkit.objectives import HEADS, PREFERENCE
 from llmkit.readers.packed import suffix_of
 from llmkit.readers.records import DOCUMENT_FORMATS
 from llmkit.storage.locate import locate
@@ -100,7 +100,7 @@ def finetune_config(
     if section:
         defaults["data"] = section
     elif data is not None or is_records(own.get("data")):
-        defaults["data"] = {"kind": "labelled" if objective in HEADS else "sft"}
+        defaults["data"] = {"kind": data_kind(objective)}
         if start is not None:
             defaults["data"]["seq_len"] = min(LONGEST, trained_length(start))
     flags = [f"init_from={quote(model)}"] if model else []
@@ -118,6 +118,11 @@ def finetune_config(
         what, fix = "the config trains with another method than the run is named after", "name the method by its option"
         raise config.error("peft.name", what, got=f"{chosen}, and {method}", fix=f"{fix}: --{chosen}")
     return config
+
+
+def data_kind(objective: str | None) -> str:
+    """Return the kind of records that an objective learns from."""
+    return "labelled" if objective in HEADS else "preference" if objective in PREFERENCE else "sft"
 
 
 def is_records(data: Any) -> bool:

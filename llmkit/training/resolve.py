@@ -12,6 +12,7 @@ import torch
 from llmkit.config.data import CorpusData
 from llmkit.config.fields import Choice
 from llmkit.config.load import check_options
+from llmkit.config.records import TurnData
 from llmkit.config.schema import Config, Train
 from llmkit.errors import DataError, MachineError, UserError, did_you_mean, raise_all
 from llmkit.models import CONFIGS, build_model, shape_problems
@@ -22,7 +23,7 @@ from llmkit.parallel.fp8 import fp8_obstacle
 from llmkit.peft import METHODS
 from llmkit.readers.records import DOCUMENT_FORMATS, suffix_of
 from llmkit.records.label_layouts import OURS
-from llmkit.records.layouts import FIELDS
+from llmkit.records.layouts import FIELDS, PREFERENCES
 from llmkit.storage.manifest import best_checkpoint, list_checkpoints
 from llmkit.storage.run import CONFIG as RUN_CONFIG
 from llmkit.storage.run import is_run, read_run_config
@@ -75,6 +76,7 @@ def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[st
     fitting = fitting_objectives(kind, data)
     if not fitting:
         why = "labels: it has no head for them" if data == "labelled" else "prompts and answers: it writes no text"
+        why = "preferences: only decoders are" if data == "preference" else why
         fix = "for texts with labels: data.kind: labelled, or --objective classify" if data == "sft" else None
         raise UserError(f"{name} can't be trained on {why}", at=config.where("data.kind"), got=data, fix=fix)
     choice = config.objective or Choice(name=fitting[0])
@@ -97,7 +99,7 @@ def complete_records(config: Config, model_config: Any) -> Config:
 
     Examples share rows, unless an encoder reads the prompts. Today is the date that chat templates show.
     """
-    if config.data.kind != "sft":
+    if not isinstance(config.data, TurnData):
         return config
     packing, data = config.data.packing, config.data
     packing = model_config.kind != "seq2seq" if packing is None else packing
@@ -123,7 +125,7 @@ def find_problems(config: Config, options: Options, model_config: Any, ranks: in
         yield config.error("data.packing", f"can't be done: {name} has each prompt in a row of its own")
     if kind == "seq2seq" and data == "corpus" and config.data.document_mask:
         yield config.error("data.document_mask", "can't be done: spans are cut out of whole rows")
-    if data == "sft":
+    if isinstance(config.data, TurnData):
         yield from record_problems(config, kind)
     if data == "labelled":
         yield from head_problems(config)
@@ -154,9 +156,10 @@ def record_problems(config: Config, model_kind: str) -> Iterator[UserError]:
             fix = continue_pretraining(config.init_from, path)
             yield config.error(key, "is text, not prompts and answers", got=path, fix=fix)
     places = [f"data.sources.{i}" for i in range(len(data.sources))]
+    known = (*PREFERENCES, *FIELDS) if data.kind == "preference" else FIELDS
     for place, section in zip(["data", *places], [data, *data.sources], strict=True):
-        for name in [name for name in section.columns or {} if name not in FIELDS]:
-            fix = did_you_mean(name, FIELDS) or f"name one of {', '.join(FIELDS)}"
+        for name in [name for name in section.columns or {} if name not in known]:
+            fix = did_you_mean(name, known) or f"name one of {', '.join(known)}"
             yield config.error(f"{place}.columns", f"has {name}, which is no field of a record", fix=fix)
     if data.too_long == "split" and model_kind == "seq2seq":
         what, fix = "can't be split for an encoder and a decoder", "data.too_long: drop or truncate_prompt"
@@ -276,7 +279,9 @@ def reuse_resolved_values(config: Config, ranks: int, *, fresh: bool) -> Config:
     if (micro := kept.get("micro_batch_size", "auto")) != "auto" and config.train.global_batch_size // ranks % micro:
         kept["micro_batch_size"] = "auto"
     update["train"] = config.train.model_copy(update=kept)
-    if config.data.kind == "sft" and config.data.date is None:  # a chat template shows the day of the first start
+    if (
+        isinstance(config.data, TurnData) and config.data.date is None
+    ):  # a chat template shows the day of the first start
         update["data"] = config.data.model_copy(update={"date": before["data"].get("date")})
     if config.init_from and before["init_from"] and is_inside(before["init_from"], config.init_from):
         return config.model_copy(update=update | {"init_from": before["init_from"]})
@@ -296,10 +301,10 @@ def name_checkpoint(config: Config) -> Config:
     return config.model_copy(update={"init_from": str(best)})
 
 
-def count_steps(train: Train, seq_len: int, samples: int | None) -> int | None:
+def count_steps(train: Train, row_len: int, samples: int | None) -> int | None:
     """Return the optimizer steps of a run; None if it is given in epochs and the samples are not known."""
     if train.max_steps:
         return train.max_steps
     if train.max_tokens:
-        return math.ceil(train.max_tokens / (train.global_batch_size * seq_len))
+        return math.ceil(train.max_tokens / (train.global_batch_size * row_len))
     return math.ceil(train.epochs * samples / train.global_batch_size) if samples else None
