@@ -41,6 +41,10 @@ class Batch:
     branches           0 for a prompt and 1, 2 for answers that continue it without seeing each other (preferences only)
     answers            (preferences only) the number of the answer that a target belongs to, -1 elsewhere
     reference          (B, A) log-probability of each answer under another model, NaN where it is not known
+    records            (B,) objects: the records that prompts are from, for rewards
+    advantages         (B,) how much better an answer is than others to its prompt
+    old                (B, T) log-probabilities of the targets under the model that wrote them
+    counts             (B,) what each row adds to the count of targets, if it is another number
 
     For a head for labels, rows are padded on the right, and labels are (B,), of several labels (B, L), of tags (B, T);
     numbers are floats, and NaN where there is no target.
@@ -59,6 +63,10 @@ class Batch:
     branches: np.ndarray | None = None
     answers: np.ndarray | None = None
     reference: np.ndarray | None = None
+    records: np.ndarray | None = None
+    advantages: np.ndarray | None = None
+    old: np.ndarray | None = None
+    counts: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name, array in self.arrays().items():
@@ -66,8 +74,8 @@ class Batch:
 
     @property
     def count(self) -> int:
-        """Return the number of targets, of preferences that of trees. The loop divides the sum of losses by it."""
-        return int(self.is_target.sum() if self.answers is None else (self.answers.max(1) // 2 + 1).sum())
+        """Return the number of targets. The loop divides the sum of losses by it."""
+        return int(self.is_target.sum() if self.counts is None else self.counts.sum())
 
     @property
     def is_target(self) -> np.ndarray:
@@ -82,5 +90,5 @@ class Batch:
             yield replace(self, **cut)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return the arrays that are present, by name: the keyword arguments of a model's forward."""
+        """Return the arrays that are present, by name: the keyword arguments of a model's forward, and of losses."""
         return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) is not None}

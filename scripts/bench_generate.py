@@ -39,8 +39,8 @@ from statistics import median
 
 import torch
 
-from llmkit.inference.generate import compile_decoding, stream
-from llmkit.inference.sampling import Sampling
+from llmkit.generation.generate import compile_decoding, stream
+from llmkit.generation.sampling import Sampling
 from llmkit.models import CONFIGS, build_model
 from llmkit.models.folder import load_model, save_model
 from llmkit.parallel.device import device_name

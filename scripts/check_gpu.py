@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from llmkit.inference.generate import generate
-from llmkit.inference.sampling import Sampling
+from llmkit.generation.generate import generate
+from llmkit.generation.sampling import Sampling
 from llmkit.models import CONFIGS, build_model, family_of
 from llmkit.parallel.compile import apply_checkpointing, compile_blocks, compile_obstacle
 from llmkit.parallel.device import DTYPES, autocast, device_name, matmul_rate, memory_rate

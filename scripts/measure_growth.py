@@ -203,8 +203,8 @@ def windows(folder: Path, small: bool) -> Iterator[Row]:
 WRITE = """
 import sys, time
 import torch
-from llmkit.inference.generate import compile_decoding, generate
-from llmkit.inference.sampling import Sampling
+from llmkit.generation.generate import compile_decoding, generate
+from llmkit.generation.sampling import Sampling
 from llmkit.models import CONFIGS, build_model
 from llmkit.parallel.device import DTYPES, choose_precision
 from llmkit.parallel.world import start_world

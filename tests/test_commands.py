@@ -17,7 +17,7 @@ from llmkit.commands.app import main
 from llmkit.config.keys import list_keys
 from llmkit.errors import ENVIRONMENT, DataError, MachineError, UserError, explain_machine, raise_all
 from llmkit.files import NO_SPACE, write_beside
-from llmkit.inference.sampling import Sampling
+from llmkit.generation.sampling import Sampling
 from llmkit.screen import for_stream
 from llmkit.tokenizer.load import fetch_tokenizer
 from llmkit.training.resolve import TABLES

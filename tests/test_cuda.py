@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from llmkit.data.batches import Batches
-from llmkit.inference.generate import logits_to_probs, stream
-from llmkit.inference.sampling import Sampling
+from llmkit.generation.generate import logits_to_probs, stream
+from llmkit.generation.sampling import Sampling
 from llmkit.models import build_model
 from llmkit.objectives.lm import pad_rows, sum_of_losses
 from llmkit.training.optim import adamw, adamw8bit, clip, muon, sgd

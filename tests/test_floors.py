@@ -12,10 +12,10 @@ import llmkit
 ROOT = Path(llmkit.__file__).parent
 FLOORS = [  # what stands on one floor imports only from the floors below, and nothing of its neighbours
     {"errors", "types"},
-    {"files", "screen", "intervals", "scores"},
+    {"files", "screen", "intervals", "scores", "user_code"},
     {"config"},
     {"models", "tokenizer", "readers"},
-    {"data", "parallel", "peft"},
+    {"data", "parallel", "peft", "generation"},
     {"corpus", "records", "objectives"},
     {"storage"},
     {"inference", "formats"},

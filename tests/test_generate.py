@@ -10,7 +10,7 @@ from test_families import CAUSAL, OURS, SIZES, equal, made, opened_by_transforme
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkit.errors import DATA, MachineError, UserError
-from llmkit.inference.generate import (
+from llmkit.generation.generate import (
     apply_repetition_penalty,
     compile_decoding,
     decode_one_token,
@@ -21,7 +21,7 @@ from llmkit.inference.generate import (
     sample,
     stream,
 )
-from llmkit.inference.sampling import Sampling
+from llmkit.generation.sampling import Sampling
 from llmkit.inference.writer import Writer, open_writer
 from llmkit.models import build_model, folder, gpt2, llama
 from llmkit.models.attention import KVCache
@@ -263,7 +263,7 @@ def test_what_prompts_share_is_read_once(config, monkeypatch):
     prompts = [common + prompt for prompt in PROMPTS for _ in range(2)]
     alone = [prefill(model, [prompt], 32, torch.float32) for prompt in prompts]
     read.clear()
-    monkeypatch.setattr("llmkit.inference.generate.SHARED_TOKENS", 4)
+    monkeypatch.setattr("llmkit.generation.generate.SHARED_TOKENS", 4)
     cache, logits = prefill(model, prompts, 32, torch.float32)
     is_shared = config.kind == "causal" and not any(config.windows)
     assert sum(read) == (6 + 4 * 14 if is_shared else 4 * 20)
@@ -346,7 +346,7 @@ def test_t5s_answers_beside_longer_prompts_equal_transformers(name, tmp_path):
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one", "four"])
 @pytest.mark.parametrize("slots", [4, 256], ids=["growing", "large"])
 def test_compiled_decoding_gives_the_same_tokens(monkeypatch, prompts, slots):
-    monkeypatch.setattr("llmkit.inference.generate.STATIC_SLOTS", slots)
+    monkeypatch.setattr("llmkit.generation.generate.STATIC_SLOTS", slots)
     config = llama.Config(**SIZES | {"num_hidden_layers": 1}, num_key_value_heads=2, max_position_embeddings=600)
     plain, compiled = speaking(config), speaking(config)
     compile_decoding(compiled)
@@ -388,7 +388,7 @@ def test_a_static_cache_stays_where_it_is_and_the_host_reads_nothing_of_it(confi
 
 def test_a_growing_static_cache_writes_the_same_text(monkeypatch):
     """Sizes double under a window's ring, rows of different lengths, and layers without a window."""
-    monkeypatch.setattr("llmkit.inference.generate.STATIC_SLOTS", 4)
+    monkeypatch.setattr("llmkit.generation.generate.STATIC_SLOTS", 4)
     for config in (OURS["qwen2"], OURS["mistral"], DECODERS["gpt2"]):
         model = speaking(config)
         options = {"sampling": GREEDY, "max_new_tokens": 30}

@@ -18,8 +18,8 @@ from llmkit.commands import app as cli
 from llmkit.errors import ENVIRONMENT, MODEL, UserError
 from llmkit.formats.gguf import write_gguf
 from llmkit.formats.llama2c import import_llama2c
-from llmkit.inference.generate import decode_until_stop, stream
-from llmkit.inference.sampling import Sampling
+from llmkit.generation.generate import decode_until_stop, stream
+from llmkit.generation.sampling import Sampling
 from llmkit.models import CONFIGS, build_model, folder
 from llmkit.tokenizer.foreign import from_llama2c
 from llmkit.tokenizer.load import load_tokenizer

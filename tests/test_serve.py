@@ -25,9 +25,9 @@ from starlette.routing import Route
 
 from llmkit.commands import app as cli
 from llmkit.errors import ENVIRONMENT, MODEL, MachineError
+from llmkit.generation.sampling import Sampling
 from llmkit.inference.connections import WatchedProtocol
 from llmkit.inference.protocol import Limits
-from llmkit.inference.sampling import Sampling
 from llmkit.inference.server import Server, serve
 from llmkit.inference.writer import Writer
 from llmkit.models import bert, build_model, folder, llama

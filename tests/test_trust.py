@@ -20,8 +20,8 @@ from llmkit.data.rows import token_ids
 from llmkit.errors import DATA, LOCKED, MODEL, UserError
 from llmkit.evals.perplexity import measure
 from llmkit.files import lock
-from llmkit.inference.generate import stream
-from llmkit.inference.sampling import Sampling
+from llmkit.generation.generate import stream
+from llmkit.generation.sampling import Sampling
 from llmkit.models import build_model, llama
 from llmkit.records.encode import encode_pair
 from llmkit.storage.locate import locate

@@ -27,7 +27,7 @@ def rate(
     """Rate the answers of models side by side on a local page, without knowing whose they are."""
     from llmkit.errors import MachineError, UserError
     from llmkit.evals import rating
-    from llmkit.inference.sampling import Sampling
+    from llmkit.generation.sampling import Sampling
 
     if results:
         print_or_show(rating.summarize(out), out, as_json)

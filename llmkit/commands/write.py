@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from llmkit.commands.show import AsJson, ModelArg, Precision, show, terminal_text, to_stderr
-from llmkit.inference.sampling import CHAT_MAX_NEW_TOKENS, GENERATE_MAX_NEW_TOKENS, Sampling
+from llmkit.generation.sampling import CHAT_MAX_NEW_TOKENS, GENERATE_MAX_NEW_TOKENS, Sampling
 
 MaxNewTokens = Annotated[int, typer.Option(min=1)]
 Temperature = Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")]
@@ -83,7 +83,7 @@ def chat(
 ) -> None:
     """Talk with a model: each line is a message, /new starts over, /exit or Ctrl-D ends."""
     from llmkit.errors import UserError
-    from llmkit.inference.generate import count_new_tokens
+    from llmkit.generation.generate import count_new_tokens
     from llmkit.inference.writer import open_writer
     from llmkit.tokenizer.chat_template import describe_template
 

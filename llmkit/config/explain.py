@@ -34,7 +34,7 @@ ALIASES = {
     "log.every": "logging_steps",
 }
 # Of the section data; pydantic names the one that it took in the path of a problem.
-KINDS = ("corpus", "sft", "preference", "labelled")
+KINDS = ("corpus", "sft", "preference", "prompts", "labelled")
 KEY_OF_ALIAS = {alias: key for key, aliases in ALIASES.items() for alias in aliases.split()}
 
 

@@ -90,6 +90,28 @@ class PreferenceData(TurnData):
         return 2 * self.seq_len
 
 
+class PromptData(RecordData):
+    """Prompts that the model answers while it is trained, with whatever a reward needs to judge the answers."""
+
+    kind: Literal["prompts"]
+    """prompts: for grpo, which rewards the model's own answers."""
+    chat_template: PathStr | None = None
+    """A Jinja file; default: the tokenizer's own, else a plain one."""
+    special_tokens: list[str] = []
+    """Special tokens to add to the model's tokenizer; see resize_embeddings."""
+    seq_len: SeqLen = 1024
+    """Tokens of a prompt with an answer at the most. Prompts that leave no room for an answer are left out."""
+
+    @property
+    def sources(self) -> list[RecordSource]:
+        """Return no source: path names all records."""
+        return []
+
+    def all_sources(self) -> list[RecordSource]:
+        """Return the source that path is."""
+        return [RecordSource(**source) for source in name_sources(self.path)]
+
+
 class LabelledData(RecordData):
     """Texts with a label, pairs of texts, or words with a tag each; for the objectives classify, regress and tag."""
 

@@ -10,7 +10,7 @@ from pydantic import Field, PrivateAttr
 
 from llmkit.config.data import CorpusData, TaskData
 from llmkit.config.fields import Choice, Count, NonBlank, PathStr, Section, Seed, Tokens
-from llmkit.config.records import LabelledData, PreferenceData, SftData
+from llmkit.config.records import LabelledData, PreferenceData, PromptData, SftData
 from llmkit.config.yaml import dump_yaml, find_origin, key_path
 from llmkit.errors import UserError
 
@@ -125,7 +125,7 @@ class Config(Section):
     """Add embedding rows for tokens that the model of init_from lacks."""
     model: Choice | None = None
     """The architecture and its sizes, for a model that starts from random weights."""
-    data: Annotated[CorpusData | SftData | PreferenceData | LabelledData, Field(discriminator="kind")]
+    data: Annotated[CorpusData | SftData | PreferenceData | PromptData | LabelledData, Field(discriminator="kind")]
     """What to train on."""
     objective: Choice | None = None
     """Null: the default for the model and the data."""

@@ -49,7 +49,7 @@ def open_trees(folder: Path, split: str, global_batch_size: int, **order: Any) -
 
     A batch has the `answers` (B, T): for each target, the number of its answer in the row, which is even for the better
     answer of a tree and odd for the worse one; -1 elsewhere. Its `reference` (B, A) has the log-probability of each
-    answer under the model that training starts from, NaN if it is not known.
+    answer under the model that training starts from, NaN if it is not known. Trees are counted, not targets.
     """
     report, tokens, (trees, row_ends) = open_encoded(folder, split, "trees", "rows")
     width, pad_id, apart = report["row_len"], report["eos_id"], report["apart"]
@@ -87,6 +87,7 @@ def open_trees(folder: Path, split: str, global_batch_size: int, **order: Any) -
                     at, segment = at + len(coded) - 1, segment + apart
                 segment += not apart
         trunk = {} if apart else {"branches": branches}
-        return Batch(ids, labels, positions, segments, answers=answers, reference=known, **trunk)
+        pairs = answers.max(1) // 2 + 1
+        return Batch(ids, labels, positions, segments, answers=answers, reference=known, counts=pairs, **trunk)
 
     return Batches(len(row_ends), rows, global_batch_size, **order)

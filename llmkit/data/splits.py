@@ -10,6 +10,7 @@ import numpy as np
 from llmkit.data.batches import Batches, Mixture, corpus_batches, samples_in
 from llmkit.data.labelled import open_labelled_rows
 from llmkit.data.preferences import open_trees
+from llmkit.data.prompts import open_prompts
 from llmkit.data.rows import ANSWERS_LOST, open_rows
 from llmkit.data.tokens import TokenStream, open_split, read_sealed
 from llmkit.errors import DataError
@@ -46,7 +47,7 @@ class Splits:
     token_bytes  bytes of text per token (V,), see `bytes_per_token`
     labels       names of the labels, in the order of the model's outputs
     multi_label  whether a text has any number of them
-    mean_length  tokens of a row; None: seq_len
+    mean_length  tokens of a row on average; None: as many as a row can have
     """
 
     tokenizer: Tokenizer
@@ -204,6 +205,33 @@ def open_records(
         warning=warn_of_few(report),
         is_chat=bool(form),
         token_bytes=bytes_per_token(tokenizer),
+    )
+
+
+def open_prompt_splits(report: dict[str, Any], where: str, tokenizer: Tokenizer, *, form: str) -> Splits:
+    """Open the prompts that `records.prompts.encode_prompts` encoded, given its report.
+
+    where  the files, for the header
+    form   the template of chats; "" if the prompts are texts to continue
+    """
+    splits = report["splits"]
+    number = report["found"]["too_long"]
+    losses = [f"{number:,} prompts over {report['room']} tokens, left out: raise data.seq_len"] if number else []
+    losses += describe_contamination(report)
+    losses += ["val has prompts that train has too, so its reward is too good"] if report["prompts in both"] else []
+    losses += filter(None, [Tally(**report["records"]).describe(report["listed_in"])])
+    how = f"through {form}" if form else "as they are, no chat template"
+    names = ", ".join(f"{number:,} of {name}" for name, number in report["layouts"].items())
+    return Splits(
+        tokenizer,
+        lambda split, size, **order: open_prompts(Path(report["folder"]), split, size, **order),
+        {split: part["examples"] for split, part in splits.items()},
+        report["key"],
+        f"{where}: prompts ({names}) {how}; {splits['train']['examples']:,} train, {splits['val']['examples']:,} val",
+        lengths=", ".join(f"{name} {length:,}" for name, length in report["lengths"].items()) + " tokens a prompt",
+        losses="; ".join(losses),
+        is_chat=bool(form),
+        mean_length=report["mean_length"] + report["seq_len"] - report["room"],  # of the longest answers
     )
 
 

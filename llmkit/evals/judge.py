@@ -14,7 +14,7 @@ import torch
 
 from llmkit.errors import DataError, MachineError
 from llmkit.evals.rating import ANSWERS, JUDGE, Messages, Pair, append_line, judge_pair, read_answers, read_judgements
-from llmkit.inference.sampling import Sampling
+from llmkit.generation.sampling import Sampling
 from llmkit.inference.writer import Writer, open_writer
 
 ROWS = 16  # prompts that are answered together

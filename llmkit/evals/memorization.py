@@ -15,8 +15,8 @@ from llmkit.corpus.pii import PII_KINDS, find_pii
 from llmkit.data.splits import open_stream, read_manifest
 from llmkit.data.tokens import TokenStream
 from llmkit.errors import DataError, ModelError
-from llmkit.inference.generate import generate
-from llmkit.inference.sampling import Sampling
+from llmkit.generation.generate import generate
+from llmkit.generation.sampling import Sampling
 from llmkit.intervals import wilson
 from llmkit.parallel.device import autocast, choose_precision
 from llmkit.parallel.world import start_world

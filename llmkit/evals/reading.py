@@ -81,7 +81,7 @@ def run_val_split(
 def better_answers(batch: Batch) -> Batch:
     """Return a batch of trees with the better answers as targets, as language models have them."""
     labels = np.where(batch.answers % 2 == 0, batch.labels, IGNORE_INDEX)
-    return replace(batch, labels=labels, answers=None, reference=None)
+    return replace(batch, labels=labels, answers=None, reference=None, counts=None)
 
 
 def read_val(folder: Path, tokenizer: Tokenizer, source: str | None = None) -> tuple[np.ndarray, str, int]:

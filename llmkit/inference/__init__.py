@@ -1,1 +1,1 @@
-"""Generate text: sampling and decoding, a writer for the commands, and an OpenAI-compatible server."""
+"""Serve text: a writer for the commands, and an OpenAI-compatible server."""

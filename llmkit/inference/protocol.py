@@ -14,8 +14,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from llmkit.errors import UserError
+from llmkit.generation.sampling import Sampling
 from llmkit.inference.logprobs import TokenLogprob, token_texts
-from llmkit.inference.sampling import Sampling
 from llmkit.inference.writer import GeneratedText
 from llmkit.tokenizer.tokenizer import Tokenizer
 

@@ -28,6 +28,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llmkit.errors import MachineError, UserError
+from llmkit.generation.sampling import Sampling
 from llmkit.inference.connections import WatchedProtocol
 from llmkit.inference.logprobs import score_ids
 from llmkit.inference.protocol import (
@@ -42,7 +43,6 @@ from llmkit.inference.protocol import (
     read_field,
     read_request,
 )
-from llmkit.inference.sampling import Sampling
 from llmkit.inference.writer import GeneratedText, Writer
 from llmkit.tokenizer.messages import to_messages, to_tools, to_variables
 

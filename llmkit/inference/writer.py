@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from llmkit.errors import DataError, MachineError, ModelError, UserError
-from llmkit.inference.generate import compile_decoding, count_new_tokens, decode_until_stop, generate
-from llmkit.inference.sampling import Sampling
+from llmkit.generation.generate import compile_decoding, count_new_tokens, decode_until_stop, generate
+from llmkit.generation.sampling import Sampling
 from llmkit.models.layers import FEW_ROWS
 from llmkit.parallel.compile import compile_obstacle
 from llmkit.parallel.device import DTYPES, choose_precision

@@ -1,6 +1,6 @@
 """Objectives, by name. A new one is a function that builds it, and a line here with the models and data it fits."""
 
-from llmkit.objectives import heads, lm, preference
+from llmkit.objectives import grpo, heads, lm, preference
 from llmkit.objectives.objective import ObjectiveType
 
 LABELLED, PREFERENCES = (("causal", "labelled"), ("masked", "labelled")), (("causal", "preference"),)
@@ -12,10 +12,11 @@ OBJECTIVES: dict[str, ObjectiveType] = {
     "regress": ObjectiveType(heads.regress, LABELLED),
     "tag": ObjectiveType(heads.tag, LABELLED),
     "dpo": ObjectiveType(preference.dpo, PREFERENCES),
+    "grpo": ObjectiveType(grpo.grpo, (("causal", "prompts"),)),
     "seq2seq": ObjectiveType(lm.seq2seq, (("seq2seq", "sft"),), lambda seq_len: (seq_len, seq_len)),
 }
 HEADS = tuple(name for name, one in OBJECTIVES.items() if one.fits == LABELLED)  # that predict labels
-PREFERENCE = tuple(name for name, one in OBJECTIVES.items() if one.fits == PREFERENCES)  # that learn from two answers
+DATA_OF = {name: one.fits[-1][1] for name, one in OBJECTIVES.items()}  # the kind of data that an objective learns from
 
 
 def fitting_objectives(kind: str, data_kind: str) -> list[str]:

@@ -2,11 +2,30 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from llmkit.data.corrupt import Corrupt
+from llmkit.parallel.world import World
+from llmkit.types import Batch
+
+
+@dataclass(frozen=True)
+class Step:
+    """Hold what `Objective.prepare` may need to know about a step.
+
+    number  of the step
+    seed    of what is drawn in it on this rank
+    folder  of the run, for what a resumed run reads again; None: keep nothing
+    """
+
+    number: int
+    seed: int
+    world: World
+    micro_batch_size: int
+    folder: Path | None
 
 
 @dataclass(frozen=True)
@@ -17,6 +36,9 @@ class Objective:
     evaluate  (model, batches, options as `lm.perplexity` has) -> figures with a "val_loss", of which the lowest is best
     corrupt   changes a batch before the model sees it; None: nothing is changed
     needs_reference  whether batches have the `reference` of the model that training starts from, if that is not at hand
+    prepare   (model, this rank's batch, Step) -> the batch to train on, and figures about it, which are logged: what
+              needs a whole batch, or what the model writes. None: batches are as the data has them
+    updates   steps in a row that take the same batch of the data
     scores    names of the figures of `evaluate`, besides val_loss, that eval.best may name
     """
 
@@ -24,6 +46,8 @@ class Objective:
     evaluate: Callable[..., dict[str, Any]]
     corrupt: Corrupt | None = None
     needs_reference: bool = False
+    prepare: Callable[[nn.Module, Batch, Step], tuple[Batch, dict[str, float]]] | None = None
+    updates: int = 1
     scores: tuple[str, ...] = ()
 
 

@@ -38,7 +38,7 @@ def answer_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor
     auxiliary loss for a pair, see `Family.aux_loss`.
     """
     family, answers, shape = family_of(model.config), batch["answers"], batch["reference"].shape
-    inputs = {name: value for name, value in batch.items() if name not in ("answers", "reference")}
+    inputs = {name: value for name, value in batch.items() if name not in ("answers", "reference", "counts")}
     weight, added = family.aux_loss_weight(model.config), 0.0
     losses = model(**inputs, reduction="none", with_balance=bool(weight))
     if weight:

@@ -8,10 +8,10 @@ from typing import Any
 from lm_eval.api.model import LM
 from torch import nn
 
-from llmkit.inference.sampling import Sampling
+from llmkit.generation.answers import write_answers
+from llmkit.generation.sampling import Sampling
 from llmkit.tasks.encode import encode_pairs, encode_prompt_texts, encode_windows, fit_answers
 from llmkit.tasks.likelihood import Score, score_requests
-from llmkit.tasks.writing import write_answers
 from llmkit.tokenizer.chat_template import render_chat
 from llmkit.tokenizer.tokenizer import Tokenizer
 

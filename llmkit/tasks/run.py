@@ -13,7 +13,8 @@ import numpy as np
 from torch import nn
 
 from llmkit.errors import DataError, ModelError, UserError, raise_all
-from llmkit.inference.sampling import Sampling
+from llmkit.generation.answers import write_answers
+from llmkit.generation.sampling import Sampling
 from llmkit.intervals import RESAMPLES, bootstrap, fairness, mean_error, mean_interval
 from llmkit.tasks.documents import Doc, read_split
 from llmkit.tasks.encode import EMPTY, cut_left, encode_answers, encode_prompts, encode_sources, encode_windows
@@ -35,9 +36,9 @@ from llmkit.tasks.metrics import (
 )
 from llmkit.tasks.prompts import SEED, Question, build_questions, fill, run_code
 from llmkit.tasks.questions import checksums
-from llmkit.tasks.task import Filter, Metric, Task, load_function, read_task
-from llmkit.tasks.writing import write_answers
+from llmkit.tasks.task import Filter, Metric, Task, read_task
 from llmkit.tokenizer.tokenizer import Tokenizer
+from llmkit.user_code import load_named
 
 Progress = Callable[[Iterable], Iterable]
 
@@ -94,7 +95,7 @@ def prepare(
         what = f"{task.task}: a metric of your own scores choices or written answers, without process_results"
         raise UserError(what, got=task.output_type, fix="leave out --metric")
     if metrics:
-        task.metric_list = [*task.metrics, *(Metric(metric=load_metric(one)) for one in metrics)]
+        task.metric_list = [*task.metrics, *(Metric(metric=load_named(one, "--metric")) for one in metrics)]
     raise_all(check_metrics(task))
     number = (task.num_fewshot or 0) if shots is None else shots
     if number and task.output_type == "loglikelihood_rolling":
@@ -133,15 +134,6 @@ def first_of_groups(task: Task, docs: list[Doc], limit: int) -> list[Doc]:
         taken[group] += 1
         kept += [doc] if taken[group] <= limit else []
     return kept
-
-
-def load_metric(name: str) -> Callable:
-    """Load a user's metric, a function in a Python file: my.py:function."""
-    file, colon, function = name.rpartition(":")
-    if not colon or not file.endswith(".py"):
-        raise UserError("a metric of your own is named as my.py:function", got=name)
-    path = Path(file).expanduser()
-    return load_function(path.parent, f"{path.stem}.{function}", f"--metric {name}")
 
 
 def run_task(prepared: Prepared, model: nn.Module, tokenizer: Tokenizer, *, progress: Progress = iter) -> Result:

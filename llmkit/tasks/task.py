@@ -5,9 +5,7 @@ https://github.com/EleutherAI/lm-evaluation-harness/blob/main/docs/task_guide.md
 have are `group_by`, `fairness` and the output type `pairs`; and what `Files` says.
 """
 
-import importlib.util
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +16,8 @@ from llmkit.config.data import TableFormat
 from llmkit.config.explain import explain_all
 from llmkit.config.fields import Count, NonBlank, Section
 from llmkit.config.yaml import merge, read_yaml
-from llmkit.errors import UserError, did_you_mean, raise_all
+from llmkit.errors import UserError, raise_all
+from llmkit.user_code import load_function
 
 Template = str | Callable  # a field, a Jinja template, or a function of a task's own code
 
@@ -244,7 +243,8 @@ def read_values(path: Path, allow_code: bool, depth: int = 0) -> tuple[dict[str,
         if not allow_code:
             fix = "read it, and give `llmkit eval --allow-code` if you trust it"
             raise UserError("the task runs code of its own", at=at, got=f"!function {value}", fix=fix)
-        return load_function(path.parent, value, at)
+        module, _, function = value.rpartition(".")
+        return load_function(path.parent / f"{module.replace('.', '/')}.py", function, at)
 
     values, origins = read_yaml(path, {"!function": load})
     if "include" in values:
@@ -254,26 +254,6 @@ def read_values(path: Path, allow_code: bool, depth: int = 0) -> tuple[dict[str,
         included, places = read_values(file, allow_code, depth + 1)
         values, origins = merge(included, values), places | origins
     return values, origins
-
-
-def load_function(folder: Path, name: str, at: str) -> Callable:
-    """Load `module.function` of a Python file in a folder."""
-    module, _, function = name.rpartition(".")
-    file = folder / f"{module.replace('.', '/')}.py"
-    if not module or not file.is_file():
-        raise UserError("the task's code is not there", at=at, got=name, expected=file)
-    spec = importlib.util.spec_from_file_location(f"llmkit_task_{module}", file)
-    loaded = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(folder))  # it may import its neighbours
-    try:
-        spec.loader.exec_module(loaded)
-    except Exception as error:
-        raise UserError(f"the task's code fails: {type(error).__name__}: {error}", at=file) from error
-    finally:
-        sys.path.remove(str(folder))
-    if not callable(found := getattr(loaded, function, None)):
-        raise UserError(f"{file} has no function {function}", at=at, fix=did_you_mean(function, vars(loaded)))
-    return found
 
 
 def conflicts(task: Task, path: Path) -> list[UserError]:

@@ -10,15 +10,17 @@ from llmkit.config.data import CorpusData
 from llmkit.config.schema import Config
 from llmkit.corpus.build import build_corpus, needs_build
 from llmkit.corpus.units import VERSION
-from llmkit.data.splits import Splits, open_corpus, open_labelled, open_records, read_manifest
+from llmkit.data.splits import Splits, open_corpus, open_labelled, open_prompt_splits, open_records, read_manifest
 from llmkit.errors import DataError
 from llmkit.models.folder import read_config
 from llmkit.parallel.world import World
 from llmkit.records.build import encode_turns
 from llmkit.records.labelled import encode_labelled
 from llmkit.records.preferences import is_continued
+from llmkit.records.prompts import CONTINUED, encode_prompts
 from llmkit.tokenizer.chat_template import default_template, describe_template
 from llmkit.tokenizer.load import load_tokenizer, read_template
+from llmkit.tokenizer.tokenizer import Tokenizer
 
 
 def open_data(
@@ -28,17 +30,21 @@ def open_data(
     start_id: int | None,
     say: Callable[[str], None],
     *,
+    max_new_tokens: int = 0,
     keep: bool = True,
 ) -> Splits:
     """Open the splits of data.dir, or of fine-tuning records that are encoded with the base's tokenizer.
 
     start_id  the decoder's first token, for an encoder and a decoder; None: the model is a decoder alone
+    max_new_tokens  of an answer to a prompt
     keep      encode records into the run directory; False: into a temporary folder, and replace no build of a corpus
     """
     if isinstance(config.data, CorpusData):
         return open_built_corpus(config, world, say, keep=keep)
     if config.data.kind == "labelled":
         return open_encoded_labels(config, world, base, keep=keep)
+    if config.data.kind == "prompts":
+        return open_encoded_prompts(config, world, base, max_new_tokens, keep=keep)
     return open_encoded_records(config, world, base, start_id, keep=keep)
 
 
@@ -68,10 +74,7 @@ def open_built_corpus(config: Config, world: World, say: Callable[[str], None], 
 
 def open_encoded_records(config: Config, world: World, base: Path, start_id: int | None, *, keep: bool) -> Splits:
     """Encode the records, if that is not done, and open them."""
-    data, tokenizer = config.data, load_tokenizer(base)
-    tokenizer.add_specials(data.special_tokens)
-    if data.chat_template is not None:
-        tokenizer.chat_template = read_template(Path(data.chat_template))
+    data, tokenizer = config.data, load_templated(config, base)
     out = Path(config.run_dir) / "data" if keep else temporary_folder()
     options = {"seed": config.seed, "form": "rows" if start_id is None else "pairs", "keep": keep}
     if data.kind == "preference":
@@ -87,6 +90,30 @@ def open_encoded_records(config: Config, world: World, base: Path, start_id: int
     where = data.path or ", ".join(source.name for source in data.sources)
     where += f" and {data.val_path}" if data.val_path else ""
     return open_records(report, where, tokenizer, start_id, form=form, weights=weights)
+
+
+def load_templated(config: Config, base: Path) -> Tokenizer:
+    """Return the tokenizer of the base with the template and the special tokens that the data section names."""
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_specials(config.data.special_tokens)
+    if config.data.chat_template is not None:
+        tokenizer.chat_template = read_template(Path(config.data.chat_template))
+    return tokenizer
+
+
+def open_encoded_prompts(config: Config, world: World, base: Path, max_new_tokens: int, *, keep: bool) -> Splits:
+    """Encode the prompts, if that is not done, and open them."""
+    data, tokenizer = config.data, load_templated(config, base)
+    out = Path(config.run_dir) / "data" if keep else temporary_folder()
+    options = {"room": data.seq_len - max_new_tokens, "seed": config.seed, "keep": keep}
+    world.on_main(lambda: encode_prompts(data, tokenizer, out, **options), builds_data=True)
+    report = encode_prompts(data, tokenizer, out, **options)  # every rank reads what rank 0 wrote
+    is_chat = set(report["layouts"]) != {CONTINUED}
+    form = describe_template(tokenizer) if is_chat else ""
+    if is_chat:
+        tokenizer.chat_template = default_template(tokenizer)
+    where = data.path + (f" and {data.val_path}" if data.val_path else "")
+    return open_prompt_splits(report, where, tokenizer, form=form)
 
 
 def open_encoded_labels(config: Config, world: World, base: Path, *, keep: bool) -> Splits:

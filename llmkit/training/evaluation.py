@@ -20,7 +20,7 @@ from llmkit.errors import DataError, UserError, is_out_of_memory
 from llmkit.evals.perplexity import divide, loss_difference, note_targets
 from llmkit.evals.reading import Reading, corrupted_rows, read_data, windows
 from llmkit.files import write_atomically
-from llmkit.inference.generate import stream
+from llmkit.generation.generate import stream
 from llmkit.objectives.lm import perplexity
 from llmkit.parallel.device import autocast
 from llmkit.parallel.world import World

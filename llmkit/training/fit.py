@@ -42,10 +42,15 @@ def plan_run(
         checkpointing=train.gradient_checkpointing,
         compiled=train.compile is True,
         packed=data.kind in ("sft", "preference") or (data.kind == "corpus" and data.document_mask),
-        accumulates=train.global_batch_size // ranks > train.micro_batch_size,
+        accumulates=rows_in_step(config, options, ranks) > train.micro_batch_size,
         averages=config.checkpoint.average == "tail",
         device=device,
     )
+
+
+def rows_in_step(config: Config, options: Options, ranks: int) -> int:
+    """Return the rows that a rank trains on in a step: those of the batch, or answers to its prompts."""
+    return config.train.global_batch_size // ranks * options["objective"].get("group_size", 1)
 
 
 def head_of(config: Config, options: Options, kind: str) -> HeadConfig | None:
@@ -82,7 +87,7 @@ def choose_fit(
     room     bytes of memory, of which MEMORY_SHARE may be planned
     planned  precision and new_rows for `plan_run`
     """
-    asked, rows = config.train.micro_batch_size, config.train.global_batch_size // ranks
+    asked, rows = config.train.micro_batch_size, rows_in_step(config, options, ranks)
     if asked != "auto" and rows % asked:
         got = f"{asked}, and {rows} rows a rank"
         raise config.error("train.micro_batch_size", "does not divide a rank's share of the batch", got=got)
@@ -129,9 +134,9 @@ def modes_below(mode: str | int | float) -> tuple[str | float, ...]:
     return RECOMPUTED[RECOMPUTED.index(mode) + 1 :]
 
 
-def changes(config: Config, ranks: int) -> Iterator[tuple[str, Config]]:
+def changes(config: Config, options: Options, ranks: int) -> Iterator[tuple[str, Config]]:
     """Yield changes of a config that make it smaller, the cheapest first: (what to set, the changed config)."""
-    rows = config.train.global_batch_size // ranks
+    rows = rows_in_step(config, options, ranks)
     for micro in smaller_micro_batches(rows, config.train.micro_batch_size - 1):
         yield f"train.micro_batch_size: {micro}", with_train(config, micro_batch_size=micro)
     smallest, said = (
@@ -156,7 +161,7 @@ def cheapest_change(config: Config, options: Options, ranks: int, room: float, *
 
     planned  model_config, device, precision and new_rows for `plan_run`
     """
-    if smaller := list(changes(config, ranks)):
+    if smaller := list(changes(config, options, ranks)):
         lora = {} if config.peft else {"peft": vars(METHODS["lora"].options())}
         number, plan = first_that_fits([changed for _, changed in smaller], room, options | lora, ranks, *planned)
         if plan.peak_memory <= room:

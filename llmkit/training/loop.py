@@ -45,7 +45,7 @@ from llmkit.training.progress import Progress, early_stop, initial_counters, sto
 from llmkit.training.reference import keep_references
 from llmkit.training.retry import retry_smaller
 from llmkit.training.state import make_model, restore, save, write_model
-from llmkit.training.warmup import choose_compile, rehearse
+from llmkit.training.warmup import choose_compile, prepare_batch, rehearse
 from llmkit.types import Batch
 
 
@@ -172,7 +172,7 @@ def take_steps(
             # One step: the gradient of (sum of losses / targets of the whole step), however it is cut up.
             step = progress.step
             lr = set_lr(optimizers, run.lr_factor(step))
-            batch = batches.batch_at(step)
+            batch, figures = prepare_batch(run, model, batches, step, Path(config.run_dir))
             targets = world.sum(batch.count)
             scale = progress.tensors["scale"]
             attempt = partial(add_gradients, run, model, trained, batch, step, scale / targets)
@@ -187,6 +187,7 @@ def take_steps(
             if progress.average:
                 update_average(progress.average, progress.step, config.checkpoint.average_fraction)
             interval.targets += targets
+            interval.add(**{name: torch.tensor(value * targets / world.size) for name, value in figures.items()})
             if profiler:
                 profiler.step()
 

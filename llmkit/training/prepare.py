@@ -36,7 +36,7 @@ from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.training.build_data import open_data
 from llmkit.training.cost import Plan
 from llmkit.training.evaluation import Extras, check_best, open_extras
-from llmkit.training.fit import MEMORY_SHARE, cheapest_change, check_memory, choose_fit, head_of
+from llmkit.training.fit import MEMORY_SHARE, cheapest_change, check_memory, choose_fit, head_of, rows_in_step
 from llmkit.training.resolve import (
     Options,
     check_choices,
@@ -101,7 +101,8 @@ class PreparedRun:
     @property
     def tokens_per_step(self) -> int:
         """Return the tokens that a step reads, on average of labelled texts, whose rows differ in length."""
-        return round(self.config.train.global_batch_size * (self.data.mean_length or self.config.data.row_len))
+        rows = rows_in_step(self.config, self.options, 1)
+        return round(rows * (self.data.mean_length or self.config.data.row_len))
 
     @property
     def token_bytes(self) -> np.ndarray | None:
@@ -161,7 +162,8 @@ def prepare(
         if keep:
             world.on_main(lambda: claim(Path(config.run_dir)))
     start_id = family_of(model_config).start_token_id(model_config)
-    data = open_data(config, world, checked.base, start_id, say, keep=keep)
+    written = options["objective"].get("max_new_tokens", 0)
+    data = open_data(config, world, checked.base, start_id, say, max_new_tokens=written, keep=keep)
     new_tokens = fit_vocabulary(checked, data.tokenizer)
     for split, samples in data.samples.items():
         if samples < 1:
@@ -285,7 +287,7 @@ def derive(
     samples  of the train split; None: not known
     """
     config, options, model_config = checked.config, checked.options, checked.model_config
-    max_steps = count_steps(config.train, config.data.row_len, samples)
+    max_steps = count_steps(config.train, config.data.row_len, samples, options["objective"].get("updates", 1))
     raise_all(list(check_warmup(config, options, max_steps)))
     planned = (model_config, device, precision, new_rows)
     config, plan = choose_fit(config, ranks, room, options, *planned)
@@ -347,7 +349,9 @@ def describe(run: PreparedRun) -> dict[str, str]:
     """Return the header of a run, for the screen and the report."""
     config, plan, options, rows = run.config, run.plan, run.options, run.data.samples["train"]
     size, epochs = config.train.global_batch_size, epochs_by_source(run)
-    accumulation = math.ceil(size // run.world.size / run.micro_batch_size)
+    own = rows_in_step(config, options, run.world.size)
+    answers = f" x {own * run.world.size // size} answers" if own * run.world.size > size else ""
+    accumulation = math.ceil(own / run.micro_batch_size)
     trained = "" if plan.trainable == plan.total else f", {format_count(plan.trainable)} trained"
     mixture = [f"{name} {share:.1%} x {epochs[name]:.2f}" for name, (share, _) in run.data.shares.items()]
     available = format_count(rows)
@@ -362,8 +366,8 @@ def describe(run: PreparedRun) -> dict[str, str]:
         "records": run.data.losses,
         "mixture": ", ".join(mixture),
         "device": f"{device_name(run.world.device)}, {describe_precision(run.world.device, run.precision)}, {ranks}",
-        "batch": f"{size} = {run.micro_batch_size} micro x {accumulation} accumulated x {ranks}, "
-        f"{'up to ' if run.head else ''}{config.data.row_len} tokens each",
+        "batch": f"{size}{answers} = {run.micro_batch_size} micro x {accumulation} accumulated x {ranks}, "
+        f"{'up to ' if run.head or answers else ''}{config.data.row_len} tokens each",
         "length": f"{run.max_steps} steps, {format_count(run.max_steps * run.tokens_per_step)} tokens, "
         f"{run.max_steps * size / rows:.2f} epochs",
         "objective": describe_choice(config.objective.name, options["objective"]) if options["objective"] else "",
@@ -388,7 +392,7 @@ def next_commands(run: PreparedRun) -> list[str]:
         return [f"llmkit eval {folder}", f"llmkit classify {folder} FILE"]
     prompt = shlex.quote(run.config.eval.sample_prompt or "Once upon a time")
     write = [f"llmkit generate {folder} {prompt}"]
-    if run.config.data.kind in ("sft", "preference"):
+    if run.config.data.kind not in ("corpus", "labelled"):
         prompt = "'a prompt as in the data'"
         write = [f"llmkit chat {folder}" if run.data.is_chat else f"llmkit generate {folder} {prompt}"]
     elif kind != "causal":  # an encoder writes nothing, its decoder only the spans that were cut out

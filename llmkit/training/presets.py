@@ -12,7 +12,7 @@ from llmkit.config.schema import Config
 from llmkit.config.yaml import quote, read_yaml
 from llmkit.errors import ModelError, UserError, suggest
 from llmkit.models.folder import read_config
-from llmkit.objectives import HEADS, PREFERENCE
+from llmkit.objectives import DATA_OF, HEADS
 from llmkit.readers.packed import suffix_of
 from llmkit.readers.records import DOCUMENT_FORMATS
 from llmkit.storage.locate import locate
@@ -22,6 +22,8 @@ from llmkit.storage.run import read_run_config
 
 LOCAL = Path("llmkit.yaml")
 LONGEST = 1024  # data.seq_len at the most, unless the config says otherwise
+RATES, PREFERRED_RATES = (2e-5, 2e-4), (1e-6, 1e-5)  # learning rates of all weights, and of adapters
+PREFERRING = ("dpo", "grpo")  # with trl's rates: 1e-6, and ten times as much for adapters
 EXAMPLE_NAMES = {"pretrain": "llama-150m", "finetune": "lora"}  # what `init` calls them -> a file in configs/
 
 
@@ -55,7 +57,8 @@ def finetune_config(
         path = LOCAL
         say(f"config: {LOCAL}")
     own = read_yaml(path)[0] if path else {}
-    own_peft = own["peft"] if isinstance(own.get("peft"), dict) else {}
+    own_peft, own_objective = (own[key] if isinstance(own.get(key), dict) else {} for key in ("peft", "objective"))
+    learnt = objective or own_objective.get("name")
     newest = None
     if path is None and model is None:
         runs = [run for run in list_runs(Path("runs")) if list_checkpoints(run)]
@@ -87,11 +90,12 @@ def finetune_config(
     name = f"{Path(start or 'model').name}-{method}"
     if path not in (None, LOCAL):  # a config names its run as in pretraining, unless the method is another one
         name = path.stem if own_peft.get("name", "full") == method else f"{path.stem}-{method}"
+    rates, epochs = (PREFERRED_RATES, 1) if learnt in PREFERRING else (RATES, 3)
     defaults: dict[str, Any] = {
         "run_dir": f"runs/{name}",
-        "optimizer": {"name": "adamw", "lr": 2e-5 if method == "full" else 2e-4, "weight_decay": 0.0},
+        "optimizer": {"name": "adamw", "lr": rates[0] if method == "full" else rates[1], "weight_decay": 0.0},
         "schedule": {"name": "cosine"},
-        "train": {"epochs": 3, "global_batch_size": 16},
+        "train": {"epochs": epochs, "global_batch_size": 16},
         "eval": {"every": 50},
         "checkpoint": {"every": 100},
     }
@@ -100,7 +104,7 @@ def finetune_config(
     if section:
         defaults["data"] = section
     elif data is not None or is_records(own.get("data")):
-        defaults["data"] = {"kind": data_kind(objective)}
+        defaults["data"] = {"kind": DATA_OF.get(learnt, "sft")}
         if start is not None:
             defaults["data"]["seq_len"] = min(LONGEST, trained_length(start))
     flags = [f"init_from={quote(model)}"] if model else []
@@ -118,11 +122,6 @@ def finetune_config(
         what, fix = "the config trains with another method than the run is named after", "name the method by its option"
         raise config.error("peft.name", what, got=f"{chosen}, and {method}", fix=f"{fix}: --{chosen}")
     return config
-
-
-def data_kind(objective: str | None) -> str:
-    """Return the kind of records that an objective learns from."""
-    return "labelled" if objective in HEADS else "preference" if objective in PREFERENCE else "sft"
 
 
 def is_records(data: Any) -> bool:

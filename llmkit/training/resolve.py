@@ -127,6 +127,8 @@ def find_problems(config: Config, options: Options, model_config: Any, ranks: in
         yield config.error("data.document_mask", "can't be done: spans are cut out of whole rows")
     if isinstance(config.data, TurnData):
         yield from record_problems(config, kind)
+    if data == "prompts":
+        yield from prompt_problems(config, options["objective"])
     if data == "labelled":
         yield from head_problems(config)
     section = "model" if config.model else "init_from"
@@ -164,6 +166,25 @@ def record_problems(config: Config, model_kind: str) -> Iterator[UserError]:
     if data.too_long == "split" and model_kind == "seq2seq":
         what, fix = "can't be split for an encoder and a decoder", "data.too_long: drop or truncate_prompt"
         yield config.error("data.too_long", what, fix=fix)
+
+
+def prompt_problems(config: Config, options: dict[str, Any]) -> Iterator[UserError]:
+    """Yield what does not fit prompts that the model answers while it is trained."""
+    for name in [name for name in config.data.columns if name not in FIELDS]:
+        fix = did_you_mean(name, FIELDS) or f"name one of {', '.join(FIELDS)}"
+        yield config.error("data.columns", f"has {name}, which is no field of a record", fix=fix)
+    if (most := options["max_new_tokens"]) >= config.data.seq_len:
+        got = f"{most}, data.seq_len: {config.data.seq_len}"
+        yield config.error("objective.max_new_tokens", "leaves no room for a prompt", got=got)
+    if options["beta"] and not config.peft:
+        what, fix = "needs an adapter: without one, the model that training starts from is not at hand", "add --lora"
+        yield config.error("objective.beta", what, got=options["beta"], fix=fix)
+    if config.train.max_tokens is not None:
+        yield config.error(
+            "train.max_tokens", "can't be counted: the model writes them", fix="give epochs or max_steps"
+        )
+    if config.train.compile is True:
+        yield config.error("train.compile", "can't be done: answers differ in length", fix="delete it")
 
 
 def head_problems(config: Config) -> Iterator[UserError]:
@@ -301,10 +322,13 @@ def name_checkpoint(config: Config) -> Config:
     return config.model_copy(update={"init_from": str(best)})
 
 
-def count_steps(train: Train, row_len: int, samples: int | None) -> int | None:
-    """Return the optimizer steps of a run; None if it is given in epochs and the samples are not known."""
+def count_steps(train: Train, row_len: int, samples: int | None, updates: int = 1) -> int | None:
+    """Return the optimizer steps of a run; None if it is given in epochs and the samples are not known.
+
+    updates  steps that take the same batch
+    """
     if train.max_steps:
         return train.max_steps
     if train.max_tokens:
         return math.ceil(train.max_tokens / (train.global_batch_size * row_len))
-    return math.ceil(train.epochs * samples / train.global_batch_size) if samples else None
+    return math.ceil(train.epochs * samples / train.global_batch_size) * updates if samples else None

@@ -10,7 +10,14 @@ from torch import nn
 from llmkit.errors import MachineError, is_out_of_memory
 from llmkit.parallel.memory import free_memory
 from llmkit.storage.run import RunDirectory
-from llmkit.training.fit import MEMORY_SHARE, cheapest_change, largest_part, smaller_micro_batches, with_train
+from llmkit.training.fit import (
+    MEMORY_SHARE,
+    cheapest_change,
+    largest_part,
+    rows_in_step,
+    smaller_micro_batches,
+    with_train,
+)
 from llmkit.training.prepare import PreparedRun
 
 Result = TypeVar("Result")
@@ -45,7 +52,7 @@ def halve_micro_batch(
     gc.collect()
     if run.world.device.type == "cuda":
         torch.cuda.empty_cache()
-    rows, before = run.config.train.global_batch_size, run.micro_batch_size
+    rows, before = rows_in_step(run.config, run.options, 1), run.micro_batch_size
     if before == 1:
         raise no_memory_error(run)
     run.micro_batch_size = smaller_micro_batches(rows, before // 2)[0]

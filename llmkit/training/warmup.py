@@ -2,16 +2,20 @@
 
 import itertools
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from llmkit.data.batches import Batches
+from llmkit.objectives.objective import Step
 from llmkit.parallel.compile import compile_obstacle
 from llmkit.parallel.device import autocast, synchronize, to_device
 from llmkit.screen import format_duration
+from llmkit.training.fit import rows_in_step
 from llmkit.training.optim import make_state
 from llmkit.training.prepare import PreparedRun
+from llmkit.types import Batch
 
 # What compiling takes, for training and evaluation, and the share of a step that it saves. Measured on two CPU cores,
 # for training alone: 27 s and 27 % (Llama 4 x 256), 29 s and 27 % (6 x 384), 39 s and 16 % (GPT-2 124M), 38 s and 16 %
@@ -19,14 +23,30 @@ from llmkit.training.prepare import PreparedRun
 COMPILE_SECONDS, COMPILE_GAIN = 45.0, 0.15
 
 
+def prepare_batch(
+    run: PreparedRun, model: nn.Module, batches: Batches, step: int, folder: Path | None
+) -> tuple[Batch, dict[str, float]]:
+    """Return this rank's batch of a step as its objective wants it, and the figures about it; see `Objective`.
+
+    folder  of the run; None: keep nothing
+    """
+    batch = batches.batch_at(step // run.objective.updates)
+    if run.objective.prepare is None:
+        return batch, {}
+    about = Step(step, run.seed_at(step), run.world, run.micro_batch_size, folder)
+    with autocast(run.world.device, run.precision), torch.compiler.set_stance("force_eager"):
+        return run.objective.prepare(model, batch, about)
+
+
 def time_micro_batch(run: PreparedRun, model: nn.Module, batches: Batches, most: int = 1) -> float:
     """Return the seconds of forward and backward of the run's first micro-batches, up to `most`.
 
     No weight is changed, and no gradient is left.
     """
+    batch, _ = prepare_batch(run, model, batches, 0, None)
     synchronize(run.world.device)
     start = time.perf_counter()
-    for micro in itertools.islice(batches.batch_at(0).split(run.micro_batch_size), most):
+    for micro in itertools.islice(batch.split(run.micro_batch_size), most):
         with autocast(run.world.device, run.precision):
             loss: Tensor = run.objective.loss(model, to_device(micro, run.world.device))[0]
         loss.backward()
@@ -60,12 +80,12 @@ def choose_compile(run: PreparedRun, model: nn.Module, batches: Batches, done: i
     """
     if run.config.train.compile != "auto":
         return run.config.train.compile, "as when the run began" if done else "as the config says"
-    if run.head:
-        return False, "rows of labelled texts differ in length"
+    if run.head or run.config.data.kind == "prompts":
+        return False, "rows differ in length"
     if obstacle := compile_obstacle(model, run.world.device, run.precision):
         return False, obstacle
     time_micro_batch(run, model, batches)  # the first one allocates memory
-    accumulation = run.config.train.global_batch_size // run.world.size // run.micro_batch_size
+    accumulation = rows_in_step(run.config, run.options, run.world.size) // run.micro_batch_size
     seconds = run.world.sum(time_micro_batch(run, model, batches)) / run.world.size * accumulation
     eager = seconds * (run.max_steps - done)
     gain = COMPILE_GAIN * eager

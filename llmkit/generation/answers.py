@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import nn
 
-from llmkit.inference.generate import generate
-from llmkit.inference.sampling import Sampling
+from llmkit.generation.generate import generate
+from llmkit.generation.sampling import Sampling
 from llmkit.tokenizer.tokenizer import Tokenizer
 
+MANY_ROWS = 256  # of short answers, of which none waits for its text
 ROWS = 32  # most prompts that are continued together
 TAIL = 32  # newest tokens in which the end of an answer is looked for
 
@@ -62,3 +64,35 @@ def cut(text: str, until: Sequence[str]) -> str:
     for end in until:
         text = text.split(end)[0]
     return text
+
+
+@torch.no_grad()
+def write_tokens(
+    model: nn.Module,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: frozenset[int],
+    seed: int = 0,
+    rows: int = MANY_ROWS,
+) -> list[list[int]]:
+    """Return the tokens that a model writes after each prompt, with the one of `stop` that ends an answer.
+
+    rows  prompts that are continued together at the most; copies of a prompt are neighbours, and are read once
+
+    Prompt i draws with seed + i.
+    """
+    found = []
+    for start in range(0, len(prompts), rows):
+        some = list(prompts[start : start + rows])
+        answers: list[list[int]] = [[] for _ in some]
+        for tokens in generate(model, some, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed + start):
+            ended = [bool(answer) and answer[-1] in stop for answer in answers]
+            if all(ended):
+                break
+            for answer, token, is_over in zip(answers, tokens, ended, strict=True):
+                if token is not None and not is_over:
+                    answer.append(token)
+        found += answers
+    return found

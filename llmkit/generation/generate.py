@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.errors import DataError, ModelError
-from llmkit.inference.sampling import DEFAULT_SAMPLING, GENERATE_MAX_NEW_TOKENS, Sampling
+from llmkit.generation.sampling import DEFAULT_SAMPLING, GENERATE_MAX_NEW_TOKENS, Sampling
 from llmkit.models import family_of
 from llmkit.models.attention import KVCache
 from llmkit.models.layers import FEW_ROWS, FewRows, swap_class

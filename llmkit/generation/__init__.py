@@ -1,0 +1,1 @@
+"""Write tokens with a model: sampling, a cache, many prompts at a time."""

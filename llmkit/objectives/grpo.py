@@ -1,0 +1,322 @@
+"""Reinforce answers that are better than others to the same prompt: GRPO and its relatives.
+
+Each step writes a group of answers to every prompt with the very weights that it trains, rewards them, and makes those
+above their group's average likelier (Shao et al. 2024, DeepSeekMath, arXiv:2402.03300).
+"""
+
+import json
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import Tensor, nn
+
+from llmkit.data.labelled import pad_batch
+from llmkit.errors import DataError
+from llmkit.files import write_atomically
+from llmkit.generation.answers import write_tokens
+from llmkit.generation.sampling import Sampling
+from llmkit.objectives.objective import Objective, Step
+from llmkit.objectives.rewards import Reward, RewardConfig, load_rewards
+from llmkit.parallel.device import to_device
+from llmkit.parallel.world import World
+from llmkit.peft import disabled
+from llmkit.tokenizer.tokenizer import Tokenizer
+from llmkit.types import IGNORE_INDEX, Batch
+
+Loss = Literal["grpo", "dapo", "dr_grpo", "cispo", "gspo"]
+BY_TOKENS, BY_ROWS = ("dapo", "cispo"), ("grpo", "gspo")  # what the sum of losses is divided by; dr_grpo: a constant
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+EPSILON = 1e-4  # beside the deviation of a group's rewards, as in trl
+
+
+# ---- the answers ----------------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards: np.ndarray, scaled: bool) -> np.ndarray:
+    """Return how far rewards (groups, G) are above the average of their group, in its deviations if they are scaled.
+
+    >>> group_advantages(np.array([[1.0, 0.0, 0.0, 1.0]]), scaled=False).tolist()
+    [[0.5, -0.5, -0.5, 0.5]]
+    """
+    apart = rewards - rewards.mean(1, keepdims=True)
+    return apart / (rewards.std(1, ddof=1, keepdims=True) + EPSILON) if scaled else apart
+
+
+def add_rewards(
+    rewards: dict[str, tuple[float, Reward]], tokenizer: Tokenizer, batch: Batch, answers: list[list[int]], size: int
+) -> dict[str, np.ndarray]:
+    """Return the rewards (answers,) of `size` answers to each prompt: name -> values, and `reward`, their sum."""
+    prompts = [tokenizer.decode(ids[:n].tolist()) for ids, n in zip(batch.input_ids, batch.lengths, strict=True)]
+    texts = [tokenizer.decode([i for i in answer if i not in tokenizer.stop_ids]) for answer in answers]
+    asked, records = ([one for one in each for _ in range(size)] for each in (prompts, batch.records))
+    found = {name: np.array(reward(asked, texts, records)) for name, (_, reward) in rewards.items()}
+    return {"reward": sum(weight * found[name] for name, (weight, _) in rewards.items()), **found}
+
+
+def answered(batch: Batch, answers: list[list[int]], size: int, pad_id: int) -> Batch:
+    """Return rows of prompts with their answers, whose tokens are targets.
+
+    An answer that has no token is one of a single end token.
+    """
+    prompts = [ids[:n] for ids, n in zip(batch.input_ids, batch.lengths, strict=True) for _ in range(size)]
+    rows = [np.concatenate([prompt, answer]) for prompt, answer in zip(prompts, answers, strict=True)]
+    most = max(map(len, rows))
+    full = pad_batch([one[:-1] for one in rows], np.zeros(len(rows)), pad_id, types=False, most=most)
+    labels = np.full(full.input_ids.shape, IGNORE_INDEX, np.int64)
+    for row, prompt, answer in zip(labels, prompts, answers, strict=True):
+        row[len(prompt) - 1 : len(prompt) - 1 + len(answer)] = answer
+    return Batch(full.input_ids, labels)
+
+
+def log_probs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the log-probabilities (B, T) of the targets, 0 elsewhere."""
+    return -model(batch["input_ids"], batch["labels"], reduction="none")
+
+
+def write_batch(
+    model: nn.Module,
+    batch: Batch,
+    step: Step,
+    *,
+    tokenizer: Tokenizer,
+    rewards: dict[str, tuple[float, Reward]],
+    loss: Loss,
+    group_size: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    scaled: bool,
+    updates: int,
+) -> tuple[Batch, dict[str, float]]:
+    """Return the answers to a batch of prompts as rows to train on, and figures about them.
+
+    With several updates to the same answers, the first one keeps them in a file, and later ones read that.
+    """
+    first = step.number - step.number % updates
+    name = f"answers/step-{first:06d}-rank-{step.world.rank}.safetensors"
+    path = step.folder / name if step.folder else None
+    if path and first < step.number:
+        return read_answers(path)
+    prompts = [ids[:n].tolist() for ids, n in zip(batch.input_ids, batch.lengths, strict=True)]
+    prompts = [prompt for prompt in prompts for _ in range(group_size)]
+    written = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": frozenset(tokenizer.stop_ids)}
+    answers = write_tokens(model, prompts, seed=step.seed, **written)
+    found = add_rewards(rewards, tokenizer, batch, answers, group_size)
+    grouped = found["reward"].reshape(-1, group_size)
+    rows, lengths = answered(batch, answers, group_size, tokenizer.eos_id), np.array([len(one) for one in answers])
+    rows.advantages = group_advantages(grouped, scaled).ravel().astype(np.float32)
+    rows.counts = lengths if loss in BY_TOKENS else np.full(len(answers), 1 if loss in BY_ROWS else max_new_tokens)
+    figures = {name: float(values.mean()) for name, values in found.items()}
+    figures |= {
+        "reward_deviation": float(grouped.std(1).mean()),
+        "equal_groups": float((np.ptp(grouped, axis=1) == 0).mean()),
+        "answer_tokens": float(lengths.mean()),
+        "ended": float(np.mean([answer[-1] in written["stop"] for answer in answers])),
+    }
+    if updates > 1:
+        rows.old = old_log_probs(model, rows, step)
+        if path:
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, save(rows.arrays(), {"figures": json.dumps(figures)}))
+    return rows, figures
+
+
+def read_answers(path: Path) -> tuple[Batch, dict[str, float]]:
+    """Return the rows and the figures that an earlier step has kept. Raise DataError if they are not there."""
+    try:
+        with safe_open(path, "np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+            return Batch(**arrays), json.loads(file.metadata()["figures"])
+    except (OSError, SafetensorError) as error:
+        fix = "go on from an earlier checkpoint, or start over with --fresh"
+        raise DataError(f"the answers of an earlier step can't be read: {error}", at=path, fix=fix) from None
+
+
+@torch.no_grad()
+def old_log_probs(model: nn.Module, rows: Batch, step: Step) -> np.ndarray:
+    """Return the log-probabilities (B, T) of the targets under the weights that wrote them, before any update."""
+    training = model.training
+    model.eval()
+    parts = [
+        log_probs(model, to_device(micro, step.world.device)).float().cpu().numpy()
+        for micro in rows.split(step.micro_batch_size)
+    ]
+    model.train(training)
+    return np.concatenate(parts)
+
+
+# ---- the loss -------------------------------------------------------------------------------------------------------
+
+
+def sum_of_losses(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    *,
+    loss: Loss,
+    epsilon: float,
+    epsilon_high: float,
+    beta: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the sum of losses of answers, and sums of metrics.
+
+    ratio        of the probability of a token now and when it was written, of gspo of the answer's tokens on average
+    grpo         clipped ratio * advantage (Schulman et al. 2017, PPO, arXiv:1707.06347), averaged over each answer
+    dapo         the same, averaged over all tokens (Yu et al. 2025, arXiv:2503.14476)
+    dr_grpo      the same, divided by a constant; advantages are not scaled (Liu et al. 2025, arXiv:2503.20783)
+    cispo        clipped ratio * advantage * log-probability, no token without a gradient (Chen et al. 2025,
+                 MiniMax-M1, arXiv:2506.13585)
+    gspo         the clipped ratio of whole answers (Zheng et al. 2025, arXiv:2507.18071)
+    """
+    ours = log_probs(model, batch)
+    is_target = batch["labels"] != IGNORE_INDEX
+    lengths = is_target.sum(1, keepdim=True)
+    old = batch["old"] if "old" in batch else ours.detach()
+    advantages, ratio = batch["advantages"][:, None], (ours - old)
+    if loss == "gspo":  # the gradient goes through the average
+        ratio = (ratio * is_target).sum(1, keepdim=True) / lengths
+    ratio = ratio.exp()
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
+    if loss == "cispo":
+        losses = -ratio.clamp(max=1 + epsilon_high).detach() * advantages * ours
+    else:
+        losses = -torch.minimum(ratio * advantages, clipped * advantages)
+    is_clipped = ((ratio < 1 - epsilon) & (advantages < 0)) | ((ratio > 1 + epsilon_high) & (advantages > 0))
+    kl = torch.zeros_like(ours)
+    if beta:
+        kl = k3(ours, reference_log_probs(model, batch))
+        losses = losses + beta * kl * ratio  # whose gradient is then that of the KL (DeepSeek 2025, arXiv:2512.02556)
+    losses = losses.expand(is_target.shape)
+    per_answer = is_target / lengths if loss in BY_ROWS else is_target.float()
+    # Metrics are averages over tokens: sums that, divided by the count of targets, are that.
+    share = batch["counts"].sum() / is_target.sum()
+    clipped_tokens = (is_clipped.expand(is_target.shape) & is_target).sum()
+    metrics = {"clipped": clipped_tokens * share, "entropy_estimate": -(ours.detach() * is_target).sum() * share}
+    if beta:
+        metrics["kl"] = (kl.detach() * is_target).sum() * share
+    return (losses * per_answer).sum(), metrics
+
+
+def k3(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Return an estimate of KL(ours || theirs) for each token that ours has drawn (Schulman 2020, "k3")."""
+    return (theirs - ours).exp() - (theirs - ours) - 1
+
+
+@torch.no_grad()
+def reference_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the log-probabilities (B, T) of the targets under the model without its adapter."""
+    training = model.training
+    model.eval()
+    with disabled(model):
+        found = log_probs(model, batch)
+    model.train(training)
+    return found
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    tokenizer: Tokenizer,
+    rewards: dict[str, tuple[float, Reward]],
+    max_new_tokens: int,
+    micro_batch_size: int = 8,
+    world: World | None = None,
+    token_bytes: None = None,
+) -> dict[str, Any]:
+    """Reward the likeliest answer to each prompt.
+
+    Returns val_reward, val_loss = -val_reward, the average of each reward, and of the tokens of an answer.
+    """
+    rows = [np.empty((0, len(rewards) + 2))]
+    for batch in batches:
+        prompts = [ids[:n].tolist() for ids, n in zip(batch.input_ids, batch.lengths, strict=True)]
+        answers = write_tokens(
+            model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature=0.0),
+            stop=frozenset(tokenizer.stop_ids),
+        )
+        found = add_rewards(rewards, tokenizer, batch, answers, 1)
+        lengths = np.array([len(answer) for answer in answers])
+        rows.append(np.stack([*found.values(), lengths], axis=1))
+    means = (world.concatenate if world else np.asarray)(np.concatenate(rows))
+    names = ["reward", *(name for name in rewards), "answer_tokens"]
+    figures = dict(zip(names, means.mean(0).tolist(), strict=True)) if len(means) else {"reward": float("nan")}
+    named = {f"val_{name}": value for name, value in figures.items()}
+    return {"val_loss": -figures["reward"], **named, "val_examples": len(means)}
+
+
+# ---- objectives: see `ObjectiveType.build` ---------------------------------------------------------------------------
+
+
+def grpo(
+    tokenizer: Tokenizer,
+    seed: int,
+    start_id: None,
+    *,
+    reward: str | RewardConfig | list[str | RewardConfig],
+    loss: Loss = "dapo",
+    group_size: Annotated[int, Field(ge=2, le=4096)] = 8,
+    max_new_tokens: Annotated[int, Field(ge=1, le=10**6)] = 128,
+    temperature: Positive = 1.0,
+    top_k: Annotated[int, Field(ge=0)] | None = None,
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0,
+    epsilon: Fraction = 0.2,
+    epsilon_high: Fraction = 0.28,
+    beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
+    updates: Annotated[int, Field(ge=1, le=1000)] = 1,
+) -> Objective:
+    """Make answers likelier that a reward finds better than others to the same prompt.
+
+    reward          one or several: ready ones (exact, number, regex, format, length) or my_rewards.py:function, by
+                    name, or with options: {name: exact, field: answer, weight: 1.0}
+    loss            see `sum_of_losses`
+    group_size      answers to each prompt
+    max_new_tokens  of an answer
+    temperature, top_k, top_p  how answers are drawn. By default from the probabilities that the loss is about
+    epsilon, epsilon_high  how far the ratio may fall and rise before it is clipped; the defaults are those of DAPO
+    beta            weight of the distance from the model without its adapter
+    updates         steps that learn from the same answers
+    """
+    configs = [RewardConfig(name=one) if isinstance(one, str) else as_config(one) for one in as_list(reward)]
+    rewards = load_rewards(configs)
+    options = {"tokenizer": tokenizer, "rewards": rewards, "max_new_tokens": max_new_tokens}
+    prepare = partial(
+        write_batch,
+        **options,
+        loss=loss,
+        group_size=group_size,
+        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
+        scaled=loss != "dr_grpo",
+        updates=updates,
+    )
+    return Objective(
+        partial(sum_of_losses, loss=loss, epsilon=epsilon, epsilon_high=epsilon_high, beta=beta),
+        partial(evaluate, **options),
+        prepare=prepare,
+        updates=updates,
+        scores=("val_reward", *(f"val_{name}" for name in rewards)),
+    )
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return a list as it is, and anything else as a list of it."""
+    return value if isinstance(value, list) else [value]
+
+
+def as_config(value: Any) -> RewardConfig:
+    """Return a reward that options were checked for, and dumped again."""
+    return value if isinstance(value, RewardConfig) else RewardConfig(**value)

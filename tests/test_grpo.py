@@ -1,0 +1,374 @@
+"""Reinforcement from rewards: prompts, rewards, advantages, and the losses beside trl and by hand."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import SHARED, llmkit, metrics, needs_shared
+from safetensors.torch import load_file
+from test_families import OURS, made
+
+from llmkit.config.records import PromptData
+from llmkit.data.prompts import open_prompts
+from llmkit.errors import UserError
+from llmkit.generation.answers import write_tokens
+from llmkit.generation.sampling import Sampling
+from llmkit.models import build_model
+from llmkit.models.folder import save_model
+from llmkit.objectives import grpo
+from llmkit.objectives.objective import Step
+from llmkit.objectives.rewards import RewardConfig, load_rewards
+from llmkit.parallel.device import to_device
+from llmkit.parallel.world import start_world
+from llmkit.records.layouts import UnknownLayoutError
+from llmkit.records.prompts import encode_prompt, encode_prompts, read_prompt
+from llmkit.tokenizer.chat_template import encode_chat
+from llmkit.tokenizer.train import train_tokenizer
+from llmkit.types import Batch
+
+CPU = torch.device("cpu")
+USER, ANSWER = {"role": "user", "content": "How large?"}, {"role": "assistant", "content": "Very."}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["How large is the river in 12 + 34 = 46, or somebody else? It is."] * 3, vocab_size=300)
+
+
+# ---- prompts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": "How large?", "answer": "Very. #### 12"},
+        {"problem": "How large?", "solution": "12"},
+        {"instruction": "How", "input": "large?"},
+        {"messages": [USER]},
+        {"messages": [USER, ANSWER]},
+        {"prompt": [USER], "answer": "12", "level": 3},
+        {"conversations": [{"from": "human", "value": "How large?"}, {"from": "gpt", "value": "Very."}]},
+    ],
+)
+def test_a_prompt_is_what_comes_before_the_answer(record, tokenizer):
+    _, one = read_prompt(record, {})
+    asked = [{"role": "user", "content": "How\n\nlarge?" if "input" in record else "How large?"}]
+    assert encode_prompt(tokenizer, one) == encode_chat(tokenizer, asked)
+
+
+def test_a_prompt_that_is_a_text_is_continued(tokenizer):
+    for record in ({"prompt": "12 + 34 ="}, {"prompt": "12 + 34 =", "answer": "46"}):
+        assert encode_prompt(tokenizer, read_prompt(record, {})[1]) == tokenizer.encode_prompt("12 + 34 =")
+
+
+@pytest.mark.parametrize(
+    ("record", "kind"),
+    [({"text": "a"}, UnknownLayoutError), ({"prompt": ""}, ValueError), ({"messages": []}, ValueError)],
+)
+def test_a_record_without_a_prompt_is_bad(record, kind):
+    with pytest.raises(kind):
+        read_prompt(record, {})
+
+
+def test_prompts_come_with_their_records(tokenizer, tmp_path):
+    lines = [{"prompt": f"{i} + 34 =", "answer": str(i + 34), "more": [i, "\u00e9"]} for i in range(20)]
+    lines.append({"prompt": "large " * 60, "answer": "0"})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "no JSON\n")
+    data = {"kind": "prompts", "path": str(tmp_path / "a.jsonl"), "on_error": {"max_bad_fraction": 0.2}}
+    report = encode_prompts(PromptData(**data), tokenizer, tmp_path / "out", room=40, seed=0)
+    assert report["found"]["too_long"] == 1 and report["records"]["bad"] == 1
+    rows = open_prompts(tmp_path / "out" / report["key"], "train", 4, seed=0)
+    found = [
+        one for batch in rows.in_order() for one in zip(batch.input_ids, batch.lengths, batch.records, strict=True)
+    ]
+    assert len(found) == 19  # and one for val
+    for ids, length, record in found:
+        assert ids[:length].tolist() == tokenizer.encode_prompt(record["prompt"]) and record in lines
+    assert encode_prompts(PromptData(**data), tokenizer, tmp_path / "out", room=40, seed=0)["key"] == report["key"]
+
+
+@needs_shared
+def test_the_problems_of_gsm8k_are_prompts(tokenizer, tmp_path):
+    path = SHARED / "sft" / "gsm8k_test.jsonl"
+    data = PromptData(kind="prompts", path=str(path), seq_len=4096)
+    report = encode_prompts(data, tokenizer, tmp_path, room=4000, seed=0)
+    number = sum(1 for line in path.open() if line.strip())
+    assert sum(part["examples"] for part in report["splits"].values()) == number and not report["records"]["bad"]
+
+
+# ---- rewards --------------------------------------------------------------------------------------------------------
+
+RECORD = {"answer": "She has 3 * 4 = 12. #### 1,200", "name": "twelve"}
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "expected"),
+    [
+        ({"name": "exact"}, " 1,200\n", 1),
+        ({"name": "exact"}, "1200", 0),
+        ({"name": "number"}, "so 3 times 400 is 1200.", 1),
+        ({"name": "number"}, "it is 1200, or 7", 0),
+        ({"name": "number"}, "no", 0),
+        ({"name": "exact", "field": "name"}, "twelve", 1),
+        ({"name": "regex", "pattern": r"<a>(.*?)</a>", "field": "name"}, "I say <a>twelve</a>", 1),
+        ({"name": "regex", "pattern": r"<a>(.*?)</a>", "field": "name"}, "twelve", 0),
+        ({"name": "format", "pattern": r"(?s)<think>.*</think>\d+"}, "<think>\n</think>12", 1),
+        ({"name": "format", "pattern": r"\d+"}, "12 ", 0),
+        ({"name": "length", "most": 4}, "abcdef", 0.5),
+        ({"name": "length", "most": 4}, "abc", 1),
+    ],
+)
+def test_ready_rewards(options, answer, expected):
+    [(weight, reward)] = load_rewards([RewardConfig(**options)]).values()
+    assert reward(["?"], [answer], [RECORD]) == [expected] and weight == 1.0
+
+
+def own(folder, body: str):
+    (folder / "my.py").write_text(body)
+    return load_rewards([RewardConfig(name=f"{folder}/my.py:score")])["score"][1]
+
+
+def test_a_function_of_the_user_is_called_as_trl_calls_it(tmp_path):
+    reward = own(tmp_path, "def score(prompts, completions, level, **kwargs):\n"
+                           "    assert kwargs['other'] == [None, 1]\n"
+                           "    return [len(c) + l for c, l in zip(completions, level)]\n")  # fmt: skip
+    assert reward(["a", "b"], ["xx", ""], [{"level": 1}, {"level": 2, "other": 1}]) == [3, 2]
+    few = own(tmp_path, "def score(completions):\n    return [0.5] * len(completions)\n")
+    assert few(["a"], ["x"], [{"level": 1}]) == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("def score(completions, **_):\n    return [float('nan') for _ in completions]\n", "not finite"),
+        ("def score(completions, **_):\n    return [1.0]\n", "another number"),
+        ("def score(completions, **_):\n    return None\n", "no list of numbers"),
+        ("def score(completions, **_):\n    x = 1\n    return [1 / 0]\n", "my.py:3"),
+    ],
+)
+def test_a_bad_reward_ends_with_the_sample_and_the_line(body, words, tmp_path):
+    with pytest.raises(UserError) as error:
+        own(tmp_path, body)(["a", "b"], ["first", "second"], [{}, {}])
+    assert words in str(error.value) and (words != "my.py:3" or "first" in str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("exakt", "no such reward"), ("none.py:f", "no such Python file"), ("rewards.txt:f", "my.py:function")],
+)
+def test_a_reward_that_is_not_there_is_named(name, words):
+    with pytest.raises(UserError, match=words):
+        load_rewards([RewardConfig(name=name)])
+
+
+# ---- answers --------------------------------------------------------------------------------------------------------
+
+
+def speaking(tokenizer):
+    config = made(OURS["llama"]).config
+    config.vocab_size, config.max_position_embeddings = len(tokenizer), 128
+    return build_model(config, device="cpu", seed=3)
+
+
+def test_an_answer_has_the_token_that_ends_it(tokenizer):
+    model, prompts = speaking(tokenizer), [[5, 6], [7], [5, 6]]
+    options = {"max_new_tokens": 40, "sampling": Sampling(temperature=1.0, top_k=None), "seed": 2}
+    whole = write_tokens(model, prompts, stop=frozenset(), **options)
+    assert [len(one) for one in whole] == [40, 40, 40] and whole[0] != whole[2]
+    stop = frozenset([whole[0][3], whole[1][10]])
+    cut = write_tokens(model, prompts, stop=stop, **options)
+    for one, answer in zip(whole, cut, strict=True):
+        first = next((i for i, token in enumerate(one) if token in stop), 39)
+        assert answer == one[: first + 1]
+    assert write_tokens(model, prompts, stop=stop, rows=1, **options) == cut  # in parts, the same draws
+
+
+def test_advantages_by_hand():
+    rewards = np.array([[1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5]])
+    assert grpo.group_advantages(rewards, scaled=False).tolist() == [[0.75, -0.25, -0.25, -0.25], [0.0] * 4]
+    np.testing.assert_allclose(grpo.group_advantages(rewards, scaled=True)[0, 0], 0.75 / (0.5 + 1e-4))
+
+
+def rollout(tokenizer, model, folder, *, step: int = 0, **options):
+    """Return the objective, and what it makes of two prompts."""
+    settings = {"reward": "length", "group_size": 3, "max_new_tokens": 6} | options
+    objective = grpo.grpo(tokenizer, 0, None, **settings)
+    prompts = Batch(np.array([[5, 6, 7], [8, 0, 0]]), np.zeros(2), lengths=np.array([3, 1]))
+    prompts.records = np.array([{}, {}], object)
+    about = Step(step, 7 + step, start_world(), 4, folder)
+    return objective, *objective.prepare(model, prompts, about)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "cispo", "gspo"])
+def test_the_ratio_is_one_before_the_first_update(loss, tokenizer, tmp_path):
+    """With several updates, log-probabilities are kept: those of the first one are the ones that are computed now."""
+    model = speaking(tokenizer)
+    _, kept, figures = rollout(tokenizer, model, tmp_path, loss=loss, updates=2)
+    assert kept.old is not None and figures["answer_tokens"] > 0
+    ours = grpo.log_probs(model, to_device(Batch(kept.input_ids, kept.labels), CPU)).detach().numpy()
+    is_target = kept.labels >= 0
+    assert np.abs(np.exp(ours - kept.old)[is_target] - 1).max() < 1e-5
+    _, again, same = rollout(tokenizer, model, tmp_path, step=1, loss=loss, updates=2)
+    assert same == figures and all(np.array_equal(again.arrays()[key], kept.arrays()[key]) for key in kept.arrays())
+
+
+TRL = {
+    "grpo": {"loss_type": "grpo"},
+    "dapo": {"loss_type": "dapo"},
+    "dr_grpo": {"loss_type": "dr_grpo"},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.28},  # trl's is the bound of the ratio itself
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+}
+
+
+@pytest.mark.parametrize("loss", TRL)
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_losses_equal_those_of_trl(loss, beta, tokenizer, monkeypatch):
+    """The same answers, old log-probabilities and advantages, after an update that has moved the ratios."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    torch.manual_seed(0)
+    rows, length = 6, 9
+    labels = torch.randint(0, 50, (rows, length))
+    ends = torch.tensor([9, 4, 7, 1, 9, 3])
+    mask = torch.arange(length) < ends[:, None]
+    ours = torch.randn(rows, length).mul(0.4).sub(2.0).requires_grad_()
+    old, theirs = ours.detach() + 0.4 * torch.randn(rows, length), ours.detach() + 0.2 * torch.randn(rows, length)
+    advantages = torch.randn(rows)
+    monkeypatch.setattr(grpo, "log_probs", lambda model, batch: torch.where(mask, ours, 0.0))
+    monkeypatch.setattr(grpo, "reference_log_probs", lambda model, batch: torch.where(mask, theirs, 0.0))
+    counts = {"grpo": 1, "gspo": 1, "dr_grpo": 12}.get(loss)
+    counts = ends if counts is None else torch.full((rows,), counts)
+    batch = {"labels": torch.where(mask, labels, -100), "old": torch.where(mask, old, 0.0), "advantages": advantages}
+    batch["counts"] = counts
+    options = {"loss": loss, "epsilon": 0.2, "epsilon_high": 0.28, "beta": beta}
+    found, figures = grpo.sum_of_losses(None, batch, **options)
+    (found / counts.sum()).backward()
+    mine, ours.grad = ours.grad, None
+
+    settings = {"epsilon": 0.2, "epsilon_high": 0.28, "beta": beta, "max_completion_length": 12, "report_to": []}
+    settings |= {"use_cpu": True, "bf16": False, "num_generations": 2, "per_device_train_batch_size": 2} | TRL[loss]
+    trainer = GRPOTrainer.__new__(GRPOTrainer)
+    args = GRPOConfig(output_dir="unused", **settings)
+    vars(trainer).update(bare_trainer(args, loss))
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (ours, torch.zeros_like(ours), None)
+    inputs = {
+        "prompt_ids": torch.zeros(rows, 1, dtype=torch.long), "prompt_mask": torch.ones(rows, 1, dtype=torch.long),
+        "completion_ids": labels, "completion_mask": mask.long(), "advantages": advantages,
+        "old_per_token_logps": old, "ref_per_token_logps": theirs, "num_items_in_batch": mask.sum(),
+    }  # fmt: skip
+    expected = trainer._compute_loss(None, inputs)
+    expected.backward()
+    torch.testing.assert_close(found.detach() / counts.sum(), expected.detach())
+    torch.testing.assert_close(mine, ours.grad)
+    assert (figures["clipped"] > 0) and ("kl" in figures) == bool(beta)
+
+
+def bare_trainer(args, loss: str) -> dict:
+    """Return the attributes of trl's trainer that its loss reads."""
+    from collections import defaultdict
+    from types import SimpleNamespace
+
+    accelerator = SimpleNamespace(
+        device=CPU, num_processes=1, gather=lambda x: x, gather_for_metrics=lambda x: x,
+        reduce=lambda x, reduction=None: x, unwrap_model=lambda x: x,
+    )  # fmt: skip
+    return {
+        "args": args, "beta": args.beta, "loss_type": args.loss_type, "epsilon_low": args.epsilon,
+        "epsilon_high": args.epsilon_high, "importance_sampling_level": args.importance_sampling_level,
+        "max_completion_length": args.max_completion_length, "top_entropy_quantile": 1.0, "accelerator": accelerator,
+        "model": SimpleNamespace(training=True), "current_gradient_accumulation_steps": 1, "use_vllm": False,
+        "off_policy_mask_threshold": None, "_metrics": {"train": defaultdict(list)}, "entropy_coef": 0.0,
+        "use_bias_correction_kl": False, "num_iterations": 2, "_entropy_bonus_enabled": False, "temperature": 1.0,
+        "aux_loss_enabled": False, "tools": None, "vllm_importance_sampling_correction": False,
+    }  # fmt: skip
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workplace(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grpo")
+    save_model(speaking(tokenizer), folder / "base", **tokenizer.config_ids)
+    tokenizer.save(folder / "base")
+    lines = [{"prompt": f"{i} + 34 =", "letter": "aeiou"[i % 5]} for i in range(24)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    share = "sum(map(str.isalpha, c)) / max(1, len(c))"
+    (folder / "mine.py").write_text(f"def share(completions, **_):\n    return [{share} for c in completions]\n")
+    return folder
+
+
+def write_run(folder, name: str, objective: dict, **sections) -> str:
+    config = {
+        "init_from": "base",
+        "data": {"kind": "prompts", "path": "prompts.jsonl", "seq_len": 40, "val_fraction": 0.2},
+        "objective": {"name": "grpo", "reward": "mine.py:share", "group_size": 8, "max_new_tokens": 8} | objective,
+        "optimizer": {"name": "adamw", "lr": 2e-3, "weight_decay": 0.0},
+        "schedule": {"name": "constant"},
+        "train": {"max_steps": 24, "global_batch_size": 8, "precision": "fp32"},
+        "eval": {"every": 6},
+        "checkpoint": {"every": 8},
+        "log": {"every": 1},
+    } | sections
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    return f"{name}.yaml"
+
+
+RUNS = {
+    "full": ({}, {}),
+    "lora": ({"beta": 0.01}, {"peft": {"name": "lora", "r": 8}, "optimizer": {"name": "adamw", "lr": 1e-2}}),
+    "again": ({"updates": 2, "loss": "gspo"}, {}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_rewarded_and_goes_on_with_the_same_bits(name, workplace):
+    objective, sections = RUNS[name]
+    config, how = write_run(workplace, name, objective, **sections), "--lora" if "peft" in sections else "--full"
+    llmkit("finetune", config, how, "-o", f"run_dir=runs/{name}", cwd=workplace)
+    found = metrics(workplace / "runs" / name)
+    rewards = [record["reward"] for record in found if "reward" in record]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.02
+    assert {"share", "answer_tokens", "equal_groups", "clipped"} <= found[-1].keys()
+    for steps in (3, 24):  # with two updates, it stops between them
+        printed = llmkit("finetune", config, how, "-o", f"run_dir=runs/{name}-2", "-o", f"train.max_steps={steps}",
+                         cwd=workplace).stdout  # fmt: skip
+    assert "resumed" in printed
+    once, twice = (
+        load_file(next((workplace / f"runs/{run}/checkpoints/step-000024/model").glob("*model.safetensors")))
+        for run in (name, f"{name}-2")
+    )
+    assert all(torch.equal(once[key], twice[key]) for key in once)
+    again = [record["reward"] for record in metrics(workplace / "runs" / f"{name}-2") if "reward" in record]
+    assert again == rewards
+
+
+def test_a_step_does_not_depend_on_its_micro_batches(workplace):
+    found = []
+    for size in (1, 16):
+        config = write_run(workplace, f"micro-{size}", {})
+        llmkit("finetune", config, "--full", "-o", f"run_dir=runs/micro-{size}", "-o", f"train.micro_batch_size={size}",
+               "-o", "train.max_steps=2", cwd=workplace)  # fmt: skip
+        found.append(load_file(workplace / f"runs/micro-{size}/checkpoints/step-000002/model/model.safetensors"))
+    assert max((found[0][key] - found[1][key]).abs().max() for key in found[0]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("objective.max_new_tokens=40", "leaves no room"),
+        ("objective.reward=none.py:f", "no such Python file"),
+        ("objective.beta=0.1", "needs an adapter"),
+        ("train.compile=true", "differ in length"),
+        ("objective.group_size=1", "group_size"),
+        ("objective.name=dpo", "grpo"),
+        ("objective.reward={name: exact, fild: a}", "fild"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_trained(override, words, workplace):
+    config = write_run(workplace, "bad", {})
+    done = llmkit("finetune", config, "--full", "-o", "run_dir=runs/bad", "-o", override, cwd=workplace, code=2)
+    assert words in done.stderr and not (workplace / "runs/bad/checkpoints").exists()
