@@ -44,6 +44,7 @@ class Batch:
     records            (B,) objects: the records that prompts are from, for rewards
     advantages         (B,) how much better an answer is than others to its prompt
     old                (B, T) log-probabilities of the targets under the model that wrote them
+    baseline           (B,) what rewards are compared with
     counts             (B,) what each row adds to the count of targets, if it is another number
 
     For a head for labels, rows are padded on the right, and labels are (B,), of several labels (B, L), of tags (B, T);
@@ -66,6 +67,7 @@ class Batch:
     records: np.ndarray | None = None
     advantages: np.ndarray | None = None
     old: np.ndarray | None = None
+    baseline: np.ndarray | None = None
     counts: np.ndarray | None = None
 
     def __post_init__(self) -> None:

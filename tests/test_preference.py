@@ -20,8 +20,10 @@ from llmkit.models import build_model
 from llmkit.models.attention import attention_mask
 from llmkit.models.block_mask import make_block_mask
 from llmkit.models.folder import load_model, save_model
-from llmkit.objectives import preference
+from llmkit.objectives import kto, preference
+from llmkit.objectives.objective import Step
 from llmkit.parallel.device import to_device
+from llmkit.parallel.world import start_world
 from llmkit.peft import lora
 from llmkit.records.build import encode_turns
 from llmkit.records.layouts import OtherKindError, UnknownLayoutError
@@ -291,13 +293,7 @@ def test_twenty_steps_have_the_losses_of_trl(name, adapted, tokenizer, tmp_path)
                           val_path=str(tmp_path / "pairs.jsonl"))  # fmt: skip
     report = encode_turns(data, tokenizer, tmp_path / "out", seed=0, form="trees")
     folder = tmp_path / "out" / report["key"]
-    model = load_model(base)
-    if adapted:
-        lora.apply(model, lora.Options(r=4, alpha=8.0), seed=1)
-        start = dict(lora.METHOD.tensors(model))
-        with safe_open(tmp_path / "theirs" / "adapter_model.safetensors", "pt") as file:
-            for key, tensor in start.items():
-                tensor.data.copy_(file.get_tensor(f"base_model.model.{key}"))
+    model = adapted_model(base, tmp_path / "theirs") if adapted else load_model(base)
     batches = open_trees(folder, "train", 2, seed=0)
     objective = preference.dpo(tokenizer, 0, None, **ours)
     if not adapted:
@@ -305,20 +301,59 @@ def test_twenty_steps_have_the_losses_of_trl(name, adapted, tokenizer, tmp_path)
             sums = [preference.answer_log_probs(model, to_device(one, CPU))[0] for one in batches.in_order()]
         np.save(folder / "train-reference.npy", torch.cat(sums).numpy())
         batches = open_trees(folder, "train", 2, seed=0)
+    found = take_steps(objective, model, batches)
+    assert len(found) == 20 and abs(found[0] - found[-1]) > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_twenty_steps_of_kto_have_the_losses_of_trl(tokenizer, tmp_path):
+    base = base_folder(tokenizer, tmp_path / "base")
+    records = [
+        {"prompt": f"Is {i} large", "completion": " is it" * (1 + i % 3), "label": i % 3 != 1} for i in range(80)
+    ]
+    options = {"beta": 0.2, "desirable_weight": 0.7, "train_sampling_strategy": "sequential"}
+    expected = losses_of_trl("kto", options, base, records, tmp_path, True, size=4)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    data = PreferenceData(kind="preference", path=str(tmp_path / "a.jsonl"), packing=False, seq_len=64, workers=1,
+                          val_path=str(tmp_path / "a.jsonl"))  # fmt: skip
+    report = encode_turns(data, tokenizer, tmp_path / "out", seed=0, form="trees", single=True)
+    model = adapted_model(base, tmp_path / "theirs")
+    batches = open_trees(tmp_path / "out" / report["key"], "train", 4, seed=0)
+    objective = kto.kto(tokenizer, 0, None, beta=0.2, desirable_weight=0.7)
+    found = take_steps(objective, model, batches)
+    assert len(found) == 20 and abs(found[0] - found[-1]) > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def adapted_model(base, folder):
+    """Return a model with the adapter that peft has saved in a folder, to be trained."""
+    model = load_model(base)
+    lora.apply(model, lora.Options(r=4, alpha=8.0), seed=1)
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        for key, tensor in lora.METHOD.tensors(model).items():
+            tensor.data.copy_(file.get_tensor(f"base_model.model.{key}"))
+    return model
+
+
+def take_steps(objective, model, batches) -> list[float]:
+    """Return the losses of a step on each batch."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     found = []
-    for batch in batches.in_order():
+    for number, batch in enumerate(batches.in_order()):
+        if objective.prepare:
+            batch, _ = objective.prepare(model, batch, Step(number, 0, start_world(), 2, None))
         loss, _ = objective.loss(model, to_device(batch, CPU))
         (loss / batch.count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         found.append(loss.item() / batch.count)
-    assert len(found) == 20 and abs(found[0] - found[-1]) > 1e-3
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    return found
 
 
-def losses_of_trl(trainer: str, options: dict, base, records: list[dict], folder, adapted: bool) -> list[float]:
+def losses_of_trl(
+    trainer: str, options: dict, base, records: list[dict], folder, adapted: bool, size: int = 2
+) -> list[float]:
     """Return the losses of 20 steps of a trainer of trl, which reads the records in order."""
     import datasets
     import peft
@@ -330,6 +365,9 @@ def losses_of_trl(trainer: str, options: dict, base, records: list[dict], folder
     elif trainer == "cpo":
         from trl.experimental.cpo import CPOConfig as Settings
         from trl.experimental.cpo import CPOTrainer as Trainer
+    elif trainer == "kto":
+        from trl import KTOConfig as Settings
+        from trl import KTOTrainer as Trainer
     else:
         from trl.experimental.orpo import ORPOConfig as Settings
         from trl.experimental.orpo import ORPOTrainer as Trainer
@@ -344,7 +382,7 @@ def losses_of_trl(trainer: str, options: dict, base, records: list[dict], folder
             return (chosen, *others[:3], -chosen.mean()) if trainer == "orpo" else (chosen, *others)
 
     settings = Settings(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=2, max_steps=20, logging_steps=1, report_to=[],
+        output_dir=str(folder / "trl"), per_device_train_batch_size=size, max_steps=20, logging_steps=1, report_to=[],
         learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, save_strategy="no",
         use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, max_length=64, **options,
     )  # fmt: skip
@@ -396,6 +434,7 @@ LORA = {"name": "lora", "r": 4, "dropout": 0.1}
 RUNS = {
     "lora": ({"name": "dpo"}, {"peft": LORA}),
     "full": ({"name": "dpo", "loss": "ipo"}, {}),
+    "kto": ({"name": "kto"}, {"peft": LORA}),
     "without_reference": ({"name": "dpo", "loss": "simpo", "beta": 2.0}, {}),
 }
 
@@ -414,7 +453,7 @@ def test_a_run_learns_the_preference_and_goes_on_with_the_same_bits(name, workpl
     evaluated = [record for record in found if "val_loss" in record]
     assert evaluated[-1]["val_loss"] < evaluated[0]["val_loss"] and evaluated[-1]["val_accuracy"] > 0.9
     if name != "without_reference":  # nothing is preferred before the first step
-        assert evaluated[0]["val_margin"] == pytest.approx(0, abs=1e-5)
+        assert evaluated[0]["val_margin"] == pytest.approx(0, abs=1e-4)
         assert ("computing what" in printed) == (name == "full")
     options = ["--lora" if "peft" in sections else "--full", "-o", f"run_dir=runs/{name}-again"]
     for steps in (3, 6):
@@ -457,10 +496,13 @@ def test_the_answers_of_a_run_are_shown_and_measured(workplace):
         ("objective.name=lm", "dpo"),
         ("data.columns={chosn: a}", "chosen"),
         ("data.path=answers.jsonl", "data.kind: sft"),
+        ("data.path=verdicts.jsonl", "--objective kto"),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_trained(override, words, workplace):
     (workplace / "answers.jsonl").write_text(json.dumps({"question": ASKED, "answer": GOOD}) + "\n")
+    record = {"prompt": "Is it", "completion": " large", "label": True}
+    (workplace / "verdicts.jsonl").write_text("".join(json.dumps(record) + "\n" for _ in range(4)))
     config = write_run(workplace, "bad", {"name": "dpo", "loss": "hinge"}, peft=LORA)
     done = llmkit("finetune", config, "--lora", "-o", "run_dir=runs/bad", "-o", override, cwd=workplace, code=None)
     assert done.returncode in (2, 3) and words in done.stderr and not (workplace / "runs/bad/checkpoints").exists()

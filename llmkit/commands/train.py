@@ -46,7 +46,8 @@ def finetune(
     columns: Columns = None,
     rank: Annotated[int | None, typer.Option(min=1, max=MOST, help="Rank of the LoRA adapter.")] = None,
     objective: Annotated[
-        str | None, typer.Option(help="dpo: learn from preferences; classify, regress or tag: learn labels of texts.")
+        str | None,
+        typer.Option(help="dpo, kto, grpo; classify, regress, tag. Default: learn the answers."),
     ] = None,
     o: Override = [],
     dry_run: DryRun = False,

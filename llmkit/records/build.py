@@ -39,7 +39,7 @@ from llmkit.readers.sources import Piece, group_files, source_files, stamps_of, 
 from llmkit.readers.tally import Record, Tally
 from llmkit.records.encode import Found, encode_records
 from llmkit.records.fit import fit_pairs, fit_preference, fit_row
-from llmkit.records.rows import choose_splits, plan_pairs, plan_rows, plan_trees
+from llmkit.records.rows import check_pairs, choose_splits, plan_pairs, plan_rows, plan_trees
 from llmkit.tokenizer.chat_template import default_template
 from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.tokenizer import Tokenizer
@@ -138,12 +138,8 @@ def encode_turns(
     ]
     settings = data.model_dump(exclude={"on_error", "workers", "date", "path", "val_path", "sources"})
     named = [source.model_dump() for source in (*sources, *val)]
-    key = hashlib.sha256(
-        json.dumps(
-            [VERSION, asdict(recipe), settings, named, seed, tokenizer.sha256, contents, searched],
-            default=Decontaminate.model_dump,
-        ).encode()
-    ).hexdigest()[:16]
+    facts = [VERSION, asdict(recipe), settings, named, seed, tokenizer.sha256, contents, searched]
+    key = hashlib.sha256(json.dumps(facts, default=Decontaminate.model_dump).encode()).hexdigest()[:16]
     folder = out / key
     listed_in = folder / QUARANTINE if keep else "quarantine.jsonl of the run, once it is started"
     try:
@@ -296,6 +292,8 @@ def write_examples(
         raise no_examples_error(data, found, tally, listed_in)
     ends = join_tokens([parts / unit.name for unit in filled], folder / "examples")
     examples = np.concatenate([load_array(parts / f"{unit.name}.examples.npy") for unit in filled])
+    if recipe.form == "trees" and not recipe.single:
+        check_pairs(examples["parts"], filled[0].source.path)
     lengths = np.concatenate([load_array(parts / f"{unit.name}.lengths.npy") for unit in units])
     sizes = [result["examples"] for result in results]
     names = np.repeat([unit.source.name for unit in units], sizes)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from llmkit.data.preferences import BETTER, WORSE, columns_of
+from llmkit.errors import DataError
 
 LARGEST_SHARE = 0.2  # of the examples that the rarest prompt may have
 
@@ -105,6 +106,16 @@ def plan_pairs(
     counts = {"examples": len(pairs), "rows": len(pairs), "tokens": int(texts.sum()) + len(pairs)}
     counts |= {"targets": int(answers.sum()), "longest": [int(texts.max(initial=-1)) + 1, int(answers.max(initial=0))]}
     return {"pairs": pairs}, counts
+
+
+def check_pairs(parts: np.ndarray, path: str | None) -> None:
+    """Raise DataError unless each preference has two answers.
+
+    parts  (N, 3), see `encode.Example`
+    """
+    if not (parts[:, 1:] > 0).all():
+        what, fix = "a record has a verdict about one answer, and two are compared", "learn from it: --objective kto"
+        raise DataError(what, at=path, fix=fix)
 
 
 def plan_trees(

@@ -79,7 +79,8 @@ def open_encoded_records(config: Config, world: World, base: Path, start_id: int
     options = {"seed": config.seed, "form": "rows" if start_id is None else "pairs", "keep": keep}
     if data.kind == "preference":
         windows = read_config(base).windows  # one that is shorter than a prompt with an answer would hide a part of it
-        options |= {"form": "trees", "apart": any(size and size < data.seq_len for size in windows)}
+        options |= {"form": "trees", "single": config.objective.name == "kto"}
+        options |= {"apart": any(size and size < data.seq_len for size in windows)}
     world.on_main(lambda: encode_turns(data, tokenizer, out, **options), builds_data=True)
     report = encode_turns(data, tokenizer, out, **options)  # every rank reads what rank 0 wrote
     is_chat = not all(map(is_continued, report["found"]["layouts"]))

@@ -23,7 +23,7 @@ from llmkit.storage.run import read_run_config
 LOCAL = Path("llmkit.yaml")
 LONGEST = 1024  # data.seq_len at the most, unless the config says otherwise
 RATES, PREFERRED_RATES = (2e-5, 2e-4), (1e-6, 1e-5)  # learning rates of all weights, and of adapters
-PREFERRING = ("dpo", "grpo")  # with trl's rates: 1e-6, and ten times as much for adapters
+PREFERRING = ("dpo", "kto", "grpo")  # with trl's rates: 1e-6, and ten times as much for adapters
 EXAMPLE_NAMES = {"pretrain": "llama-150m", "finetune": "lora"}  # what `init` calls them -> a file in configs/
 
 

@@ -127,6 +127,8 @@ def find_problems(config: Config, options: Options, model_config: Any, ranks: in
         yield config.error("data.document_mask", "can't be done: spans are cut out of whole rows")
     if isinstance(config.data, TurnData):
         yield from record_problems(config, kind)
+    if data == "preference":
+        yield from preference_problems(config)
     if data == "prompts":
         yield from prompt_problems(config, options["objective"])
     if data == "labelled":
@@ -166,6 +168,13 @@ def record_problems(config: Config, model_kind: str) -> Iterator[UserError]:
     if data.too_long == "split" and model_kind == "seq2seq":
         what, fix = "can't be split for an encoder and a decoder", "data.too_long: drop or truncate_prompt"
         yield config.error("data.too_long", what, fix=fix)
+
+
+def preference_problems(config: Config) -> Iterator[UserError]:
+    """Yield what does not fit preferences."""
+    if config.objective.name == "kto" and not config.peft:
+        what, fix = "needs an adapter: without one, the model that training starts from is not at hand", "add --lora"
+        yield config.error("objective.name", what, got="kto", fix=fix)
 
 
 def prompt_problems(config: Config, options: dict[str, Any]) -> Iterator[UserError]:
