@@ -38,8 +38,9 @@ from llmkit.readers.words import split_words
 from llmkit.storage.locate import locate
 from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.train import train_tokenizer
+from llmkit.training.header import describe
 from llmkit.training.loop import train
-from llmkit.training.prepare import describe, prepare
+from llmkit.training.prepare import prepare
 from llmkit.types import IGNORE_INDEX
 
 quiet = {"say": lambda line: None}

@@ -487,6 +487,37 @@ def test_the_answers_of_a_run_are_shown_and_measured(workplace):
     assert "better answers" in measured["data"] and measured["loss"] > 0
 
 
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+def test_a_reward_model_tells_the_better_answer_as_transformers_does(adapted, workplace):
+    """It opens as a classifier with one output, whose numbers are those of `llmkit score`."""
+    how = "--lora" if adapted else "--full"
+    sections = {"peft": {"name": "lora", "r": 4}} if adapted else {}
+    config = write_run(workplace, f"reward{how}", {"name": "reward"}, **sections, train={
+        "max_steps": 30, "global_batch_size": 8, "precision": "fp32"}, eval={"every": 10})  # fmt: skip
+    run = f"runs/reward{how}"
+    printed = llmkit("finetune", config, how, "-o", f"run_dir={run}", cwd=workplace).stdout
+    assert "llmkit score" in printed
+    measured = json.loads(llmkit("eval", run, "--precision", "fp32", "--json", cwd=workplace).stdout)
+    best = min((r for r in metrics(workplace / run) if "val_loss" in r), key=lambda r: r["val_loss"])
+    assert measured["accuracy"] > 0.9 and measured["loss"] == pytest.approx(best["val_loss"], abs=1e-4)
+    on_file = json.loads(llmkit("eval", run, "--data", "pairs.jsonl", "--json", cwd=workplace).stdout)
+    assert on_file["pairs"] == 40 and on_file["accuracy"] > 0.9
+    rows = json.loads(llmkit("score", run, "pairs.jsonl", "--json", cwd=workplace).stdout)
+    merged = workplace / f"merged{how}"
+    llmkit("export", run, merged, cwd=workplace)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(merged, dtype=torch.float32)
+    read = transformers.AutoTokenizer.from_pretrained(merged)
+    first = json.loads((workplace / "pairs.jsonl").read_text().splitlines()[0])
+    asked = [{"role": "user", "content": first["question"]}]
+    for name in ("chosen", "rejected"):
+        chat = [*asked, {"role": "assistant", "content": first[name]}]
+        text = read.apply_chat_template(chat, tokenize=False).rstrip("\n")
+        ids = torch.tensor([read(text, add_special_tokens=False)["input_ids"]])
+        with torch.no_grad():
+            assert theirs(ids).logits.item() == pytest.approx(rows[0][name], abs=1e-4)
+    assert "data inspect" not in llmkit("data", "inspect", config, "--rows", "1", cwd=workplace).stdout
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

@@ -132,11 +132,11 @@ def data_inspect(
     run = prepare(loaded, start_world(), keep=False, say=progress_printer(as_json))
     batches = run.batches("train", run.config.train.global_batch_size)
     batch, tokenizer = batches.rows_from(step or 0, rows or 2), run.data.tokenizer
-    if run.head:
+    if run.config.data.kind == "labelled":
         shown = inspect_labelled(batch, tokenizer, run.data.labels, tags=run.head.kind == "tag")
         show({"rows": shown}, as_json) if as_json else print(terminal_text(format_labelled(shown, tokenizer)))
         return
-    if batch.answers is not None:
+    if batch.answers is not None or batch.input_ids.ndim == 3:
         shown, form = inspect_trees(batch, tokenizer), format_trees
     else:
         shown, form = inspect_rows(batch, tokenizer, run.model_config.kind), format_rows

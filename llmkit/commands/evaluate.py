@@ -119,8 +119,15 @@ def evaluate(
         if unused := [name for name, value in given.items() if value and name not in LABEL_OPTIONS]:
             what = f"{unused[0]} has no effect on a model that predicts labels"
             raise UserError(what, at=located[0].folder, fix="leave it out")
-        options = {"columns": parse_columns(columns), "precision": precision, "max_bad_fraction": max_bad_fraction}
-        options["group_by"] = group_by
+        options: dict[str, Any] = {"precision": precision, "max_bad_fraction": max_bad_fraction}
+        from llmkit.evals.rewards import is_reward_model, measure_rewards
+
+        if is_reward_model(located[0]):
+            if columns or group_by:
+                raise UserError("--columns and --group-by have no effect on a reward model", fix="leave them out")
+            show(measure_rewards(located[0], data=data[0] if data else None, **options), as_json)
+            return
+        options |= {"columns": parse_columns(columns), "group_by": group_by}
         evaluate_labels(located[0], data[0] if data else None, as_json, options)
         return
     if group_by is not None:

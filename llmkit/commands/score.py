@@ -22,7 +22,7 @@ def score(
     precision: Precision = "fp32",
     as_json: AsJson = False,
 ) -> None:
-    """Show how likely a model finds each token of a text."""
+    """Show how likely a model finds each token of a text; of a reward model, the rewards of answers."""
     import json
 
     from llmkit.errors import UserError
@@ -30,8 +30,26 @@ def score(
     from llmkit.files import write_atomically
     from llmkit.parallel.device import DTYPES, choose_precision
     from llmkit.parallel.world import start_world
-    from llmkit.storage.locate import load_located, locate
+    from llmkit.storage.locate import load_located, locate, read_located_head
 
+    first = locate(model)
+    if read_located_head(first) is not None:
+        from llmkit.evals.rewards import is_reward_model, reward_texts
+        from llmkit.screen import format_table
+
+        if beside or html or attribute or not is_reward_model(first):
+            what = (
+                "this model predicts labels" if not is_reward_model(first) else "a reward model has no tokens to show"
+            )
+            raise UserError(what, at=first.folder, fix=f"llmkit classify {model} TEXT, or leave out other options")
+        to_stderr(first.choice)
+        rows = reward_texts(first, text, precision)
+        if as_json:
+            print(json.dumps(rows))
+        else:
+            shown = [{key: f"{v:.4f}" if isinstance(v, float) else v for key, v in row.items()} for row in rows]
+            print(format_table(shown))
+        return
     if attribute and html is None:
         raise UserError("--attribute draws on a page", fix="add --html page.html")
     if html is not None:

@@ -88,13 +88,19 @@ def format_example(tokens: list[dict[str, Any]], tokenizer: Tokenizer, *, colour
 
 
 def inspect_trees(batch: Batch, tokenizer: Tokenizer) -> list[list[dict[str, Any]]]:
-    """Return the rows of a batch of preferences as trees {prompt, better, worse}, each a list of tokens {id, text}."""
+    """Return the rows of a batch of preferences as trees {prompt, better, worse}, each a list of tokens {id, text}.
+
+    Of pairs of sequences, `better` and `worse` have the prompt too.
+    """
 
     def spell(ids: Any) -> list[dict[str, Any]]:
         ids = list(map(int, ids))
         texts = (text.decode(errors="replace") for text in spell_tokens(tokenizer, ids))
         return [{"id": i, "text": text} for i, text in zip(ids, texts, strict=True)]
 
+    if batch.answers is None:
+        pairs = zip(batch.input_ids, batch.lengths, strict=True)
+        return [[{"better": spell(a[:n]), "worse": spell(b[:m])}] for (a, b), (n, m) in pairs]
     rows = []
     for number, answers in enumerate(batch.answers):
         inputs, labels, segments = (one[number] for one in (batch.input_ids, batch.labels, batch.segments))

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from llmkit.data.batches import Batches
+from llmkit.data.labelled import pad_batch
 from llmkit.data.rows import open_encoded, token_ids
 from llmkit.types import IGNORE_INDEX, Batch
 
@@ -91,3 +92,25 @@ def open_trees(folder: Path, split: str, global_batch_size: int, **order: Any) -
         return Batch(ids, labels, positions, segments, answers=answers, reference=known, counts=pairs, **trunk)
 
     return Batches(len(row_ends), rows, global_batch_size, **order)
+
+
+def open_pairs(folder: Path, split: str, global_batch_size: int, **order: Any) -> Batches:
+    """Return the batches of a split for a reward model: input_ids (B, 2, T), in which the better answer is first, each
+    with its prompt and padded on the right, and lengths (B, 2). Raise DataError if a file changed since it was written.
+    """
+    report, tokens, (trees, _) = open_encoded(folder, split, "trees", "rows")
+
+    def rows(indices: list[int]) -> Batch:
+        sequences = []
+        for tree in trees[indices].tolist():
+            prompt = tokens[tree[PROMPT_AT] : tree[PROMPT_AT] + tree[PROMPT]]
+            for place, length in ((BETTER_AT, BETTER), (WORSE_AT, WORSE)):
+                sequences.append(np.concatenate([prompt, tokens[tree[place] : tree[place] + tree[length]]]))
+        flat = pad_batch(
+            sequences, np.zeros(len(sequences)), report["eos_id"], types=False, most=max(map(len, sequences))
+        )
+        pairs = len(indices)
+        ids, lengths = flat.input_ids.reshape(pairs, 2, -1), flat.lengths.reshape(pairs, 2)
+        return Batch(ids, np.zeros(pairs), lengths=lengths, counts=np.ones(pairs, np.int64))
+
+    return Batches(len(trees), rows, global_batch_size, **order)

@@ -9,7 +9,7 @@ import numpy as np
 
 from llmkit.data.batches import Batches, Mixture, corpus_batches, samples_in
 from llmkit.data.labelled import open_labelled_rows
-from llmkit.data.preferences import open_trees
+from llmkit.data.preferences import open_pairs, open_trees
 from llmkit.data.prompts import open_prompts
 from llmkit.data.rows import ANSWERS_LOST, open_rows
 from llmkit.data.tokens import TokenStream, open_split, read_sealed
@@ -167,6 +167,7 @@ def open_records(
     *,
     form: str = "",
     weights: dict[str, float] | None = None,
+    apart: bool = False,
 ) -> Splits:
     """Open the fine-tuning records that `records.build.encode_turns` encoded, given its report.
 
@@ -174,6 +175,7 @@ def open_records(
     start_id  the decoder's first input token in an encoder-decoder; None for a decoder-only model
     form      the template of chats; "" if the records are continued text
     weights   source -> weight in the mixture, in the order of the report; None: all rows are equally likely
+    apart     read the answers of preferences as sequences of their own, as a reward model does
     """
     splits, train, val = report["splits"], report["splits"]["train"], report["splits"]["val"]
     mixture = Mixture(list(report["sources"].values()), list(weights.values())) if weights else None
@@ -181,7 +183,8 @@ def open_records(
     def batches(split: str, size: int, **order: Any) -> Batches:
         mixed = mixture if split == "train" else None
         if report["form"] == "trees":
-            return open_trees(Path(report["folder"]), split, size, mixture=mixed, **order)
+            open_split = open_pairs if apart else open_trees
+            return open_split(Path(report["folder"]), split, size, mixture=mixed, **order)
         return open_rows(Path(report["folder"]), split, size, start_id, mixture=mixed, **order)
 
     layouts = report["found"]["layouts"]

@@ -1,6 +1,6 @@
 """Objectives, by name. A new one is a function that builds it, and a line here with the models and data it fits."""
 
-from llmkit.objectives import grpo, heads, kto, lm, preference
+from llmkit.objectives import grpo, heads, kto, lm, preference, reward
 from llmkit.objectives.objective import ObjectiveType
 
 LABELLED, PREFERENCES = (("causal", "labelled"), ("masked", "labelled")), (("causal", "preference"),)
@@ -13,6 +13,7 @@ OBJECTIVES: dict[str, ObjectiveType] = {
     "tag": ObjectiveType(heads.tag, LABELLED),
     "dpo": ObjectiveType(preference.dpo, PREFERENCES),
     "kto": ObjectiveType(kto.kto, PREFERENCES),
+    "reward": ObjectiveType(reward.reward, PREFERENCES),
     "grpo": ObjectiveType(grpo.grpo, (("causal", "prompts"),)),
     "seq2seq": ObjectiveType(lm.seq2seq, (("seq2seq", "sft"),), lambda seq_len: (seq_len, seq_len)),
 }

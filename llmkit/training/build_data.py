@@ -76,6 +76,7 @@ def open_encoded_records(config: Config, world: World, base: Path, start_id: int
     """Encode the records, if that is not done, and open them."""
     data, tokenizer = config.data, load_templated(config, base)
     out = Path(config.run_dir) / "data" if keep else temporary_folder()
+    apart = config.objective.name == "reward"
     options = {"seed": config.seed, "form": "rows" if start_id is None else "pairs", "keep": keep}
     if data.kind == "preference":
         windows = read_config(base).windows  # one that is shorter than a prompt with an answer would hide a part of it
@@ -90,7 +91,7 @@ def open_encoded_records(config: Config, world: World, base: Path, start_id: int
     weights = {source.name: source.weight for source in data.sources if source.weight}
     where = data.path or ", ".join(source.name for source in data.sources)
     where += f" and {data.val_path}" if data.val_path else ""
-    return open_records(report, where, tokenizer, start_id, form=form, weights=weights)
+    return open_records(report, where, tokenizer, start_id, form=form, weights=weights, apart=apart)
 
 
 def load_templated(config: Config, base: Path) -> Tokenizer:

@@ -28,10 +28,11 @@ def plan_run(
 
     device  "cpu" or "cuda"
     """
-    train, data = config.train, config.data
+    train, data, head = config.train, config.data, head_of(config, options, model_config.kind)
+    is_packed = data.kind in ("sft", "preference") or (data.kind == "corpus" and data.document_mask)
     return make_plan(
         model_config,
-        head=head_of(config, options, model_config.kind),
+        head=head,
         peft=(config.peft.name, options["peft"]) if config.peft else None,
         new_rows=new_rows,
         seq_len=data.row_len,
@@ -41,7 +42,7 @@ def plan_run(
         optimizer=(config.optimizer.name, options["optimizer"]),
         checkpointing=train.gradient_checkpointing,
         compiled=train.compile is True,
-        packed=data.kind in ("sft", "preference") or (data.kind == "corpus" and data.document_mask),
+        packed=is_packed and head is None,
         accumulates=rows_in_step(config, options, ranks) > train.micro_batch_size,
         averages=config.checkpoint.average == "tail",
         device=device,
@@ -57,6 +58,8 @@ def head_of(config: Config, options: Options, kind: str) -> HeadConfig | None:
     """Return the head for labels that a config trains on a model of this kind, None if it trains none. Without
     data.labels it has as many labels as a yes or no.
     """
+    if config.objective.name == "reward":
+        return make_head("regress", options["objective"], kind, None, None)
     if config.data.kind != "labelled":
         return None
     return make_head(config.objective.name, options["objective"], kind, config.data.labels, config.data.multi_label)

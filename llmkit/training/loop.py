@@ -36,10 +36,11 @@ from llmkit.tasks.questions import name_question_files
 from llmkit.training.average import averaged, start_average, update_average
 from llmkit.training.evaluation import best_of, describe_forgetting, measure, score_of
 from llmkit.training.fit import with_train
+from llmkit.training.header import describe, next_commands
 from llmkit.training.log import Interval, MetricsLogger
 from llmkit.training.optim import OPTIMIZERS, clip, set_lr
 from llmkit.training.plan import plan_config, plan_rows
-from llmkit.training.prepare import PreparedRun, describe, next_commands, prepare
+from llmkit.training.prepare import PreparedRun, prepare
 from llmkit.training.profile import TABLE, TRACE, start_profiler
 from llmkit.training.progress import Progress, early_stop, initial_counters, stop_if_diverged, update_loss_scale
 from llmkit.training.reference import keep_references

@@ -102,7 +102,8 @@ def complete_records(config: Config, model_config: Any) -> Config:
     if not isinstance(config.data, TurnData):
         return config
     packing, data = config.data.packing, config.data
-    packing = model_config.kind != "seq2seq" if packing is None else packing
+    shares = model_config.kind != "seq2seq" and config.objective.name != "reward"
+    packing = shares if packing is None else packing
     update = {"packing": packing, "date": data.date or date.today().isoformat()}
     return config.model_copy(update={"data": data.model_copy(update=update)})
 
@@ -175,6 +176,10 @@ def preference_problems(config: Config) -> Iterator[UserError]:
     if config.objective.name == "kto" and not config.peft:
         what, fix = "needs an adapter: without one, the model that training starts from is not at hand", "add --lora"
         yield config.error("objective.name", what, got="kto", fix=fix)
+    if config.objective.name == "reward":
+        yield from number_problems(config)
+        if config.data.packing:
+            yield config.error("data.packing", "can't be done: a reward is that of a row", fix="delete it")
 
 
 def prompt_problems(config: Config, options: dict[str, Any]) -> Iterator[UserError]:
@@ -201,22 +206,25 @@ def head_problems(config: Config) -> Iterator[UserError]:
     for name in [name for name in config.data.columns if name not in OURS]:
         fix = did_you_mean(name, OURS) or f"name one of {', '.join(OURS)}"
         yield config.error("data.columns", f"has {name}, which is no field of a record", fix=fix)
-    measured = ("sample_prompt", "sets", "general", "tasks")
-    for key in [key for key in measured if getattr(config.eval, key)]:
-        yield config.error(
-            f"eval.{key}", "needs a head for tokens, and this run trains one for labels", fix="delete it"
-        )
+    yield from number_problems(config)
     unused = {"classify": (), "tag": ("multi_label", "label_separator")}
     for key in unused.get(config.objective.name, ("multi_label", "label_separator", "labels")):
         if getattr(config.data, key) is not None:
             what = f"has no effect with objective {config.objective.name}"
             yield config.error(f"data.{key}", what, fix="delete it")
+
+
+def number_problems(config: Config) -> Iterator[UserError]:
+    """Yield what does not fit a model that predicts no tokens, whose rows differ in length."""
+    measured = ("sample_prompt", "sets", "general", "tasks")
+    for key in [key for key in measured if getattr(config.eval, key)]:
+        yield config.error(f"eval.{key}", "needs a head for tokens, and this run trains another one", fix="delete it")
     if config.train.max_tokens is not None:
         yield config.error(
             "train.max_tokens", "can't be counted: texts differ in length", fix="give epochs or max_steps"
         )
     if config.train.compile is True:
-        yield config.error("train.compile", "can't be done: rows of labelled texts differ in length", fix="delete it")
+        yield config.error("train.compile", "can't be done: rows differ in length", fix="delete it")
 
 
 def check_method(config: Config, options: dict[str, Any], model_config: Any) -> None:
