@@ -69,9 +69,12 @@ class CausalLM(nn.Module):
             result = linear_cross_entropy(hidden, weight, labels, reduction, chunk_loss=self.chunk_loss)
         return (result, torch.stack(balances)) if with_balance else result
 
-    def encode(self, input_ids: Tensor) -> Tensor:
-        """Return the hidden states (B, T, hidden) of the last block, normed: what the head reads."""
-        return self.norm(self.run_blocks(input_ids)[0])
+    def encode(self, input_ids: Tensor, **inputs: Tensor) -> Tensor:
+        """Return the hidden states (B, T, hidden) of the last block, normed: what the head reads.
+
+        inputs  positions, segments and branches, see `forward`
+        """
+        return self.norm(self.run_blocks(input_ids, **inputs)[0])
 
     def run_blocks(
         self,

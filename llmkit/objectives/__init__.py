@@ -1,6 +1,6 @@
 """Objectives, by name. A new one is a function that builds it, and a line here with the models and data it fits."""
 
-from llmkit.objectives import grpo, heads, kto, lm, preference, reward
+from llmkit.objectives import distill, grpo, heads, kto, lm, preference, reward
 from llmkit.objectives.objective import ObjectiveType
 
 LABELLED, PREFERENCES = (("causal", "labelled"), ("masked", "labelled")), (("causal", "preference"),)
@@ -11,6 +11,7 @@ OBJECTIVES: dict[str, ObjectiveType] = {
     "classify": ObjectiveType(heads.classify, LABELLED),
     "regress": ObjectiveType(heads.regress, LABELLED),
     "tag": ObjectiveType(heads.tag, LABELLED),
+    "distill": ObjectiveType(distill.distill, (("causal", "corpus"), ("causal", "sft"))),
     "dpo": ObjectiveType(preference.dpo, PREFERENCES),
     "kto": ObjectiveType(kto.kto, PREFERENCES),
     "reward": ObjectiveType(reward.reward, PREFERENCES),

@@ -159,6 +159,8 @@ def prepare(
     written = options["objective"].get("max_new_tokens", 0)
     data = open_data(config, world, checked.base, start_id, say, max_new_tokens=written, keep=keep)
     new_tokens = fit_vocabulary(checked, data.tokenizer)
+    if teacher := options["objective"].get("teacher"):
+        check_same_tokens(config, load_tokenizer(Path(teacher)), data.tokenizer)
     for split, samples in data.samples.items():
         if samples < 1:
             fix = "lower data.seq_len or add text" if config.data.kind == "corpus" else "add records"
@@ -232,6 +234,12 @@ def fit_vocabulary(checked: CheckedConfig, tokenizer: Tokenizer) -> dict[int, li
         got = f"{len(tokenizer)} tokens, {model_config.vocab_size} embeddings"
         raise UserError("the tokenizer has more tokens than the model", at=config.where("model.vocab_size"), got=got)
     return new_tokens
+
+
+def check_same_tokens(config: Config, theirs: Tokenizer, ours: Tokenizer) -> None:
+    """Raise a UserError unless a teacher has the tokens of the data."""
+    if theirs.rust.get_vocab(with_added_tokens=True) != ours.rust.get_vocab(with_added_tokens=True):
+        raise config.error("objective.teacher", "has another tokenizer than the data", fix="name one with the same")
 
 
 def check_rows_option(config: Config, options: dict[str, Any], new_tokens: int) -> None:

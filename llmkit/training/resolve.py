@@ -16,6 +16,7 @@ from llmkit.config.records import TurnData
 from llmkit.config.schema import Config, Train
 from llmkit.errors import DataError, MachineError, UserError, did_you_mean, raise_all
 from llmkit.models import CONFIGS, build_model, shape_problems
+from llmkit.models.folder import read_config
 from llmkit.models.heads import POOLINGS
 from llmkit.objectives import OBJECTIVES, fitting_objectives
 from llmkit.parallel.device import choose_precision
@@ -24,6 +25,7 @@ from llmkit.peft import METHODS
 from llmkit.readers.records import DOCUMENT_FORMATS, suffix_of
 from llmkit.records.label_layouts import OURS
 from llmkit.records.layouts import FIELDS, PREFERENCES
+from llmkit.storage.locate import locate
 from llmkit.storage.manifest import best_checkpoint, list_checkpoints
 from llmkit.storage.run import CONFIG as RUN_CONFIG
 from llmkit.storage.run import is_run, read_run_config
@@ -86,12 +88,30 @@ def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[st
         raise config.error("objective.name", what, got=choice.name, expected=expected, fix=fix)
     options, errors = check_objective(config, choice)
     raise_all(errors)
+    if "teacher" in options:
+        options["teacher"] = find_teacher(config, options["teacher"], model_config)
+        if options["on_policy"] and data == "corpus":
+            what, fix = "needs prompts, and a corpus has none", "delete it, or fine-tune on prompts and answers"
+            raise config.error("objective.on_policy", what, got=options["on_policy"], fix=fix)
     if "pooling" in options:
         options["pooling"] = options["pooling"] or POOLINGS[kind][0]
         if options["pooling"] not in POOLINGS[kind]:
             what, expected = f"does not fit {name}", " or ".join(POOLINGS[kind])
             raise config.error("objective.pooling", what, got=options["pooling"], expected=expected)
     return choice, options
+
+
+def find_teacher(config: Config, name: str, model_config: Any) -> str:
+    """Return the folder of the model to learn from. Raise a UserError if it does not fit the student."""
+    located = locate(name)
+    if located.is_adapter:
+        fix = f"llmkit export {name} merged --format hf, and name that"
+        raise config.error("objective.teacher", "is an adapter, but a whole model is read", got=name, fix=fix)
+    theirs = read_config(located.folder)
+    if theirs.kind != "causal" or (model_config.vocab_size or theirs.vocab_size) != theirs.vocab_size:
+        got = f"{theirs.model_type}, {theirs.vocab_size} tokens, and the student's {model_config.vocab_size}"
+        raise config.error("objective.teacher", "has other tokens than the student", got=got)
+    return str(located.folder.resolve())
 
 
 def complete_records(config: Config, model_config: Any) -> Config:
