@@ -54,7 +54,15 @@ class Curves(NamedTuple):
 
 LOSS = "loss (nats per token)"
 MOST_SCORES = 6  # that are drawn
-PANELS = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens/s"}
+PANELS = {  # of what a run has logged
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens/s",
+    "reward": "reward, training",
+    "answer_tokens": "tokens of an answer",
+    "kl": "KL to the start",
+}
+COLUMNS = 3  # of panels
 
 
 def plot_runs(folders: list[Path], out: Path) -> None:
@@ -77,13 +85,13 @@ def draw_runs(folders: list[Path]) -> "Figure":
     runs, names = [read_curves(folder) for folder in folders], name_runs(folders)
     figure = Figure(layout="constrained")
     panels = runs[0].panels if len(runs) == 1 else {}
-    lines = -(-len(panels) // len(PANELS))  # of panels
-    grid = figure.add_gridspec(1 + lines, len(PANELS), height_ratios=[4] + [1] * lines)
+    lines = -(-len(panels) // COLUMNS)  # of panels
+    grid = figure.add_gridspec(1 + lines, COLUMNS, height_ratios=[4] + [1] * lines)
     axes = figure.add_subplot(
         grid[0, :], xlabel="tokens seen", ylabel=LOSS if all(run.of_tokens for run in runs) else "loss"
     )
     for i, (name, points) in enumerate(panels.items()):
-        draw_panel(figure.add_subplot(grid[1 + i // len(PANELS), i % len(PANELS)]), name, points)
+        draw_panel(figure.add_subplot(grid[1 + i // COLUMNS, i % COLUMNS]), name, points)
     rows = []  # of the legend: (line, text)
     for i, (run, name) in enumerate(zip(runs, names, strict=True)):
         marker, star = MARKERS[i % len(MARKERS)], {"markeredgecolor": "white", "linestyle": "none", "zorder": 3}

@@ -133,6 +133,8 @@ def progress_line(record: dict[str, Any], total: int) -> str:
     parts = [f"step {record['step']}/{total}"]
     if "loss" in record:
         parts.append(f"loss {record['loss']:.3f}")
+    if "reward" in record:  # of the answers that a step has written
+        parts.append(f"reward {record['reward']:.3f}, {record['answer_tokens']:.0f} tokens an answer")
     if "val_loss" in record:
         perplexity = f" ppl {record['val_perplexity']:.2f}" if "val_perplexity" in record else ""
         parts.append(f"val {record['val_loss']:.3f}{perplexity}")
