@@ -364,6 +364,8 @@ PEFT_FORMS = {
     "one_layer": {"targets": ["q_proj"], "layers_to_transform": 1},
     "ranks": {"targets": ["q_proj", "up_proj"], "rank_pattern": {"q_proj": 2},
               "alpha_pattern": {r"model.layers.1.self_attn.q_proj": 3, "^model.*up_proj": 9}},
+    "dora": {"targets": "all-linear", "use_dora": True},
+    "dora_ranks": {"targets": ["q_proj", "up_proj"], "use_dora": True, "rank_pattern": {"q_proj": 2}, "rslora": True},
     "rank_regex": {"targets": ["q_proj"], "rank_pattern": {r"layers\.0\..*": 1}, "rslora": True},
 }  # fmt: skip
 
@@ -394,6 +396,68 @@ def test_our_patterns_are_those_of_peft(base_folder, tmp_path):
     ids = torch.arange(12)[None]
     for one in (model, again):
         torch.testing.assert_close(one.eval()(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@each_family
+@torch.no_grad()
+def test_dora_and_layers_are_those_of_peft_and_merge(base_folder, tmp_path, name):
+    """It begins as the base, opens in peft, and a merged model computes the same, with a bias and without."""
+    options = options_of(dora=True, layers=[1])
+    model, base = base_of(name), base_of(name).eval()
+    lora.apply(model, options, 0)
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(model.eval()(ids), base(ids), rtol=1e-5, atol=1e-5)
+    assert all(".1." in key for key in lora.tensors(model))
+    for parameter in lora.tensors(model).values():
+        parameter.add_(0.1 * torch.randn(parameter.shape))
+    save_adapter(model, tmp_path, "lora", options, base=str(base_folder(name)), base_sha256="")
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(base_folder(name)), tmp_path
+    ).eval()
+    again = base_of(name)
+    load_adapter(again, tmp_path)
+    expected = theirs(ids).logits
+    for one in (model, again):
+        torch.testing.assert_close(one.eval()(ids), expected, rtol=1e-5, atol=1e-5)
+    with lora.disabled(model):
+        torch.testing.assert_close(model(ids), base(ids))
+    lora.merge(model)
+    torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-4)
+    assert not any("lora" in key for key in model.state_dict())
+
+
+def test_a_step_of_dora_is_that_of_peft(base_folder):
+    """The same gradients, with dropout off: none goes through the length of W + B A."""
+    ours = base_of("llama").train()
+    lora.apply(ours, options_of(dora=True), 0)
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", use_dora=True, task_type="CAUSAL_LM")
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder("llama"))
+    theirs = peft.get_peft_model(base, config).train()
+    mine, other = lora.tensors(ours), dict(theirs.named_parameters())
+    names = {key: f"base_model.model.{key}".replace(".weight", ".default.weight") for key in mine}
+    names |= {key: f"{names[key]}.default.weight" for key in mine if key.endswith("magnitude_vector")}
+    with torch.no_grad():
+        for key, parameter in mine.items():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+            other[names[key]].copy_(parameter)
+    ids = torch.arange(12)[None]
+    for logits in (ours(ids), theirs(ids).logits):
+        logits.float().log_softmax(-1)[0, :-1, :][torch.arange(11), ids[0, 1:]].sum().backward()
+    for key, parameter in mine.items():
+        torch.testing.assert_close(parameter.grad, other[names[key]].grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("layers", "chosen"), [("first 1", {0}), ("last 1", {1}), ([0, 1], {0, 1})])
+def test_only_some_layers_are_adapted(layers, chosen):
+    model = base_of("llama")
+    lora.apply(model, options_of(layers=layers), 0)
+    assert {lora.block_of(key) for key in lora.tensors(model)} == chosen
+
+
+@pytest.mark.parametrize("layers", [[2], "last 3", []])
+def test_a_layer_that_is_not_there_is_refused(layers):
+    with pytest.raises(UserError, match="names no block"):
+        lora.apply(base_of("llama"), options_of(layers=layers), 0)
 
 
 WRONG = {

@@ -32,6 +32,9 @@ class Options:
     target_modules  names or ends of names ("q_proj", "mlp.up_proj"); None: every linear of the blocks
     rank_pattern    other ranks of some linears: the end of a name, which may be a regex -> r
     alpha_pattern   other alphas of some linears
+    layers          only linears of these blocks: their numbers, or "first 4", "last 4"
+    dora            also train the length of each row of a weight, whose direction A and B change (Liu et al. 2024,
+                    arXiv:2402.09353)
     new_tokens      also train the embedding rows of tokens that were added to the model's tokenizer
     """
 
@@ -41,7 +44,9 @@ class Options:
     target_modules: list[str] | None = None
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
     alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    layers: list[Annotated[int, Field(ge=0)]] | Annotated[str, Field(pattern=r"^(first|last) [1-9]\d*$")] | None = None
     rslora: bool = False
+    dora: bool = False
     new_tokens: bool = False
 
 
@@ -54,6 +59,28 @@ class LoRA:
         return y + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.lora_scale
 
 
+class DoRA(LoRA):
+    """A linear whose weight is W + B A with rows of the lengths `lora_magnitude` (out,)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super(LoRA, self).forward(x)
+        dropped = F.dropout(x, self.lora_dropout, self.training)
+        update = F.linear(F.linear(dropped, self.lora_A), self.lora_B) * self.lora_scale
+        share = self.shares().to(y.dtype)
+        if self.training and self.lora_dropout:  # as in peft, all that is changed reads the same input
+            plain = F.linear(dropped, self.weight)
+        else:
+            plain = y if self.bias is None else y - self.bias
+        return y + (share - 1) * plain + share * update
+
+    def shares(self) -> Tensor:
+        """Return the factor of each row, (out,): its length over that of W + B A, through which no gradient goes."""
+        with torch.no_grad():
+            update = (self.lora_B @ self.lora_A) * self.lora_scale
+            lengths = torch.linalg.vector_norm(self.weight.float() + update.float(), dim=1)
+        return self.lora_magnitude / lengths
+
+
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Return every linear inside the blocks by its full name. The head is none of them: the loss multiplies with it."""
     return {
@@ -63,6 +90,32 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear)
     }
+
+
+def in_layers(model: nn.Module, layers: list[int] | str | None) -> dict[str, nn.Linear]:
+    """Return the linears of some of the blocks, see `Options`. Raise UserError for a block that is not there."""
+    linears, number = block_linears(model), len(model.blocks)
+    if layers is None:
+        return linears
+    if isinstance(layers, str):
+        side, count = layers.split()
+        chosen = range(number)[: int(count)] if side == "first" else range(number)[-int(count) :]
+    else:
+        chosen = layers
+    last = max(chosen, default=0) if not isinstance(layers, str) else int(layers.split()[1]) - 1
+    if last >= number or not chosen:
+        got, expected = layers or "none", f"of {number} blocks, numbered from 0"
+        raise UserError("peft.layers names no block of the model", got=got, expected=expected)
+    return {name: module for name, module in linears.items() if block_of(name) in chosen}
+
+
+def block_of(name: str) -> int:
+    """Return the number of the block that a module is in.
+
+    >>> block_of("model.layers.3.mlp.up_proj")
+    3
+    """
+    return int(re.search(r"\.(\d+)\.", name)[1])
 
 
 def candidates(model: nn.Module) -> list[str]:
@@ -85,7 +138,7 @@ def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[i
     A is uniform in +-1/sqrt(in), PEFT's initialisation; B is 0. Raises UserError for targets that match nothing, and
     for an r that no matrix of the chosen ones could have as its rank.
     """
-    linears, wanted = block_linears(model), options.target_modules
+    linears, wanted = in_layers(model, options.layers), options.target_modules
     matching = {target: [name for name in linears if f".{name}".endswith(f".{target}")] for target in wanted or []}
     what, known = "peft.target_modules matches no linear of the blocks", ", ".join(candidates(model))
     raise_all([UserError(what, got=target, expected=known) for target, names in matching.items() if not names])
@@ -109,7 +162,9 @@ def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[i
         alpha = by_pattern(options.alpha_pattern, name, options.alpha)
         module.lora_scale = alpha / (math.sqrt(r) if options.rslora else r)
         module.lora_dropout = options.dropout
-        swap_class(module, LoRA)
+        if options.dora:
+            module.lora_magnitude = nn.Parameter(torch.linalg.vector_norm(module.weight.detach().float(), dim=1))
+        swap_class(module, DoRA if options.dora else LoRA)
     if options.new_tokens and new_ids:
         train_rows(model, list(new_ids))
 
@@ -125,7 +180,11 @@ def merge(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, LoRA):
             update = module.lora_B.float() @ module.lora_A.float() * module.lora_scale
-            module.weight.copy_(module.weight.float() + update)
+            merged = module.weight.float() + update
+            if isinstance(module, DoRA):
+                merged *= module.shares()[:, None]
+                del module.lora_magnitude
+            module.weight.copy_(merged)
             del module.lora_A, module.lora_B, module.lora_scale, module.lora_dropout
             restore_class(module)
     merge_rows(model)
@@ -143,6 +202,7 @@ class PeftFields:
     lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     target_modules: list[str] | str | None = None  # a text is a regex for whole names, or "all-linear"
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
@@ -170,22 +230,27 @@ def tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, module in model.named_modules():
         if isinstance(module, LoRA):
             found |= {f"{name}.lora_A.weight": module.lora_A, f"{name}.lora_B.weight": module.lora_B}
+        if isinstance(module, DoRA):
+            found[f"{name}.lora_magnitude_vector"] = module.lora_magnitude
     return found
 
 
 def to_peft(model: nn.Module, options: Options) -> dict:
     """Return the fields of adapter_config.json."""
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoRA)]
     rows = {name.rpartition(".")[2]: table.token_ids.tolist() for name, table in trained_tables(model)}
     return {
         "r": options.r,
         "lora_alpha": options.alpha,
         "lora_dropout": options.dropout,
         "use_rslora": options.rslora,
+        "use_dora": options.dora,
         "target_modules": options.target_modules or candidates(model),
         "rank_pattern": options.rank_pattern or {},
         "alpha_pattern": options.alpha_pattern or {},
         "fan_in_fan_out": bool(family_of(model.config).transposed),
         "bias": "none",
+        "layers_to_transform": sorted({block_of(name) for name in adapted}) if options.layers else None,
     } | ({"trainable_token_indices": rows} if rows else {})
 
 
@@ -202,7 +267,7 @@ def from_peft(model: nn.Module, fields: PeftFields, shapes: dict[str, tuple]) ->
         name: shapes[key][0]
         for name in block_linears(model)
         if (key := f"{name}.lora_A.weight") in shapes
-        and (not layers or int(re.search(r"\.(\d+)\.", name)[1]) in layers)
+        and (not layers or block_of(name) in layers)
         and not (isinstance(excluded, list) and any(f".{name}".endswith(f".{end}") for end in excluded))
     }
     is_plain = isinstance(fields.target_modules, list) and not excluded and not layers
@@ -223,6 +288,7 @@ def from_peft(model: nn.Module, fields: PeftFields, shapes: dict[str, tuple]) ->
         rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != fields.r},
         alpha_pattern=patterns,
         rslora=fields.use_rslora,
+        dora=fields.use_dora,
         new_tokens=bool(rows),
     )
     if not fields.rank_pattern and options.rank_pattern:

@@ -158,7 +158,8 @@ def memory(
         config,
         head=head,
         period=checkpointing if isinstance(checkpointing, int) else 1,
-        alike=not re.search(r"[^\W\d]\.\d", str(peft)),  # an adapter may change some layers alone
+        # an adapter may change some layers alone
+        alike=not (peft and peft[1].get("layers")) and not re.search(r"[^\W\d]\.\d", str(peft)),
         shapes=shapes,
         change=change if peft else None,
         make_optimizers=lambda model: OPTIMIZERS[optimizer[0]](model, **optimizer[1]),
