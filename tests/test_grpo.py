@@ -125,6 +125,27 @@ def test_ready_rewards(options, answer, expected):
     assert reward(["?"], [answer], [RECORD]) == [expected] and weight == 1.0
 
 
+def test_rewards_are_added_up_by_their_weights_whatever_their_names(tokenizer, tmp_path):
+    (tmp_path / "my.py").write_text("def reward(completions, **_):\n    return [float(len(c)) for c in completions]\n")
+    configs = [RewardConfig(name=f"{tmp_path}/my.py:reward", weight=0.1), RewardConfig(name="exact", weight=5.0)]
+    prompts = Batch(np.array([[5, 6]]), np.zeros(1), lengths=np.array([2]))
+    prompts.records = np.array([{"answer": tokenizer.decode([9])}], object)
+    found = grpo.add_rewards(load_rewards(configs), tokenizer, prompts, [[9], [9, 9]], 2)
+    lengths = [len(tokenizer.decode([9])), len(tokenizer.decode([9, 9]))]
+    assert found["reward_reward"].tolist() == lengths and found["reward_exact"].tolist() == [1, 0]
+    np.testing.assert_allclose(found["reward"], [0.1 * lengths[0] + 5, 0.1 * lengths[1]])
+
+
+def test_probabilities_are_those_at_the_temperature(tokenizer):
+    model = speaking(tokenizer)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    labels = torch.tensor([[-100, 7, 8, 9]])
+    found = grpo.log_probs(model, {"input_ids": ids, "labels": labels}, 0.5)
+    expected = (model(ids) / 0.5).log_softmax(-1)[0, [1, 2, 3], [7, 8, 9]]
+    torch.testing.assert_close(found[0, 1:], expected)
+    assert found[0, 0] == 0
+
+
 def own(folder, body: str):
     (folder / "my.py").write_text(body)
     return load_rewards([RewardConfig(name=f"{folder}/my.py:score")])["score"][1]
@@ -237,13 +258,13 @@ def test_losses_equal_those_of_trl(loss, beta, tokenizer, monkeypatch):
     ours = torch.randn(rows, length).mul(0.4).sub(2.0).requires_grad_()
     old, theirs = ours.detach() + 0.4 * torch.randn(rows, length), ours.detach() + 0.2 * torch.randn(rows, length)
     advantages = torch.randn(rows)
-    monkeypatch.setattr(grpo, "log_probs", lambda model, batch: torch.where(mask, ours, 0.0))
-    monkeypatch.setattr(grpo, "reference_log_probs", lambda model, batch: torch.where(mask, theirs, 0.0))
+    monkeypatch.setattr(grpo, "log_probs", lambda model, batch, _: torch.where(mask, ours, 0.0))
+    monkeypatch.setattr(grpo, "reference_log_probs", lambda model, batch, _: torch.where(mask, theirs, 0.0))
     counts = {"grpo": 1, "gspo": 1, "dr_grpo": 12}.get(loss)
     counts = ends if counts is None else torch.full((rows,), counts)
     batch = {"labels": torch.where(mask, labels, -100), "old": torch.where(mask, old, 0.0), "advantages": advantages}
     batch["counts"] = counts
-    options = {"loss": loss, "epsilon": 0.2, "epsilon_high": 0.28, "beta": beta}
+    options = {"loss": loss, "epsilon": 0.2, "epsilon_high": 0.28, "beta": beta, "temperature": 1.0}
     found, figures = grpo.sum_of_losses(None, batch, **options)
     (found / counts.sum()).backward()
     mine, ours.grad = ours.grad, None
@@ -332,7 +353,7 @@ def test_a_run_is_rewarded_and_goes_on_with_the_same_bits(name, workplace):
     found = metrics(workplace / "runs" / name)
     rewards = [record["reward"] for record in found if "reward" in record]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.02
-    assert {"share", "answer_tokens", "equal_groups", "clipped"} <= found[-1].keys()
+    assert {"reward_share", "answer_tokens", "equal_groups", "clipped"} <= found[-1].keys()
     for steps in (3, 24):  # with two updates, it stops between them
         printed = llmkit("finetune", config, how, "-o", f"run_dir=runs/{name}-2", "-o", f"train.max_steps={steps}",
                          cwd=workplace).stdout  # fmt: skip
@@ -366,6 +387,9 @@ def test_a_step_does_not_depend_on_its_micro_batches(workplace):
         ("objective.group_size=1", "group_size"),
         ("objective.name=dpo", "grpo"),
         ("objective.reward={name: exact, fild: a}", "fild"),
+        ("objective.reward={name: exact, most: 3}", "has no most"),
+        ("objective.reward=format", "needs a pattern"),
+        ("objective.reward=[]", "names no reward"),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_trained(override, words, workplace):

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from test_families import OURS, made
 
 from llmkit.config.records import PreferenceData
-from llmkit.data.preferences import open_trees
+from llmkit.data.preferences import must_part, open_trees
 from llmkit.models import build_model
 from llmkit.models.attention import attention_mask
 from llmkit.models.block_mask import make_block_mask
@@ -53,6 +54,9 @@ CHATS = {
     "hh-rlhf": ({"chosen": f"\n\nHuman: {ASKED}\n\nAssistant: {GOOD}",
                  "rejected": f"\n\nHuman: {ASKED}\n\nAssistant: {BAD}"}, [USER]),
     "messages": ({"messages": [USER], "chosen": GOOD, "rejected": BAD}, [USER]),
+    "ultrafeedback_binarized": ({"prompt": ASKED, "messages": [USER, SAYS(GOOD)], "chosen": [USER, SAYS(GOOD)],
+                                 "rejected": [USER, SAYS(BAD)]}, [USER]),
+    "messages that are answered": ({"messages": [USER, SAYS(GOOD)], "chosen": GOOD, "rejected": BAD}, [USER]),
 }  # fmt: skip
 
 
@@ -85,7 +89,7 @@ def test_a_prompt_and_texts_that_continue_it_are_left_as_they_are():
         ({"prompt": "The sky is", "completion": " blue.", "label": True}, True),
         ({"prompt": "The sky is", "completion": " up.", "label": "0"}, False),
         ({"instruction": ASKED, "output": BAD, "kto_tag": False}, False),
-        ({"messages": [USER, SAYS(GOOD)], "label": 1}, True),
+        ({"messages": [USER, SAYS(GOOD)], "label": 1.0}, True),
         ({"prompt": [USER], "completion": [SAYS(GOOD)], "label": True}, True),
     ],
 )
@@ -175,8 +179,10 @@ def test_a_row_has_whole_trees_with_the_prompt_once(tokenizer, tmp_path):
 @torch.no_grad()
 def test_a_tree_has_the_log_probabilities_of_its_answers_alone(name, tokenizer, tmp_path):
     config = OURS[name]
+    if name == "mistral":  # a window that holds each answer with its prompt, but not both answers
+        config = replace(config, sliding_window=35)
     model = made(config)
-    apart = any(window and window < 30 for window in config.windows)
+    apart = must_part(config.windows, 60)
     report = encoded(tokenizer, tmp_path, seq_len=30, apart=apart, data={"too_long": "truncate_prompt"})
     rows = open_trees(tmp_path / "out" / report["key"], "train", 2, seed=0)
     batch = rows.rows(list(range(rows.samples)))

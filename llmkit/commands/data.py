@@ -136,6 +136,14 @@ def data_inspect(
         shown = inspect_labelled(batch, tokenizer, run.data.labels, tags=run.head.kind == "tag")
         show({"rows": shown}, as_json) if as_json else print(terminal_text(format_labelled(shown, tokenizer)))
         return
+    if batch.records is not None:
+        shown = [tokenizer.decode(ids[:n].tolist()) for ids, n in zip(batch.input_ids, batch.lengths, strict=True)]
+        if as_json:
+            pairs = zip(shown, batch.records, strict=True)
+            show({"rows": [{"prompt": text, "record": record} for text, record in pairs]}, as_json)
+        else:
+            print("\n".join(f"--- prompt {i}\n{terminal_text(text)}" for i, text in enumerate(shown)))
+        return
     if batch.answers is not None or batch.input_ids.ndim == 3:
         shown, form = inspect_trees(batch, tokenizer), format_trees
     else:

@@ -43,7 +43,8 @@ def score(
             )
             raise UserError(what, at=first.folder, fix=f"llmkit classify {model} TEXT, or leave out other options")
         to_stderr(first.choice)
-        rows = reward_texts(first, text, precision)
+        rows, lost = reward_texts(first, text, precision)
+        to_stderr(lost)
         if as_json:
             print(json.dumps(rows))
         else:

@@ -47,7 +47,7 @@ def finetune(
     rank: Annotated[int | None, typer.Option(min=1, max=MOST, help="Rank of the LoRA adapter.")] = None,
     objective: Annotated[
         str | None,
-        typer.Option(help="dpo, kto, grpo; classify, regress, tag. Default: learn the answers."),
+        typer.Option(help="dpo, kto, reward, grpo; classify, regress, tag. Default: answers."),
     ] = None,
     o: Override = [],
     dry_run: DryRun = False,

@@ -17,6 +17,7 @@ of `data/rows.py` there are
                          at hand while training
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ def columns_of(trees: np.ndarray, apart: bool = False) -> np.ndarray:
     if apart:
         return np.where(answers > 0, trees[:, [PROMPT]] + answers - 1, 0).sum(1)
     return before + np.where(answers > 0, answers - (trees[:, [PROMPT]] == 0), 0).sum(1)
+
+
+def must_part(windows: Sequence[int | None], row_len: int) -> bool:
+    """Return whether the windows of a model would hide a part of a prompt from an answer that is behind another one."""
+    return any(window is not None and window < row_len for window in windows)
 
 
 def open_trees(folder: Path, split: str, global_batch_size: int, **order: Any) -> Batches:

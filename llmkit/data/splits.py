@@ -208,6 +208,7 @@ def open_records(
         warning=warn_of_few(report),
         is_chat=bool(form),
         token_bytes=bytes_per_token(tokenizer),
+        mean_length=train["tokens"] / max(1, train["rows"]) if apart else None,
     )
 
 

@@ -67,6 +67,9 @@ def run_val_split(
         trees = open_trees(run_dir / "data" / key, "val", batch_size, seed=0)
         what = f"the better answers in the val split of {data_name(data)}"
         return None, what, 0, map(better_answers, trees.in_order())
+    if data["kind"] == "prompts":
+        what, fix = "a run of prompts has no text to measure", "name a file with --data"
+        raise DataError(what, at=run_dir, fix=f"{fix}; its rewards are in {run_dir / 'metrics.jsonl'}")
     if data["kind"] == "sft":
         start_id = family_of(model_config).start_token_id(model_config)
         batches = open_rows(run_dir / "data" / key, "val", batch_size, start_id, seed=0)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from llmkit.config.defaults import MAX_BAD_FRACTION
+from llmkit.data.inspect import is_path
 from llmkit.data.preferences import open_pairs
 from llmkit.data.rows import encode_tokens
 from llmkit.errors import DataError
@@ -16,7 +17,7 @@ from llmkit.readers.listing import check_file
 from llmkit.readers.records import read_records
 from llmkit.readers.tally import Tally
 from llmkit.records.encode import Found, encode_records
-from llmkit.records.layouts import PREFERENCES
+from llmkit.records.preferences import CHOSEN, REJECTED
 from llmkit.storage.locate import Located
 from llmkit.storage.report import data_name
 from llmkit.storage.run import read_about, read_run_config
@@ -45,8 +46,11 @@ def read_answers(one: Classifier, path: str, max_bad_fraction: float) -> tuple[l
     file, tally = Path(path).expanduser(), Tally()
     check_file(file)
     first = next((record for _, record, _ in read_records(file) if isinstance(record, dict)), {})
-    are_pairs = any(name in first for name in PREFERENCES)
-    options = {"columns": one.data.get("columns") or {}, "train_on": "last", "preferences": are_pairs}
+    columns = one.data.get("columns") or {}
+    columns = columns if set(columns.values()) & first.keys() else {}
+    known = {ours for ours, name in columns.items() if name in first} if columns else first
+    are_pairs = any(name in known for name in (*CHOSEN, *REJECTED))
+    options = {"columns": columns, "train_on": "last", "preferences": are_pairs}
     found = encode_records(
         read_records(file), path, one.tokenizer, default_template(one.tokenizer), tally, Found(), **options
     )
@@ -54,7 +58,8 @@ def read_answers(one: Classifier, path: str, max_bad_fraction: float) -> tuple[l
     for example in found:
         tokens = example.tokens
         if not are_pairs:
-            sequences.append(tokens[: np.flatnonzero(tokens >= 0)[-1] + 1])
+            targets = np.flatnonzero(tokens >= 0)
+            sequences += [tokens[: targets[-1] + 1]] if len(targets) else []
             continue
         shared, better, worse = example.parts
         if not (better and worse):
@@ -101,15 +106,16 @@ def measure_rewards(
     }
 
 
-def reward_texts(located: Located, source: str, precision: str) -> list[dict[str, Any]]:
-    """Return the rewards of the answers of a file of records, or of a text as it is."""
+def reward_texts(located: Located, source: str, precision: str) -> tuple[list[dict[str, Any]], str]:
+    """Return the rewards of the answers of a file of records, or of a text as it is; and what of the file is bad."""
     one = load_classifier(located, precision)
-    if not Path(source).expanduser().is_file():
+    if not is_path(source):
         ids = [*one.tokenizer.encode_prompt(source), one.tokenizer.eos_id]
-        return [{"reward": float(reward_all(one, [encode_tokens(ids, np.ones(len(ids), bool))])[0])}]
-    sequences, are_pairs, _ = read_answers(one, source, MAX_BAD_FRACTION)
+        return [{"reward": float(reward_all(one, [encode_tokens(ids, np.ones(len(ids), bool))])[0])}], ""
+    sequences, are_pairs, tally = read_answers(one, source, MAX_BAD_FRACTION)
     rewards = reward_all(one, sequences).tolist()
     if not are_pairs:
-        return [{"record": i, "reward": value} for i, value in enumerate(rewards)]
+        return [{"answer": i, "reward": value} for i, value in enumerate(rewards, 1)], tally.describe()
     pairs = zip(rewards[::2], rewards[1::2], strict=True)
-    return [{"pair": i, "chosen": a, "rejected": b, "margin": a - b} for i, (a, b) in enumerate(pairs)]
+    rows = [{"pair": i, "chosen": a, "rejected": b, "margin": a - b} for i, (a, b) in enumerate(pairs, 1)]
+    return rows, tally.describe()

@@ -55,7 +55,11 @@ def sample(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]
     """
     if sampling.temperature < GREEDY_BELOW:
         return logits.argmax(-1)
-    tokens, probs = logits_to_probs(logits, sampling)
+    if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:  # nothing is cut off: no need to sort
+        probs = (logits.float() / sampling.temperature).softmax(-1)
+        tokens = torch.arange(probs.shape[-1], device=probs.device).expand(probs.shape)
+    else:
+        tokens, probs = logits_to_probs(logits, sampling)
     race = torch.empty_like(probs)
     for row, generator in zip(race, generators, strict=True):
         row.exponential_(generator=generator)

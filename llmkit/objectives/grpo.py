@@ -18,10 +18,12 @@ from safetensors.numpy import save
 from torch import Tensor, nn
 
 from llmkit.data.labelled import pad_batch
-from llmkit.errors import DataError
+from llmkit.errors import DataError, UserError
 from llmkit.files import write_atomically
 from llmkit.generation.answers import write_tokens
 from llmkit.generation.sampling import Sampling
+from llmkit.models.layers import token_tables
+from llmkit.models.loss import linear_cross_entropy
 from llmkit.objectives.objective import Objective, Step
 from llmkit.objectives.rewards import Reward, RewardConfig, load_rewards
 from llmkit.parallel.device import to_device
@@ -32,8 +34,16 @@ from llmkit.types import IGNORE_INDEX, Batch
 
 Loss = Literal["grpo", "dapo", "dr_grpo", "cispo", "gspo"]
 BY_TOKENS, BY_ROWS = ("dapo", "cispo"), ("grpo", "gspo")  # what the sum of losses is divided by; dr_grpo: a constant
+CLIPS = {  # the papers' epsilons, below and above 1
+    "dapo": (0.2, 0.28),
+    "grpo": (0.2, 0.2),
+    "dr_grpo": (0.2, 0.2),
+    "cispo": (0.2, 0.28),
+    "gspo": (3e-4, 4e-4),  # of whole answers
+}
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+ROWS_PER_ROW = 4  # answers that are written together for each row of a micro-batch: no activations are kept
 EPSILON = 1e-4  # beside the deviation of a group's rewards, as in trl
 
 
@@ -53,19 +63,17 @@ def group_advantages(rewards: np.ndarray, scaled: bool) -> np.ndarray:
 def add_rewards(
     rewards: dict[str, tuple[float, Reward]], tokenizer: Tokenizer, batch: Batch, answers: list[list[int]], size: int
 ) -> dict[str, np.ndarray]:
-    """Return the rewards (answers,) of `size` answers to each prompt: name -> values, and `reward`, their sum."""
+    """Return the rewards (answers,) of `size` answers to each prompt: `reward`, their weighted sum, and reward_NAME."""
     prompts = [tokenizer.decode(ids[:n].tolist()) for ids, n in zip(batch.input_ids, batch.lengths, strict=True)]
     texts = [tokenizer.decode([i for i in answer if i not in tokenizer.stop_ids]) for answer in answers]
     asked, records = ([one for one in each for _ in range(size)] for each in (prompts, batch.records))
     found = {name: np.array(reward(asked, texts, records)) for name, (_, reward) in rewards.items()}
-    return {"reward": sum(weight * found[name] for name, (weight, _) in rewards.items()), **found}
+    total = sum(weight * found[name] for name, (weight, _) in rewards.items())
+    return {"reward": total} | {f"reward_{name}": values for name, values in found.items()}
 
 
 def answered(batch: Batch, answers: list[list[int]], size: int, pad_id: int) -> Batch:
-    """Return rows of prompts with their answers, whose tokens are targets.
-
-    An answer that has no token is one of a single end token.
-    """
+    """Return rows of prompts with their answers, whose tokens are targets."""
     prompts = [ids[:n] for ids, n in zip(batch.input_ids, batch.lengths, strict=True) for _ in range(size)]
     rows = [np.concatenate([prompt, answer]) for prompt, answer in zip(prompts, answers, strict=True)]
     most = max(map(len, rows))
@@ -76,9 +84,13 @@ def answered(batch: Batch, answers: list[list[int]], size: int, pad_id: int) -> 
     return Batch(full.input_ids, labels)
 
 
-def log_probs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return the log-probabilities (B, T) of the targets, 0 elsewhere."""
-    return -model(batch["input_ids"], batch["labels"], reduction="none")
+def log_probs(model: nn.Module, batch: dict[str, Tensor], temperature: float = 1.0) -> Tensor:
+    """Return the log-probabilities (B, T) of the targets at a temperature, 0 elsewhere.
+
+    Logits are products with the hidden states, which are divided in their place.
+    """
+    hidden, weight = model.encode(batch["input_ids"]) / temperature, token_tables(model)[-1].rows()
+    return -linear_cross_entropy(hidden, weight, batch["labels"], "none", chunk_loss=model.chunk_loss)
 
 
 def write_batch(
@@ -100,14 +112,14 @@ def write_batch(
     With several updates to the same answers, the first one keeps them in a file, and later ones read that.
     """
     first = step.number - step.number % updates
-    name = f"answers/step-{first:06d}-rank-{step.world.rank}.safetensors"
-    path = step.folder / name if step.folder else None
+    ranks = f"rank-{step.world.rank}-of-{step.world.size}"
+    path = step.folder / f"answers/step-{first:06d}-{ranks}.safetensors" if step.folder else None
     if path and first < step.number:
         return read_answers(path)
     prompts = [ids[:n].tolist() for ids, n in zip(batch.input_ids, batch.lengths, strict=True)]
     prompts = [prompt for prompt in prompts for _ in range(group_size)]
     written = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": frozenset(tokenizer.stop_ids)}
-    answers = write_tokens(model, prompts, seed=step.seed, **written)
+    answers = write_tokens(model, prompts, seed=step.seed, rows=ROWS_PER_ROW * step.micro_batch_size, **written)
     found = add_rewards(rewards, tokenizer, batch, answers, group_size)
     grouped = found["reward"].reshape(-1, group_size)
     rows, lengths = answered(batch, answers, group_size, tokenizer.eos_id), np.array([len(one) for one in answers])
@@ -121,7 +133,7 @@ def write_batch(
         "ended": float(np.mean([answer[-1] in written["stop"] for answer in answers])),
     }
     if updates > 1:
-        rows.old = old_log_probs(model, rows, step)
+        rows.old = old_log_probs(model, rows, step, sampling.temperature)
         if path:
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, save(rows.arrays(), {"figures": json.dumps(figures)}))
@@ -140,12 +152,12 @@ def read_answers(path: Path) -> tuple[Batch, dict[str, float]]:
 
 
 @torch.no_grad()
-def old_log_probs(model: nn.Module, rows: Batch, step: Step) -> np.ndarray:
+def old_log_probs(model: nn.Module, rows: Batch, step: Step, temperature: float) -> np.ndarray:
     """Return the log-probabilities (B, T) of the targets under the weights that wrote them, before any update."""
     training = model.training
     model.eval()
     parts = [
-        log_probs(model, to_device(micro, step.world.device)).float().cpu().numpy()
+        log_probs(model, to_device(micro, step.world.device), temperature).float().cpu().numpy()
         for micro in rows.split(step.micro_batch_size)
     ]
     model.train(training)
@@ -163,8 +175,9 @@ def sum_of_losses(
     epsilon: float,
     epsilon_high: float,
     beta: float,
+    temperature: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the sum of losses of answers, and sums of metrics.
+    """Return the sum of losses of answers, and sums of metrics: over the targets, each as its row counts.
 
     ratio        of the probability of a token now and when it was written, of gspo of the answer's tokens on average
     grpo         clipped ratio * advantage (Schulman et al. 2017, PPO, arXiv:1707.06347), averaged over each answer
@@ -174,7 +187,7 @@ def sum_of_losses(
                  MiniMax-M1, arXiv:2506.13585)
     gspo         the clipped ratio of whole answers (Zheng et al. 2025, arXiv:2507.18071)
     """
-    ours = log_probs(model, batch)
+    ours = log_probs(model, batch, temperature)
     is_target = batch["labels"] != IGNORE_INDEX
     lengths = is_target.sum(1, keepdim=True)
     old = batch["old"] if "old" in batch else ours.detach()
@@ -187,19 +200,19 @@ def sum_of_losses(
         losses = -ratio.clamp(max=1 + epsilon_high).detach() * advantages * ours
     else:
         losses = -torch.minimum(ratio * advantages, clipped * advantages)
-    is_clipped = ((ratio < 1 - epsilon) & (advantages < 0)) | ((ratio > 1 + epsilon_high) & (advantages > 0))
+    is_low = (ratio < 1 - epsilon) & (advantages < 0) & (loss != "cispo")
+    is_clipped = is_low | ((ratio > 1 + epsilon_high) & (advantages > 0))
     kl = torch.zeros_like(ours)
     if beta:
-        kl = k3(ours, reference_log_probs(model, batch))
+        kl = k3(ours, reference_log_probs(model, batch, temperature))
         losses = losses + beta * kl * ratio  # whose gradient is then that of the KL (DeepSeek 2025, arXiv:2512.02556)
     losses = losses.expand(is_target.shape)
     per_answer = is_target / lengths if loss in BY_ROWS else is_target.float()
-    # Metrics are averages over tokens: sums that, divided by the count of targets, are that.
-    share = batch["counts"].sum() / is_target.sum()
-    clipped_tokens = (is_clipped.expand(is_target.shape) & is_target).sum()
-    metrics = {"clipped": clipped_tokens * share, "entropy_estimate": -(ours.detach() * is_target).sum() * share}
+    # Metrics are averages over the tokens of an answer, summed with what the answer counts.
+    share = is_target * batch["counts"][:, None] / lengths
+    metrics = {"clipped": (is_clipped * share).sum(), "entropy_estimate": -(ours.detach() * share).sum()}
     if beta:
-        metrics["kl"] = (kl.detach() * is_target).sum() * share
+        metrics["kl"] = (kl.detach() * share).sum()
     return (losses * per_answer).sum(), metrics
 
 
@@ -209,12 +222,12 @@ def k3(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reference_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def reference_log_probs(model: nn.Module, batch: dict[str, Tensor], temperature: float) -> Tensor:
     """Return the log-probabilities (B, T) of the targets under the model without its adapter."""
     training = model.training
     model.eval()
     with disabled(model):
-        found = log_probs(model, batch)
+        found = log_probs(model, batch, temperature)
     model.train(training)
     return found
 
@@ -253,7 +266,7 @@ def evaluate(
         lengths = np.array([len(answer) for answer in answers])
         rows.append(np.stack([*found.values(), lengths], axis=1))
     means = (world.concatenate if world else np.asarray)(np.concatenate(rows))
-    names = ["reward", *(name for name in rewards), "answer_tokens"]
+    names = ["reward", *(f"reward_{name}" for name in rewards), "answer_tokens"]
     figures = dict(zip(names, means.mean(0).tolist(), strict=True)) if len(means) else {"reward": float("nan")}
     named = {f"val_{name}": value for name, value in figures.items()}
     return {"val_loss": -figures["reward"], **named, "val_examples": len(means)}
@@ -272,10 +285,8 @@ def grpo(
     group_size: Annotated[int, Field(ge=2, le=4096)] = 8,
     max_new_tokens: Annotated[int, Field(ge=1, le=10**6)] = 128,
     temperature: Positive = 1.0,
-    top_k: Annotated[int, Field(ge=0)] | None = None,
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0,
-    epsilon: Fraction = 0.2,
-    epsilon_high: Fraction = 0.28,
+    epsilon: Fraction | None = None,
+    epsilon_high: Fraction | None = None,
     beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
     updates: Annotated[int, Field(ge=1, le=1000)] = 1,
 ) -> Objective:
@@ -286,29 +297,36 @@ def grpo(
     loss            see `sum_of_losses`
     group_size      answers to each prompt
     max_new_tokens  of an answer
-    temperature, top_k, top_p  how answers are drawn. By default from the probabilities that the loss is about
-    epsilon, epsilon_high  how far the ratio may fall and rise before it is clipped; the defaults are those of DAPO
+    temperature     of the probabilities that answers are drawn from, and that the loss is about
+    epsilon, epsilon_high  how far the ratio may fall and rise before it is clipped; null: see CLIPS. The ratio of a
+                    first update is 1
     beta            weight of the distance from the model without its adapter
     updates         steps that learn from the same answers
     """
     configs = [RewardConfig(name=one) if isinstance(one, str) else as_config(one) for one in as_list(reward)]
     rewards = load_rewards(configs)
+    if not rewards:
+        raise UserError("objective.reward names no reward", fix="reward: exact, or my_rewards.py:function")
+    if loss == "cispo" and epsilon is not None:
+        raise UserError("objective.epsilon has no effect on cispo, which clips from above", fix="delete it")
+    low, high = CLIPS[loss]
+    clips = {"loss": loss, "epsilon": epsilon or low, "epsilon_high": epsilon_high or high}
     options = {"tokenizer": tokenizer, "rewards": rewards, "max_new_tokens": max_new_tokens}
     prepare = partial(
         write_batch,
         **options,
         loss=loss,
         group_size=group_size,
-        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
+        sampling=Sampling(temperature=temperature, top_k=None),
         scaled=loss != "dr_grpo",
         updates=updates,
     )
     return Objective(
-        partial(sum_of_losses, loss=loss, epsilon=epsilon, epsilon_high=epsilon_high, beta=beta),
+        partial(sum_of_losses, **clips, beta=beta, temperature=temperature),
         partial(evaluate, **options),
         prepare=prepare,
         updates=updates,
-        scores=("val_reward", *(f"val_{name}" for name in rewards)),
+        scores=("val_reward", *(f"val_reward_{name}" for name in rewards)),
     )
 
 

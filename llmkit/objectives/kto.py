@@ -43,13 +43,20 @@ def split_answers(batch: Batch) -> list[tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def mismatched(batch: Batch, pad_id: int, longest: int) -> Batch:
-    """Return the prompts of a batch, each with the answer to the one before it, in rows of their own.
+def mismatched(trees: list[tuple[np.ndarray, np.ndarray]], pad_id: int, longest: int) -> Batch | None:
+    """Return prompts, each with the answer to the nearest other prompt before it, in rows of their own; None if there
+    is no other prompt.
 
+    trees    prompts with their answers; the last is before the first
     longest  tokens of a row at the most: the end of an answer is left out
     """
-    trees = split_answers(batch)
-    pairs = [(prompt, trees[i - 1][1]) for i, (prompt, _) in enumerate(trees)]
+    pairs = []
+    for i, (prompt, _) in enumerate(trees):
+        before = (trees[i - j] for j in range(1, len(trees)))
+        other = next((answer for asked, answer in before if not np.array_equal(asked, prompt)), None)
+        pairs += [] if other is None else [(prompt, other)]
+    if not pairs:
+        return None
     rows = [np.concatenate([prompt, answer])[: longest + 1] for prompt, answer in pairs]
     full = pad_batch([row[:-1] for row in rows], np.zeros(len(rows)), pad_id, types=False, most=longest)
     labels, answers = (np.full(full.input_ids.shape, value, np.int64) for value in (IGNORE_INDEX, -1))
@@ -60,8 +67,12 @@ def mismatched(batch: Batch, pad_id: int, longest: int) -> Batch:
 
 
 @torch.no_grad()
-def sum_of_ratios(model: nn.Module, batch: Batch, device: torch.device, micro_batch_size: int) -> tuple[float, int]:
+def sum_of_ratios(
+    model: nn.Module, batch: Batch | None, device: torch.device, micro_batch_size: int
+) -> tuple[float, int]:
     """Return the sum of log-ratios of the answers of a batch of `mismatched` ones, and their number."""
+    if batch is None:
+        return 0.0, 0
     training, total = model.training, 0.0
     model.eval()
     for micro in batch.split(micro_batch_size):
@@ -74,7 +85,7 @@ def sum_of_ratios(model: nn.Module, batch: Batch, device: torch.device, micro_ba
 
 def add_baseline(model: nn.Module, batch: Batch, step: Step, *, pad_id: int) -> tuple[Batch, dict[str, float]]:
     """Return a batch with its baseline, an estimate of the KL over the step's answers of all ranks, never below 0."""
-    others = mismatched(batch, pad_id, model.config.max_position_embeddings)
+    others = mismatched(split_answers(batch), pad_id, model.config.max_position_embeddings)
     total, number = sum_of_ratios(model, others, step.world.device, step.micro_batch_size)
     baseline = max(0.0, step.world.sum(total) / max(1, step.world.sum(number)))
     return replace(batch, baseline=np.full(len(batch.input_ids), baseline, np.float32)), {"kl": baseline}
@@ -129,11 +140,9 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    rows, total, number = [np.empty((0, 2))], 0.0, 0
+    rows, trees = [np.empty((0, 2))], []
     for batch in batches:
-        others = mismatched(batch, pad_id, model.config.max_position_embeddings)
-        found, answers = sum_of_ratios(model, others, device, micro_batch_size)
-        total, number = total + found, number + answers
+        trees += split_answers(batch)
         for micro in batch.split(micro_batch_size):
             tensors = to_device(micro, device)
             ours, tokens, _ = answer_log_probs(model, tensors)
@@ -142,6 +151,8 @@ def evaluate(
                 there = tokens[:, side::2] > 0
                 values = ratios[:, side::2][there].cpu().numpy()
                 rows.append(np.stack([values, np.full(len(values), side)], axis=1))
+    others = mismatched(trees, pad_id, model.config.max_position_embeddings)
+    total, number = sum_of_ratios(model, others, device, micro_batch_size)
     model.train(training)
     ratios, sides = (world.concatenate if world else np.asarray)(np.concatenate(rows)).T
     baseline = beta * max(0.0, (world.sum(total) if world else total) / max(1, world.sum(number) if world else number))

@@ -5,7 +5,7 @@ import math
 import re
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -24,7 +24,7 @@ class RewardConfig(Section):
     """exact, number, regex, format or length; or a function of your own, as my_rewards.py:function."""
     field: str = "answer"
     """Of exact, number and regex: the field of the record with the right answer."""
-    pattern: str = r"(?s)(.*)"
+    pattern: str | None = None
     """Of regex: its first group must be the right answer. Of format: it must match the whole answer."""
     most: Annotated[int, Field(ge=1)] = 200
     """Of length: characters up to which an answer has the whole reward, which then falls to 0 at twice as many."""
@@ -78,7 +78,13 @@ def length(answer: str, record: dict[str, Any], one: RewardConfig) -> float:
 
 
 READY = {"exact": exact, "number": number, "regex": regex, "format": has_format, "length": length}
-Ready = Literal["exact", "number", "regex", "format", "length"]
+TAKEN = {  # options besides the weight
+    "exact": ("field",),
+    "number": ("field",),
+    "regex": ("field", "pattern"),
+    "format": ("pattern",),
+    "length": ("most",),
+}
 
 
 # ---- all of a run ---------------------------------------------------------------------------------------------------
@@ -88,8 +94,9 @@ def load_rewards(configs: Sequence[RewardConfig]) -> dict[str, tuple[float, Rewa
     """Return name -> (weight, reward). Raise UserError for a function that is not there, or a pattern that is none."""
     found: dict[str, tuple[float, Reward]] = {}
     for one in configs:
+        check_options(one)
         try:
-            re.compile(one.pattern)
+            re.compile(one.pattern or "")
         except re.error as error:
             what = f"the pattern of reward {one.name} is no regular expression: {error}"
             raise UserError(what, at="objective.reward", got=one.pattern) from None
@@ -103,6 +110,18 @@ def load_rewards(configs: Sequence[RewardConfig]) -> dict[str, tuple[float, Rewa
             expected = f"{', '.join(READY)}, or my_rewards.py:function"
             raise UserError("there is no such reward", at="objective.reward", got=one.name, expected=expected)
     return found
+
+
+def check_options(one: RewardConfig) -> None:
+    """Raise UserError for an option that a reward does not have, or lacks."""
+    taken = TAKEN.get(one.name, ())
+    fields = {key: field.default for key, field in RewardConfig.model_fields.items() if key not in ("name", "weight")}
+    given = [key for key, default in fields.items() if key not in taken and getattr(one, key) != default]
+    if given:
+        expected = ", ".join(("weight", *taken))
+        raise UserError(f"reward {one.name} has no {given[0]}", at="objective.reward", expected=expected)
+    if "pattern" in taken and one.pattern is None:
+        raise UserError(f"reward {one.name} needs a pattern", at="objective.reward", fix=r"pattern: '<a>(.*?)</a>'")
 
 
 def with_ready(one: RewardConfig) -> Reward:

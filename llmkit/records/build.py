@@ -64,6 +64,7 @@ class Recipe:
     form: str  # rows of examples; pairs of a text and an answer, for an encoder-decoder; or trees of preferences
     single: bool = False  # of preferences: an answer is a tree of its own, as kto wants it
     apart: bool = False  # of preferences: the prompt is read again for each answer
+    whole: bool = False  # of preferences: the last token of an answer is read too, as a reward model does
     decontaminate: Decontaminate | None = None
 
 
@@ -111,13 +112,14 @@ def encode_turns(
     form: str = "rows",
     single: bool = False,
     apart: bool = False,
+    whole: bool = False,
     keep: bool = True,
 ) -> dict[str, Any]:
     """Encode `data` into OUT/<key>/, unless that is done. Return the report, with the folder added.
 
     The key is a hash of all settings and files, so that the data of other runs is never overwritten.
 
-    form, single, apart  see `Recipe`. A row of examples has seq_len + 1 tokens, one of trees reads data.row_len
+    form, single, apart, whole  see `Recipe`. A row of examples has seq_len + 1 tokens, one of trees reads data.row_len
     keep   whether the folder stays: only then messages name the list of bad records in it
 
     Raise DataError if more records are bad than data.on_error allows, or if a file changed after it was written.
@@ -126,7 +128,7 @@ def encode_turns(
     date = data.date if "strftime_now" in template else None
     train_on = getattr(data, "train_on", "last")
     fixed = (template, train_on, date, data.seq_len, data.too_long)
-    recipe = Recipe(*fixed, form, single, apart, data.decontaminate)
+    recipe = Recipe(*fixed, form, single, apart, whole, data.decontaminate)
     searched = evaluation_checksums(data.decontaminate.files) if data.decontaminate else []
     sources, skipped = data.all_sources(), Counter()
     val = [RecordSource(name="val", path=data.val_path)] if data.val_path else []
@@ -212,7 +214,7 @@ def encode_unit(unit: Unit, recipe: Recipe, parts: Path, sha256: str) -> dict[st
     evals = recipe.decontaminate
     wanted = read_evaluation_ngrams(evals.files, evals.ngram)[0] if evals else None
     options = {"train_on": recipe.train_on, "date": recipe.date, "columns": unit.columns}
-    options |= {"preferences": recipe.form == "trees"}
+    options["preferences"] = recipe.form == "trees"
     left = unit.source.limit
     with (
         ShardWriter(parts / unit.name, TOKENS) as shard,
@@ -234,11 +236,13 @@ def encode_unit(unit: Unit, recipe: Recipe, parts: Path, sha256: str) -> dict[st
                     record, texts = record + 1, example.texts
                     shared = shared_ngrams(texts, wanted, evals.ngram) if evals else ()
                     hits += [(record, gram) for gram in shared]
+                fit = fit_preference if recipe.form == "trees" else fit_row
                 if recipe.form == "pairs":
                     fitting = fit_pairs(example, recipe.seq_len, recipe.too_long, found)
                 else:
-                    fit = fit_preference if recipe.form == "trees" else fit_row
-                    fitting = fit(example, recipe.seq_len + 1, recipe.too_long, tokenizer.bos_id, found)
+                    fitting = fit(
+                        example, recipe.seq_len + (not recipe.whole), recipe.too_long, tokenizer.bos_id, found
+                    )
                 for tokens, prompt, _, parts_of in fitting:
                     shard.add(tokens)
                     first = 0 if recipe.form == "pairs" else 1  # nothing predicts the first token of a row
@@ -272,8 +276,7 @@ def write_examples(
     listed_in: Path | str,
 ) -> dict[str, Any]:
     """Encode all units, join them, and choose the rows of each split. Return the report."""
-    parts = folder / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
+    (parts := folder / "parts").mkdir(parents=True, exist_ok=True)
     for path in (folder, parts):
         delete_leftovers(path)
     tokenizer.save(parts / "tokenizer")

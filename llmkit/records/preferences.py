@@ -22,10 +22,11 @@ from llmkit.records.layouts import (
     use_other_names,
 )
 from llmkit.tokenizer.chat_template import Conversation
-from llmkit.tokenizer.messages import split_turns
+from llmkit.tokenizer.messages import split_turns, usual_role
 
 CHOSEN, REJECTED = ("chosen", "response_j"), ("rejected", "response_k")
 VERDICTS = ("label", "kto_tag")
+YES, NO = ("true", "1", "1.0"), ("false", "0", "0.0")
 SPEAKERS = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # of the transcripts of hh-rlhf (Bai et al. 2022)
 
 Read = tuple[str, list[Pair | Conversation], bool | None]
@@ -100,16 +101,27 @@ def add_answer(fields: dict[str, Any], answer: Any, name: str) -> dict[str, Any]
     question = next((key for key in QUESTIONS if key in fields), None)
     if not isinstance(answer, list | str) or not answer or (isinstance(answer, str) and not answer.strip()):
         raise ValueError(f"{name} is empty" if not answer or isinstance(answer, str) else f"{name} is no answer")
-    if isinstance(answer, str) and (turns or question):
-        return {**fields, "completion" if question == "prompt" and not turns else "answer": answer}
+    if isinstance(answer, str) and turns:
+        return {**fields, turns: without_answer(split_turns(fields[turns])), "answer": answer}
+    if isinstance(answer, str) and question:
+        return {**fields, "completion" if question == "prompt" else "answer": answer}
     if isinstance(answer, str):
         return {**fields, "messages": split_transcript(answer, name)}
-    if turns:
-        return {**fields, turns: [*split_turns(fields[turns]), *answer]}
     first = answer[0] if isinstance(answer[0], dict) else {}
-    if question and first.get("role", first.get("from")) in ("assistant", "gpt"):
-        return {**fields, "completion" if question == "prompt" else "answer": answer}
-    return {**{key: value for key, value in fields.items() if key != question}, "messages": answer}
+    role = first.get("role", first.get("from"))
+    if isinstance(role, str) and usual_role(role) == "assistant":
+        if turns:
+            return {**fields, turns: [*without_answer(split_turns(fields[turns])), *answer]}
+        if question:
+            return {**fields, "completion" if question == "prompt" else "answer": answer}
+    return {**{key: value for key, value in fields.items() if key not in (turns, question)}, "messages": answer}
+
+
+def without_answer(turns: Any) -> Any:
+    """Return the turns without an answer at the end, which a record may have beside the two that it compares."""
+    last = turns[-1] if isinstance(turns, list) and turns and isinstance(turns[-1], dict) else {}
+    role = last.get("role", last.get("from"))
+    return turns[:-1] if isinstance(role, str) and usual_role(role) == "assistant" else turns
 
 
 def split_transcript(text: str, name: str) -> list[dict[str, str]]:
@@ -152,9 +164,9 @@ def keep_last(one: Pair | Conversation) -> None:
 def parse_verdict(value: Any, name: str) -> bool:
     """Return whether an answer is good. Raise ValueError for what does not say it."""
     said = str(value).strip().lower()
-    if said not in ("true", "false", "1", "0"):
+    if said not in (*YES, *NO):
         raise ValueError(f"{name} is neither true nor false: {said[:40]}")
-    return said in ("true", "1")
+    return said in YES
 
 
 def no_preference(fields: dict[str, Any]) -> ValueError:

@@ -28,7 +28,10 @@ from llmkit.readers.tally import BadRecord, Tally
 from llmkit.records.build import HIT, LENGTHS, VALIDATION, list_record_files
 from llmkit.records.layouts import (
     ANSWERS,
+    SYSTEM,
+    TOOLS,
     TURNS,
+    VARIABLES,
     OtherKindError,
     Pair,
     UnknownColumnError,
@@ -46,7 +49,7 @@ from llmkit.tokenizer.messages import split_turns
 from llmkit.tokenizer.tokenizer import Tokenizer
 
 VERSION = 1  # of the encoding
-CONTINUED = "prompt"  # the layout of texts to continue, which no chat template touches
+TEXT = "prompt"  # the layout of texts to continue, which no chat template touches
 
 
 def read_prompt(record: dict[str, Any], columns: dict[str, str]) -> tuple[str, Pair | Conversation]:
@@ -64,7 +67,9 @@ def read_prompt(record: dict[str, Any], columns: dict[str, str]) -> tuple[str, P
     if not turns and isinstance(text := as_turns(fields.get("prompt"), "prompt"), str):
         if not text:
             raise ValueError("prompt is empty")
-        return CONTINUED, (text, "")
+        if beside := [name for name in (*SYSTEM, *TOOLS, "history", *VARIABLES) if fields.get(name)]:
+            raise ValueError(f"prompt is a text to continue, which has no place for {beside[0]}")
+        return TEXT, (text, "")
     said = split_turns(fields[turns]) if turns else []
     is_answered = any(name in fields for name in ANSWERS)
     if turns and isinstance(said, list) and said and isinstance(said[-1], dict):

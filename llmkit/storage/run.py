@@ -23,7 +23,7 @@ from llmkit.screen import hide_secrets
 from llmkit.storage.manifest import MANIFEST, dependent_runs, list_checkpoints, warn
 
 CONFIG, ABOUT, METRICS = "config.yaml", "run.json", "metrics.jsonl"
-OUTPUTS = ("checkpoints", "tensorboard", METRICS, "loss.png", "report.md")  # --fresh deletes them
+OUTPUTS = ("checkpoints", "answers", "tensorboard", METRICS, "loss.png", "report.md")  # --fresh deletes them
 # Keys and sections whose values may change when a run is resumed.
 CHANGEABLE_KEYS = set(
     "run_dir data.workers data.cluster eval checkpoint log train.max_steps train.max_tokens train.epochs"

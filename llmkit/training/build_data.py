@@ -10,14 +10,16 @@ from llmkit.config.data import CorpusData
 from llmkit.config.schema import Config
 from llmkit.corpus.build import build_corpus, needs_build
 from llmkit.corpus.units import VERSION
+from llmkit.data.preferences import must_part
 from llmkit.data.splits import Splits, open_corpus, open_labelled, open_prompt_splits, open_records, read_manifest
 from llmkit.errors import DataError
 from llmkit.models.folder import read_config
 from llmkit.parallel.world import World
 from llmkit.records.build import encode_turns
 from llmkit.records.labelled import encode_labelled
+from llmkit.records.layouts import CONTINUED
 from llmkit.records.preferences import is_continued
-from llmkit.records.prompts import CONTINUED, encode_prompts
+from llmkit.records.prompts import TEXT, encode_prompts
 from llmkit.tokenizer.chat_template import default_template, describe_template
 from llmkit.tokenizer.load import load_tokenizer, read_template
 from llmkit.tokenizer.tokenizer import Tokenizer
@@ -76,15 +78,15 @@ def open_encoded_records(config: Config, world: World, base: Path, start_id: int
     """Encode the records, if that is not done, and open them."""
     data, tokenizer = config.data, load_templated(config, base)
     out = Path(config.run_dir) / "data" if keep else temporary_folder()
-    apart = config.objective.name == "reward"
+    apart = config.objective.name == "reward"  # it reads the last token of an answer too
     options = {"seed": config.seed, "form": "rows" if start_id is None else "pairs", "keep": keep}
     if data.kind == "preference":
-        windows = read_config(base).windows  # one that is shorter than a prompt with an answer would hide a part of it
-        options |= {"form": "trees", "single": config.objective.name == "kto"}
-        options |= {"apart": any(size and size < data.seq_len for size in windows)}
+        options |= {"form": "trees", "single": config.objective.name == "kto", "whole": apart}
+        options |= {"apart": must_part(read_config(base).windows, data.row_len)}
     world.on_main(lambda: encode_turns(data, tokenizer, out, **options), builds_data=True)
     report = encode_turns(data, tokenizer, out, **options)  # every rank reads what rank 0 wrote
-    is_chat = not all(map(is_continued, report["found"]["layouts"]))
+    layouts = report["found"]["layouts"]
+    is_chat = not all(map(is_continued, layouts)) if data.kind == "preference" else set(layouts) != {CONTINUED}
     form = describe_template(tokenizer) if is_chat else ""
     if is_chat:  # checkpoints get the template that was trained with
         tokenizer.chat_template = default_template(tokenizer)
@@ -110,7 +112,7 @@ def open_encoded_prompts(config: Config, world: World, base: Path, max_new_token
     options = {"room": data.seq_len - max_new_tokens, "seed": config.seed, "keep": keep}
     world.on_main(lambda: encode_prompts(data, tokenizer, out, **options), builds_data=True)
     report = encode_prompts(data, tokenizer, out, **options)  # every rank reads what rank 0 wrote
-    is_chat = set(report["layouts"]) != {CONTINUED}
+    is_chat = set(report["layouts"]) != {TEXT}
     form = describe_template(tokenizer) if is_chat else ""
     if is_chat:
         tokenizer.chat_template = default_template(tokenizer)

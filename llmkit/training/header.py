@@ -60,7 +60,7 @@ def describe(run: PreparedRun) -> dict[str, str]:
         "batch": f"{size}{answers} = {run.micro_batch_size} micro x {accumulation} accumulated x {ranks}, "
         f"{'up to ' if run.head or answers else ''}{config.data.row_len} tokens each",
         "length": f"{run.max_steps} steps, {format_count(run.max_steps * run.tokens_per_step)} tokens, "
-        f"{run.max_steps * size / rows:.2f} epochs",
+        f"{run.max_steps * size / run.objective.updates / rows:.2f} epochs",
         "objective": describe_choice(config.objective.name, options["objective"]) if options["objective"] else "",
         "optimizer": describe_choice(config.optimizer.name, options["optimizer"]),
         "peft": describe_choice(config.peft.name, options["peft"]) if config.peft else "",
@@ -81,6 +81,8 @@ def next_commands(run: PreparedRun) -> list[str]:
     folder, kind = run.config.run_dir, run.model_config.kind
     if run.config.objective.name == "reward":
         return [f"llmkit score {folder} FILE", f"llmkit eval {folder}"]
+    if run.config.data.kind == "prompts":
+        return [f"llmkit chat {folder}" if run.data.is_chat else f"llmkit generate {folder} 'a prompt as in the data'"]
     if run.head:
         return [f"llmkit eval {folder}", f"llmkit classify {folder} FILE"]
     prompt = shlex.quote(run.config.eval.sample_prompt or "Once upon a time")

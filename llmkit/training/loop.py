@@ -173,7 +173,7 @@ def take_steps(
             # One step: the gradient of (sum of losses / targets of the whole step), however it is cut up.
             step = progress.step
             lr = set_lr(optimizers, run.lr_factor(step))
-            batch, figures = prepare_batch(run, model, batches, step, Path(config.run_dir))
+            batch, figures = within_memory(partial(prepare_batch, run, model, batches, step, Path(config.run_dir)))
             targets = world.sum(batch.count)
             scale = progress.tensors["scale"]
             attempt = partial(add_gradients, run, model, trained, batch, step, scale / targets)

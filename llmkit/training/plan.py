@@ -18,7 +18,7 @@ from llmkit.parallel.world import start_world
 from llmkit.screen import format_count, format_duration
 from llmkit.storage.run import read_about
 from llmkit.tokenizer.load import load_tokenizer
-from llmkit.training.fit import plan_run, with_train
+from llmkit.training.fit import plan_run, rows_in_step, with_train
 from llmkit.training.prepare import CheckedConfig, check, derive, resolve
 from llmkit.training.resolve import describe_choice
 
@@ -111,7 +111,7 @@ def plan_config(
         "measured_before": measured_before(Path(config.run_dir).parent, machine.name),
     }
     if derived.max_steps:
-        tokens = config.train.max_tokens or derived.max_steps * config.train.global_batch_size * row_len
+        tokens = config.train.max_tokens or derived.max_steps * rows_in_step(config, options, 1) * row_len
         flops = tokens * plan.flops_per_token
         seconds = flops / machine.flops / devices
         figures |= {"tokens": tokens, "flops": flops, "rate": machine.rate, "seconds": seconds}

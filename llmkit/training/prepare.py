@@ -315,6 +315,6 @@ def resolve(checked: CheckedConfig, derived: Derived) -> Config:
 def epochs_by_source(run: PreparedRun) -> dict[str, float]:
     """Return how often the run reads each source of its data."""
     sources = [source.name for source in run.config.data.sources]
-    drawn = run.max_steps * run.config.train.global_batch_size
+    drawn = run.max_steps * run.config.train.global_batch_size / run.objective.updates
     parts = {name: run.data.shares.get(name, (1.0, run.data.samples["train"])) for name in sources}
     return {name: share * drawn / samples for name, (share, samples) in parts.items()}

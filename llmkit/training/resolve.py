@@ -90,6 +90,8 @@ def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[st
     raise_all(errors)
     if "teacher" in options:
         options["teacher"] = find_teacher(config, options["teacher"], model_config)
+        if options["on_policy"] and config.train.compile is True:
+            raise config.error("train.compile", "can't be done: answers differ in length", fix="delete it")
         if options["on_policy"] and data == "corpus":
             what, fix = "needs prompts, and a corpus has none", "delete it, or fine-tune on prompts and answers"
             raise config.error("objective.on_policy", what, got=options["on_policy"], fix=fix)
@@ -193,6 +195,8 @@ def record_problems(config: Config, model_kind: str) -> Iterator[UserError]:
 
 def preference_problems(config: Config) -> Iterator[UserError]:
     """Yield what does not fit preferences."""
+    if config.objective.name == "kto" and config.train.compile is True:
+        yield config.error("train.compile", "can't be done: rows of other answers differ in length", fix="delete it")
     if config.objective.name == "kto" and not config.peft:
         what, fix = "needs an adapter: without one, the model that training starts from is not at hand", "add --lora"
         yield config.error("objective.name", what, got="kto", fix=fix)
@@ -334,7 +338,8 @@ def reuse_resolved_values(config: Config, ranks: int, *, fresh: bool) -> Config:
         return name_checkpoint(config)
     before, update = read_run_config(folder), {}
     kept = {key: before["train"][key] for key in RESOLVED_ONCE if getattr(config.train, key) == "auto"}
-    if (micro := kept.get("micro_batch_size", "auto")) != "auto" and config.train.global_batch_size // ranks % micro:
+    micro, rows = kept.get("micro_batch_size", "auto"), config.train.global_batch_size // ranks
+    if micro != "auto" and config.data.kind != "prompts" and rows % micro:  # a prompt has several answers
         kept["micro_batch_size"] = "auto"
     update["train"] = config.train.model_copy(update=kept)
     if (

@@ -80,7 +80,7 @@ def choose_compile(run: PreparedRun, model: nn.Module, batches: Batches, done: i
     """
     if run.config.train.compile != "auto":
         return run.config.train.compile, "as when the run began" if done else "as the config says"
-    if run.head or run.config.data.kind == "prompts":
+    if run.head or run.objective.prepare is not None:
         return False, "rows differ in length"
     if obstacle := compile_obstacle(model, run.world.device, run.precision):
         return False, obstacle
