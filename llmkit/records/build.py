@@ -240,9 +240,8 @@ def encode_unit(unit: Unit, recipe: Recipe, parts: Path, sha256: str) -> dict[st
                 if recipe.form == "pairs":
                     fitting = fit_pairs(example, recipe.seq_len, recipe.too_long, found)
                 else:
-                    fitting = fit(
-                        example, recipe.seq_len + (not recipe.whole), recipe.too_long, tokenizer.bos_id, found
-                    )
+                    room = recipe.seq_len + (not recipe.whole)
+                    fitting = fit(example, room, recipe.too_long, tokenizer.bos_id, found)
                 for tokens, prompt, _, parts_of in fitting:
                     shard.add(tokens)
                     first = 0 if recipe.form == "pairs" else 1  # nothing predicts the first token of a row
