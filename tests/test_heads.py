@@ -785,7 +785,7 @@ def test_finetune_takes_an_objective(base):
     [
         ("objective.name=lm", "does not fit llama"),
         ("objective.pooling=cls", "last or mean"),
-        ("train.compile=true", "rows of labelled texts differ in length"),
+        ("train.compile=true", "rows differ in length"),
         ("eval.sets={a: train.tsv}", "needs a head for tokens"),
         ("eval.best=val_spearman", "val_accuracy"),
         ("data.columns={txt: text}", "which is no field of a record"),
