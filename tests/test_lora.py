@@ -317,8 +317,8 @@ def test_an_adapter_of_another_kind_is_refused(saved, flag):
 
 
 def test_all_that_is_unsupported_is_told_at_once(saved):
-    rewrite(saved, use_dora=True, lora_bias=True)
-    refused(saved, "use_dora", "lora_bias")
+    rewrite(saved, use_bdlora=True, lora_bias=True)
+    refused(saved, "use_bdlora", "lora_bias")
 
 
 @torch.no_grad()
