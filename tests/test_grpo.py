@@ -50,6 +50,7 @@ def tokenizer():
         {"messages": [USER, ANSWER]},
         {"prompt": [USER], "answer": "12", "level": 3},
         {"conversations": [{"from": "human", "value": "How large?"}, {"from": "gpt", "value": "Very."}]},
+        {"messages": [USER, {"role": "model", "content": "Very."}]},
     ],
 )
 def test_a_prompt_is_what_comes_before_the_answer(record, tokenizer):

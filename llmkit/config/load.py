@@ -11,7 +11,7 @@ from llmkit.config.data import CorpusData, Pii, TokenizerSection
 from llmkit.config.defaults import PATTERN
 from llmkit.config.explain import explain_all
 from llmkit.config.fields import Choice, Section
-from llmkit.config.records import LabelledData, PromptData, RecordData, TurnData
+from llmkit.config.records import FileData, LabelledData, RecordData, TurnData
 from llmkit.config.schema import RECIPES, Checkpoint, Config, Eval
 from llmkit.config.yaml import LENGTHS, find_origin, merge, read_yaml, set_override
 from llmkit.errors import UserError, raise_all, suggest
@@ -111,7 +111,7 @@ def data_conflicts(config: Config) -> Iterator[UserError]:
         yield from ignored_keys(config, "data", config.data, "val_path", ["val_fraction"])
     if (evals := config.data.decontaminate) and not (evals.files or evals.tasks):
         yield config.error("data.decontaminate", "names nothing to look for", fix="give files or tasks")
-    if isinstance(config.data, LabelledData | PromptData) and config.data.path is None:
+    if isinstance(config.data, FileData) and config.data.path is None:
         yield UserError("data has no path", at=config.where("data"), fix="name the file of the records as data.path")
     if isinstance(config.data, LabelledData) and len(set(config.data.labels or [])) < len(config.data.labels or []):
         yield config.error("data.labels", "names a label twice", got=", ".join(config.data.labels))

@@ -90,17 +90,8 @@ class PreferenceData(TurnData):
         return 2 * self.seq_len
 
 
-class PromptData(RecordData):
-    """Prompts that the model answers while it is trained, with whatever a reward needs to judge the answers."""
-
-    kind: Literal["prompts"]
-    """prompts: for grpo, which rewards the model's own answers."""
-    chat_template: PathStr | None = None
-    """A Jinja file; default: the tokenizer's own, else a plain one."""
-    special_tokens: list[str] = []
-    """Special tokens to add to the model's tokenizer; see resize_embeddings."""
-    seq_len: SeqLen = 1024
-    """Tokens of a prompt with an answer at the most. Prompts that leave no room for an answer are left out."""
+class FileData(RecordData):
+    """Hold what records of a single path share."""
 
     @property
     def sources(self) -> list[RecordSource]:
@@ -112,7 +103,20 @@ class PromptData(RecordData):
         return [RecordSource(**source) for source in name_sources(self.path)]
 
 
-class LabelledData(RecordData):
+class PromptData(FileData):
+    """Prompts that the model answers while it is trained, with whatever a reward needs to judge the answers."""
+
+    kind: Literal["prompts"]
+    """prompts: for grpo, which rewards the model's own answers."""
+    chat_template: PathStr | None = None
+    """A Jinja file; default: the tokenizer's own, else a plain one."""
+    special_tokens: list[str] = []
+    """Special tokens to add to the model's tokenizer; see resize_embeddings."""
+    seq_len: SeqLen = 1024
+    """Tokens of a prompt with an answer at the most. Prompts that leave no room for an answer are left out."""
+
+
+class LabelledData(FileData):
     """Texts with a label, pairs of texts, or words with a tag each; for the objectives classify, regress and tag."""
 
     kind: Literal["labelled"]
@@ -129,12 +133,3 @@ class LabelledData(RecordData):
     """Cut texts that are longer than seq_len, the longer one of a pair first; or drop them."""
     seq_len: SeqLen = 512
     """Tokens of a text at the most; rows are as long as the longest of their batch."""
-
-    @property
-    def sources(self) -> list[RecordSource]:
-        """Return no source: path names all records."""
-        return []
-
-    def all_sources(self) -> list[RecordSource]:
-        """Return the source that path is."""
-        return [RecordSource(**source) for source in name_sources(self.path)]

@@ -138,7 +138,7 @@ def format_trees(rows: list[list[dict[str, Any]]], tokenizer: Tokenizer, *, colo
                     text = spell_text(tokenizer, [token["id"] for token in tree[part]])
                     lines.append(f"{RESET}{shade}{text}{RESET}" if colour else f"{opening}{text}{closing}")
             texts.append("\n".join(lines))
-        formatted.append(f"--- row {number}: {len(trees)} pairs\n" + "\n-\n".join(texts))
+        formatted.append(f"--- row {number}: {len(trees)} preferences\n" + "\n-\n".join(texts))
     marks = "green and red" if colour else "[[+ ]] and [[- ]]"
     return "\n".join([*formatted, f"{marks}: the better and the worse answer, {LEGEND}"])
 

@@ -23,13 +23,13 @@ class RewardConfig(Section):
     name: NonBlank
     """exact, number, regex, format or length; or a function of your own, as my_rewards.py:function."""
     field: str = "answer"
-    """Of exact, number and regex: the field of the record with the right answer."""
+    """Name the field of the record with the right answer, for exact, number and regex."""
     pattern: str | None = None
-    """Of regex: its first group must be the right answer. Of format: it must match the whole answer."""
+    """Give the expression whose first group must be the right answer (regex), or that matches the answer (format)."""
     most: Annotated[int, Field(ge=1)] = 200
-    """Of length: characters up to which an answer has the whole reward, which then falls to 0 at twice as many."""
+    """Give the whole reward of length up to so many characters; it falls to 0 at twice as many."""
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    """Factor of this reward in the sum."""
+    """Multiply this reward in the sum."""
 
 
 Reward = Callable[[list[str], list[str], list[dict[str, Any]]], list[float]]  # (prompts, answers, records) -> rewards

@@ -32,7 +32,7 @@ MAX_LIMITS = 2  # records in a row that exceed a limit of the template: it is at
 
 
 class Example(NamedTuple):
-    """The tokens of an example, coded as in `data/rows.py`, a hash of its prompt (see `prompt_hash`), and its texts.
+    """Hold the tokens of an example, as in `data/rows.py`, a hash of its prompt (see `prompt_hash`), and its texts.
 
     parts  of a preference: how many of the tokens are the prompt, then the better, then the worse answer; a verdict
            about one answer leaves the other one empty
@@ -158,7 +158,7 @@ def take_batch(records: Iterator[Record], size: int) -> list[Record]:
 
 @dataclass
 class ReadRecord:
-    """The examples of a good record, and what is found in it.
+    """Hold the examples of a good record, and what is found in it.
 
     verdict  of a preference: whether its answer is good; None for a better and a worse one
     """

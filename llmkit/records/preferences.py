@@ -143,7 +143,7 @@ def keep_differences(better: Pair | Conversation, worse: Pair | Conversation) ->
         return
     pairs = zip(better.messages, worse.messages, strict=False)
     common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(better.messages), len(worse.messages)))
-    if common == len(better.messages) == len(worse.messages):  # the same answer twice: `join_pair` leaves it out
+    if common == len(better.messages) == len(worse.messages):  # twice the same: `encode.join_answers` leaves it out
         common -= 1
     for one, name in ((better, "chosen"), (worse, "rejected")):
         roles = [message["role"] for message in one.messages]

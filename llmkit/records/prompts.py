@@ -43,6 +43,7 @@ from llmkit.records.layouts import (
     rename_columns,
     use_other_names,
 )
+from llmkit.records.preferences import without_answer
 from llmkit.records.rows import choose_splits
 from llmkit.tokenizer.chat_template import Conversation, default_template, encode_chat
 from llmkit.tokenizer.messages import split_turns
@@ -71,10 +72,8 @@ def read_prompt(record: dict[str, Any], columns: dict[str, str]) -> tuple[str, P
             raise ValueError(f"prompt is a text to continue, which has no place for {beside[0]}")
         return TEXT, (text, "")
     said = split_turns(fields[turns]) if turns else []
-    is_answered = any(name in fields for name in ANSWERS)
-    if turns and isinstance(said, list) and said and isinstance(said[-1], dict):
-        is_answered = is_answered or said[-1].get("role", said[-1].get("from")) in ("assistant", "gpt")
-    if not is_answered:  # a text in the answer's place, which is cut off again
+    # A text stands in for an answer that is not there, and is cut off again.
+    if not any(name in fields for name in ANSWERS) and without_answer(said) is said:
         fields["answer"] = "-"
     _, layout, [example, *others] = read_layout(fields, Counter())
     if others:
