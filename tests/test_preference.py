@@ -522,7 +522,7 @@ def test_a_reward_model_tells_the_better_answer_as_transformers_does(adapted, wo
         with torch.no_grad():
             assert theirs(ids).logits.item() == pytest.approx(rows[0][name], abs=1e-4)
     shown = llmkit("data", "inspect", config, "--rows", "1", cwd=workplace).stdout
-    assert shown.count("large, or the") == 2 and "[[+" in shown and "[[-" in shown  # each with its prompt
+    assert shown.count("large,·or·the") == 2 and "[[+" in shown and "[[-" in shown  # each with its prompt
 
 
 @pytest.mark.parametrize(
