@@ -194,6 +194,8 @@ def from_disk_name(name: str) -> str:
 FAMILY = Family(  # no residual matrix is scaled: every sum is normalised, so the variance does not grow
     config=Config,
     build=Model,
+    keys_values=("key", "value"),
+    writers=("output.dense",),
     architecture="BertForMaskedLM",
     fixed_values={
         "position_embedding_type": "absolute",

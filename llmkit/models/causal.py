@@ -1,5 +1,6 @@
 """Define the forward pass that all decoders share: embedding, blocks, norm and head."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,22 +86,33 @@ class CausalLM(nn.Module):
         cache: KVCache | SharedPrefix | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the output (B, T, hidden) of the last block, and the balance statistics of the blocks with experts."""
-        length = input_ids.shape[1]
-        if cache is not None:
-            positions, masks = cache.begin(length)
-        else:
-            if positions is None:
-                positions = torch.arange(length, device=input_ids.device)
-            windows = dict.fromkeys(self.config.windows)
-            options = {"device": input_ids.device, "in_blocks": self.block_masks, "branches": branches}
-            masks = {window: attention_mask(segments, length, window, **options) for window in windows}
+        positions, masks, layers = self.look_back(input_ids, positions, segments, branches, cache)
         x, rope = self.embed(input_ids, positions)
         balances = []
-        for layer, block in enumerate(self.blocks):
-            x = block(x, Context(masks, rope, cache.layers[layer] if cache else None))
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x = block(x, Context(masks, rope, layer))
             if isinstance(x, tuple):
                 x, balance = x
                 balances.append(balance)
         if cache is not None:
-            cache.length += length
+            cache.length += input_ids.shape[1]
         return x, balances
+
+    def look_back(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None,
+        segments: Tensor | None,
+        branches: Tensor | None,
+        cache: KVCache | SharedPrefix | None,
+    ) -> tuple[Tensor, Masks, Sequence[LayerCache | SharedLayer | None]]:
+        """Return the positions of tokens (B, T), what they may see, and what each layer has read before them."""
+        length = input_ids.shape[1]
+        if cache is not None:
+            return *cache.begin(length), cache.layers
+        if positions is None:
+            positions = torch.arange(length, device=input_ids.device)
+        windows = dict.fromkeys(self.config.windows)
+        options = {"device": input_ids.device, "in_blocks": self.block_masks, "branches": branches}
+        masks = {window: attention_mask(segments, length, window, **options) for window in windows}
+        return positions, masks, [None] * len(self.blocks)

@@ -127,6 +127,8 @@ def to_hf(options: dict) -> dict:
 
 FALCON = llama.LLAMA | {
     "problems": rope_problems,
+    "keys_values": ("query_key_value",),
+    "writers": ("dense", "dense_4h_to_h"),
     "residual": ("dense", "dense_4h_to_h"),
     "from_hf": from_hf,
     "to_hf": to_hf,

@@ -100,6 +100,9 @@ class Family:
     prefix: str = ""  # of the names of all weights but the head's; files of a model without its head lack it
 
     # What planning, training and adapters ask:
+    # ends of the names of the linears in a block that give keys and values, and that write into the residual stream
+    keys_values: tuple[str, ...] = ("k_proj", "v_proj")
+    writers: tuple[str, ...] = ("o_proj", "down_proj")
     gated: Callable[[Any], bool] = lambda config: False  # whether its MLPs have a gate
     # config -> the experts of a layer, and how many a token takes; None: no mixture of experts
     experts: Callable[[Any], tuple[int, int] | None] = lambda config: None

@@ -137,6 +137,8 @@ def to_hf(options: dict) -> dict:
 FAMILY = Family(
     config=Config,
     build=Model,
+    keys_values=("c_attn",),
+    writers=("c_proj",),
     architecture="GPT2LMHeadModel",
     residual=("c_proj",),
     from_hf=from_hf,

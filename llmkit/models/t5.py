@@ -343,6 +343,8 @@ def to_hf(options: dict) -> dict:
 FAMILY = Family(
     config=Config,
     build=Model,
+    keys_values=("k", "v"),
+    writers=("o", "wo"),
     architecture="T5ForConditionalGeneration",
     problems=problems,
     residual=("o", "wo"),

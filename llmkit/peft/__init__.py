@@ -2,13 +2,25 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 from torch import nn
 
-from llmkit.peft import bitfit, lora
+from llmkit.peft import adalora, bitfit, bottleneck, ia3, llama_adapter, lora, p_tuning, prefix, prompt
 from llmkit.peft.method import Method
 
-METHODS: dict[str, Method] = {"lora": lora.METHOD, "bitfit": bitfit.METHOD}
+METHODS: dict[str, Method] = {
+    "lora": lora.METHOD,
+    "dora": replace(lora.METHOD, options=lora.DoraOptions),
+    "adalora": adalora.METHOD,
+    "ia3": ia3.METHOD,
+    "adapter": bottleneck.METHOD,
+    "prefix": prefix.METHOD,
+    "prompt": prompt.METHOD,
+    "p_tuning": p_tuning.METHOD,
+    "llama_adapter": llama_adapter.METHOD,
+    "bitfit": bitfit.METHOD,
+}
 
 
 def is_adapted(model: nn.Module) -> bool:

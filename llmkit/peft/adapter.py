@@ -28,13 +28,12 @@ from llmkit.models.heads import POOLINGS, HeadConfig, head_parameters, train_hea
 from llmkit.models.layers import token_tables
 from llmkit.models.resize import resize_embeddings
 from llmkit.peft import METHODS
-from llmkit.peft.method import Method
+from llmkit.peft.method import PREFIX, Method
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SAVED = "modules_to_save"  # names of modules that were trained as a whole, and are in the adapter's file
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "masked": None}  # PEFT's names for kinds of models
 HEAD_TASKS = {"classify": "SEQ_CLS", "regress": "SEQ_CLS", "tag": "TOKEN_CLS"}
-PREFIX = "base_model.model."  # of every tensor's name in PEFT's files
 # Fields of an adapter_config.json that do not change what an adapter computes: names, versions, training and loading.
 IGNORED_FIELDS = set(
     "peft_type task_type inference_mode auto_mapping peft_version base_model_name_or_path revision".split()
@@ -58,8 +57,9 @@ def save_adapter(model: nn.Module, folder: Path, name: str, options: Any, *, bas
             json.dumps(hf_config(model.config, head), indent=2) + "\n", encoding="utf-8"
         )
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    trained = method.tensors(model) | head_parameters(model)
-    tensors = {f"{PREFIX}{key}": value.detach().cpu().contiguous() for key, value in trained.items()}
+    trained = {f"{method.prefix}{key}": one for key, one in (method.to_file or method.tensors)(model).items()}
+    trained |= {f"{PREFIX}{key}": one for key, one in head_parameters(model).items()}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in trained.items()}
     # One entry: safetensors writes several in another order each time, and equal runs would have different files.
     save_file(tensors, folder / WEIGHTS, metadata={"base_sha256": base_sha256})
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)
@@ -155,7 +155,8 @@ def load_adapter(model: nn.Module, folder: Path) -> Method:
     train_head(model)  # in fp32, as its tensors are
     copy_saved_modules(model, config.get(SAVED) or [], tensors, path)
     try:
-        shapes = {name.removeprefix(PREFIX): tuple(tensor.shape) for name, tensor in tensors.items()}
+        tensors = {name.removeprefix(method.prefix): tensor for name, tensor in tensors.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         options, new_ids = method.from_peft(model, TypeAdapter(method.fields).validate_python(config), shapes)
         if new_ids:
             resize_embeddings(model, max(new_ids) + 1, {})
@@ -166,8 +167,10 @@ def load_adapter(model: nn.Module, folder: Path) -> Method:
     except UserError as error:
         what, details = f"the adapter does not fit this model: {error.what}", {"got": error.got, "others": error.others}
         raise ModelError(what, at=folder / CONFIG, expected=error.expected, fix=fix, **details) from None
+    if method.from_file:
+        tensors = method.from_file(model, tensors)
     for name, parameter in method.tensors(model).items():
-        found = tensors.pop(f"{PREFIX}{name}", None)
+        found = tensors.pop(name, None)
         if found is None or found.shape != parameter.shape:
             what = f"the adapter does not fit this model at {name}"
             got = "nothing" if found is None else tuple(found.shape)

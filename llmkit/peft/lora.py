@@ -4,24 +4,24 @@ The class of each chosen linear is replaced by a subclass of it. Weight names do
 (quantized, for example) still computes W x.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from llmkit.errors import UserError, raise_all
+from llmkit.errors import UserError
 from llmkit.models import family_of
 from llmkit.models.layers import original_classes, restore_class, swap_class
 from llmkit.peft.method import Method
 from llmkit.peft.rows import TrainedRows, common_rows, merge_rows, train_rows, trained_tables
+from llmkit.peft.targets import Layers, block_linears, block_of, by_pattern, candidates, choose_linears
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,17 @@ class Options:
     target_modules: list[str] | None = None
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
     alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
-    layers: list[Annotated[int, Field(ge=0)]] | Annotated[str, Field(pattern=r"^(first|last) [1-9]\d*$")] | None = None
+    layers: Layers | None = None
     rslora: bool = False
     dora: bool = False
     new_tokens: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoraOptions(Options):
+    """The options of LoRA, with dora: true."""
+
+    dora: bool = True
 
 
 class LoRA:
@@ -81,69 +88,13 @@ class DoRA(LoRA):
         return self.lora_magnitude / lengths
 
 
-def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return every linear inside the blocks by its full name. The head is none of them: the loss multiplies with it."""
-    return {
-        f"{prefix}.{name}": module
-        for prefix, block in model.named_modules()
-        if any(block is one for one in model.blocks)
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-
-
-def in_layers(model: nn.Module, layers: list[int] | str | None) -> dict[str, nn.Linear]:
-    """Return the linears of some of the blocks, see `Options`. Raise UserError for a block that is not there."""
-    linears, number = block_linears(model), len(model.blocks)
-    if layers is None:
-        return linears
-    if isinstance(layers, str):
-        side, count = layers.split()
-        chosen = range(number)[: int(count)] if side == "first" else range(number)[-int(count) :]
-    else:
-        chosen = layers
-    last = max(chosen, default=0) if not isinstance(layers, str) else int(layers.split()[1]) - 1
-    if last >= number or not chosen:
-        got, expected = layers or "none", f"of {number} blocks, numbered from 0"
-        raise UserError("peft.layers names no block of the model", got=got, expected=expected)
-    return {name: module for name, module in linears.items() if block_of(name) in chosen}
-
-
-def block_of(name: str) -> int:
-    """Return the number of the block that a module is in.
-
-    >>> block_of("model.layers.3.mlp.up_proj")
-    3
-    """
-    return int(re.search(r"\.(\d+)\.", name)[1])
-
-
-def candidates(model: nn.Module) -> list[str]:
-    """Return the names that `target_modules` may give: the last parts of the linears' names."""
-    return sorted({name.rsplit(".", 1)[-1] for name in block_linears(model)})
-
-
-def by_pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
-    """Return the value for a linear: of the first pattern that matches the end of its name, as in PEFT, or the default.
-
-    >>> by_pattern({"q_proj": 4, r"layers\\.1\\..*": 8}, "model.layers.1.mlp.up_proj", 16)
-    8
-    """
-    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
-
-
 def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[int] = ()) -> None:
     """Freeze the model and give the chosen linears a trainable A (r, in) and B (out, r), both fp32.
 
     A is uniform in +-1/sqrt(in), PEFT's initialisation; B is 0. Raises UserError for targets that match nothing, and
     for an r that no matrix of the chosen ones could have as its rank.
     """
-    linears, wanted = in_layers(model, options.layers), options.target_modules
-    matching = {target: [name for name in linears if f".{name}".endswith(f".{target}")] for target in wanted or []}
-    what, known = "peft.target_modules matches no linear of the blocks", ", ".join(candidates(model))
-    raise_all([UserError(what, got=target, expected=known) for target, names in matching.items() if not names])
-    names = set(linears if wanted is None else itertools.chain.from_iterable(matching.values()))
-    chosen = {name: module for name, module in linears.items() if name in names}
+    chosen = choose_linears(model, options.layers, options.target_modules)
     ranks = {name: by_pattern(options.rank_pattern, name, options.r) for name in chosen}
     largest = max(min(module.weight.shape) for module in chosen.values())
     if (most := max(ranks.values())) > largest:

@@ -1,0 +1,303 @@
+"""Methods beside LoRA: the same logits in peft and here, both ways; nothing changes at first; merged if possible."""
+
+import dataclasses
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from llmkit.errors import UserError
+from llmkit.generation.generate import Sampling, generate
+from llmkit.models import FAMILIES, build_model, folder, gpt2, llama, mixtral
+from llmkit.peft import METHODS, adalora, disabled, is_adapted
+from llmkit.peft.adapter import load_adapter, save_adapter
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
+LONGER = SIZES | {"max_position_embeddings": 48}
+CONFIGS = {
+    "gpt2": gpt2.Config(**LONGER),
+    "llama": llama.Config(**LONGER, num_key_value_heads=2, intermediate_size=48),
+}
+OPTIONS = {
+    "adalora": {"r": 2, "init_r": 4},
+    "ia3": {},
+    "adapter": {"placement": "houlsby", "reduction_factor": 8},
+    "prefix": {"num_virtual_tokens": 5},
+    "prompt": {"num_virtual_tokens": 5},
+    "p_tuning": {"num_virtual_tokens": 5, "encoder_hidden_size": 16},
+    "llama_adapter": {"adapter_len": 3},
+    "bitfit": {},
+}
+VIRTUAL = ("prefix", "prompt", "p_tuning")
+FAMILY_CASES = [
+    (method, name)
+    for method in OPTIONS
+    for name in CONFIGS
+    if (method, name) not in (("llama_adapter", "gpt2"), ("bitfit", "llama"))
+]
+every_method = pytest.mark.parametrize(("method", "name"), FAMILY_CASES)
+in_peft = pytest.mark.parametrize(("method", "name"), [one for one in FAMILY_CASES if METHODS[one[0]].in_peft])
+IDS = torch.arange(24).view(2, 12) % 61
+
+
+@torch.no_grad()
+def randomize(parameters, std: float = 0.2, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.add_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+
+
+def base_of(name: str) -> torch.nn.Module:
+    model = build_model(CONFIGS[name]).eval()
+    randomize(model.parameters())
+    return model
+
+
+def options_of(method: str):
+    return METHODS[method].options(**OPTIONS[method])
+
+
+def adapted_of(method: str, name: str, trained: bool = True) -> torch.nn.Module:
+    model = base_of(name)
+    METHODS[method].apply(model, options_of(method), 3, [])
+    if trained:
+        randomize(METHODS[method].tensors(model).values(), seed=5)
+    return model.eval()
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    def save(name: str):
+        folder.save_model(base_of(name), tmp_path / "base")
+        return tmp_path / "base"
+
+    return save
+
+
+def equal(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@in_peft
+@torch.no_grad()
+def test_peft_opens_our_adapter_with_equal_logits(method, name, base_folder, tmp_path):
+    base, ours = base_folder(name), adapted_of(method, name)
+    save_adapter(ours, tmp_path / "adapter", method, options_of(method), base=str(base), base_sha256="")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
+    plain = theirs(IDS).logits
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    logits = theirs(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits[:, -12:]  # without virtual tokens
+    equal(ours(IDS), logits)
+    assert (logits - plain).abs().max() > 1e-2
+
+
+def peft_config(method: str, name: str) -> peft.PeftConfig:
+    common = {"task_type": "CAUSAL_LM"}
+    virtual = common | {"num_virtual_tokens": 5}
+    flipped = {"fan_in_fan_out": name == "gpt2"}
+    targets = {"gpt2": ["c_attn", "mlp.c_proj"], "llama": ["k_proj", "v_proj", "down_proj"]}[name]
+    return {
+        "adalora": lambda: peft.AdaLoraConfig(
+            target_r=2, init_r=4, lora_alpha=12, total_step=100, target_modules=targets, **flipped, **common
+        ),
+        "ia3": lambda: peft.IA3Config(target_modules=targets, feedforward_modules=targets[-1:], **flipped, **common),
+        "prefix": lambda: peft.PrefixTuningConfig(**virtual, prefix_projection=True, encoder_hidden_size=16),
+        "prompt": lambda: peft.PromptTuningConfig(**virtual),
+        "p_tuning": lambda: peft.PromptEncoderConfig(**virtual, encoder_hidden_size=16),
+        "llama_adapter": lambda: peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM"),
+    }[method]()
+
+
+@in_peft
+@torch.no_grad()
+def test_we_open_pefts_adapter_with_equal_logits(method, name, base_folder, tmp_path):
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder(name), attn_implementation="eager")
+    theirs = peft.get_peft_model(base, peft_config(method, name)).eval()
+    randomize(p for p in theirs.parameters() if p.requires_grad)
+    if method == "adalora":  # one linear keeps no rank, as happens in a trained one
+        flags = {
+            key: [True, False, True, False] for key, _ in theirs.base_model.model.named_parameters() if "lora_E" in key
+        }
+        flags[next(iter(flags))] = [False] * 4
+        theirs.base_model.rankallocator.mask_using_rank_pattern(theirs.base_model.model, flags)
+        theirs.peft_config["default"].rank_pattern = flags
+    expected = theirs(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits[:, -12:]
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = base_of(name)
+    load_adapter(ours, tmp_path / "adapter")
+    equal(ours.eval()(IDS), expected)
+
+
+@every_method
+@torch.no_grad()
+def test_an_adapter_survives_saving_and_loading(method, name, tmp_path):
+    ours, again = adapted_of(method, name), base_of(name)
+    save_adapter(ours, tmp_path, method, options_of(method), base="", base_sha256="")
+    load_adapter(again, tmp_path)
+    torch.testing.assert_close(again.eval()(IDS), ours(IDS), rtol=0, atol=0)
+    mine = METHODS[method].tensors(ours)
+    assert METHODS[method].tensors(again).keys() == mine.keys() and is_adapted(again)
+    assert all(p.requires_grad for p in mine.values())
+    assert sum(p.requires_grad for p in ours.parameters()) == len(mine)
+
+
+@every_method
+@torch.no_grad()
+def test_the_base_is_computed_when_disabled_and_at_first(method, name):
+    base, ours = base_of(name), adapted_of(method, name)
+    with disabled(ours):
+        torch.testing.assert_close(ours(IDS), base(IDS), rtol=0, atol=0)
+    assert (ours(IDS) - base(IDS)).abs().max() > 1e-2
+    if method not in VIRTUAL:
+        equal(adapted_of(method, name, trained=False)(IDS), base(IDS))
+
+
+@every_method
+@torch.no_grad()
+def test_a_merged_model_computes_the_same_or_says_why_not(method, name):
+    ours = adapted_of(method, name)
+    expected, merge = ours(IDS), METHODS[method].merge
+    if merge is None:
+        assert method in ("adapter", "llama_adapter", *VIRTUAL)
+        return
+    merge(ours)
+    equal(ours(IDS), expected, 1e-4)
+    assert ours.state_dict().keys() == base_of(name).state_dict().keys() and not is_adapted(ours)
+
+
+@every_method
+def test_gradients_reach_every_parameter(method, name):
+    ours = adapted_of(method, name)
+    ours.train()
+    ours(IDS, IDS.roll(-1, 1)).backward()
+    for key, parameter in METHODS[method].tensors(ours).items():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, key
+
+
+@pytest.mark.parametrize(("method", "name"), [one for one in FAMILY_CASES if one[0] in (*VIRTUAL, "llama_adapter")])
+@torch.no_grad()
+def test_packed_rows_and_generation_read_the_virtual_tokens(method, name):
+    """Each of two packed texts has the logits it has alone; greedy writing with a cache is that of whole texts."""
+    ours = adapted_of(method, name)
+    positions = torch.tensor([[*range(7), *range(5)]])
+    segments = torch.tensor([[0] * 7 + [1] * 5])
+    packed = ours(IDS[:1], positions=positions, segments=segments)
+    equal(packed[:, :7], ours(IDS[:1, :7]))
+    equal(packed[:, 7:], ours(IDS[:1, 7:]))
+    prompts = [IDS[0, :7].tolist(), IDS[1, :4].tolist()]
+    steps = list(generate(ours, prompts, max_new_tokens=5, sampling=Sampling(temperature=0.0)))
+    for row, prompt in enumerate(prompts):
+        text = list(prompt)
+        for tokens in steps:
+            assert tokens[row] == ours(torch.tensor([text]))[0, -1].argmax()
+            text.append(tokens[row])
+
+
+def test_virtual_tokens_take_positions_from_texts():
+    ours = adapted_of("prefix", "gpt2")
+    assert ours.config.max_position_embeddings == 43 and ours(torch.zeros(1, 43, dtype=torch.long)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "words"),
+    [
+        ("prefix", FAMILIES["bert"].config(**SIZES, intermediate_size=48), "no decoder alone"),
+        ("prompt", FAMILIES["mistral"].config(**SIZES, sliding_window=8), "sliding windows"),
+        ("llama_adapter", gpt2.Config(**LONGER), "Llama's families"),
+        ("adapter", mixtral.Config(**SIZES, intermediate_size=48, num_local_experts=4), "experts"),
+        ("ia3", mixtral.Config(**SIZES, intermediate_size=48, num_local_experts=4), "experts"),
+        ("lora", mixtral.Config(**SIZES, intermediate_size=48, num_local_experts=4), "target_modules must be named"),
+    ],
+)
+def test_a_model_that_a_method_does_not_fit_is_refused(method, config, words):
+    with pytest.raises(UserError) as raised:
+        METHODS[method].apply(build_model(config), METHODS[method].options(), 0, [])
+    assert words in str(raised.value)
+
+
+@pytest.mark.parametrize("method", ["ia3", "adapter", "adalora", "bitfit"])
+@pytest.mark.parametrize("model_type", ["bert", "t5", "falcon", "qwen3"])
+def test_other_families_have_the_linears_that_a_method_changes(method, model_type):
+    """One change of each kind in every block, and twice as many adapters by Houlsby as by Pfeiffer."""
+    config = FAMILIES[model_type].config(**SIZES)
+    if method == "bitfit" and model_type in ("falcon", "qwen3", "t5"):
+        pytest.skip("it has no biases")
+    model = build_model(config, device="meta", seed=None)
+    METHODS[method].apply(model, METHODS[method].options(), 0, [])
+    names = {key.rpartition(".")[0] for key in METHODS[method].tensors(model)}
+    blocks = len(model.blocks)
+    if method == "ia3":
+        assert len(names) >= (2 if model_type == "falcon" else 3) * blocks
+    if method == "adapter":
+        assert len(names) == blocks
+        other = build_model(config, device="meta", seed=None)
+        METHODS[method].apply(other, METHODS[method].options(placement="houlsby"), 0, [])
+        more = {key.rpartition(".")[0] for key in METHODS[method].tensors(other)}
+        assert names < more and len(more) in (2 * blocks, 5 * blocks // 2)  # a decoder beside an encoder has three
+
+
+# ---- AdaLoRA --------------------------------------------------------------------------------------------------------
+
+
+def test_adalora_cuts_ranks_as_peft_does(base_folder):
+    """Over a run of plain gradient steps: the same losses with their penalty, and the same ranks at every step."""
+    options = adalora.Options(r=2, init_r=4, alpha=12, target_modules=["q_proj", "down_proj"], every=3)
+    steps = 30
+    ours = base_of("llama").train()
+    adalora.apply(ours, options, 0)
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder("llama"))
+    config = peft.AdaLoraConfig(
+        target_r=2, init_r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM",
+        tinit=3, tfinal=9, deltaT=3, total_step=steps, orth_reg_weight=0.5,
+    )  # fmt: skip
+    theirs = peft.get_peft_model(base, config).train()
+    mine = adalora.tensors(ours)
+    other = {key: theirs.get_parameter(f"base_model.model.{key}.default") for key in mine}
+    with torch.no_grad():
+        for key, parameter in mine.items():
+            other[key].copy_(parameter)
+    labels = IDS.roll(-1, 1).clone()
+    labels[:, -1] = -100
+    optimizers = [torch.optim.SGD(one.values(), lr=0.5) for one in (mine, other)]
+    for step in range(steps):
+        loss = ours(IDS, labels) / (labels != -100).sum() + adalora.penalty(ours, options)
+        theirs_loss = theirs(input_ids=IDS, labels=IDS).loss
+        equal(loss, theirs_loss, 1e-4)
+        loss.backward()
+        theirs_loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        adalora.after_step(ours, options, step, steps)
+        theirs.base_model.update_and_allocate(step)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for key, parameter in mine.items():
+            equal(parameter, other[key], 1e-4)
+    kept = sum(int(parameter.count_nonzero()) for key, parameter in mine.items() if key.endswith("lora_E"))
+    assert kept == 2 * 4  # of four linears
+
+
+def test_a_step_that_is_skipped_leaves_no_nan_in_the_importance():
+    ours = adapted_of("adalora", "llama")
+    ours(IDS, IDS).backward()
+    for parameter in adalora.tensors(ours).values():
+        parameter.grad.fill_(torch.nan)
+    adalora.after_step(ours, options_of("adalora"), 0, 100)
+    assert all(one.isfinite().all() for one in adalora.state(ours).values())
+
+
+def test_p_tuning_keeps_its_mlp_beside_what_peft_reads(tmp_path):
+    ours = adapted_of("p_tuning", "llama")
+    save_adapter(ours, tmp_path, "p_tuning", options_of("p_tuning"), base="", base_sha256="")
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved["prompt_embeddings"].shape == (5, 32)
+    equal(saved["prompt_embeddings"], ours.prompt_encoder())
+    assert "prompt_encoder.mlp_head.4.weight" in saved
+
+
+def test_every_option_of_every_method_has_a_default():
+    """`--method NAME` alone is enough."""
+    for method in METHODS.values():
+        assert dataclasses.asdict(method.options()) is not None
