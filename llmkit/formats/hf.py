@@ -16,12 +16,22 @@ from llmkit.storage.locate import Located, load_located, read_located_head
 
 def export_hf(located: Located, out: Path, dtype: str) -> None:
     """Write config.json, model.safetensors and tokenizer.json for transformers. An adapter is merged in fp32 first."""
+    check_merges(located)
     model, tokenizer = load_located(located, merge=True, head=read_located_head(located))
     if (head := getattr(model, "head", None)) and head.pooling not in (None, POOLINGS[model.config.kind][0]):
         warn(f"transformers has no pooling {head.pooling} for this model: the folder opens in llmkit alone")
     with write_beside(out) as folder:
         save_model(model, folder, **tokenizer.config_ids, dtype=DTYPES[dtype])
         tokenizer.save(folder, token_types=model.config.kind == "masked")
+
+
+def check_merges(located: Located) -> None:
+    """Raise a ModelError for an adapter that is no change of weights."""
+    if located.is_adapter and read_adapter_config(located.folder)[1].merge is None:
+        what = "an adapter of this method is no change of weights, and can't be merged"
+        config, method = read_adapter_config(located.folder)
+        fix = "use --format peft" if method.in_peft else "use it as it is: llmkit chat, serve and eval read it"
+        raise ModelError(what, at=located.folder, got=config["peft_type"], fix=fix)
 
 
 def export_peft(located: Located, out: Path, dtype: str) -> None:
@@ -38,6 +48,7 @@ def export_peft(located: Located, out: Path, dtype: str) -> None:
 
 def export_gguf(located: Located, out: Path, dtype: str) -> None:
     """Write a file for llama.cpp: OUT itself if it ends in .gguf, else OUT/model.gguf. An adapter is merged first."""
+    check_merges(located)
     model, tokenizer = load_located(located, merge=True)
     file = out if out.suffix == ".gguf" else out / "model.gguf"
     write_gguf(model, tokenizer, file, dtype, name=out.stem)

@@ -1,4 +1,7 @@
-"""AdaLoRA: updates P diag(E) Q whose ranks are cut where they matter least (Zhang et al. 2023, arXiv:2303.10512)."""
+"""AdaLoRA: updates P diag(E) Q whose ranks are cut where they matter least (Zhang et al. 2023, arXiv:2303.10512).
+
+The default learning rate is that of the paper's runs on MNLI and on summaries.
+"""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -242,6 +245,7 @@ def from_file(model: nn.Module, found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 METHOD = Method(
     options=Options,
+    lr=5e-4,
     apply=apply,
     tensors=tensors,
     disabled=disabled,

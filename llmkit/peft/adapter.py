@@ -144,8 +144,11 @@ def read_adapter_head(folder: Path, base: Path) -> HeadConfig | None:
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, folder: Path) -> Method:
-    """Apply an adapter's method to its base model, fill in the trained tensors, and return the method."""
+def load_adapter(model: nn.Module, folder: Path, options: Any = None) -> Method:
+    """Apply an adapter's method to its base model, fill in the trained tensors, and return the method.
+
+    options  of the method, to go on training; None: those of adapter_config.json
+    """
     config, method = read_adapter_config(folder)
     path, fix = folder / WEIGHTS, "name the base it was trained on"
     with open_weights(path) as file:
@@ -157,10 +160,10 @@ def load_adapter(model: nn.Module, folder: Path) -> Method:
     try:
         tensors = {name.removeprefix(method.prefix): tensor for name, tensor in tensors.items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        options, new_ids = method.from_peft(model, TypeAdapter(method.fields).validate_python(config), shapes)
+        saved, new_ids = method.from_peft(model, TypeAdapter(method.fields).validate_python(config), shapes)
         if new_ids:
             resize_embeddings(model, max(new_ids) + 1, {})
-        method.apply(model, options, 0, new_ids)
+        method.apply(model, options or saved, 0, new_ids)
         train_head(model)
     except ValueError as error:
         raise ModelError(f"the adapter does not fit this model: {error}", at=folder / CONFIG, fix=fix) from None
@@ -177,8 +180,8 @@ def load_adapter(model: nn.Module, folder: Path) -> Method:
             raise ModelError(what, at=path, got=got, expected=tuple(parameter.shape), fix=fix)
         parameter.copy_(found)
     check_finite(method.tensors(model), path)
-    if tensors:
-        raise ModelError("the adapter has tensors for which the model has no place", at=path, got=min(tensors))
+    if unused := [name for name in sorted(types) if name.removeprefix(method.prefix) in tensors]:
+        raise ModelError("the adapter has tensors for which the model has no place", at=path, got=unused[0])
     return method
 
 

@@ -1,6 +1,7 @@
 """BitFit: only the biases are trained (Ben Zaken et al. 2021, arXiv:2106.10199).
 
-The peft library has no BitFit: its adapters have PEFT's layout, but only llmkit loads them.
+The peft library has no BitFit: its adapters have PEFT's layout, but only llmkit loads them. The default learning rate
+is one of the four that the paper tries.
 """
 
 from collections.abc import Iterator, Sequence
@@ -70,6 +71,7 @@ def merge(model: nn.Module) -> None:
 
 METHOD = Method(
     options=Options,
+    lr=4e-4,
     apply=apply,
     tensors=lambda model: {f"{name}.bias": module.bias for name, module in adapted_modules(model).items()},
     disabled=disabled,

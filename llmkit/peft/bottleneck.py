@@ -2,6 +2,7 @@
 
 Houlsby et al. 2019 (arXiv:1902.00751) have one behind attention and one behind the MLP of each block; Pfeiffer et al.
 2020 (arXiv:2005.00247) the second alone. The peft library has none of them: only llmkit loads such an adapter.
+The default learning rate is Pfeiffer's.
 """
 
 import math
@@ -83,6 +84,7 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
 
 METHOD = Method(
     options=Options,
+    lr=1e-4,
     apply=apply,
     tensors=tensors,
     disabled=disabled,

@@ -1,4 +1,7 @@
-"""IA3: keys, values and the inner activations of MLPs are scaled by trained vectors (Liu et al. 2022, 2205.05638)."""
+"""IA3: keys, values and the inner activations of MLPs are scaled by trained vectors (Liu et al. 2022, 2205.05638).
+
+The default learning rate is the paper's.
+"""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -114,6 +117,7 @@ def from_peft(model: nn.Module, fields: PeftFields, shapes: dict[str, tuple]) ->
 
 METHOD = Method(
     options=Options,
+    lr=3e-3,
     apply=apply,
     tensors=tensors,
     disabled=disabled,

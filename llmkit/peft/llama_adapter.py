@@ -1,6 +1,7 @@
 """LLaMA-Adapter: attention to trained prompts in the last layers, behind a gate (Zhang et al. 2023, arXiv:2303.16199).
 
-For families with Llama's attention. Nothing here is made fast: queries are computed a second time, as in peft.
+For families with Llama's attention. Nothing here is made fast: queries are computed a second time, as in peft. The
+default learning rate and number of epochs are the paper's.
 """
 
 import math
@@ -96,6 +97,8 @@ class PeftFields:
 
 METHOD = Method(
     options=Options,
+    lr=9e-3,
+    epochs=5,
     apply=apply,
     tensors=tensors,
     disabled=disabled,

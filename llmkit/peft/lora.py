@@ -1,7 +1,7 @@
 """LoRA: y = W x + scale * B A x with W frozen (Hu et al. 2021, arXiv:2106.09685).
 
 The class of each chosen linear is replaced by a subclass of it. Weight names do not change, and the original layer
-(quantized, for example) still computes W x.
+(quantized, for example) still computes W x. The default learning rate is that of QLoRA up to 13B (arXiv:2305.14314).
 """
 
 import math
@@ -249,6 +249,7 @@ def from_peft(model: nn.Module, fields: PeftFields, shapes: dict[str, tuple]) ->
 
 METHOD = Method(
     options=Options,
+    lr=2e-4,
     rows_option="new_tokens",
     apply=apply,
     tensors=tensors,

@@ -15,6 +15,9 @@ class Method:
     """A way to train few parameters of a built model. Its functions change the model in place."""
 
     options: type  # dataclass of the options in the YAML
+    # of `llmkit finetune` if the config says nothing; the source is in the docstring of its file
+    lr: float
+    epochs: int = 3
     rows_option: str | None = None  # the option that trains the rows of added tokens; None: the method can't
     # (model, options, seed, ids of added tokens); raises UserError if the method does not fit the model
     apply: Callable[[nn.Module, Any, int, Sequence[int]], None]

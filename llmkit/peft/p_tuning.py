@@ -1,4 +1,7 @@
-"""P-tuning: virtual tokens that a small MLP makes of trained vectors (Liu et al. 2021, arXiv:2103.10385)."""
+"""P-tuning: virtual tokens that a small MLP makes of trained vectors (Liu et al. 2021, arXiv:2103.10385).
+
+The default learning rate is that of peft's example.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -117,6 +120,7 @@ def from_peft(model: nn.Module, fields: PeftFields, shapes: dict[str, tuple]) ->
 
 METHOD = Method(
     options=Options,
+    lr=1e-3,
     apply=apply,
     tensors=tensors,
     disabled=virtual.disabled,

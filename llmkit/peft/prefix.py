@@ -1,4 +1,7 @@
-"""Prefix tuning: the keys and values of virtual tokens are trained, for every layer (Li and Liang 2021, 2101.00190)."""
+"""Prefix tuning: the keys and values of virtual tokens are trained, for every layer (Li and Liang 2021, 2101.00190).
+
+The default learning rate is that of peft's example. The paper trains an MLP that makes the prefix, at 5e-5.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,6 +70,7 @@ def to_peft(model: nn.Module, options: Options) -> dict:
 
 METHOD = Method(
     options=Options,
+    lr=1e-2,
     apply=apply,
     tensors=tensors,
     disabled=virtual.disabled,

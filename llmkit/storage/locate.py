@@ -139,8 +139,8 @@ def load_located(
 ) -> tuple[nn.Module, Tokenizer]:
     """Load a model and its tokenizer, and an adapter on its base.
 
-    merge  fold the adapter into the base, one matrix after the other in fp32. The whole base is never in fp32 unless
-           `dtype` is: it was frozen in 16 bits when the adapter was trained, and memory may hold no more
+    merge  fold the adapter into the base if its method changes weights, one matrix after the other in fp32. The whole
+           base is never in fp32 unless `dtype` is: it was frozen in 16 bits in training, and memory may hold no more
     head   of the model, see `read_located_head`; None: predict tokens. Raise ModelError if the model has a head for
            labels instead
     """
@@ -161,7 +161,7 @@ def load_located(
         raise ModelError(f"{change} since the adapter was trained", at=base)
     model = load_model(base, device=device, dtype=dtype, head=head)
     method = load_adapter(model, located.folder)
-    if merge:
+    if merge and method.merge:
         method.merge(model)
         model = model.to(dtype)
     return model, tokenizer

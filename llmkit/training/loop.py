@@ -104,7 +104,7 @@ def take_steps(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Make the model, restore the checkpoint `resumed`, and train to the last step. The order is important."""
-    config, world, device = run.config, run.world, run.world.device
+    config, world, device, method = run.config, run.world, run.world.device, run.method
     world.on_main(partial(keep_references, run, say), builds_data=True)
     model = make_model(run, resumed)
     if config.train.fp8:
@@ -178,10 +178,15 @@ def take_steps(
             scale = progress.tensors["scale"]
             attempt = partial(add_gradients, run, model, trained, batch, step, scale / targets)
             interval.add(**within_memory(attempt))
+            if method and method.penalty:
+                (method.penalty(model, run.method_options) * scale).backward()
             norm, found_inf = clip(trained, config.train.max_grad_norm, scale)
             for optimizer in optimizers:
                 optimizer.found_inf = found_inf  # not finite: change nothing, decided on the device
                 optimizer.step()
+            if method and method.after_step:
+                method.after_step(model, run.method_options, step, run.max_steps)
+            for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             update_loss_scale(progress.tensors, found_inf, run.precision)
             progress.step += 1

@@ -24,6 +24,7 @@ from llmkit.parallel.device import choose_precision
 from llmkit.parallel.memory import free_memory
 from llmkit.parallel.world import World
 from llmkit.peft import METHODS
+from llmkit.peft.method import Method
 from llmkit.records.build import list_record_files
 from llmkit.records.labelled import list_labelled_files
 from llmkit.storage.locate import base_sha256, locate
@@ -110,6 +111,16 @@ class PreparedRun:
         if head is None or head.kind == "regress":
             return head
         return replace(head, labels=self.data.labels, multi_label=self.data.multi_label)
+
+    @property
+    def method(self) -> Method | None:
+        """Return the PEFT method; None: all weights are trained."""
+        return METHODS[self.config.peft.name] if self.config.peft else None
+
+    @property
+    def method_options(self) -> Any:
+        """Return the options of the PEFT method, of its own type."""
+        return self.method.options(**self.options["peft"])
 
     @cached_property
     def base_sha256(self) -> str:

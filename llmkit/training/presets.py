@@ -13,6 +13,7 @@ from llmkit.config.yaml import quote, read_yaml
 from llmkit.errors import ModelError, UserError, suggest
 from llmkit.models.folder import read_config
 from llmkit.objectives import DATA_OF, HEADS
+from llmkit.peft import METHODS
 from llmkit.readers.packed import suffix_of
 from llmkit.readers.records import DOCUMENT_FORMATS
 from llmkit.storage.locate import locate
@@ -22,8 +23,8 @@ from llmkit.storage.run import read_run_config
 
 LOCAL = Path("llmkit.yaml")
 LONGEST = 1024  # data.seq_len at the most, unless the config says otherwise
-RATES, PREFERRED_RATES = (2e-5, 2e-4), (1e-6, 1e-5)  # learning rates of all weights, and of adapters
-PREFERRING = ("dpo", "kto", "grpo")  # with trl's rates: 1e-6, and ten times as much for adapters
+FULL_LR = 2e-5  # of all weights; an adapter's is its method's
+PREFERRING = ("dpo", "kto", "grpo")  # with a twentieth of the rate, and for one epoch: 1e-6 of all weights is trl's
 EXAMPLE_NAMES = {"pretrain": "llama-150m", "finetune": "lora"}  # what `init` calls them -> a file in configs/
 
 
@@ -90,10 +91,12 @@ def finetune_config(
     name = f"{Path(start or 'model').name}-{method}"
     if path not in (None, LOCAL):  # a config names its run as in pretraining, unless the method is another one
         name = path.stem if own_peft.get("name", "full") == method else f"{path.stem}-{method}"
-    rates, epochs = (PREFERRED_RATES, 1) if learnt in PREFERRING else (RATES, 3)
+    lr, epochs = (METHODS[method].lr, METHODS[method].epochs) if method in METHODS else (FULL_LR, 3)
+    if learnt in PREFERRING:
+        lr, epochs = lr / 20, 1
     defaults: dict[str, Any] = {
         "run_dir": f"runs/{name}",
-        "optimizer": {"name": "adamw", "lr": rates[0] if method == "full" else rates[1], "weight_decay": 0.0},
+        "optimizer": {"name": "adamw", "lr": lr, "weight_decay": 0.0},
         "schedule": {"name": "cosine"},
         "train": {"epochs": epochs, "global_batch_size": 16},
         "eval": {"every": 50},

@@ -260,6 +260,9 @@ def check_method(config: Config, options: dict[str, Any], model_config: Any) -> 
         for one in (error, *error.others):
             one.at = config.where("peft")
         raise
+    if (length := config.data.seq_len) > (most := model.config.max_position_embeddings):
+        what, got = "takes positions from the text", f"data.seq_len: {length}, and {most} are left"
+        raise config.error("peft.num_virtual_tokens", what, got=got, fix=f"data.seq_len: {most}")
     if config.optimizer.name == "muon" and not muon_matrices(model):
         what = f"has nothing to train beside peft.name {config.peft.name}: it updates whole matrices"
         raise config.error("optimizer.name", what, got="muon", fix="optimizer.name: adamw")

@@ -15,7 +15,6 @@ from llmkit.models.folder import load_model, save_model
 from llmkit.models.heads import train_head
 from llmkit.models.resize import resize_embeddings
 from llmkit.parallel.device import DTYPES
-from llmkit.peft import METHODS
 from llmkit.peft.adapter import base_change, load_adapter, save_adapter, saved_base_sha256
 from llmkit.storage import checkpoint
 from llmkit.storage.manifest import read_checkpoint_manifest
@@ -45,12 +44,11 @@ def make_model(run: PreparedRun, resumed: Path | None) -> nn.Module:
         if change := base_change(saved_base_sha256(resumed / "model") or "", run.base_sha256):
             fix = "name the checkpoint that it began with, or start over with --fresh"
             raise ModelError(f"{change} since this run began", at=config.init_from, fix=fix)
-        load_adapter(model, resumed / "model")
+        load_adapter(model, resumed / "model", run.method_options)
         return model
     if run.new_tokens:
         resize_embeddings(model, run.model_config.vocab_size, run.new_tokens)
-    method = METHODS[config.peft.name]
-    method.apply(model, method.options(**run.options["peft"]), config.seed, list(run.new_tokens))
+    run.method.apply(model, run.method_options, config.seed, list(run.new_tokens))
     train_head(model)
     return model
 
@@ -71,6 +69,8 @@ def restore(folder: Path, run: PreparedRun, model: nn.Module, optimizers: Optimi
         setattr(progress, key, numbers.get(key, value))
     if progress.best != run.config.eval.best:  # it was changed since
         progress.best, progress.best_val, progress.evals_without_gain = run.config.eval.best, math.inf, 0
+    for key, tensor in (run.method.state(model) if run.method else {}).items():
+        tensor.copy_(tensors[f"peft/{key}"])
     for key in progress.tensors:
         progress.tensors[key] = tensors[f"progress/{key}"].to(run.world.device)
 
@@ -85,6 +85,8 @@ def save(run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: P
     def write() -> None:
         tensors = {f"progress/{key}": value.detach().cpu() for key, value in progress.tensors.items()}
         tensors |= checkpoint.optimizer_tensors(model, optimizers)
+        if run.method:
+            tensors |= {f"peft/{key}": one.detach().cpu().contiguous() for key, one in run.method.state(model).items()}
         about = {
             **evaluated,
             "llmkit": __version__,
@@ -108,9 +110,8 @@ def write_model(run: PreparedRun, model: nn.Module, folder: Path) -> None:
     """Write a checkpoint's model, or its adapter, with the tokenizer."""
     config, tokenizer = run.config, run.data.tokenizer
     if config.peft:
-        options = METHODS[config.peft.name].options(**run.options["peft"])
         base = {"base": str(run.base.resolve()), "base_sha256": run.base_sha256}
-        save_adapter(model, folder, config.peft.name, options, **base)
+        save_adapter(model, folder, config.peft.name, run.method_options, **base)
     else:
         save_model(model, folder, **tokenizer.config_ids)
     tokenizer.save(folder, token_types=model.config.kind == "masked")
