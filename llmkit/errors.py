@@ -146,21 +146,19 @@ def shorten(value: object) -> str:
 
 # Well-known names of methods, objectives and formats that are not built yet.
 NOT_YET = set(
-    "dora qlora adalora ia3 prefix prefix_tuning prompt prompt_tuning p_tuning vera loha lokr oft boft galore"
-    " dpo ipo orpo kto simpo grpo ppo rlhf reward distill distillation"
-    " awq gptq int8 int4 nf4 fp8 onnx mlx exl2 lion sophia shampoo soap adafactor sgd".split()
+    "vera loha lokr oft boft galore ppo rlhf awq gptq int4 fp8 onnx mlx exl2 lion sophia shampoo soap adafactor".split()
 )
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return what to write instead of an unknown name: a similar one, or all that exist.
 
-    >>> suggest("lorra", ["lora", "bitfit"]), suggest("dora", ["lora", "bitfit"])
-    ('did you mean lora?', 'dora is not there yet; there is lora or bitfit')
+    >>> suggest("lorra", ["lora", "bitfit"]), suggest("oft", ["lora", "bitfit"])
+    ('did you mean lora?', 'oft is not there yet; there is lora, bitfit')
     """
     known = list(known)
     if word.lower().replace("-", "_") in NOT_YET:
-        return f"{word} is not there yet; there is {' or '.join(known)}"
+        return f"{word} is not there yet; there is {', '.join(known)}"
     return did_you_mean(word, known) or f"one of: {', '.join(known)}"
 
 

@@ -314,7 +314,10 @@ def test_a_corpus_for_a_model_takes_its_tokenizer(tmp_path):
 @pytest.mark.parametrize(
     ("name", "fix"),
     [
-        ("dora", "dora is not there yet; there is lora or bitfit"),
+        (
+            "oft",
+            "oft is not there yet; there is lora, dora, adalora, ia3, adapter, prefix, prompt,",
+        ),
         ("lorra", "did you mean lora?"),
         ("x", "one of: lora"),
     ],

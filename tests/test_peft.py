@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from llmkit.errors import UserError
 from llmkit.generation.generate import Sampling, generate
 from llmkit.models import FAMILIES, build_model, folder, gpt2, llama, mixtral
-from llmkit.peft import METHODS, adalora, disabled, is_adapted
+from llmkit.peft import METHODS, adalora, disabled, is_adapted, lora
 from llmkit.peft.adapter import load_adapter, save_adapter
+from llmkit.training.optim import OPTIMIZERS
+from llmkit.training.selection import train_only
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
 LONGER = SIZES | {"max_position_embeddings": 48}
@@ -301,3 +303,151 @@ def test_every_option_of_every_method_has_a_default():
     """`--method NAME` alone is enough."""
     for method in METHODS.values():
         assert dataclasses.asdict(method.options()) is not None
+
+
+# ---- what is beside the factors of LoRA -----------------------------------------------------------------------------
+
+LORA = {"r": 4, "alpha": 12.0}
+
+
+def lora_of(name: str, **options) -> tuple[torch.nn.Module, lora.Options]:
+    model, chosen = base_of(name), lora.Options(**LORA | options)
+    lora.apply(model, chosen, 3, [])
+    return model.eval(), chosen
+
+
+def opened_by_peft(model, options, base, out):
+    save_adapter(model, out, "lora", options, base=str(base), base_sha256="")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
+    return peft.PeftModel.from_pretrained(theirs, out).eval()
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_pissa_begins_as_the_base_and_its_file_is_a_lora_of_it(name, rslora, base_folder, tmp_path):
+    """Its factors are those of peft's PiSSA at first; trained, peft, llmkit and a merged model compute the same."""
+    ours, options = lora_of(name, init="pissa", rslora=rslora, rank_pattern={r"1\..*": 2})
+    base = base_of(name)
+    equal(ours(IDS), base(IDS))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base_folder(name))
+    targets = {"llama": ["q_proj"], "gpt2": ["c_attn"]}[name]
+    config = peft.LoraConfig(
+        r=4, lora_alpha=12, target_modules=targets, init_lora_weights="pissa", use_rslora=rslora,
+        fan_in_fan_out=name == "gpt2", task_type="CAUSAL_LM",
+    )  # fmt: skip
+    first = dict(peft.get_peft_model(plain, config).named_parameters())
+    key = {"llama": "model.layers.0.self_attn.q_proj", "gpt2": "transformer.h.0.attn.c_attn"}[name]
+    theirs = [first[f"base_model.model.{key}.lora_{one}.default.weight"] for one in "BA"]
+    module = ours.get_submodule(key)
+    equal(module.lora_B @ module.lora_A, theirs[0] @ theirs[1])
+    randomize([p for p in ours.parameters() if p.requires_grad], 0.05)
+    expected = ours(IDS)
+    assert (expected - base(IDS)).abs().max() > 1e-2
+    equal(opened_by_peft(ours, options, tmp_path / "base", tmp_path / "out")(IDS).logits, expected, 1e-4)
+    for given in (None, options):  # to use it, and to go on training
+        again = base_of(name)
+        load_adapter(again, tmp_path / "out", given)
+        equal(again.eval()(IDS), expected, 1e-4)
+    mine = [key for key, p in ours.named_parameters() if p.requires_grad]
+    assert [key for key, p in again.named_parameters() if p.requires_grad] == mine
+    with disabled(ours):
+        equal(ours(IDS), base(IDS))
+    lora.merge(ours)
+    equal(ours(IDS), expected, 1e-4)
+
+
+@torch.no_grad()
+def test_modules_that_are_saved_are_trained_as_a_whole_and_open_in_peft(base_folder, tmp_path):
+    base = base_folder("llama")
+    ours, options = lora_of("llama", modules_to_save=["embed_tokens", "lm_head", "model.norm"])
+    trained = {key for key, p in ours.named_parameters() if p.requires_grad and "lora" not in key}
+    assert trained == {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
+    randomize([p for p in ours.parameters() if p.requires_grad])
+    expected = ours(IDS)
+    equal(opened_by_peft(ours, options, base, tmp_path / "out")(IDS).logits, expected)
+    for given in (None, options):
+        again = base_of("llama")
+        load_adapter(again, tmp_path / "out", given)
+        equal(again.eval()(IDS), expected)
+    with disabled(again):
+        equal(again(IDS), base_of("llama")(IDS))
+    equal(again(IDS), expected)
+    lora.merge(again)
+    equal(again(IDS), expected, 1e-4)
+    assert again.state_dict().keys() == base_of("llama").state_dict().keys()
+
+
+@torch.no_grad()
+def test_a_saved_module_is_trained_in_fp32_over_a_base_in_16_bits(tmp_path):
+    """A change that bf16 can't hold is there again after loading, to go on training; the merged model is in bf16."""
+    ours = base_of("llama").bfloat16()
+    lora.apply(ours, options := lora.Options(**LORA, modules_to_save=["lm_head"]), 0)
+    ours.lm_head.weight.add_(1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(IDS).dtype == torch.bfloat16
+    save_adapter(ours, tmp_path, "lora", options, base="", base_sha256="")
+    again = base_of("llama").bfloat16()
+    load_adapter(again, tmp_path, options)
+    torch.testing.assert_close(again.lm_head.weight, ours.lm_head.weight, rtol=0, atol=0)
+    lora.merge(again)
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("gpt2", {"modules_to_save": ["wte"]}, "the head of this model too"),
+        ("llama", {"modules_to_save": ["embedding"]}, "matches no module"),
+        ("llama", {"init": "pissa", "dora": True}, "choose one"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(name, options, words):
+    with pytest.raises(UserError) as raised:
+        lora_of(name, **options)
+    assert words in str(raised.value)
+
+
+def test_learning_rates_and_decay_by_pattern():
+    """LoRA+ gives B a rate of its own, as peft's optimizer does; a pattern that matches nothing is refused."""
+    model, _ = lora_of("llama")
+    [optimizer] = OPTIMIZERS["adamw"](model, lr=1e-3, lr_pattern={r"\.lora_B$": 1.6e-2}, weight_decay=0.1)
+    rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for key, p in lora.tensors(model).items():
+        assert rates[p] == (1.6e-2 if "lora_B" in key else 1e-3)
+    whole = build_model(CONFIGS["llama"])
+    patterns = {"lr_pattern": {r"layers\.0\.": 1e-4}, "weight_decay_pattern": {"o_proj": 0.0, "norm": 0.2}}
+    for name in ("adamw", "muon", "sgd"):
+        optimizers = OPTIMIZERS[name](whole, lr=1e-3, weight_decay=0.1, **patterns)
+        groups = {p: group for one in optimizers for group in one.param_groups for p in group["params"]}
+        assert len(groups) == len(list(whole.parameters()))
+        for key, p in whole.named_parameters():
+            assert groups[p]["lr"] == (1e-4 if "layers.0." in key else 1e-3), (name, key)
+            decay = 0.0 if "o_proj" in key else 0.2 if "norm" in key else 0.1
+            assert groups[p]["weight_decay"] == decay, (name, key)
+    with pytest.raises(UserError, match="matches no trained parameter"):
+        OPTIMIZERS["adamw"](whole, lr_pattern={"lora": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("only", "names"),
+    [
+        (["last 1"], "layers.1."),
+        (["first 1"], "layers.0."),
+        (["head"], "lm_head"),
+        ([r"\.down_proj\."], "down_proj"),
+        (["last 1", "head"], "layers.1. lm_head"),
+    ],
+)
+def test_a_part_of_a_model_is_trained(only, names):
+    model = build_model(CONFIGS["llama"])
+    train_only(model, only)
+    for key, p in model.named_parameters():
+        assert p.requires_grad == any(one in key for one in names.split())
+    model(IDS, IDS.roll(-1, 1)).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+def test_a_part_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match="names no parameter"):
+        train_only(build_model(CONFIGS["gpt2"]), ["head"])

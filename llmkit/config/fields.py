@@ -1,5 +1,6 @@
 """Declare what the sections of the YAML file are made of: ranges of numbers, paths, and the two kinds of section."""
 
+import re
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +36,18 @@ def check_date(day: str) -> str:
 
 
 Date = Annotated[str, AfterValidator(check_date)]
+
+
+def check_regex(pattern: str) -> str:
+    """Refuse a text that is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise PydanticCustomError("regex", "Input should be a regular expression: {why}", {"why": str(error)}) from None
+    return pattern
+
+
+Regex = Annotated[str, AfterValidator(check_regex)]
 
 
 class Section(BaseModel):

@@ -64,6 +64,8 @@ MEANINGS = {
     "betas": "Decay of the averages of gradients and of their squares.",
     "eps": "Added to the root of the average square.",
     "weight_decay": "Decay of matrices; norms and biases have none.",
+    "lr_pattern": "Learning rates of some parameters: a regex that is found in their names -> lr.",
+    "weight_decay_pattern": "Weight decay of some parameters: a regex that is found in their names -> weight_decay.",
     "cautious_weight_decay": "Decay only weights that the update does not move away from zero (arXiv:2510.12402).",
     "momentum": "Decay of the average of gradients.",
     "pooling": "Of which state a text is classified: cls, last or mean; null: cls of an encoder, last of a decoder.",

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr
 
 from llmkit.config.data import CorpusData, TaskData
-from llmkit.config.fields import Choice, Count, NonBlank, PathStr, Section, Seed, Tokens
+from llmkit.config.fields import Choice, Count, NonBlank, PathStr, Regex, Section, Seed, Tokens
 from llmkit.config.records import LabelledData, PreferenceData, PromptData, SftData
 from llmkit.config.yaml import dump_yaml, find_origin, key_path
 from llmkit.errors import UserError
@@ -44,6 +44,8 @@ class Train(Section):
     """Use only deterministic kernels, so that a run can be repeated bit for bit on CUDA."""
     early_stopping_patience: Count | None = None
     """Evaluations in a row without a lower val loss."""
+    only: list[Regex] | None = None
+    """Train these weights alone: first 2, last 2 (blocks), head, or a regex that is found in their names."""
     max_bad_steps: Count = 5
     """Non-finite steps in a row, all skipped, before the run stops."""
 

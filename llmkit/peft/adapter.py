@@ -156,7 +156,9 @@ def load_adapter(model: nn.Module, folder: Path, options: Any = None) -> Method:
         raise_all([unsupported_type(name, dtype, path) for name, dtype in types.items() if dtype not in FLOATS][:10])
         tensors = {name: file.get_tensor(name) for name in types}
     train_head(model)  # in fp32, as its tensors are
-    copy_saved_modules(model, config.get(SAVED) or [], tensors, path)
+    resumed = getattr(options, SAVED, None) or []  # these are trained further
+    names = [name for name in config.get(SAVED) or [] if not f".{name}".endswith(tuple(f".{one}" for one in resumed))]
+    copy_saved_modules(model, names, tensors, path)
     try:
         tensors = {name.removeprefix(method.prefix): tensor for name, tensor in tensors.items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

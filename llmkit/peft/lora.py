@@ -6,10 +6,10 @@ The class of each chosen linear is replaced by a subclass of it. Weight names do
 
 import math
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from llmkit.models.layers import original_classes, restore_class, swap_class
 from llmkit.peft.method import Method
 from llmkit.peft.rows import TrainedRows, common_rows, merge_rows, train_rows, trained_tables
 from llmkit.peft.targets import Layers, block_linears, block_of, by_pattern, candidates, choose_linears
+from llmkit.peft.whole import base_weights, keep_whole, train_whole, whole_modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,11 @@ class Options:
     layers          only linears of these blocks: their numbers, or "first 4", "last 4"
     dora            also train the length of each row of a weight, whose direction A and B change (Liu et al. 2024,
                     arXiv:2402.09353)
+    init            default: as peft, A uniform and B 0; pissa: the r largest singular directions of the weight, whose
+                    change is the update (Meng et al. 2024, arXiv:2404.02948). Files have twice the rank then
+    lr_ratio        the learning rate of B is that of A times this (LoRA+, Hayou et al. 2024, arXiv:2402.12354, with 16)
+    modules_to_save
+                    ends of names of modules that are trained as a whole: embed_tokens, lm_head, norm
     new_tokens      also train the embedding rows of tokens that were added to the model's tokenizer
     """
 
@@ -47,6 +53,9 @@ class Options:
     layers: Layers | None = None
     rslora: bool = False
     dora: bool = False
+    init: Literal["default", "pissa"] = "default"
+    lr_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    modules_to_save: list[str] | None = None
     new_tokens: bool = False
 
 
@@ -88,6 +97,16 @@ class DoRA(LoRA):
         return self.lora_magnitude / lengths
 
 
+class PiSSA(LoRA):
+    """A linear whose update is B A minus what it was at first, B0 A0: the largest part of the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super(LoRA, self).forward(x)
+        x = F.dropout(x, self.lora_dropout, self.training)
+        a, b = torch.cat((self.lora_A, self.first_A)), torch.cat((self.lora_B, -self.first_B), dim=1)
+        return y + F.linear(F.linear(x, a), b) * self.lora_scale
+
+
 def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[int] = ()) -> None:
     """Freeze the model and give the chosen linears a trainable A (r, in) and B (out, r), both fp32.
 
@@ -95,6 +114,11 @@ def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[i
     for an r that no matrix of the chosen ones could have as its rank.
     """
     chosen = choose_linears(model, options.layers, options.target_modules)
+    if options.init == "pissa" and options.dora:
+        raise UserError("peft.init: pissa and peft.dora both say what B A begins as", fix="choose one of them")
+    if options.new_tokens and options.modules_to_save:
+        what, fix = "peft.modules_to_save can't be used beside added tokens", "train all weights"
+        raise UserError(what, got=", ".join(options.modules_to_save), fix=fix)
     ranks = {name: by_pattern(options.rank_pattern, name, options.r) for name in chosen}
     largest = max(min(module.weight.shape) for module in chosen.values())
     if (most := max(ranks.values())) > largest:
@@ -115,14 +139,32 @@ def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[i
         module.lora_dropout = options.dropout
         if options.dora:
             module.lora_magnitude = nn.Parameter(torch.linalg.vector_norm(module.weight.detach().float(), dim=1))
-        swap_class(module, DoRA if options.dora else LoRA)
+        if options.init == "pissa":
+            begin_with_largest(module)
+        swap_class(module, DoRA if options.dora else PiSSA if options.init == "pissa" else LoRA)
+    if options.modules_to_save:
+        train_whole(model, options.modules_to_save)
     if options.new_tokens and new_ids:
         train_rows(model, list(new_ids))
 
 
-def disabled(model: nn.Module) -> AbstractContextManager[None]:
+@torch.no_grad()
+def begin_with_largest(module: nn.Linear) -> None:
+    """Set A and B to the r largest singular directions of a weight, over the scale, and keep them as they are now."""
+    r, weight = len(module.lora_A), module.weight
+    if weight.device.type != "meta":
+        u, s, vt = torch.linalg.svd(weight.float() / module.lora_scale, full_matrices=False)
+        module.lora_A.copy_(s[:r, None].sqrt() * vt[:r])
+        module.lora_B.copy_(u[:, :r] * s[:r].sqrt())
+    for name in ("A", "B"):
+        module.register_buffer(f"first_{name}", getattr(module, f"lora_{name}").detach().clone(), persistent=False)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
     """Compute what the base computes."""
-    return original_classes(model, (LoRA, TrainedRows))
+    with original_classes(model, (LoRA, TrainedRows)), base_weights(model):
+        yield
 
 
 @torch.no_grad()
@@ -131,6 +173,9 @@ def merge(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, LoRA):
             update = module.lora_B.float() @ module.lora_A.float() * module.lora_scale
+            if isinstance(module, PiSSA):
+                update -= module.first_B.float() @ module.first_A.float() * module.lora_scale
+                del module.first_A, module.first_B
             merged = module.weight.float() + update
             if isinstance(module, DoRA):
                 merged *= module.shares()[:, None]
@@ -139,6 +184,7 @@ def merge(model: nn.Module) -> None:
             del module.lora_A, module.lora_B, module.lora_scale, module.lora_dropout
             restore_class(module)
     merge_rows(model)
+    keep_whole(model)
     model.requires_grad_(True)
 
 
@@ -183,6 +229,28 @@ def tensors(model: nn.Module) -> dict[str, nn.Parameter]:
             found |= {f"{name}.lora_A.weight": module.lora_A, f"{name}.lora_B.weight": module.lora_B}
         if isinstance(module, DoRA):
             found[f"{name}.lora_magnitude_vector"] = module.lora_magnitude
+    whole = whole_modules(model).items()
+    return found | {f"{name}.{last}": one for name, own in whole for last, one in own.items()}
+
+
+def to_file(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a file: of PiSSA, matrices of twice the rank that are its update of the base."""
+    found: dict[str, Tensor] = dict(tensors(model))
+    for name, module in model.named_modules():
+        if isinstance(module, PiSSA):
+            found[f"{name}.lora_A.weight"] = torch.cat((module.lora_A, module.first_A))
+            found[f"{name}.lora_B.weight"] = torch.cat((module.lora_B, -module.first_B), dim=1)
+    return found
+
+
+def from_file(model: nn.Module, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a file's tensors without what PiSSA began with, which goes to its place."""
+    for name, module in model.named_modules():
+        a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        if isinstance(module, PiSSA) and a in found and b in found:
+            found[a], module.first_A = found[a].chunk(2)
+            found[b], first = found[b].chunk(2, dim=1)
+            module.first_B = -first
     return found
 
 
@@ -190,19 +258,24 @@ def to_peft(model: nn.Module, options: Options) -> dict:
     """Return the fields of adapter_config.json."""
     adapted = [name for name, module in model.named_modules() if isinstance(module, LoRA)]
     rows = {name.rpartition(".")[2]: table.token_ids.tolist() for name, table in trained_tables(model)}
+    times = 2 if options.init == "pissa" else 1  # of the rank in the file; alpha / r stays
+    scaled = math.sqrt(times) if options.rslora else times
+    more = {"trainable_token_indices": rows} if rows else {}
+    if whole := whole_modules(model):
+        more["modules_to_save"] = list(whole)
     return {
-        "r": options.r,
-        "lora_alpha": options.alpha,
+        "r": options.r * times,
+        "lora_alpha": options.alpha * scaled,
         "lora_dropout": options.dropout,
         "use_rslora": options.rslora,
         "use_dora": options.dora,
         "target_modules": options.target_modules or candidates(model),
-        "rank_pattern": options.rank_pattern or {},
-        "alpha_pattern": options.alpha_pattern or {},
+        "rank_pattern": {key: r * times for key, r in (options.rank_pattern or {}).items()},
+        "alpha_pattern": {key: alpha * scaled for key, alpha in (options.alpha_pattern or {}).items()},
         "fan_in_fan_out": bool(family_of(model.config).transposed),
         "bias": "none",
         "layers_to_transform": sorted({block_of(name) for name in adapted}) if options.layers else None,
-    } | ({"trainable_token_indices": rows} if rows else {})
+    } | more
 
 
 def from_peft(model: nn.Module, fields: PeftFields, shapes: dict[str, tuple]) -> tuple[Options, list[int]]:
@@ -262,4 +335,6 @@ METHOD = Method(
     supported_values=SUPPORTED_VALUES,
     to_peft=to_peft,
     from_peft=from_peft,
+    to_file=to_file,
+    from_file=from_file,
 )

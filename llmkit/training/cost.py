@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from llmkit.models.layers import Head, RMSNorm, token_tables
 from llmkit.models.loss import rows_in_chunk
 from llmkit.peft import METHODS
 from llmkit.training.optim import OPTIMIZERS
+from llmkit.training.selection import train_only
 from llmkit.training.simulate import simulate_step
 
 KEPT = ("trained weights", "frozen weights", "optimizer")  # parts of the memory that each step has
@@ -122,6 +124,7 @@ def memory(
     precision: str,
     peft: tuple[str, dict[str, Any]] | None = None,
     new_rows: int = 0,
+    only: list[str] | None = None,
     head: HeadConfig | None = None,
     optimizer: tuple[str, dict[str, Any]] = ("adamw", {}),
     checkpointing: str | int | float = "none",
@@ -150,18 +153,16 @@ def memory(
         if head.multi_label:
             shapes["labels"] = (micro_batch_size, len(head.labels))
 
-    def change(model: nn.Module) -> None:
-        METHODS[peft[0]].apply(model, METHODS[peft[0]].options(**peft[1]), 0, list(range(new_rows)))
-        train_head(model)
+    change = partial(choose_trained, peft=peft, new_rows=new_rows, only=only)
 
     phases = simulate_layers(
         config,
         head=head,
         period=checkpointing if isinstance(checkpointing, int) else 1,
         # an adapter may change some layers alone
-        alike=not (peft and peft[1].get("layers")) and not re.search(r"[^\W\d]\.\d", str(peft)),
+        alike=not only and not (peft and peft[1].get("layers")) and not re.search(r"[^\W\d]\.\d", str(peft)),
         shapes=shapes,
-        change=change if peft else None,
+        change=change if peft or only else None,
         make_optimizers=lambda model: OPTIMIZERS[optimizer[0]](model, **optimizer[1]),
         precision=precision,
         checkpointing=checkpointing,
@@ -182,6 +183,18 @@ def memory(
         parts["gaps of the heap"] = round(gaps)
         parts["python and torch"] = RUNTIME_BYTES + (COMPILER_BYTES if compiled else 0)
     return max(phases.values(), key=lambda parts: sum(parts.values()))
+
+
+def choose_trained(
+    model: nn.Module, *, peft: tuple[str, dict[str, Any]] | None, new_rows: int, only: list[str] | None
+) -> None:
+    """Apply a PEFT method to a model on the meta device, or freeze all but a part of it."""
+    if peft:
+        method = METHODS[peft[0]]
+        method.apply(model, method.options(**peft[1]), 0, list(range(new_rows)))
+        train_head(model)
+    elif only:
+        train_only(model, only)
 
 
 def simulate_layers(config: Config, period: int, alike: bool, **step: Any) -> dict[str, dict[str, int]]:
@@ -211,6 +224,7 @@ def make_plan(
     lengths: Lengths | None = None,
     peft: tuple[str, dict[str, Any]] | None = None,
     new_rows: int = 0,
+    only: list[str] | None = None,
     head: HeadConfig | None = None,
     **options: Any,
 ) -> Plan:
@@ -220,6 +234,7 @@ def make_plan(
     lengths   of a row in the encoder and the decoder; None: a decoder reads seq_len tokens
     peft      name and options of a PEFT method
     new_rows  number of embedding rows that an adapter trains
+    only      what is trained of a whole model, see `train_only`
     head      for labels, instead of the one for tokens
 
     >>> from llmkit.models import gpt2
@@ -228,12 +243,9 @@ def make_plan(
     """
     model, lengths = build_model(config, device="meta", seed=None, head=head), lengths or Lengths(seq_len)
     base = {name for name, _ in model.named_parameters()}
-    if peft:
-        method = METHODS[peft[0]]
-        method.apply(model, method.options(**peft[1]), 0, list(range(new_rows)))
-        train_head(model)
+    choose_trained(model, peft=peft, new_rows=new_rows, only=only)
     added = frozenset(name for name, _ in model.named_parameters()) - base
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     flops = flops_per_row(model, lengths) / seq_len
-    peak = memory(config, lengths=lengths, peft=peft, new_rows=new_rows, head=head, **options)
+    peak = memory(config, lengths=lengths, peft=peft, new_rows=new_rows, only=only, head=head, **options)
     return Plan(parameters_by_part(model, added), trainable, flops, {part: n for part, n in peak.items() if n})

@@ -123,7 +123,7 @@ def take_steps(
     how = f"compiled: {'every block, and the loss' if compiled else 'no'} ({reason})"
     say(f"{'blocks':>10}  {len(model.blocks)}, {describe_checkpointing(config.train.gradient_checkpointing)}, {how}")
 
-    optimizers = OPTIMIZERS[config.optimizer.name](model, world, **run.options["optimizer"])
+    optimizers = OPTIMIZERS[config.optimizer.name](model, world, **run.optimizer_options)
     trained = [p for p in model.parameters() if p.requires_grad]
     progress = Progress(best=config.eval.best, tensors=initial_counters(device, run.precision))
     if config.checkpoint.average == "tail":  # of a checkpoint, model/ is the average

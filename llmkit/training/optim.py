@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
@@ -10,6 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from llmkit.config.fields import Regex
+from llmkit.errors import UserError
 from llmkit.models.layers import Head
 from llmkit.parallel.device import has_fast_bf16
 from llmkit.parallel.world import World
@@ -19,6 +22,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[list[Ratio], Field(min_length=2, max_length=2)]
+LrPattern, DecayPattern = dict[Regex, Positive] | None, dict[Regex, NotNegative] | None
 ALONE = World(torch.device("cpu"))  # one rank: nothing is shared
 
 # ---- Muon -----------------------------------------------------------------------------------------------------------
@@ -154,24 +158,60 @@ def make_groups(
     head_lr: float | None = None,
     scalar_lr: float | None = None,
     *,
+    lr_pattern: dict[str, float] | None = None,
+    weight_decay_pattern: dict[str, float] | None = None,
     without: Iterable[nn.Parameter] = (),
 ) -> list[dict]:
-    """Return the groups of trained parameters: matrices with weight decay first, norms and biases last without it."""
+    """Return the groups of trained parameters: matrices with weight decay first, norms and biases last without it.
+
+    lr_pattern, weight_decay_pattern  regex -> the value of parameters in whose names it is found; the first one counts
+    Raises UserError for a regex that is found in no trained parameter's name.
+    """
     kinds: dict[int, str] = {id(p): "none" for p in without}
     for module in model.modules():
         kind = "embedding" if isinstance(module, nn.Embedding) else "head" if isinstance(module, Head) else "matrix"
         for p in module.parameters(recurse=False):
             kinds.setdefault(id(p), kind if p.dim() >= 2 else "scalar")
     rates = {"matrix": lr, "embedding": embedding_lr or lr, "head": head_lr or lr, "scalar": scalar_lr or lr}
-    groups = [
-        {
-            "params": [p for p in model.parameters() if p.requires_grad and kinds[id(p)] == kind],
-            "lr": rate,
-            "weight_decay": 0.0 if kind == "scalar" else weight_decay,
-        }
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for option, patterns in (("lr_pattern", lr_pattern), ("weight_decay_pattern", weight_decay_pattern)):
+        for one in patterns or {}:
+            if not any(re.search(one, name) for name, _ in named):
+                raise UserError(f"optimizer.{option} matches no trained parameter", got=one, expected=named[0][0])
+    return [
+        group
         for kind, rate in rates.items()
+        for group in split_by_name(
+            [(name, p) for name, p in named if kinds[id(p)] == kind],
+            rate,
+            0.0 if kind == "scalar" else weight_decay,
+            lr_pattern,
+            weight_decay_pattern,
+        )
     ]
-    return [group for group in groups if group["params"]]
+
+
+def split_by_name(
+    named: list[tuple[str, nn.Parameter]],
+    lr: float,
+    weight_decay: float,
+    lr_pattern: dict[str, float] | None,
+    weight_decay_pattern: dict[str, float] | None,
+) -> list[dict]:
+    """Return one group of parameters for each pair of a learning rate and a weight decay."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    for name, p in named:
+        groups[by_name(lr_pattern, name, lr), by_name(weight_decay_pattern, name, weight_decay)].append(p)
+    return [{"params": own, "lr": rate, "weight_decay": decay} for (rate, decay), own in groups.items()]
+
+
+def by_name(patterns: dict[str, float] | None, name: str, default: float) -> float:
+    """Return the value of the first regex that is found in a name, else the default.
+
+    >>> by_name({r"layers\\.0\\.": 1e-5}, "model.layers.0.mlp.up_proj.weight", 1e-4)
+    1e-05
+    """
+    return next((value for one, value in (patterns or {}).items() if re.search(one, name)), default)
 
 
 def make_adamw(groups: list[dict], betas: list[float], eps: float, **options: Any) -> torch.optim.Optimizer:
@@ -195,12 +235,15 @@ def adamw(
     weight_decay: NotNegative = 0.1,
     cautious_weight_decay: bool = False,
     state_dtype: Literal["fp32", "bf16"] = "fp32",
+    lr_pattern: LrPattern = None,
+    weight_decay_pattern: DecayPattern = None,
 ) -> list[torch.optim.Optimizer]:
     """Use AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101).
 
     state_dtype  type of the averages of gradients and of their squares; bf16 takes half the memory of fp32
     """
-    groups = make_groups(model, weight_decay, lr, embedding_lr, head_lr, scalar_lr)
+    patterns = {"lr_pattern": lr_pattern, "weight_decay_pattern": weight_decay_pattern}
+    groups = make_groups(model, weight_decay, lr, embedding_lr, head_lr, scalar_lr, **patterns)
     return [make_adamw(groups, betas, eps, state_dtype=state_dtype, cautious=cautious_weight_decay)]
 
 
@@ -216,9 +259,12 @@ def adamw8bit(
     eps: Positive = 1e-8,
     weight_decay: NotNegative = 0.1,
     cautious_weight_decay: bool = False,
+    lr_pattern: LrPattern = None,
+    weight_decay_pattern: DecayPattern = None,
 ) -> list[torch.optim.Optimizer]:
     """Use AdamW with state of 8 bits in blocks of 256 (Dettmers et al. 2021, arXiv:2110.02861)."""
-    groups = make_groups(model, weight_decay, lr, embedding_lr, head_lr, scalar_lr)
+    patterns = {"lr_pattern": lr_pattern, "weight_decay_pattern": weight_decay_pattern}
+    groups = make_groups(model, weight_decay, lr, embedding_lr, head_lr, scalar_lr, **patterns)
     return [make_adamw(groups, betas, eps, state_dtype="int8", cautious=cautious_weight_decay)]
 
 
@@ -238,6 +284,8 @@ def muon(
     eps: Positive = 1e-8,
     weight_decay: NotNegative = 0.1,
     cautious_weight_decay: bool = False,
+    lr_pattern: LrPattern = None,
+    weight_decay_pattern: DecayPattern = None,
 ) -> list[torch.optim.Optimizer]:
     """Use Muon for `muon_matrices`, and AdamW for embeddings, head, norms and biases.
 
@@ -248,10 +296,14 @@ def muon(
     scalar_lr     learning rate of norms and biases; null: adamw_lr
     """
     matrices = muon_matrices(model)
-    groups = make_groups(model, weight_decay, adamw_lr or lr, embedding_lr, head_lr, scalar_lr, without=matrices)
+    patterns = {"lr_pattern": lr_pattern, "weight_decay_pattern": weight_decay_pattern}
+    rates = (adamw_lr or lr, embedding_lr, head_lr, scalar_lr)
+    groups = make_groups(model, weight_decay, *rates, **patterns, without=matrices)
+    names = {id(p): name for name, p in model.named_parameters()}
+    matrix_groups = split_by_name([(names[id(p)], p) for p in matrices], lr, weight_decay, **patterns)
     options = {"cautious": cautious_weight_decay}
     return [
-        Muon(matrices, lr, weight_decay, momentum, adjust_lr, world, row_scaling=row_scaling, **options),
+        Muon(matrix_groups, lr, weight_decay, momentum, adjust_lr, world, row_scaling=row_scaling, **options),
         make_adamw(groups, betas, eps, state_dtype="fp32", **options),
     ]
 
@@ -264,13 +316,15 @@ def sgd(
     momentum: Ratio = 0.9,
     nesterov: bool = False,
     weight_decay: NotNegative = 0.0,
+    lr_pattern: LrPattern = None,
+    weight_decay_pattern: DecayPattern = None,
 ) -> list[torch.optim.Optimizer]:
     """Use SGD with momentum, with torch's fused kernel.
 
     nesterov      look one step of the momentum ahead (Sutskever et al. 2013)
     weight_decay  added to the gradient of matrices (L2), times the weight; norms and biases have none
     """
-    groups = make_groups(model, weight_decay, lr)
+    groups = make_groups(model, weight_decay, lr, lr_pattern=lr_pattern, weight_decay_pattern=weight_decay_pattern)
     # Without momentum, Nesterov's step is the plain one, which torch refuses to be told.
     optimizer = torch.optim.SGD(groups, momentum=momentum, nesterov=nesterov and momentum > 0, fused=True)
     for p in (p for group in groups for p in group["params"] if momentum):

@@ -14,7 +14,7 @@ from llmkit.config.schema import Config
 from llmkit.data.batches import GOLDEN, MASK, Batches, mix
 from llmkit.data.splits import Splits
 from llmkit.errors import DataError, UserError, raise_all
-from llmkit.models import CONFIGS, family_of
+from llmkit.models import CONFIGS, build_model, family_of
 from llmkit.models.folder import read_config
 from llmkit.models.heads import HeadConfig
 from llmkit.objectives import OBJECTIVES
@@ -49,6 +49,7 @@ from llmkit.training.resolve import (
     reuse_resolved_values,
 )
 from llmkit.training.schedules import SCHEDULES
+from llmkit.training.selection import train_only
 
 
 @dataclass
@@ -121,6 +122,14 @@ class PreparedRun:
     def method_options(self) -> Any:
         """Return the options of the PEFT method, of its own type."""
         return self.method.options(**self.options["peft"])
+
+    @property
+    def optimizer_options(self) -> dict[str, Any]:
+        """Return the options of the optimizer, with the learning rate of LoRA's B if it is another one."""
+        options, ratio = self.options["optimizer"], self.options.get("peft", {}).get("lr_ratio", 1.0)
+        if ratio == 1.0:
+            return options
+        return options | {"lr_pattern": {**(options["lr_pattern"] or {}), r"\.lora_B$": ratio * options["lr"]}}
 
     @cached_property
     def base_sha256(self) -> str:
@@ -215,6 +224,13 @@ def check(config: Config, ranks: int = 1, *, fresh: bool = False) -> CheckedConf
     raise_all(list(find_problems(config, options, model_config, ranks)))
     if config.peft:
         check_method(config, options["peft"], model_config)
+    if config.train.only:
+        head = head_of(config, options, model_config.kind)
+        try:
+            train_only(build_model(model_config, device="meta", seed=None, head=head), config.train.only)
+        except UserError as error:
+            error.at = config.where("train.only")
+            raise
     return CheckedConfig(config, options, model_config, base)
 
 

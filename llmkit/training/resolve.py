@@ -168,6 +168,8 @@ def find_problems(config: Config, options: Options, model_config: Any, ranks: in
     yield from check_warmup(config, options, config.train.max_steps)
     if config.train.fp8 and config.peft:
         yield config.error("train.fp8", "trains whole models: an adapter's base stays as it is", fix="delete it")
+    if config.train.only and config.peft:
+        yield config.error("train.only", "chooses among all weights, and an adapter is trained", fix="delete one")
     if (size := config.train.global_batch_size) % ranks:
         yield config.error(
             "train.global_batch_size", "is not a multiple of the number of ranks", got=f"{size}, {ranks}"

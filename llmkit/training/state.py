@@ -23,6 +23,7 @@ from llmkit.training.evaluation import best_of
 from llmkit.training.log import MetricsLogger
 from llmkit.training.prepare import PreparedRun
 from llmkit.training.progress import Progress
+from llmkit.training.selection import train_only
 
 Optimizers = list[torch.optim.Optimizer]
 
@@ -37,6 +38,8 @@ def make_model(run: PreparedRun, resumed: Path | None) -> nn.Module:
         model = load_model(folder, device=device, head=run.head, seed=config.seed)
         if not resumed and run.new_tokens:
             resize_embeddings(model, run.model_config.vocab_size, run.new_tokens)
+        if config.train.only:
+            train_only(model, config.train.only)
         return model
     dtype = DTYPES[run.precision]  # what is frozen needs no fp32
     model = load_model(run.base, device=device, dtype=dtype, head=run.head, seed=config.seed)
