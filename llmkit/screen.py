@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import sys
 import textwrap
 from typing import Any, TextIO
 
@@ -138,3 +139,8 @@ def format_cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def warn(text: str) -> None:
+    """Print a warning on stderr."""
+    print(printable(f"warning: {text}"), file=sys.stderr)

@@ -47,7 +47,13 @@ def test_every_key_has_a_meaning_and_fits_the_screen(capsys):
     rows = list(list_keys(None, TABLES))
     keys = {row["key"] for row in rows}
     assert not [row["key"] for row in rows if not row["meaning"] and not row["key"].endswith(".name")]
-    assert {"data.sources.0.weight", "data.seq_len", "train.max_steps", "peft.r (lora)", "data.dedup.near.rows"} <= keys
+    assert {
+        "data.sources.0.weight",
+        "data.seq_len",
+        "train.max_steps",
+        "peft.r (lora, dora)",
+        "data.dedup.near.rows",
+    } <= keys
     assert {row["type"] for row in rows if row["key"] == "optimizer.name"} >= {"adamw", "muon"}
 
 

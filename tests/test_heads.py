@@ -18,8 +18,9 @@ from llmkit.data.rows import encode_tokens
 from llmkit.errors import DataError, ModelError
 from llmkit.evals.predict import read_texts
 from llmkit.models import CONFIGS, build_model
-from llmkit.models.folder import load_model, read_head, save_model
+from llmkit.models.folder import load_model, save_model
 from llmkit.models.heads import POOLINGS, HeadConfig, hidden_states, pool, train_head
+from llmkit.models.hf_config import read_head
 from llmkit.objectives import heads
 from llmkit.parallel.device import to_device
 from llmkit.peft import lora

@@ -20,7 +20,7 @@ from llmkit.config.fields import Choice
 from llmkit.config.load import load_config
 from llmkit.errors import USAGE, UserError
 from llmkit.models import llama
-from llmkit.models.folder import read_config
+from llmkit.models.hf_config import read_config
 from llmkit.parallel.compile import describe_checkpointing
 from llmkit.parallel.world import start_world
 from llmkit.storage import checkpoint
@@ -512,7 +512,7 @@ def test_rows_of_added_tokens_need_a_method_that_trains_them(corpus, tmp_path):
     assert caught.value.fix == "peft.new_tokens: true"
     with pytest.raises(UserError, match="rows of added tokens") as caught:
         check_rows_option(config.model_copy(update={"peft": Choice(name="bitfit")}), {}, 1)
-    assert caught.value.fix == "peft.name: lora"
+    assert caught.value.fix == "peft.name: lora or dora"
 
 
 def test_full_finetuning_moves_every_weight(corpus, tmp_path):

@@ -69,7 +69,7 @@ def rate(
 def check_writers(models: list[str]) -> None:
     """Raise ModelError for a model that writes no text, before anything is written about it."""
     from llmkit.errors import ModelError
-    from llmkit.models.folder import read_config
+    from llmkit.models.hf_config import read_config
     from llmkit.storage.locate import locate, read_located_head
 
     for model in models:

@@ -37,6 +37,7 @@ def pretrain(
 def finetune(
     config: Annotated[Path | None, typer.Argument(help="A YAML file; default: ./llmkit.yaml, if it is there.")] = None,
     lora: Annotated[bool, typer.Option("--lora", help="Train a LoRA adapter.")] = False,
+    qlora: Annotated[bool, typer.Option("--qlora", help="Train a LoRA adapter on a base in 4 bits.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Train all weights.")] = False,
     method: Annotated[str | None, typer.Option(help="Another PEFT method, by name.")] = None,
     from_: Annotated[str | None, typer.Option("--from", help="The model to start from.")] = None,
@@ -56,10 +57,11 @@ def finetune(
     profile: Profile = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a model on prompts and answers, with --lora, --full or another --method; by default the newest run."""
+    """Fine-tune a model on prompts and answers, with --lora, --qlora, --full or --method; by default the newest run."""
     from llmkit.training.presets import finetune_config
 
-    chosen = [name for name, given in (("lora", lora), ("full", full), (method, method is not None)) if given]
+    flags = (("lora", lora), ("qlora", qlora), ("full", full), (method, method is not None))
+    chosen = [name for name, given in flags if given]
     given = {"model": from_, "data": data, "columns": parse_columns(columns), "rank": rank, "objective": objective}
     loaded = finetune_config(config, chosen, **given, overrides=o, say=progress_printer(as_json))
     run_training(loaded, dry_run=dry_run, fresh=fresh, nproc=nproc, profiled=profile, as_json=as_json)

@@ -56,6 +56,7 @@ MEANINGS = {
     "mean_span": "Average length of a span in tokens.",
     "r": "Rank of the factors.",
     "dropout": "Dropout on the input of the adapter.",
+    "modules_to_save": "Ends of names of modules that are trained as a whole beside: embed_tokens, lm_head, norm.",
     "rslora": "Scale by alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732).",
     "lr": "Highest learning rate.",
     "embedding_lr": "Learning rate of embeddings; null: lr.",

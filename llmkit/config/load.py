@@ -84,6 +84,8 @@ def run_conflicts(config: Config) -> Iterator[UserError]:
         yield error("model", "and init_from are both given", fix="delete the model section: init_from has one")
     if config.peft and config.init_from is None:
         yield error("peft", "needs a model to start from", fix="name one as init_from, or delete the peft section")
+    if config.quantize and not config.peft:
+        yield error("quantize", "freezes the weights, and all of them are trained", fix="add a peft section: --lora")
     if config.train.early_stopping_patience and config.eval.every is None:
         what, fix = "needs evaluations, but eval.every is null", "set eval.every, or delete the patience"
         yield error("train.early_stopping_patience", what, fix=fix)

@@ -133,6 +133,8 @@ class Config(Section):
     """Null: the default for the model and the data."""
     peft: Choice | None = None
     """The parameter-efficient method; null: train all weights."""
+    quantize: Choice | None = None
+    """Keep the frozen linears of an adapter's base in fewer bits: nf4 (QLoRA) or int8; null: in 16."""
     optimizer: Choice = Choice(name="adamw")
     """How weights are updated."""
     schedule: Choice = Choice(name="cosine")

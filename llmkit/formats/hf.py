@@ -7,10 +7,11 @@ from pathlib import Path
 from llmkit.errors import ModelError, UserError
 from llmkit.files import write_beside
 from llmkit.formats.gguf import TYPES, write_gguf
-from llmkit.models.folder import save_model, warn
+from llmkit.models.folder import save_model
 from llmkit.models.heads import POOLINGS
 from llmkit.parallel.device import DTYPES
 from llmkit.peft.adapter import read_adapter_config
+from llmkit.screen import warn
 from llmkit.storage.locate import Located, load_located, read_located_head
 
 

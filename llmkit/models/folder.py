@@ -1,126 +1,29 @@
-"""Read and write Hugging Face folders: config.json and safetensors, as transformers expects them."""
+"""Read and write the weights of Hugging Face folders: safetensors, as transformers expects them."""
 
 import json
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmkit.errors import ModelError, did_you_mean, raise_all
+from llmkit.errors import ModelError, raise_all
 from llmkit.files import read_json
-from llmkit.models import FAMILIES, build_model, family_of, shape_problems
-from llmkit.models.family import Config
-from llmkit.models.heads import HeadConfig, head_fields, head_parameters, parse_head
-from llmkit.models.layers import init_weights
-from llmkit.screen import printable
+from llmkit.models import build_model, family_of
+from llmkit.models.heads import HeadConfig, head_parameters
+from llmkit.models.hf_config import hf_config, read_config, read_head
+from llmkit.models.layers import block_linears, init_weights
+from llmkit.models.quantized import quantize_linear
+from llmkit.screen import warn
 
-MAX_CONFIG_BYTES = 2**20
-# Fields of a config.json that do not affect the forward pass: names, training, generation and output flags.
-IGNORED_FIELDS = re.compile(
-    r"architectures|model_type|(torch_)?dtype|transformers_version|(_model)?_name_or_path|_attn_implementation\w*|use_cache"
-    r"|(bos|eos|pad|sep|unk|cls|mask)_token_id|return_dict\w*|output_\w+|id2label|label2id|num_labels|problem_type|is_decoder"
-    r"|is_encoder_decoder|chunk_size_feed_forward|summary_\w+|task_specific_params|n_ctx|gradient_checkpointing"
-    r"|is_llama_config|transformers\.js_config|tokenizer_class|prefix|torchscript|use_bfloat16|pruned_heads"
-    r"|finetuning_task|tie_encoder_decoder|auto_map|directionality|pooler_\w+|unsloth_\w+|classifier_(dropout|pooling)"
-)
-# Fields that change the mathematics of other families, or of any: a model that sets one is not what its type says.
-MATHEMATICS = re.compile(
-    r"(quantization|compression)_config|layer_types|partial_rotary_factor|rotary_pct|num(_local)?_experts\w*"
-    r"|\w*(softcap|multiplier|clip_qkv|qk_norm|alibi)\w*"
-)
 FLOATS = ("F64", "F32", "F16", "BF16")  # types in safetensors files that are read, all by rounding to the model's dtype
 MAX_SHARD_BYTES = 5 * 10**9  # of a weight file, as in transformers
-
-
-def read_config(folder: Path) -> Config:
-    """Return the Config of a model's folder; raise a ModelError if a field asks for mathematics that is not built."""
-    path, hf = folder / "config.json", read_fields(folder)
-    name = hf.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
-        expected, fix = " or ".join(FAMILIES), did_you_mean(str(name), FAMILIES)
-        raise ModelError("this model family is not supported", at=path, got=name, expected=expected, fix=fix)
-    family = FAMILIES[name]
-    try:
-        options = family.hf_defaults | family.from_hf(hf)
-    except ModelError as error:
-        error.at = path
-        raise
-    known = {field.name for field in fields(family.config)}
-    errors = [
-        ModelError(f"{name} with this {key} is not supported", at=path, got=value, expected=expected)
-        for key, value in options.items()
-        if key in family.fixed_values and (expected := family.fixed_values[key]) != value and (value or expected)
-    ]
-    unused = unused_fields(name, options)
-    errors += [
-        ModelError(f"{name} with {key} is not supported", at=path, got=options[key], expected="no such field")
-        for key in unused
-        if MATHEMATICS.fullmatch(key)
-    ]
-    raise_all(errors)
-    if unused:
-        warn_once(f"{path} has fields that {name} does not have, in transformers either: {', '.join(unused)}")
-    try:
-        text = json.dumps({key: value for key, value in options.items() if key in known})
-        config = TypeAdapter(family.config).validate_json(text, strict=True)
-        problems = shape_problems(config)
-    except ValidationError as error:
-        found = [(".".join(map(str, item["loc"])), item["msg"], item["input"]) for item in error.errors()]
-        raise_all([ModelError(f"config.json: {key}: {reason}", at=path, got=got) for key, reason, got in found])
-    except (TypeError, ZeroDivisionError):
-        raise ModelError("config.json has a value of the wrong type", at=path) from None
-    if config.vocab_size is None:
-        problems.append(("vocab_size", "is missing"))
-    raise_all([ModelError(f"config.json: {key} {reason}", at=path) for key, reason in problems])
-    return config
-
-
-def read_fields(folder: Path) -> dict[str, Any]:
-    """Return the fields of a folder's config.json as they are."""
-    path = folder / "config.json"
-    try:
-        hf = read_json(path, max_bytes=MAX_CONFIG_BYTES)
-        if not isinstance(hf, dict):
-            raise ValueError("not an object")
-    except FileNotFoundError:
-        raise ModelError(f"{folder} is not a model: it has no config.json", at=folder) from None
-    except (ValueError, OSError) as error:
-        raise ModelError(f"config.json can't be read: {error}", at=path) from None
-    return hf
-
-
-def read_head(folder: Path) -> HeadConfig | None:
-    """Return the head for labels that a folder's config.json describes, None if the model predicts tokens."""
-    hf = read_fields(folder)
-    family = FAMILIES.get(str(hf.get("model_type")))
-    try:
-        return parse_head(hf, family.config.kind) if family else None
-    except ModelError as error:
-        error.at = folder / "config.json"
-        raise
-
-
-def unused_fields(name: str, options: dict[str, Any]) -> list[str]:
-    """Return the fields of a config.json that say something, and that neither llmkit nor transformers reads."""
-    family = FAMILIES[name]
-    known = {field.name for field in fields(family.config)} | family.fixed_values.keys()
-    return [key for key, value in options.items() if value and key not in known and not IGNORED_FIELDS.fullmatch(key)]
-
-
-@lru_cache
-def warn_once(text: str) -> None:
-    """Print a warning, but not a second time: a command reads a config.json several times."""
-    warn(text)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -167,7 +70,13 @@ class Found:
 
 
 def load_model(
-    folder: Path, *, device="cpu", dtype: torch.dtype = torch.float32, head: HeadConfig | None = None, seed: int = 0
+    folder: Path,
+    *,
+    device="cpu",
+    dtype: torch.dtype = torch.float32,
+    head: HeadConfig | None = None,
+    seed: int = 0,
+    quantize: tuple[str, dict[str, Any]] | None = None,
 ) -> nn.Module:
     """Load a model from a Hugging Face folder. Names and shapes are checked before memory is allocated.
 
@@ -176,6 +85,8 @@ def load_model(
 
     head  for labels, instead of the one for tokens. Its weights are initialised with `seed` where the folder has none,
           or those of other labels
+    quantize  the linears of the blocks, one block after the other, so that the whole model is never in `dtype`: one of
+              QUANTIZERS, and its options
     """
     config = read_config(folder)
     family = family_of(config)
@@ -193,28 +104,48 @@ def load_model(
         warn(f"{folder} has two matrices where its config.json ties them: {found.head[1]} is not tied to {table[1]}")
         model = build_model(replace(config, tie_word_embeddings=False), device="meta", seed=None)
         found = find_weights(model, folder, files)
-    weights = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
     own_head = head_parameters(model)
     if fresh := [name for name in found.missing if family.may_be_missing.fullmatch(name) or name in own_head]:
         if not head or is_own:
             warn(f"{folder} lacks {len(fresh)} weights; initialised: {', '.join(fresh)}")
         initialise(model, fresh, seed)
-        for name in fresh:
-            weights[name].copy_(model.get_parameter(name))
-    views = {disk: view for name, tensor in weights.items() for disk, view in family.disk_views(name, tensor).items()}
-    for path in files:
-        with open_weights(path) as file:
-            for name, (place, disk_name) in found.places.items():
-                if place == path:
-                    views[name].copy_(file.get_tensor(disk_name))
-    for name, other in family.missing_copies.items():
-        if name in found.missing:
-            weights[name].copy_(weights[other])
-    check_finite(weights, folder)
-    model.load_state_dict(weights, assign=True)
+    names = [name for name, _ in model.named_parameters()]
+    linears = block_linears(model) if quantize else {}
+    blocks = {re.match(r".*?\.\d+\.", name)[0]: None for name in linears}
+    groups = [[name for name in names if name.startswith(block)] for block in blocks]
+    in_blocks = {name for group in groups for name in group}
+    for group in [[name for name in names if name not in in_blocks], *groups]:
+        fill_weights(model, group, found, fresh, device, dtype, folder)
+        for name in [name for name in linears if f"{name}.weight" in group]:
+            quantize_linear(linears[name], *quantize)
     if head:
         model.made_up = fresh
     return model.requires_grad_(True)
+
+
+def fill_weights(
+    model: nn.Module, names: list[str], found: Found, fresh: list[str], device, dtype: torch.dtype, folder: Path
+) -> None:
+    """Allocate these weights of a model that is on the meta device, and read them from its files.
+
+    fresh  names of weights that are there already
+    """
+    family = family_of(model.config)
+    weights = {name: torch.empty(model.get_parameter(name).shape, dtype=dtype, device=device) for name in names}
+    for name in fresh:
+        if name in weights:
+            weights[name].copy_(model.get_parameter(name))
+    views = {disk: view for name, tensor in weights.items() for disk, view in family.disk_views(name, tensor).items()}
+    for path in dict.fromkeys(place for place, _ in found.places.values()):
+        with open_weights(path) as file:
+            for name, (place, disk_name) in found.places.items():
+                if place == path and name in views:
+                    views[name].copy_(file.get_tensor(disk_name))
+    for name, other in family.missing_copies.items():
+        if name in found.missing and name in weights:
+            weights[name].copy_(weights[other])
+    check_finite(weights, folder)
+    model.load_state_dict(weights, assign=True, strict=False)
 
 
 def initialise(model: nn.Module, names: list[str], seed: int) -> None:
@@ -224,10 +155,6 @@ def initialise(model: nn.Module, names: list[str], seed: int) -> None:
         module = model.get_submodule(owner)
         setattr(module, last, nn.Parameter(torch.empty(getattr(module, last).shape, device="cpu")))
     init_weights(model, family_of(model.config), torch.Generator().manual_seed(seed), names)
-
-
-def warn(text: str) -> None:
-    print(printable(f"warning: {text}"), file=sys.stderr)
 
 
 def table_name(model: nn.Module) -> str:
@@ -375,12 +302,3 @@ def save_model(
         total = {"total_size": sum(tensor.nbytes for tensor in weights.values())}
         text = json.dumps({"metadata": total, "weight_map": index}, indent=2)
         (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
-
-
-def hf_config(config: Config, head: HeadConfig | None = None) -> dict:
-    """Return the fields of a Config's config.json, with those of a head for labels."""
-    family = family_of(config)
-    options = {key: value for key, value in asdict(config).items() if key != "init"}
-    names = {"model_type": config.model_type, "architectures": [family.architecture]}
-    fields = family.to_hf(options) | family.fixed_values | names
-    return fields | head_fields(config, family, head) if head else fields

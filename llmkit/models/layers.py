@@ -106,6 +106,17 @@ def token_tables(model: nn.Module) -> list[TokenEmbedding | Head]:
     return [model.wte] if model.lm_head is None else [model.wte, model.lm_head]
 
 
+def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return every linear inside the blocks by its full name. The head is none of them: the loss multiplies with it."""
+    return {
+        f"{prefix}.{name}": module
+        for prefix, block in model.named_modules()
+        if any(block is one for one in model.blocks)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
 def swap_class(module: nn.Module, mixin: type) -> None:
     """Put a mixin in front of a module's class. The parameters keep their names."""
     module.__class__ = class_with_mixin(mixin, type(module))

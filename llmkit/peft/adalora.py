@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from llmkit.errors import UserError
 from llmkit.models import family_of
-from llmkit.models.layers import original_classes, restore_class, swap_class
+from llmkit.models.layers import block_linears, original_classes, restore_class, swap_class
 from llmkit.peft import lora
 from llmkit.peft.method import Method
-from llmkit.peft.targets import Layers, block_linears, choose_linears
+from llmkit.peft.targets import Layers, choose_linears
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 FACTORS = ("lora_A", "lora_B", "lora_E")

@@ -14,21 +14,14 @@ from torch import Tensor, nn
 from llmkit.errors import ModelError, UserError, raise_all
 from llmkit.files import read_json
 from llmkit.models import family_of
-from llmkit.models.folder import (
-    FLOATS,
-    check_finite,
-    hf_config,
-    open_weights,
-    read_config,
-    read_head,
-    unsupported_type,
-    warn,
-)
+from llmkit.models.folder import FLOATS, check_finite, open_weights, unsupported_type
 from llmkit.models.heads import POOLINGS, HeadConfig, head_parameters, train_head
+from llmkit.models.hf_config import hf_config, read_config, read_head
 from llmkit.models.layers import token_tables
 from llmkit.models.resize import resize_embeddings
 from llmkit.peft import METHODS
 from llmkit.peft.method import PREFIX, Method
+from llmkit.screen import warn
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SAVED = "modules_to_save"  # names of modules that were trained as a whole, and are in the adapter's file

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.models import family_of
-from llmkit.models.layers import original_classes, restore_class, swap_class
+from llmkit.models.layers import block_linears, original_classes, restore_class, swap_class
 from llmkit.peft.method import Method
-from llmkit.peft.targets import Layers, block_linears, choose_linears, in_layers, writing_linears
+from llmkit.peft.targets import Layers, choose_linears, in_layers, writing_linears
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from llmkit.errors import UserError
 from llmkit.models import family_of
-from llmkit.models.layers import original_classes, restore_class, swap_class
+from llmkit.models.layers import block_linears, original_classes, restore_class, swap_class
 from llmkit.peft.method import Method
 from llmkit.peft.rows import TrainedRows, common_rows, merge_rows, train_rows, trained_tables
-from llmkit.peft.targets import Layers, block_linears, block_of, by_pattern, candidates, choose_linears
+from llmkit.peft.targets import Layers, block_of, by_pattern, candidates, choose_linears
 from llmkit.peft.whole import base_weights, keep_whole, train_whole, whole_modules
 
 
@@ -39,8 +39,6 @@ class Options:
     init            default: as peft, A uniform and B 0; pissa: the r largest singular directions of the weight, whose
                     change is the update (Meng et al. 2024, arXiv:2404.02948). Files have twice the rank then
     lr_ratio        the learning rate of B is that of A times this (LoRA+, Hayou et al. 2024, arXiv:2402.12354, with 16)
-    modules_to_save
-                    ends of names of modules that are trained as a whole: embed_tokens, lm_head, norm
     new_tokens      also train the embedding rows of tokens that were added to the model's tokenizer
     """
 
@@ -61,7 +59,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class DoraOptions(Options):
-    """The options of LoRA, with dora: true."""
+    __doc__ = Options.__doc__
 
     dora: bool = True
 

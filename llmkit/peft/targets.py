@@ -9,20 +9,10 @@ from torch import nn
 
 from llmkit.errors import UserError, raise_all
 from llmkit.models import family_of
+from llmkit.models.layers import block_linears
 
 # Blocks by their numbers, or "first 4", "last 4".
 Layers = list[Annotated[int, Field(ge=0)]] | Annotated[str, Field(pattern=r"^(first|last) [1-9]\d*$")]
-
-
-def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return every linear inside the blocks by its full name. The head is none of them: the loss multiplies with it."""
-    return {
-        f"{prefix}.{name}": module
-        for prefix, block in model.named_modules()
-        if any(block is one for one in model.blocks)
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    }
 
 
 def in_layers(model: nn.Module, layers: Layers | None) -> dict[str, nn.Linear]:

@@ -11,8 +11,9 @@ from torch import nn
 
 from llmkit.errors import ModelError
 from llmkit.files import file_sha256
-from llmkit.models.folder import load_model, read_config, read_head, weight_files
+from llmkit.models.folder import load_model, weight_files
 from llmkit.models.heads import HeadConfig
+from llmkit.models.hf_config import read_config, read_head
 from llmkit.parallel.device import DTYPES
 from llmkit.peft.adapter import (
     base_change,

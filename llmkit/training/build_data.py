@@ -13,7 +13,7 @@ from llmkit.corpus.units import VERSION
 from llmkit.data.preferences import must_part
 from llmkit.data.splits import Splits, open_corpus, open_labelled, open_prompt_splits, open_records, read_manifest
 from llmkit.errors import DataError
-from llmkit.models.folder import read_config
+from llmkit.models.hf_config import read_config
 from llmkit.parallel.world import World
 from llmkit.records.build import encode_turns
 from llmkit.records.labelled import encode_labelled

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +10,10 @@ from torch import nn
 from llmkit.models import build_model, family_of
 from llmkit.models.family import Config
 from llmkit.models.heads import HeadConfig, train_head
-from llmkit.models.layers import Head, RMSNorm, token_tables
+from llmkit.models.layers import Head, RMSNorm, block_linears, token_tables
 from llmkit.models.loss import rows_in_chunk
+from llmkit.models.quantized import quantize_linear
+from llmkit.parallel.device import DTYPES
 from llmkit.peft import METHODS
 from llmkit.training.optim import OPTIMIZERS
 from llmkit.training.selection import train_only
@@ -125,6 +126,7 @@ def memory(
     peft: tuple[str, dict[str, Any]] | None = None,
     new_rows: int = 0,
     only: list[str] | None = None,
+    quantize: tuple[str, dict[str, Any]] | None = None,
     head: HeadConfig | None = None,
     optimizer: tuple[str, dict[str, Any]] = ("adamw", {}),
     checkpointing: str | int | float = "none",
@@ -136,6 +138,7 @@ def memory(
 ) -> dict[str, int]:
     """Return the memory of a training step in bytes, by part, at its peak; see `simulate_step`.
 
+    quantize     how the frozen linears are quantized, and options
     optimizer    name and options
     packed       whether rows hold several documents, which do not see each other
     accumulates  whether a step has several micro-batches
@@ -153,7 +156,13 @@ def memory(
         if head.multi_label:
             shapes["labels"] = (micro_batch_size, len(head.labels))
 
-    change = partial(choose_trained, peft=peft, new_rows=new_rows, only=only)
+    def change(model: nn.Module) -> None:
+        if peft:  # what is frozen is in the dtype of the computation
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(DTYPES[precision])
+        for linear in block_linears(model).values() if quantize else []:
+            quantize_linear(linear, *quantize)
+        choose_trained(model, peft=peft, new_rows=new_rows, only=only)
 
     phases = simulate_layers(
         config,
@@ -176,7 +185,8 @@ def memory(
         phases["loss"]["loss"] += (there - here) * config.vocab_size * (4 if compiled else 14)  # bytes of a logit
     if device == "cuda":
         return max(phases.values(), key=lambda parts: sum(parts.values()))
-    if frozen := phases["loss"].get("frozen weights"):  # a base is copied from a file that is mapped
+    frozen = 0 if quantize else phases["loss"].get("frozen weights")
+    if frozen:  # a base is copied from a file that is mapped, a quantized one block by block
         phases["load"] = {"frozen weights": frozen, "file of the base": frozen}
     for parts in phases.values():
         gaps = sum(share * parts.get(part, 0) for part, share in HEAP_GAPS[compiled].items())

@@ -35,6 +35,7 @@ def plan_run(
         head=head,
         peft=(config.peft.name, options["peft"]) if config.peft else None,
         new_rows=new_rows,
+        quantize=(config.quantize.name, options["quantize"]) if config.quantize else None,
         only=train.only,
         seq_len=data.row_len,
         lengths=Lengths(*OBJECTIVES[config.objective.name].lengths(data.row_len, **options["objective"])),

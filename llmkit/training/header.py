@@ -64,6 +64,7 @@ def describe(run: PreparedRun) -> dict[str, str]:
         "objective": describe_choice(config.objective.name, options["objective"]) if options["objective"] else "",
         "optimizer": describe_choice(config.optimizer.name, options["optimizer"]),
         "peft": describe_choice(config.peft.name, options["peft"]) if config.peft else "",
+        "quantize": describe_choice(config.quantize.name, options["quantize"]) if config.quantize else "",
         "schedule": describe_choice(config.schedule.name, options["schedule"]),
         "compute": f"{format_count(plan.flops_per_token)} FLOPs a token, "
         f"{plan.flops_per_token * run.max_steps * run.tokens_per_step:.1e} in all",

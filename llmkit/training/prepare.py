@@ -15,8 +15,8 @@ from llmkit.data.batches import GOLDEN, MASK, Batches, mix
 from llmkit.data.splits import Splits
 from llmkit.errors import DataError, UserError, raise_all
 from llmkit.models import CONFIGS, build_model, family_of
-from llmkit.models.folder import read_config
 from llmkit.models.heads import HeadConfig
+from llmkit.models.hf_config import read_config
 from llmkit.objectives import OBJECTIVES
 from llmkit.objectives.heads import score_names
 from llmkit.objectives.objective import Objective
@@ -122,6 +122,11 @@ class PreparedRun:
     def method_options(self) -> Any:
         """Return the options of the PEFT method, of its own type."""
         return self.method.options(**self.options["peft"])
+
+    @property
+    def quantize(self) -> tuple[str, dict[str, Any]] | None:
+        """Return how the base is quantized, and the options; None: it is not."""
+        return (self.config.quantize.name, self.options["quantize"]) if self.config.quantize else None
 
     @property
     def optimizer_options(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from llmkit.config.load import load_config
 from llmkit.config.schema import Config
 from llmkit.config.yaml import quote, read_yaml
 from llmkit.errors import ModelError, UserError, suggest
-from llmkit.models.folder import read_config
+from llmkit.models.hf_config import read_config
 from llmkit.objectives import DATA_OF, HEADS
 from llmkit.peft import METHODS
 from llmkit.readers.packed import suffix_of
@@ -72,9 +72,13 @@ def finetune_config(
         fix = continue_pretraining(model, str(data))
         raise UserError("--data is text, not prompts and answers", got=data, fix=fix)
     if len(methods) > 1:
-        raise UserError("finetune takes one method", got=" and ".join(methods), fix="name --lora, --full or --method")
+        raise UserError(
+            "finetune takes one method", got=" and ".join(methods), fix="name --lora, --qlora, --full or --method"
+        )
     if not methods and not own_peft.get("name"):
         raise UserError("finetune needs a method", fix="add --lora, or --full to train all weights")
+    quantized = methods == ["qlora"]
+    methods = ["lora"] if quantized else methods
     method = methods[0] if methods else own_peft["name"]
     section = read_run_config(newest)["data"] if newest and data is None else None
     if section:
@@ -88,7 +92,7 @@ def finetune_config(
         )
 
     start = model or own.get("init_from")
-    name = f"{Path(start or 'model').name}-{method}"
+    name = f"{Path(start or 'model').name}-{'qlora' if quantized else method}"
     if path not in (None, LOCAL):  # a config names its run as in pretraining, unless the method is another one
         name = path.stem if own_peft.get("name", "full") == method else f"{path.stem}-{method}"
     lr, epochs = (METHODS[method].lr, METHODS[method].epochs) if method in METHODS else (FULL_LR, 3)
@@ -116,6 +120,7 @@ def finetune_config(
     if methods:
         flags += ["peft=null" if method == "full" else f"peft.name={method}"]
     flags += [f"peft.r={rank}"] if rank else []
+    flags += ["quantize.name=nf4"] if quantized else []
     flags += [f"objective.name={objective}"] if objective else []
     config = load_config(path, [*flags, *overrides], defaults)
     if config.model_dump() != load_config(path, [*flags, *overrides, *flags], defaults).model_dump():

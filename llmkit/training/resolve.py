@@ -15,9 +15,10 @@ from llmkit.config.load import check_options
 from llmkit.config.records import TurnData
 from llmkit.config.schema import Config, Train
 from llmkit.errors import DataError, MachineError, UserError, did_you_mean, raise_all
-from llmkit.models import CONFIGS, build_model, shape_problems
-from llmkit.models.folder import read_config
+from llmkit.models import CONFIGS, build_model, family_of, shape_problems
 from llmkit.models.heads import POOLINGS
+from llmkit.models.hf_config import read_config
+from llmkit.models.quantized import QUANTIZERS
 from llmkit.objectives import OBJECTIVES, fitting_objectives
 from llmkit.parallel.device import choose_precision
 from llmkit.parallel.fp8 import fp8_obstacle
@@ -43,6 +44,7 @@ TABLES: dict[str, dict[str, Callable]] = {  # "choose one" section -> name -> fu
     "model": CONFIGS,
     "objective": {name: one.build for name, one in OBJECTIVES.items()},
     "peft": {name: method.options for name, method in METHODS.items()},
+    "quantize": QUANTIZERS,
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
 }
@@ -168,6 +170,9 @@ def find_problems(config: Config, options: Options, model_config: Any, ranks: in
     yield from check_warmup(config, options, config.train.max_steps)
     if config.train.fp8 and config.peft:
         yield config.error("train.fp8", "trains whole models: an adapter's base stays as it is", fix="delete it")
+    if config.quantize and family_of(model_config).experts(model_config):
+        what = "can't be done: the experts of this model, most of its weights, are no linears"
+        yield config.error("quantize", what, got=name, fix="delete it")
     if config.train.only and config.peft:
         yield config.error("train.only", "chooses among all weights, and an adapter is trained", fix="delete one")
     if (size := config.train.global_batch_size) % ranks:

@@ -154,7 +154,7 @@ def simulate_step(
     config           of a model
     shapes           name -> shape of the model's inputs and labels for one micro-batch
     head             for labels, None: for tokens
-    change           applies an adapter to the model, whose weights are then in the dtype of `precision`
+    change           chooses what is trained: applies an adapter, and changes what is frozen
     make_optimizers  for the model
     checkpointing    train.gradient_checkpointing
     accumulates      whether a micro-batch finds the gradients of another one
@@ -166,8 +166,6 @@ def simulate_step(
         if head:
             add_head(model, family_of(config), head)
         if change:
-            for p in model.parameters():
-                p.data = p.data.to(dtype)
             change(model)
         apply_checkpointing(model, checkpointing)
         watch(ledger, model, compiled)
@@ -177,6 +175,8 @@ def simulate_step(
             for p in model.parameters():
                 if p.requires_grad is wanted:
                     ledger.count(p)
+        for buffer in model.buffers():  # quantized weights
+            ledger.count(buffer)
         batch = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in shapes.items()}
         with ledger:
             ledger.enter("average of weights", "start")

@@ -42,7 +42,8 @@ def make_model(run: PreparedRun, resumed: Path | None) -> nn.Module:
             train_only(model, config.train.only)
         return model
     dtype = DTYPES[run.precision]  # what is frozen needs no fp32
-    model = load_model(run.base, device=device, dtype=dtype, head=run.head, seed=config.seed)
+    options = {"head": run.head, "seed": config.seed, "quantize": run.quantize}
+    model = load_model(run.base, device=device, dtype=dtype, **options)
     if resumed:
         if change := base_change(saved_base_sha256(resumed / "model") or "", run.base_sha256):
             fix = "name the checkpoint that it began with, or start over with --fresh"
