@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llmkit.config.load import load_config
 from llmkit.errors import MODEL, UserError
+from llmkit.evals.exported import compare_exported
 from llmkit.formats.hf import export_hf, export_peft
 from llmkit.models import build_model, folder, gpt2, llama
 from llmkit.peft import bitfit, lora
@@ -687,3 +688,17 @@ def test_a_base_in_16_bits_is_merged_matrix_by_matrix_and_never_in_fp32(trained,
     for name, update in updates.items():
         expected = (apart.get_submodule(name).weight.float() + update).bfloat16()
         assert torch.equal(merged.get_submodule(name).weight, expected)
+
+
+def test_an_export_is_compared_with_the_model(trained, tmp_path):
+    """The merge equals the adapter; a folder that was damaged after is told, and its tolerance is that of its type."""
+    located = Located(trained[0])
+    export_hf(located, tmp_path / "merged", "fp32")
+    found = compare_exported(located, tmp_path / "merged", "fp32")
+    assert found["equal_greedy_tokens"] == 1 and found["share_of_deviation"] < 1e-4
+    path = tmp_path / "merged" / "model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if "q_proj" in key or "c_attn" in key)
+    save_file(tensors | {key: tensors[key] * 1.5}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="does not compute what the model does"):
+        compare_exported(located, tmp_path / "merged", "fp32")

@@ -13,9 +13,10 @@ def export(
     out: Annotated[Path, typer.Argument(help="The folder to write, or a file that ends in .gguf.")],
     format: Annotated[str, typer.Option(help="hf: a merged folder; peft: an adapter; gguf: for llama.cpp.")] = "hf",
     dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16, or q8_0 in GGUF.")] = "fp32",
+    check: Annotated[bool, typer.Option(help="Compare what was written with the model; it is read twice more.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model for transformers, vLLM, peft or llama.cpp."""
+    """Write a model for transformers, vLLM, peft or llama.cpp, and compare it with the model."""
     from llmkit.errors import UserError, suggest
     from llmkit.formats.hf import EXPORTERS
     from llmkit.storage.locate import locate
@@ -32,7 +33,12 @@ def export(
     located = locate(model)
     to_stderr(located.choice)
     write(located, out, dtype)
-    show_written(out, as_json)
+    compared = {}
+    if check and format == "hf":
+        from llmkit.evals.exported import compare_exported
+
+        compared = compare_exported(located, out, dtype)
+    show_written(out, as_json, compared)
 
 
 def import_(
@@ -53,7 +59,7 @@ def import_(
     show_written(out, as_json)
 
 
-def show_written(out: Path, as_json: bool) -> None:
-    """Print the names of the files that were written."""
+def show_written(out: Path, as_json: bool, compared: dict[str, str] | None = None) -> None:
+    """Print the names of the files that were written, and how they compare with the model."""
     files = [out] if out.is_file() else sorted(out.iterdir())
-    show({"written": str(out), "files": ", ".join(path.name for path in files)}, as_json)
+    show({"written": str(out), "files": ", ".join(path.name for path in files)} | (compared or {}), as_json)

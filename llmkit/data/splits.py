@@ -201,7 +201,7 @@ def open_records(
         {split: part["rows"] for split, part in splits.items()},
         report["key"],
         f"{where}: {names} {how}; {train['examples']} train and {val['examples']} val examples in {train['rows']} "
-        f"rows, {format_count(train['targets'])} targets",
+        f"rows{describe_filling(report)}, {format_count(train['targets'])} targets",
         shares=dict(zip(weights, zip(mixture.shares(), mixture.samples, strict=True), strict=True)) if mixture else {},
         lengths=", ".join(f"{name} {length:,}" for name, length in report["lengths"].items()) + " tokens an example",
         losses="; ".join(describe_losses(report)),
@@ -210,6 +210,14 @@ def open_records(
         token_bytes=bytes_per_token(tokenizer),
         mean_length=train["tokens"] / max(1, train["rows"]) if apart else None,
     )
+
+
+def describe_filling(report: dict[str, Any]) -> str:
+    """Return how full the rows of the train split are, if examples share them."""
+    train, size = report["splits"]["train"], report["seq_len"] + 1
+    if train["rows"] == train["examples"] or report["form"] == "trees":
+        return ""
+    return f" ({train['tokens'] / (train['rows'] * size):.1%} filled)"
 
 
 def open_prompt_splits(report: dict[str, Any], where: str, tokenizer: Tokenizer, *, form: str) -> Splits:

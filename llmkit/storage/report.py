@@ -90,8 +90,10 @@ def summary_table(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def write_report(run: RunDirectory, header: dict[str, Any], summary: dict[str, Any]) -> None:
-    """Write report.md: header, summary and plot."""
+def write_report(
+    run: RunDirectory, header: dict[str, Any], summary: dict[str, Any], more: list[str] | None = None
+) -> None:
+    """Write report.md: header, summary, plot, and more lines."""
     lines = [f"# {run.folder.name}", "", f"Written {time.strftime('%Y-%m-%d %H:%M')}.", "", "![loss](loss.png)", ""]
     for title, rows in (("Setup", header), ("Result", summary)):
         lines += [
@@ -102,4 +104,4 @@ def write_report(run: RunDirectory, header: dict[str, Any], summary: dict[str, A
             *(f"| {k.replace('_', ' ')} | {v} |" for k, v in rows.items()),
             "",
         ]
-    write_atomically(run.folder / "report.md", hide_secrets("\n".join(lines)))
+    write_atomically(run.folder / "report.md", hide_secrets("\n".join(lines + (more or []))))

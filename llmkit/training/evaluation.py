@@ -30,6 +30,7 @@ from llmkit.tasks.harness import HarnessTask
 from llmkit.tasks.metrics import METRICS
 from llmkit.tasks.run import Prepared
 from llmkit.tokenizer.tokenizer import Tokenizer
+from llmkit.training.held_out import measure_answers
 from llmkit.types import Batch
 
 GENERAL = "general"  # the set of `eval.general`
@@ -161,6 +162,8 @@ def measure(run: Any, model: nn.Module, step: int, folder: Path | None, say: Cal
             every = config.eval.tasks_every
             if run.extras.tasks and (not every or step % every == 0 or step == run.max_steps):
                 result |= on_main(run.world, partial(measure_tasks, run, model, say))
+            if step in (0, run.max_steps) and config.data.kind == "sft" and run.model_config.kind == "causal":
+                result |= on_main(run.world, partial(measure_answers, run, model, step, folder))
             if config.eval.sample_prompt is not None:
                 result["sample"] = sample(run, model)
     return result

@@ -37,6 +37,7 @@ from llmkit.training.average import averaged, start_average, update_average
 from llmkit.training.evaluation import best_of, describe_forgetting, measure, score_of
 from llmkit.training.fit import with_train
 from llmkit.training.header import describe, next_commands
+from llmkit.training.held_out import describe_answers
 from llmkit.training.log import Interval, MetricsLogger
 from llmkit.training.optim import OPTIMIZERS, clip, set_lr
 from llmkit.training.plan import plan_config, plan_rows
@@ -343,5 +344,8 @@ def finish(
         "files": f"{folder}/: checkpoints/, metrics.jsonl, loss.png, report.md",
     }
     directory.write_about(planned_memory=run.plan.peak_memory, peak_memory=round(memory * 2**30))
-    write_report(directory, header, summary)
+    answers = []
+    if run.config.data.kind == "sft" and run.model_config.kind == "causal":
+        answers = describe_answers(folder, run.batches("train", 1), run.data.tokenizer)
+    write_report(directory, header, summary, answers)
     return summary | {"next": next_commands(run)}
