@@ -678,7 +678,7 @@ STUCK = {  # what a client sends, and goes on sending now and then
 @contextlib.contextmanager
 def watched(writer: Writer | None = None) -> Iterator[int]:
     """Run uvicorn with the application of a server in this process, and return its port."""
-    server = Server(writer, "none", Limits(body_bytes=1000, new_tokens=9, concurrent_requests=3))
+    server = Server({"": writer}, "none", Limits(body_bytes=1000, new_tokens=9, concurrent_requests=3))
     huge = Route("/huge", lambda request: Response(b"x" * 50_000_000))
     app = server.build_app({"localhost"})
     app.router.routes.append(huge)

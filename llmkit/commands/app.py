@@ -44,6 +44,8 @@ for name, command in {
     "chat": write.chat,
     "serve": write.serve,
     "export": convert.export,
+    "merge": convert.merge,
+    "average": convert.average,
     "import": convert.import_,
     "plan": train.plan,
     "runs": look.runs,

@@ -1,4 +1,4 @@
-"""Define the commands `export` and `import`."""
+"""Define the commands `export`, `import`, `merge` and `average`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +39,68 @@ def export(
 
         compared = compare_exported(located, out, dtype)
     show_written(out, as_json, compared)
+
+
+def merge(
+    models: Annotated[list[str], typer.Argument(help="MODEL or MODEL=WEIGHT, several; then the folder to write.")],
+    by: Annotated[str, typer.Option(help="linear: the sum of the changes; ties or dare: of parts of them.")] = "linear",
+    density: Annotated[float, typer.Option(min=0.001, max=1, help="Share of a change that ties and dare keep.")] = 0.2,
+    base: Annotated[str | None, typer.Option(help="What whole models were trained from; adapters name theirs.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of what dare keeps.")] = 0,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    as_json: AsJson = False,
+) -> None:
+    """Merge adapters or models of one base into a whole model, each with a weight."""
+    from llmkit.errors import UserError, suggest
+    from llmkit.formats.merge import MERGES, merge_models
+
+    if by not in MERGES:
+        raise UserError("--by is unknown", got=by, fix=suggest(by, MERGES))
+    *names, out = models
+    pairs = []
+    for one in names:
+        name, _, weight = one.rpartition("=") if "=" in one else (one, "", "1")
+        try:
+            pairs.append((name, float(weight)))
+        except ValueError:
+            raise UserError("a weight is no number", got=one, expected="MODEL=0.5") from None
+    options = {"by": by, "density": density, "base": base, "seed": seed, "dtype": known_dtype(dtype)}
+    check_out(names, out)
+    merge_models(pairs, Path(out), **options)
+    show_written(Path(out), as_json)
+
+
+def average(
+    models: Annotated[list[str], typer.Argument(help="Checkpoints or other models; then the folder to write.")],
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    as_json: AsJson = False,
+) -> None:
+    """Average the weights of whole models, for example the last checkpoints of a run."""
+    from llmkit.formats.merge import average_models
+
+    *names, out = models
+    check_out(names, out)
+    average_models(names, Path(out), known_dtype(dtype))
+    show_written(Path(out), as_json)
+
+
+def check_out(names: list[str], out: str) -> None:
+    """Raise a UserError without a model before the folder to write, or if that is there."""
+    from llmkit.errors import UserError
+
+    if not names:
+        raise UserError("models and a folder to write are needed", got=out, fix="llmkit average A B OUT")
+    check_is_new(Path(out))
+
+
+def known_dtype(name: str):
+    """Return the dtype of a name."""
+    from llmkit.errors import UserError, suggest
+    from llmkit.parallel.device import DTYPES
+
+    if name not in DTYPES:
+        raise UserError("--dtype is unknown", got=name, fix=suggest(name, DTYPES))
+    return DTYPES[name]
 
 
 def import_(

@@ -16,9 +16,21 @@ MinP = Annotated[float, typer.Option(min=0, max=1, help="Only tokens with this f
 Penalty = Annotated[float, typer.Option(min=0.01, max=100, help="Above 1: repeated tokens become less likely.")]
 Stop = Annotated[list[str], typer.Option("--stop", help="A text that ends the answer. May be repeated.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same text.")]
+Adapters = Annotated[list[str], typer.Option("--adapter", help="NAME=ADAPTER, trained on MODEL. May be repeated.")]
 Compile = Annotated[
     bool | None, typer.Option("--compile/--no-compile", help="Faster tokens after some seconds; default: if it pays.")
 ]
+
+
+def parse_adapters(given: list[str]) -> dict[str, str]:
+    """Return name -> adapter of the options NAME=ADAPTER."""
+    from llmkit.errors import UserError
+
+    pairs = [one.partition("=")[::2] for one in given]
+    for name, adapter in pairs:
+        if not name or not adapter or [key for key, _ in pairs].count(name) > 1:
+            raise UserError("--adapter is NAME=ADAPTER, each name once", got=f"{name}={adapter}")
+    return dict(pairs)
 
 
 def generate(
@@ -78,17 +90,20 @@ def chat(
     min_p: MinP = Sampling.min_p,
     repetition_penalty: Penalty = Sampling.repetition_penalty,
     seed: Seed = 0,
+    adapter: Adapters = [],
     compile: Compile = None,
     precision: Precision = "auto",
 ) -> None:
-    """Talk with a model: each line is a message, /new starts over, /exit or Ctrl-D ends."""
+    """Talk with a model: each line is a message, /new starts over, /adapter NAME takes another one, /exit ends."""
     from llmkit.errors import UserError
     from llmkit.generation.generate import count_new_tokens
-    from llmkit.inference.writer import open_writer
+    from llmkit.inference.writer import open_writers
     from llmkit.tokenizer.chat_template import describe_template
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    writer = open_writer(model, precision=precision, compile=compile, say=to_stderr)
+    adapters = parse_adapters(adapter)
+    writers = open_writers(model, adapters, precision=precision, compile=compile, say=to_stderr)
+    writer = writers[""]
     if writer.tokenizer.chat_template is None:
         form = describe_template(writer.tokenizer)
         to_stderr(f"this model has no chat template: messages are formatted by {form}, which it may not know")
@@ -104,6 +119,14 @@ def chat(
             return
         if line.strip() == "/new":
             messages = list(begin)
+            continue
+        if line.split()[:1] == ["/adapter"]:
+            name = line.strip().removeprefix("/adapter").strip()
+            if name in writers:
+                writer = writers[name]
+                to_stderr(f"({name or 'no adapter'} answers from here on)")
+            else:
+                to_stderr(f"(there is no adapter {name}: there is {', '.join(adapters) or 'none'})")
             continue
         if not line.strip():
             continue
@@ -139,6 +162,7 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens in a request.")] = 2048,
     max_body_kb: Annotated[int, typer.Option(min=1, help="Largest body of a request.")] = 1000,
     max_requests: Annotated[int, typer.Option(min=1, help="Most requests at the same time.")] = 8,
+    adapter: Adapters = [],
     compile: Compile = None,
     precision: Precision = "auto",
 ) -> None:
@@ -149,8 +173,9 @@ def serve(
         from llmkit.inference import server
     except ImportError as error:
         raise MachineError(f"a server needs {error.name}", fix="pip install 'llmkit[serve]'") from None
-    from llmkit.inference.writer import open_writer
+    from llmkit.inference.writer import open_writers
 
-    writer = open_writer(model, precision=precision, compile=compile, expected_tokens=5000, say=to_stderr)
+    options = {"precision": precision, "compile": compile, "expected_tokens": 5000, "say": to_stderr}
+    writers = open_writers(model, parse_adapters(adapter), **options)
     limits = server.Limits(body_bytes=max_body_kb * 1000, new_tokens=max_tokens, concurrent_requests=max_requests)
-    server.serve(writer, name or model, host, port, limits, to_stderr)
+    server.serve(writers, name or model, host, port, limits, to_stderr)

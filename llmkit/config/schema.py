@@ -122,7 +122,9 @@ class Config(Section):
     seed: Seed = 1337
     """Seed of the weights, the order of the data and dropout."""
     init_from: PathStr | None = None
-    """Start from this model: a run, a checkpoint or a Hugging Face folder."""
+    """Start from this model: a run, a checkpoint, a Hugging Face folder, or an adapter."""
+    stack: bool = False
+    """If init_from is an adapter: merge it into its base, and train a second one on that; false: train it further."""
     resize_embeddings: bool = False
     """Add embedding rows for tokens that the model of init_from lacks."""
     model: Choice | None = None

@@ -58,10 +58,14 @@ PAGE_HEADERS = {  # it loads nothing from other hosts, connects only to this ser
 
 
 class Server:
-    """Answer the HTTP requests to one model."""
+    """Answer the HTTP requests to a model, and to adapters that share its weights.
 
-    def __init__(self, writer: Writer, name: str, limits: Limits):
-        self.writer, self.name, self.limits = writer, name, limits
+    writers  name -> writer; "" is the model, whose name for clients is `name`
+    """
+
+    def __init__(self, writers: dict[str, Writer], name: str, limits: Limits):
+        self.name, self.limits = name, limits
+        self.writers = {key or name: writer for key, writer in writers.items()}
         self.executor = ThreadPoolExecutor(1)  # always the same thread, because torch's worker threads belong to it
         self.running = 0
         self.started = int(time.time())
@@ -88,8 +92,9 @@ class Server:
 
     def warm_up(self) -> None:
         """Draw a few tokens, so that the first request does not wait for the compiler."""
-        [text] = self.writer.write([self.writer.encode("a")], sampling=Sampling(temperature=0), max_new_tokens=3)
-        self.executor.submit(list, text).result()
+        for writer in self.writers.values():
+            [text] = writer.write([writer.encode("a")], sampling=Sampling(temperature=0), max_new_tokens=3)
+            self.executor.submit(list, text).result()
 
     def build_app(self, hosts: set[str]) -> Starlette:
         """Return the application, for requests to `hosts`; see `check_host`."""
@@ -119,22 +124,22 @@ class Server:
         return JSONResponse({"status": "ok", "running": self.running})
 
     async def models(self, request: Request) -> Response:
-        model = {"id": self.name, "object": "model", "created": self.started, "owned_by": "llmkit"}
-        limits = {"max_model_len": self.writer.max_length, "max_tokens": self.limits.new_tokens}
-        return JSONResponse({"object": "list", "data": [model | limits]})
+        about = {"object": "model", "created": self.started, "owned_by": "llmkit", "max_tokens": self.limits.new_tokens}
+        models = [{"id": name, "max_model_len": one.max_length} | about for name, one in self.writers.items()]
+        return JSONResponse({"object": "list", "data": models})
 
     async def completions(self, request: Request) -> Response:
         body = await read_request(request, CompletionRequest, self.limits)
         prompts = [body.prompt] if isinstance(body.prompt, str) or is_token_ids(body.prompt) else body.prompt
-        self.check(body, len(prompts), body.max_tokens)
+        writer = self.check(body, len(prompts), body.max_tokens)
         if not prompts or not all(prompts):
             raise RequestError(400, "a prompt is empty", param="prompt")
-        encode = self.writer.encode
+        encode = writer.encode
         ids = await self.encode(lambda: [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts])
-        self.check_prompts(ids)
-        decode, top = self.writer.tokenizer.decode, None if body.logprobs is False else body.logprobs
+        self.check_prompts(writer, ids)
+        decode, top = writer.tokenizer.decode, None if body.logprobs is False else body.logprobs
         echo = [decode(prompt) if isinstance(prompt, list) else prompt for prompt in prompts] if body.echo else None
-        return await self.answer(request, body, ids, body.max_tokens, echo=echo, top=top)
+        return await self.answer(writer, request, body, ids, body.max_tokens, echo=echo, top=top)
 
     async def chat_completions(self, request: Request) -> Response:
         body = await read_request(request, ChatCompletionRequest, self.limits)
@@ -151,17 +156,18 @@ class Server:
         effort = body.reasoning_effort
         if effort is not None and variables.setdefault("reasoning_effort", effort) != effort:
             raise RequestError(400, "chat_template_kwargs has another reasoning_effort", param="reasoning_effort")
-        self.check(body, 1, max_tokens or 1)
-        ids = await self.encode(lambda: self.writer.encode_chat(messages, tools, variables))
-        self.check_prompts([ids])
-        max_tokens = max_tokens or max(1, min(self.limits.new_tokens, self.writer.max_length - len(ids)))
+        writer = self.check(body, 1, max_tokens or 1)
+        ids = await self.encode(lambda: writer.encode_chat(messages, tools, variables))
+        self.check_prompts(writer, [ids])
+        max_tokens = max_tokens or max(1, min(self.limits.new_tokens, writer.max_length - len(ids)))
         if body.top_logprobs and not body.logprobs:
             raise RequestError(400, "top_logprobs is given without logprobs", param="top_logprobs")
         top = (body.top_logprobs or 0) if body.logprobs else None
-        return await self.answer(request, body, [ids], max_tokens, chat=True, top=top)
+        return await self.answer(writer, request, body, [ids], max_tokens, chat=True, top=top)
 
     async def answer(
         self,
+        writer: Writer,
         request: Request,
         body: SamplingRequest,
         prompts: list[list[int]],
@@ -175,8 +181,8 @@ class Server:
 
         top  likeliest tokens beside the log-probability of each token; None: no log-probabilities
         """
-        if top is not None and (body.stream or not self.writer.is_causal):
-            reason = "with stream" if body.stream else f"for {self.writer.model.config.model_type}"
+        if top is not None and (body.stream or not writer.is_causal):
+            reason = "with stream" if body.stream else f"for {writer.model.config.model_type}"
             raise RequestError(400, f"logprobs: is not supported {reason}", param="logprobs")
         rows = [prompt for prompt in prompts for _ in range(body.n)]
         top_k = max(body.top_k, 0)
@@ -184,8 +190,8 @@ class Server:
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         seed = random.getrandbits(31) if body.seed is None else body.seed % 2**31
         options = {"sampling": sampling, "max_new_tokens": max_tokens, "stop": stop, "seed": seed, "chat": chat}
-        formatter = ResponseFormatter(self.name, chat, sum(map(len, prompts)))
-        pieces = self.stream_pieces(rows, options, echo and [text for text in echo for _ in range(body.n)])
+        formatter = ResponseFormatter(body.model or self.name, chat, sum(map(len, prompts)))
+        pieces = self.stream_pieces(writer, rows, options, echo and [text for text in echo for _ in range(body.n)])
         texts = await anext(pieces)  # errors are raised here, before the first byte of an answer
         if body.stream:
             with_usage = bool((body.stream_options or {}).get("include_usage"))
@@ -200,20 +206,22 @@ class Server:
             await pieces.aclose()
         logprobs = None
         if top is not None:
-            score = functools.partial(self.score, top=top, chat=chat, echo=echo is not None)
+            score = functools.partial(self.score, writer, top=top, chat=chat, echo=echo is not None)
             logprobs = [await self.run(score, row, text.tokens) for row, text in zip(rows, texts, strict=True)]
         return JSONResponse(formatter.whole(answers, texts, logprobs))
 
-    def score(self, prompt: list[int], written: list[int], *, top: int, chat: bool, echo: bool) -> dict[str, Any]:
+    def score(
+        self, writer: Writer, prompt: list[int], written: list[int], *, top: int, chat: bool, echo: bool
+    ) -> dict[str, Any]:
         """Return the log-probabilities of written tokens, and with `echo` of the prompt's, as answers have them."""
-        scores = score_ids(self.writer.model, prompt + written, 1 if echo else len(prompt), top)
+        scores = score_ids(writer.model, prompt + written, 1 if echo else len(prompt), top)
         first_id = prompt[0] if echo else None
-        return format_logprobs(self.writer.tokenizer, scores, chat=chat, first_id=first_id)
+        return format_logprobs(writer.tokenizer, scores, chat=chat, first_id=first_id)
 
-    def check(self, body: SamplingRequest, prompts: int, max_tokens: int) -> None:
-        """Raise RequestError if a request exceeds the limits, before any work is done for it."""
-        if body.model not in (None, self.name):
-            message = f"there is no model {body.model}; this server has {self.name}"
+    def check(self, body: SamplingRequest, prompts: int, max_tokens: int) -> Writer:
+        """Return the writer of a request. Raise RequestError if it exceeds the limits, before any work is done."""
+        if body.model not in (None, *self.writers):
+            message = f"there is no model {body.model}; this server has {', '.join(self.writers)}"
             raise RequestError(404, message, param="model", code="model_not_found")
         if max_tokens > self.limits.new_tokens:
             raise RequestError(400, f"max_tokens is over this server's {self.limits.new_tokens}", param="max_tokens")
@@ -221,10 +229,11 @@ class Server:
             raise RequestError(400, "stream_options is given without stream", param="stream_options")
         if prompts * body.n > self.limits.choices:
             raise RequestError(400, f"over {self.limits.choices} answers in one request", param="n")
+        return self.writers[body.model or self.name]
 
-    def check_prompts(self, prompts: list[list[int]]) -> None:
+    def check_prompts(self, writer: Writer, prompts: list[list[int]]) -> None:
         """Raise RequestError if the model can't read one of the prompts."""
-        longest, size = self.writer.max_length, len(self.writer.tokenizer)
+        longest, size = writer.max_length, len(writer.tokenizer)
         if any(not 0 <= token < size for prompt in prompts for token in prompt):
             raise RequestError(400, f"a token id is outside 0..{size - 1}", param="prompt")
         if (most := max(map(len, prompts))) >= longest:
@@ -232,13 +241,13 @@ class Server:
             raise RequestError(400, message, code="context_length_exceeded")
 
     async def stream_pieces(
-        self, rows: list[list[int]], options: dict[str, Any], echo: list[str] | None
+        self, writer: Writer, rows: list[list[int]], options: dict[str, Any], echo: list[str] | None
     ) -> AsyncIterator[Any]:
         """Yield the list of texts first, then (index of a text, its next piece). Closing it stops the writing."""
         texts: list[GeneratedText] = []
         with self.count_request():
             try:
-                texts = await self.run(lambda: self.writer.write(rows, **options))
+                texts = await self.run(lambda: writer.write(rows, **options))
                 yield texts
                 for index, text in enumerate(texts):
                     piece: str | None = echo[index] if echo else ""
@@ -264,10 +273,12 @@ def check_host(app: ASGIApp, hosts: set[str]) -> ASGIApp:
     return checked
 
 
-def serve(writer: Writer, name: str, host: str, port: int, limits: Limits, say: Callable[[str], None] = print) -> None:
+def serve(
+    writers: dict[str, Writer], name: str, host: str, port: int, limits: Limits, say: Callable[[str], None] = print
+) -> None:
     """Answer requests until interrupted."""
     listening, address = listen(host, port)
-    server = Server(writer, name, limits)
+    server = Server(writers, name, limits)
     server.warm_up()
     say(f"{address}  chat page at /, API at /v1/completions and /v1/chat/completions  (Ctrl-C to stop)")
     make_http_server(server.build_app(host_names(host))).run(sockets=[listening])

@@ -14,7 +14,7 @@ from llmkit.models.layers import FEW_ROWS
 from llmkit.parallel.compile import compile_obstacle
 from llmkit.parallel.device import DTYPES, choose_precision
 from llmkit.parallel.world import start_world
-from llmkit.storage.locate import load_located, locate
+from llmkit.storage.locate import copy_with_adapter, load_located, locate
 from llmkit.tokenizer.chat_template import encode_chat
 from llmkit.tokenizer.tokenizer import Tokenizer
 
@@ -159,8 +159,24 @@ def open_writer(
     prompts: int = 1,
     say: Callable[[str], None] = print,
 ) -> Writer:
-    """Load a MODEL to write with, an adapter merged into its base.
+    """Load a MODEL to write with, an adapter merged into its base; see `open_writers`."""
+    options = {"precision": precision, "compile": compile, "expected_tokens": expected_tokens, "prompts": prompts}
+    return open_writers(model, {}, **options, say=say)[""]
 
+
+def open_writers(
+    model: str,
+    adapters: dict[str, str],
+    *,
+    precision: str = "auto",
+    compile: bool | None = None,
+    expected_tokens: int = 2000,
+    prompts: int = 1,
+    say: Callable[[str], None] = print,
+) -> dict[str, Writer]:
+    """Load a MODEL to write with, and adapters that share its weights: name -> writer. "" is the MODEL itself.
+
+    adapters   name -> adapter. Without any, a MODEL that is an adapter is merged into its base
     precision  of the weights
     compile    the decoding; None compiles if that saves time over the expected number of tokens
     prompts    texts that are written side by side: only a few are written by compiled blocks
@@ -169,6 +185,10 @@ def open_writer(
     precision = choose_precision(precision, device)
     located = locate(model)
     say(located.choice)
+    if adapters and located.is_adapter:
+        raise ModelError(
+            "is an adapter, and adapters need a whole model", at=model, fix=f"name its base: {located.base}"
+        )
     loaded, tokenizer = load_located(located, device=device, dtype=DTYPES[precision], merge=True)
     if loaded.config.kind == "masked":
         raise ModelError(f"{loaded.config.model_type} reads in both directions, and writes no text", at=model)
@@ -181,7 +201,11 @@ def open_writer(
         size = sum(p.numel() * p.element_size() for p in loaded.parameters())
         gain = expected_tokens * (size * SECONDS_PER_BYTE + SECONDS_PER_TOKEN)
         compile = reason is None and device.type == "cpu" and precision == "bf16" and gain > COMPILE_SECONDS
+    models = {"": (loaded.eval(), tokenizer)}
+    for name, adapter in adapters.items():
+        models[name] = copy_with_adapter(loaded, located.folder, locate(adapter))
     if compile:
         say("compiling: the first token takes some seconds")
-        compile_decoding(loaded)
-    return Writer(loaded.eval(), tokenizer, compile)
+        for one, _ in models.values():
+            compile_decoding(one)
+    return {name: Writer(*pair, compile) for name, pair in models.items()}

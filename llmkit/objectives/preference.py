@@ -54,10 +54,10 @@ def answer_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor
 def reference_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Return the log-probabilities (B, A) of the answers under the model that training starts from.
 
-    With an adapter it is the same model without it. Otherwise they were computed before the first step, and are in the
-    batch.
+    With a new adapter it is the same model without it. Otherwise they were computed before the first step, and are in
+    the batch.
     """
-    if not is_adapted(model):
+    if not is_adapted(model) or getattr(model, "began_adapted", False):
         return batch["reference"]
     training = model.training
     model.eval()

@@ -246,6 +246,7 @@ def from_file(model: nn.Module, found: dict[str, Tensor]) -> dict[str, Tensor]:
 METHOD = Method(
     options=Options,
     lr=5e-4,
+    training_options=frozenset("dropout r warmup final every beta1 beta2 orthogonality".split()),
     apply=apply,
     tensors=tensors,
     disabled=disabled,

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llmkit.errors import ModelError, UserError, raise_all
 from llmkit.files import read_json
-from llmkit.models import family_of
+from llmkit.models import build_model, family_of
 from llmkit.models.folder import FLOATS, check_finite, open_weights, unsupported_type
 from llmkit.models.heads import POOLINGS, HeadConfig, head_parameters, train_head
 from llmkit.models.hf_config import hf_config, read_config, read_head
@@ -136,6 +136,26 @@ def read_adapter_head(folder: Path, base: Path) -> HeadConfig | None:
     return HeadConfig(kind, labels, None if kind == "tag" else POOLINGS[model_config.kind][0])
 
 
+def options_to_continue(folder: Path, base: Path, name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with which an adapter is trained further: its own, and those given that only training reads.
+
+    name, given  the method and the options that a config names. Raises ModelError for others than the adapter has
+    """
+    config, method = read_adapter_config(folder)
+    if METHODS[name].peft_type != method.peft_type:
+        raise ModelError("the adapter is of another method", at=folder, got=config["peft_type"], expected=name)
+    with open_weights(folder / WEIGHTS) as file:
+        shapes = {key.removeprefix(method.prefix): tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    model = build_model(read_config(base), device="meta", seed=None)
+    own, _ = method.from_peft(model, TypeAdapter(method.fields).validate_python(config), shapes)
+    kept = asdict(own) | {SAVED: config[SAVED]} if config.get(SAVED) else asdict(own)
+    for key, value in given.items():
+        if key not in method.training_options and kept.get(key) != value:
+            what, fix = f"peft.{key} is another one than the adapter's", "leave it out, or stack: true"
+            raise ModelError(what, at=folder, got=value, expected=kept.get(key), fix=fix)
+    return kept | {key: value for key, value in given.items() if key in method.training_options}
+
+
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: Path, options: Any = None) -> Method:
     """Apply an adapter's method to its base model, fill in the trained tensors, and return the method.
@@ -203,8 +223,9 @@ def copy_saved_modules(model: nn.Module, names: list[str], tensors: dict[str, Te
         if found is None or found.shape != tensor.shape:
             what, got = f"the adapter does not fit this model at {name}", tuple(tensor.shape)
             raise ModelError(what, at=path, got=got, expected=None if found is None else tuple(found.shape))
-        found.copy_(tensor)
-    check_finite({name: parameters[name] for name in brought}, path)
+        owner, _, last = name.rpartition(".")  # not in place: other models may share the base's parameter
+        setattr(model.get_submodule(owner), last, nn.Parameter(tensor.to(found.device, found.dtype)))
+    check_finite({name: model.get_parameter(name) for name in brought}, path)
     known = {part for name, _ in model.named_modules() for part in name.split(".")}
     missing = [name for name in names if not any(name in key for key in brought)]
     if brought and hasattr(model, "head"):  # peft lists all names that a head may have

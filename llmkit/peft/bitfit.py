@@ -34,7 +34,7 @@ def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[i
         module.register_buffer("base_bias", module.bias.detach(), persistent=False)
         module.bias = nn.Parameter(module.bias.detach().float().clone())
         if isinstance(module, nn.LayerNorm):  # whose kernel wants one dtype of both
-            module.weight.data = module.weight.data.float()
+            module.weight = nn.Parameter(module.weight.detach().float(), requires_grad=False)
 
 
 def adapted_modules(model: nn.Module) -> dict[str, nn.Module]:

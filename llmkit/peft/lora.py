@@ -321,6 +321,7 @@ def from_peft(model: nn.Module, fields: PeftFields, shapes: dict[str, tuple]) ->
 METHOD = Method(
     options=Options,
     lr=2e-4,
+    training_options=frozenset({"dropout", "lr_ratio"}),
     rows_option="new_tokens",
     apply=apply,
     tensors=tensors,

@@ -15,6 +15,8 @@ class Method:
     """A way to train few parameters of a built model. Its functions change the model in place."""
 
     options: type  # dataclass of the options in the YAML
+    # options that only training reads: another value goes with an adapter that is trained further
+    training_options: frozenset[str] = frozenset()
     # of `llmkit finetune` if the config says nothing; the source is in the docstring of its file
     lr: float
     epochs: int = 3

@@ -63,10 +63,9 @@ def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[i
     if width == 0:
         model.prompt_embeddings = nn.Parameter(first)
         return
-    with torch.device("meta"):
+    with first.device:
         encoder = PromptEncoder(number, model.config.hidden_size, width or model.config.hidden_size)
     if first.device.type != "meta":
-        encoder.to_empty(device=first.device)
         generator = torch.Generator(first.device).manual_seed(seed)
         with torch.no_grad():
             for linear in encoder.mlp_head[::2]:

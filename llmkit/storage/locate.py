@@ -1,5 +1,6 @@
 """Find and load the model of a MODEL argument: a run, a checkpoint, an adapter or a Hugging Face folder."""
 
+import copy
 import difflib
 import hashlib
 import json
@@ -128,6 +129,25 @@ def choose_dtype(located: Located, precision: str) -> torch.dtype:
     weights that were all trained were in fp32.
     """
     return DTYPES[precision] if located.is_adapter else torch.float32
+
+
+def copy_with_adapter(model: nn.Module, base: Path, adapter: Located) -> tuple[nn.Module, Tokenizer]:
+    """Return a model that shares the weights of a loaded base and has an adapter on it, and its tokenizer.
+
+    base  the folder of the loaded model. Raises ModelError if the adapter was trained on another one
+    """
+    if not adapter.is_adapter:
+        raise ModelError("is a whole model, not an adapter", at=adapter.folder, fix="name it as the MODEL")
+    saved = saved_base_sha256(adapter.folder)
+    if saved and (change := base_change(saved, base_sha256(base))):
+        what = f"the adapter was trained on another base: {change}"
+        raise ModelError(what, at=adapter.folder, got=base, expected=adapter.base)
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, shared)
+    load_adapter(copied, adapter.folder)
+    tokenizer = load_tokenizer(adapter.folder if has_tokenizer(adapter.folder) else base)
+    set_extra_stop_ids(tokenizer, base)
+    return copied.eval(), tokenizer
 
 
 def load_located(

@@ -63,6 +63,7 @@ def describe(run: PreparedRun) -> dict[str, str]:
         f"{run.max_steps * size / run.objective.updates / rows:.2f} epochs",
         "objective": describe_choice(config.objective.name, options["objective"]) if options["objective"] else "",
         "optimizer": describe_choice(config.optimizer.name, options["optimizer"]),
+        "adapter": f"{run.adapter}, which is trained further" if run.adapter else "",
         "peft": describe_choice(config.peft.name, options["peft"]) if config.peft else "",
         "quantize": describe_choice(config.quantize.name, options["quantize"]) if config.quantize else "",
         "schedule": describe_choice(config.schedule.name, options["schedule"]),

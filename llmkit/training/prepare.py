@@ -24,12 +24,13 @@ from llmkit.parallel.device import choose_precision
 from llmkit.parallel.memory import free_memory
 from llmkit.parallel.world import World
 from llmkit.peft import METHODS
+from llmkit.peft.adapter import options_to_continue
 from llmkit.peft.method import Method
 from llmkit.records.build import list_record_files
 from llmkit.records.labelled import list_labelled_files
-from llmkit.storage.locate import base_sha256, locate
+from llmkit.storage.locate import base_sha256
 from llmkit.storage.run import check_own, claim
-from llmkit.tokenizer.load import load_tokenizer
+from llmkit.tokenizer.load import has_tokenizer, load_tokenizer
 from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.training.build_data import open_data
 from llmkit.training.cost import Plan
@@ -50,6 +51,7 @@ from llmkit.training.resolve import (
 )
 from llmkit.training.schedules import SCHEDULES
 from llmkit.training.selection import train_only
+from llmkit.training.start import continued_problems, find_base, stacked_base
 
 
 @dataclass
@@ -60,6 +62,7 @@ class CheckedConfig:
     options: Options
     model_config: Any  # its vocab_size may still be None
     base: Path | None  # folder of the weights to start from
+    adapter: Path | None  # folder of the adapter that init_from names
 
 
 @dataclass
@@ -82,6 +85,7 @@ class PreparedRun:
     world: World
     model_config: Any
     base: Path | None  # folder of the weights to start from
+    adapter: Path | None  # folder of the adapter that is trained further
     new_tokens: dict[int, list[int]]  # tokens that the base has no rows for: see `resize_embeddings`
     data: Splits
     objective: Objective
@@ -180,9 +184,13 @@ def prepare(
                 list_record_files(source)
         if keep:
             world.on_main(lambda: claim(Path(config.run_dir)))
+    if config.stack and keep:
+        checked.base = world.from_main(world.on_main(lambda: stacked_base(Path(config.run_dir), checked.adapter)))
     start_id = family_of(model_config).start_token_id(model_config)
     written = options["objective"].get("max_new_tokens", 0)
-    data = open_data(config, world, checked.base, start_id, say, max_new_tokens=written, keep=keep)
+    adapter = None if config.stack else checked.adapter
+    spelt = adapter if adapter and has_tokenizer(adapter) else checked.base
+    data = open_data(config, world, spelt, start_id, say, max_new_tokens=written, keep=keep)
     new_tokens = fit_vocabulary(checked, data.tokenizer)
     if teacher := options["objective"].get("teacher"):
         check_same_tokens(config, load_tokenizer(Path(teacher)), data.tokenizer)
@@ -202,6 +210,7 @@ def prepare(
         world=world,
         model_config=model_config,
         base=checked.base,
+        adapter=adapter,
         new_tokens=new_tokens,
         data=data,
         objective=objective,
@@ -222,11 +231,14 @@ def check(config: Config, ranks: int = 1, *, fresh: bool = False) -> CheckedConf
     """
     options = check_choices(config)
     config = reuse_resolved_values(config, ranks, fresh=fresh)
-    base = find_base(config)
+    base, adapter = find_base(config)
     model_config = read_config(base) if base else CONFIGS[config.model.name](**options["model"])
     objective, options["objective"] = choose_objective(config, model_config)
     config = complete_records(config.model_copy(update={"objective": objective}), model_config)
     raise_all(list(find_problems(config, options, model_config, ranks)))
+    if adapter and not config.stack:
+        options["peft"] = options_to_continue(adapter, base, config.peft.name, config.peft.options)
+        raise_all(list(continued_problems(config, options)))
     if config.peft:
         check_method(config, options["peft"], model_config)
     if config.train.only:
@@ -236,22 +248,7 @@ def check(config: Config, ranks: int = 1, *, fresh: bool = False) -> CheckedConf
         except UserError as error:
             error.at = config.where("train.only")
             raise
-    return CheckedConfig(config, options, model_config, base)
-
-
-def find_base(config: Config) -> Path | None:
-    """Return the folder of the model that init_from names."""
-    if config.init_from is None:
-        return None
-    located = locate(config.init_from)
-    if located.is_adapter:
-        fix = f"llmkit export {config.init_from} merged --format hf, and start from that"
-        what = "is an adapter, but training starts from a whole model"
-        raise config.error("init_from", what, got=config.init_from, fix=fix)
-    if located.folder.resolve().is_relative_to(Path(config.run_dir).resolve()):  # --fresh would delete it
-        what, got = "lies in run_dir, where the run would write", f"{config.init_from}, run_dir: {config.run_dir}"
-        raise config.error("init_from", what, got=got, fix="name another run_dir")
-    return located.folder
+    return CheckedConfig(config, options, model_config, base, adapter)
 
 
 def fit_vocabulary(checked: CheckedConfig, tokenizer: Tokenizer) -> dict[int, list[int]]:

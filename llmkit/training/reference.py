@@ -13,6 +13,7 @@ from llmkit.data.tokens import save_array
 from llmkit.files import file_sha256, write_atomically
 from llmkit.objectives.preference import answer_log_probs
 from llmkit.parallel.device import autocast, to_device
+from llmkit.peft.adapter import WEIGHTS
 from llmkit.training.prepare import PreparedRun
 from llmkit.training.state import make_model
 
@@ -22,13 +23,17 @@ KEPT = "reference.json"  # says whose log-probabilities are kept, and has their 
 def keep_references(run: PreparedRun, say: Callable[[str], None]) -> None:
     """Write SPLIT-reference.npy for each split beside the run's encoded preferences, unless that is done.
 
-    It is for runs that train all weights: with an adapter the same model says it without.
+    It is for runs that train all weights, or an adapter further: with a new adapter the same model says it without.
     """
-    if run.config.peft or not run.objective.needs_reference:
-        return
     folder = Path(run.config.run_dir) / "data" / run.data.fingerprint
-    about = {"base_sha256": run.base_sha256, "precision": run.precision}
     paths = {split: folder / f"{split}-reference.npy" for split in ("train", "val")}
+    if (run.config.peft and not run.adapter) or not run.objective.needs_reference:
+        for path in paths.values():  # of an earlier run in this directory
+            path.unlink(missing_ok=True)
+        return
+    about = {"base_sha256": run.base_sha256, "precision": run.precision}
+    if run.adapter:
+        about["adapter_sha256"] = file_sha256(run.adapter / WEIGHTS)
     kept = folder / KEPT
     known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     if {key: known.get(key) for key in about} == about and all(

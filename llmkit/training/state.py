@@ -49,6 +49,11 @@ def make_model(run: PreparedRun, resumed: Path | None) -> nn.Module:
             fix = "name the checkpoint that it began with, or start over with --fresh"
             raise ModelError(f"{change} since this run began", at=config.init_from, fix=fix)
         load_adapter(model, resumed / "model", run.method_options)
+        model.began_adapted = run.adapter is not None
+        return model
+    model.began_adapted = run.adapter is not None  # then the base alone is no reference
+    if run.adapter:
+        load_adapter(model, run.adapter, run.method_options)
         return model
     if run.new_tokens:
         resize_embeddings(model, run.model_config.vocab_size, run.new_tokens)

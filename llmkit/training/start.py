@@ -1,0 +1,54 @@
+"""Find what training starts from: the base that init_from names, and the adapter on it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from llmkit.config.schema import Config
+from llmkit.errors import UserError
+from llmkit.files import delete, file_sha256, write_atomically
+from llmkit.formats.hf import export_hf
+from llmkit.peft.adapter import WEIGHTS, saved_base_sha256
+from llmkit.storage.locate import Located, locate
+from llmkit.training.resolve import Options
+
+
+def find_base(config: Config) -> tuple[Path | None, Path | None]:
+    """Return the folder of the model that init_from names, and that of the adapter, if it names one."""
+    if config.init_from is None:
+        return None, None
+    located = locate(config.init_from)
+    if located.is_adapter and not config.peft:
+        fix = f"llmkit export {config.init_from} merged --format hf, and start from that"
+        what = "is an adapter, and all weights are trained"
+        raise config.error("init_from", what, got=config.init_from, fix=fix)
+    if config.stack and not located.is_adapter:
+        raise config.error("stack", "needs an adapter to stack on", got=config.init_from, fix="delete it")
+    if located.folder.resolve().is_relative_to(Path(config.run_dir).resolve()):  # --fresh would delete it
+        what, got = "lies in run_dir, where the run would write", f"{config.init_from}, run_dir: {config.run_dir}"
+        raise config.error("init_from", what, got=got, fix="name another run_dir")
+    return located.base, located.folder if located.is_adapter else None
+
+
+def continued_problems(config: Config, options: Options) -> Iterator[UserError]:
+    """Yield what does not fit an adapter that is trained further: the base alone is not where training starts."""
+    needs_start = config.objective.name == "kto" or (options["objective"].get("beta") and config.data.kind == "prompts")
+    if needs_start:
+        what = f"has no model to compare {config.objective.name} with: without the adapter it is the base"
+        yield config.error("init_from", what, got=config.init_from, fix="stack: true")
+    if options["peft"].get("new_tokens"):
+        yield config.error("init_from", "is an adapter that trains new tokens", fix="stack: true")
+
+
+def stacked_base(run_dir: Path, adapter: Path) -> Path:
+    """Return the folder of an adapter's base with the adapter merged into it, which is written if it is not there.
+
+    run_dir  of the run that trains a second adapter on it
+    """
+    out = run_dir / "base"
+    digest = f"{saved_base_sha256(adapter)} {file_sha256(adapter / WEIGHTS)}"
+    mark = out / "merged_from.txt"
+    if not (mark.is_file() and mark.read_text(encoding="utf-8") == digest):
+        delete(out)
+        export_hf(Located(adapter), out, "fp32")
+        write_atomically(mark, digest)
+    return out.resolve()
