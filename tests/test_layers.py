@@ -313,3 +313,29 @@ def test_compiled_chunks_equal_cross_entropy():
     equal(ours, theirs)
     for a, b in zip(*(torch.autograd.grad(loss * 3.0, [hidden, weight]) for loss in (ours, theirs)), strict=True):
         equal(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_few_targets_are_read_alone_with_equal_losses_and_gradients(reduction, compiled):
+    """One row in ten is a target: the head reads these alone, and values and gradients are torch's. None may be one."""
+    generator = torch.Generator().manual_seed(4)
+    chunk_loss = ChunkLoss()
+    if compiled:
+        chunk_loss.compile(fullgraph=True, dynamic=False)
+    read = []
+    chunk_loss.register_forward_pre_hook(lambda module, args: read.append(len(args[0])))
+    for share in (0.1, 0.3, 0.0):
+        hidden = torch.randn(3, 700, 16, generator=generator, requires_grad=True)
+        weight = torch.randn(50, 16, generator=generator, requires_grad=True)
+        labels = torch.randint(50, (3, 700), generator=generator)
+        labels[torch.rand(3, 700, generator=generator) >= share] = IGNORE_INDEX
+        found = linear_cross_entropy(hidden, weight, labels, reduction, chunk_loss=chunk_loss)
+        expected = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction=reduction)
+        expected = expected if reduction == "sum" else expected.view(3, 700)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        upstream = torch.rand(found.shape, generator=generator)
+        gradients = [torch.autograd.grad((one * upstream).sum(), (hidden, weight)) for one in (found, expected)]
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert set(read) == {256} and len(read) <= 4

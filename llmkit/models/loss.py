@@ -11,6 +11,7 @@ from llmkit.types import IGNORE_INDEX
 
 CHUNK_BYTES = 96 * 2**20  # of fp32 logits at a time on a CPU: with 32 MiB, GPT-2 124M takes 7 % longer a step
 GPU_CHUNK_BYTES, GPU_CHUNK_ROWS = 2**30, 4096  # on a GPU: each chunk reads the whole head, which must not be most of it
+FEW_TARGETS, MOST_TARGETS = 256, 0.8  # rows of a chunk of targets alone; share of targets up to which they are picked
 GPU_MULTIPLE = 64  # of the vocabulary in matrix products on a GPU: others are slower (Karpathy 2023, nanoGPT: 25 %)
 
 
@@ -179,7 +180,27 @@ def linear_cross_entropy(
     rows = max(1, labels.numel())
     chunk = math.ceil(rows / math.ceil(rows / chunk)) if chunk else rows_in_chunk(rows, len(weight), hidden.device)
     flat, labels_flat = hidden.flatten(0, -2), labels.flatten()
+    kept = target_rows(labels_flat)
+    if kept is not None:
+        chunk, padding = FEW_TARGETS, -len(kept) % FEW_TARGETS  # chunks of one size, however many targets there are
+        flat = F.pad(flat.index_select(0, kept), (0, 0, 0, padding))
+        labels_flat = F.pad(labels_flat[kept], (0, padding), value=IGNORE_INDEX)
     losses = LinearCrossEntropy.apply(
         flat, weight, bias, labels_flat, reduction, chunk, chunk_loss or ChunkLoss(), multiple
     )
-    return losses if reduction == "sum" else losses.view(labels.shape)
+    if reduction == "sum":
+        return losses
+    if kept is not None:
+        losses = losses.new_zeros(labels.numel()).index_copy(0, kept, losses[: len(kept)])
+    return losses.view(labels.shape)
+
+
+def target_rows(labels: Tensor) -> Tensor | None:
+    """Return the numbers of the labels that are targets, if the head is to read these rows alone; None: all.
+
+    On a GPU, counting them would wait for the device. Labels of a simulated step have no data.
+    """
+    if labels.device.type != "cpu" or type(labels) is not Tensor:
+        return None
+    kept = (labels != IGNORE_INDEX).nonzero()[:, 0]
+    return kept if len(kept) + FEW_TARGETS <= len(labels) * MOST_TARGETS else None

@@ -147,7 +147,7 @@ def copy_with_adapter(model: nn.Module, base: Path, adapter: Located) -> tuple[n
     load_adapter(copied, adapter.folder)
     tokenizer = load_tokenizer(adapter.folder if has_tokenizer(adapter.folder) else base)
     set_extra_stop_ids(tokenizer, base)
-    return copied.eval(), tokenizer
+    return copied.to(model.wte.weight.dtype).eval(), tokenizer
 
 
 def load_located(
@@ -182,7 +182,8 @@ def load_located(
         raise ModelError(f"{change} since the adapter was trained", at=base)
     model = load_model(base, device=device, dtype=dtype, head=head)
     method = load_adapter(model, located.folder)
-    if merge and method.merge:
-        method.merge(model)
+    if merge:
+        if method.merge:
+            method.merge(model)
         model = model.to(dtype)
     return model, tokenizer
