@@ -87,6 +87,7 @@ SHAPES = {
     ],
     ("cpu", "medium"): [("GPT-2 124M", "gpt2", shape(768, 12, 12, 50257), 512, 4)],
     ("cpu", "lora"): [("LoRA on Llama 12 x 768", "llama", LORA_CPU, 512, 4)],
+    ("cpu", "qlora"): [("QLoRA on Llama 12 x 768", "llama", LORA_CPU, 512, 4)],  # beside bitsandbytes
     ("cuda", "small"): [
         ("GPT-2 124M", "gpt2", shape(768, 12, 12, 50257), 1024, 16),
         ("Llama 12 x 768", "llama", shape(768, 12, 12, 32000, intermediate_size=2048), 1024, 16),
@@ -202,7 +203,9 @@ def make_batches(spec: dict) -> list[Batch]:
 def build_our_step(spec: dict, device: torch.device):
     """Return a function that trains on a batch with the same calls as `llmkit.training.loop.train`."""
     precision, folder = spec["precision"], Path(spec["folder"])
-    model = load_model(folder / "base", device=device, dtype=DTYPES[precision] if spec["lora"] else torch.float32)
+    options = {"quantize": ("nf4", {}) if spec["quantized"] else None}
+    dtype = DTYPES[precision] if spec["lora"] else torch.float32
+    model = load_model(folder / "base", device=device, dtype=dtype, **options)
     if spec["lora"]:
         load_adapter(model, folder / "adapter")
     apply_checkpointing(model, "none")
@@ -231,9 +234,12 @@ def build_peer_step(spec: dict, device: torch.device):
     import transformers
 
     folder, dtype = Path(spec["folder"]), DTYPES[spec["precision"]] if spec["lora"] else torch.float32
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder / "base", dtype=dtype, attn_implementation="sdpa", use_cache=False
-    ).to(device)
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "use_cache": False}
+    if spec["quantized"]:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", **options).to(device)
     if spec["lora"]:
         import peft
 
@@ -416,7 +422,7 @@ def flatten_steps(result: dict) -> list[float]:
 def compare(row: tuple, args: argparse.Namespace, folder: Path, measure_rates) -> dict:
     """Run a session of every peer with llmkit on one shape, and measure the machine's rates before each session."""
     name, family, config, seq_len, rows = row
-    is_lora = name.startswith("LoRA")
+    is_lora, is_quantized = "LoRA" in name, name.startswith("QLoRA")
     common = {
         "device": args.device,
         "same_malloc": args.same_malloc,
@@ -425,6 +431,7 @@ def compare(row: tuple, args: argparse.Namespace, folder: Path, measure_rates) -
         "rows": rows,
         "config": config | {"max_position_embeddings": seq_len},
         "lora": is_lora,
+        "quantized": is_quantized,
         "folder": str(folder),
     }
     preparation = Process(common | {"who": "weights", "precision": args.precision})
@@ -436,6 +443,7 @@ def compare(row: tuple, args: argparse.Namespace, folder: Path, measure_rates) -
     if is_lora:
         lora.apply(model, lora.Options(r=16))
     us, peers = list_contestants(args.precision, is_lora, family)
+    peers = [peer for peer in peers if not is_quantized or peer["who"] == "transformers"]
     ours, theirs, number = [], [], len(peers)
     for peer in peers:  # the loop appends to it
         print(f"{name}: {peer['name']} ...", file=sys.stderr, flush=True)
@@ -514,7 +522,7 @@ def package_version(package: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shape", choices=["small", "medium", "lora", "all"], default="all")
+    parser.add_argument("--shape", choices=["small", "medium", "lora", "qlora", "all"], default="all")
     precision_help = "auto: bf16 where the device multiplies it, else fp32"
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help=precision_help)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant in a session (3)")
