@@ -15,8 +15,8 @@ from tokenizers import Tokenizer as Rust
 
 from llmkit.errors import ModelError
 from llmkit.models import CONFIGS, FAMILIES, build_model
-from llmkit.models.folder import load_model, save_model, unused_fields
-from llmkit.models.hf_config import read_config
+from llmkit.models.folder import load_model, save_model
+from llmkit.models.hf_config import read_config, unused_fields
 from llmkit.peft.adapter import load_adapter
 from llmkit.storage.locate import load_located, locate
 from llmkit.tokenizer.answers import render_examples
