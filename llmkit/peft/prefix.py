@@ -5,10 +5,8 @@ The default learning rate is that of peft's example. The paper trains an MLP tha
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from llmkit.peft import virtual
@@ -48,19 +46,6 @@ def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[i
     model.prompt_embeddings = nn.Parameter(rows)
 
 
-def tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trained parameter by PEFT's name."""
-    found = getattr(model, "keys_values", None) is keys_values
-    return {"prompt_embeddings": model.prompt_embeddings} if found else {}
-
-
-@dataclass
-class PeftFields:
-    """The fields of an adapter_config.json that are read."""
-
-    num_virtual_tokens: Annotated[int, Field(ge=1)]
-
-
 def to_peft(model: nn.Module, options: Options) -> dict:
     """Return the fields of adapter_config.json: as peft has them where queries share keys."""
     heads = model.config.num_key_value_heads
@@ -72,13 +57,13 @@ METHOD = Method(
     options=Options,
     lr=1e-2,
     apply=apply,
-    tensors=tensors,
+    tensors=lambda model: virtual.embeddings_of(model, keys_values),
     disabled=virtual.disabled,
     merge=None,
     peft_type="PREFIX_TUNING",
     in_peft=True,
     prefix="",
-    fields=PeftFields,
+    fields=virtual.PeftFields,
     # a prefix that an MLP made is in the file as it is
     ignored_fields=virtual.DESCRIBING | {"encoder_hidden_size", "prefix_projection", "init_weights"},
     to_peft=to_peft,

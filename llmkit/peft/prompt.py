@@ -5,9 +5,7 @@ The default learning rate is that of peft's example. The paper's is 0.3, of Adaf
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
-from pydantic import Field
 from torch import nn
 
 from llmkit.peft import virtual
@@ -35,30 +33,17 @@ def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[i
     model.prompt_embeddings = nn.Parameter(virtual.first_vectors(model, options.num_virtual_tokens, seed))
 
 
-def tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trained parameter by PEFT's name."""
-    found = getattr(model, "keys_values", None) is keys_values
-    return {"prompt_embeddings": model.prompt_embeddings} if found else {}
-
-
-@dataclass
-class PeftFields:
-    """The fields of an adapter_config.json that are read."""
-
-    num_virtual_tokens: Annotated[int, Field(ge=1)]
-
-
 METHOD = Method(
     options=Options,
     lr=3e-2,
     apply=apply,
-    tensors=tensors,
+    tensors=lambda model: virtual.embeddings_of(model, keys_values),
     disabled=virtual.disabled,
     merge=None,
     peft_type="PROMPT_TUNING",
     in_peft=True,
     prefix="",
-    fields=PeftFields,
+    fields=virtual.PeftFields,
     ignored_fields=virtual.DESCRIBING
     | frozenset("prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs".split()),
     to_peft=lambda model, options: (

@@ -4,9 +4,9 @@ What the virtual tokens are to a layer is its keys and values of them. These are
 texts and however they are packed, and every text reads them as if it continued them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -72,7 +72,7 @@ def with_columns(mask: Tensor | None, number: int, length: int, device: torch.de
     return torch.cat((mask.new_ones(*mask.shape[:-1], number), mask), dim=-1)
 
 
-def prepend(model: nn.Module, number: int, keys_values) -> None:
+def prepend(model: nn.Module, number: int, keys_values: Callable[[nn.Module], KeysValues]) -> None:
     """Freeze a model, and make it read `number` virtual tokens first, whose `keys_values(model)` there are.
 
     The longest text that it can read is shorter by them. Raises UserError for a model that can't read them.
@@ -116,6 +116,19 @@ def first_vectors(model: nn.Module, number: int, seed: int) -> Tensor:
         return torch.empty(number, table.shape[1], device="meta")
     ids = torch.randint(min(FREQUENT, len(table)), (number,), generator=torch.Generator().manual_seed(seed))
     return table.detach()[ids.to(table.device)].float()
+
+
+def embeddings_of(model: nn.Module, keys_values: Callable) -> dict[str, nn.Parameter]:
+    """Return the trained parameter by PEFT's name, if it is `keys_values` that makes the virtual tokens of it."""
+    found = getattr(model, "keys_values", None) is keys_values
+    return {"prompt_embeddings": model.prompt_embeddings} if found else {}
+
+
+@dataclass
+class PeftFields:
+    """The fields of an adapter_config.json that are read."""
+
+    num_virtual_tokens: Annotated[int, Field(ge=1)]
 
 
 def common_fields(model: nn.Module, number: int) -> dict:
