@@ -11,8 +11,11 @@ from safetensors.torch import load_file
 from llmkit.errors import UserError
 from llmkit.generation.generate import Sampling, generate
 from llmkit.models import FAMILIES, build_model, folder, gpt2, llama, mixtral
+from llmkit.models.heads import HeadConfig, train_head
+from llmkit.parallel.compile import compile_blocks
 from llmkit.peft import METHODS, adalora, disabled, is_adapted, lora
-from llmkit.peft.adapter import load_adapter, save_adapter
+from llmkit.peft.adapter import cast_adapter, load_adapter, options_to_continue, save_adapter
+from llmkit.training.cost import make_plan
 from llmkit.training.optim import OPTIMIZERS
 from llmkit.training.selection import train_only
 
@@ -451,3 +454,72 @@ def test_a_part_of_a_model_is_trained(only, names):
 def test_a_part_that_is_not_there_is_refused():
     with pytest.raises(UserError, match="names no parameter"):
         train_only(build_model(CONFIGS["gpt2"]), ["head"])
+
+
+def test_patterns_name_blocks_of_a_deep_model_and_muon_trains_parts():
+    """The planner, which takes a step of fewer blocks, refuses none of them; Muon alone, and without matrices."""
+    config = llama.Config(**LONGER | {"num_hidden_layers": 8})
+    options = {"lr_pattern": {r"layers\.7\.": 1e-4}}
+    sizes = {"seq_len": 16, "micro_batch_size": 1, "precision": "fp32"}
+    assert make_plan(config, optimizer=("adamw", options), **sizes).peak_memory > 0
+    model = build_model(CONFIGS["llama"])
+    train_only(model, ["up_proj"])
+    assert len(OPTIMIZERS["muon"](model)) == 1
+    train_only(model, ["head"])
+    with pytest.raises(UserError, match="nothing to train"):
+        OPTIMIZERS["muon"](model)
+
+
+def test_virtual_tokens_take_no_block_masks():
+    """On a GPU, compiled packed rows have block masks, to which no columns can be added."""
+    model = adapted_of("prefix", "llama")
+    model.block_masks = True
+    compile_blocks(model, torch.device("cpu"), "fp32")
+    assert not model.block_masks
+
+
+def test_a_head_and_modules_that_are_saved_are_both_named(base_folder, tmp_path):
+    """An adapter with a head for labels and a norm of its own is opened, and trained further with the same modules."""
+    head = HeadConfig("classify", ("no", "yes"), "last")
+    base = base_folder("llama")
+    ours = folder.load_model(base, head=head)
+    lora.apply(ours, options := lora.Options(**LORA, modules_to_save=["model.norm"]), 0)
+    train_head(ours)
+    randomize([p for p in ours.parameters() if p.requires_grad])
+    save_adapter(ours, tmp_path / "out", "lora", options, base=str(base), base_sha256="")
+    kept = options_to_continue(tmp_path / "out", base, "lora", {"dropout": 0.1})
+    assert kept["modules_to_save"] == ["model.norm"] and kept["r"] == 4 and kept["dropout"] == 0.1
+    for given in (None, lora.Options(**kept | {"dropout": 0.0})):
+        again = folder.load_model(base, head=head)
+        load_adapter(again, tmp_path / "out", given)
+        equal(again.eval()(IDS), ours.eval()(IDS))
+    ia3 = METHODS["ia3"].options()
+    other = folder.load_model(base, head=head)
+    METHODS["ia3"].apply(other, ia3, 0, [])
+    train_head(other)
+    save_adapter(other, tmp_path / "ia3", "ia3", ia3, base=str(base), base_sha256="")
+    assert METHODS["ia3"].options(**options_to_continue(tmp_path / "ia3", base, "ia3", {}))
+
+
+@pytest.mark.parametrize("saved", [["q_proj"], ["down_proj"]])
+def test_a_linear_is_not_trained_twice_or_in_parts(saved, base_folder):
+    model = folder.load_model(base_folder("llama"), quantize=("nf4", {}))
+    with pytest.raises(UserError, match="quantized, or that has an update"):
+        lora.apply(model, lora.Options(**LORA, target_modules=["q_proj"], modules_to_save=saved), 0)
+
+
+def test_factors_of_about_one_stay_in_fp32_beside_a_base_in_16_bits():
+    model = adapted_of("ia3", "llama").bfloat16()
+    with torch.no_grad():
+        for p in METHODS["ia3"].tensors(model).values():
+            p.data = torch.full(p.shape, 1.001)
+    cast_adapter(model, torch.bfloat16)
+    assert all((p == torch.tensor(1.001)).all() for p in METHODS["ia3"].tensors(model).values())
+    assert model(IDS).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("warmup", "final"), [(0.75, 0.3), (0.5, 0.5)])
+def test_adalora_needs_steps_to_cut_ranks_in(warmup, final):
+    with pytest.raises(UserError, match="leave no steps"):
+        adalora.apply(base_of("llama"), adalora.Options(warmup=warmup, final=final), 0)
+    assert adalora.budget(adalora.Options(warmup=0.3, final=0.3), 1, 1, 1) == 8  # however few steps there are

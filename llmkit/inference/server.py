@@ -64,6 +64,8 @@ class Server:
     """
 
     def __init__(self, writers: dict[str, Writer], name: str, limits: Limits):
+        if name in writers:
+            raise UserError("an adapter has the name of the model", got=name, fix="name it otherwise")
         self.name, self.limits = name, limits
         self.writers = {key or name: writer for key, writer in writers.items()}
         self.executor = ThreadPoolExecutor(1)  # always the same thread, because torch's worker threads belong to it

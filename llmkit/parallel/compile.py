@@ -125,7 +125,9 @@ def compile_blocks(
         for block in model.blocks:
             vars(block).pop("forward", None)  # the wrapper of `apply_checkpointing`
     torch._functorch.config.activation_memory_budget = budget
-    model.block_masks = takes_block_masks(model.config, device, precision)  # T5 does not: its masks are added biases
+    # T5 takes none: its masks are added biases. Virtual tokens are columns before the others, which have no blocks.
+    has_virtual = hasattr(model, "number_of_virtual_tokens")
+    model.block_masks = takes_block_masks(model.config, device, precision) and not has_virtual
     for part in (*model.blocks, model.chunk_loss):
         part.compile(fullgraph=True, dynamic=False)
 

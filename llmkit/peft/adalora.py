@@ -71,6 +71,9 @@ def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[i
         raise UserError(
             "peft.r is not under peft.init_r, from which ranks are cut", got=f"{options.r}, {options.init_r}"
         )
+    if options.warmup + options.final >= 1:
+        got = f"warmup {options.warmup}, final {options.final}"
+        raise UserError("peft.warmup and peft.final leave no steps in which ranks are cut", got=got)
     model.requires_grad_(False)
     for index, module in enumerate(chosen.values()):
         device, r = module.weight.device, options.init_r
@@ -144,7 +147,7 @@ def budget(options: Options, linears: int, step: int, max_steps: int) -> int:
     """
     first, last = options.init_r * linears, options.r * linears
     begin, end = round(options.warmup * max_steps), round((1 - options.final) * max_steps)
-    if step <= begin:
+    if step <= begin and step < end:
         return first
     left = max(0.0, 1 - (step - begin) / max(1, end - begin))
     return int(last + (first - last) * left**3)
@@ -157,7 +160,7 @@ def after_step(model: nn.Module, options: Options, step: int, max_steps: int) ->
     A rank's importance is that of its element of E and the mean ones of its row of A and column of B; the importance
     of an element is the average of |weight x gradient| times the average of its change. Equations 8 to 10.
     """
-    modules, end = list(adapted(model).values()), round((1 - options.final) * max_steps)
+    modules, end = list(adapted(model).values()), min(round((1 - options.final) * max_steps), max_steps - 1)
     if step < end:
         for module in modules:
             for name in FACTORS:

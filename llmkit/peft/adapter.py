@@ -45,7 +45,7 @@ def save_adapter(model: nn.Module, folder: Path, name: str, options: Any, *, bas
         "inference_mode": True,
     }
     if head:  # peft saves no names of labels: they are in a config.json, that of the merged model
-        config[SAVED] = [one.removesuffix(".dense").rpartition(".")[2] for one in model.head_names]
+        config[SAVED] = [*config.get(SAVED, []), *short_names(model.head_names)]
         (folder / "config.json").write_text(
             json.dumps(hf_config(model.config, head), indent=2) + "\n", encoding="utf-8"
         )
@@ -136,6 +136,15 @@ def read_adapter_head(folder: Path, base: Path) -> HeadConfig | None:
     return HeadConfig(kind, labels, None if kind == "tag" else POOLINGS[model_config.kind][0])
 
 
+def short_names(head_names: list[str]) -> list[str]:
+    """Return the names of a head's modules as peft lists them.
+
+    >>> short_names(["bert.pooler.dense", "classifier"])
+    ['pooler', 'classifier']
+    """
+    return [one.removesuffix(".dense").rpartition(".")[2] for one in head_names]
+
+
 def options_to_continue(folder: Path, base: Path, name: str, given: dict[str, Any]) -> dict[str, Any]:
     """Return the options with which an adapter is trained further: its own, and those given that only training reads.
 
@@ -146,14 +155,25 @@ def options_to_continue(folder: Path, base: Path, name: str, given: dict[str, An
         raise ModelError("the adapter is of another method", at=folder, got=config["peft_type"], expected=name)
     with open_weights(folder / WEIGHTS) as file:
         shapes = {key.removeprefix(method.prefix): tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    model = build_model(read_config(base), device="meta", seed=None)
+    head = read_head(folder) if (folder / "config.json").is_file() else read_adapter_head(folder, base)
+    model = build_model(read_config(base), device="meta", seed=None, head=head)
     own, _ = method.from_peft(model, TypeAdapter(method.fields).validate_python(config), shapes)
-    kept = asdict(own) | {SAVED: config[SAVED]} if config.get(SAVED) else asdict(own)
+    kept = asdict(own)
+    saved = [one for one in config.get(SAVED) or [] if one not in short_names(getattr(model, "head_names", []))]
+    if saved and SAVED in kept:
+        kept[SAVED] = saved
     for key, value in given.items():
         if key not in method.training_options and kept.get(key) != value:
             what, fix = f"peft.{key} is another one than the adapter's", "leave it out, or stack: true"
             raise ModelError(what, at=folder, got=value, expected=kept.get(key), fix=fix)
     return kept | {key: value for key, value in given.items() if key in method.training_options}
+
+
+def cast_adapter(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give an adapter the dtype of its base, but for factors of about 1, which 16 bits would round away."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtype and not name.endswith(("ia3_l", "lora_magnitude")):
+            parameter.data = parameter.data.to(dtype)
 
 
 @torch.no_grad()

@@ -246,9 +246,9 @@ def from_file(model: nn.Module, found: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
         if isinstance(module, PiSSA) and a in found and b in found:
-            found[a], module.first_A = found[a].chunk(2)
-            found[b], first = found[b].chunk(2, dim=1)
-            module.first_B = -first
+            (found[a], first_a), (found[b], first_b) = found[a].chunk(2), found[b].chunk(2, dim=1)
+            module.first_A.copy_(first_a)
+            module.first_B.copy_(-first_b)
     return found
 
 

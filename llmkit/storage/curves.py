@@ -55,7 +55,8 @@ def find_instability(records: list[dict[str, Any]], val: list[tuple[int, float]]
         )
     for i in range(1, len(val) - 1):
         step, loss = val[i]
-        if loss > (1 + JUMPING) * val[i - 1][1] and min(later for _, later in val[i + 1 :]) < loss / (1 + JUMPING):
+        least = JUMPING * max(abs(loss), abs(val[i - 1][1]))  # rewards are losses below 0
+        if loss - val[i - 1][1] > least and loss - min(later for _, later in val[i + 1 :]) > least:
             return f"unstable: the val loss jumped to {loss:.4f} at step {step} and came back; lower optimizer.lr"
     return ""
 

@@ -18,6 +18,7 @@ from llmkit.models.hf_config import read_config, read_head
 from llmkit.parallel.device import DTYPES
 from llmkit.peft.adapter import (
     base_change,
+    cast_adapter,
     load_adapter,
     read_adapter_config,
     read_adapter_head,
@@ -147,7 +148,8 @@ def copy_with_adapter(model: nn.Module, base: Path, adapter: Located) -> tuple[n
     load_adapter(copied, adapter.folder)
     tokenizer = load_tokenizer(adapter.folder if has_tokenizer(adapter.folder) else base)
     set_extra_stop_ids(tokenizer, base)
-    return copied.to(model.wte.weight.dtype).eval(), tokenizer
+    cast_adapter(copied, model.wte.weight.dtype)
+    return copied.eval(), tokenizer
 
 
 def load_located(

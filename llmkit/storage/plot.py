@@ -28,6 +28,9 @@ LOG_RATIO = 10  # the tokens axis is logarithmic if the longest run has this man
 OUTLIER, SHOWN = 10, 6
 
 
+LOSS = "loss (nats per token)"
+
+
 class Point(NamedTuple):
     """A loss that was logged."""
 
@@ -41,7 +44,7 @@ class Curves(NamedTuple):
 
     sets    name of a set of `eval.sets` -> its losses
     panels  what is drawn in small panels below -> (tokens, value)
-    of_tokens  whether losses are of tokens, as opposed to labels
+    unit    what is drawn: losses of tokens or of labels, or rewards of answers
     """
 
     train: list[Point]
@@ -49,10 +52,9 @@ class Curves(NamedTuple):
     best: list[Point]
     sets: dict[str, list[Point]]
     panels: dict[str, list[tuple[float, float]]]
-    of_tokens: bool = True
+    unit: str = LOSS
 
 
-LOSS = "loss (nats per token)"
 MOST_SCORES = 6  # that are drawn
 PANELS = {  # of what a run has logged
     "lr": "learning rate",
@@ -88,7 +90,7 @@ def draw_runs(folders: list[Path]) -> "Figure":
     lines = -(-len(panels) // COLUMNS)  # of panels
     grid = figure.add_gridspec(1 + lines, COLUMNS, height_ratios=[4] + [1] * lines)
     axes = figure.add_subplot(
-        grid[0, :], xlabel="tokens seen", ylabel=LOSS if all(run.of_tokens for run in runs) else "loss"
+        grid[0, :], xlabel="tokens seen", ylabel=runs[0].unit if len({run.unit for run in runs}) == 1 else "loss"
     )
     for i, (name, points) in enumerate(panels.items()):
         draw_panel(figure.add_subplot(grid[1 + i // COLUMNS, i % COLUMNS]), name, points)
@@ -167,16 +169,21 @@ def read_curves(folder: Path) -> Curves:
     def points(key: str) -> list[Point]:
         return [Point(one["tokens"], one[key], one["step"]) for one in records if is_finite(one.get(key))]
 
-    train, val = points("loss"), points("val_loss")
+    is_rewarded = any("val_reward" in record for record in records)  # its loss says nothing: it is drawn about 0
+    train, val = (points(key) for key in (("reward", "val_reward") if is_rewarded else ("loss", "val_loss")))
     scores = dict.fromkeys(key for record in records for key in record if is_score(key) and key not in names)
     panels = {key: [(one.tokens, one.loss) for one in points(key)] for key in [*[*scores][:MOST_SCORES], *PANELS]}
+    panels = {key: found for key, found in panels.items() if len(found) > 1}
+    for key in ("reward", "val_reward") if is_rewarded else ():
+        panels.pop(key, None)
+    best = min(val, key=lambda point: -point.loss if is_rewarded else point.loss, default=None)
     return Curves(
         train,
         val,
-        [min(val, key=lambda point: point.loss)] if val else [],
+        [best] if best else [],
         {name.removesuffix("/val_loss"): points(name) for name in names},
-        {key: found for key, found in panels.items() if len(found) > 1},
-        of_tokens=not any("/" not in key for key in scores),
+        panels,
+        "reward" if is_rewarded else LOSS if all("/" in key for key in scores) else "loss",
     )
 
 

@@ -172,7 +172,8 @@ def memory(
         alike=not only and not (peft and peft[1].get("layers")) and not re.search(r"[^\W\d]\.\d", str(peft)),
         shapes=shapes,
         change=change if peft or only else None,
-        make_optimizers=lambda model: OPTIMIZERS[optimizer[0]](model, **optimizer[1]),
+        # without patterns of names: they change no memory, and some name blocks that a shallow model lacks
+        make_optimizers=lambda model: OPTIMIZERS[optimizer[0]](model, **without_patterns(optimizer[1])),
         precision=precision,
         checkpointing=checkpointing,
         compiled=compiled,
@@ -193,6 +194,11 @@ def memory(
         parts["gaps of the heap"] = round(gaps)
         parts["python and torch"] = RUNTIME_BYTES + (COMPILER_BYTES if compiled else 0)
     return max(phases.values(), key=lambda parts: sum(parts.values()))
+
+
+def without_patterns(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of an optimizer without those by name."""
+    return {key: value for key, value in options.items() if not key.endswith("_pattern")}
 
 
 def choose_trained(

@@ -163,7 +163,7 @@ def measure(run: Any, model: nn.Module, step: int, folder: Path | None, say: Cal
             if run.extras.tasks and (not every or step % every == 0 or step == run.max_steps):
                 result |= on_main(run.world, partial(measure_tasks, run, model, say))
             if step in (0, run.max_steps) and config.data.kind == "sft" and run.model_config.kind == "causal":
-                result |= on_main(run.world, partial(measure_answers, run, model, step, folder))
+                result |= on_main(run.world, partial(try_answers, run, model, step, folder, say))
             if config.eval.sample_prompt is not None:
                 result["sample"] = sample(run, model)
     return result
@@ -204,6 +204,19 @@ def measure_tasks(run: Any, model: nn.Module, say: Callable[[str], None]) -> dic
         found |= {f"{task.name}/{key}": value for key, value in scores.items()}
         found |= {f"{task.name}/{key}_stderr": figures[f"{key}_stderr"] for key in scores}
     return found | {"tasks_seconds": round(time.perf_counter() - start, 2)}
+
+
+def try_answers(
+    run: Any, model: nn.Module, step: int, folder: Path | None, say: Callable[[str], None]
+) -> dict[str, float]:
+    """Return what `measure_answers` does, or nothing if there is no memory for it: the run goes on."""
+    try:
+        return measure_answers(run, model, step, folder)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        say("warning: no held-out answers are written: out of memory")
+        return {}
 
 
 def sample(run: Any, model: nn.Module) -> str:

@@ -53,6 +53,7 @@ def measure_answers(run: Any, model: nn.Module, step: int, folder: Path | None) 
     room = min(room, longest - max(len(prompt) for prompt, _ in pairs))
     prompts, stop = [prompt for prompt, _ in pairs], frozenset(tokenizer.stop_ids)
     options = {"max_new_tokens": max(1, room), "sampling": Sampling(temperature=0.0), "stop": stop}
+    options["rows"] = run.micro_batch_size
     written = write_tokens(model, prompts, **options)
     ended = sum(bool(answer) and answer[-1] in stop for answer in written) / len(pairs)
     if folder is not None:

@@ -23,6 +23,7 @@ from llmkit.parallel.world import World, start_world
 from llmkit.screen import format_duration
 from llmkit.storage import checkpoint
 from llmkit.storage.curves import describe_curves
+from llmkit.storage.locate import locate
 from llmkit.storage.manifest import (
     add_dependent_run,
     best_checkpoint,
@@ -139,7 +140,8 @@ def take_steps(
             say(f"{'changed':>10}  {change}")
         directory.begin(progress.step if resumed else None)
         if config.init_from:
-            add_dependent_run(run.base, directory.folder)
+            for folder in {run.base, locate(config.init_from, check=False).folder}:  # a base, and an adapter on it
+                add_dependent_run(folder, directory.folder)
     if progress.step >= run.max_steps:
         say(f"{'complete':>10}  all {run.max_steps} steps are done; raise the length in train to go on, or use --fresh")
     rate = matmul_rate(device, DTYPES[run.precision])

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ from llmkit.models.layers import Head
 from llmkit.parallel.device import has_fast_bf16
 from llmkit.parallel.world import World
 from llmkit.training.adamw import AdamW
+from llmkit.training.selection import check_patterns, split_by_name
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -174,10 +174,7 @@ def make_groups(
             kinds.setdefault(id(p), kind if p.dim() >= 2 else "scalar")
     rates = {"matrix": lr, "embedding": embedding_lr or lr, "head": head_lr or lr, "scalar": scalar_lr or lr}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    for option, patterns in (("lr_pattern", lr_pattern), ("weight_decay_pattern", weight_decay_pattern)):
-        for one in patterns or {}:
-            if not any(re.search(one, name) for name, _ in named):
-                raise UserError(f"optimizer.{option} matches no trained parameter", got=one, expected=named[0][0])
+    check_patterns(model, lr_pattern, weight_decay_pattern)
     return [
         group
         for kind, rate in rates.items()
@@ -189,29 +186,6 @@ def make_groups(
             weight_decay_pattern,
         )
     ]
-
-
-def split_by_name(
-    named: list[tuple[str, nn.Parameter]],
-    lr: float,
-    weight_decay: float,
-    lr_pattern: dict[str, float] | None,
-    weight_decay_pattern: dict[str, float] | None,
-) -> list[dict]:
-    """Return one group of parameters for each pair of a learning rate and a weight decay."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
-    for name, p in named:
-        groups[by_name(lr_pattern, name, lr), by_name(weight_decay_pattern, name, weight_decay)].append(p)
-    return [{"params": own, "lr": rate, "weight_decay": decay} for (rate, decay), own in groups.items()]
-
-
-def by_name(patterns: dict[str, float] | None, name: str, default: float) -> float:
-    """Return the value of the first regex that is found in a name, else the default.
-
-    >>> by_name({r"layers\\.0\\.": 1e-5}, "model.layers.0.mlp.up_proj.weight", 1e-4)
-    1e-05
-    """
-    return next((value for one, value in (patterns or {}).items() if re.search(one, name)), default)
 
 
 def make_adamw(groups: list[dict], betas: list[float], eps: float, **options: Any) -> torch.optim.Optimizer:
@@ -296,15 +270,19 @@ def muon(
     scalar_lr     learning rate of norms and biases; null: adamw_lr
     """
     matrices = muon_matrices(model)
+    if not matrices:
+        what = "Muon has nothing to train: it updates whole matrices of blocks"
+        raise UserError(what, fix="optimizer.name: adamw")
     patterns = {"lr_pattern": lr_pattern, "weight_decay_pattern": weight_decay_pattern}
     rates = (adamw_lr or lr, embedding_lr, head_lr, scalar_lr)
     groups = make_groups(model, weight_decay, *rates, **patterns, without=matrices)
     names = {id(p): name for name, p in model.named_parameters()}
     matrix_groups = split_by_name([(names[id(p)], p) for p in matrices], lr, weight_decay, **patterns)
     options = {"cautious": cautious_weight_decay}
+    by_adamw = [make_adamw(groups, betas, eps, state_dtype="fp32", **options)] if groups else []
     return [
         Muon(matrix_groups, lr, weight_decay, momentum, adjust_lr, world, row_scaling=row_scaling, **options),
-        make_adamw(groups, betas, eps, state_dtype="fp32", **options),
+        *by_adamw,
     ]
 
 

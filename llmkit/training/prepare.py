@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from llmkit.storage.run import check_own, claim
 from llmkit.tokenizer.load import has_tokenizer, load_tokenizer
 from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.training.build_data import open_data
-from llmkit.training.cost import Plan
+from llmkit.training.cost import Plan, choose_trained
 from llmkit.training.evaluation import Extras, check_best, open_extras
 from llmkit.training.fit import MEMORY_SHARE, cheapest_change, check_memory, choose_fit, head_of, rows_in_step
 from llmkit.training.resolve import (
@@ -50,7 +50,7 @@ from llmkit.training.resolve import (
     reuse_resolved_values,
 )
 from llmkit.training.schedules import SCHEDULES
-from llmkit.training.selection import train_only
+from llmkit.training.selection import check_patterns, train_only
 from llmkit.training.start import continued_problems, find_base, stacked_base
 
 
@@ -185,7 +185,9 @@ def prepare(
         if keep:
             world.on_main(lambda: claim(Path(config.run_dir)))
     if config.stack and keep:
-        checked.base = world.from_main(world.on_main(lambda: stacked_base(Path(config.run_dir), checked.adapter)))
+        make = partial(stacked_base, Path(config.run_dir), checked.adapter)
+        checked.base = world.from_main(world.on_main(make, builds_data=True))
+        model_config.vocab_size = read_config(checked.base).vocab_size  # the adapter may have added tokens
     start_id = family_of(model_config).start_token_id(model_config)
     written = options["objective"].get("max_new_tokens", 0)
     adapter = None if config.stack else checked.adapter
@@ -248,7 +250,22 @@ def check(config: Config, ranks: int = 1, *, fresh: bool = False) -> CheckedConf
         except UserError as error:
             error.at = config.where("train.only")
             raise
+    if patterns := {key: value for key, value in options["optimizer"].items() if key.endswith("_pattern") and value}:
+        check_optimizer_patterns(config, options, model_config, patterns)
     return CheckedConfig(config, options, model_config, base, adapter)
+
+
+def check_optimizer_patterns(config: Config, options: Options, model_config: Any, patterns: dict[str, Any]) -> None:
+    """Raise a UserError for a regex of the optimizer that is found in no trained parameter's name."""
+    head = head_of(config, options, model_config.kind)
+    model = build_model(model_config, device="meta", seed=None, head=head)
+    peft = (config.peft.name, options["peft"]) if config.peft else None
+    choose_trained(model, peft=peft, new_rows=0, only=config.train.only)
+    try:
+        check_patterns(model, patterns.get("lr_pattern"), patterns.get("weight_decay_pattern"))
+    except UserError as error:
+        error.at = config.where("optimizer")
+        raise
 
 
 def fit_vocabulary(checked: CheckedConfig, tokenizer: Tokenizer) -> dict[int, list[int]]:

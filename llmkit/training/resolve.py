@@ -267,6 +267,9 @@ def check_method(config: Config, options: dict[str, Any], model_config: Any) -> 
         for one in (error, *error.others):
             one.at = config.where("peft")
         raise
+    if method.after_step and config.checkpoint.average == "tail":
+        what = f"can't be done with peft.name {config.peft.name}: ranks that are cut would come back"
+        raise config.error("checkpoint.average", what, got="tail", fix="delete it")
     if (length := config.data.seq_len) > (most := model.config.max_position_embeddings):
         what, got = "takes positions from the text", f"data.seq_len: {length}, and {most} are left"
         raise config.error("peft.num_virtual_tokens", what, got=got, fix=f"data.seq_len: {most}")

@@ -1,6 +1,7 @@
-"""Choose the parameters that are trained: `train.only`."""
+"""Choose parameters by their names: those that are trained, and those with rates of their own."""
 
 import re
+from collections import defaultdict
 
 from torch import nn
 
@@ -37,3 +38,37 @@ def named_by(model: nn.Module, entry: str) -> dict[str, nn.Parameter]:
         heads = head_parameters(model)
         return heads or {name: p for name, p in parameters.items() if name.startswith("lm_head.")}
     return {name: p for name, p in parameters.items() if re.search(entry, name)}
+
+
+def check_patterns(
+    model: nn.Module, lr_pattern: dict[str, float] | None, weight_decay_pattern: dict[str, float] | None
+) -> None:
+    """Raise a UserError for a regex that is found in no trained parameter's name."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    for option, patterns in (("lr_pattern", lr_pattern), ("weight_decay_pattern", weight_decay_pattern)):
+        for one in patterns or {}:
+            if not any(re.search(one, name) for name in names):
+                raise UserError(f"optimizer.{option} matches no trained parameter", got=one, expected=names[0])
+
+
+def split_by_name(
+    named: list[tuple[str, nn.Parameter]],
+    lr: float,
+    weight_decay: float,
+    lr_pattern: dict[str, float] | None,
+    weight_decay_pattern: dict[str, float] | None,
+) -> list[dict]:
+    """Return one group of parameters for each pair of a learning rate and a weight decay."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    for name, p in named:
+        groups[by_name(lr_pattern, name, lr), by_name(weight_decay_pattern, name, weight_decay)].append(p)
+    return [{"params": own, "lr": rate, "weight_decay": decay} for (rate, decay), own in groups.items()]
+
+
+def by_name(patterns: dict[str, float] | None, name: str, default: float) -> float:
+    """Return the value of the first regex that is found in a name, else the default.
+
+    >>> by_name({r"layers\\.0\\.": 1e-5}, "model.layers.0.mlp.up_proj.weight", 1e-4)
+    1e-05
+    """
+    return next((value for one, value in (patterns or {}).items() if re.search(one, name)), default)

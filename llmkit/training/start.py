@@ -7,7 +7,7 @@ from llmkit.config.schema import Config
 from llmkit.errors import UserError
 from llmkit.files import delete, file_sha256, write_atomically
 from llmkit.formats.hf import export_hf
-from llmkit.peft.adapter import WEIGHTS, saved_base_sha256
+from llmkit.peft.adapter import CONFIG, WEIGHTS, saved_base_sha256
 from llmkit.storage.locate import Located, locate
 from llmkit.training.resolve import Options
 
@@ -45,7 +45,7 @@ def stacked_base(run_dir: Path, adapter: Path) -> Path:
     run_dir  of the run that trains a second adapter on it
     """
     out = run_dir / "base"
-    digest = f"{saved_base_sha256(adapter)} {file_sha256(adapter / WEIGHTS)}"
+    digest = " ".join((str(saved_base_sha256(adapter)), *(file_sha256(adapter / name) for name in (WEIGHTS, CONFIG))))
     mark = out / "merged_from.txt"
     if not (mark.is_file() and mark.read_text(encoding="utf-8") == digest):
         delete(out)
