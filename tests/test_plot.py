@@ -9,7 +9,8 @@ import pytest
 from conftest import llmkit
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from llmkit.storage.plot import draw_runs, plot_runs
+from llmkit.storage.curves import describe_curves
+from llmkit.storage.plot import draw_runs, plot_runs, read_curves
 
 LONG = "llama-wide-on-the-second-corpus-with-a-long-name"
 
@@ -212,3 +213,19 @@ def test_jumps_of_the_gradient_are_unstable():
     assert "gradient norm" in describe_curves(lines)
     steady = [line | {"grad_norm": 1.0} for line in lines]
     assert describe_curves(steady).startswith("still falling")
+
+
+def test_a_run_that_learns_from_rewards_draws_them_and_not_its_loss(tmp_path):
+    """Its loss is about 0 whatever it learns; the star is at the highest reward."""
+    records = [{"step": 0, "tokens": 0, "val_loss": -0.7, "val_reward": 0.7}]
+    records += [{"step": s, "tokens": s * 9, "loss": 0.0, "reward": s / 10} for s in (1, 2, 3)]
+    records += [{"step": 3, "tokens": 27, "val_loss": -0.9, "val_reward": 0.9}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    curves = read_curves(tmp_path)
+    assert curves.unit == "reward" and [point.loss for point in curves.train] == [0.1, 0.2, 0.3]
+    assert curves.best[0].loss == 0.9 and not {"reward", "val_reward"} & curves.panels.keys()
+
+
+def test_a_reward_that_rises_is_not_called_unstable():
+    records = [{"step": s, "val_loss": loss} for s, loss in enumerate((-0.715, -0.72, -0.765, -0.81, -0.835, -0.9))]
+    assert "unstable" not in describe_curves(records)
