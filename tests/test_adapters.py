@@ -1,6 +1,7 @@
 """Adapters that go on: trained further, stacked, merged with weights, several over one base; averages of models."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -211,3 +212,26 @@ def test_an_adapter_of_another_base_is_refused(place, tmp_path):
             [(str(place / "a"), 1.0)], tmp_path / "m", by="linear", density=1, base=str(place / "nowhere"), seed=0,
             dtype=torch.float32,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("adalora", ["-o", "peft.warmup=0", "-o", "peft.final=0.25", "-o", "peft.every=1"]),
+        ("lora", ["-o", "peft.init=pissa", "-o", "peft.modules_to_save=[norm]", "-o", "peft.lr_ratio=4"]),
+        ("p_tuning", ["-o", "data.seq_len=32", "-o", "peft.num_virtual_tokens=4"]),
+    ],
+)
+def test_a_run_of_a_method_is_resumed_with_the_same_bits(name, flags, place):
+    """What a checkpoint keeps beside the adapter is there again: averages of importance, the MLP of P-tuning."""
+    args = ["finetune", "--method", name, "--from", "base", "--data", place / "rows.jsonl", *STEPS, *flags]
+    args += ["-o", "optimizer.lr=1e-2", "-o", "schedule.name=constant"]
+    whole, cut = f"runs/{name}-whole", f"runs/{name}-cut"
+    llmkit(*args, "-o", f"run_dir={whole}", cwd=place)
+    llmkit(*args, "-o", f"run_dir={cut}", cwd=place)
+    shutil.rmtree(place / cut / "checkpoints/step-000004")  # as if it was killed before the last one
+    llmkit(*args, "-o", f"run_dir={cut}", cwd=place)
+    last = "checkpoints/step-000004/model/adapter_model.safetensors"
+    assert (place / whole / last).read_bytes() == (place / cut / last).read_bytes()
+    first = "checkpoints/step-000002/model/adapter_model.safetensors"
+    assert (place / whole / last).read_bytes() != (place / whole / first).read_bytes()
