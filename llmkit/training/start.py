@@ -18,7 +18,7 @@ def find_base(config: Config) -> tuple[Path | None, Path | None]:
         return None, None
     located = locate(config.init_from)
     if located.is_adapter and not config.peft:
-        fix = f"llmkit export {config.init_from} merged --format hf, and start from that"
+        fix = f"--lora trains it further; or start from: llmkit export {config.init_from} merged"
         what = "is an adapter, and all weights are trained"
         raise config.error("init_from", what, got=config.init_from, fix=fix)
     if config.stack and not located.is_adapter:
