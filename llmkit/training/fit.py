@@ -7,6 +7,7 @@ from typing import Any
 from llmkit.config.fields import Choice
 from llmkit.config.schema import Config
 from llmkit.errors import MachineError
+from llmkit.models import family_of
 from llmkit.models.heads import HeadConfig
 from llmkit.objectives import OBJECTIVES
 from llmkit.objectives.heads import make_head
@@ -166,7 +167,10 @@ def cheapest_change(config: Config, options: Options, ranks: int, room: float, *
 
     planned  model_config, device, precision and new_rows for `plan_run`
     """
-    if smaller := list(changes(config, options, ranks)):
+    smaller = list(changes(config, options, ranks))
+    if family_of(planned[0]).experts(planned[0]) and not config.peft:  # LoRA needs linears that are named
+        smaller = [(what, changed) for what, changed in smaller if changed.peft is None]
+    if smaller:
         lora = {} if config.peft else {"peft": vars(METHODS["lora"].options())}
         number, plan = first_that_fits([changed for _, changed in smaller], room, options | lora, ranks, *planned)
         if plan.peak_memory <= room:
