@@ -35,7 +35,7 @@ def compare_exported(located: Located, out: Path, dtype: str) -> dict[str, Any]:
     """
     head = read_located_head(located)
     model, tokenizer = load_located(located, head=head)
-    batch, what = rows_to_compare(located, model.config, tokenizer)
+    batch, what = rows_to_compare(located, model.config, tokenizer, predicts_tokens=head is None)
     ours = read_logits(model.eval(), batch)
     del model
     theirs = read_logits(load_model(out, head=head and read_head(out)).eval(), batch)
@@ -55,11 +55,11 @@ def compare_exported(located: Located, out: Path, dtype: str) -> dict[str, Any]:
     return found
 
 
-def rows_to_compare(located: Located, config: Any, tokenizer: Tokenizer) -> tuple[Batch, str]:
+def rows_to_compare(located: Located, config: Any, tokenizer: Tokenizer, *, predicts_tokens: bool) -> tuple[Batch, str]:
     """Return a few rows that a model can read, and what they are."""
     length = min(LONGEST, config.max_position_embeddings)
     data = read_run_config(located.run_dir)["data"] if located.run_dir else None
-    if data and config.kind == "causal" and data["kind"] in ("corpus", "sft", "preference"):
+    if data and predicts_tokens and config.kind == "causal" and data["kind"] in ("corpus", "sft", "preference"):
         try:
             tokens, what, _, batches = run_val_split(located.run_dir, data, config, tokenizer, ROWS)
             size = min(length, data["seq_len"])
