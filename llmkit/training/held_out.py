@@ -17,7 +17,7 @@ from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.types import Batch
 
 ANSWERS, SHOWN = 24, 3  # answers that are written, and samples that the report has
-MOST_TOKENS = 256  # of an answer; else twice the longest of the references
+MOST_TOKENS = 128  # of an answer; else twice the longest of the references
 FILE = "answers.json"  # in the run directory: "before" and "after"
 
 
@@ -47,12 +47,12 @@ def measure_answers(run: Any, model: nn.Module, step: int, folder: Path | None) 
         pairs += first_answers(batch)
         if len(pairs) >= ANSWERS:
             break
-    pairs = pairs[:ANSWERS]
-    room = min(MOST_TOKENS, 2 * max(len(answer) for _, answer in pairs))
-    pairs = [(prompt, answer) for prompt, answer in pairs if len(prompt) + room <= longest] or pairs[:1]
-    room = min(room, longest - max(len(prompt) for prompt, _ in pairs))
+    room = min(MOST_TOKENS, 2 * max((len(answer) for _, answer in pairs[:ANSWERS]), default=0))
+    pairs = [(prompt, answer) for prompt, answer in pairs[:ANSWERS] if len(prompt) + room <= longest]
+    if not pairs:  # no prompt leaves room for an answer
+        return {}
     prompts, stop = [prompt for prompt, _ in pairs], frozenset(tokenizer.stop_ids)
-    options = {"max_new_tokens": max(1, room), "sampling": Sampling(temperature=0.0), "stop": stop}
+    options = {"max_new_tokens": room, "sampling": Sampling(temperature=0.0), "stop": stop}
     options["rows"] = run.micro_batch_size
     written = write_tokens(model, prompts, **options)
     ended = sum(bool(answer) and answer[-1] in stop for answer in written) / len(pairs)
