@@ -3,6 +3,7 @@
 import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -397,7 +398,7 @@ def test_a_growing_static_cache_writes_the_same_text(monkeypatch):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, top_k=20, top_p=0.9, min_p=0.01)], ids=["greedy", "drawn"])
-def test_a_draw_never_waits_and_its_tokens_are_those_of_multinomial(sampling):
+def test_a_draw_never_waits_and_its_tokens_are_those_at_a_uniform_number(sampling):
     logits = torch.randn(4, 60, generator=torch.Generator().manual_seed(3)) * 3
     generators = [[torch.Generator().manual_seed(row) for row in range(4)] for _ in range(2)]
     with HostReads() as reads:
@@ -405,8 +406,16 @@ def test_a_draw_never_waits_and_its_tokens_are_those_of_multinomial(sampling):
     assert reads.count == 0
     if sampling is not GREEDY:
         tokens, probs = logits_to_probs(logits, sampling)
-        places = [torch.multinomial(row, 1, generator=one) for row, one in zip(probs, generators[1], strict=True)]
-        assert torch.equal(drawn, tokens.gather(1, torch.stack(places))[:, 0])
+        uniform = [torch.rand(1, generator=one, dtype=torch.float64).item() for one in generators[1]]
+        places = [np.searchsorted(row.double().cumsum(0), u) for row, u in zip(probs, uniform, strict=True)]
+        assert drawn.tolist() == [row[place] for row, place in zip(tokens.tolist(), places, strict=True)]
+
+
+def test_tokens_are_drawn_as_often_as_their_probabilities_say():
+    logits = torch.tensor([4.0, 3.0, 2.5, 0.0, -30.0]).expand(20_000, 5)
+    generators = [torch.Generator().manual_seed(row) for row in range(len(logits))]
+    drawn = sample(logits, Sampling(1.0, top_k=None), generators).bincount(minlength=5) / len(logits)
+    torch.testing.assert_close(drawn, logits[0].softmax(-1), rtol=0, atol=0.01)
 
 
 def test_logits_that_are_not_finite_are_refused():

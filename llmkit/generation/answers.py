@@ -87,12 +87,10 @@ def write_tokens(
     for start in range(0, len(prompts), rows):
         some = list(prompts[start : start + rows])
         answers: list[list[int]] = [[] for _ in some]
-        for tokens in generate(model, some, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed + start):
-            ended = [bool(answer) and answer[-1] in stop for answer in answers]
-            if all(ended):
-                break
-            for answer, token, is_over in zip(answers, tokens, ended, strict=True):
-                if token is not None and not is_over:
+        options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop, "with_stop": True}
+        for tokens in generate(model, some, seed=seed + start, **options):
+            for answer, token in zip(answers, tokens, strict=True):
+                if token is not None:
                     answer.append(token)
         found += answers
     return found

@@ -51,7 +51,8 @@ def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Te
 def sample(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
     """Draw one token for each row of logits (B, V), each row with its own generator; -1 if they are not finite.
 
-    Nothing here waits for the device: the race of exponentials is what torch.multinomial does after its checks.
+    One uniform number for each row is looked up among the sums of the probabilities, which are whole numbers: their
+    sums are exact, and CUDA has no deterministic cumsum of floats. Nothing here waits for the device.
     """
     if sampling.temperature < GREEDY_BELOW:
         return logits.argmax(-1)
@@ -60,10 +61,12 @@ def sample(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]
         tokens = torch.arange(probs.shape[-1], device=probs.device).expand(probs.shape)
     else:
         tokens, probs = logits_to_probs(logits, sampling)
-    race = torch.empty_like(probs)
-    for row, generator in zip(race, generators, strict=True):
-        row.exponential_(generator=generator)
-    drawn = tokens.gather(-1, (probs / race).argmax(-1, keepdim=True))[:, 0]
+    sums = (probs * 2**40).long().cumsum(-1)  # fp32 has 24 bits: what is left out is under 2^-40
+    device = probs.device
+    uniform = [torch.rand(1, generator=one, device=device, dtype=torch.float64) for one in generators]
+    target = (torch.stack(uniform) * sums[:, -1:]).long()
+    place = torch.searchsorted(sums, target, right=True).clamp(max=probs.shape[-1] - 1)  # of logits that are not finite
+    drawn = tokens.gather(-1, place)[:, 0]
     return drawn.where(logits.isfinite().all(), -1)
 
 
@@ -172,12 +175,14 @@ def generate(
     max_new_tokens: int = GENERATE_MAX_NEW_TOKENS,
     sampling: Sampling = DEFAULT_SAMPLING,
     stop: frozenset[int] = frozenset(),
+    with_stop: bool = False,
     seed: int = 0,
     compiled: bool = False,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of every prompt, step by step, None for a row that has ended.
 
-    A row ends at a stop token, which is not yielded, after max_new_tokens, or when the model's positions are used up.
+    A row ends at a stop token, which is yielded `with_stop` alone, after max_new_tokens, or when the model's positions
+    are used up. When half of the rows have ended, only the others are continued, unless the cache is static.
     Row b draws with seed + b, so that its text is the same alone with that seed. The global RNG is not touched.
 
     compiled  the model's blocks were compiled by `compile_decoding`. Batches over FEW_ROWS are written eagerly
@@ -209,25 +214,30 @@ def generate(
     # Autocast keeps copies of weights that a graph would outlive; some products of experts wait for the device.
     captured = device == "cuda" and not autocast and not family_of(model.config).experts(model.config)
     slots = static_slots(read) if static else read + max(limits) - 1
-    next_token, ended = decode, [False] * len(prompts)
+    next_token, live, ended = decode, list(range(len(prompts))), [False] * len(prompts)
     try:
         cache, logits = prefill(model, prompts, slots, dtype)
         for step in range(max(limits)):
             if seen is not None:
                 logits = apply_repetition_penalty(logits, seen, sampling.repetition_penalty)
-            drawn = sample(logits, sampling, generators)
+            drawn = sample(logits, sampling, [generators[row] for row in live])
             tokens = drawn.tolist()
             if -1 in tokens:
                 raise ModelError("the model's logits are not finite", fix="use another --precision")
-            rows = zip(ended, tokens, limits, strict=True)
-            ended = [done or token in stop or step >= limit for done, token, limit in rows]
-            if all(ended):
-                break
-            yield [None if done else token for done, token in zip(ended, tokens, strict=True)]
-            if step + 1 == max(limits):
+            found = dict(zip(live, tokens, strict=True))
+            before = [done or step >= limit for done, limit in zip(ended, limits, strict=True)]
+            ended = [done or found[row] in stop for row, done in enumerate(before)]
+            hidden = before if with_stop else ended
+            if not all(hidden):
+                yield [None if is_hidden else found[row] for row, is_hidden in enumerate(hidden)]
+            if all(ended) or step + 1 == max(limits):
                 break
             if seen is not None:
                 seen.scatter_(1, drawn[:, None], True)
+            if not static and 2 * (len(ended) - sum(ended)) <= len(live):
+                kept = torch.tensor([i for i, row in enumerate(live) if not ended[row]], device=first.device)
+                cache.select(kept)
+                drawn, seen, live = drawn[kept], None if seen is None else seen[kept], [live[i] for i in kept.tolist()]
             if static and (step == 0 or read + step == slots):
                 slots = static_slots(read + step + 1)
                 cache.resize(slots)

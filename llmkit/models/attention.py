@@ -230,8 +230,9 @@ def attend(
     window  without a mask: how many keys a query may see, including its own; None: all. With a mask (B, 1, T, T), which
             has the window in it, keys that are outside of it are skipped; a mask (T, S) may be in any order
 
-    On a CPU, a single query is a sum of products when compiled, and windows and compiled blocks are computed by
-    `block_attention`, a fifth faster than SDPA at T 256. Everything else is SDPA.
+    On a CPU, a single query is a sum of products when compiled, and two products in 16 bits, 1.5 to 7 times faster than
+    SDPA. Windows and compiled blocks are computed by `block_attention`, a fifth faster than SDPA at T 256. Everything
+    else is SDPA.
     """
     if isinstance(mask, BlockMask):
         return block_masked_attention(q, k, v, mask, scale).transpose(1, 2).flatten(2)
@@ -240,6 +241,8 @@ def attend(
     window = window if causal and aligned and window is not None and window < q.shape[2] else None
     if on_cpu and compiled and q.shape[2] == 1:
         return single_attention(q, k, v, mask, scale).flatten(1)[:, None]
+    if on_cpu and q.shape[2] == 1 and q.dtype != torch.float32 and not dropout:
+        return products_of_one(q, k, v, mask, scale).flatten(1)[:, None]
     if on_cpu and not dropout and q.shape[2] > 1 and (compiled or window):
         return grouped_attention(q, k, v, mask, causal, window, scale, compiled)
     if mask is None and window:
@@ -281,13 +284,27 @@ def grouped_attention(
     return out.permute(1, 0, 3, 2, 4, 5).flatten(3).flatten(1, 2)[:, :length]
 
 
+def products_of_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
+    """Return the attention of one query, (B, kv heads, G, D), as products of the query heads that share a key head."""
+    q = q.view(len(q), k.shape[1], -1, q.shape[-1]) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = q @ k.contiguous().transpose(2, 3)  # (B, kv heads, G, S); a part of a cache is copied slowly in a product
+    if mask is not None:
+        scores = with_mask(scores, mask)
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def with_mask(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return the scores (B, kv heads, G, S) of one query under a mask, as `attend` takes it."""
+    mask = mask[(None,) * (4 - mask.dim())]  # (1 or B, 1 or H, 1, S)
+    mask = mask if mask.shape[1] == 1 else mask.view(-1, *scores.shape[1:])
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+
+
 def single_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
     """Compute `attend` for one query of each row as sums of products, which a compiler fuses; return (B, H, D)."""
     q = q.unflatten(1, (k.shape[1], -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)  # (B, kv heads, G, 1, D)
     scores = (q * k[:, :, None]).sum(-1)  # (B, kv heads, G, S)
     if mask is not None:
-        mask = mask[(None,) * (4 - mask.dim())]  # (1 or B, 1 or H, 1, S)
-        mask = mask if mask.shape[1] == 1 else mask.view(-1, *scores.shape[1:])
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        scores = with_mask(scores, mask)
     weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
     return (weights[..., None] * v[:, :, None]).sum(3).flatten(1, 2)
