@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from llmkit.commands import app as cli
 from llmkit.errors import ENVIRONMENT, MODEL, UserError
-from llmkit.formats.gguf import write_gguf
+from llmkit.formats.gguf import fill_from_gguf, write_gguf
 from llmkit.formats.llama2c import import_llama2c
 from llmkit.generation.generate import decode_until_stop, stream
 from llmkit.generation.sampling import Sampling
@@ -333,6 +333,16 @@ def test_tensors_have_llama_cpps_names(name, bpe, tmp_path):
     pytest.importorskip("gguf")
     write_gguf(randomized(name), bpe, tmp_path / "m.gguf", "fp32")
     assert set(Read(tmp_path / "m.gguf").tensors) == NAMES[name]
+
+
+@every_family
+def test_a_file_gives_the_weights_back(name, bpe, tmp_path):
+    pytest.importorskip("gguf")
+    model, other = randomized(name), randomized(name, seed=1)
+    write_gguf(model, bpe, tmp_path / "m.gguf", "fp32")
+    fill_from_gguf(other, tmp_path / "m.gguf")
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[key], tensor, rtol=1e-6, atol=1e-6)
 
 
 @every_family
@@ -772,7 +782,8 @@ def test_missing_files_and_a_folder_that_is_not_empty_are_errors(of_c, words, tm
 def test_export_to_gguf(saved, dtype, kind, tmp_path, capsys):
     pytest.importorskip("gguf")
     shown = run_here(capsys, "export", saved, tmp_path / "out", "--format", "gguf", "--dtype", dtype)
-    assert shown["files"] == "model.gguf"
+    assert shown["files"] == "model.gguf" and float(shown["equal_greedy_tokens"]) > 0.8
+    assert (float(shown["largest_logit_difference"]) < 1e-5) == (dtype == "fp32")
     assert Read(tmp_path / "out" / "model.gguf").types["blk.0.ffn_up.weight"] == kind
     shown = run_here(capsys, "export", saved, tmp_path / "mine.gguf", "--format", "gguf", "--dtype", dtype)
     assert shown["files"] == "mine.gguf" and Read(tmp_path / "mine.gguf").types["blk.0.ffn_up.weight"] == kind

@@ -694,11 +694,11 @@ def test_an_export_is_compared_with_the_model(trained, tmp_path):
     """The merge equals the adapter; a folder that was damaged after is told, and its tolerance is that of its type."""
     located = Located(trained[0])
     export_hf(located, tmp_path / "merged", "fp32")
-    found = compare_exported(located, tmp_path / "merged", "fp32")
+    found = compare_exported(located, tmp_path / "merged", "hf", "fp32")
     assert found["equal_greedy_tokens"] == 1 and found["share_of_deviation"] < 1e-4
     path = tmp_path / "merged" / "model.safetensors"
     tensors = load_file(path)
     key = next(key for key in tensors if "q_proj" in key or "c_attn" in key)
     save_file(tensors | {key: tensors[key] * 1.5}, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match="does not compute what the model does"):
-        compare_exported(located, tmp_path / "merged", "fp32")
+        compare_exported(located, tmp_path / "merged", "hf", "fp32")

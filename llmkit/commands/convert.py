@@ -34,10 +34,10 @@ def export(
     to_stderr(located.choice)
     write(located, out, dtype)
     compared = {}
-    if check and format == "hf":
+    if check and format != "peft":  # which copies files
         from llmkit.evals.exported import compare_exported
 
-        compared = compare_exported(located, out, dtype)
+        compared = compare_exported(located, out, format, dtype)
     show_written(out, as_json, compared)
 
 

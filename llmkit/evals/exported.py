@@ -11,6 +11,8 @@ from torch import Tensor
 
 from llmkit.errors import DataError, ModelError
 from llmkit.evals.reading import run_val_split, windows
+from llmkit.formats.gguf import fill_from_gguf
+from llmkit.formats.hf import gguf_file
 from llmkit.models.folder import load_model
 from llmkit.models.hf_config import read_head
 from llmkit.storage.locate import Located, load_located, read_located_head
@@ -21,24 +23,31 @@ from llmkit.types import Batch
 ROWS, LONGEST = 4, 512  # of text that is compared, and the tokens of a row
 # How far a logit may be off, as a share of their standard deviation, by the type of the written weights. fp32 is off by
 # the order of sums alone, the others by the rounding of weights.
-TOLERANCES = {"fp32": 0.001, "fp16": 0.1, "bf16": 0.5}
+TOLERANCES = {"fp32": 0.001, "fp16": 0.1, "bf16": 0.5, "q8_0": 0.5}
 
 
-def compare_exported(located: Located, out: Path, dtype: str) -> dict[str, Any]:
-    """Return how an exported folder differs from its MODEL, in fp32: of an adapter, from base and adapter apart.
+def compare_exported(located: Located, out: Path, format: str, dtype: str) -> dict[str, Any]:
+    """Return how an exported folder or GGUF file differs from its MODEL, in fp32: of an adapter, from base and adapter
+    apart.
 
     largest_logit_difference  also as a share_of_deviation: of the standard deviation of all logits
     equal_greedy_tokens       share of the positions at which both have the same likeliest token
 
     Of a run, the first rows of its val split are read, else tokens at random. Raises ModelError if they differ more
-    than merging and rounding explain. The two are in memory one after the other.
+    than merging and rounding explain. The two are in memory one after the other. Of a GGUF file it is the weights that
+    are compared: llama.cpp's own computation is not run.
     """
     head = read_located_head(located)
     model, tokenizer = load_located(located, head=head)
     batch, what = rows_to_compare(located, model.config, tokenizer, predicts_tokens=head is None)
     ours = read_logits(model.eval(), batch)
     del model
-    theirs = read_logits(load_model(out, head=head and read_head(out)).eval(), batch)
+    if format == "gguf":
+        written, _ = load_located(located, merge=True)
+        fill_from_gguf(written, gguf_file(out))
+    else:
+        written = load_model(out, head=head and read_head(out))
+    theirs = read_logits(written.eval(), batch)
     apart = ((ours - theirs).abs().max() / ours.std()).item()
     if not apart <= TOLERANCES[dtype]:
         what = "what was exported does not compute what the model does"

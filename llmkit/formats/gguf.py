@@ -5,10 +5,11 @@ What differs by family is in `models.family.Gguf`; the tests run the files in ll
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmkit.errors import MachineError, ModelError
@@ -34,11 +35,7 @@ def write_gguf(model: nn.Module, tokenizer: Tokenizer, path: Path, dtype: str, n
 
     Raises ModelError for a family, an activation or a tokenizer that llama.cpp does not have.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise MachineError("GGUF needs the gguf package", fix="pip install 'llmkit[gguf]'") from None
-    config, spec = model.config, family_of(model.config).gguf
+    gguf, config, spec = import_gguf(), model.config, family_of(model.config).gguf
     if spec is None:
         known = ", ".join(name for name, family in FAMILIES.items() if family.gguf)
         raise ModelError("GGUF is not written for this family", got=config.model_type, expected=known)
@@ -49,10 +46,9 @@ def write_gguf(model: nn.Module, tokenizer: Tokenizer, path: Path, dtype: str, n
         add_config(writer, config, spec, gguf)
         add_tokenizer(writer, tokenizer, config.vocab_size)
         writer.add_file_type(gguf.LlamaFileType[f"{'MOSTLY_' if dtype != 'fp32' else 'ALL_'}{TYPES[dtype]}"])
-        architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == spec.architecture)
-        names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+        name_of = tensor_names(config, spec, gguf)
         for ours, tensor in tensors_of(model, spec):
-            named, kind = names.get_name(ours, (".weight", ".bias")) or ours, gguf.GGMLQuantizationType[TYPES[dtype]]
+            named, kind = name_of(ours), gguf.GGMLQuantizationType[TYPES[dtype]]
             if tensor.dim() < 2 or ".ffn_gate_inp" in named:
                 kind = gguf.GGMLQuantizationType.F32  # vectors, and the router
             elif kind == gguf.GGMLQuantizationType.Q8_0 and tensor.shape[-1] % 32:
@@ -64,6 +60,40 @@ def write_gguf(model: nn.Module, tokenizer: Tokenizer, path: Path, dtype: str, n
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+@torch.no_grad()
+def fill_from_gguf(model: nn.Module, path: Path) -> None:
+    """Give a model the weights of the file that `write_gguf` has made of it, as they were rounded.
+
+    Where a weight went is found by sending its places through the same layout.
+    """
+    gguf, config, spec = import_gguf(), model.config, family_of(model.config).gguf
+    name_of = tensor_names(config, spec, gguf)
+    stored = {one.name: one for one in gguf.GGUFReader(path).tensors}
+    for name, tensor in model.state_dict().items():
+        sent = spec.layout(config, name, torch.arange(tensor.numel()).view(tensor.shape))
+        added = spec.layout(config, name, torch.zeros(tensor.shape, dtype=torch.long))  # Gemma's norms are stored + 1
+        for ours, places in sent.items():
+            one = stored[name_of(ours)]
+            values = torch.from_numpy(gguf.quants.dequantize(one.data, one.tensor_type)).flatten()
+            tensor.view(-1)[(places - added[ours]).flatten()] = values - added[ours].flatten()
+
+
+def import_gguf() -> Any:
+    """Return the gguf package. Raise MachineError if it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise MachineError("GGUF needs the gguf package", fix="pip install 'llmkit[gguf]'") from None
+    return gguf
+
+
+def tensor_names(config: Any, spec: Gguf, gguf: Any) -> Callable[[str], str]:
+    """Return a function from our name of a tensor to llama.cpp's."""
+    architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == spec.architecture)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    return lambda ours: names.get_name(ours, (".weight", ".bias")) or ours
 
 
 # ---- the architecture -----------------------------------------------------------------------------------------------

@@ -51,8 +51,12 @@ def export_gguf(located: Located, out: Path, dtype: str) -> None:
     """Write a file for llama.cpp: OUT itself if it ends in .gguf, else OUT/model.gguf. An adapter is merged first."""
     check_merges(located)
     model, tokenizer = load_located(located, merge=True)
-    file = out if out.suffix == ".gguf" else out / "model.gguf"
-    write_gguf(model, tokenizer, file, dtype, name=out.stem)
+    write_gguf(model, tokenizer, gguf_file(out), dtype, name=out.stem)
+
+
+def gguf_file(out: Path) -> Path:
+    """Return the file that an export as GGUF writes."""
+    return out if out.suffix == ".gguf" else out / "model.gguf"
 
 
 # --format -> its function, and the values of --dtype that it takes
