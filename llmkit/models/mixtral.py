@@ -58,11 +58,15 @@ class Experts(nn.Module):
         top_k = chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)  # (N * k,) rows, by expert
         ends = F.one_hot(chosen.flatten(), len(self.down_proj)).sum(0).cumsum(0).to(torch.int32)  # (E,)
-        gate, up = grouped_product(x[order // top_k], self.gate_up_proj, ends).chunk(2, dim=-1)
-        y = grouped_product(self.act(gate) * up, self.down_proj, ends)  # (N * k, hidden)
+        gate, up = self.product("gate_up_proj", x[order // top_k], ends).chunk(2, dim=-1)
+        y = self.product("down_proj", self.act(gate) * up, ends)  # (N * k, hidden)
         y = y * weights.flatten()[order, None].to(y.dtype)
         # With its dtype said, autocast on CUDA does not make the sum, and so all that follows, fp32.
         return y[order.argsort()].unflatten(0, (-1, top_k)).sum(1, dtype=y.dtype)
+
+    def product(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
+        """Multiply rows x (N, in) by the matrices of a name, see `grouped_product`."""
+        return grouped_product(x, getattr(self, name), ends)
 
 
 def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class AdaLoRA:
 
 def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[int] = ()) -> None:
     """Freeze the model and give the chosen linears A and B ~ N(0, 0.02^2) and E = 0, all fp32, as peft does."""
-    chosen = choose_linears(model, options.layers, options.target_modules)
+    chosen, _ = choose_linears(model, options.layers, options.target_modules)
     if options.r >= options.init_r:
         raise UserError(
             "peft.r is not under peft.init_r, from which ranks are cut", got=f"{options.r}, {options.init_r}"

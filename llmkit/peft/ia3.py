@@ -54,7 +54,7 @@ def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[i
     if targets is None:
         targets = [*family_of(model.config).keys_values, *feedforward]
     inside = in_layers(model, options.layers)
-    chosen = {name: module for name, module in choose_linears(model, None, targets).items() if name in inside}
+    chosen = {name: module for name, module in choose_linears(model, None, targets)[0].items() if name in inside}
     model.requires_grad_(False)
     for name, module in chosen.items():
         on_input = f".{name}".endswith(tuple(f".{end}" for end in feedforward))

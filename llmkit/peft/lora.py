@@ -19,6 +19,15 @@ from torch import Tensor, nn
 from llmkit.errors import UserError
 from llmkit.models import family_of
 from llmkit.models.layers import block_linears, original_classes, restore_class, swap_class
+from llmkit.peft.experts import (
+    LoRAExperts,
+    add_updates,
+    ends_of,
+    expert_matrices,
+    ranks_in_file,
+    update_tensors,
+    updated_experts,
+)
 from llmkit.peft.method import Method
 from llmkit.peft.rows import TrainedRows, common_rows, merge_rows, train_rows, trained_tables
 from llmkit.peft.targets import Layers, block_of, by_pattern, candidates, choose_linears
@@ -30,7 +39,7 @@ class Options:
     """The options of LoRA.
 
     alpha           the update is scaled by alpha / r; by alpha / sqrt(r) with rslora (Kalajdzievski 2023, 2312.03732)
-    target_modules  names or ends of names ("q_proj", "mlp.up_proj"); None: every linear of the blocks
+    target_modules  names or ends of names ("q_proj", "mlp.up_proj"); None: every linear of the blocks, and all experts
     rank_pattern    other ranks of some linears: the end of a name, which may be a regex -> r
     alpha_pattern   other alphas of some linears
     layers          only linears of these blocks: their numbers, or "first 4", "last 4"
@@ -111,14 +120,20 @@ def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[i
     A is uniform in +-1/sqrt(in), PEFT's initialisation; B is 0. Raises UserError for targets that match nothing, and
     for an r that no matrix of the chosen ones could have as its rank.
     """
-    chosen = choose_linears(model, options.layers, options.target_modules)
+    matrices = expert_matrices(model, options.layers)
+    chosen, sparse = choose_linears(model, options.layers, options.target_modules, list(matrices))
+    if sparse and (options.dora or options.init != "default"):
+        what, fix = "peft.dora and peft.init: pissa are of linears, and experts are none", ", ".join(candidates(model))
+        raise UserError(what, fix=f"peft.target_modules: [{fix}]")
     if options.init == "pissa" and options.dora:
         raise UserError("peft.init: pissa and peft.dora both say what B A begins as", fix="choose one of them")
     if options.new_tokens and options.modules_to_save:
         what, fix = "peft.modules_to_save can't be used beside added tokens", "train all weights"
         raise UserError(what, got=", ".join(options.modules_to_save), fix=fix)
-    ranks = {name: by_pattern(options.rank_pattern, name, options.r) for name in chosen}
-    largest = max(min(module.weight.shape) for module in chosen.values())
+    ranks = {name: by_pattern(options.rank_pattern, name, options.r) for name in [*chosen, *sparse]}
+    shapes = [module.weight.shape for module in chosen.values()]
+    shapes += [getattr(matrices[name], name.rpartition(".")[2]).shape[1:] for name in sparse]
+    largest = max(map(min, shapes))
     if (most := max(ranks.values())) > largest:
         what, expected = "peft.r is over the rank of every matrix that it would update", f"at most {largest}"
         raise UserError(what, got=most, expected=expected)
@@ -132,18 +147,24 @@ def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[i
             a.uniform_(-bound, bound, generator=generator)
         module.lora_A = nn.Parameter(a)
         module.lora_B = nn.Parameter(torch.zeros(module.out_features, r, device=device))
-        alpha = by_pattern(options.alpha_pattern, name, options.alpha)
-        module.lora_scale = alpha / (math.sqrt(r) if options.rslora else r)
+        module.lora_scale = scale_of(options, name, r)
         module.lora_dropout = options.dropout
         if options.dora:
             module.lora_magnitude = nn.Parameter(torch.linalg.vector_norm(module.weight.detach().float(), dim=1))
         if options.init == "pissa":
             begin_with_largest(module)
         swap_class(module, DoRA if options.dora else PiSSA if options.init == "pissa" else LoRA)
+    scales = {name: scale_of(options, name, ranks[name]) for name in sparse}
+    add_updates(model, {name: ranks[name] for name in sparse}, scales, options.dropout, seed + 1)
     if options.modules_to_save:
         train_whole(model, options.modules_to_save)
     if options.new_tokens and new_ids:
         train_rows(model, list(new_ids))
+
+
+def scale_of(options: Options, name: str, r: int) -> float:
+    """Return what the update of a matrix is multiplied by."""
+    return by_pattern(options.alpha_pattern, name, options.alpha) / (math.sqrt(r) if options.rslora else r)
 
 
 @torch.no_grad()
@@ -161,7 +182,7 @@ def begin_with_largest(module: nn.Linear) -> None:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Compute what the base computes."""
-    with original_classes(model, (LoRA, TrainedRows)), base_weights(model):
+    with original_classes(model, (LoRA, LoRAExperts, TrainedRows)), base_weights(model):
         yield
 
 
@@ -181,6 +202,12 @@ def merge(model: nn.Module) -> None:
             module.weight.copy_(merged)
             del module.lora_A, module.lora_B, module.lora_scale, module.lora_dropout
             restore_class(module)
+    for module in updated_experts(model).values():
+        for name, update in module.updates.items():
+            matrices = getattr(module, name)
+            matrices.copy_(matrices.float() + update.change())
+        del module.updates
+        restore_class(module)
     merge_rows(model)
     keep_whole(model)
     model.requires_grad_(True)
@@ -199,6 +226,7 @@ class PeftFields:
     use_rslora: bool = False
     use_dora: bool = False
     target_modules: list[str] | str | None = None  # a text is a regex for whole names, or "all-linear"
+    target_parameters: list[str] | None = None  # ends of the names of the experts' matrices
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = field(default_factory=dict)
@@ -227,6 +255,7 @@ def tensors(model: nn.Module) -> dict[str, nn.Parameter]:
             found |= {f"{name}.lora_A.weight": module.lora_A, f"{name}.lora_B.weight": module.lora_B}
         if isinstance(module, DoRA):
             found[f"{name}.lora_magnitude_vector"] = module.lora_magnitude
+    found |= update_tensors(model)
     whole = whole_modules(model).items()
     return found | {f"{name}.{last}": one for name, own in whole for last, one in own.items()}
 
@@ -261,13 +290,21 @@ def to_peft(model: nn.Module, options: Options) -> dict:
     more = {"trainable_token_indices": rows} if rows else {}
     if whole := whole_modules(model):
         more["modules_to_save"] = list(whole)
+    sparse = [f"{path}.{name}" for path, module in updated_experts(model).items() for name in module.updates]
+    if sparse:
+        more["target_parameters"] = ends_of(sparse)
+    linears = [
+        target
+        for target in options.target_modules or candidates(model)
+        if any(f".{name}".endswith(f".{target}") for name in adapted)
+    ]
     return {
         "r": options.r * times,
         "lora_alpha": options.alpha * scaled,
-        "lora_dropout": options.dropout,
+        "lora_dropout": 0.0 if sparse else options.dropout,  # peft has none beside experts
         "use_rslora": options.rslora,
         "use_dora": options.dora,
-        "target_modules": options.target_modules or candidates(model),
+        "target_modules": linears,
         "rank_pattern": {key: r * times for key, r in (options.rank_pattern or {}).items()},
         "alpha_pattern": {key: alpha * scaled for key, alpha in (options.alpha_pattern or {}).items()},
         "fan_in_fan_out": bool(family_of(model.config).transposed),
@@ -292,9 +329,15 @@ def from_peft(model: nn.Module, fields: PeftFields, shapes: dict[str, tuple]) ->
         and (not layers or block_of(name) in layers)
         and not (isinstance(excluded, list) and any(f".{name}".endswith(f".{end}") for end in excluded))
     }
+    sparse = {
+        name: module
+        for name, module in expert_matrices(model, layers or None).items()
+        if any(f".{name}".endswith(f".{end}") for end in fields.target_parameters or ())
+    }
     is_plain = isinstance(fields.target_modules, list) and not excluded and not layers
-    if not is_plain and not ranks:
+    if not is_plain and not ranks and not sparse:
         raise ValueError("its file has no update of a linear of the blocks")
+    ranks |= ranks_in_file(sparse, shapes, fields.r)
     patterns = {
         key: value
         for key, value in fields.alpha_pattern.items()
@@ -306,7 +349,7 @@ def from_peft(model: nn.Module, fields: PeftFields, shapes: dict[str, tuple]) ->
         r=fields.r,
         alpha=fields.lora_alpha,
         dropout=fields.lora_dropout,
-        target_modules=fields.target_modules if is_plain else list(ranks),
+        target_modules=[*fields.target_modules, *sparse] if is_plain else list(ranks),
         rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != fields.r},
         alpha_pattern=patterns,
         rslora=fields.use_rslora,

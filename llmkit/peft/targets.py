@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Collection
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -15,11 +16,11 @@ from llmkit.models.layers import block_linears
 Layers = list[Annotated[int, Field(ge=0)]] | Annotated[str, Field(pattern=r"^(first|last) [1-9]\d*$")]
 
 
-def in_layers(model: nn.Module, layers: Layers | None) -> dict[str, nn.Linear]:
-    """Return the linears of some of the blocks, see `Layers`; None: of all. Raise UserError for a missing one."""
-    linears, number = block_linears(model), len(model.blocks)
+def chosen_blocks(model: nn.Module, layers: Layers | None) -> range | list[int]:
+    """Return the numbers of some of the blocks, see `Layers`; None: of all. Raise UserError for a missing one."""
+    number = len(model.blocks)
     if layers is None:
-        return linears
+        return range(number)
     if isinstance(layers, str):
         side, count = layers.split()
         chosen = range(number)[: int(count)] if side == "first" else range(number)[-int(count) :]
@@ -29,7 +30,13 @@ def in_layers(model: nn.Module, layers: Layers | None) -> dict[str, nn.Linear]:
     if last >= number or not chosen:
         got, expected = layers or "none", f"of {number} blocks, numbered from 0"
         raise UserError("peft.layers names no block of the model", got=got, expected=expected)
-    return {name: module for name, module in linears.items() if block_of(name) in chosen}
+    return chosen
+
+
+def in_layers(model: nn.Module, layers: Layers | None) -> dict[str, nn.Linear]:
+    """Return the linears of some of the blocks, see `chosen_blocks`."""
+    chosen, linears = chosen_blocks(model, layers), block_linears(model)
+    return linears if layers is None else {name: one for name, one in linears.items() if block_of(name) in chosen}
 
 
 def block_of(name: str) -> int:
@@ -55,22 +62,28 @@ def by_pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
     return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
-def choose_linears(model: nn.Module, layers: Layers | None, targets: list[str] | None) -> dict[str, nn.Linear]:
-    """Return the linears of the blocks whose names, or ends of names, are `targets`; None: every one.
+def choose_linears(
+    model: nn.Module, layers: Layers | None, targets: list[str] | None, beside: Collection[str] = ()
+) -> tuple[dict[str, nn.Linear], list[str]]:
+    """Return the linears of the blocks whose names, or ends of names, are `targets`, and the names of `beside` that are
+    so; None: every one.
 
-    Raises UserError for targets that match nothing, and for None in a model with experts, which are no linears.
+    beside  names of matrices of experts, which are no linears. Without them, None is refused in a model with experts
+    Raises UserError for targets that match nothing.
     """
     linears = in_layers(model, layers)
     if targets is None:
-        if family_of(model.config).experts(model.config):
+        if not beside and family_of(model.config).experts(model.config):
             what = "peft.target_modules must be named: the experts of this model are no linears, and get no update"
             raise UserError(what, fix=f"peft.target_modules: [{', '.join(candidates(model))}]")
-        return linears
-    matching = {target: [name for name in linears if f".{name}".endswith(f".{target}")] for target in targets}
-    what, known = "peft.target_modules matches no linear of the blocks", ", ".join(candidates(model))
+        return linears, [*beside]
+    names = [*linears, *beside]
+    matching = {target: [name for name in names if f".{name}".endswith(f".{target}")] for target in targets}
+    ends = {name.rpartition(".")[2] for name in beside}
+    what, known = "peft.target_modules matches no linear of the blocks", ", ".join(sorted({*candidates(model), *ends}))
     raise_all([UserError(what, got=target, expected=known) for target, names in matching.items() if not names])
-    names = set(itertools.chain.from_iterable(matching.values()))
-    return {name: module for name, module in linears.items() if name in names}
+    found = set(itertools.chain.from_iterable(matching.values()))
+    return {name: one for name, one in linears.items() if name in found}, [name for name in beside if name in found]
 
 
 def writing_linears(model: nn.Module) -> list[list[str]]:

@@ -19,7 +19,7 @@ from llmkit.training.optim import OPTIMIZERS
 from llmkit.training.selection import train_only
 from llmkit.training.simulate import simulate_step
 
-KEPT = ("trained weights", "frozen weights", "optimizer")  # parts of the memory that each step has
+KEPT = ("trained weights", "frozen weights", "optimizer", "other models")  # parts of the memory that each step has
 # Resident memory on Linux beside tensors, fitted to the runs of scripts/measure_memory.py: of the process, of what
 # compiling leaves, and of the gaps between tensors that come and go, as shares of their parts.
 RUNTIME_BYTES, COMPILER_BYTES = 440 * 2**20, 80 * 2**20
@@ -107,7 +107,7 @@ def flops_per_row(model: nn.Module, lengths: Lengths) -> float:
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2 and parts[name] not in ("embeddings", "norms") and id(parameter) not in tables:
             tokens = lengths.source if family.reads_source(name) else lengths.target
-            share = experts_per_token / experts if parts[name] == "experts" else 1
+            share = experts_per_token / experts if ".experts." in name else 1
             total += (6 if parameter.requires_grad else 4) * parameter.numel() * tokens * share
     width, source, target = config.num_attention_heads * config.head_dim, lengths.source, lengths.target
     if decoder_layers:
