@@ -38,11 +38,11 @@ class Batch:
     positions          position of each token in its document (packed rows only)
     segments           number of the document a token belongs to; attention never crosses it (packed rows only)
     decoder_input_ids  the decoder's input in the shape of labels (encoder-decoders only; input_ids go to the encoder)
-    branches           0 for a prompt and 1, 2 for answers that continue it without seeing each other (preferences only)
-    answers            (preferences only) the number of the answer that a target belongs to, -1 elsewhere
+    branches           0 for a prompt and 1, 2, ... for answers that continue it without seeing each other
+    answers            the number in its row of the answer that a target belongs to, -1 elsewhere
     reference          (B, A) log-probability of each answer under another model, NaN where it is not known
     records            (B,) objects: the records that prompts are from, for rewards
-    advantages         (B,) how much better an answer is than others to its prompt
+    advantages         (B, A) how much better an answer is than others to its prompt
     old                (B, T) log-probabilities of the targets under the model that wrote them
     baseline           (B,) what rewards are compared with
     counts             (B,) what each row adds to the count of targets, if it is another number

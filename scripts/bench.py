@@ -2,6 +2,7 @@
 
     python scripts/bench.py                                  # every shape, on the GPU if there is one
     python scripts/bench.py --shape lora --rounds 5 --json out.json
+    python scripts/bench.py --shape lora --targets 0.2       # a fifth of the tokens, as in instruction data
     pip install litgpt && python scripts/bench.py            # litgpt too, on the shapes that it has
 
 Every contestant is a process of its own. Each peer is measured in a session with llmkit: both processes stay alive and
@@ -69,7 +70,7 @@ from llmkit.peft import lora
 from llmkit.peft.adapter import load_adapter, save_adapter
 from llmkit.training.cost import Lengths, flops_per_row
 from llmkit.training.optim import OPTIMIZERS, clip
-from llmkit.types import Batch
+from llmkit.types import IGNORE_INDEX, Batch
 
 
 def shape(hidden: int, layers: int, heads: int, vocab: int, **more: int) -> dict[str, int]:
@@ -196,7 +197,9 @@ def make_batches(spec: dict) -> list[Batch]:
         tokens = rng.integers(spec["config"]["vocab_size"], size=(spec["rows"], spec["seq_len"] + 1))
         follows = rng.random(tokens[:, 1:].shape) < 0.5
         tokens[:, 1:] = np.where(follows, (tokens[:, :-1] * 7 + 3) % 257, tokens[:, 1:])
-        batches.append(Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy()))
+        labels = tokens[:, 1:].copy()
+        labels[:, : spec["seq_len"] - spec["targets"]] = IGNORE_INDEX
+        batches.append(Batch(tokens[:, :-1].copy(), labels))
     return batches
 
 
@@ -213,7 +216,7 @@ def build_our_step(spec: dict, device: torch.device):
         compile_blocks(model, device, precision)
     optimizers = OPTIMIZERS["adamw"](model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    scale, targets = torch.ones((), device=device), spec["rows"] * spec["seq_len"]
+    scale, targets = torch.ones((), device=device), spec["rows"] * spec["targets"]
 
     def step(batch: dict):
         with autocast(device, precision):
@@ -429,6 +432,7 @@ def compare(row: tuple, args: argparse.Namespace, folder: Path, measure_rates) -
         "family": family,
         "seq_len": seq_len,
         "rows": rows,
+        "targets": round(args.targets * seq_len),
         "config": config | {"max_position_embeddings": seq_len},
         "lora": is_lora,
         "quantized": is_quantized,
@@ -476,6 +480,7 @@ def compare(row: tuple, args: argparse.Namespace, folder: Path, measure_rates) -
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seq_len": seq_len,
         "rows": rows,
+        "targets": common["targets"],
         "contestants": [ours[0], *theirs],
     }
 
@@ -486,8 +491,8 @@ def format_table(result: dict, rates: dict[str, float], peak: float) -> str:
     formula = "4 N + 6 N_lora + 12 L h T" if result["lora"] else "6 N + 12 L h T"
     lines = [
         f"\n### {result['name']}\n\n{result['parameters'] / 1e6:.1f}M parameters, {result['trained'] / 1e6:.1f}M "
-        f"trained. A step has {result['rows']} rows of {result['seq_len']} tokens. A token takes "
-        f"{result['flops_per_token'] / 1e9:.3f} GFLOP ({formula}, `llmkit.training.cost.flops_per_row`).\n",
+        f"trained. A step has {result['rows']} rows of {result['seq_len']} tokens, {result['targets']} targets. "
+        f"A token takes {result['flops_per_token'] / 1e9:.3f} GFLOP ({formula}, `training.cost.flops_per_row`).\n",
         "| contestant | tokens/s, median (min-max) | llmkit / it | MFU | share of matrix rate | peak MiB "
         "| loss: first, last step | compiled in |",
         "|---|---|---|---|---|---|---|---|",
@@ -527,6 +532,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help=precision_help)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant in a session (3)")
     parser.add_argument("--steps", type=int, default=4, help="steps in a turn (4)")
+    parser.add_argument("--targets", type=float, default=1.0, help="share of the tokens that have a loss (1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to a file")
     malloc_help = "let the peers keep freed memory on a CPU, as llmkit does (parallel.device.keep_freed_memory)"
     parser.add_argument("--same-malloc", action="store_true", help=malloc_help)

@@ -102,13 +102,33 @@ def test_a_second_adapter_is_stacked_on_the_merged_base(place):
 
 
 def test_the_reference_of_a_further_adapter_is_where_it_began(place):
-    """DPO of a further adapter begins with rewards of 0: its reference is the adapter, not the base."""
-    args = ["finetune", "--lora", "--objective", "dpo", "--data", place / "pairs.jsonl", *STEPS]
-    llmkit(*args, "--from", "a", "-o", "run_dir=runs/dpo", cwd=place)
-    first = next(one for one in metrics(place / "runs/dpo") if "val_loss" in one)
-    assert first["val_loss"] == pytest.approx(0.6931, abs=1e-3)
-    refused = llmkit("finetune", "--lora", "--objective", "kto", "--from", "a", *args[4:], cwd=place, code=2)
-    assert "stack: true" in refused.stderr
+    """DPO and KTO of a further adapter begin with rewards of 0: their reference is the adapter, not the base."""
+    for objective in ("dpo", "kto"):
+        args = ["finetune", "--lora", "--objective", objective, "--data", place / "pairs.jsonl", *STEPS]
+        for steps in (2, 4):  # the second one is resumed
+            llmkit(*args, "--from", "a", "-o", f"run_dir=runs/{objective}", "-o", f"train.max_steps={steps}", cwd=place)
+        found = [one for one in metrics(place / "runs" / objective) if "val_loss" in one]
+        assert found[0]["val_loss"] == pytest.approx(0.6931 if objective == "dpo" else 0.5, abs=1e-3)
+        assert found[0]["val_margin"] == pytest.approx(0, abs=1e-4) and found[-1]["val_margin"] > 1e-4
+
+
+def test_the_labels_of_a_further_adapter_keep_their_order(place):
+    """The records of the second run have them in another order; naming another order is refused."""
+    rows = [{"text": f"{a} {b}", "label": "long" if len(a + b) > 8 else "short"} for a in WORDS for b in WORDS]
+    for name, order in (("one", rows), ("two", rows[::-1])):
+        order = sorted(order, key=lambda row: row["label"] == ("long" if name == "one" else "short"))
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in order))
+    args = ["finetune", "--lora", "--objective", "classify", *STEPS]
+    llmkit(*args, "--from", "base", "--data", place / "one.jsonl", "-o", "run_dir=runs/one", cwd=place)
+    further = [*args, "--from", "runs/one", "--data", place / "two.jsonl", "-o", "run_dir=runs/two"]
+    llmkit(*further, cwd=place)
+    labels = [
+        json.loads((place / f"runs/{name}/checkpoints/step-000004/model/config.json").read_text())["id2label"]
+        for name in ("one", "two")
+    ]
+    assert labels[0] == labels[1]
+    other = f"data.labels=[{labels[0]['1']}, {labels[0]['0']}]"
+    assert "in another order" in llmkit(*further, "-o", other, "--fresh", cwd=place, code=2).stderr
 
 
 @pytest.mark.parametrize("by", ["linear", "ties", "dare"])

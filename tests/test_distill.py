@@ -97,6 +97,15 @@ def workplace(tmp_path_factory):
     return folder
 
 
+def test_a_step_does_not_depend_on_its_micro_batches(workplace):
+    found = []
+    for size in (1, 4):
+        llmkit("finetune", "distill.yaml", "--full", "-o", f"run_dir=runs/micro-{size}", "-o", "train.max_steps=2",
+               "-o", f"train.micro_batch_size={size}", cwd=workplace)  # fmt: skip
+        found.append(load_file(workplace / f"runs/micro-{size}/checkpoints/step-000002/model/model.safetensors"))
+    assert max((found[0][key] - found[1][key]).abs().max() for key in found[0]) < 1e-3
+
+
 @pytest.mark.parametrize("options", [[], ["-o", "objective.on_policy=0.5", "-o", "objective.max_new_tokens=8"]])
 def test_a_student_comes_near_its_teacher_and_goes_on_with_the_same_bits(options, workplace):
     name = f"runs/student-{len(options)}"

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from conftest import SHARED, llmkit, metrics, needs_shared
 from safetensors.torch import load_file
@@ -17,9 +18,10 @@ from llmkit.generation.answers import write_tokens
 from llmkit.generation.sampling import Sampling
 from llmkit.models import build_model
 from llmkit.models.folder import save_model
+from llmkit.models.heads import HeadConfig, head_parameters
 from llmkit.objectives import grpo
 from llmkit.objectives.objective import Step
-from llmkit.objectives.rewards import RewardConfig, load_rewards
+from llmkit.objectives.rewards import RewardConfig, Written, load_rewards
 from llmkit.parallel.device import to_device
 from llmkit.parallel.world import start_world
 from llmkit.records.layouts import UnknownLayoutError
@@ -123,7 +125,7 @@ RECORD = {"answer": "She has 3 * 4 = 12. #### 1,200", "name": "twelve"}
 )
 def test_ready_rewards(options, answer, expected):
     [(weight, reward)] = load_rewards([RewardConfig(**options)]).values()
-    assert reward(["?"], [answer], [RECORD]) == [expected] and weight == 1.0
+    assert reward(written(["?"], [answer], [RECORD])) == [expected] and weight == 1.0
 
 
 def test_rewards_are_added_up_by_their_weights_whatever_their_names(tokenizer, tmp_path):
@@ -131,7 +133,7 @@ def test_rewards_are_added_up_by_their_weights_whatever_their_names(tokenizer, t
     configs = [RewardConfig(name=f"{tmp_path}/my.py:reward", weight=0.1), RewardConfig(name="exact", weight=5.0)]
     prompts = Batch(np.array([[5, 6]]), np.zeros(1), lengths=np.array([2]))
     prompts.records = np.array([{"answer": tokenizer.decode([9])}], object)
-    found = grpo.add_rewards(load_rewards(configs), tokenizer, prompts, [[9], [9, 9]], 2)
+    found = grpo.add_rewards(load_rewards(configs), tokenizer, prompts, [[9], [9, 9]], 2, torch.device("cpu"))
     lengths = [len(tokenizer.decode([9])), len(tokenizer.decode([9, 9]))]
     assert found["reward_reward"].tolist() == lengths and found["reward_exact"].tolist() == [1, 0]
     np.testing.assert_allclose(found["reward"], [0.1 * lengths[0] + 5, 0.1 * lengths[1]])
@@ -147,6 +149,29 @@ def test_probabilities_are_those_at_the_temperature(tokenizer):
     assert found[0, 0] == 0
 
 
+def written(prompts, answers, records, tokens=()) -> Written:
+    return Written(prompts, answers, records, [*tokens], CPU)
+
+
+def judge_folder(tokenizer, folder):
+    """Write a reward model with random weights that reads as many tokens as the model that writes."""
+    model = build_model(speaking(tokenizer).config, seed=5, head=HeadConfig("regress", ("reward",), "last"))
+    for parameter in head_parameters(model).values():
+        parameter.data *= 50.0  # at first they are next to 0
+    save_model(model, folder, **tokenizer.config_ids)
+    tokenizer.save(folder)
+    return folder
+
+
+def test_a_reward_model_rewards_as_transformers_does(tokenizer, tmp_path):
+    rows = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2, 1] * 3, [11]]
+    [(_, reward)] = load_rewards([RewardConfig(name="model", path=str(judge_folder(tokenizer, tmp_path)))]).values()
+    found = reward(written([""] * 3, [""] * 3, [{}] * 3, rows))
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        assert found == pytest.approx([theirs(torch.tensor([row])).logits.item() for row in rows], abs=1e-5)
+
+
 def own(folder, body: str):
     (folder / "my.py").write_text(body)
     return load_rewards([RewardConfig(name=f"{folder}/my.py:score")])["score"][1]
@@ -156,9 +181,9 @@ def test_a_function_of_the_user_is_called_as_trl_calls_it(tmp_path):
     reward = own(tmp_path, "def score(prompts, completions, level, **kwargs):\n"
                            "    assert kwargs['other'] == [None, 1]\n"
                            "    return [len(c) + l for c, l in zip(completions, level)]\n")  # fmt: skip
-    assert reward(["a", "b"], ["xx", ""], [{"level": 1}, {"level": 2, "other": 1}]) == [3, 2]
+    assert reward(written(["a", "b"], ["xx", ""], [{"level": 1}, {"level": 2, "other": 1}])) == [3, 2]
     few = own(tmp_path, "def score(completions):\n    return [0.5] * len(completions)\n")
-    assert few(["a"], ["x"], [{"level": 1}]) == [0.5]
+    assert few(written(["a"], ["x"], [{"level": 1}])) == [0.5]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +197,7 @@ def test_a_function_of_the_user_is_called_as_trl_calls_it(tmp_path):
 )
 def test_a_bad_reward_ends_with_the_sample_and_the_line(body, words, tmp_path):
     with pytest.raises(UserError) as error:
-        own(tmp_path, body)(["a", "b"], ["first", "second"], [{}, {}])
+        own(tmp_path, body)(written(["a", "b"], ["first", "second"], [{}, {}]))
     assert words in str(error.value) and (words != "my.py:3" or "first" in str(error.value))
 
 
@@ -225,15 +250,38 @@ def rollout(tokenizer, model, folder, *, step: int = 0, **options):
 
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "cispo", "gspo"])
 def test_the_ratio_is_one_before_the_first_update(loss, tokenizer, tmp_path):
-    """With several updates, log-probabilities are kept: those of the first one are the ones that are computed now."""
-    model = speaking(tokenizer)
-    _, kept, figures = rollout(tokenizer, model, tmp_path, loss=loss, updates=2)
-    assert kept.old is not None and figures["answer_tokens"] > 0
-    ours = grpo.log_probs(model, to_device(Batch(kept.input_ids, kept.labels), CPU)).detach().numpy()
-    is_target = kept.labels >= 0
-    assert np.abs(np.exp(ours - kept.old)[is_target] - 1).max() < 1e-5
-    _, again, same = rollout(tokenizer, model, tmp_path, step=1, loss=loss, updates=2)
+    """With several updates, log-probabilities are kept: of two answers in a row, they are those of each text alone."""
+    model, options = speaking(tokenizer), {"loss": loss, "updates": 2, "answers_per_row": 2}
+    _, kept, figures = rollout(tokenizer, model, tmp_path, **options)
+    assert kept.old is not None and figures["answer_tokens"] > 0 and len(kept.labels) == 4
+    for row, prompt in enumerate([[5, 6, 7], [5, 6, 7], [8], [8]]):
+        for number in range(kept.answers[row].max() + 1):
+            cells = kept.answers[row] == number
+            answer = kept.labels[row, cells].tolist()
+            ours = model(torch.tensor([prompt + answer])).log_softmax(-1)[0, len(prompt) - 1 : -1]
+            ours = ours.gather(1, torch.tensor(answer)[:, None])[:, 0].detach().numpy()
+            assert np.abs(np.exp(ours - kept.old[row, cells]) - 1).max() < 1e-5
+    _, again, same = rollout(tokenizer, model, tmp_path, step=1, **options)
     assert same == figures and all(np.array_equal(again.arrays()[key], kept.arrays()[key]) for key in kept.arrays())
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "cispo", "gspo"])
+def test_answers_that_share_a_row_have_the_gradient_of_rows_of_their_own(loss, tokenizer):
+    found = []
+    for most in (1, 2, 3):
+        model = speaking(tokenizer)
+        objective, rows, _ = rollout(tokenizer, model, None, loss=loss, temperature=0.7, answers_per_row=most)
+        parts, advantages = grpo.parts_of(6, 3, most), np.array([0.5, -1.0, 2.0, 0.3, -0.2, -0.7], np.float32)
+        assert len(parts) == len(rows.labels) and rows.advantages.shape == (len(parts), most)
+        for row, part in zip(rows.advantages, parts, strict=True):
+            row[: part.stop - part.start] = advantages[part]
+        total, metrics = objective.loss(model, to_device(rows, CPU))
+        total.backward()
+        weights = [p.grad for p in model.parameters()]
+        found.append([torch.tensor(rows.count), total.detach(), *metrics.values(), *weights])
+    for other in found[1:]:
+        for mine, theirs in zip(found[0], other, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 TRL = {
@@ -259,12 +307,13 @@ def test_losses_equal_those_of_trl(loss, beta, tokenizer, monkeypatch):
     ours = torch.randn(rows, length).mul(0.4).sub(2.0).requires_grad_()
     old, theirs = ours.detach() + 0.4 * torch.randn(rows, length), ours.detach() + 0.2 * torch.randn(rows, length)
     advantages = torch.randn(rows)
-    monkeypatch.setattr(grpo, "log_probs", lambda model, batch, _: torch.where(mask, ours, 0.0))
-    monkeypatch.setattr(grpo, "reference_log_probs", lambda model, batch, _: torch.where(mask, theirs, 0.0))
+    in_pairs = lambda x, empty: torch.where(mask, x, empty).view(rows // 2, 2 * length)  # noqa: E731 (two in a row)
+    monkeypatch.setattr(grpo, "log_probs", lambda model, batch, _: in_pairs(ours, 0.0))
+    monkeypatch.setattr(grpo, "reference_log_probs", lambda model, batch, _: in_pairs(theirs, 0.0))
     counts = {"grpo": 1, "gspo": 1, "dr_grpo": 12}.get(loss)
     counts = ends if counts is None else torch.full((rows,), counts)
-    batch = {"labels": torch.where(mask, labels, -100), "old": torch.where(mask, old, 0.0), "advantages": advantages}
-    batch["counts"] = counts
+    batch = {"labels": in_pairs(labels, -100), "old": in_pairs(old, 0.0), "advantages": advantages.view(-1, 2)}
+    batch |= {"counts": counts.view(-1, 2).sum(1), "answers": in_pairs(torch.arange(rows)[:, None] % 2, -1)}
     options = {"loss": loss, "epsilon": 0.2, "epsilon_high": 0.28, "beta": beta, "temperature": 1.0}
     found, figures = grpo.sum_of_losses(None, batch, **options)
     (found / counts.sum()).backward()
@@ -313,12 +362,14 @@ def bare_trainer(args, loss: str) -> dict:
 
 @pytest.fixture(scope="module")
 def workplace(tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("grpo")
-    save_model(speaking(tokenizer), folder / "base", **tokenizer.config_ids)
+    folder, model = tmp_path_factory.mktemp("grpo"), speaking(tokenizer)
+    model.lm_head.weight.data *= 10.0  # at first an adapter would hardly change what it says
+    save_model(model, folder / "base", **tokenizer.config_ids)
     tokenizer.save(folder / "base")
     lines = [{"prompt": f"{i} + 34 =", "letter": "aeiou"[i % 5]} for i in range(24)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     share = "sum(map(str.isalpha, c)) / max(1, len(c))"
+    judge_folder(tokenizer, folder / "judge")
     (folder / "mine.py").write_text(f"def share(completions, **_):\n    return [{share} for c in completions]\n")
     return folder
 
@@ -342,6 +393,8 @@ def write_run(folder, name: str, objective: dict, **sections) -> str:
 RUNS = {
     "full": ({}, {}),
     "lora": ({"beta": 0.01}, {"peft": {"name": "lora", "r": 8}, "optimizer": {"name": "adamw", "lr": 1e-2}}),
+    "full_beta": ({"beta": 0.1}, {}),
+    "judged": ({"reward": {"name": "model", "path": "judge"}}, {}),
     "again": ({"updates": 2, "loss": "gspo"}, {}),
 }
 
@@ -354,7 +407,11 @@ def test_a_run_is_rewarded_and_goes_on_with_the_same_bits(name, workplace):
     found = metrics(workplace / "runs" / name)
     rewards = [record["reward"] for record in found if "reward" in record]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.02
-    assert {"reward_share", "answer_tokens", "equal_groups", "clipped"} <= found[-1].keys()
+    own_name = "reward_model" if name == "judged" else "reward_share"
+    assert {own_name, "answer_tokens", "equal_groups", "clipped"} <= found[-1].keys()
+    if "beta" in objective:  # what training started from says the same before the first step
+        kls = [record["kl"] for record in found if "kl" in record]
+        assert kls[0] == pytest.approx(0, abs=1e-6) and kls[-1] > 1e-3
     for steps in (3, 24):  # with two updates, it stops between them
         printed = llmkit("finetune", config, how, "-o", f"run_dir=runs/{name}-2", "-o", f"train.max_steps={steps}",
                          cwd=workplace).stdout  # fmt: skip
@@ -370,7 +427,7 @@ def test_a_run_is_rewarded_and_goes_on_with_the_same_bits(name, workplace):
 
 def test_a_step_does_not_depend_on_its_micro_batches(workplace):
     found = []
-    for size in (1, 16):
+    for size in (1, 8):
         config = write_run(workplace, f"micro-{size}", {})
         llmkit("finetune", config, "--full", "-o", f"run_dir=runs/micro-{size}", "-o", f"train.micro_batch_size={size}",
                "-o", "train.max_steps=2", cwd=workplace)  # fmt: skip
@@ -383,9 +440,11 @@ def test_a_step_does_not_depend_on_its_micro_batches(workplace):
     [
         ("objective.max_new_tokens=40", "leaves no room"),
         ("objective.reward=none.py:f", "no such Python file"),
-        ("objective.beta=0.1", "needs an adapter"),
+        ("objective.reward={name: model, path: base}", "has no head that gives a number"),
+        ("objective.reward=model", "needs a path"),
         ("train.compile=true", "differ in length"),
         ("objective.group_size=1", "group_size"),
+        ("objective.answers_per_row=9", "is over objective.group_size"),
         ("objective.name=dpo", "grpo"),
         ("objective.reward={name: exact, fild: a}", "fild"),
         ("objective.reward={name: exact, most: 3}", "has no most"),

@@ -441,6 +441,8 @@ RUNS = {
     "lora": ({"name": "dpo"}, {"peft": LORA}),
     "full": ({"name": "dpo", "loss": "ipo"}, {}),
     "kto": ({"name": "kto"}, {"peft": LORA}),
+    "kto_full": ({"name": "kto"}, {}),
+    "reward": ({"name": "reward"}, {}),
     "without_reference": ({"name": "dpo", "loss": "simpo", "beta": 2.0}, {}),
 }
 
@@ -458,7 +460,8 @@ def test_a_run_learns_the_preference_and_goes_on_with_the_same_bits(name, workpl
     run, found = workplace / "runs" / name, metrics(workplace / "runs" / name)
     evaluated = [record for record in found if "val_loss" in record]
     assert evaluated[-1]["val_loss"] < evaluated[0]["val_loss"] and evaluated[-1]["val_accuracy"] > 0.9
-    if name != "without_reference":  # nothing is preferred before the first step
+    if name not in ("without_reference", "reward"):  # nothing is preferred before the first step
+        assert evaluated[0]["val_kl"] == pytest.approx(0, abs=1e-4)
         assert evaluated[0]["val_margin"] == pytest.approx(0, abs=1e-4)
         assert ("computing what" in printed) == (name == "full")
     options = ["--lora" if "peft" in sections else "--full", "-o", f"run_dir=runs/{name}-again"]
@@ -469,14 +472,16 @@ def test_a_run_learns_the_preference_and_goes_on_with_the_same_bits(name, workpl
     assert all(torch.equal(once[key], twice[key]) for key in once)
 
 
-def test_a_step_does_not_depend_on_its_micro_batches(workplace):
-    config = write_run(workplace, "micro", {"name": "dpo"}, peft=LORA | {"dropout": 0.0})
+@pytest.mark.parametrize("objective", ["dpo", "kto", "reward"])
+def test_a_step_does_not_depend_on_its_micro_batches(objective, workplace):
+    name = f"micro-{objective}"
+    config = write_run(workplace, name, {"name": objective}, peft=LORA | {"dropout": 0.0})
     for size in (1, 4):
-        llmkit("finetune", config, "--lora", "-o", f"run_dir=runs/micro-{size}", "-o", f"train.micro_batch_size={size}",
-               cwd=workplace)  # fmt: skip
-    one, four = (trained(workplace / f"runs/micro-{size}", 6) for size in (1, 4))
+        llmkit("finetune", config, "--lora", "-o", f"run_dir=runs/{name}-{size}",
+               "-o", f"train.micro_batch_size={size}", cwd=workplace)  # fmt: skip
+    one, four = (trained(workplace / f"runs/{name}-{size}", 6) for size in (1, 4))
     assert max((one[key] - four[key]).abs().max() for key in one) < 1e-4
-    found = [metrics(workplace / f"runs/micro-{size}") for size in (1, 4)]
+    found = [metrics(workplace / f"runs/{name}-{size}") for size in (1, 4)]
     losses = [[record["loss"] for record in one if "loss" in record] for one in found]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
 

@@ -1,14 +1,7 @@
 """Read the rows of encoded preferences, which `records.build.encode_turns` writes, as batches.
 
-A preference is a tree: a prompt, which is read once, and a branch for the better and the worse answer.
-
-    prompt but its last token | last token, better answer | last token, worse answer      what the model reads
-    positions                 | go on                     | go on from the same one
-    branches  0 0 0 0 0 0 0 0 | 1 1 1 1 1 1 1 1 1 1 1 1 1 | 2 2 2 2 2 2 2 2 2 2 2 2
-    labels    none            | better answer             | worse answer
-
-A token sees the prompt and its own branch. Several trees share a row, each with a segment of its own. Beside the files
-of `data/rows.py` there are
+A preference is a tree, see `data/trees.py`: a prompt, and a branch for the better and the worse answer. Several trees
+share a row. Beside the files of `data/rows.py` there are
 
     SPLIT-trees.npy      (N, 6) of every tree, row after row: place and length of its prompt, its better and its worse
                          answer in examples.bin; of a verdict about one answer, the other one has the length 0
@@ -25,8 +18,9 @@ import numpy as np
 
 from llmkit.data.batches import Batches
 from llmkit.data.labelled import pad_batch
-from llmkit.data.rows import open_encoded, token_ids
-from llmkit.types import IGNORE_INDEX, Batch
+from llmkit.data.rows import open_encoded
+from llmkit.data.trees import empty_rows, place_tree
+from llmkit.types import Batch
 
 PROMPT_AT, PROMPT, BETTER_AT, BETTER, WORSE_AT, WORSE = range(6)  # columns of an array of trees
 
@@ -65,37 +59,25 @@ def open_trees(folder: Path, split: str, global_batch_size: int, **order: Any) -
     reference = np.load(kept, mmap_mode="r", allow_pickle=False) if kept.is_file() else None
 
     def rows(indices: list[int]) -> Batch:
-        shape = (len(indices), width)
-        ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
-        positions, branches = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        segments, answers = np.full(shape, -1, np.int64), np.full(shape, -1, np.int64)
-        known = np.full((len(indices), slots), np.nan, np.float32)
+        batch = empty_rows(len(indices), width, pad_id)
+        batch.reference = np.full((len(indices), slots), np.nan, np.float32)
         for row, index in enumerate(indices):
             first, at, segment = int(row_ends[index - 1]) if index else 0, 0, 0
             chosen = trees[first : row_ends[index]]
             if reference is not None:
-                known[row, : 2 * len(chosen)] = reference[first : row_ends[index]].ravel()
+                batch.reference[row, : 2 * len(chosen)] = reference[first : row_ends[index]].ravel()
             for number, tree in enumerate(chosen.tolist()):
                 prompt = tokens[tree[PROMPT_AT] : tree[PROMPT_AT] + tree[PROMPT]]
-                before = 0 if apart else max(0, len(prompt) - 1)  # tokens that both answers continue
-                cells = slice(at, at + before)
-                ids[row, cells], positions[row, cells] = token_ids(prompt[:before]), np.arange(before)
-                segments[row, cells], at = segment, at + before
-                for side, (place, length) in enumerate(((BETTER_AT, BETTER), (WORSE_AT, WORSE))):
-                    if not tree[length]:
-                        continue
-                    answer = tokens[tree[place] : tree[place] + tree[length]]
-                    coded = np.concatenate([prompt[before:], answer])
-                    cells = slice(at, at + len(coded) - 1)
-                    ids[row, cells], positions[row, cells] = token_ids(coded[:-1]), before + np.arange(len(coded) - 1)
-                    labels[row, cells] = np.where(coded[1:] >= 0, coded[1:], IGNORE_INDEX)
-                    answers[row, cells] = np.where(coded[1:] >= 0, 2 * number + side, -1)
-                    segments[row, cells], branches[row, cells] = segment, 0 if apart else 1 + side
-                    at, segment = at + len(coded) - 1, segment + apart
-                segment += not apart
-        trunk = {} if apart else {"branches": branches}
-        pairs = answers.max(1) // 2 + 1
-        return Batch(ids, labels, positions, segments, answers=answers, reference=known, counts=pairs, **trunk)
+                answers = {
+                    2 * number + side: tokens[tree[place] : tree[place] + tree[length]]
+                    for side, (place, length) in enumerate(((BETTER_AT, BETTER), (WORSE_AT, WORSE)))
+                    if tree[length]
+                }
+                at, segment = place_tree(batch, row, at, segment, prompt, answers, apart=apart)
+        batch.counts = batch.answers.max(1) // 2 + 1
+        if apart:
+            batch.branches = None
+        return batch
 
     return Batches(len(row_ends), rows, global_batch_size, **order)
 

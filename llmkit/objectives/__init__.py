@@ -15,7 +15,7 @@ OBJECTIVES: dict[str, ObjectiveType] = {
     "dpo": ObjectiveType(preference.dpo, PREFERENCES),
     "kto": ObjectiveType(kto.kto, PREFERENCES),
     "reward": ObjectiveType(reward.reward, PREFERENCES),
-    "grpo": ObjectiveType(grpo.grpo, (("causal", "prompts"),)),
+    "grpo": ObjectiveType(grpo.grpo, (("causal", "prompts"),), grpo.row_lengths, grpo.rows_of_group),
     "seq2seq": ObjectiveType(lm.seq2seq, (("seq2seq", "sft"),), lambda seq_len: (seq_len, seq_len)),
 }
 HEADS = tuple(name for name, one in OBJECTIVES.items() if one.fits == LABELLED)  # that predict labels

@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from llmkit.data.labelled import pad_batch
 from llmkit.generation.answers import write_tokens
 from llmkit.generation.sampling import Sampling
-from llmkit.models.folder import load_model
 from llmkit.models.layers import token_tables
 from llmkit.models.loss import rows_in_chunk
 from llmkit.objectives.lm import perplexity
 from llmkit.objectives.objective import Objective, Step
+from llmkit.objectives.others import frozen_model
 from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
 
@@ -146,16 +146,10 @@ def distill(
     on_policy       share of the steps whose answers the student writes itself, at temperature 1
     max_new_tokens  of such an answer
     """
-    loaded: dict[torch.device, nn.Module] = {}
-
-    def load(device: torch.device) -> nn.Module:
-        if device not in loaded:
-            dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-            loaded[device] = load_model(Path(teacher), device=device, dtype=dtype).eval().requires_grad_(False)
-        return loaded[device]
-
     options = {"share": on_policy, "max_new_tokens": max_new_tokens, "temperature": 1.0}
     prepare = partial(answer_prompts, tokenizer=tokenizer, **options) if on_policy else None
     return Objective(
-        partial(sum_of_losses, teacher=load, loss=loss, temperature=temperature), perplexity, prepare=prepare
+        partial(sum_of_losses, teacher=frozen_model(Path(teacher)), loss=loss, temperature=temperature),
+        perplexity,
+        prepare=prepare,
     )

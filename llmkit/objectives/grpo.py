@@ -5,6 +5,7 @@ above their group's average likelier (Shao et al. 2024, DeepSeekMath, arXiv:2402
 """
 
 import json
+import math
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor, nn
 
-from llmkit.data.labelled import pad_batch
+from llmkit.data.trees import rows_of_trees
 from llmkit.errors import DataError, UserError
 from llmkit.files import write_atomically
 from llmkit.generation.answers import write_tokens
@@ -25,10 +26,10 @@ from llmkit.generation.sampling import Sampling
 from llmkit.models.layers import token_tables
 from llmkit.models.loss import linear_cross_entropy
 from llmkit.objectives.objective import Objective, Step
-from llmkit.objectives.rewards import Reward, RewardConfig, load_rewards
+from llmkit.objectives.others import reference_of
+from llmkit.objectives.rewards import Reward, RewardConfig, Written, load_rewards
 from llmkit.parallel.device import to_device
 from llmkit.parallel.world import World
-from llmkit.peft import disabled
 from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
 
@@ -44,6 +45,7 @@ CLIPS = {  # the papers' epsilons, below and above 1
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
 ROWS_PER_ROW = 4  # answers that are written together for each row of a micro-batch: no activations are kept
+ROW_TOKENS = 1024  # of a row of answers, up to which a longer row costs next to nothing
 EPSILON = 1e-4  # beside the deviation of a group's rewards, as in trl
 
 
@@ -60,28 +62,28 @@ def group_advantages(rewards: np.ndarray, scaled: bool) -> np.ndarray:
     return apart / (rewards.std(1, ddof=1, keepdims=True) + EPSILON) if scaled else apart
 
 
+def prompt_ids(batch: Batch) -> list[list[int]]:
+    """Return the tokens of the prompts of a batch."""
+    return [ids[:n].tolist() for ids, n in zip(batch.input_ids, batch.lengths, strict=True)]
+
+
 def add_rewards(
-    rewards: dict[str, tuple[float, Reward]], tokenizer: Tokenizer, batch: Batch, answers: list[list[int]], size: int
+    rewards: dict[str, tuple[float, Reward]],
+    tokenizer: Tokenizer,
+    batch: Batch,
+    answers: list[list[int]],
+    size: int,
+    device: torch.device,
 ) -> dict[str, np.ndarray]:
     """Return the rewards (answers,) of `size` answers to each prompt: `reward`, their weighted sum, and reward_NAME."""
-    prompts = [tokenizer.decode(ids[:n].tolist()) for ids, n in zip(batch.input_ids, batch.lengths, strict=True)]
+    ids, records = ([one for one in each for _ in range(size)] for each in (prompt_ids(batch), batch.records))
+    prompts = [text for text in map(tokenizer.decode, prompt_ids(batch)) for _ in range(size)]
     texts = [tokenizer.decode([i for i in answer if i not in tokenizer.stop_ids]) for answer in answers]
-    asked, records = ([one for one in each for _ in range(size)] for each in (prompts, batch.records))
-    found = {name: np.array(reward(asked, texts, records)) for name, (_, reward) in rewards.items()}
+    tokens = [[*prompt, *answer] for prompt, answer in zip(ids, answers, strict=True)]
+    written = Written(prompts, texts, records, tokens, device)
+    found = {name: np.array(reward(written)) for name, (_, reward) in rewards.items()}
     total = sum(weight * found[name] for name, (weight, _) in rewards.items())
     return {"reward": total} | {f"reward_{name}": values for name, values in found.items()}
-
-
-def answered(batch: Batch, answers: list[list[int]], size: int, pad_id: int) -> Batch:
-    """Return rows of prompts with their answers, whose tokens are targets."""
-    prompts = [ids[:n] for ids, n in zip(batch.input_ids, batch.lengths, strict=True) for _ in range(size)]
-    rows = [np.concatenate([prompt, answer]) for prompt, answer in zip(prompts, answers, strict=True)]
-    most = max(map(len, rows))
-    full = pad_batch([one[:-1] for one in rows], np.zeros(len(rows)), pad_id, types=False, most=most)
-    labels = np.full(full.input_ids.shape, IGNORE_INDEX, np.int64)
-    for row, prompt, answer in zip(labels, prompts, answers, strict=True):
-        row[len(prompt) - 1 : len(prompt) - 1 + len(answer)] = answer
-    return Batch(full.input_ids, labels)
 
 
 def log_probs(model: nn.Module, batch: dict[str, Tensor], temperature: float = 1.0) -> Tensor:
@@ -89,8 +91,22 @@ def log_probs(model: nn.Module, batch: dict[str, Tensor], temperature: float = 1
 
     Logits are products with the hidden states, which are divided in their place.
     """
-    hidden, weight = model.encode(batch["input_ids"]) / temperature, token_tables(model)[-1].rows()
+    inputs = {name: batch[name] for name in ("input_ids", "positions", "segments", "branches") if name in batch}
+    hidden, weight = model.encode(**inputs) / temperature, token_tables(model)[-1].rows()
     return -linear_cross_entropy(hidden, weight, batch["labels"], "none", chunk_loss=model.chunk_loss)
+
+
+def parts_of(number: int, group_size: int, most: int) -> list[slice]:
+    """Return the answers of each row: parts of groups, of at most so many answers.
+
+    >>> parts_of(6, 3, 2)
+    [slice(0, 2, None), slice(2, 3, None), slice(3, 5, None), slice(5, 6, None)]
+    """
+    return [
+        slice(at, min(at + most, first + group_size))
+        for first in range(0, number, group_size)
+        for at in range(first, first + group_size, most)
+    ]
 
 
 def write_batch(
@@ -106,6 +122,7 @@ def write_batch(
     sampling: Sampling,
     scaled: bool,
     updates: int,
+    answers_per_row: int,
 ) -> tuple[Batch, dict[str, float]]:
     """Return the answers to a batch of prompts as rows to train on, and figures about them.
 
@@ -116,15 +133,20 @@ def write_batch(
     path = step.folder / f"answers/step-{first:06d}-{ranks}.safetensors" if step.folder else None
     if path and first < step.number:
         return read_answers(path)
-    prompts = [ids[:n].tolist() for ids, n in zip(batch.input_ids, batch.lengths, strict=True)]
-    prompts = [prompt for prompt in prompts for _ in range(group_size)]
+    prompts = [prompt for prompt in prompt_ids(batch) for _ in range(group_size)]
     written = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": frozenset(tokenizer.stop_ids)}
-    answers = write_tokens(model, prompts, seed=step.seed, rows=ROWS_PER_ROW * step.micro_batch_size, **written)
-    found = add_rewards(rewards, tokenizer, batch, answers, group_size)
+    together = ROWS_PER_ROW * step.micro_batch_size * answers_per_row
+    answers = write_tokens(model, prompts, seed=step.seed, rows=together, **written)
+    found = add_rewards(rewards, tokenizer, batch, answers, group_size, step.world.device)
     grouped = found["reward"].reshape(-1, group_size)
-    rows, lengths = answered(batch, answers, group_size, tokenizer.eos_id), np.array([len(one) for one in answers])
-    rows.advantages = group_advantages(grouped, scaled).ravel().astype(np.float32)
-    rows.counts = lengths if loss in BY_TOKENS else np.full(len(answers), 1 if loss in BY_ROWS else max_new_tokens)
+    lengths, parts = np.array([len(one) for one in answers]), parts_of(len(answers), group_size, answers_per_row)
+    rows = rows_of_trees([(prompts[part.start], answers[part]) for part in parts], tokenizer.eos_id)
+    each = lengths if loss in BY_TOKENS else np.full(len(answers), 1 if loss in BY_ROWS else max_new_tokens)
+    rows.counts = np.array([each[part].sum() for part in parts])
+    advantages = group_advantages(grouped, scaled).ravel()
+    rows.advantages = np.zeros((len(parts), answers_per_row), np.float32)
+    for row, part in zip(rows.advantages, parts, strict=True):
+        row[: part.stop - part.start] = advantages[part]
     figures = {name: float(values.mean()) for name, values in found.items()}
     figures |= {
         "reward_deviation": float(grouped.std(1).mean()),
@@ -177,7 +199,9 @@ def sum_of_losses(
     beta: float,
     temperature: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the sum of losses of answers, and sums of metrics: over the targets, each as its row counts.
+    """Return the sum of losses of answers, and sums of metrics: over the targets, each as its answer counts.
+
+    batch  rows of one prompt with `answers` to it, whose `advantages` are (B, A)
 
     ratio        of the probability of a token now and when it was written, of gspo of the answer's tokens on average
     grpo         clipped ratio * advantage (Schulman et al. 2017, PPO, arXiv:1707.06347), averaged over each answer
@@ -187,13 +211,13 @@ def sum_of_losses(
                  MiniMax-M1, arXiv:2506.13585)
     gspo         the clipped ratio of whole answers (Zheng et al. 2025, arXiv:2507.18071)
     """
-    ours = log_probs(model, batch, temperature)
-    is_target = batch["labels"] != IGNORE_INDEX
-    lengths = is_target.sum(1, keepdim=True)
+    ours, number = log_probs(model, batch, temperature), batch["advantages"].shape[1]
+    is_target, place = batch["labels"] != IGNORE_INDEX, batch["answers"].clamp(min=0)
     old = batch["old"] if "old" in batch else ours.detach()
-    advantages, ratio = batch["advantages"][:, None], (ours - old)
+    advantages, ratio = batch["advantages"].gather(1, place), ours - old
+    lengths = sums_of_answers(is_target.float(), place, number).clamp(min=1)
     if loss == "gspo":  # the gradient goes through the average
-        ratio = (ratio * is_target).sum(1, keepdim=True) / lengths
+        ratio = sums_of_answers(ratio * is_target, place, number) / lengths
     ratio = ratio.exp()
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
     if loss == "cispo":
@@ -206,14 +230,22 @@ def sum_of_losses(
     if beta:
         kl = k3(ours, reference_log_probs(model, batch, temperature))
         losses = losses + beta * kl * ratio  # whose gradient is then that of the KL (DeepSeek 2025, arXiv:2512.02556)
-    losses = losses.expand(is_target.shape)
     per_answer = is_target / lengths if loss in BY_ROWS else is_target.float()
     # Metrics are averages over the tokens of an answer, summed with what the answer counts.
-    share = is_target * batch["counts"][:, None] / lengths
+    each = batch["counts"] / (batch["answers"].amax(1) + 1)  # of an answer in the row, if all count alike
+    share = per_answer if loss in (*BY_TOKENS, *BY_ROWS) else is_target / lengths * each[:, None]
     metrics = {"clipped": (is_clipped * share).sum(), "entropy_estimate": -(ours.detach() * share).sum()}
     if beta:
         metrics["kl"] = (kl.detach() * share).sum()
     return (losses * per_answer).sum(), metrics
+
+
+def sums_of_answers(values: Tensor, place: Tensor, number: int) -> Tensor:
+    """Return for each token (B, T) the sum over its answer, number `place` of those in its row, of values that are 0
+    for all but targets.
+    """
+    sums = values.new_zeros(len(values), number).scatter_add(1, place, values)
+    return sums.gather(1, place)
 
 
 def k3(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -223,13 +255,9 @@ def k3(ours: Tensor, theirs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reference_log_probs(model: nn.Module, batch: dict[str, Tensor], temperature: float) -> Tensor:
-    """Return the log-probabilities (B, T) of the targets under the model without its adapter."""
-    training = model.training
-    model.eval()
-    with disabled(model):
-        found = log_probs(model, batch, temperature)
-    model.train(training)
-    return found
+    """Return the log-probabilities (B, T) of the targets under the model that training started from."""
+    with reference_of(model) as reference:
+        return log_probs(reference, batch, temperature)
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
@@ -254,15 +282,14 @@ def evaluate(
     """
     rows = [np.empty((0, len(rewards) + 2))]
     for batch in batches:
-        prompts = [ids[:n].tolist() for ids, n in zip(batch.input_ids, batch.lengths, strict=True)]
         answers = write_tokens(
             model,
-            prompts,
+            prompt_ids(batch),
             max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature=0.0),
             stop=frozenset(tokenizer.stop_ids),
         )
-        found = add_rewards(rewards, tokenizer, batch, answers, 1)
+        found = add_rewards(rewards, tokenizer, batch, answers, 1, device)
         lengths = np.array([len(answer) for answer in answers])
         rows.append(np.stack([*found.values(), lengths], axis=1))
     means = (world.concatenate if world else np.asarray)(np.concatenate(rows))
@@ -289,22 +316,25 @@ def grpo(
     epsilon_high: Fraction | None = None,
     beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
     updates: Annotated[int, Field(ge=1, le=1000)] = 1,
+    answers_per_row: Annotated[int, Field(ge=1, le=4096)] | None = None,
 ) -> Objective:
     """Make answers likelier that a reward finds better than others to the same prompt.
 
     reward          one or several: ready ones (exact, number, regex, format, length) or my_rewards.py:function, by
-                    name, or with options: {name: exact, field: answer, weight: 1.0}
+                    name, or with options: {name: exact, field: answer, weight: 1.0}; or a reward model with the same
+                    tokens: {name: model, path: runs/reward}
     loss            see `sum_of_losses`
     group_size      answers to each prompt
     max_new_tokens  of an answer
     temperature     of the probabilities that answers are drawn from, and that the loss is about
     epsilon, epsilon_high  how far the ratio may fall and rise before it is clipped; null: see CLIPS. The ratio of a
                     first update is 1
-    beta            weight of the distance from the model without its adapter
+    beta            weight of the distance from the model that training started from, see `reference_of`
     updates         steps that learn from the same answers
+    answers_per_row  answers that share a row of training, so that their prompt is read once; null: as many as fit into
+                    twice data.seq_len, or 1024 tokens. 1 for models with sliding windows
     """
-    configs = [RewardConfig(name=one) if isinstance(one, str) else as_config(one) for one in as_list(reward)]
-    rewards = load_rewards(configs)
+    rewards = load_rewards(as_configs(reward))
     if not rewards:
         raise UserError("objective.reward names no reward", fix="reward: exact, or my_rewards.py:function")
     if loss == "cispo" and epsilon is not None:
@@ -320,6 +350,7 @@ def grpo(
         sampling=Sampling(temperature=temperature, top_k=None),
         scaled=loss != "dr_grpo",
         updates=updates,
+        answers_per_row=answers_per_row or 1,
     )
     return Objective(
         partial(sum_of_losses, **clips, beta=beta, temperature=temperature),
@@ -330,11 +361,29 @@ def grpo(
     )
 
 
-def as_list(value: Any) -> list[Any]:
-    """Return a list as it is, and anything else as a list of it."""
-    return value if isinstance(value, list) else [value]
+def row_lengths(seq_len: int, *, max_new_tokens: int, answers_per_row: int, **_: Any) -> tuple[int, int]:
+    """Return the tokens of a row of training at the most; see `ObjectiveType.lengths`."""
+    return seq_len + (answers_per_row - 1) * max_new_tokens, 0
 
 
-def as_config(value: Any) -> RewardConfig:
-    """Return a reward that options were checked for, and dumped again."""
-    return value if isinstance(value, RewardConfig) else RewardConfig(**value)
+def rows_of_group(*, group_size: int, answers_per_row: int, **_: Any) -> int:
+    """Return the rows of training that the answers to a prompt take."""
+    return math.ceil(group_size / answers_per_row)
+
+
+def choose_answers_per_row(seq_len: int, group_size: int, max_new_tokens: int) -> int:
+    """Return how many answers share a row if the config leaves it open: rows of a group are alike.
+
+    >>> choose_answers_per_row(1024, 8, 256), choose_answers_per_row(512, 4, 500)
+    (4, 2)
+    """
+    room = max(ROW_TOKENS, 2 * seq_len) - seq_len
+    most = min(group_size, 1 + room // max_new_tokens)
+    return math.ceil(group_size / math.ceil(group_size / most))
+
+
+def as_configs(reward: Any) -> list[RewardConfig]:
+    """Return the rewards that the option names, which may have been checked and dumped before."""
+    given = reward if isinstance(reward, list) else [reward]
+    dumped = [{"name": one} if isinstance(one, str) else one for one in given]
+    return [one if isinstance(one, RewardConfig) else RewardConfig(**one) for one in dumped]

@@ -1,8 +1,8 @@
 """Learn from single answers that are good or bad: KTO (Ethayarajh et al. 2024, arXiv:2402.01306).
 
 Rows are trees with one answer each, see `data/preferences.py`. A reward is beta times the log of an answer's
-probability over that under the model without its adapter. Losses compare it with a baseline: an estimate of the KL
-between the two models, from the prompts of a step with answers to other prompts.
+probability over that under the model that training started from. Losses compare it with a baseline: an estimate of the
+KL between the two models, from the prompts of a step with answers to other prompts.
 """
 
 from collections.abc import Iterable
@@ -179,7 +179,7 @@ def kto(
 ) -> Objective:
     """Make good answers likelier and bad ones less likely, from verdicts about single answers, or pairs taken apart.
 
-    beta  how much a change against the model without its adapter counts
+    beta  how much a change against the model that training started from counts
     desirable_weight, undesirable_weight  of good and bad answers: where one kind is rarer, its weight times its number
                                           should be 1 to 4/3 of the other's (the paper's section 4.2)
     """

@@ -58,8 +58,10 @@ class ObjectiveType:
     build    (tokenizer, seed, the decoder's first token or None, **options) -> Objective
     fits     pairs of a model's kind and a data.kind
     lengths  (seq_len, **options) -> tokens of a row that are read, and that a decoder beside an encoder writes
+    rows     (**options) -> rows that are trained on for each row of the data
     """
 
     build: Callable[..., Objective]
     fits: tuple[tuple[str, str], ...]
     lengths: Callable[..., tuple[int, int]] = lambda seq_len, **options: (seq_len, 0)
+    rows: Callable[..., int] = lambda **options: 1

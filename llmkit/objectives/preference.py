@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from llmkit.errors import UserError
 from llmkit.models import family_of
 from llmkit.objectives.objective import Objective
+from llmkit.objectives.others import reference_of
 from llmkit.parallel.device import to_device
 from llmkit.parallel.world import World
-from llmkit.peft import disabled, is_adapted
 from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.types import Batch
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
 Margin = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-FIGURES = (  # of `measure_pairs`, in the order of its columns
-    *("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob"),
+FIGURES = (  # of `measure_pairs`, in the order of its columns; a loss without a reference has no kl
+    *("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob", "kl"),
 )
 
 
@@ -52,19 +52,12 @@ def answer_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor
 
 @torch.no_grad()
 def reference_log_probs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return the log-probabilities (B, A) of the answers under the model that training starts from.
+    """Return the log-probabilities (B, A) of the answers under the model that training started from.
 
-    With a new adapter it is the same model without it. Otherwise they were computed before the first step, and are in
-    the batch.
+    They are in the batch where they were computed before the first step.
     """
-    if not is_adapted(model) or getattr(model, "began_adapted", False):
-        return batch["reference"]
-    training = model.training
-    model.eval()
-    with disabled(model):
-        found, _, _ = answer_log_probs(model, batch)
-    model.train(training)
-    return found
+    with reference_of(model) as reference:
+        return batch["reference"] if reference is None else answer_log_probs(reference, batch)[0]
 
 
 # ---- losses: of (ours, reference, tokens), each (pairs, 2), the better answer first --------------------------------
@@ -132,8 +125,11 @@ def measure_pairs(
     gamma: float,
     length_normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor | float]:
-    """Return the FIGURES (P, 7) of the pairs that rows have place for, which of them are there (P,), and the model's
-    auxiliary loss for a pair.
+    """Return the FIGURES (P, 8 or 7) of the pairs that rows have place for, which of them are there (P,), and the
+    model's auxiliary loss for a pair.
+
+    kl is the log-ratio of an answer's probabilities, averaged over both answers. That estimates the distance from the
+    reference with the data's answers, not with the model's own, so that it is negative where both become less likely.
     """
     ours, tokens, added = answer_log_probs(model, batch)
     theirs = torch.zeros_like(ours) if loss in WITHOUT_REFERENCE else reference_log_probs(model, batch)
@@ -143,15 +139,21 @@ def measure_pairs(
     rewards = beta * (ratios / tokens if length_normalize or loss in PER_TOKEN else ratios)
     losses = LOSSES[loss](rewards, beta=beta, label_smoothing=label_smoothing, gamma=gamma)
     margin = rewards[:, 0] - rewards[:, 1]
-    figures = torch.stack([losses, (margin > 0).float(), margin, *rewards.T, *ours.T], dim=1)
-    return figures, is_pair, added
+    columns = [losses, (margin > 0).float(), margin, *rewards.T, *ours.T, ratios.mean(1)]
+    return torch.stack(columns[: len(figures_of(loss))], dim=1), is_pair, added
+
+
+def figures_of(loss: Loss) -> tuple[str, ...]:
+    """Return the FIGURES of a loss."""
+    return FIGURES[:-1] if loss in WITHOUT_REFERENCE else FIGURES
 
 
 def sum_of_losses(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the sum of losses over the pairs of a batch, and sums of the other FIGURES."""
     figures, is_pair, added = measure_pairs(model, batch, **options)
     sums, added = torch.where(is_pair[:, None], figures, 0.0).sum(0), is_pair.sum() * added
-    return sums[0] + added, dict(zip(FIGURES[1:], sums[1:].detach(), strict=True)) | {"added": added.detach()}
+    names = figures_of(options["loss"])[1:]
+    return sums[0] + added, dict(zip(names, sums[1:].detach(), strict=True)) | {"added": added.detach()}
 
 
 @torch.no_grad()
@@ -173,17 +175,16 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    rows = [np.empty((0, len(FIGURES)))]
+    names = figures_of(options["loss"])
+    rows = [np.empty((0, len(names)))]
     for batch in batches:
         for micro in batch.split(micro_batch_size):
             figures, is_pair, _ = measure_pairs(model, to_device(micro, device), **options)
             rows.append(figures[is_pair].double().cpu().numpy())
     model.train(training)
     found = (world.concatenate if world else np.asarray)(np.concatenate(rows))
-    means = found.mean(0) if len(found) else np.full(len(FIGURES), np.nan)
-    return {f"val_{name}": float(mean) for name, mean in zip(FIGURES, means, strict=True)} | {
-        "val_examples": len(found)
-    }
+    means = found.mean(0) if len(found) else np.full(len(names), np.nan)
+    return {f"val_{name}": float(mean) for name, mean in zip(names, means, strict=True)} | {"val_examples": len(found)}
 
 
 # ---- objectives: see `ObjectiveType.build` ---------------------------------------------------------------------------
@@ -216,4 +217,6 @@ def dpo(
     options["length_normalize"] = length_normalize
     needs = loss not in WITHOUT_REFERENCE
     steps, measured = partial(sum_of_losses, **options), partial(evaluate, **options)
-    return Objective(steps, measured, needs_reference=needs, scores=tuple(f"val_{name}" for name in FIGURES[1:]))
+    return Objective(
+        steps, measured, needs_reference=needs, scores=tuple(f"val_{name}" for name in figures_of(loss)[1:])
+    )

@@ -1,38 +1,59 @@
-"""Reward the answers that a model writes: by the user's own functions, or by ready ones."""
+"""Reward the answers that a model writes: by the user's own functions, by ready ones, or by a reward model."""
 
 import inspect
 import math
 import re
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import torch
 from pydantic import Field
 
 from llmkit.config.fields import NonBlank, Section
+from llmkit.data.labelled import pad_batch
 from llmkit.errors import UserError
+from llmkit.objectives.others import frozen_model
+from llmkit.parallel.device import to_device
 from llmkit.user_code import load_named
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 SHOWN = 200  # characters of an answer in an error
+JUDGED = 16  # answers that a reward model reads together
 
 
 class RewardConfig(Section):
     """Name a reward."""
 
     name: NonBlank
-    """exact, number, regex, format or length; or a function of your own, as my_rewards.py:function."""
+    """exact, number, regex, format, length or model; or a function of your own, as my_rewards.py:function."""
     field: str = "answer"
     """Name the field of the record with the right answer, for exact, number and regex."""
     pattern: str | None = None
     """Give the expression whose first group must be the right answer (regex), or that matches the answer (format)."""
     most: Annotated[int, Field(ge=1)] = 200
     """Give the whole reward of length up to so many characters; it falls to 0 at twice as many."""
+    path: str | None = None
+    """Name the reward model (model): a run with objective reward, or a folder with a head that gives a number."""
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """Multiply this reward in the sum."""
 
 
-Reward = Callable[[list[str], list[str], list[dict[str, Any]]], list[float]]  # (prompts, answers, records) -> rewards
+@dataclass(frozen=True)
+class Written:
+    """Hold the answers of a batch: for each its prompt, its text, the record of its prompt, and the tokens of both."""
+
+    prompts: list[str]
+    answers: list[str]
+    records: list[dict[str, Any]]
+    tokens: list[list[int]]
+    device: torch.device  # where a model may read them
+
+
+Reward = Callable[[Written], list[float]]
 
 
 # ---- ready ones: of an answer and its record ------------------------------------------------------------------------
@@ -104,17 +125,19 @@ def load_rewards(configs: Sequence[RewardConfig]) -> dict[str, tuple[float, Rewa
         name = name if name not in found else f"{name}-{len(found)}"
         if one.name in READY:
             found[name] = (one.weight, with_ready(one))
+        elif one.name == "model":
+            found[name] = (one.weight, with_model(Path(one.path)))
         elif ":" in one.name:
             found[name] = (one.weight, with_function(load_named(one.name, "objective.reward"), one.name))
         else:
-            expected = f"{', '.join(READY)}, or my_rewards.py:function"
+            expected = f"{', '.join(READY)}, model, or my_rewards.py:function"
             raise UserError("there is no such reward", at="objective.reward", got=one.name, expected=expected)
     return found
 
 
 def check_options(one: RewardConfig) -> None:
     """Raise UserError for an option that a reward does not have, or lacks."""
-    taken = TAKEN.get(one.name, ())
+    taken = ("path",) if one.name == "model" else TAKEN.get(one.name, ())
     fields = {key: field.default for key, field in RewardConfig.model_fields.items() if key not in ("name", "weight")}
     given = [key for key, default in fields.items() if key not in taken and getattr(one, key) != default]
     if given:
@@ -122,13 +145,33 @@ def check_options(one: RewardConfig) -> None:
         raise UserError(f"reward {one.name} has no {given[0]}", at="objective.reward", expected=expected)
     if "pattern" in taken and one.pattern is None:
         raise UserError(f"reward {one.name} needs a pattern", at="objective.reward", fix=r"pattern: '<a>(.*?)</a>'")
+    if "path" in taken and one.path is None:
+        raise UserError("reward model needs a path", at="objective.reward", fix="path: runs/reward")
 
 
 def with_ready(one: RewardConfig) -> Reward:
     """Return a ready reward for lists of answers."""
 
-    def reward(prompts: list[str], answers: list[str], records: list[dict[str, Any]]) -> list[float]:
-        return [READY[one.name](answer, record, one) for answer, record in zip(answers, records, strict=True)]
+    def reward(written: Written) -> list[float]:
+        pairs = zip(written.answers, written.records, strict=True)
+        return [READY[one.name](answer, record, one) for answer, record in pairs]
+
+    return reward
+
+
+def with_model(folder: Path) -> Reward:
+    """Return a reward model of a folder as a reward. Of tokens that are too many for it, it reads the last ones."""
+    load = frozen_model(folder)
+
+    @torch.no_grad()
+    def reward(written: Written) -> list[float]:
+        model, found = load(written.device), []
+        most = model.config.max_position_embeddings
+        for first in range(0, len(written.tokens), JUDGED):
+            rows = [np.array(tokens[-most:]) for tokens in written.tokens[first : first + JUDGED]]
+            batch = to_device(pad_batch(rows, np.zeros(len(rows)), 0, types=False, most=most), written.device)
+            found += model(batch["input_ids"], lengths=batch["lengths"]).float().flatten().tolist()
+        return found
 
     return reward
 
@@ -141,10 +184,11 @@ def with_function(function: Callable, name: str) -> Reward:
     takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters)
     taken = {one.name for one in parameters}
 
-    def reward(prompts: list[str], answers: list[str], records: list[dict[str, Any]]) -> list[float]:
+    def reward(written: Written) -> list[float]:
+        records, answers = written.records, written.answers
         fields = dict.fromkeys(key for record in records for key in record)
         given: dict[str, Any] = {key: [record.get(key) for record in records] for key in fields}
-        given |= {"prompts": prompts, "completions": answers}
+        given |= {"prompts": written.prompts, "completions": answers}
         given = given if takes_all else {key: value for key, value in given.items() if key in taken}
         try:
             found = function(**given)

@@ -48,6 +48,7 @@ class Manifest(TypedDict):
     data_fingerprint: str
     tokenizer_sha256: str
     config_sha256: str
+    reference_sha256: NotRequired[str]  # of the model that the run is compared with, if it has a copy of that
     files: list[FileEntry]
     sha256: NotRequired[str]  # of all other entries; early versions did not write it
 

@@ -2,17 +2,18 @@
 
 import bisect
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from llmkit.config.fields import Choice
 from llmkit.config.schema import Config
 from llmkit.errors import MachineError
-from llmkit.models import family_of
 from llmkit.models.heads import HeadConfig
 from llmkit.objectives import OBJECTIVES
 from llmkit.objectives.heads import make_head
 from llmkit.peft import METHODS
 from llmkit.training.cost import KEPT, Lengths, Plan, make_plan
+from llmkit.training.objective import memory_beside
 
 CPU_MICRO_TOKENS, GPU_MICRO_TOKENS = 8192, 65_536  # more tokens in a forward bring no more speed
 MEMORY_SHARE = 0.85  # of the memory that what is chosen may plan to fill: the rest is for what the plan gets wrong
@@ -31,30 +32,38 @@ def plan_run(
     """
     train, data, head = config.train, config.data, head_of(config, options, model_config.kind)
     is_packed = data.kind in ("sft", "preference") or (data.kind == "corpus" and data.document_mask)
-    return make_plan(
+    plan = make_plan(
         model_config,
         head=head,
         peft=(config.peft.name, options["peft"]) if config.peft else None,
         new_rows=new_rows,
         quantize=(config.quantize.name, options["quantize"]) if config.quantize else None,
         only=train.only,
-        seq_len=data.row_len,
+        seq_len=row_len(config, options),
         lengths=Lengths(*OBJECTIVES[config.objective.name].lengths(data.row_len, **options["objective"])),
         micro_batch_size=train.micro_batch_size,
         precision=precision,
         optimizer=(config.optimizer.name, options["optimizer"]),
         checkpointing=train.gradient_checkpointing,
         compiled=train.compile is True,
-        packed=is_packed and head is None,
+        packed=(is_packed and head is None) or options["objective"].get("answers_per_row", 1) > 1,
         accumulates=rows_in_step(config, options, ranks) > train.micro_batch_size,
         averages=config.checkpoint.average == "tail",
         device=device,
     )
+    return replace(plan, memory=plan.memory | memory_beside(config, options, precision, plan.memory))
 
 
 def rows_in_step(config: Config, options: Options, ranks: int) -> int:
-    """Return the rows that a rank trains on in a step: those of the batch, or answers to its prompts."""
-    return config.train.global_batch_size // ranks * options["objective"].get("group_size", 1)
+    """Return the rows that a rank trains on in a step: those of the batch, or of answers to its prompts."""
+    return config.train.global_batch_size // ranks * OBJECTIVES[config.objective.name].rows(**options["objective"])
+
+
+def row_len(config: Config, options: Options) -> int:
+    """Return the tokens of a row that is trained on, at the most: of the data, or of answers to a prompt."""
+    if config.data.kind != "prompts":
+        return config.data.row_len
+    return OBJECTIVES[config.objective.name].lengths(config.data.row_len, **options["objective"])[0]
 
 
 def head_of(config: Config, options: Options, kind: str) -> HeadConfig | None:
@@ -98,7 +107,7 @@ def choose_fit(
         got = f"{asked}, and {rows} rows a rank"
         raise config.error("train.micro_batch_size", "does not divide a rank's share of the batch", got=got)
     most_tokens = GPU_MICRO_TOKENS if device == "cuda" else CPU_MICRO_TOKENS
-    most_rows = max(1, most_tokens // config.data.row_len)
+    most_rows = max(1, most_tokens // row_len(config, options))
     micros = [asked] if asked != "auto" else smaller_micro_batches(rows, most_rows)
     mode = config.train.gradient_checkpointing
     for recomputed in RECOMPUTED if mode == "auto" else [mode]:
@@ -168,8 +177,6 @@ def cheapest_change(config: Config, options: Options, ranks: int, room: float, *
     planned  model_config, device, precision and new_rows for `plan_run`
     """
     smaller = list(changes(config, options, ranks))
-    if family_of(planned[0]).experts(planned[0]) and not config.peft:  # LoRA needs linears that are named
-        smaller = [(what, changed) for what, changed in smaller if changed.peft is None]
     if smaller:
         lora = {} if config.peft else {"peft": vars(METHODS["lora"].options())}
         number, plan = first_that_fits([changed for _, changed in smaller], room, options | lora, ranks, *planned)

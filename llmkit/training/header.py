@@ -5,7 +5,7 @@ import shlex
 
 from llmkit.parallel.device import describe_precision, device_name
 from llmkit.screen import count, format_count
-from llmkit.training.fit import rows_in_step
+from llmkit.training.fit import row_len, rows_in_step
 from llmkit.training.prepare import PreparedRun, epochs_by_source
 from llmkit.training.resolve import describe_choice
 
@@ -41,7 +41,7 @@ def describe(run: PreparedRun) -> dict[str, str]:
     config, plan, options, rows = run.config, run.plan, run.options, run.data.samples["train"]
     size, epochs = config.train.global_batch_size, epochs_by_source(run)
     own = rows_in_step(config, options, run.world.size)
-    answers = f" x {own * run.world.size // size} answers" if own * run.world.size > size else ""
+    answers = f" x {options['objective']['group_size']} answers" if config.data.kind == "prompts" else ""
     accumulation = math.ceil(own / run.micro_batch_size)
     trained = "" if plan.trainable == plan.total else f", {format_count(plan.trainable)} trained"
     mixture = [f"{name} {share:.1%} x {epochs[name]:.2f}" for name, (share, _) in run.data.shares.items()]
@@ -58,7 +58,7 @@ def describe(run: PreparedRun) -> dict[str, str]:
         "mixture": ", ".join(mixture),
         "device": f"{device_name(run.world.device)}, {describe_precision(run.world.device, run.precision)}, {ranks}",
         "batch": f"{size}{answers} = {run.micro_batch_size} micro x {accumulation} accumulated x {ranks}, "
-        f"{'up to ' if run.head or answers else ''}{config.data.row_len} tokens each",
+        f"{'up to ' if run.head or answers else ''}{row_len(config, options)} tokens each",
         "length": f"{run.max_steps} steps, {format_count(run.max_steps * run.tokens_per_step)} tokens, "
         f"{run.max_steps * size / run.objective.updates / rows:.2f} epochs",
         "objective": describe_choice(config.objective.name, options["objective"]) if options["objective"] else "",

@@ -45,7 +45,7 @@ from llmkit.training.plan import plan_config, plan_rows
 from llmkit.training.prepare import PreparedRun, prepare
 from llmkit.training.profile import TABLE, TRACE, start_profiler
 from llmkit.training.progress import Progress, early_stop, initial_counters, stop_if_diverged, update_loss_scale
-from llmkit.training.reference import keep_references
+from llmkit.training.reference import attach_reference, keep_references
 from llmkit.training.retry import retry_smaller
 from llmkit.training.state import make_model, restore, save, write_model
 from llmkit.training.warmup import choose_compile, prepare_batch, rehearse
@@ -109,6 +109,7 @@ def take_steps(
     config, world, device, method = run.config, run.world, run.world.device, run.method
     world.on_main(partial(keep_references, run, say), builds_data=True)
     model = make_model(run, resumed)
+    attach_reference(run, model)
     if config.train.fp8:
         if not (number := apply_fp8(model)):
             what = "changes nothing: no linear layer of the blocks is large enough"

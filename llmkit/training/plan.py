@@ -18,7 +18,7 @@ from llmkit.parallel.world import start_world
 from llmkit.screen import format_count, format_duration
 from llmkit.storage.run import read_about
 from llmkit.tokenizer.load import load_tokenizer
-from llmkit.training.fit import plan_run, rows_in_step, with_train
+from llmkit.training.fit import plan_run, row_len, rows_in_step, with_train
 from llmkit.training.prepare import CheckedConfig, check, derive, resolve
 from llmkit.training.resolve import describe_choice
 
@@ -87,7 +87,7 @@ def plan_config(
     machine = other_machine(gpu, asked) if gpu else this_machine(asked)
     derived = derive(checked, machine.kind, machine.precision, machine.memory, devices)
     config, options = resolve(checked, derived), checked.options
-    plan, row_len = derived.plan, config.data.row_len
+    plan, length = derived.plan, row_len(config, options)
     planned = (options, devices, checked.model_config, machine.kind, machine.precision)
     figures = {
         "parameters": plan.total,
@@ -97,7 +97,7 @@ def plan_config(
         "micro_batch_size": derived.micro_batch_size,
         "largest_micro_batch_size": largest_micro_batch(config, machine.memory, *planned),
         "gradient_checkpointing": derived.gradient_checkpointing,
-        "row_len": row_len,
+        "row_len": length,
         "precision": derived.precision,
         "device": machine.name,
         "devices": devices,
@@ -111,7 +111,7 @@ def plan_config(
         "measured_before": measured_before(Path(config.run_dir).parent, machine.name),
     }
     if derived.max_steps:
-        tokens = config.train.max_tokens or derived.max_steps * rows_in_step(config, options, 1) * row_len
+        tokens = config.train.max_tokens or derived.max_steps * rows_in_step(config, options, 1) * length
         flops = tokens * plan.flops_per_token
         seconds = flops / machine.flops / devices
         figures |= {"tokens": tokens, "flops": flops, "rate": machine.rate, "seconds": seconds}

@@ -14,6 +14,7 @@ from llmkit.config.schema import Config
 from llmkit.data.batches import GOLDEN, MASK, Batches, mix
 from llmkit.data.splits import Splits
 from llmkit.errors import DataError, UserError, raise_all
+from llmkit.files import file_sha256
 from llmkit.models import CONFIGS, build_model, family_of
 from llmkit.models.heads import HeadConfig
 from llmkit.models.hf_config import read_config
@@ -24,7 +25,7 @@ from llmkit.parallel.device import choose_precision
 from llmkit.parallel.memory import free_memory
 from llmkit.parallel.world import World
 from llmkit.peft import METHODS
-from llmkit.peft.adapter import options_to_continue
+from llmkit.peft.adapter import WEIGHTS, options_to_continue
 from llmkit.peft.method import Method
 from llmkit.records.build import list_record_files
 from llmkit.records.labelled import list_labelled_files
@@ -35,7 +36,8 @@ from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.training.build_data import open_data
 from llmkit.training.cost import Plan, choose_trained
 from llmkit.training.evaluation import Extras, check_best, open_extras
-from llmkit.training.fit import MEMORY_SHARE, cheapest_change, check_memory, choose_fit, head_of, rows_in_step
+from llmkit.training.fit import MEMORY_SHARE, cheapest_change, check_memory, choose_fit, head_of, row_len, rows_in_step
+from llmkit.training.objective import check_same_tokens, choose_objective
 from llmkit.training.resolve import (
     Options,
     check_choices,
@@ -43,7 +45,6 @@ from llmkit.training.resolve import (
     check_max_epochs,
     check_method,
     check_warmup,
-    choose_objective,
     complete_records,
     count_steps,
     find_problems,
@@ -51,7 +52,7 @@ from llmkit.training.resolve import (
 )
 from llmkit.training.schedules import SCHEDULES
 from llmkit.training.selection import check_patterns, train_only
-from llmkit.training.start import continued_problems, find_base, stacked_base
+from llmkit.training.start import find_base, stacked_base, with_labels
 
 
 @dataclass
@@ -102,7 +103,7 @@ class PreparedRun:
     def tokens_per_step(self) -> int:
         """Return the tokens that a step reads, on average of labelled texts, whose rows differ in length."""
         rows = rows_in_step(self.config, self.options, 1)
-        return round(rows * (self.data.mean_length or self.config.data.row_len))
+        return round(rows * (self.data.mean_length or row_len(self.config, self.options)))
 
     @property
     def token_bytes(self) -> np.ndarray | None:
@@ -144,6 +145,11 @@ class PreparedRun:
     def base_sha256(self) -> str:
         """The checksum of the base, which an adapter remembers."""
         return base_sha256(self.base)
+
+    @cached_property
+    def start_sha256(self) -> str:
+        """The checksum of what training starts from: the base, and an adapter that is trained further."""
+        return " ".join([self.base_sha256, *([file_sha256(self.adapter / WEIGHTS)] if self.adapter else [])])
 
     def batches(self, split: str, global_batch_size: int) -> Batches:
         """Return the batches of a split, corrupted as the objective wants them; of train, this rank's."""
@@ -194,8 +200,7 @@ def prepare(
     spelt = adapter if adapter and has_tokenizer(adapter) else checked.base
     data = open_data(config, world, spelt, start_id, say, max_new_tokens=written, keep=keep)
     new_tokens = fit_vocabulary(checked, data.tokenizer)
-    if teacher := options["objective"].get("teacher"):
-        check_same_tokens(config, load_tokenizer(Path(teacher)), data.tokenizer)
+    check_same_tokens(config, options["objective"], data.tokenizer)
     for split, samples in data.samples.items():
         if samples < 1:
             fix = "lower data.seq_len or add text" if config.data.kind == "corpus" else "add records"
@@ -239,8 +244,10 @@ def check(config: Config, ranks: int = 1, *, fresh: bool = False) -> CheckedConf
     config = complete_records(config.model_copy(update={"objective": objective}), model_config)
     raise_all(list(find_problems(config, options, model_config, ranks)))
     if adapter and not config.stack:
+        config = with_labels(config, adapter)
         options["peft"] = options_to_continue(adapter, base, config.peft.name, config.peft.options)
-        raise_all(list(continued_problems(config, options)))
+        if options["peft"].get("new_tokens"):
+            raise config.error("init_from", "is an adapter that trains new tokens", fix="stack: true")
     if config.peft:
         check_method(config, options["peft"], model_config)
     if config.train.only:
@@ -280,12 +287,6 @@ def fit_vocabulary(checked: CheckedConfig, tokenizer: Tokenizer) -> dict[int, li
         got = f"{len(tokenizer)} tokens, {model_config.vocab_size} embeddings"
         raise UserError("the tokenizer has more tokens than the model", at=config.where("model.vocab_size"), got=got)
     return new_tokens
-
-
-def check_same_tokens(config: Config, theirs: Tokenizer, ours: Tokenizer) -> None:
-    """Raise a UserError unless a teacher has the tokens of the data."""
-    if theirs.rust.get_vocab(with_added_tokens=True) != ours.rust.get_vocab(with_added_tokens=True):
-        raise config.error("objective.teacher", "has another tokenizer than the data", fix="name one with the same")
 
 
 def check_rows_option(config: Config, options: dict[str, Any], new_tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""Compute what the model that training starts from says of the answers, before the first step, once."""
+"""Keep what an objective compares a model with: the one that training starts from, or what that says of the answers."""
 
 import json
 from collections.abc import Callable
@@ -6,14 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from llmkit.data.batches import Batches
 from llmkit.data.tokens import save_array
 from llmkit.files import file_sha256, write_atomically
+from llmkit.objectives.others import set_reference
 from llmkit.objectives.preference import answer_log_probs
 from llmkit.parallel.device import autocast, to_device
-from llmkit.peft.adapter import WEIGHTS
+from llmkit.training.objective import keeps_copy
 from llmkit.training.prepare import PreparedRun
 from llmkit.training.state import make_model
 
@@ -31,9 +33,7 @@ def keep_references(run: PreparedRun, say: Callable[[str], None]) -> None:
         for path in paths.values():  # of an earlier run in this directory
             path.unlink(missing_ok=True)
         return
-    about = {"base_sha256": run.base_sha256, "precision": run.precision}
-    if run.adapter:
-        about["adapter_sha256"] = file_sha256(run.adapter / WEIGHTS)
+    about = {"start_sha256": run.start_sha256, "precision": run.precision}
     kept = folder / KEPT
     known = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     if {key: known.get(key) for key in about} == about and all(
@@ -50,8 +50,16 @@ def keep_references(run: PreparedRun, say: Callable[[str], None]) -> None:
     write_atomically(kept, json.dumps(about | {path.name: file_sha256(path) for path in paths.values()}))
 
 
+def attach_reference(run: PreparedRun, model: nn.Module) -> None:
+    """Give a model the one that it is compared with, unless that is the model without its new adapter."""
+    if keeps_copy(run.config, run.options):
+        set_reference(model, make_model(run, None).eval().requires_grad_(False))
+    elif run.adapter and run.objective.needs_reference:
+        set_reference(model, None)
+
+
 @torch.no_grad()
-def log_probs(run: PreparedRun, model: torch.nn.Module, batches: Batches) -> np.ndarray:
+def log_probs(run: PreparedRun, model: nn.Module, batches: Batches) -> np.ndarray:
     """Return the log-probabilities (N, 2) of the answers of all trees, in their stored order."""
     device, rows = run.world.device, []
     number = -(-batches.samples // batches.global_batch_size)

@@ -16,17 +16,14 @@ from llmkit.config.records import TurnData
 from llmkit.config.schema import Config, Train
 from llmkit.errors import DataError, MachineError, UserError, did_you_mean, raise_all
 from llmkit.models import CONFIGS, build_model, family_of, shape_problems
-from llmkit.models.heads import POOLINGS
-from llmkit.models.hf_config import read_config
 from llmkit.models.quantized import QUANTIZERS
-from llmkit.objectives import OBJECTIVES, fitting_objectives
+from llmkit.objectives import OBJECTIVES
 from llmkit.parallel.device import choose_precision
 from llmkit.parallel.fp8 import fp8_obstacle
 from llmkit.peft import METHODS
 from llmkit.readers.records import DOCUMENT_FORMATS, suffix_of
 from llmkit.records.label_layouts import OURS
 from llmkit.records.layouts import FIELDS, PREFERENCES
-from llmkit.storage.locate import locate
 from llmkit.storage.manifest import best_checkpoint, list_checkpoints
 from llmkit.storage.run import CONFIG as RUN_CONFIG
 from llmkit.storage.run import is_run, read_run_config
@@ -72,50 +69,6 @@ def check_choices(config: Config) -> Options:
 def check_objective(config: Config, choice: Choice) -> tuple[dict[str, Any], list[UserError]]:
     """Return the options of an objective, defaults filled in, and what is wrong with them."""
     return check_options(TABLES["objective"], "objective", choice, config)
-
-
-def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[str, Any]]:
-    """Return the objective and its options: the chosen one, else the default for this kind of model and data."""
-    name, kind, data = model_config.model_type, model_config.kind, config.data.kind
-    fitting = fitting_objectives(kind, data)
-    if not fitting:
-        why = "labels: it has no head for them" if data == "labelled" else "prompts and answers: it writes no text"
-        why = "preferences: only decoders are" if data == "preference" else why
-        fix = "for texts with labels: data.kind: labelled, or --objective classify" if data == "sft" else None
-        raise UserError(f"{name} can't be trained on {why}", at=config.where("data.kind"), got=data, fix=fix)
-    choice = config.objective or Choice(name=fitting[0])
-    if choice.name not in fitting:
-        expected, fix = " or ".join(fitting), "leave the objective out"
-        what = f"does not fit {name} on this data"
-        raise config.error("objective.name", what, got=choice.name, expected=expected, fix=fix)
-    options, errors = check_objective(config, choice)
-    raise_all(errors)
-    if "teacher" in options:
-        options["teacher"] = find_teacher(config, options["teacher"], model_config)
-        if options["on_policy"] and config.train.compile is True:
-            raise config.error("train.compile", "can't be done: answers differ in length", fix="delete it")
-        if options["on_policy"] and data == "corpus":
-            what, fix = "needs prompts, and a corpus has none", "delete it, or fine-tune on prompts and answers"
-            raise config.error("objective.on_policy", what, got=options["on_policy"], fix=fix)
-    if "pooling" in options:
-        options["pooling"] = options["pooling"] or POOLINGS[kind][0]
-        if options["pooling"] not in POOLINGS[kind]:
-            what, expected = f"does not fit {name}", " or ".join(POOLINGS[kind])
-            raise config.error("objective.pooling", what, got=options["pooling"], expected=expected)
-    return choice, options
-
-
-def find_teacher(config: Config, name: str, model_config: Any) -> str:
-    """Return the folder of the model to learn from. Raise a UserError if it does not fit the student."""
-    located = locate(name)
-    if located.is_adapter:
-        fix = f"llmkit export {name} merged --format hf, and name that"
-        raise config.error("objective.teacher", "is an adapter, but a whole model is read", got=name, fix=fix)
-    theirs = read_config(located.folder)
-    if theirs.kind != "causal" or (model_config.vocab_size or theirs.vocab_size) != theirs.vocab_size:
-        got = f"{theirs.model_type}, {theirs.vocab_size} tokens, and the student's {model_config.vocab_size}"
-        raise config.error("objective.teacher", "has other tokens than the student", got=got)
-    return str(located.folder.resolve())
 
 
 def complete_records(config: Config, model_config: Any) -> Config:
@@ -204,9 +157,6 @@ def preference_problems(config: Config) -> Iterator[UserError]:
     """Yield what does not fit preferences."""
     if config.objective.name == "kto" and config.train.compile is True:
         yield config.error("train.compile", "can't be done: rows of other answers differ in length", fix="delete it")
-    if config.objective.name == "kto" and not config.peft:
-        what, fix = "needs an adapter: without one, the model that training starts from is not at hand", "add --lora"
-        yield config.error("objective.name", what, got="kto", fix=fix)
     if config.objective.name == "reward":
         yield from number_problems(config)
         if config.data.packing:
@@ -221,9 +171,6 @@ def prompt_problems(config: Config, options: dict[str, Any]) -> Iterator[UserErr
     if (most := options["max_new_tokens"]) >= config.data.seq_len:
         got = f"{most}, data.seq_len: {config.data.seq_len}"
         yield config.error("objective.max_new_tokens", "leaves no room for a prompt", got=got)
-    if options["beta"] and not config.peft:
-        what, fix = "needs an adapter: without one, the model that training starts from is not at hand", "add --lora"
-        yield config.error("objective.beta", what, got=options["beta"], fix=fix)
     if config.train.max_tokens is not None:
         yield config.error(
             "train.max_tokens", "can't be counted: the model writes them", fix="give epochs or max_steps"

@@ -1,15 +1,12 @@
 """Find what training starts from: the base that init_from names, and the adapter on it."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from llmkit.config.schema import Config
-from llmkit.errors import UserError
 from llmkit.files import delete, file_sha256, write_atomically
 from llmkit.formats.hf import export_hf
 from llmkit.peft.adapter import CONFIG, WEIGHTS, saved_base_sha256
-from llmkit.storage.locate import Located, locate
-from llmkit.training.resolve import Options
+from llmkit.storage.locate import Located, locate, read_located_head
 
 
 def find_base(config: Config) -> tuple[Path | None, Path | None]:
@@ -29,14 +26,19 @@ def find_base(config: Config) -> tuple[Path | None, Path | None]:
     return located.base, located.folder if located.is_adapter else None
 
 
-def continued_problems(config: Config, options: Options) -> Iterator[UserError]:
-    """Yield what does not fit an adapter that is trained further: the base alone is not where training starts."""
-    needs_start = config.objective.name == "kto" or (options["objective"].get("beta") and config.data.kind == "prompts")
-    if needs_start:
-        what = f"has no model to compare {config.objective.name} with: without the adapter it is the base"
-        yield config.error("init_from", what, got=config.init_from, fix="stack: true")
-    if options["peft"].get("new_tokens"):
-        yield config.error("init_from", "is an adapter that trains new tokens", fix="stack: true")
+def with_labels(config: Config, adapter: Path) -> Config:
+    """Return the config with the labels of an adapter that is trained further, in their order.
+
+    Raises a UserError if data.labels names others: the outputs of its head would get another meaning.
+    """
+    head = read_located_head(Located(adapter))
+    labels = None if head is None or head.kind == "regress" else list(head.labels)
+    if config.data.kind != "labelled" or labels in (None, config.data.labels):
+        return config
+    if config.data.labels:
+        what, fix = "are others than the adapter's, or in another order", f"data.labels: [{', '.join(labels)}]"
+        raise config.error("data.labels", what, got=", ".join(config.data.labels), fix=fix)
+    return config.model_copy(update={"data": config.data.model_copy(update={"labels": labels})})
 
 
 def stacked_base(run_dir: Path, adapter: Path) -> Path:

@@ -21,6 +21,7 @@ from llmkit.storage.manifest import read_checkpoint_manifest
 from llmkit.training.average import averaged
 from llmkit.training.evaluation import best_of
 from llmkit.training.log import MetricsLogger
+from llmkit.training.objective import keeps_copy
 from llmkit.training.prepare import PreparedRun
 from llmkit.training.progress import Progress
 from llmkit.training.selection import train_only
@@ -49,9 +50,7 @@ def make_model(run: PreparedRun, resumed: Path | None) -> nn.Module:
             fix = "name the checkpoint that it began with, or start over with --fresh"
             raise ModelError(f"{change} since this run began", at=config.init_from, fix=fix)
         load_adapter(model, resumed / "model", run.method_options)
-        model.began_adapted = run.adapter is not None
         return model
-    model.began_adapted = run.adapter is not None  # then the base alone is no reference
     if run.adapter:
         load_adapter(model, run.adapter, run.method_options)
         return model
@@ -65,9 +64,13 @@ def make_model(run: PreparedRun, resumed: Path | None) -> nn.Module:
 def restore(folder: Path, run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: Progress) -> None:
     """Restore counters and optimizer state, and the weights of the last step if the model has an average of them."""
     tensors, numbers = checkpoint.load_trainer(folder)
-    if read_checkpoint_manifest(folder)["data_fingerprint"] != run.data.fingerprint:
+    manifest = read_checkpoint_manifest(folder)
+    if manifest["data_fingerprint"] != run.data.fingerprint:
         what, fix = "the data has changed since this run's checkpoint was written", "choose another run_dir"
         raise ModelError(what, at=folder, fix=f"{fix}, or start over with --fresh")
+    if "reference_sha256" in manifest and manifest["reference_sha256"] != run.start_sha256:
+        what, fix = "the model that this run is compared with has changed", "restore it, or start over with --fresh"
+        raise ModelError(what, at=run.config.init_from, fix=fix)
     if numbers["step"] > run.max_steps:
         what, fix = "the run is past the length that is asked for", "raise its length, or start over with --fresh"
         got, expected = f"step {numbers['step']}", f"at most {run.max_steps}"
@@ -104,6 +107,8 @@ def save(run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: P
             "tokenizer_sha256": tokenizer.sha256,
             "config_sha256": hashlib.sha256(config.dump().encode()).hexdigest(),
         }
+        if keeps_copy(config, run.options):
+            about["reference_sha256"] = run.start_sha256
         numbers = progress.numbers() | {"seconds": progress.seconds + logger.elapsed}
         options = {"about": about, "keep": config.checkpoint.keep}
         if progress.average:
