@@ -1,6 +1,7 @@
 """Reinforcement from rewards: prompts, rewards, advantages, and the losses beside trl and by hand."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 import transformers
 import yaml
 from conftest import SHARED, llmkit, metrics, needs_shared
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_families import OURS, made
 
 from llmkit.config.records import PromptData
@@ -28,6 +29,7 @@ from llmkit.records.layouts import UnknownLayoutError
 from llmkit.records.prompts import encode_prompt, encode_prompts, read_prompt
 from llmkit.tokenizer.chat_template import encode_chat
 from llmkit.tokenizer.train import train_tokenizer
+from llmkit.training.objective import share_rows
 from llmkit.types import Batch
 
 CPU = torch.device("cpu")
@@ -133,7 +135,7 @@ def test_rewards_are_added_up_by_their_weights_whatever_their_names(tokenizer, t
     configs = [RewardConfig(name=f"{tmp_path}/my.py:reward", weight=0.1), RewardConfig(name="exact", weight=5.0)]
     prompts = Batch(np.array([[5, 6]]), np.zeros(1), lengths=np.array([2]))
     prompts.records = np.array([{"answer": tokenizer.decode([9])}], object)
-    found = grpo.add_rewards(load_rewards(configs), tokenizer, prompts, [[9], [9, 9]], 2, torch.device("cpu"))
+    found = grpo.add_rewards(load_rewards(configs), tokenizer, prompts, [[9], [9, 9]], 2, device=CPU, rows=1)
     lengths = [len(tokenizer.decode([9])), len(tokenizer.decode([9, 9]))]
     assert found["reward_reward"].tolist() == lengths and found["reward_exact"].tolist() == [1, 0]
     np.testing.assert_allclose(found["reward"], [0.1 * lengths[0] + 5, 0.1 * lengths[1]])
@@ -150,7 +152,7 @@ def test_probabilities_are_those_at_the_temperature(tokenizer):
 
 
 def written(prompts, answers, records, tokens=()) -> Written:
-    return Written(prompts, answers, records, [*tokens], CPU)
+    return Written(prompts, answers, records, [*tokens], CPU, 2)
 
 
 def judge_folder(tokenizer, folder):
@@ -170,6 +172,31 @@ def test_a_reward_model_rewards_as_transformers_does(tokenizer, tmp_path):
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
     with torch.no_grad():
         assert found == pytest.approx([theirs(torch.tensor([row])).logits.item() for row in rows], abs=1e-5)
+
+
+def test_a_reward_model_that_gives_no_number_ends_the_run(tokenizer, tmp_path):
+    folder = judge_folder(tokenizer, tmp_path)
+    tensors = {key: tensor * torch.inf for key, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    [(_, reward)] = load_rewards([RewardConfig(name="model", path=str(folder))]).values()
+    with pytest.raises(UserError, match="not finite"):
+        reward(written(["a"], ["first"], [{}], [[5, 6]]))
+
+
+@pytest.mark.parametrize(
+    ("window", "asked", "found"), [(None, None, 8), (8192, None, 8), (640, None, 3), (600, 3, None)]
+)
+def test_rows_of_answers_fit_into_the_windows(window, asked, found):
+    """512 tokens of prompt and answer, and 64 for each further answer."""
+    config = SimpleNamespace(data=SimpleNamespace(seq_len=512))
+    config.error = lambda key, what, **more: UserError(f"{key} {what}", **more)
+    options = {"group_size": 8, "max_new_tokens": 64, "answers_per_row": asked}
+    windows = SimpleNamespace(windows=[None, window])
+    if found:
+        assert share_rows(config, options, windows) == found
+        return
+    with pytest.raises(UserError, match="a window would hide"):
+        share_rows(config, options, windows)
 
 
 def own(folder, body: str):
@@ -271,7 +298,7 @@ def test_answers_that_share_a_row_have_the_gradient_of_rows_of_their_own(loss, t
     for most in (1, 2, 3):
         model = speaking(tokenizer)
         objective, rows, _ = rollout(tokenizer, model, None, loss=loss, temperature=0.7, answers_per_row=most)
-        parts, advantages = grpo.parts_of(6, 3, most), np.array([0.5, -1.0, 2.0, 0.3, -0.2, -0.7], np.float32)
+        parts, advantages = grpo.slices_of_rows(6, 3, most), np.array([0.5, -1.0, 2.0, 0.3, -0.2, -0.7], np.float32)
         assert len(parts) == len(rows.labels) and rows.advantages.shape == (len(parts), most)
         for row, part in zip(rows.advantages, parts, strict=True):
             row[: part.stop - part.start] = advantages[part]
@@ -403,8 +430,10 @@ RUNS = {
 def test_a_run_is_rewarded_and_goes_on_with_the_same_bits(name, workplace):
     objective, sections = RUNS[name]
     config, how = write_run(workplace, name, objective, **sections), "--lora" if "peft" in sections else "--full"
-    llmkit("finetune", config, how, "-o", f"run_dir=runs/{name}", cwd=workplace)
+    said = llmkit("finetune", config, how, "-o", f"run_dir=runs/{name}", cwd=workplace).stdout
+    assert "8 x 1 rows of up to 8 answers = 8 micro x 1 accumulated x 1 rank, up to 96 tokens each" in said
     found = metrics(workplace / "runs" / name)
+    assert found[-1]["tokens"] / (24 * 8) > 8 * 8  # a row has eight answers
     rewards = [record["reward"] for record in found if "reward" in record]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.02
     own_name = "reward_model" if name == "judged" else "reward_share"

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention
 
 from llmkit.models import CONFIGS, build_model
-from llmkit.models.attention import attend, grouped_attention, visible
+from llmkit.models.attention import attend, grouped_attention, products_of_one, visible
 from llmkit.models.block_mask import make_block_mask
 from llmkit.models.blockwise import keys_by_block
 from llmkit.models.loss import ChunkLoss, linear_cross_entropy, rows_in_chunk
@@ -166,6 +166,23 @@ def assert_attention_equals_sdpa(length: int, kv_heads: int, mask: torch.Tensor 
     ours_grads = torch.autograd.grad(ours, [q, k, v], upstream)
     for a, b in zip(ours_grads, torch.autograd.grad(theirs, [q, k, v], upstream), strict=True):
         equal(a, b)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("mask", [None, "padding", "added"])
+def test_one_query_in_16_bits_sees_what_sdpa_sees(kv_heads, mask):
+    """Its result is as near to fp32 as SDPA's own in 16 bits; a part of a cache is no contiguous memory."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 6, 1, 16), *(torch.randn(3, kv_heads, 30, 16)[:, :, :21] for _ in range(2))
+    masks = {"padding": torch.arange(21) >= torch.tensor([0, 4, 20])[:, None, None, None]}
+    mask = masks.get(mask, torch.randn(1, 6, 1, 21) if mask else None)
+    half = None if mask is None or mask.dtype == torch.bool else mask.bfloat16()
+    low = (q.bfloat16(), k.bfloat16(), v.bfloat16(), mask if half is None else half)
+    exact = F.scaled_dot_product_attention(*(x.float() for x in low[:3]), mask, enable_gqa=True)
+    theirs = F.scaled_dot_product_attention(*low, enable_gqa=True).float()
+    ours = products_of_one(*low).flatten(1, 2).float()[:, :, None]
+    assert (ours - exact).abs().max() < 1.5 * (theirs - exact).abs().max() + 0.01
+    torch.testing.assert_close(attend(*low), ours.transpose(1, 2).flatten(2).bfloat16())
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

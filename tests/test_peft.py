@@ -222,7 +222,7 @@ def test_virtual_tokens_take_positions_from_texts():
         ("adapter", CONFIGS["mixtral"], "experts"),
         ("ia3", CONFIGS["mixtral"], "experts"),
         ("adalora", CONFIGS["mixtral"], "target_modules must be named"),
-        ("dora", CONFIGS["mixtral"], "experts are none"),
+        ("dora", CONFIGS["mixtral"], "not experts"),
     ],
 )
 def test_a_model_that_a_method_does_not_fit_is_refused(method, config, words):
@@ -331,6 +331,20 @@ def lora_of(name: str, **options) -> tuple[torch.nn.Module, lora.Options]:
     return model.eval(), chosen
 
 
+@pytest.mark.parametrize("targets", [["down_proj"], ["q_proj", "gate_up_proj"]])
+@torch.no_grad()
+def test_experts_of_some_layers_are_those_that_peft_updates(targets, base_folder, tmp_path):
+    ours, options = lora_of("mixtral", layers=[1], target_modules=targets)
+    randomize(METHODS["lora"].tensors(ours).values(), seed=5)
+    theirs = opened_by_peft(ours, options, base_folder("mixtral"), tmp_path / "adapter")
+    equal(ours(IDS), theirs(input_ids=IDS).logits)
+    again = base_of("mixtral")
+    load_adapter(again, tmp_path / "adapter")
+    torch.testing.assert_close(again(IDS), ours(IDS), rtol=0, atol=0)
+    names = METHODS["lora"].tensors(again).keys()
+    assert names == METHODS["lora"].tensors(ours).keys() and not any(".0." in name for name in names)
+
+
 def opened_by_peft(model, options, base, out):
     save_adapter(model, out, "lora", options, base=str(base), base_sha256="")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
@@ -415,6 +429,8 @@ def test_a_saved_module_is_trained_in_fp32_over_a_base_in_16_bits(tmp_path):
         ("gpt2", {"modules_to_save": ["wte"]}, "the head of this model too"),
         ("llama", {"modules_to_save": ["embedding"]}, "matches no module"),
         ("llama", {"init": "pissa", "dora": True}, "choose one"),
+        ("mixtral", {"init": "pissa"}, "not experts"),
+        ("mixtral", {"modules_to_save": ["experts"]}, "has an update already"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(name, options, words):

@@ -45,6 +45,7 @@ def compare_exported(located: Located, out: Path, format: str, dtype: str) -> di
     if format == "gguf":
         written, _ = load_located(located, merge=True)
         fill_from_gguf(written, gguf_file(out))
+        what += ", with the file's weights in llmkit's computation"
     else:
         written = load_model(out, head=head and read_head(out))
     theirs = read_logits(written.eval(), batch)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -66,18 +67,23 @@ def write_gguf(model: nn.Module, tokenizer: Tokenizer, path: Path, dtype: str, n
 def fill_from_gguf(model: nn.Module, path: Path) -> None:
     """Give a model the weights of the file that `write_gguf` has made of it, as they were rounded.
 
-    Where a weight went is found by sending its places through the same layout.
+    Where a weight went is found by sending its places through the same layout: what is checked is that none is missing
+    or rounded too much, not the layout, which tests compare with llama.cpp. Raises ModelError for a missing tensor.
     """
     gguf, config, spec = import_gguf(), model.config, family_of(model.config).gguf
     name_of = tensor_names(config, spec, gguf)
     stored = {one.name: one for one in gguf.GGUFReader(path).tensors}
     for name, tensor in model.state_dict().items():
-        sent = spec.layout(config, name, torch.arange(tensor.numel()).view(tensor.shape))
-        added = spec.layout(config, name, torch.zeros(tensor.shape, dtype=torch.long))  # Gemma's norms are stored + 1
+        dtype = torch.int32 if tensor.numel() < 2**31 else torch.int64
+        sent = spec.layout(config, name, torch.arange(tensor.numel(), dtype=dtype).view(tensor.shape))
+        first = spec.layout(config, name, torch.zeros(tensor.shape[:1], dtype=dtype)) if tensor.dim() == 1 else {}
+        tensor.fill_(torch.nan)
         for ours, places in sent.items():
-            one = stored[name_of(ours)]
-            values = torch.from_numpy(gguf.quants.dequantize(one.data, one.tensor_type)).flatten()
-            tensor.view(-1)[(places - added[ours]).flatten()] = values - added[ours].flatten()
+            if (one := stored.get(name_of(ours))) is None:
+                raise ModelError("the file lacks a tensor of the model", at=path, expected=name_of(ours))
+            values = np.require(gguf.quants.dequantize(one.data, one.tensor_type), requirements="W")
+            added = int(first[ours][0]) if first else 0  # Gemma's norms are stored + 1
+            tensor.view(-1)[(places - added).flatten()] = torch.from_numpy(values).flatten() - added
 
 
 def import_gguf() -> Any:

@@ -49,7 +49,7 @@ def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Te
 
 
 def sample(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
-    """Draw one token for each row of logits (B, V), each row with its own generator; -1 if they are not finite.
+    """Draw one token for each row of logits (B, V), each row with its own generator; -1 where one is nan or inf.
 
     One uniform number for each row is looked up among the sums of the probabilities, which are whole numbers: their
     sums are exact, and CUDA has no deterministic cumsum of floats. Nothing here waits for the device.
@@ -65,9 +65,9 @@ def sample(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]
     device = probs.device
     uniform = [torch.rand(1, generator=one, device=device, dtype=torch.float64) for one in generators]
     target = (torch.stack(uniform) * sums[:, -1:]).long()
-    place = torch.searchsorted(sums, target, right=True).clamp(max=probs.shape[-1] - 1)  # of logits that are not finite
+    place = torch.searchsorted(sums, target, right=True).clamp(max=probs.shape[-1] - 1)
     drawn = tokens.gather(-1, place)[:, 0]
-    return drawn.where(logits.isfinite().all(), -1)
+    return drawn.where(probs[:, 0].isfinite(), -1)  # one logit that is not finite leaves no probability that is
 
 
 # ---- running the model ----------------------------------------------------------------------------------------------
@@ -181,8 +181,8 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Yield the next token of every prompt, step by step, None for a row that has ended.
 
-    A row ends at a stop token, which is yielded `with_stop` alone, after max_new_tokens, or when the model's positions
-    are used up. When half of the rows have ended, only the others are continued, unless the cache is static.
+    A row ends at a stop token, which is yielded only if `with_stop`, after max_new_tokens, or when the positions of the
+    model are used up. When half of the rows have ended, only the others are continued, unless the cache is static.
     Row b draws with seed + b, so that its text is the same alone with that seed. The global RNG is not touched.
 
     compiled  the model's blocks were compiled by `compile_decoding`. Batches over FEW_ROWS are written eagerly

@@ -17,9 +17,9 @@ from llmkit.generation.answers import write_tokens
 from llmkit.generation.sampling import Sampling
 from llmkit.models.layers import token_tables
 from llmkit.models.loss import rows_in_chunk
+from llmkit.objectives.frozen import frozen_model
 from llmkit.objectives.lm import perplexity
 from llmkit.objectives.objective import Objective, Step
-from llmkit.objectives.others import frozen_model
 from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.types import IGNORE_INDEX, Batch
 

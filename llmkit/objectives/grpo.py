@@ -25,8 +25,8 @@ from llmkit.generation.answers import write_tokens
 from llmkit.generation.sampling import Sampling
 from llmkit.models.layers import token_tables
 from llmkit.models.loss import linear_cross_entropy
+from llmkit.objectives.frozen import reference_of
 from llmkit.objectives.objective import Objective, Step
-from llmkit.objectives.others import reference_of
 from llmkit.objectives.rewards import Reward, RewardConfig, Written, load_rewards
 from llmkit.parallel.device import to_device
 from llmkit.parallel.world import World
@@ -44,7 +44,7 @@ CLIPS = {  # the papers' epsilons, below and above 1
 }
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
-ROWS_PER_ROW = 4  # answers that are written together for each row of a micro-batch: no activations are kept
+ANSWERS_PER_ANSWER = 4  # that are written together for each in a micro-batch: no activations are kept
 ROW_TOKENS = 1024  # of a row of answers, up to which a longer row costs next to nothing
 EPSILON = 1e-4  # beside the deviation of a group's rewards, as in trl
 
@@ -73,14 +73,17 @@ def add_rewards(
     batch: Batch,
     answers: list[list[int]],
     size: int,
-    device: torch.device,
+    **where: Any,
 ) -> dict[str, np.ndarray]:
-    """Return the rewards (answers,) of `size` answers to each prompt: `reward`, their weighted sum, and reward_NAME."""
+    """Return the rewards (answers,) of `size` answers to each prompt: `reward`, their weighted sum, and reward_NAME.
+
+    where  device and rows, see `Written`
+    """
     ids, records = ([one for one in each for _ in range(size)] for each in (prompt_ids(batch), batch.records))
     prompts = [text for text in map(tokenizer.decode, prompt_ids(batch)) for _ in range(size)]
     texts = [tokenizer.decode([i for i in answer if i not in tokenizer.stop_ids]) for answer in answers]
     tokens = [[*prompt, *answer] for prompt, answer in zip(ids, answers, strict=True)]
-    written = Written(prompts, texts, records, tokens, device)
+    written = Written(prompts, texts, records, tokens, **where)
     found = {name: np.array(reward(written)) for name, (_, reward) in rewards.items()}
     total = sum(weight * found[name] for name, (weight, _) in rewards.items())
     return {"reward": total} | {f"reward_{name}": values for name, values in found.items()}
@@ -96,10 +99,10 @@ def log_probs(model: nn.Module, batch: dict[str, Tensor], temperature: float = 1
     return -linear_cross_entropy(hidden, weight, batch["labels"], "none", chunk_loss=model.chunk_loss)
 
 
-def parts_of(number: int, group_size: int, most: int) -> list[slice]:
+def slices_of_rows(number: int, group_size: int, most: int) -> list[slice]:
     """Return the answers of each row: parts of groups, of at most so many answers.
 
-    >>> parts_of(6, 3, 2)
+    >>> slices_of_rows(6, 3, 2)
     [slice(0, 2, None), slice(2, 3, None), slice(3, 5, None), slice(5, 6, None)]
     """
     return [
@@ -134,12 +137,12 @@ def write_batch(
     if path and first < step.number:
         return read_answers(path)
     prompts = [prompt for prompt in prompt_ids(batch) for _ in range(group_size)]
-    written = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": frozenset(tokenizer.stop_ids)}
-    together = ROWS_PER_ROW * step.micro_batch_size * answers_per_row
-    answers = write_tokens(model, prompts, seed=step.seed, rows=together, **written)
-    found = add_rewards(rewards, tokenizer, batch, answers, group_size, step.world.device)
+    options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": frozenset(tokenizer.stop_ids)}
+    rows = step.micro_batch_size * answers_per_row
+    answers = write_tokens(model, prompts, seed=step.seed, rows=ANSWERS_PER_ANSWER * rows, **options)
+    found = add_rewards(rewards, tokenizer, batch, answers, group_size, device=step.world.device, rows=rows)
     grouped = found["reward"].reshape(-1, group_size)
-    lengths, parts = np.array([len(one) for one in answers]), parts_of(len(answers), group_size, answers_per_row)
+    lengths, parts = np.array([len(one) for one in answers]), slices_of_rows(len(answers), group_size, answers_per_row)
     rows = rows_of_trees([(prompts[part.start], answers[part]) for part in parts], tokenizer.eos_id)
     each = lengths if loss in BY_TOKENS else np.full(len(answers), 1 if loss in BY_ROWS else max_new_tokens)
     rows.counts = np.array([each[part].sum() for part in parts])
@@ -152,7 +155,7 @@ def write_batch(
         "reward_deviation": float(grouped.std(1).mean()),
         "equal_groups": float((np.ptp(grouped, axis=1) == 0).mean()),
         "answer_tokens": float(lengths.mean()),
-        "ended": float(np.mean([answer[-1] in written["stop"] for answer in answers])),
+        "ended": float(np.mean([answer[-1] in options["stop"] for answer in answers])),
     }
     if updates > 1:
         rows.old = old_log_probs(model, rows, step, sampling.temperature)
@@ -289,7 +292,7 @@ def evaluate(
             sampling=Sampling(temperature=0.0),
             stop=frozenset(tokenizer.stop_ids),
         )
-        found = add_rewards(rewards, tokenizer, batch, answers, 1, device)
+        found = add_rewards(rewards, tokenizer, batch, answers, 1, device=device, rows=micro_batch_size)
         lengths = np.array([len(answer) for answer in answers])
         rows.append(np.stack([*found.values(), lengths], axis=1))
     means = (world.concatenate if world else np.asarray)(np.concatenate(rows))
@@ -332,7 +335,7 @@ def grpo(
     beta            weight of the distance from the model that training started from, see `reference_of`
     updates         steps that learn from the same answers
     answers_per_row  answers that share a row of training, so that their prompt is read once; null: as many as fit into
-                    twice data.seq_len, or 1024 tokens. 1 for models with sliding windows
+                    twice data.seq_len, or 1024 tokens, and into the model's windows
     """
     rewards = load_rewards(as_configs(reward))
     if not rewards:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from llmkit.errors import UserError
 from llmkit.models import family_of
+from llmkit.objectives.frozen import reference_of
 from llmkit.objectives.objective import Objective
-from llmkit.objectives.others import reference_of
 from llmkit.parallel.device import to_device
 from llmkit.parallel.world import World
 from llmkit.tokenizer.tokenizer import Tokenizer
@@ -25,8 +25,9 @@ from llmkit.types import Batch
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
 Margin = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-FIGURES = (  # of `measure_pairs`, in the order of its columns; a loss without a reference has no kl
-    *("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob", "kl"),
+FIGURES = (  # of `measure_pairs`, in the order of its columns; without a reference there is no kl_estimate
+    *("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob"),
+    "kl_estimate",
 )
 
 
@@ -128,8 +129,8 @@ def measure_pairs(
     """Return the FIGURES (P, 8 or 7) of the pairs that rows have place for, which of them are there (P,), and the
     model's auxiliary loss for a pair.
 
-    kl is the log-ratio of an answer's probabilities, averaged over both answers. That estimates the distance from the
-    reference with the data's answers, not with the model's own, so that it is negative where both become less likely.
+    kl_estimate is the log-ratio of an answer's probabilities, averaged over both answers. That estimates the distance
+    from the reference with the data's answers, not with the model's own: where both become less likely, it is negative.
     """
     ours, tokens, added = answer_log_probs(model, batch)
     theirs = torch.zeros_like(ours) if loss in WITHOUT_REFERENCE else reference_log_probs(model, batch)
@@ -217,6 +218,4 @@ def dpo(
     options["length_normalize"] = length_normalize
     needs = loss not in WITHOUT_REFERENCE
     steps, measured = partial(sum_of_losses, **options), partial(evaluate, **options)
-    return Objective(
-        steps, measured, needs_reference=needs, scores=tuple(f"val_{name}" for name in figures_of(loss)[1:])
-    )
+    return Objective(steps, measured, needs_reference=needs, scores=tuple(f"val_{name}" for name in FIGURES[1:-1]))

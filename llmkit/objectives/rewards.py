@@ -16,13 +16,12 @@ from pydantic import Field
 from llmkit.config.fields import NonBlank, Section
 from llmkit.data.labelled import pad_batch
 from llmkit.errors import UserError
-from llmkit.objectives.others import frozen_model
+from llmkit.objectives.frozen import frozen_model
 from llmkit.parallel.device import to_device
 from llmkit.user_code import load_named
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 SHOWN = 200  # characters of an answer in an error
-JUDGED = 16  # answers that a reward model reads together
 
 
 class RewardConfig(Section):
@@ -44,13 +43,17 @@ class RewardConfig(Section):
 
 @dataclass(frozen=True)
 class Written:
-    """Hold the answers of a batch: for each its prompt, its text, the record of its prompt, and the tokens of both."""
+    """Hold the answers of a batch: for each its prompt, its text, the record of its prompt, and the tokens of both.
+
+    device, rows  where a reward model may read them, and how many at a time
+    """
 
     prompts: list[str]
     answers: list[str]
     records: list[dict[str, Any]]
     tokens: list[list[int]]
-    device: torch.device  # where a model may read them
+    device: torch.device
+    rows: int
 
 
 Reward = Callable[[Written], list[float]]
@@ -167,11 +170,11 @@ def with_model(folder: Path) -> Reward:
     def reward(written: Written) -> list[float]:
         model, found = load(written.device), []
         most = model.config.max_position_embeddings
-        for first in range(0, len(written.tokens), JUDGED):
-            rows = [np.array(tokens[-most:]) for tokens in written.tokens[first : first + JUDGED]]
+        for first in range(0, len(written.tokens), written.rows):
+            rows = [np.array(tokens[-most:]) for tokens in written.tokens[first : first + written.rows]]
             batch = to_device(pad_batch(rows, np.zeros(len(rows)), 0, types=False, most=most), written.device)
             found += model(batch["input_ids"], lengths=batch["lengths"]).float().flatten().tolist()
-        return found
+        return check_rewards(found, written.answers, "model")
 
     return reward
 

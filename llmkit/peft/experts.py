@@ -37,7 +37,7 @@ class Update(nn.Module):
         """Return the updates of x (N, in), whose rows up to ends[e] are those of expert e."""
         a, b = self.by_expert()
         x = F.dropout(x, self.dropout, self.training)
-        return grouped_product(grouped_product(x, a, ends), b, ends) * self.scale
+        return grouped_product(grouped_product(x, a, ends) * self.scale, b, ends)
 
     def change(self) -> Tensor:
         """Return the changes (E, out, in) of the matrices, in fp32."""
@@ -46,9 +46,10 @@ class Update(nn.Module):
 
 
 class LoRAExperts:
-    """Experts with an update beside some of their matrices: `updates` has them by the matrix's name."""
+    """Add updates to the products of experts: `updates` has them by the matrix's name."""
 
     def product(self, name: str, x: Tensor, ends: Tensor) -> Tensor:
+        """Return the product of the experts' matrices of a name, and of their update if they have one."""
         y = super().product(name, x, ends)
         return y + self.updates[name](x, ends) if name in self.updates else y
 
@@ -104,17 +105,18 @@ def wrappers(path: str, number: int) -> list[str]:
     return [f"{path}{'.base_layer' * depth}" for depth in reversed(range(number))]
 
 
-def ranks_in_file(matrices: dict[str, Experts], shapes: dict[str, tuple], r: int) -> dict[str, int]:
-    """Return the ranks of the updates of expert matrices, by their full names, as the tensors of a file have them.
+def ranks_in_file(matrices: dict[str, Experts], targets: list[str], shapes: dict[str, tuple]) -> dict[str, int]:
+    """Return the ranks of the updates of expert matrices, by their full names, that the tensors of a file have.
 
-    r  of an update that the file lacks
+    targets  ends of the names of the matrices that have updates
     """
-    found = {}
-    for path, names in itertools.groupby(matrices, lambda name: name.rpartition(".")[0]):
+    named, found = [name for name in matrices if any(f".{name}".endswith(f".{end}") for end in targets)], {}
+    for path, names in itertools.groupby(named, lambda name: name.rpartition(".")[0]):
         names = list(names)
         for name, wrapped in zip(names, wrappers(path, len(names)), strict=True):
-            experts = len(getattr(matrices[name], name.rpartition(".")[2]))
-            found[name] = shapes.get(f"{wrapped}.lora_A.weight", (r * experts,))[0] // experts
+            if f"{wrapped}.lora_A.weight" in shapes:
+                experts = len(getattr(matrices[name], name.rpartition(".")[2]))
+                found[name] = shapes[f"{wrapped}.lora_A.weight"][0] // experts
     return found
 
 

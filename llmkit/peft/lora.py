@@ -79,7 +79,7 @@ class LoRA:
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         x = F.dropout(x, self.lora_dropout, self.training)
-        return y + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.lora_scale
+        return y + F.linear(F.linear(x, self.lora_A) * self.lora_scale, self.lora_B)
 
 
 class DoRA(LoRA):
@@ -88,7 +88,7 @@ class DoRA(LoRA):
     def forward(self, x: Tensor) -> Tensor:
         y = super(LoRA, self).forward(x)
         dropped = F.dropout(x, self.lora_dropout, self.training)
-        update = F.linear(F.linear(dropped, self.lora_A), self.lora_B) * self.lora_scale
+        update = F.linear(F.linear(dropped, self.lora_A) * self.lora_scale, self.lora_B)
         share = self.shares().to(y.dtype)
         if self.training and self.lora_dropout:  # as in peft, all that is changed reads the same input
             plain = F.linear(dropped, self.weight)
@@ -111,7 +111,7 @@ class PiSSA(LoRA):
         y = super(LoRA, self).forward(x)
         x = F.dropout(x, self.lora_dropout, self.training)
         a, b = torch.cat((self.lora_A, self.first_A)), torch.cat((self.lora_B, -self.first_B), dim=1)
-        return y + F.linear(F.linear(x, a), b) * self.lora_scale
+        return y + F.linear(F.linear(x, a) * self.lora_scale, b)
 
 
 def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[int] = ()) -> None:
@@ -123,7 +123,7 @@ def apply(model: nn.Module, options: Options, seed: int = 0, new_ids: Sequence[i
     matrices = expert_matrices(model, options.layers)
     chosen, sparse = choose_linears(model, options.layers, options.target_modules, list(matrices))
     if sparse and (options.dora or options.init != "default"):
-        what, fix = "peft.dora and peft.init: pissa are of linears, and experts are none", ", ".join(candidates(model))
+        what, fix = "peft.dora and peft.init: pissa take linears alone, not experts", ", ".join(candidates(model))
         raise UserError(what, fix=f"peft.target_modules: [{fix}]")
     if options.init == "pissa" and options.dora:
         raise UserError("peft.init: pissa and peft.dora both say what B A begins as", fix="choose one of them")
@@ -291,8 +291,8 @@ def to_peft(model: nn.Module, options: Options) -> dict:
     if whole := whole_modules(model):
         more["modules_to_save"] = list(whole)
     sparse = [f"{path}.{name}" for path, module in updated_experts(model).items() for name in module.updates]
-    if sparse:
-        more["target_parameters"] = ends_of(sparse)
+    if sparse:  # peft chooses by these names alone, and ignores the layers
+        more["target_parameters"] = sparse if options.layers else ends_of(sparse)
     linears = [
         target
         for target in options.target_modules or candidates(model)
@@ -309,7 +309,7 @@ def to_peft(model: nn.Module, options: Options) -> dict:
         "alpha_pattern": {key: alpha * scaled for key, alpha in (options.alpha_pattern or {}).items()},
         "fan_in_fan_out": bool(family_of(model.config).transposed),
         "bias": "none",
-        "layers_to_transform": sorted({block_of(name) for name in adapted}) if options.layers else None,
+        "layers_to_transform": sorted({block_of(name) for name in (*adapted, *sparse)}) if options.layers else None,
     } | more
 
 
@@ -329,15 +329,12 @@ def from_peft(model: nn.Module, fields: PeftFields, shapes: dict[str, tuple]) ->
         and (not layers or block_of(name) in layers)
         and not (isinstance(excluded, list) and any(f".{name}".endswith(f".{end}") for end in excluded))
     }
-    sparse = {
-        name: module
-        for name, module in expert_matrices(model, layers or None).items()
-        if any(f".{name}".endswith(f".{end}") for end in fields.target_parameters or ())
-    }
+    parameters = fields.target_parameters or []
+    sparse = ranks_in_file(expert_matrices(model), parameters, shapes)  # which peft chooses without the layers
+    ranks |= sparse
     is_plain = isinstance(fields.target_modules, list) and not excluded and not layers
-    if not is_plain and not ranks and not sparse:
+    if not is_plain and not ranks:
         raise ValueError("its file has no update of a linear of the blocks")
-    ranks |= ranks_in_file(sparse, shapes, fields.r)
     patterns = {
         key: value
         for key, value in fields.alpha_pattern.items()
@@ -349,7 +346,7 @@ def from_peft(model: nn.Module, fields: PeftFields, shapes: dict[str, tuple]) ->
         r=fields.r,
         alpha=fields.lora_alpha,
         dropout=fields.lora_dropout,
-        target_modules=[*fields.target_modules, *sparse] if is_plain else list(ranks),
+        target_modules=[*fields.target_modules, *parameters] if is_plain else list(ranks),
         rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != fields.r},
         alpha_pattern=patterns,
         rslora=fields.use_rslora,

@@ -65,8 +65,8 @@ def by_pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
 def choose_linears(
     model: nn.Module, layers: Layers | None, targets: list[str] | None, beside: Collection[str] = ()
 ) -> tuple[dict[str, nn.Linear], list[str]]:
-    """Return the linears of the blocks whose names, or ends of names, are `targets`, and the names of `beside` that are
-    so; None: every one.
+    """Return the linears of the blocks whose names, or ends of names, are `targets`, and those names of `beside` that
+    they match; None: every one.
 
     beside  names of matrices of experts, which are no linears. Without them, None is refused in a model with experts
     Raises UserError for targets that match nothing.

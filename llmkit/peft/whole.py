@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llmkit.errors import UserError, raise_all
 from llmkit.models.layers import restore_class, swap_class, token_tables
 from llmkit.models.quantized import Quantized
+from llmkit.peft.experts import LoRAExperts
 
 
 class WholeTable:
@@ -35,8 +36,9 @@ def train_whole(model: nn.Module, names: list[str]) -> None:
     tables = token_tables(model)
     for name in dict.fromkeys(name for found in matching.values() for name in found):
         module = modules[name]
-        if isinstance(module, Quantized) or any(last.startswith("lora_") for last in module._parameters):
-            what = "peft.modules_to_save names a linear that is quantized, or that has an update already"
+        has_update = any(last.startswith("lora_") for last in module._parameters) or isinstance(module, LoRAExperts)
+        if isinstance(module, Quantized) or has_update:
+            what = "peft.modules_to_save names a module that is quantized, or that has an update already"
             raise UserError(what, got=name, fix="leave it out, or out of peft.target_modules")
         if module is model.wte and model.lm_head is None:
             what = "peft.modules_to_save names the embedding, which is the head of this model too"

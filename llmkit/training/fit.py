@@ -176,7 +176,15 @@ def cheapest_change(config: Config, options: Options, ranks: int, room: float, *
 
     planned  model_config, device, precision and new_rows for `plan_run`
     """
-    smaller = list(changes(config, options, ranks))
+    said, one_row = "", with_train(config, micro_batch_size=1)
+    shares = options["objective"].get("answers_per_row", 1) > 1
+    if shares and plan_run(one_row, options, ranks, *planned).peak_memory > room:
+        said = "" if config.train.micro_batch_size == 1 else "train.micro_batch_size: 1 and "
+        said, config = f"{said}objective.answers_per_row: 1", one_row
+        options = options | {"objective": options["objective"] | {"answers_per_row": 1}}
+        if (peak := plan_run(config, options, ranks, *planned).peak_memory) <= room:
+            return f"{said} ({peak / 2**30:.1f} GiB)"
+    smaller = [(f"{said} and {what}" if said else what, changed) for what, changed in changes(config, options, ranks)]
     if smaller:
         lora = {} if config.peft else {"peft": vars(METHODS["lora"].options())}
         number, plan = first_that_fits([changed for _, changed in smaller], room, options | lora, ranks, *planned)

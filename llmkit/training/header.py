@@ -41,7 +41,10 @@ def describe(run: PreparedRun) -> dict[str, str]:
     config, plan, options, rows = run.config, run.plan, run.options, run.data.samples["train"]
     size, epochs = config.train.global_batch_size, epochs_by_source(run)
     own = rows_in_step(config, options, run.world.size)
-    answers = f" x {options['objective']['group_size']} answers" if config.data.kind == "prompts" else ""
+    answers = ""
+    if config.data.kind == "prompts":
+        rows_each = own * run.world.size // size
+        answers = f" x {rows_each} rows of up to {options['objective']['answers_per_row']} answers"
     accumulation = math.ceil(own / run.micro_batch_size)
     trained = "" if plan.trainable == plan.total else f", {format_count(plan.trainable)} trained"
     mixture = [f"{name} {share:.1%} x {epochs[name]:.2f}" for name, (share, _) in run.data.shares.items()]

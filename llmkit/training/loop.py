@@ -40,6 +40,7 @@ from llmkit.training.fit import with_train
 from llmkit.training.header import describe, next_commands
 from llmkit.training.held_out import describe_answers
 from llmkit.training.log import Interval, MetricsLogger
+from llmkit.training.objective import folders_beside
 from llmkit.training.optim import OPTIMIZERS, clip, set_lr
 from llmkit.training.plan import plan_config, plan_rows
 from llmkit.training.prepare import PreparedRun, prepare
@@ -140,9 +141,11 @@ def take_steps(
         for change in directory.changes if resumed else []:
             say(f"{'changed':>10}  {change}")
         directory.begin(progress.step if resumed else None)
-        if config.init_from:
-            for folder in {run.base, locate(config.init_from, check=False).folder}:  # a base, and an adapter on it
-                add_dependent_run(folder, directory.folder)
+        needed = [folder for _, folder in folders_beside(run.options["objective"])]
+        if config.init_from:  # a base, and an adapter on it
+            needed += [run.base, locate(config.init_from, check=False).folder]
+        for folder in dict.fromkeys(needed):
+            add_dependent_run(folder, directory.folder)
     if progress.step >= run.max_steps:
         say(f"{'complete':>10}  all {run.max_steps} steps are done; raise the length in train to go on, or use --fresh")
     rate = matmul_rate(device, DTYPES[run.precision])

@@ -1,25 +1,24 @@
 """Choose the objective of a run, and find the models that it asks beside the one that is trained."""
 
+import math
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from llmkit.config.fields import Choice
 from llmkit.config.schema import Config
-from llmkit.data.preferences import must_part
 from llmkit.errors import UserError, raise_all
 from llmkit.models import build_model
 from llmkit.models.heads import POOLINGS
 from llmkit.models.hf_config import read_config, read_head
 from llmkit.objectives import fitting_objectives
 from llmkit.objectives.grpo import as_configs, choose_answers_per_row, row_lengths
+from llmkit.objectives.rewards import RewardConfig
 from llmkit.parallel.device import DTYPES
 from llmkit.storage.locate import locate
 from llmkit.tokenizer.load import load_tokenizer
 from llmkit.tokenizer.tokenizer import Tokenizer
 from llmkit.training.resolve import Options, check_objective
-
-KEPT_WEIGHTS = ("trained weights", "frozen weights")  # parts of the memory that a copy of the model takes too
 
 
 def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[str, Any]]:
@@ -47,7 +46,7 @@ def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[st
             raise config.error("objective.on_policy", what, got=options["on_policy"], fix=fix)
     if "reward" in options:
         rewards = as_configs(options["reward"])
-        paths = [one.path and find_judge(config, one.path, model_config) for one in rewards]
+        paths = [find_judge(config, one.path, model_config) if is_model(one) else one.path for one in rewards]
         options["reward"] = [
             one.model_copy(update={"path": path}).model_dump() for one, path in zip(rewards, paths, strict=True)
         ]
@@ -66,17 +65,17 @@ def share_rows(config: Config, options: dict[str, Any], model_config: Any) -> in
     sizes, asked = {key: options[key] for key in ("group_size", "max_new_tokens")}, options["answers_per_row"]
     chosen = asked or choose_answers_per_row(config.data.seq_len, **sizes)
     if chosen > options["group_size"]:
-        raise config.error("objective.answers_per_row", "is over objective.group_size", got=chosen)
-    row_len, _ = row_lengths(config.data.seq_len, **options | {"answers_per_row": chosen})
-    if chosen > 1 and must_part(model_config.windows, row_len):
-        if asked:
-            what = "can't be done: a window would hide the prompt from an answer behind another one"
-            raise config.error("objective.answers_per_row", what, got=asked, fix="delete it")
-        return 1
-    return chosen
+        raise config.error("objective.answers_per_row", "is over objective.group_size", got=chosen, fix="delete it")
+    longest = min((one for one in model_config.windows if one), default=math.inf)  # a row that no window cuts
+    lengths = {n: row_lengths(config.data.seq_len, **options | {"answers_per_row": n})[0] for n in range(1, chosen + 1)}
+    most = max(n for n, length in lengths.items() if n == 1 or length <= longest)
+    if asked and most < asked:
+        what = "can't be done: a window would hide the prompt from an answer behind another one"
+        raise config.error("objective.answers_per_row", what, got=asked, expected=f"at most {most}", fix="delete it")
+    return math.ceil(options["group_size"] / math.ceil(options["group_size"] / most))
 
 
-# ---- the models beside the one that is trained -----------------------------------------------------------------------
+# ---- the models beside the one that is trained ----------------------------------------------------------------------
 
 
 def find_whole(config: Config, key: str, name: str, model_config: Any) -> tuple[Path, Any]:
@@ -88,7 +87,8 @@ def find_whole(config: Config, key: str, name: str, model_config: Any) -> tuple[
     theirs = read_config(located.folder)
     if (model_config.vocab_size or theirs.vocab_size) != theirs.vocab_size:
         got = f"{theirs.model_type}, {theirs.vocab_size} tokens, and {model_config.vocab_size} of the model"
-        raise config.error(key, "has other tokens than the model that is trained", got=got)
+        what = "has other tokens than the model that is trained"
+        raise config.error(key, what, got=got, fix="name one with the same")
     return located.folder.resolve(), theirs
 
 
@@ -97,7 +97,7 @@ def find_teacher(config: Config, name: str, model_config: Any) -> str:
     folder, theirs = find_whole(config, "objective.teacher", name, model_config)
     if theirs.kind != "causal" or read_head(folder):
         got = f"{theirs.model_type}, with a head for labels" if theirs.kind == "causal" else theirs.model_type
-        raise config.error("objective.teacher", "does not continue texts", got=got)
+        raise config.error("objective.teacher", "does not continue texts", got=got, fix="name a decoder")
     return str(folder)
 
 
@@ -112,29 +112,35 @@ def find_judge(config: Config, name: str, model_config: Any) -> str:
     return str(folder)
 
 
+def is_model(reward: RewardConfig) -> bool:
+    """Return whether a reward is a reward model."""
+    return reward.name == "model" and reward.path is not None
+
+
 def folders_beside(options: dict[str, Any]) -> list[tuple[str, Path]]:
-    """Return (key, folder) of the models that an objective loads besides."""
+    """Return (key, folder) of the other models that an objective loads."""
     teachers = [options["teacher"]] if "teacher" in options else []
-    judges = [one.path for one in as_configs(options.get("reward", [])) if one.path]
+    judges = [one.path for one in as_configs(options.get("reward", [])) if is_model(one)]
     return [("objective.teacher", Path(one)) for one in teachers] + [("objective.reward", Path(one)) for one in judges]
 
 
 def check_same_tokens(config: Config, options: dict[str, Any], ours: Tokenizer) -> None:
-    """Raise a UserError unless the models besides have the tokens of the data."""
+    """Raise a UserError unless the other models have the tokens of the data."""
     for key, folder in folders_beside(options):
         theirs = load_tokenizer(folder)
         if theirs.rust.get_vocab(with_added_tokens=True) != ours.rust.get_vocab(with_added_tokens=True):
             raise config.error(key, "has another tokenizer than the data", fix="name one with the same")
 
 
-def keeps_copy(config: Config, options: Options) -> bool:
+def keeps_copy(config: Config, options: Options, *, continues: bool) -> bool:
     """Return whether a run keeps a frozen copy of the model that it starts from, to compare with.
 
     A new adapter is switched off instead, and DPO's comparison is computed before the first step.
+
+    continues  whether an adapter is trained further
     """
-    if config.objective.name != "kto" and not (config.objective.name == "grpo" and options["objective"]["beta"]):
-        return False
-    return config.peft is None or (not config.stack and locate(config.init_from, check=False).is_adapter)
+    compares = config.objective.name == "kto" or (config.objective.name == "grpo" and options["objective"]["beta"] > 0)
+    return compares and (config.peft is None or continues)
 
 
 def memory_beside(config: Config, options: Options, precision: str, memory: dict[str, int]) -> dict[str, int]:
@@ -143,7 +149,9 @@ def memory_beside(config: Config, options: Options, precision: str, memory: dict
     memory  of that model, by part
     """
     number = sum(count_weights(folder) for _, folder in folders_beside(options["objective"]))
-    copied = sum(memory.get(part, 0) for part in KEPT_WEIGHTS) if keeps_copy(config, options) else 0
+    can_continue = config.peft and config.init_from and not config.stack
+    continues = bool(can_continue) and locate(config.init_from, check=False).is_adapter
+    copied = memory.get("trained weights", 0) if keeps_copy(config, options, continues=continues) else 0
     total = number * DTYPES[precision].itemsize + copied
     return {"other models": total} if total else {}
 

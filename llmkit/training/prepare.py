@@ -37,7 +37,7 @@ from llmkit.training.build_data import open_data
 from llmkit.training.cost import Plan, choose_trained
 from llmkit.training.evaluation import Extras, check_best, open_extras
 from llmkit.training.fit import MEMORY_SHARE, cheapest_change, check_memory, choose_fit, head_of, row_len, rows_in_step
-from llmkit.training.objective import check_same_tokens, choose_objective
+from llmkit.training.objective import check_same_tokens, choose_objective, keeps_copy
 from llmkit.training.resolve import (
     Options,
     check_choices,
@@ -102,8 +102,10 @@ class PreparedRun:
     @property
     def tokens_per_step(self) -> int:
         """Return the tokens that a step reads, on average of labelled texts, whose rows differ in length."""
-        rows = rows_in_step(self.config, self.options, 1)
-        return round(rows * (self.data.mean_length or row_len(self.config, self.options)))
+        rows, longest = rows_in_step(self.config, self.options, 1), row_len(self.config, self.options)
+        if self.data.mean_length:  # of a prompt with one answer, if prompts are answered
+            return round(rows * (self.data.mean_length + longest - self.config.data.row_len))
+        return rows * longest
 
     @property
     def token_bytes(self) -> np.ndarray | None:
@@ -148,8 +150,13 @@ class PreparedRun:
 
     @cached_property
     def start_sha256(self) -> str:
-        """The checksum of what training starts from: the base, and an adapter that is trained further."""
+        """Return the checksum of what training starts from: the base, and an adapter that is trained further."""
         return " ".join([self.base_sha256, *([file_sha256(self.adapter / WEIGHTS)] if self.adapter else [])])
+
+    @property
+    def keeps_copy(self) -> bool:
+        """Return whether the run compares its model with a frozen copy of what it starts from."""
+        return keeps_copy(self.config, self.options, continues=self.adapter is not None)
 
     def batches(self, split: str, global_batch_size: int) -> Batches:
         """Return the batches of a split, corrupted as the objective wants them; of train, this rank's."""

@@ -12,10 +12,9 @@ from tqdm import tqdm
 from llmkit.data.batches import Batches
 from llmkit.data.tokens import save_array
 from llmkit.files import file_sha256, write_atomically
-from llmkit.objectives.others import set_reference
+from llmkit.objectives.frozen import set_reference
 from llmkit.objectives.preference import answer_log_probs
 from llmkit.parallel.device import autocast, to_device
-from llmkit.training.objective import keeps_copy
 from llmkit.training.prepare import PreparedRun
 from llmkit.training.state import make_model
 
@@ -51,11 +50,16 @@ def keep_references(run: PreparedRun, say: Callable[[str], None]) -> None:
 
 
 def attach_reference(run: PreparedRun, model: nn.Module) -> None:
-    """Give a model the one that it is compared with, unless that is the model without its new adapter."""
-    if keeps_copy(run.config, run.options):
+    """Give a model the one that it is compared with, unless that is the model without its new adapter.
+
+    The copy of a further adapter shares its base, and was made with the model.
+    """
+    if run.keeps_copy and not run.adapter:
         set_reference(model, make_model(run, None).eval().requires_grad_(False))
     elif run.adapter and run.objective.needs_reference:
         set_reference(model, None)
+    if run.keeps_copy:
+        run.start_sha256  # noqa: B018 (of what is in memory now: the files may change until a checkpoint is written)
 
 
 @torch.no_grad()

@@ -306,9 +306,29 @@ def reuse_resolved_values(config: Config, ranks: int, *, fresh: bool) -> Config:
         isinstance(config.data, TurnData) and config.data.date is None
     ):  # a chat template shows the day of the first start
         update["data"] = config.data.model_copy(update={"date": before["data"].get("date")})
+    if config.objective and config.objective.name == (before.get("objective") or {}).get("name"):
+        update["objective"] = keep_models(config.objective, before["objective"])
     if config.init_from and before["init_from"] and is_inside(before["init_from"], config.init_from):
         return config.model_copy(update=update | {"init_from": before["init_from"]})
     return name_checkpoint(config.model_copy(update=update))
+
+
+def keep_models(choice: Choice, before: dict[str, Any]) -> Choice:
+    """Return an objective with the checkpoints of its teacher and its reward models that a resumed run has chosen."""
+    options = dict(choice.options)
+    teacher, rewards = options.get("teacher"), options.get("reward")
+    if isinstance(teacher, str) and is_inside(before["teacher"], teacher):
+        options["teacher"] = before["teacher"]
+    given = rewards if isinstance(rewards, list) else [rewards]
+    if len(given) == len(before.get("reward") or ()):
+        pairs = zip(given, before["reward"], strict=True)
+        options["reward"] = [
+            one | {"path": old["path"]}
+            if isinstance(one, dict) and one.get("path") and old["path"] and is_inside(old["path"], one["path"])
+            else one
+            for one, old in pairs
+        ]
+    return Choice(name=choice.name, **options)
 
 
 def is_inside(path: str, folder: str) -> bool:

@@ -5,8 +5,9 @@ from pathlib import Path
 from llmkit.config.schema import Config
 from llmkit.files import delete, file_sha256, write_atomically
 from llmkit.formats.hf import export_hf
+from llmkit.models.hf_config import read_head
 from llmkit.peft.adapter import CONFIG, WEIGHTS, saved_base_sha256
-from llmkit.storage.locate import Located, locate, read_located_head
+from llmkit.storage.locate import Located, locate
 
 
 def find_base(config: Config) -> tuple[Path | None, Path | None]:
@@ -27,11 +28,11 @@ def find_base(config: Config) -> tuple[Path | None, Path | None]:
 
 
 def with_labels(config: Config, adapter: Path) -> Config:
-    """Return the config with the labels of an adapter that is trained further, in their order.
+    """Return the config with the labels of an adapter that is trained further, in their order, if it names them.
 
     Raises a UserError if data.labels names others: the outputs of its head would get another meaning.
     """
-    head = read_located_head(Located(adapter))
+    head = read_head(adapter) if (adapter / "config.json").is_file() else None  # peft saves no names
     labels = None if head is None or head.kind == "regress" else list(head.labels)
     if config.data.kind != "labelled" or labels in (None, config.data.labels):
         return config

@@ -1,5 +1,6 @@
 """Make the model of a run, restore what a checkpoint holds, and save it."""
 
+import copy
 import hashlib
 import math
 from functools import partial
@@ -14,6 +15,7 @@ from llmkit.models import build_model
 from llmkit.models.folder import load_model, save_model
 from llmkit.models.heads import train_head
 from llmkit.models.resize import resize_embeddings
+from llmkit.objectives.frozen import set_reference
 from llmkit.parallel.device import DTYPES
 from llmkit.peft.adapter import base_change, load_adapter, save_adapter, saved_base_sha256
 from llmkit.storage import checkpoint
@@ -21,7 +23,6 @@ from llmkit.storage.manifest import read_checkpoint_manifest
 from llmkit.training.average import averaged
 from llmkit.training.evaluation import best_of
 from llmkit.training.log import MetricsLogger
-from llmkit.training.objective import keeps_copy
 from llmkit.training.prepare import PreparedRun
 from llmkit.training.progress import Progress
 from llmkit.training.selection import train_only
@@ -45,6 +46,11 @@ def make_model(run: PreparedRun, resumed: Path | None) -> nn.Module:
     dtype = DTYPES[run.precision]  # what is frozen needs no fp32
     options = {"head": run.head, "seed": config.seed, "quantize": run.quantize}
     model = load_model(run.base, device=device, dtype=dtype, **options)
+    if run.keeps_copy:
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        reference = copy.deepcopy(model, shared)
+        load_adapter(reference, run.adapter, run.method_options)
+        set_reference(model, reference.eval().requires_grad_(False))
     if resumed:
         if change := base_change(saved_base_sha256(resumed / "model") or "", run.base_sha256):
             fix = "name the checkpoint that it began with, or start over with --fresh"
@@ -107,7 +113,7 @@ def save(run: PreparedRun, model: nn.Module, optimizers: Optimizers, progress: P
             "tokenizer_sha256": tokenizer.sha256,
             "config_sha256": hashlib.sha256(config.dump().encode()).hexdigest(),
         }
-        if keeps_copy(config, run.options):
+        if run.keeps_copy:
             about["reference_sha256"] = run.start_sha256
         numbers = progress.numbers() | {"seconds": progress.seconds + logger.elapsed}
         options = {"about": about, "keep": config.checkpoint.keep}
