@@ -85,18 +85,22 @@ class MetricsLogger:
         self.last_time += time.perf_counter() - start
 
     def speed(self, step: int) -> dict[str, float]:
-        """Return tokens per second and MFU since the last call, peak memory and ETA."""
+        """Return tokens per second and MFU since the last call, peak memory and ETA.
+
+        The tokens of answers that the model writes are counted as if all were as long as they may be: there is no MFU.
+        """
         now = time.perf_counter()
         seconds_per_step = (now - self.last_time) / max(1, step - self.last_step)
         self.last_time, self.last_step = now, step
         rate = self.run.tokens_per_step / seconds_per_step
         achieved = rate * self.run.plan.flops_per_token / self.run.world.size
-        if achieved > self.peak:  # the machine was busy when its peak was measured
+        is_known = self.run.config.data.kind != "prompts"
+        if is_known and achieved > self.peak:  # the machine was busy when its peak was measured
             with self.pause():
                 self.peak = max(achieved, peak_flops(self.run.world.device, self.run.precision)[0])
         return {
             "tokens_per_second": rate,
-            "mfu": achieved / self.peak,
+            **({"mfu": achieved / self.peak} if is_known else {}),
             "memory_gb": peak_memory(self.run.world.device) / 2**30,
             "eta_seconds": (self.run.max_steps - step) * seconds_per_step,
         }
@@ -144,6 +148,7 @@ def progress_line(record: dict[str, Any], total: int) -> str:
     parts += [f"{key.removesuffix('/val_loss').removeprefix('val_')} {record[key]:.3f}" for key in shown]
     if "lr" in record:
         parts += [f"lr {record['lr']:.1e}", f"gnorm {record['grad_norm']:.2f}"]
-        parts += [f"{format_count(record['tokens_per_second'])} tok/s", f"mfu {record['mfu']:.0%}"]
+        parts += [f"{format_count(record['tokens_per_second'])} tok/s"]
+        parts += [f"mfu {record['mfu']:.0%}"] if "mfu" in record else []
         parts += [f"mem {record['memory_gb']:.1f}G", f"ETA {format_duration(record['eta_seconds'])}"]
     return " | ".join(parts)

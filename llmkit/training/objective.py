@@ -47,9 +47,8 @@ def choose_objective(config: Config, model_config: Any) -> tuple[Choice, dict[st
     if "reward" in options:
         rewards = as_configs(options["reward"])
         paths = [find_judge(config, one.path, model_config) if is_model(one) else one.path for one in rewards]
-        options["reward"] = [
-            one.model_copy(update={"path": path}).model_dump() for one, path in zip(rewards, paths, strict=True)
-        ]
+        rewards = [one.model_copy(update={"path": path}) for one, path in zip(rewards, paths, strict=True)]
+        options["reward"] = [one.model_dump(exclude_defaults=True) for one in rewards]
     if "answers_per_row" in options:
         options["answers_per_row"] = share_rows(config, options, model_config)
     if "pooling" in options:

@@ -319,16 +319,16 @@ def keep_models(choice: Choice, before: dict[str, Any]) -> Choice:
     teacher, rewards = options.get("teacher"), options.get("reward")
     if isinstance(teacher, str) and is_inside(before["teacher"], teacher):
         options["teacher"] = before["teacher"]
-    given = rewards if isinstance(rewards, list) else [rewards]
-    if len(given) == len(before.get("reward") or ()):
-        pairs = zip(given, before["reward"], strict=True)
-        options["reward"] = [
-            one | {"path": old["path"]}
-            if isinstance(one, dict) and one.get("path") and old["path"] and is_inside(old["path"], one["path"])
-            else one
-            for one, old in pairs
-        ]
+    given, known = (one if isinstance(one, list) else [one] for one in (rewards, before.get("reward")))
+    if rewards is not None and len(given) == len(known):
+        options["reward"] = [keep_path(one, old) for one, old in zip(given, known, strict=True)]
     return Choice(name=choice.name, **options)
+
+
+def keep_path(reward: Any, before: Any) -> Any:
+    """Return a reward with the checkpoint that was chosen before in the folder that it names, if it names one."""
+    paths = [one.get("path") if isinstance(one, dict) else None for one in (reward, before)]
+    return reward | {"path": paths[1]} if all(paths) and is_inside(paths[1], paths[0]) else reward
 
 
 def is_inside(path: str, folder: str) -> bool:
