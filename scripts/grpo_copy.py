@@ -3,7 +3,7 @@
     python scripts/grpo_copy.py work && open work/runs/grpo/loss.png
 
 A base is trained on 1500 lines, taught the form of an answer until it copies about seven numbers in ten, and then
-rewarded for its own answers to other numbers. About ten minutes on two cores.
+rewarded for its own answers to other numbers. About twelve minutes on two cores.
 """
 
 import json
@@ -38,7 +38,7 @@ data: {kind: prompts, path: prompts.jsonl, val_path: val.jsonl, seq_len: 64}
 objective: {name: grpo, loss: dapo, reward: exact, group_size: 8, max_new_tokens: 16}
 optimizer: {name: adamw, lr: 1.0e-4, weight_decay: 0.0}
 schedule: {name: constant, warmup_steps: 10}
-train: {max_steps: 150, global_batch_size: 64, precision: fp32}
+train: {max_steps: 240, global_batch_size: 64, precision: fp32}
 eval: {every: 25, best: val_reward}
 checkpoint: {every: 25}
 """
