@@ -184,7 +184,7 @@ def test_a_reward_model_that_gives_no_number_ends_the_run(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("window", "asked", "found"), [(None, None, 8), (8192, None, 8), (640, None, 3), (600, 3, None)]
+    ("window", "asked", "found"), [(None, None, 8), (8192, None, 8), (640, None, 3), (600, 3, None), (None, 5, 5)]
 )
 def test_rows_of_answers_fit_into_the_windows(window, asked, found):
     """512 tokens of prompt and answer, and 64 for each further answer."""

@@ -71,7 +71,7 @@ def share_rows(config: Config, options: dict[str, Any], model_config: Any) -> in
     if asked and most < asked:
         what = "can't be done: a window would hide the prompt from an answer behind another one"
         raise config.error("objective.answers_per_row", what, got=asked, expected=f"at most {most}", fix="delete it")
-    return math.ceil(options["group_size"] / math.ceil(options["group_size"] / most))
+    return asked or math.ceil(options["group_size"] / math.ceil(options["group_size"] / most))
 
 
 # ---- the models beside the one that is trained ----------------------------------------------------------------------
